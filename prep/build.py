@@ -1,0 +1,332 @@
+"""Build: index, scan, plan, write, seal. The whole way from annotation files to a sealed set of shards.
+
+Work is kept under ``<out>/.build/``, keyed by what it depends on: killed at any moment, the same command goes on where
+it was; finished, it does nothing; with another ``max_length`` or packer it plans again without scanning.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from prep.engines import Engine
+from prep.plan import Plan, make_plan
+from prep.records import FileIndex, index_file
+from prep.registry import Source, draw
+from prep.scan import ScanTask, part_key, scan_chunk, table_path
+from prep.seal import Ledger, ScannedPart, seal
+from prep.tokenizer import ModelFiles, find_model_files, read_fingerprints
+from prep.write import PlannedSample, ShardResult, WriteTask, write_shard
+from schemas.annotation import SampleRef
+from schemas.bins import shard_name
+from schemas.errors import ConfigError, VlprepError
+from schemas.manifest import (
+    MANIFEST_FILE,
+    Fingerprints,
+    InputDataset,
+    InputFile,
+    Manifest,
+    encode_manifest,
+    read_manifest,
+)
+from schemas.settings import BuildSettings
+from schemas.tables import SAMPLES_FILE
+
+logger = logging.getLogger(__name__)
+
+WORK_FOLDER = ".build"
+
+_SOFTWARE = ("pillow", "decord2", "numpy", "pyarrow", "tokenizers", "zstandard")
+"""Packages whose version can change the bytes of a build."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        sources: datasets, in the order in which the ledger lists them.
+        out: folder of the shards.
+        settings: everything else that decides the bytes.
+        model: checkpoint folder or hub id whose tokenizer is used.
+        max_rejected: the build fails when a larger share of the drawn annotations is rejected.
+    """
+
+    sources: tuple[Source, ...]
+    out: Path
+    settings: BuildSettings
+    model: str
+    max_rejected: Fraction
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Samples:
+    """Columns over all measured samples, each as often as it is taken, in the order of the parts.
+
+    Attributes:
+        part: (N,) int32, index of the part.
+        row: (N,) int32, row in the part.
+    """
+
+    part: NDArray[np.int32]
+    row: NDArray[np.int32]
+    num_tokens: NDArray[np.int32]
+    num_patches: NDArray[np.int32]
+    pixel_bytes: NDArray[np.int64]
+
+
+def build(request: BuildRequest, engine: Engine) -> Manifest:
+    """Build a set of shards, or go on with one that was interrupted.
+
+    Raises:
+        ConfigError: wrong settings, inputs or checkpoint.
+        VlprepError: too many rejects, or nothing to pack; nothing is sealed.
+    """
+    files = find_model_files(request.model)
+    fingerprints = read_fingerprints(files)
+    work = _work_folder(request.out)
+    indexes = _index(request, engine)
+    inputs = [_input(source, index) for source, index in zip(request.sources, indexes)]
+    software = {name: version(name) for name in _SOFTWARE}
+    key = _hash(request.settings, fingerprints, software, inputs)
+    finished = _finished(request.out, work / "finished", key)
+    if finished is not None:
+        logger.info("%s is complete already; nothing to do.", request.out)
+        return finished
+    (request.out / MANIFEST_FILE).unlink(missing_ok=True)
+
+    parts = _scan(request, engine, work, files, fingerprints, indexes)
+    samples = _measured(parts)
+    _check_rejects(
+        request, parts, len(samples.num_tokens), int((samples.num_tokens > request.settings.max_length).sum())
+    )
+    plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)
+    results = _write(request, engine, work / key, parts, samples, plan)
+    names = [source.name for source in request.sources]
+    ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, results)
+    outcome = ledger.write(request.out / SAMPLES_FILE, parts)
+    _check_share(request, sum(dataset.num_drawn for dataset in inputs), outcome.statuses["rejected"])
+    manifest = seal(
+        request.out,
+        settings=request.settings,
+        fingerprints=fingerprints,
+        software=software,
+        inputs=inputs,
+        results=results,
+        outcome=outcome,
+    )
+    (work / "finished").write_text(f"{key} {xxhash.xxh3_128_hexdigest(encode_manifest(manifest))}\n")
+    shutil.rmtree(work / key)
+    return manifest
+
+
+def _work_folder(out: Path) -> Path:
+    work = out / WORK_FOLDER
+    try:
+        (work / "scan").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
+    return work
+
+
+def _hash(*parts: object) -> str:
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(parts))
+
+
+def _finished(out: Path, marker: Path, key: str) -> Manifest | None:
+    """The manifest of a build that is complete with the same inputs and settings, if there is one."""
+    if not marker.exists() or not (out / MANIFEST_FILE).exists():
+        return None
+    digest = xxhash.xxh3_128_hexdigest((out / MANIFEST_FILE).read_bytes())
+    if marker.read_text().split() != [key, digest]:
+        return None
+    manifest = read_manifest(out)
+    stored = [*manifest.shards, *manifest.tables]
+    whole = all((out / file.file).is_file() and (out / file.file).stat().st_size == file.num_bytes for file in stored)
+    return manifest if whole else None
+
+
+def _index(request: BuildRequest, engine: Engine) -> list[list[FileIndex]]:
+    files = [file for source in request.sources for file in source.files]
+    found = iter(list(_progress(engine.map(index_file, files), len(files), "index", "file")))
+    return [[next(found) for _ in source.files] for source in request.sources]
+
+
+def _input(source: Source, indexes: Sequence[FileIndex]) -> InputDataset:
+    num_annotations = sum(index.num_records for index in indexes)
+    return InputDataset(
+        dataset=source.name,
+        rate=float(source.rate),
+        num_drawn=int(num_annotations * source.rate),
+        media=source.media,
+        files=[
+            InputFile(file=name, num_bytes=index.num_bytes, xxh3=index.xxh3, num_annotations=index.num_records)
+            for name, index in zip(source.file_names, indexes)
+        ],
+    )
+
+
+def _scan(
+    request: BuildRequest,
+    engine: Engine,
+    work: Path,
+    files: ModelFiles,
+    fingerprints: Fingerprints,
+    indexes: Sequence[Sequence[FileIndex]],
+) -> list[ScannedPart]:
+    """Scan all chunks; what an earlier run scanned is used again."""
+    tasks: list[ScanTask] = []
+    parts: list[ScannedPart] = []
+    for number, (source, of_files) in enumerate(zip(request.sources, indexes)):
+        total = sum(index.num_records for index in of_files)
+        copies = draw(total, source.rate, seed=request.settings.seed, dataset=source.name)
+        base = 0
+        for file, name, index in zip(source.files, source.file_names, of_files):
+            for chunk in index.chunks:
+                first = base + chunk.first_record
+                taken = copies[first : first + chunk.num_records].tobytes()
+                key = part_key(
+                    index.xxh3, chunk, taken, source.media, request.settings.reserved, fingerprints.tokenizer
+                )
+                part = work / "scan" / key
+                parts.append(ScannedPart(path=part, source=number, file=name, record_base=base))
+                tasks.append(
+                    ScanTask(
+                        part=part,
+                        file=file,
+                        chunk=chunk,
+                        copies=taken,
+                        media_root=source.media_root,
+                        media=source.media,
+                        reserved=request.settings.reserved,
+                        tokenizer=files.tokenizer,
+                    )
+                )
+            base += index.num_records
+    with tqdm(total=sum(task.chunk.num_records for task in tasks), desc="scan", unit="record") as bar:
+        for num_records in engine.map(scan_chunk, tasks):
+            bar.update(num_records)
+    return parts
+
+
+def _measured(parts: Sequence[ScannedPart]) -> _Samples:
+    """Read the sizes of all samples."""
+    names = ["copies", "sample_bytes", "num_tokens", "num_patches", "pixel_bytes"]
+    columns: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ("part", "row", *names[2:])}
+    for number, part in enumerate(parts):
+        table = pq.read_table(table_path(part.path), columns=names)
+        has_sample = table.column("sample_bytes").to_numpy() > 0
+        row = np.repeat(np.flatnonzero(has_sample), table.column("copies").to_numpy()[has_sample])
+        columns["part"].append(np.full(row.size, number))
+        columns["row"].append(row)
+        for name in names[2:]:
+            columns[name].append(table.column(name).to_numpy()[row])
+    empty = np.empty(0, dtype=np.int64)
+    joined = {name: np.concatenate([empty, *arrays]) for name, arrays in columns.items()}
+    narrow = {name: joined[name].astype(np.int32) for name in ("part", "row", "num_tokens", "num_patches")}
+    return _Samples(pixel_bytes=joined["pixel_bytes"].astype(np.int64), **narrow)
+
+
+def _check_rejects(request: BuildRequest, parts: Sequence[ScannedPart], num_samples: int, num_too_long: int) -> None:
+    """Stop before the write step when the scan alone shows that there is too little to pack."""
+    drawn = 0
+    for part in parts:
+        copies = pq.read_table(table_path(part.path), columns=["copies"]).column("copies")
+        drawn += int(copies.to_numpy().sum(dtype=np.int64))
+    if num_samples == num_too_long:
+        raise VlprepError(
+            f"none of {drawn} annotations can be packed; nothing was sealed. `vlprep validate` on the same file "
+            "says what is wrong with each."
+        )
+    _check_share(request, drawn, drawn - num_samples + num_too_long)
+
+
+def _check_share(request: BuildRequest, drawn: int, rejected: int) -> None:
+    if rejected > request.max_rejected * drawn:
+        raise VlprepError(
+            f"{rejected} of {drawn} annotations are rejected, more than --max-rejected "
+            f"{float(request.max_rejected):.2%}. Nothing was sealed; `vlprep validate` says what is wrong with each."
+        )
+
+
+def _write(
+    request: BuildRequest,
+    engine: Engine,
+    results: Path,
+    parts: Sequence[ScannedPart],
+    samples: _Samples,
+    plan: Plan,
+) -> list[ShardResult]:
+    """Write all shards; those that an earlier run of the same plan finished are kept, others are removed."""
+    if not results.exists():
+        for stale in request.out.glob("bins-*.tar"):
+            stale.unlink()
+        results.mkdir()
+    found: list[ShardResult] = []
+    with tqdm(total=int(plan.order.size), desc="write", unit="sample") as bar:
+        for result in engine.map(write_shard, _write_tasks(request, results, parts, samples, plan)):
+            found.append(result)
+            bar.update(sum(row.num_samples for row in result.rows) + len(result.failed))
+    kept = {shard_name(result.shard) for result in found if result.rows}
+    for leftover in [*request.out.glob("bins-*.tar"), *request.out.glob(".bins-*.tar.tmp")]:
+        if leftover.name not in kept:
+            leftover.unlink()
+    return found
+
+
+def _write_tasks(
+    request: BuildRequest, results: Path, parts: Sequence[ScannedPart], samples: _Samples, plan: Plan
+) -> Iterator[WriteTask]:
+    places = _Places(request, parts, samples)
+    for shard in range(plan.num_shards):
+        first, last = int(plan.shard_starts[shard]), int(plan.shard_starts[shard + 1])
+        yield WriteTask(
+            shard=shard,
+            out=request.out,
+            result=results / f"{shard:05d}",
+            first_bin=first,
+            bins=tuple(
+                tuple(places.planned(int(number)) for number in plan.order[plan.bin_starts[b] : plan.bin_starts[b + 1]])
+                for b in range(first, last)
+            ),
+            roots=tuple(source.media_root for source in request.sources),
+            media=tuple(source.media for source in request.sources),
+            codec=request.settings.pixels,
+        )
+
+
+class _Places:
+    """Looks up where the measured form of a sample lies, and what it is called."""
+
+    def __init__(self, request: BuildRequest, parts: Sequence[ScannedPart], samples: _Samples) -> None:
+        self._names = [source.name for source in request.sources]
+        self._parts = parts
+        self._samples = samples
+        names = ["record", "id", "sample_offset", "sample_bytes"]
+        tables = [pq.read_table(table_path(part.path), columns=names) for part in parts]
+        self._ids = [table.column("id") for table in tables]
+        self._numbers = [[table.column(name).to_numpy() for name in names if name != "id"] for table in tables]
+
+    def planned(self, number: int) -> PlannedSample:
+        """The write task's view of sample ``number``."""
+        at, row = int(self._samples.part[number]), int(self._samples.row[number])
+        part = self._parts[at]
+        record, offset, num_bytes = (int(column[row]) for column in self._numbers[at])
+        reference = SampleRef(self._names[part.source], part.record_base + record, self._ids[at][row].as_py())
+        return PlannedSample(number, part.source, reference, part.path, offset, num_bytes)
+
+
+def _progress(results: Iterator[FileIndex], total: int, name: str, unit: str) -> Iterator[FileIndex]:
+    return iter(tqdm(results, total=total, desc=name, unit=unit))

@@ -1,0 +1,199 @@
+"""The command line: parse, configure, one call, exit code. 0 fine, 1 problems in the data, 2 wrong use."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import ParamSpec
+
+import click
+import msgspec
+
+from prep.build import BuildRequest, build
+from prep.engines import default_workers, make_engine
+from prep.registry import DEFAULT_REGISTRY, Registry, find_sources
+from prep.summary import build_summary
+from prep.tokenizer import DEFAULT_MODEL
+from prep.validate import ValidateRequest, validate
+from schemas.errors import VlprepError
+from schemas.pixels import CODECS
+from schemas.settings import PACKERS, RESERVED_POLICIES, BuildSettings, MediaSettings
+
+P = ParamSpec("P")
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_MEDIA = msgspec.structs.asdict(MediaSettings())
+
+
+def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
+    """Turn errors that a user can mend into one sentence and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except VlprepError as error:
+            if click.get_current_context().find_root().params["debug"]:
+                raise
+            click.echo(f"vlprep: {error}", err=True)
+            sys.exit(error.exit_code)
+        sys.exit(code or 0)
+
+    return run
+
+
+class _Share(click.ParamType[Fraction]):
+    """A share: ``5%`` or ``0.05``."""
+
+    name = "share"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
+        if isinstance(value, Fraction):
+            return value
+        text = str(value)
+        try:
+            share = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{text!r} is not a share such as 5% or 0.05", param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{text} is not between 0% and 100%", param, ctx)
+        return share
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
+@click.version_option(package_name="vlprep")
+def main(debug: bool) -> None:
+    """Turn chat annotations with images and videos into packed training shards for Qwen2.5-VL."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
+    for noisy in ("PIL", "urllib3", "httpx", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _media_options(command: Callable[P, None]) -> Callable[P, None]:
+    """Options for every field of :class:`MediaSettings`."""
+    for name, default in reversed(_MEDIA.items()):
+        option = click.option(
+            f"--{name.replace('_', '-')}", name, type=type(default), default=default, show_default=True, metavar="N"
+        )
+        command = option(command)
+    return command
+
+
+@main.command("build")
+@click.argument("datasets")
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the shards.")
+@click.option("--registry", type=_FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
+@click.option("--media-root", type=_FOLDER, help="With an annotation file: folder of its media.  [default: its folder]")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
+@click.option("--max-length", type=int, default=4096, show_default=True, help="Tokens that a bin holds at most.")
+@click.option("--max-patches", type=int, help="Vision patches that a bin holds at most.  [default: no limit]")
+@click.option("--packer", type=click.Choice(PACKERS), default="bfd", show_default=True)
+@click.option("--pixels", type=click.Choice(CODECS), default="zstd", show_default=True, help="Codec of the pixels.")
+@click.option(
+    "--reserved",
+    type=click.Choice(RESERVED_POLICIES),
+    default="reject",
+    show_default=True,
+    help="What to do with text that spells a control token.",
+)
+@click.option(
+    "--shard-bytes", type=int, default=1 << 29, show_default=True, help="Size that closes a shard, uncompressed."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seeds sampling and shuffling.")
+@click.option(
+    "--max-rejected", type=_Share(), default="100%", show_default=True, help="Fail above this share of rejects."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
+@_media_options
+@_guarded
+def build_command(
+    datasets: str,
+    out: Path,
+    registry: Path | None,
+    media_root: Path | None,
+    model: str,
+    max_length: int,
+    max_patches: int | None,
+    packer: str,
+    pixels: str,
+    reserved: str,
+    shard_bytes: int,
+    seed: int,
+    max_rejected: Fraction,
+    workers: int,
+    **media: float,
+) -> None:
+    """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc) or an annotation file."""
+    settings = BuildSettings(
+        media=MediaSettings(**media),  # type: ignore[arg-type]
+        max_length=max_length,
+        max_patches=max_patches,
+        packer=packer,
+        pixels=pixels,
+        reserved=reserved,
+        seed=seed,
+        shard_bytes=shard_bytes,
+    )
+    sources = find_sources(datasets, registry=registry, media_root=media_root, media=settings.media)
+    request = BuildRequest(sources=tuple(sources), out=out, settings=settings, model=model, max_rejected=max_rejected)
+    manifest = build(request, make_engine(workers))
+    click.echo(build_summary(manifest, out))
+
+
+@main.command("validate")
+@click.argument("files", nargs=-1, required=True, type=_FILE)
+@click.option("--media-root", type=_FOLDER, help="Folder of the media.  [default: folder of each file]")
+@click.option("--deep", is_flag=True, help="Decode every medium, not only its header.")
+@click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object a line.")
+@click.option("--reserved", type=click.Choice(RESERVED_POLICIES), default="reject", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
+@_media_options
+@_guarded
+def validate_command(
+    files: tuple[Path, ...],
+    media_root: Path | None,
+    deep: bool,
+    rejects: Path | None,
+    reserved: str,
+    workers: int,
+    **media: float,
+) -> int:
+    """Check annotation FILES and their media; exit 1 when there are problems."""
+    request = ValidateRequest(
+        files=files,
+        media_root=media_root,
+        deep=deep,
+        rejects=rejects,
+        reserved=reserved,
+        media=MediaSettings(**media),  # type: ignore[arg-type]
+    )
+    report = validate(request, make_engine(workers))
+    click.echo(report.text())
+    return 1 if report.num_rejected else 0
+
+
+@main.command("datasets")
+@click.option("--registry", type=_FILE, default=DEFAULT_REGISTRY, show_default=True)
+@_guarded
+def datasets_command(registry: Path) -> None:
+    """List the registered datasets and whether their files exist."""
+    for row in Registry.read(registry).listed():
+        files = ", ".join(map(str, row.files))
+        click.echo(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
+
+
+@main.command("demo")
+@click.argument("out", type=_FOLDER)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_guarded
+def demo_command(out: Path, seed: int) -> None:
+    """Write the demo dataset to OUT: drawn pages, charts, scenes, clips and chats with checkable answers."""
+    from prep.demo import write_demo
+
+    click.echo(write_demo(out, seed=seed))

@@ -1,0 +1,158 @@
+"""Video decoders behind one small interface: decord, torchcodec, PyAV, in the order in which they are tried.
+
+A backend opens a file and gives a :class:`Clip`; whatever its library raises becomes ``media_unreadable`` with the
+library's words. A library that is not installed counts as a failure of that backend, named in the message. Each decodes
+on the calling thread alone: the workers of a build already occupy the cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.annotation import ReasonCode
+from schemas.errors import MediaError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+
+class Clip(Protocol):
+    """An open clip.
+
+    Attributes:
+        num_frames: frames of the video stream.
+        duration_s: length in seconds.
+        height: of a frame as it is shown, in pixels.
+        width: of a frame as it is shown, in pixels.
+    """
+
+    num_frames: int
+    duration_s: float
+    height: int
+    width: int
+
+    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """Decoded frames (n, H, W, 3) uint8, R G B, at ``indices`` (ascending, without repetition)."""
+        ...
+
+
+@contextmanager
+def _failures(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn a library's exceptions into ``media_unreadable``."""
+    try:
+        yield
+    except ImportError as error:
+        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"not usable here ({_first_line(error)})") from error
+    except kinds as error:
+        raise MediaError(ReasonCode.MEDIA_UNREADABLE, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _duration(num_frames: int, rate: float) -> float:
+    return num_frames / rate if rate > 0 else math.nan
+
+
+class DecordClip:
+    """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used."""
+
+    def __init__(self, path: Path) -> None:
+        with _failures(RuntimeError, AssertionError, ValueError, OSError):
+            import decord
+            from decord._ffi.base import DECORDError
+
+            decord.logging.set_level(decord.logging.QUIET)
+            self._error = DECORDError
+            with _failures(DECORDError):
+                self._reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
+                self.num_frames = len(self._reader)
+                self.duration_s = _duration(self.num_frames, float(self._reader.get_avg_fps()))
+                self.height, self.width = map(int, self._reader[0].shape[:2])
+
+    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """See :class:`Clip`."""
+        with _failures(self._error, RuntimeError, AssertionError, ValueError, OSError):
+            frames: NDArray[np.uint8] = self._reader.get_batch(list(indices)).asnumpy()
+        return frames
+
+
+class TorchcodecClip:
+    """A clip opened by torchcodec (needs torch and FFmpeg's shared libraries)."""
+
+    def __init__(self, path: Path) -> None:
+        with _failures(RuntimeError, ValueError, OSError):
+            from torchcodec.decoders import VideoDecoder
+
+            self._decoder = VideoDecoder(str(path), num_ffmpeg_threads=1, dimension_order="NHWC")
+            metadata = self._decoder.metadata
+            self.num_frames = int(metadata.num_frames or 0)
+            self.duration_s = _duration(self.num_frames, float(metadata.average_fps or 0))
+            self.height, self.width = map(int, self._decoder[0].shape[:2])
+
+    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """See :class:`Clip`."""
+        with _failures(RuntimeError, ValueError, OSError, IndexError):
+            frames: NDArray[np.uint8] = self._decoder.get_frames_at(list(indices)).data.numpy()
+        return frames
+
+
+class PyavClip:
+    """A clip opened by PyAV, which carries its own FFmpeg. Frames are decoded in order up to the last one wanted."""
+
+    def __init__(self, path: Path) -> None:
+        with _failures(ValueError, OSError, IndexError):
+            import av
+
+            self._path = path
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                self.num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+                self.duration_s = _duration(self.num_frames, float(stream.average_rate or 0))
+            with av.open(str(path)) as container:
+                first = next(container.decode(video=0), None)
+                shown = None if first is None else _upright(_rgb(first), first.rotation)
+                self.height, self.width = (0, 0) if shown is None else shown.shape[:2]
+
+    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """See :class:`Clip`."""
+        wanted = set(indices)
+        found: list[NDArray[np.uint8]] = []
+        with _failures(ValueError, OSError, IndexError):
+            import av
+
+            with av.open(str(self._path)) as container:
+                for index, frame in enumerate(container.decode(video=0)):
+                    if index in wanted:
+                        found.append(_upright(_rgb(frame), frame.rotation))
+                    if len(found) == len(wanted):
+                        break
+        if not found:
+            raise MediaError(ReasonCode.MEDIA_UNREADABLE, "no frame could be decoded")
+        return np.stack(found)
+
+
+def _rgb(frame: VideoFrame) -> NDArray[np.uint8]:
+    return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+
+
+def _upright(frame: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
+    """Turn a frame (H, W, 3) as the container's display matrix says; ``rotation`` counts degrees counter-clockwise."""
+    return np.ascontiguousarray(np.rot90(frame, k=round(rotation / 90) % 4))
+
+
+BACKENDS: dict[str, Callable[[Path], Clip]] = {
+    "decord": DecordClip,
+    "torchcodec": TorchcodecClip,
+    "pyav": PyavClip,
+}
+"""Backends by the name that the ledger shows, in the order in which they are tried."""

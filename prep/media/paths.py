@@ -1,0 +1,76 @@
+"""Keeps media inside their root: the only place where a name from an annotation becomes a path.
+
+A name is taken literally (no URL or percent decoding, no ``~``). What counts is where the file really lies: an absolute
+path or a symbolic link is fine as long as it stays inside the root.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from functools import lru_cache
+from pathlib import Path
+
+from schemas.annotation import ReasonCode
+from schemas.errors import MediaError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def resolve_media(root: Path, name: str, *, max_bytes: int) -> Path:
+    """Path of the medium ``name`` below ``root``.
+
+    Args:
+        root: folder that all media of the dataset lie in.
+        name: as the annotation spells it, relative to ``root``.
+        max_bytes: a larger file is refused before it is opened.
+
+    Raises:
+        MediaError: ``media_outside_root``, ``media_missing``, ``media_unreadable`` (no permission), ``media_empty``
+            (0 bytes), ``unsupported_media`` (not a regular file) or ``media_too_large``.
+    """
+    if not name.strip():
+        raise MediaError(
+            ReasonCode.MEDIA_MISSING, "the name of a medium is empty; give a path relative to the media root"
+        )
+    if "\0" in name or _URL.match(name):
+        raise MediaError(
+            ReasonCode.MEDIA_OUTSIDE_ROOT,
+            f"{name!r} is not a path below the media root; download the medium and name its relative path",
+        )
+    path = root / name
+    try:
+        folder = _real_folder(str(path.parent))
+        real = Path(os.path.realpath(os.path.join(folder, path.name))) if path.name != ".." else Path(folder).parent
+        if not real.is_relative_to(_real_folder(str(root))):
+            raise MediaError(
+                ReasonCode.MEDIA_OUTSIDE_ROOT, f"{name!r} leads outside the media root; move the file below the root"
+            )
+        status = real.stat()
+    except OSError as error:
+        raise _os_problem(name, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{name!r} is not a regular file")
+    if status.st_size == 0:
+        raise MediaError(ReasonCode.MEDIA_EMPTY, f"{name!r} has 0 bytes")
+    if status.st_size > max_bytes:
+        raise MediaError(
+            ReasonCode.MEDIA_TOO_LARGE,
+            f"{name!r} has {status.st_size:,} bytes; at most {max_bytes:,} are allowed (max_source_bytes)",
+        )
+    return real
+
+
+@lru_cache(maxsize=65536)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _os_problem(name: str, error: OSError) -> MediaError:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return MediaError(ReasonCode.MEDIA_MISSING, f"{name!r} does not exist below the media root")
+    if error.errno == errno.ENAMETOOLONG:
+        return MediaError(ReasonCode.MEDIA_MISSING, f"{name[:80]!r}… is longer than a file name can be")
+    return MediaError(ReasonCode.MEDIA_UNREADABLE, f"{name!r} cannot be read: {error.strerror}")

@@ -1,0 +1,129 @@
+"""Clips: how many frames to take, when, and at what size; and the decoders that deliver them.
+
+Input: a file. Output: a :class:`ClipPlan` (probe: no frame is decoded) or frames (2·t, 3, H, W) uint8 (decode). An odd
+number of frames is made even by repeating the last one, so that every temporal step has two.
+
+decord is tried first; the next backend is tried when one fails, and the ledger says which served.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from prep.media.backends import BACKENDS, Clip
+from prep.media.images import image_grid, resize_planes
+from schemas.annotation import ReasonCode
+from schemas.errors import MediaError
+from schemas.qwen import TEMPORAL_PATCH_SIZE, Grid
+from schemas.settings import MediaSettings
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipPlan:
+    """What will be taken from a clip.
+
+    Attributes:
+        grid: in patches; ``2 * grid.t`` frames are stored.
+        indices: frames to decode, ascending; one fewer than stored where the last is repeated.
+        second_per_grid_t: seconds of the clip that one temporal step stands for.
+        backend: name of the decoder that opened the clip.
+    """
+
+    grid: Grid
+    indices: tuple[int, ...]
+    second_per_grid_t: float
+    backend: str
+
+
+def frame_indices(total: int, duration_s: float, settings: MediaSettings) -> tuple[int, ...]:
+    """Frames to sample: one for each ``base_interval`` seconds, within bounds, evenly spread over the whole clip.
+
+    ``unique(linspace(0, total - 1, n, dtype=int))`` with ``n = clamp(round(duration / base_interval), min, max)``: a
+    clip with fewer frames than ``n`` gives each frame once.
+    """
+    wanted = min(max(round(duration_s / settings.base_interval), settings.video_min_frames), settings.video_max_frames)
+    return tuple(int(index) for index in np.unique(np.linspace(0, total - 1, wanted, dtype=int)))
+
+
+def plan_clip(clip: Clip, backend: str, settings: MediaSettings) -> ClipPlan:
+    """Decide frames, size and rate of an open clip.
+
+    Raises:
+        MediaError: no frames, no duration, too many pixels, or an extreme aspect ratio.
+    """
+    if clip.num_frames < 1:
+        raise MediaError(ReasonCode.MEDIA_EMPTY, "the clip has no frames")
+    if not (0 < clip.duration_s < math.inf):
+        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"the clip has no usable duration (found {clip.duration_s} s)")
+    if clip.height * clip.width > settings.max_source_pixels:
+        raise MediaError(
+            ReasonCode.MEDIA_TOO_LARGE,
+            f"frames of {clip.width}x{clip.height} pixels; at most {settings.max_source_pixels:,} pixels are decoded "
+            "(max_source_pixels)",
+        )
+    indices = frame_indices(clip.num_frames, clip.duration_s, settings)
+    frame = image_grid(
+        clip.height,
+        clip.width,
+        min_pixels=settings.video_min_frame_pixels,
+        max_pixels=settings.video_max_frame_pixels,
+    )
+    return ClipPlan(
+        grid=Grid(-(-len(indices) // TEMPORAL_PATCH_SIZE), frame.h, frame.w),
+        indices=indices,
+        second_per_grid_t=TEMPORAL_PATCH_SIZE * clip.duration_s / len(indices),
+        backend=backend,
+    )
+
+
+def probe_video(path: Path, settings: MediaSettings) -> ClipPlan:
+    """Plan of a clip, from the first backend that can open it.
+
+    Raises:
+        MediaError: no backend can, or the clip cannot be used.
+    """
+    return _first_success(path, lambda clip, backend: plan_clip(clip, backend, settings))
+
+
+def decode_video(path: Path, settings: MediaSettings) -> tuple[NDArray[np.uint8], ClipPlan]:
+    """Frames (2·t, 3, H, W) uint8 of a clip, resized, and the plan they follow.
+
+    Raises:
+        MediaError: no backend can decode it.
+    """
+
+    def decode(clip: Clip, backend: str) -> tuple[NDArray[np.uint8], ClipPlan]:
+        plan = plan_clip(clip, backend, settings)
+        frames = clip.frames(plan.indices)
+        if len(frames) != len(plan.indices):
+            raise MediaError(
+                ReasonCode.MEDIA_UNREADABLE, f"{len(frames)} of {len(plan.indices)} frames could be decoded"
+            )
+        planes = [resize_planes(Image.fromarray(frame), plan.grid) for frame in frames]
+        missing = TEMPORAL_PATCH_SIZE * plan.grid.t - len(planes)
+        return np.stack(planes + planes[-1:] * missing), plan
+
+    return _first_success(path, decode)
+
+
+def _first_success(path: Path, use: Callable[[Clip, str], _T]) -> _T:
+    """Try the backends in order; a clip that is unusable as such (too large, no frames) is not tried again."""
+    failures: list[str] = []
+    for name, open_clip in BACKENDS.items():
+        try:
+            return use(open_clip(path), name)
+        except MediaError as error:
+            if error.code is not ReasonCode.MEDIA_UNREADABLE:
+                raise MediaError(error.code, f"{path.name}: {error.message}") from error
+            failures.append(f"{name}: {error.message}")
+    raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"{path.name} cannot be decoded ({'; '.join(failures)})")

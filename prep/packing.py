@@ -1,0 +1,182 @@
+"""Packs samples into bins of a token budget.
+
+Input: the length of every sample. Output: the bin of every sample. The default is best-fit-decreasing over the
+histogram of lengths: samples of equal length are interchangeable, so whole groups of equal bins are filled at once
+and the cost depends on the number of distinct lengths, not on the number of samples; what remains is one stable sort.
+Pure functions.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+from binpacking.to_constant_volume import to_constant_volume
+from numpy.typing import ArrayLike, NDArray
+
+from schemas.errors import ConfigError
+from schemas.settings import PACKERS
+
+WINDOW = 256
+"""Samples that the ``binpacking`` packer looks at together; the package is quadratic in this number."""
+
+
+def pack(
+    num_tokens: ArrayLike,
+    max_length: int,
+    *,
+    num_patches: ArrayLike | None = None,
+    max_patches: int | None = None,
+    packer: str = "bfd",
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """Assign every sample to a bin.
+
+    Args:
+        num_tokens: (N,) length of every sample, each at least 1 and at most ``max_length``.
+        max_length: tokens that a bin holds at most.
+        num_patches: (N,) vision patches of every sample; needed with ``max_patches``.
+        max_patches: patches that a bin holds at most. A sample that alone has more gets a bin of its own.
+        packer: ``bfd`` or ``binpacking`` (the package's ``to_constant_volume`` over windows of 256 samples).
+        seed: decides which of the samples of equal length fill which place, and the order of the bins.
+
+    Returns:
+        (N,) int64: the bin of every sample, numbered from 0 without gaps, in random order.
+
+    Raises:
+        ConfigError: a length is out of range, or an argument is unknown or missing.
+    """
+    lengths = np.asarray(num_tokens, dtype=np.int64)
+    if lengths.ndim != 1:
+        raise ConfigError(f"num_tokens has shape {lengths.shape}; expected one dimension")
+    if packer not in PACKERS:
+        raise ConfigError(f"unknown packer {packer!r}; allowed: {', '.join(PACKERS)}")
+    if lengths.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if lengths.min() < 1 or lengths.max() > max_length:
+        raise ConfigError(
+            f"lengths run from {lengths.min()} to {lengths.max()}; allowed: 1 to max_length, {max_length}"
+        )
+    sizes = _effective_sizes(lengths, max_length, num_patches, max_patches)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    shuffled = generator.permutation(lengths.size)
+    bins = np.empty(lengths.size, dtype=np.int64)
+    if packer == "bfd":
+        bins[shuffled] = best_fit_decreasing(sizes[shuffled], max_length)
+    else:
+        bins[shuffled] = _constant_volume(sizes[shuffled], max_length)
+    renumbered: NDArray[np.int64] = generator.permutation(int(bins.max()) + 1)[bins]
+    return renumbered
+
+
+def best_fit_decreasing(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """Best-fit-decreasing: each sample, largest first, goes to the fullest bin that still has room for it.
+
+    All bins that have the same room left are one group, held as runs of consecutive bin numbers; all samples of one
+    size are placed together.
+
+    Args:
+        sizes: (N,) int64, each from 1 to ``capacity``.
+        capacity: of a bin.
+
+    Returns:
+        (N,) int64 bin numbers from 0 without gaps; samples of equal size keep their order.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    distinct, counts = np.unique(sizes, return_counts=True)
+    rooms = _Rooms()
+    num_bins = 0
+    runs: list[tuple[int, int, int]] = []  # (first bin, number of bins, samples of one size in each)
+    for size, remaining in zip(distinct[::-1].tolist(), counts[::-1].tolist()):
+        while remaining:
+            found = rooms.take_tightest(size)
+            if found is None:
+                each = capacity // size
+                room, first, available = capacity, num_bins, -(-remaining // each)
+                num_bins += available
+            else:
+                room, first, available = found
+                each = room // size
+            full = min(available, remaining // each)
+            if full:
+                runs.append((first, full, each))
+                if room > each * size:
+                    rooms.put(room - each * size, first, full)
+                remaining -= full * each
+            if full < available and 0 < remaining < each:
+                runs.append((first + full, 1, remaining))
+                if room > remaining * size:
+                    rooms.put(room - remaining * size, first + full, 1)
+                full, remaining = full + 1, 0
+            if full < available:
+                rooms.put(room, first + full, available - full)
+    first_bins, num, each_of = (np.asarray(column, dtype=np.int64) for column in zip(*runs))
+    bin_of_run = np.repeat(first_bins, num) + _ramp(num)
+    bins = np.empty(sizes.size, dtype=np.int64)
+    bins[order] = np.repeat(bin_of_run, np.repeat(each_of, num))
+    return bins
+
+
+class _Rooms:
+    """Open bins by the room they have left: for each room, runs (first bin, number of bins)."""
+
+    def __init__(self) -> None:
+        self._rooms: list[int] = []
+        self._runs: dict[int, list[tuple[int, int]]] = {}
+
+    def put(self, room: int, first: int, num: int) -> None:
+        """Add ``num`` bins from ``first`` on that have ``room`` left."""
+        if room not in self._runs:
+            insort(self._rooms, room)
+            self._runs[room] = []
+        self._runs[room].append((first, num))
+
+    def take_tightest(self, size: int) -> tuple[int, int, int] | None:
+        """Remove and return (room, first bin, number of bins) of the least room that holds ``size``."""
+        at = bisect_left(self._rooms, size)
+        if at == len(self._rooms):
+            return None
+        room = self._rooms[at]
+        first, num = self._runs[room].pop()
+        if not self._runs[room]:
+            del self._runs[room]
+            del self._rooms[at]
+        return room, first, num
+
+
+def _ramp(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[0..counts[0]), [0..counts[1]), … in one array."""
+    ends = np.cumsum(counts)
+    ramp: NDArray[np.int64] = np.arange(int(ends[-1]), dtype=np.int64) - np.repeat(ends - counts, counts)
+    return ramp
+
+
+def _constant_volume(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """``binpacking.to_constant_volume`` over consecutive windows, as the upstream tool packs."""
+    bins = np.empty(sizes.size, dtype=np.int64)
+    num_bins = 0
+    for start in range(0, sizes.size, WINDOW):
+        window = {start + place: size for place, size in enumerate(sizes[start : start + WINDOW].tolist())}
+        for members in to_constant_volume(window, capacity):
+            if members:
+                bins[list(members)] = num_bins
+                num_bins += 1
+    return bins
+
+
+def _effective_sizes(
+    lengths: NDArray[np.int64], max_length: int, num_patches: ArrayLike | None, max_patches: int | None
+) -> NDArray[np.int64]:
+    """One size for both budgets: the larger of the shares that a sample takes of them, in tokens, rounded up.
+
+    Shares that add up to at most 1 keep both budgets, since each share is at least the sample's part of each budget.
+    """
+    if max_patches is None:
+        return lengths
+    if num_patches is None:
+        raise ConfigError("max_patches is set but num_patches is not given")
+    patches = np.asarray(num_patches, dtype=np.int64)
+    if patches.shape != lengths.shape:
+        raise ConfigError(f"num_patches has shape {patches.shape}, num_tokens {lengths.shape}; they must agree")
+    by_patches = -(-patches * max_length // max_patches)
+    return np.minimum(np.maximum(lengths, by_patches), max_length)

@@ -1,0 +1,200 @@
+"""One sample: measured from headers in the scan, encoded with its pixels in the write step.
+
+Both steps go through the same template and grids, so that what the plan counted is what the bin holds; the write step
+checks it again. A :class:`Measured` is small (ids with one pad a medium) and is what the scan hands to the write
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.media.images import decode_image, probe_image
+from prep.media.paths import resolve_media
+from prep.media.videos import decode_video, probe_video
+from prep.mrope import position_ids
+from prep.text import Template, expand, num_tokens
+from prep.validation import media_names
+from schemas.annotation import Annotation, Problem, ReasonCode
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, stored_bytes
+from schemas.errors import MediaError
+from schemas.qwen import PATCH_SIZE, Grid
+from schemas.settings import MediaSettings
+
+
+class Medium(msgspec.Struct, frozen=True, array_like=True):
+    """One medium of a sample as the headers tell: kind, name in the annotation, grid, rate and decoder (videos)."""
+
+    media_type: int
+    name: str
+    grid: Grid
+    second_per_grid_t: float = 0.0
+    backend: str | None = None
+
+
+class Measured(msgspec.Struct, frozen=True, array_like=True):
+    """A valid sample without its pixels. ``ids`` (n,) int32 and ``trained`` (n,) bool are the template's bytes."""
+
+    ids: bytes
+    trained: bytes
+    media: list[Medium]
+
+    def template(self) -> Template:
+        """The token ids with one pad a medium."""
+        return Template(
+            ids=np.frombuffer(self.ids, dtype=np.int32),
+            trained=np.frombuffer(self.trained, dtype=np.bool_),
+            media_types=tuple(medium.media_type for medium in self.media),
+        )
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Sizes of the media in sequence order."""
+        return [medium.grid for medium in self.media]
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sample with all pads written out."""
+        return num_tokens(self.template(), self.grids)
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that are not -100."""
+        return int(np.count_nonzero(np.frombuffer(self.trained, dtype=np.bool_)))
+
+    @property
+    def num_patches(self) -> int:
+        """Rows of ``pixel_values`` of all media."""
+        return sum(grid.num_patches for grid in self.grids)
+
+    def num_media(self, media_type: int) -> int:
+        """Media of one kind."""
+        return sum(medium.media_type == media_type for medium in self.media)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of all stored frames, before compression."""
+        return sum(stored_bytes(medium.grid, medium.media_type) for medium in self.media)
+
+    @property
+    def video_backend(self) -> str | None:
+        """Decoders that opened the videos, joined by commas; None without videos."""
+        return _joined(medium.backend for medium in self.media)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedSample:
+    """A sample ready for its bin.
+
+    Attributes:
+        input_ids: (L,) int32.
+        labels: (L,) int32, not shifted.
+        position_ids: (3, L) int32.
+        grids: size of every medium in sequence order.
+        media_types: 0 image, 1 video, of every medium.
+        frames: stored frames of all media in sequence order, each (3, H, W) uint8.
+        video_backend: decoders that served, joined by commas; None without videos.
+    """
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    grids: list[Grid]
+    media_types: list[int]
+    frames: list[NDArray[np.uint8]]
+    video_backend: str | None
+
+
+def probe_media(annotation: Annotation, root: Path, settings: MediaSettings) -> tuple[list[Medium], list[Problem]]:
+    """Look at the headers of all media of a record.
+
+    Returns:
+        The images and then the videos, each in the order of the record, and what is wrong with any of them.
+    """
+    images, videos = media_names(annotation)
+    media: list[Medium] = []
+    problems: list[Problem] = []
+    for media_type, name in [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]:
+        try:
+            media.append(_probe(media_type, name, root, settings))
+        except MediaError as error:
+            problems.append(Problem(error.code, error.message))
+    return media, problems
+
+
+def _probe(media_type: int, name: str, root: Path, settings: MediaSettings) -> Medium:
+    path = resolve_media(root, name, max_bytes=settings.max_source_bytes)
+    if media_type == MEDIA_IMAGE:
+        return Medium(MEDIA_IMAGE, name, probe_image(path, settings))
+    plan = probe_video(path, settings)
+    return Medium(MEDIA_VIDEO, name, plan.grid, plan.second_per_grid_t, plan.backend)
+
+
+def check_media(media: Sequence[Medium], root: Path, settings: MediaSettings) -> list[Problem]:
+    """Decode all media of a record; what is wrong with any of them."""
+    problems: list[Problem] = []
+    for medium in media:
+        try:
+            _decode(medium, root, settings)
+        except MediaError as error:
+            problems.append(Problem(error.code, error.message))
+    return problems
+
+
+def measure(template: Template, media: list[Medium]) -> Measured:
+    """Join a template and its probed media (images first, then videos) into a sample, media in sequence order."""
+    waiting: dict[int, Iterator[Medium]] = {
+        kind: iter([medium for medium in media if medium.media_type == kind]) for kind in (MEDIA_IMAGE, MEDIA_VIDEO)
+    }
+    ordered = [next(waiting[kind]) for kind in template.media_types]
+    return Measured(template.ids.tobytes(), template.trained.tobytes(), ordered)
+
+
+def encode(sample: Measured, root: Path, settings: MediaSettings) -> EncodedSample:
+    """Decode the media of a sample and write out its tokens.
+
+    Raises:
+        MediaError: a medium cannot be decoded, or is no longer what the scan saw.
+    """
+    decoded = [_decode(medium, root, settings) for medium in sample.media]
+    input_ids, labels = expand(sample.template(), sample.grids)
+    return EncodedSample(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=position_ids(input_ids, sample.grids, [medium.second_per_grid_t for medium in sample.media]),
+        grids=sample.grids,
+        media_types=[medium.media_type for medium in sample.media],
+        frames=[frame for frames, _ in decoded for frame in frames],
+        video_backend=_joined([backend for _, backend in decoded]),
+    )
+
+
+def _joined(backends: Iterable[str | None]) -> str | None:
+    return ",".join(sorted({backend for backend in backends if backend is not None})) or None
+
+
+def _decode(medium: Medium, root: Path, settings: MediaSettings) -> tuple[list[NDArray[np.uint8]], str | None]:
+    """Stored frames of a medium and the video decoder that served."""
+    path = resolve_media(root, medium.name, max_bytes=settings.max_source_bytes)
+    if medium.media_type == MEDIA_IMAGE:
+        planes = decode_image(path, settings)
+        found = Medium(MEDIA_IMAGE, medium.name, Grid(1, planes.shape[1] // PATCH_SIZE, planes.shape[2] // PATCH_SIZE))
+        frames = [planes]
+    else:
+        video, plan = decode_video(path, settings)
+        found = Medium(MEDIA_VIDEO, medium.name, plan.grid, plan.second_per_grid_t, plan.backend)
+        frames = list(video)
+    if (found.grid, found.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
+        raise MediaError(
+            ReasonCode.MEDIA_UNREADABLE,
+            f"{medium.name!r} decodes to a grid of {tuple(found.grid)} at {found.second_per_grid_t} s a step, its "
+            f"header promised {tuple(medium.grid)} at {medium.second_per_grid_t} s; the file changed, or its "
+            "header is wrong",
+        )
+    return frames, found.backend

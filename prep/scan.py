@@ -1,0 +1,187 @@
+"""Scan: validates, probes, tokenizes and measures one chunk of records. No pixel is decoded but a clip's first frame.
+
+Input: a :class:`ScanTask` (a chunk of an annotation file and how often each of its records is taken). Output: a
+*part*, two files in the work folder: ``<key>.parquet`` with one row a record (what the plan and the ledger need), and
+``<key>.samples`` with the measured samples back to back (what the write step needs; read by offset). The parts are
+keyed by everything that they depend on, so that a part that exists need not be made again.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from prep.records import Chunk, Record, read_chunk
+from prep.sample import Measured, Medium, measure, probe_media
+from prep.text import build_templates
+from prep.tokenizer import load_tokenizer
+from prep.validation import check_record, read_id, record_id
+from schemas.annotation import Annotation, Problem, ReasonCode
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
+from schemas.settings import MediaSettings
+
+PART_VERSION = 1
+"""Changes when parts made by an older version must not be used again."""
+
+PART_SCHEMA = pa.schema(
+    [
+        ("record", pa.int64()),
+        ("line", pa.int64()),
+        ("copies", pa.uint16()),
+        ("id", pa.string()),
+        ("codes", pa.list_(pa.string())),
+        ("message", pa.string()),
+        ("sample_offset", pa.int64()),
+        ("sample_bytes", pa.int32()),
+        ("num_tokens", pa.int32()),
+        ("num_targets", pa.int32()),
+        ("num_patches", pa.int32()),
+        ("num_images", pa.int32()),
+        ("num_videos", pa.int32()),
+        ("pixel_bytes", pa.int64()),
+        ("video_backend", pa.string()),
+    ]
+)
+"""Columns of a part. ``record`` counts within the file; ``sample_bytes`` is 0 and the sizes are null for what has no
+sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScanTask:
+    """One chunk to scan.
+
+    Attributes:
+        part: path of the part without suffix.
+        file: annotation file.
+        chunk: the records.
+        copies: how often each record of the chunk is taken (uint16 bytes, one for each record).
+        media_root: folder that the media lie in.
+        media: settings that decide sizes and frames.
+        reserved: policy for text that spells control tokens.
+        tokenizer: path of ``tokenizer.json``.
+    """
+
+    part: Path
+    file: Path
+    chunk: Chunk
+    copies: bytes
+    media_root: Path
+    media: MediaSettings
+    reserved: str
+    tokenizer: Path
+
+
+def part_key(file_hash: str, chunk: Chunk, copies: bytes, media: MediaSettings, reserved: str, tokenizer: str) -> str:
+    """Name of the part of a chunk: a hash of everything that its contents depend on, besides the media files."""
+    fields = (PART_VERSION, file_hash, msgspec.to_builtins(chunk), media, reserved, tokenizer)
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields) + copies)
+
+
+def table_path(part: Path) -> Path:
+    """Where the rows of a part are."""
+    return part.with_name(part.name + ".parquet")
+
+
+def samples_path(part: Path) -> Path:
+    """Where the measured samples of a part are."""
+    return part.with_name(part.name + ".samples")
+
+
+def scan_chunk(task: ScanTask) -> int:
+    """Make the part of one chunk, unless it exists; return the number of its records."""
+    if table_path(task.part).exists():
+        return task.chunk.num_records
+    records = list(read_chunk(task.file, task.chunk))
+    copies = memoryview(task.copies).cast("H")
+    rows = _Rows()
+    accepted: list[tuple[int, Annotation, list[Medium]]] = []
+    for record, taken in zip(records, copies, strict=True):
+        place = rows.add(record, taken)
+        if not taken:
+            rows.identify(place, None if record.data is None else read_id(record.data))
+            continue
+        annotation, problems = check_record(record, task.reserved)
+        rows.identify(place, record_id(annotation) or (record.data and read_id(record.data)) or None)
+        media: list[Medium] = []
+        if annotation is not None:
+            media, media_problems = probe_media(annotation, task.media_root, task.media)
+            problems = problems + media_problems
+        if problems or annotation is None:
+            rows.reject(place, problems)
+        else:
+            accepted.append((place, annotation, media))
+    templates = build_templates([annotation for _, annotation, _ in accepted], load_tokenizer(task.tokenizer))
+    blob = bytearray()
+    for (place, _, media), template in zip(accepted, templates):
+        sample = measure(template, media)
+        if not sample.num_targets:
+            rows.reject(place, [Problem(ReasonCode.NO_TARGETS, "no token of the answers is a target; write an answer")])
+            continue
+        data = msgspec.msgpack.encode(sample)
+        rows.accept(place, sample, len(blob), len(data))
+        blob += data
+    _write_atomically(samples_path(task.part), bytes(blob))
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows.table(), sink, compression="zstd")
+    _write_atomically(table_path(task.part), sink.getvalue().to_pybytes())
+    return len(records)
+
+
+def read_sample(part: Path, offset: int, num_bytes: int) -> Measured:
+    """Read one measured sample of a part by its place."""
+    with samples_path(part).open("rb") as file:
+        return msgspec.msgpack.decode(os.pread(file.fileno(), num_bytes, offset), type=Measured)
+
+
+class _Rows:
+    """The table of a part while it is filled."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[object]] = {name: [] for name in PART_SCHEMA.names}
+
+    def add(self, record: Record, copies: int) -> int:
+        place = len(self._columns["record"])
+        for name, column in self._columns.items():
+            column.append([] if name == "codes" else 0 if name in ("sample_offset", "sample_bytes") else None)
+        self._set(place, record=record.number, line=record.line, copies=copies)
+        return place
+
+    def identify(self, place: int, name: str | None) -> None:
+        self._set(place, id=name)
+
+    def reject(self, place: int, problems: list[Problem]) -> None:
+        codes = list(dict.fromkeys(problem.code.value for problem in problems))
+        self._set(place, codes=codes, message="; ".join(problem.message for problem in problems))
+
+    def accept(self, place: int, sample: Measured, offset: int, num_bytes: int) -> None:
+        self._set(
+            place,
+            sample_offset=offset,
+            sample_bytes=num_bytes,
+            num_tokens=sample.num_tokens,
+            num_targets=sample.num_targets,
+            num_patches=sample.num_patches,
+            num_images=sample.num_media(MEDIA_IMAGE),
+            num_videos=sample.num_media(MEDIA_VIDEO),
+            pixel_bytes=sample.pixel_bytes,
+            video_backend=sample.video_backend,
+        )
+
+    def table(self) -> pa.Table:
+        return pa.table(self._columns, schema=PART_SCHEMA)
+
+    def _set(self, place: int, **values: object) -> None:
+        for name, value in values.items():
+            self._columns[name][place] = value
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)

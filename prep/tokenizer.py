@@ -1,0 +1,132 @@
+"""The tokenizer of a checkpoint, in the one way the build uses it: text to ids that can never be a control token.
+
+Only the tokenizer and processor files of the checkpoint are read (from a folder, or by hub id); ``tokenizers`` does the
+encoding, so that a worker starts in a fraction of a second and torch is not needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+from tokenizers import Encoding, Tokenizer
+
+from schemas.errors import ConfigError
+from schemas.manifest import Fingerprints
+from schemas.qwen import (
+    CONTROL_TOKENS,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    MERGE_SIZE,
+    PATCH_SIZE,
+    TEMPORAL_PATCH_SIZE,
+    tokenizer_fingerprint,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+TOKENIZER_FILE = "tokenizer.json"
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+class _ProcessorFile(msgspec.Struct):
+    """The parts of ``preprocessor_config.json`` that a build depends on."""
+
+    image_mean: tuple[float, float, float] = IMAGE_MEAN
+    image_std: tuple[float, float, float] = IMAGE_STD
+    patch_size: int = PATCH_SIZE
+    temporal_patch_size: int = TEMPORAL_PATCH_SIZE
+    merge_size: int = MERGE_SIZE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """The files of a checkpoint that a build reads, on this machine."""
+
+    tokenizer: Path
+    processor: Path
+
+
+def find_model_files(model: str) -> ModelFiles:
+    """Locate the tokenizer and processor files of a checkpoint folder or hub id (fetched into the hub's cache).
+
+    Raises:
+        ConfigError: the folder lacks one of them, or the hub does not deliver.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        for name in (TOKENIZER_FILE, PROCESSOR_FILE):
+            if not (folder / name).is_file():
+                raise ConfigError(
+                    f"--model {model} has no {name}; give the folder of a complete Qwen2.5-VL checkpoint or a hub id."
+                )
+        return ModelFiles(tokenizer=folder / TOKENIZER_FILE, processor=folder / PROCESSOR_FILE)
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise ConfigError(f"--model {model} is neither a folder nor a hub id such as {DEFAULT_MODEL}.")
+    return _fetch(model)
+
+
+def _fetch(model: str) -> ModelFiles:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        tokenizer, processor = (Path(hf_hub_download(model, name)) for name in (TOKENIZER_FILE, PROCESSOR_FILE))
+    # The hub client raises OSError for connections that fail.
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"the tokenizer of {model} cannot be fetched from the hub ({reason}). Give --model the folder of a "
+            "checkpoint; `python -m train.tiny_model checkpoints/tiny` writes one with the real tokenizer, offline."
+        ) from error
+    return ModelFiles(tokenizer=tokenizer, processor=processor)
+
+
+def read_fingerprints(files: ModelFiles) -> Fingerprints:
+    """Check a checkpoint's files against :mod:`schemas.qwen` and fingerprint them for the manifest.
+
+    Raises:
+        ConfigError: they are not those of a Qwen2.5-VL checkpoint.
+    """
+    where = str(files.processor)
+    try:
+        processor = msgspec.json.decode(files.processor.read_bytes(), type=_ProcessorFile)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{where} is not a processor configuration: {error}. Give a complete checkpoint.") from error
+    geometry = (processor.patch_size, processor.temporal_patch_size, processor.merge_size)
+    expected = (PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE)
+    if geometry != expected:
+        raise ConfigError(
+            f"{where} has patch, temporal patch and merge size {geometry}; Qwen2.5-VL has {expected}. "
+            "Give a Qwen2.5-VL checkpoint."
+        )
+    return Fingerprints(
+        tokenizer=tokenizer_fingerprint(files.tokenizer.read_bytes(), where=str(files.tokenizer)),
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+    )
+
+
+class TextTokenizer:
+    """Encodes text as ordinary text: control tokens are not known to it, whatever the text spells."""
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        content = msgspec.json.decode(tokenizer_json)
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in CONTROL_TOKENS]
+        content["post_processor"] = None
+        self._tokenizer = Tokenizer.from_str(msgspec.json.encode(content).decode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings (ids and character offsets) of many texts at once."""
+        return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+
+@lru_cache(maxsize=2)
+def load_tokenizer(path: Path) -> TextTokenizer:
+    """The tokenizer in ``path``; kept for the life of the process, since a worker uses one for all its tasks."""
+    return TextTokenizer(path.read_bytes())

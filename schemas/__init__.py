@@ -1,0 +1,21 @@
+"""The contract between the two programs: ``prep -> schemas <- train``.
+
+Everything that ``vlprep`` writes and the trainer (or any other program) reads is defined here, and nowhere else:
+
+==================  ====================================================================================
+``annotation``      what a user's record looks like, and the closed list of reasons to reject one
+``settings``        the settings of a build, echoed in the manifest
+``bins``            members of a bin inside a shard, and the reader of one bin (bytes -> arrays, no copies)
+``pixels``          the reversible residual coding of pixel planes
+``tables``          columns of ``bins.parquet`` and ``samples.parquet`` (the ledger)
+``manifest``        ``manifest.json``, which seals a set of shards
+``qwen``            control tokens, patch geometry and normalisation of Qwen2.5-VL
+``errors``          the one family of exceptions
+==================  ====================================================================================
+
+Vocabulary: an *annotation* (one input record) becomes a *sample* (token ids, labels, media); samples are packed
+into *bins* (one training sequence each); bins are stored in *shards* (tar files); a *manifest* seals a set of
+shards; the *ledger* accounts for every annotation.
+
+Needs numpy and msgspec only.
+"""

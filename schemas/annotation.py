@@ -1,0 +1,72 @@
+"""What a user's record looks like, and why one can be rejected.
+
+The structs are what ``msgspec`` decodes records into (fields of other names are ignored); the JSON Schema files under
+``schemas/json/`` are generated from them, for editors and other languages.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+
+class Turn(msgspec.Struct, frozen=True, rename={"role": "from"}):
+    """One turn of a conversation: who speaks (``from``) and what is said (``value``)."""
+
+    role: str
+    value: str
+
+
+class Annotation(msgspec.Struct, frozen=True, kw_only=True):
+    """One record: a conversation, and the media that its ``<image>`` and ``<video>`` tags stand for, in order."""
+
+    conversations: list[Turn]
+    image: str | list[str] | None = None
+    images: list[str] | None = None
+    video: str | list[str] | None = None
+    videos: list[str] | None = None
+    id: str | int | None = None
+
+
+class ReasonCode(str, Enum):
+    """Why an annotation was rejected. A closed list: other programs match on these strings."""
+
+    BAD_JSON = "bad_json"
+    NOT_AN_OBJECT = "not_an_object"
+    MISSING_CONVERSATIONS = "missing_conversations"
+    BAD_FIELD = "bad_field"
+    UNKNOWN_ROLE = "unknown_role"
+    BAD_TURN_ORDER = "bad_turn_order"
+    EMPTY_TURN = "empty_turn"
+    TAG_MISMATCH = "tag_mismatch"
+    TAG_IN_ANSWER = "tag_in_answer"
+    RESERVED_TOKEN = "reserved_token"
+    MEDIA_MISSING = "media_missing"
+    MEDIA_UNREADABLE = "media_unreadable"
+    MEDIA_EMPTY = "media_empty"
+    MEDIA_OUTSIDE_ROOT = "media_outside_root"
+    UNSUPPORTED_MEDIA = "unsupported_media"
+    BAD_ASPECT_RATIO = "bad_aspect_ratio"
+    MEDIA_TOO_LARGE = "media_too_large"
+    TOO_LONG = "too_long"
+    NO_TARGETS = "no_targets"
+    DECODE_TIMEOUT = "decode_timeout"
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One thing that is wrong with a record: the code, and a sentence that names the place and the remedy."""
+
+    code: ReasonCode
+    message: str
+
+
+class SampleRef(msgspec.Struct, frozen=True):
+    """Where a sample of a bin comes from, as ``samples.json`` stores it.
+
+    ``record`` counts the annotations of the dataset from 0, over all its files; ``id`` is the annotation's own, if any.
+    """
+
+    dataset: str
+    record: int
+    id: str | None

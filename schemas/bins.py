@@ -1,0 +1,198 @@
+"""A bin inside a shard: its members, and the reader that turns its bytes into arrays.
+
+A shard is an uncompressed POSIX (ustar) tar file. The members of a bin follow one another, named
+``{bin:08d}.<member>``, so that plain ``webdataset`` sees one sample a bin. ``bins.parquet`` gives offset and length of
+that run of members: one positional read brings a whole bin. The arrays of :class:`Bin` are views of the bytes read.
+
+Cost of reading: one walk over eight tar headers, independent of the number of tokens; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.annotation import SampleRef
+from schemas.errors import ShardError
+from schemas.pixels import PIXELS_MEMBER
+from schemas.qwen import PATCH_SIZE, TEMPORAL_PATCH_SIZE, Grid
+
+TAR_BLOCK = 512
+
+ARRAY_MEMBERS: dict[str, np.dtype[Any]] = {
+    "input_ids.npy": np.dtype("<i4"),
+    "labels.npy": np.dtype("<i4"),
+    "position_ids.npy": np.dtype("<i4"),
+    "cu_seqlens.npy": np.dtype("<i4"),
+    "grid_thw.npy": np.dtype("<i4"),
+    "media_type.npy": np.dtype("u1"),
+}
+"""Array members in the order they are written, with their dtypes."""
+
+SAMPLES_MEMBER = "samples.json"
+
+MEDIA_IMAGE = 0
+MEDIA_VIDEO = 1
+
+
+def bin_key(index: int) -> str:
+    """Key of bin ``index`` inside its shard, as ``webdataset`` sees it."""
+    return f"{index:08d}"
+
+
+def shard_name(index: int) -> str:
+    """File name of shard ``index``."""
+    return f"bins-{index:05d}.tar"
+
+
+def stored_frames(grid: Grid, media_type: int) -> int:
+    """Frames of a medium in the pixels member: one for an image, two for each temporal step of a video."""
+    return 1 if media_type == MEDIA_IMAGE else TEMPORAL_PATCH_SIZE * grid.t
+
+
+def frame_shape(grid: Grid) -> tuple[int, int, int]:
+    """Shape (3, H, W) of one stored frame."""
+    return 3, PATCH_SIZE * grid.h, PATCH_SIZE * grid.w
+
+
+def stored_bytes(grid: Grid, media_type: int) -> int:
+    """Bytes of a medium in the decoded pixels member."""
+    channels, height, width = frame_shape(grid)
+    return stored_frames(grid, media_type) * channels * height * width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bin:
+    """One training sequence: several samples one after the other.
+
+    Attributes:
+        index: number of the bin in its set of shards.
+        input_ids: (L,) int32, no padding.
+        labels: (L,) int32, not shifted, -100 where nothing is trained.
+        position_ids: (3, L) int32, mRoPE t, h, w; restarts with every sample.
+        cu_seqlens: (S+1,) int32, borders of the samples in the bin.
+        grid_thw: (M, 3) int32, media in sequence order, in patches of 14 pixels.
+        media_type: (M,) uint8, 0 image, 1 video.
+        pixels: encoded planes of all media in sequence order, uint8.
+        codec: how ``pixels`` is encoded: ``zstd`` or ``raw``.
+        samples_json: contents of ``samples.json``; decoded by :meth:`samples`.
+    """
+
+    index: int
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    cu_seqlens: NDArray[np.int32]
+    grid_thw: NDArray[np.int32]
+    media_type: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
+    codec: str
+    samples_json: bytes
+
+    def samples(self) -> list[SampleRef]:
+        """Where the samples come from, in order."""
+        return msgspec.json.decode(self.samples_json, type=list[SampleRef])
+
+    def grids(self) -> list[tuple[Grid, int]]:
+        """Grid and media type of every medium, in sequence order."""
+        return [(Grid(*map(int, row)), int(kind)) for row, kind in zip(self.grid_thw, self.media_type)]
+
+    @property
+    def num_pixel_bytes(self) -> int:
+        """Bytes of the decoded pixels member."""
+        return sum(stored_bytes(grid, kind) for grid, kind in self.grids())
+
+
+def read_bin(data: memoryview | bytes, index: int, *, where: str) -> Bin:
+    """Read one bin from the run of tar members that ``bins.parquet`` points at.
+
+    Args:
+        data: the bytes of the bin: ``num_bytes`` at ``offset`` of its shard.
+        index: number of the bin; the members must carry it as their key.
+        where: how to name the place in messages (shard, bin, offset).
+
+    Returns:
+        The bin; its arrays are read-only views of ``data``.
+
+    Raises:
+        ShardError: the bytes are not a bin of this number and format.
+    """
+    members = _members(memoryview(data), bin_key(index), where)
+    codecs = [codec for codec, member in PIXELS_MEMBER.items() if member in members]
+    missing = [name for name in (*ARRAY_MEMBERS, SAMPLES_MEMBER) if name not in members]
+    if missing or len(codecs) != 1:
+        absent = missing or [" or ".join(PIXELS_MEMBER.values())]
+        raise ShardError(f"{where}: member {absent[0]} is missing; found {sorted(members)}. Build the shards again.")
+    arrays = {name: _array(members[name], dtype, f"{where}, {name}") for name, dtype in ARRAY_MEMBERS.items()}
+    found = Bin(
+        index=index,
+        input_ids=arrays["input_ids.npy"],
+        labels=arrays["labels.npy"],
+        position_ids=arrays["position_ids.npy"],
+        cu_seqlens=arrays["cu_seqlens.npy"],
+        grid_thw=arrays["grid_thw.npy"],
+        media_type=arrays["media_type.npy"],
+        pixels=np.frombuffer(members[PIXELS_MEMBER[codecs[0]]], dtype=np.uint8),
+        codec=codecs[0],
+        samples_json=bytes(members[SAMPLES_MEMBER]),
+    )
+    _check_shapes(found, where)
+    return found
+
+
+def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
+    members: dict[str, memoryview] = {}
+    position = 0
+    while position < len(data):
+        try:
+            header = tarfile.TarInfo.frombuf(bytes(data[position : position + TAR_BLOCK]), "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise ShardError(f"{where}: no tar header at byte {position} of the bin ({error}). Build again.") from error
+        start = position + TAR_BLOCK
+        if start + header.size > len(data):
+            raise ShardError(f"{where}: member {header.name} is cut short. Copy or build the shard again.")
+        found_key, _, member = header.name.partition(".")
+        if found_key != key:
+            raise ShardError(f"{where}: found a member of bin {found_key}, expected {key}. Build the shards again.")
+        members[member] = data[start : start + header.size]
+        position = start + -(-header.size // TAR_BLOCK) * TAR_BLOCK
+    return members
+
+
+def _array(data: memoryview, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
+    head = io.BytesIO(bytes(data[:256]))
+    try:
+        version = np.lib.format.read_magic(head)
+        if version != (1, 0):
+            raise ValueError(f"version {version} of the .npy format, expected (1, 0)")
+        shape, fortran_order, found = np.lib.format.read_array_header_1_0(head)
+        if fortran_order or found != dtype:
+            raise ValueError(f"dtype {found}, Fortran order {fortran_order}; expected {dtype} in C order")
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(data, dtype=dtype, count=count, offset=head.tell()).reshape(shape)
+    except ValueError as error:
+        raise ShardError(f"{where}: not the expected array: {error}. Build the shards again.") from error
+
+
+def _check_shapes(found: Bin, where: str) -> None:
+    length, num_media = found.input_ids.size, len(found.grid_thw)
+    expected: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
+        ("input_ids", found.input_ids.shape, (length,)),
+        ("labels", found.labels.shape, (length,)),
+        ("position_ids", found.position_ids.shape, (3, length)),
+        ("grid_thw", found.grid_thw.shape, (num_media, 3)),
+        ("media_type", found.media_type.shape, (num_media,)),
+        ("cu_seqlens", found.cu_seqlens.shape, (found.cu_seqlens.size,)),
+    ]
+    for name, shape, allowed in expected:
+        if shape != allowed:
+            raise ShardError(f"{where}: {name} has shape {shape}, expected {allowed}. Build the shards again.")
+    borders = found.cu_seqlens
+    if borders.size < 2 or borders[0] != 0 or borders[-1] != length or bool(np.any(np.diff(borders) <= 0)):
+        raise ShardError(f"{where}: cu_seqlens {borders.tolist()[:8]} do not cut {length} tokens into samples.")

@@ -1,0 +1,154 @@
+"""``manifest.json``: what a set of shards is, and the seal that says it is complete.
+
+It is written last. It holds no time stamp, host name or absolute path: the same inputs and settings give the same
+bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from schemas.errors import ShardError
+from schemas.settings import BuildSettings, MediaSettings
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class InputFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One annotation file: name relative to the common folder of its dataset, size, XXH3-128 of its bytes."""
+
+    file: str
+    num_bytes: int
+    xxh3: str
+    num_annotations: int
+
+
+class InputDataset(msgspec.Struct, frozen=True, kw_only=True):
+    """One dataset of the mix: the share taken (1.0 is all, 2.0 every annotation twice), its files, its media settings.
+
+    ``num_drawn`` is ``floor(rate * annotations)``, the number of samples asked for.
+    """
+
+    dataset: str
+    rate: float
+    num_drawn: int
+    media: MediaSettings
+    files: list[InputFile]
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Totals. ``num_annotations = num_packed + num_rejected + num_not_sampled`` always holds.
+
+    An annotation that is taken k times counts k times. ``rejects_by_code`` counts a record under each of its codes.
+    """
+
+    num_annotations: int
+    num_packed: int
+    num_rejected: int
+    num_not_sampled: int
+    rejects_by_code: dict[str, int]
+    num_bins: int
+    num_tokens: int
+    num_targets: int
+    num_patches: int
+    num_images: int
+    num_videos: int
+
+    def balances(self) -> bool:
+        """Whether every annotation is accounted for."""
+        return self.num_annotations == self.num_packed + self.num_rejected + self.num_not_sampled
+
+
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the set: name relative to the manifest, size, SHA-256."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+
+
+class StoredShard(StoredFile, frozen=True, kw_only=True):
+    """A shard: a stored file with the run of bins it holds."""
+
+    first_bin: int
+    num_bins: int
+
+
+class Fingerprints(msgspec.Struct, frozen=True, kw_only=True):
+    """What the token ids and pixels depend on besides the inputs: a trainer compares them with its checkpoint.
+
+    ``tokenizer`` is :func:`schemas.qwen.tokenizer_fingerprint`; ``image_mean`` and ``image_std`` are what the trainer
+    normalises with.
+    """
+
+    tokenizer: str
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Contents of ``manifest.json``."""
+
+    version: int
+    settings: BuildSettings
+    fingerprints: Fingerprints
+    software: dict[str, str]
+    inputs: list[InputDataset]
+    counts: Counts
+    shards: list[StoredShard]
+    tables: list[StoredFile]
+
+    @property
+    def fill(self) -> float:
+        """Share of the token budget of all bins that holds tokens."""
+        capacity = self.counts.num_bins * self.settings.max_length
+        return self.counts.num_tokens / capacity if capacity else 0.0
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Serialise: indented JSON, keys in the order of the structs, a newline at the end."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder of shards.
+
+    Raises:
+        ShardError: there is none (the build is not complete), or it is damaged or of another version.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ShardError(
+            f"{folder} holds no {MANIFEST_FILE}: it is not a complete set of shards. Run the same `vlprep build` again "
+            "to complete it, or give the folder that holds the manifest."
+        ) from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
+    return decode_manifest(data, where=str(path))
+
+
+def decode_manifest(data: bytes, *, where: str) -> Manifest:
+    """Parse the bytes of a manifest; ``where`` names them in messages.
+
+    Raises:
+        ShardError: damaged, or of another version of the format.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).version
+        if version != FORMAT_VERSION:
+            raise ShardError(
+                f"{where} has format version {version}; this program reads version {FORMAT_VERSION}. "
+                "Build the shards again or use the program that wrote them."
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise ShardError(f"{where} is damaged: {error}. Build the shards again.") from error
+
+
+class _Version(msgspec.Struct):
+    version: int

@@ -1,0 +1,144 @@
+"""Facts about Qwen2.5-VL that both programs rely on: control tokens, patch geometry, normalisation.
+
+Sources: ``config.json``, ``preprocessor_config.json`` and ``tokenizer_config.json`` of the Qwen2.5-VL checkpoints. What
+a checkpoint at hand says is compared with these constants at start; a difference stops the program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import msgspec
+
+from schemas.errors import ConfigError
+
+PATCH_SIZE = 14
+MERGE_SIZE = 2
+TEMPORAL_PATCH_SIZE = 2
+FACTOR = PATCH_SIZE * MERGE_SIZE
+"""Sides of a resized picture are multiples of this many pixels (28): one token is a square of 28 by 28 pixels."""
+
+MERGED_PATCHES = MERGE_SIZE * MERGE_SIZE
+"""Patches that the merger turns into one token."""
+
+PATCH_DIM = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE * PATCH_SIZE
+"""Width of a row of ``pixel_values``: 1176."""
+
+TOKENS_PER_SECOND = 2
+MAX_ASPECT_RATIO = 200
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+IGNORE_INDEX = -100
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+ENDOFTEXT = 151643
+IM_START = 151644
+IM_END = 151645
+VISION_START = 151652
+VISION_END = 151653
+IMAGE_PAD = 151655
+VIDEO_PAD = 151656
+
+CONTROL_TOKENS: dict[str, int] = {
+    "<|endoftext|>": ENDOFTEXT,
+    "<|im_start|>": IM_START,
+    "<|im_end|>": IM_END,
+    "<|object_ref_start|>": 151646,
+    "<|object_ref_end|>": 151647,
+    "<|box_start|>": 151648,
+    "<|box_end|>": 151649,
+    "<|quad_start|>": 151650,
+    "<|quad_end|>": 151651,
+    "<|vision_start|>": VISION_START,
+    "<|vision_end|>": VISION_END,
+    "<|vision_pad|>": 151654,
+    "<|image_pad|>": IMAGE_PAD,
+    "<|video_pad|>": VIDEO_PAD,
+}
+"""Tokens that steer the model. Text of a user must never produce one of these ids."""
+
+
+class Grid(NamedTuple):
+    """Size of a medium in patches of 14 pixels: temporal steps (of two frames), rows, columns."""
+
+    t: int
+    h: int
+    w: int
+
+    @property
+    def num_patches(self) -> int:
+        """Rows of ``pixel_values``."""
+        return self.t * self.h * self.w
+
+    @property
+    def num_tokens(self) -> int:
+        """Pad tokens that stand for the medium in ``input_ids``."""
+        return self.num_patches // MERGED_PATCHES
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+    special: bool = False
+    normalized: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class _BpeModel(msgspec.Struct):
+    vocab: dict[str, int]
+    merges: list[str | list[str]]
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The parts of ``tokenizer.json`` that decide which ids a text gets."""
+
+    model: _BpeModel
+    added_tokens: list[_AddedToken]
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+
+
+def tokenizer_fingerprint(tokenizer_json: bytes, *, where: str) -> str:
+    """Fingerprint of a tokenizer by what it does, not by how its file is laid out.
+
+    Two checkpoints whose ``tokenizer.json`` differ only in formatting (merges as ``"a b"`` or ``["a", "b"]``, key
+    order, unused fields) have the same fingerprint. The control tokens are checked on the way.
+
+    Args:
+        tokenizer_json: contents of ``tokenizer.json``.
+        where: what to call the file in messages.
+
+    Returns:
+        32 hexadecimal digits (of a SHA-256).
+
+    Raises:
+        ConfigError: the file is not a tokenizer, or its control tokens are not those of Qwen2.5-VL.
+    """
+    try:
+        tokenizer = msgspec.json.decode(tokenizer_json, type=_TokenizerFile)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"{where} is not a byte-level BPE tokenizer as Qwen2.5-VL has it: {error}. Give a complete checkpoint."
+        ) from error
+    ids = {token.content: token.id for token in tokenizer.added_tokens}
+    wrong = [
+        f"{text} is {ids.get(text)}, not {number}" for text, number in CONTROL_TOKENS.items() if ids.get(text) != number
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{where} is not the tokenizer of Qwen2.5-VL: {'; '.join(wrong[:3])}. Give a Qwen2.5-VL checkpoint."
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer.model.merges]
+    canonical = [
+        sorted(tokenizer.model.vocab.items()),
+        merges,
+        sorted((token.id, token.content, token.special) for token in tokenizer.added_tokens),
+        tokenizer.normalizer,
+        tokenizer.pre_tokenizer,
+    ]
+    return hashlib.sha256(msgspec.json.encode(canonical, order="sorted")).hexdigest()[:32]

@@ -1,0 +1,47 @@
+"""Columns of the two Parquet tables beside the shards. Types are named as Arrow names them."""
+
+from __future__ import annotations
+
+BINS_FILE = "bins.parquet"
+SAMPLES_FILE = "samples.parquet"
+
+BINS_COLUMNS: dict[str, str] = {
+    "bin": "int64",
+    "shard": "int32",
+    "offset": "int64",
+    "num_bytes": "int64",
+    "xxh3": "uint64",
+    "num_tokens": "int32",
+    "num_targets": "int32",
+    "num_samples": "int32",
+    "num_patches": "int32",
+    "num_images": "int32",
+    "num_videos": "int32",
+    "sum_squared_lengths": "int64",
+}
+"""One row a bin, ordered by ``bin``; a number is absent where every sample of a planned bin failed. ``xxh3`` is the XXH3-64 of the ``num_bytes`` bytes at ``offset``;
+``num_targets`` counts labels that are not -100; ``sum_squared_lengths`` sums the squares of the samples' lengths."""
+
+SAMPLES_COLUMNS: dict[str, str] = {
+    "dataset": "string",
+    "file": "string",
+    "line": "int64",
+    "record": "int64",
+    "id": "string",
+    "status": "string",
+    "codes": "list<string>",
+    "message": "string",
+    "bin": "int64",
+    "slot": "int32",
+    "num_tokens": "int32",
+    "num_targets": "int32",
+    "num_patches": "int32",
+    "video_backend": "string",
+}
+"""The ledger: one row an annotation (one row a copy, where a dataset is taken more than once), ordered by dataset as
+named, then ``record``. ``line`` counts from 1, ``record`` from 0 over the files of the dataset. Null where it has no
+meaning: ``bin`` and ``slot`` of what is not packed, sizes of what was not measured, ``message`` of what is fine."""
+
+STATUS_PACKED = "packed"
+STATUS_REJECTED = "rejected"
+STATUS_NOT_SAMPLED = "not_sampled"
