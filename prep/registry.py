@@ -76,7 +76,6 @@ class Listed:
     name: str
     files: tuple[Path, ...]
     media_root: Path | None
-    rate: float
     state: str
 
 
@@ -172,8 +171,8 @@ class Registry:
         root = self._root(name, entry)
         try:
             own = msgspec.convert({**msgspec.to_builtins(media), **entry.media}, MediaSettings)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{self._place(name, 'media')}: {error}.") from error
+        except (msgspec.ValidationError, ConfigError) as error:
+            raise ConfigError(f"{self._place(name, 'media')}: {str(error).rstrip('.')}.") from error
         return Source(
             name=name,
             files=files,
@@ -187,14 +186,11 @@ class Registry:
         """Every registered dataset and whether its files exist."""
         rows = []
         for name in self.tables:
-            entry = self._entry(name)
             try:
-                files = self._files(name, entry)
-                root = self._root(name, entry)
-                rows.append(Listed(name=name, files=files, media_root=root, rate=entry.sampling_rate, state="ready"))
+                found = self.source(name, Fraction(1), MediaSettings())
+                rows.append(Listed(name=name, files=found.files, media_root=found.media_root, state="ready"))
             except ConfigError as error:
-                row = Listed(name=name, files=(), media_root=None, rate=entry.sampling_rate, state=str(error))
-                rows.append(row)
+                rows.append(Listed(name=name, files=(), media_root=None, state=str(error)))
         return rows
 
     def _entry(self, name: str) -> _Entry:

@@ -117,8 +117,11 @@ class TextTokenizer:
 
     def __init__(self, tokenizer_json: bytes) -> None:
         content = msgspec.json.decode(tokenizer_json)
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in CONTROL_TOKENS]
+        ordinary = [token for token in content["added_tokens"] if token["content"] not in CONTROL_TOKENS]
+        content["added_tokens"] = ordinary
         content["post_processor"] = None
+        # Added tokens that are not in the vocabulary would be numbered anew, from where the control tokens were.
+        content["model"]["vocab"].update({token["content"]: token["id"] for token in ordinary})
         self._tokenizer = Tokenizer.from_str(msgspec.json.encode(content).decode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:

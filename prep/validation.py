@@ -7,7 +7,7 @@ only a bad one is looked at field by field.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import msgspec
@@ -79,7 +79,8 @@ def _names(one: str | list[str] | None, several: list[str] | None) -> list[str]:
     return [one] if isinstance(one, str) else list(one)
 
 
-def _semantic_problems(annotation: Annotation, reserved: str) -> Iterator[Problem]:
+def _semantic_problems(annotation: Annotation, reserved: str, unreadable: Collection[str] = ()) -> Iterator[Problem]:
+    """What is wrong with a record of the right types; media in ``unreadable`` fields are not counted."""
     turns = annotation.conversations
     if not turns:
         yield Problem(
@@ -117,6 +118,8 @@ def _semantic_problems(annotation: Annotation, reserved: str) -> Iterator[Proble
     ):
         if one is not None and several is not None:
             yield Problem(ReasonCode.BAD_FIELD, f"$.{kind} and $.{kind}s are both given; give one of them")
+            continue
+        if kind in unreadable or f"{kind}s" in unreadable:
             continue
         num_media = len(_names(one, several))
         if num_tags[kind] != num_media:
@@ -164,10 +167,12 @@ def _explain(data: bytes, reserved: str) -> Iterator[Problem]:
     turns, problems = _turn_problems(record.get("conversations"))
     yield from problems
     media: dict[str, Any] = {}
+    unreadable: list[str] = []
     for field in ("image", "video", "images", "videos"):
         value, problem = _media_field(field, record.get(field))
         media[field] = value
         if problem is not None:
+            unreadable.append(field)
             yield problem
     if isinstance(record.get("id"), (dict, list, bool, float)):
         yield Problem(
@@ -176,7 +181,7 @@ def _explain(data: bytes, reserved: str) -> Iterator[Problem]:
     if turns and not problems:
         # Only other fields are at fault: what can be read is checked as usual.
         readable = {"conversations": turns, **media}
-        yield from _semantic_problems(msgspec.convert(readable, Annotation), reserved)
+        yield from _semantic_problems(msgspec.convert(readable, Annotation), reserved, unreadable)
 
 
 def _turn_problems(conversations: Any) -> tuple[list[dict[str, str]], list[Problem]]:

@@ -19,7 +19,9 @@ BINS_COLUMNS: dict[str, str] = {
     "num_videos": "int32",
     "sum_squared_lengths": "int64",
 }
-"""One row a bin, ordered by ``bin``; a number is absent where every sample of a planned bin failed. ``xxh3`` is the XXH3-64 of the ``num_bytes`` bytes at ``offset``;
+"""One row a bin, ordered by ``bin``; a number is absent where every sample of a planned bin failed.
+
+``xxh3`` is the XXH3-64 of the ``num_bytes`` bytes at ``offset``;
 ``num_targets`` counts labels that are not -100; ``sum_squared_lengths`` sums the squares of the samples' lengths."""
 
 SAMPLES_COLUMNS: dict[str, str] = {

@@ -1,0 +1,354 @@
+"""The whole of ``vlprep build``: the balance, exact pixels, determinism, going on after a kill, and wrong use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+import zstandard
+from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
+
+import prep.build
+from prep.build import WORK_FOLDER, BuildRequest, build
+from prep.engines import LocalEngine, SerialEngine
+from prep.registry import find_sources
+from prep.scan import scan_chunk
+from prep.write import write_shard
+from schemas.bins import read_bin, shard_name
+from schemas.errors import ConfigError, VlprepError
+from schemas.manifest import Manifest, read_manifest
+from schemas.pixels import decode_residuals
+from schemas.settings import BuildSettings
+from tests.prep.corpus import turn, write_corpus
+
+SETTINGS = BuildSettings(max_length=1200, shard_bytes=1_500_000)
+
+
+def request_for(annotations: Path, out: Path, model: Path, settings: BuildSettings = SETTINGS) -> BuildRequest:
+    sources = find_sources(str(annotations), registry=None, media_root=None, media=settings.media)
+    return BuildRequest(sources=tuple(sources), out=out, settings=settings, model=str(model), max_rejected=Fraction(1))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def ledger(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "samples.parquet").to_pylist()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, corpus: tuple[Path, dict[str, str]], tiny_checkpoint: Path) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    build(request_for(corpus[0], out, tiny_checkpoint), SerialEngine())
+    return out
+
+
+def test_every_annotation_is_packed_or_rejected_with_its_code_and_place(
+    built: Path, corpus: tuple[Path, dict[str, str]]
+) -> None:
+    rows = ledger(built)
+    lines = corpus[0].read_text().splitlines()
+    assert len(rows) == len(lines)
+    statuses = Counter(row["status"] for row in rows)
+    counts = read_manifest(built).counts
+    assert (counts.num_packed, counts.num_rejected, counts.num_not_sampled) == (24, 5, 0)
+    assert statuses == {"packed": 24, "rejected": 5}
+    for row in rows:
+        expected = corpus[1].get(row["id"] or "", "bad_json" if row["id"] is None else None)
+        assert row["codes"] == ([expected] if expected else [])
+        assert (row["message"] is None) == (expected is None)
+        if row["id"] is not None:
+            assert json.loads(lines[row["line"] - 1])["id"] == row["id"]
+    assert {row["video_backend"] for row in rows if row["codes"] == []} == {None, "decord"}
+
+
+def test_tables_manifest_and_bins_agree(built: Path) -> None:
+    manifest = read_manifest(built)
+    table = pq.read_table(built / "bins.parquet").to_pylist()
+    assert len(manifest.shards) > 1
+    packed = {(row["bin"], row["slot"]): row for row in ledger(built) if row["status"] == "packed"}
+    for row in table:
+        data = (built / shard_name(row["shard"])).read_bytes()[row["offset"] : row["offset"] + row["num_bytes"]]
+        found = read_bin(data, row["bin"], where="test")
+        lengths = np.diff(found.cu_seqlens)
+        assert found.input_ids.size == row["num_tokens"] <= SETTINGS.max_length
+        assert int((found.labels != -100).sum()) == row["num_targets"]
+        assert int((lengths**2).sum()) == row["sum_squared_lengths"]
+        assert (found.position_ids[:, found.cu_seqlens[:-1]] == 0).all()
+        for slot, (reference, length) in enumerate(zip(found.samples(), lengths)):
+            sample = packed.pop((row["bin"], slot))
+            assert (sample["id"], sample["record"], sample["num_tokens"]) == (reference.id, reference.record, length)
+    assert not packed
+    assert manifest.counts.num_tokens == sum(row["num_tokens"] for row in table)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "raw"])
+def test_plain_webdataset_reads_the_shards_and_pixels_equal_the_reference_processor(
+    tmp_path: Path, tiny_checkpoint: Path, codec: str
+) -> None:
+    """From the tar to the reference's pixel_values, with the arithmetic of the format's description alone."""
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    records = []
+    for number, mode in enumerate(["RGB", "L", "RGBA", "P", "CMYK"]):
+        colours = Image.fromarray(rng.integers(0, 256, (5, 5, 4), dtype=np.uint8), "RGBA").resize(
+            (150 + 40 * number, 200)
+        )
+        picture = colours if mode == "RGBA" else colours.convert("RGB").convert(mode)
+        picture.save(tmp_path / "in" / f"{number}.tif")
+        records.append({"id": number, "image": f"{number}.tif", "conversations": turn("<image>")})
+    (tmp_path / "in" / "a.json").write_text(json.dumps(records))
+    settings = replace_settings(pixels=codec)
+    build(request_for(tmp_path / "in" / "a.json", tmp_path / "out", tiny_checkpoint, settings), SerialEngine())
+
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 784, "longest_edge": 576 * 784})
+    seen = 0
+    for shard in sorted((tmp_path / "out").glob("*.tar")):
+        for found in wds.WebDataset(str(shard), shardshuffle=False).decode():
+            encoded = found["pixels.zst"] if codec == "zstd" else found["pixels.raw"]
+            pixels = np.frombuffer(zstandard.decompress(encoded) if codec == "zstd" else encoded, np.uint8)
+            at = 0
+            for (_, h, w), kind, reference in zip(
+                found["grid_thw.npy"], found["media_type.npy"], found["samples.json"]
+            ):
+                assert kind == 0
+                frame = pixels[at : (at := at + 3 * 196 * h * w)].reshape(3, 14 * h, 14 * w)
+                if codec == "zstd":
+                    frame = decode_residuals(frame)
+                with Image.open(tmp_path / "in" / f"{reference['id']}.tif") as image:
+                    expected = processor(images=[image], return_tensors="np")
+                mean, std = (np.float32(v).reshape(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+                values = ((frame * (1 / 255)).astype(np.float32) - mean) / std
+                patches = values.reshape(3, h // 2, 2, 14, w // 2, 2, 14).transpose(1, 4, 2, 5, 0, 3, 6)
+                rows = np.repeat(patches[:, :, :, :, :, None], 2, axis=5).reshape(h * w, 1176)
+                assert np.abs(rows - expected["pixel_values"]).max() == 0.0
+                seen += 1
+            assert at == pixels.size
+    assert seen == 5
+
+
+def replace_settings(**changes: Any) -> BuildSettings:
+    values = {name: getattr(SETTINGS, name) for name in SETTINGS.__struct_fields__}
+    return BuildSettings(**{**values, **changes})
+
+
+def test_bytes_are_the_same_for_any_number_of_workers_and_from_another_folder(
+    built: Path, corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    shutil.copytree(corpus[0].parent, tmp_path / "elsewhere")
+    build(request_for(tmp_path / "elsewhere" / corpus[0].name, tmp_path / "out", tiny_checkpoint), LocalEngine(2))
+    assert contents(tmp_path / "out") == contents(built)
+
+
+def test_a_finished_build_does_nothing_and_a_damaged_one_is_mended(
+    built: Path,
+    corpus: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    request = request_for(corpus[0], out, tiny_checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(prep.build, "scan_chunk", None)
+        patch.setattr(prep.build, "write_shard", None)
+        assert build(request, SerialEngine()) == read_manifest(built)
+    (out / shard_name(0)).unlink()
+    build(request, SerialEngine())
+    assert contents(out) == contents(built)
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.parametrize("step", ["scan_chunk", "write_shard"])
+def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
+    built: Path,
+    corpus: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    calls: int,
+) -> None:
+    monkeypatch.setattr("prep.records.CHUNK_RECORDS", 7)
+    request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
+    original = {"scan_chunk": scan_chunk, "write_shard": write_shard}[step]
+    done = 0
+
+    def dying(task: Any) -> Any:
+        nonlocal done
+        if done == calls:
+            raise Interrupted
+        done += 1
+        return original(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prep.build, step, dying)
+        with pytest.raises(Interrupted):
+            build(request, SerialEngine())
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    build(request, SerialEngine())
+    found, expected = contents(tmp_path / "out"), contents(built)
+    # Row groups of the ledger follow the chunks, which this test made smaller; its rows are the same.
+    assert ledger(tmp_path / "out") == ledger(built)
+    assert {name: found[name] for name in found if name.endswith(".tar")} == {
+        name: expected[name] for name in expected if name.endswith(".tar")
+    }
+
+
+def test_a_build_killed_by_sigkill_goes_on(
+    built: Path, corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus[0]), "--out", str(out)]
+    command += ["--model", str(tiny_checkpoint), "--max-length", "1200", "--shard-bytes", "1500000", "--workers", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2]
+    )
+    while process.poll() is None and not (out / shard_name(0)).exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    assert contents(out) == contents(built)
+
+
+def test_another_max_length_plans_again_without_scanning(
+    built: Path,
+    corpus: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    stamps = {path: path.stat().st_mtime_ns for path in (out / WORK_FOLDER / "scan").iterdir()}
+    request = request_for(corpus[0], out, tiny_checkpoint, replace_settings(max_length=4096))
+    manifest = build(request, SerialEngine())
+    assert {path: path.stat().st_mtime_ns for path in (out / WORK_FOLDER / "scan").iterdir()} == stamps
+    assert manifest.counts.rejects_by_code.get("too_long") is None
+    assert manifest.counts.num_packed == 25
+    fresh = build(replace(request, out=tmp_path / "fresh"), SerialEngine())
+    assert fresh == manifest
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_shares_are_exact_and_what_is_not_taken_is_in_the_ledger(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    registry = tmp_path / "datasets.toml"
+    registry.write_text(
+        "".join(
+            f'[{name}]\nannotation_path = "{corpus[0]}"\nmedia_root = "{corpus[0].parent}"\n'
+            for name in ("half", "twice")
+        )
+    )
+    sources = find_sources("half%50,twice%200", registry=registry, media_root=None, media=SETTINGS.media)
+    request = replace(request_for(corpus[0], tmp_path / "out", tiny_checkpoint), sources=tuple(sources))
+    counts = build(request, SerialEngine()).counts
+    rows = ledger(tmp_path / "out")
+    per_dataset = {name: Counter(row["status"] for row in rows if row["dataset"] == name) for name in ("half", "twice")}
+    assert per_dataset["half"]["not_sampled"] == 29 - 29 // 2
+    assert per_dataset["half"].total() == 29
+    assert per_dataset["twice"] == {"packed": 48, "rejected": 10}
+    assert counts.balances()
+    assert counts.num_annotations == 29 + 58
+    not_sampled = [row for row in rows if row["status"] == "not_sampled"]
+    assert all(row["bin"] is None and row["line"] for row in not_sampled)
+
+
+def test_a_medium_that_vanishes_after_the_scan_costs_its_sample_and_nothing_else(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(corpus[0].parent, tmp_path / "in")
+    request = request_for(tmp_path / "in" / corpus[0].name, tmp_path / "out", tiny_checkpoint)
+
+    def vanishing(task: Any) -> Any:
+        (tmp_path / "in" / "2.png").unlink(missing_ok=True)
+        return write_shard(task)
+
+    monkeypatch.setattr(prep.build, "write_shard", vanishing)
+    counts = build(request, SerialEngine()).counts
+    lost = [
+        row for row in ledger(tmp_path / "out") if row["codes"] == ["media_missing"] and row["id"].startswith("good")
+    ]
+    assert len(lost) > 0
+    assert counts.num_packed == 24 - len(lost)
+    bins = Counter(row["bin"] for row in ledger(tmp_path / "out") if row["status"] == "packed")
+    for row in ledger(tmp_path / "out"):
+        assert row["status"] != "packed" or row["slot"] < bins[row["bin"]]
+
+
+def test_nothing_stored_names_this_machine(built: Path, corpus: tuple[Path, dict[str, str]]) -> None:
+    needles = [str(corpus[0].parent), str(built), str(Path.home())]
+    for name, data in contents(built).items():
+        for needle in needles:
+            assert needle.encode() not in data, name
+
+
+def test_too_many_rejects_stop_the_build_before_it_writes(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    request = replace(request_for(corpus[0], tmp_path / "out", tiny_checkpoint), max_rejected=Fraction(1, 10))
+    with pytest.raises(VlprepError, match=r"4 of 29 annotations are rejected, more than --max-rejected 10\.00%"):
+        build(request, SerialEngine())
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_file_without_one_good_record_is_an_error(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(VlprepError, match="none of 2 annotations can be packed"):
+        build(request_for(tmp_path / "a.jsonl", tmp_path / "out", tiny_checkpoint), SerialEngine())
+
+
+def test_wrong_checkpoints_and_folders_are_named(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    shutil.copytree(tiny_checkpoint, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    text = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|the_end|>"))
+    request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
+    for changes, part in [
+        ({"model": str(tmp_path / "empty")}, "has no tokenizer.json"),
+        ({"model": str(tmp_path / "other")}, "not the tokenizer of Qwen2.5-VL"),
+        ({"model": "./nowhere"}, "neither a folder nor a hub id"),
+        ({"out": tmp_path / "file" / "out"}, "cannot be written"),
+    ]:
+        with pytest.raises(ConfigError, match=part):
+            build(replace(request, **changes), SerialEngine())  # type: ignore[arg-type]
+
+
+def test_real_pictures_and_clips(qwen_demo: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    manifest: Manifest = build(
+        request_for(qwen_demo / "annotations.jsonl", tmp_path / "out", tiny_checkpoint, BuildSettings()), SerialEngine()
+    )
+    assert (manifest.counts.num_packed, manifest.counts.num_rejected) == (6, 1)
+    assert manifest.counts.rejects_by_code == {"media_missing": 1}

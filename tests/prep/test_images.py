@@ -1,0 +1,197 @@
+"""Pictures: planes equal the reference processor's, headers promise what decoding gives, bad files have codes."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base as ExifTag
+from transformers import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
+
+from prep.media.images import decode_image, probe_image
+from prep.media.paths import resolve_media
+from prep.media.resize import smart_resize
+from schemas.annotation import ReasonCode
+from schemas.errors import MediaError
+from schemas.settings import MediaSettings
+
+SETTINGS = MediaSettings()
+SIZES = [(28, 28), (1, 1), (640, 480), (333, 777), (57, 2000), (1500, 1400), (199, 1)]
+MODES = ["RGB", "L", "RGBA", "P", "CMYK", "LA", "1"]
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Smooth colours with some noise, in any mode; RGBA and LA are transparent in places."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 4), dtype=np.uint8), "RGBA").resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-9, 10, (height, width, 1))
+    rgba = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8), "RGBA")
+    return rgba if mode == "RGBA" else rgba.convert("LA") if mode == "LA" else rgba.convert("RGB").convert(mode)
+
+
+def reference_pixel_values(image: Image.Image) -> tuple[np.ndarray, list[int]]:
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": SETTINGS.min_pixels, "longest_edge": SETTINGS.max_pixels}
+    )
+    out = processor(images=[ImageOps.exif_transpose(image)], return_tensors="np")
+    return out["pixel_values"], out["image_grid_thw"][0].tolist()
+
+
+def planes_of_pixel_values(pixel_values: np.ndarray, grid: list[int]) -> np.ndarray:
+    """Undo patchify and normalisation of the reference: (N, 1176) float32 -> (3, H, W) uint8."""
+    _, h, w = grid
+    patches = pixel_values.reshape(h // 2, w // 2, 2, 2, 3, 2, 14, 14)
+    assert (patches[:, :, :, :, :, 0] == patches[:, :, :, :, :, 1]).all()
+    planes = patches[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, 14 * h, 14 * w)
+    mean = np.asarray(Qwen2VLImageProcessorPil.image_mean).reshape(3, 1, 1)
+    std = np.asarray(Qwen2VLImageProcessorPil.image_std).reshape(3, 1, 1)
+    return np.rint((planes.astype(np.float64) * std + mean) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+def test_planes_equal_those_of_the_reference_processor(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    picture(*size, mode).save(path)
+    with Image.open(path) as image:
+        pixel_values, grid = reference_pixel_values(image)
+    planes = decode_image(path, SETTINGS)
+    assert list(probe_image(path, SETTINGS)) == grid
+    assert planes.dtype == np.uint8
+    assert (planes == planes_of_pixel_values(pixel_values, grid)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "late.png"])
+def test_exif_orientation_is_applied_and_known_to_the_probe(tmp_path: Path, orientation: int, kind: str) -> None:
+    path = tmp_path / f"x.{kind}"
+    exif = Image.Exif()
+    exif[ExifTag.Orientation] = orientation
+    if kind == "late.png":
+        # EXIF behind the pixels, where Pillow finds it only after decoding them.
+        picture(300, 120).save(path)
+        content, chunk = path.read_bytes(), b"eXIf" + exif.tobytes()[6:]
+        late = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(content[:-12] + late + content[-12:])
+    else:
+        picture(300, 120).save(path, exif=exif)
+    with Image.open(path) as image:
+        image.load()
+        pixel_values, grid = reference_pixel_values(image)
+    assert list(probe_image(path, SETTINGS)) == grid
+    assert (grid[1] > grid[2]) == (orientation >= 5)
+    assert (decode_image(path, SETTINGS) == planes_of_pixel_values(pixel_values, grid)).all()
+
+
+def test_a_palette_with_a_transparent_colour_is_composited_onto_white(tmp_path: Path) -> None:
+    image = picture(64, 64).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    image.save(tmp_path / "x.png", transparency=3)
+    with Image.open(tmp_path / "x.png") as opened:
+        pixel_values, grid = reference_pixel_values(opened)
+    assert (decode_image(tmp_path / "x.png", SETTINGS) == planes_of_pixel_values(pixel_values, grid)).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.integers(0, 64))
+def test_sizes_equal_the_reference(height: int, width: int, low: int, more: int) -> None:
+    bounds = {"min_pixels": low * 784, "max_pixels": (low + more) * 784}
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(MediaError) as caught:
+            smart_resize(height, width, **bounds)
+        assert caught.value.code is ReasonCode.BAD_ASPECT_RATIO
+    else:
+        assert smart_resize(height, width, **bounds) == reference_smart_resize(height, width, 28, **bounds)
+
+
+def code_of(path: Path, settings: MediaSettings = SETTINGS) -> ReasonCode:
+    with pytest.raises(MediaError) as caught:
+        probe_image(path, settings)
+        decode_image(path, settings)
+    return caught.value.code
+
+
+def test_a_truncated_picture_is_unreadable(tmp_path: Path) -> None:
+    for kind in ("jpg", "png", "webp"):
+        path = tmp_path / f"x.{kind}"
+        picture(300, 200).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert code_of(path) is ReasonCode.MEDIA_UNREADABLE
+
+
+def test_text_that_calls_itself_a_picture_is_unsupported(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("not a picture")
+    assert code_of(tmp_path / "x.jpg") is ReasonCode.UNSUPPORTED_MEDIA
+
+
+def test_too_many_pixels_are_refused_by_the_header(tmp_path: Path) -> None:
+    picture(100, 100).save(tmp_path / "x.png")
+    assert code_of(tmp_path / "x.png", MediaSettings(max_source_pixels=9999)) is ReasonCode.MEDIA_TOO_LARGE
+
+
+def test_an_extreme_aspect_ratio_is_refused(tmp_path: Path) -> None:
+    picture(201, 1).save(tmp_path / "x.png")
+    assert code_of(tmp_path / "x.png") is ReasonCode.BAD_ASPECT_RATIO
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (root / "a.png").write_bytes(b"x")
+    (root / "empty.png").write_bytes(b"")
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "out").symlink_to(tmp_path)
+    (root / "sub" / "in.png").symlink_to(root / "a.png")
+    return root
+
+
+@pytest.mark.parametrize("name", ["a.png", "./a.png", "sub/../a.png", "sub/in.png"])
+def test_names_that_stay_inside_the_root_are_found(root: Path, name: str) -> None:
+    assert resolve_media(root, name, max_bytes=10).read_bytes() == b"x"
+
+
+def test_an_absolute_path_inside_the_root_is_found(root: Path) -> None:
+    assert resolve_media(root, str(root / "a.png"), max_bytes=10) == root / "a.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("../secret.png", "media_outside_root"),
+        ("sub/../../secret.png", "media_outside_root"),
+        ("out.png", "media_outside_root"),
+        ("out/secret.png", "media_outside_root"),
+        ("/etc/passwd", "media_outside_root"),
+        ("..", "media_outside_root"),
+        ("http://example.com/a.png", "media_outside_root"),
+        ("file:///etc/passwd", "media_outside_root"),
+        ("a.png\0.jpg", "media_outside_root"),
+        ("%2e%2e/secret.png", "media_missing"),
+        ("missing.png", "media_missing"),
+        ("a.png/b.png", "media_missing"),
+        ("x" * 5000, "media_missing"),
+        ("", "media_missing"),
+        ("empty.png", "media_empty"),
+        ("sub", "unsupported_media"),
+    ],
+)
+def test_names_that_leave_the_root_or_name_no_file_have_a_code(root: Path, name: str, code: str) -> None:
+    with pytest.raises(MediaError) as caught:
+        resolve_media(root, name, max_bytes=10)
+    assert caught.value.code.value == code
+
+
+def test_a_file_above_the_byte_limit_is_not_opened(root: Path) -> None:
+    with pytest.raises(MediaError) as caught:
+        resolve_media(root, "a.png", max_bytes=0)
+    assert caught.value.code is ReasonCode.MEDIA_TOO_LARGE
