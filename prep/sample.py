@@ -15,16 +15,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.media.images import decode_image, probe_image
 from prep.media.paths import resolve_media
-from prep.media.videos import decode_video, probe_video
+from prep.media.sandbox import sandbox
 from prep.mrope import position_ids
 from prep.text import Template, expand, num_tokens
 from prep.validation import media_names
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, stored_bytes
 from schemas.errors import MediaError
-from schemas.qwen import PATCH_SIZE, Grid
+from schemas.qwen import Grid
 from schemas.settings import MediaSettings
 
 
@@ -129,11 +128,9 @@ def probe_media(annotation: Annotation, root: Path, settings: MediaSettings) -> 
 
 
 def _probe(media_type: int, name: str, root: Path, settings: MediaSettings) -> Medium:
-    path = resolve_media(root, name, max_bytes=settings.max_source_bytes)
-    if media_type == MEDIA_IMAGE:
-        return Medium(MEDIA_IMAGE, name, probe_image(path, settings))
-    plan = probe_video(path, settings)
-    return Medium(MEDIA_VIDEO, name, plan.grid, plan.second_per_grid_t, plan.backend)
+    source = resolve_media(root, name, max_bytes=settings.max_source_bytes)
+    facts = sandbox().probe(source, media_type, settings)
+    return Medium(media_type, name, facts.grid, facts.second_per_grid_t, facts.backend)
 
 
 def check_media(media: Sequence[Medium], root: Path, settings: MediaSettings) -> list[Problem]:
@@ -179,22 +176,15 @@ def _joined(backends: Iterable[str | None]) -> str | None:
     return ",".join(sorted({backend for backend in backends if backend is not None})) or None
 
 
-def _decode(medium: Medium, root: Path, settings: MediaSettings) -> tuple[list[NDArray[np.uint8]], str | None]:
-    """Stored frames of a medium and the video decoder that served."""
-    path = resolve_media(root, medium.name, max_bytes=settings.max_source_bytes)
-    if medium.media_type == MEDIA_IMAGE:
-        planes = decode_image(path, settings)
-        found = Medium(MEDIA_IMAGE, medium.name, Grid(1, planes.shape[1] // PATCH_SIZE, planes.shape[2] // PATCH_SIZE))
-        frames = [planes]
-    else:
-        video, plan = decode_video(path, settings)
-        found = Medium(MEDIA_VIDEO, medium.name, plan.grid, plan.second_per_grid_t, plan.backend)
-        frames = list(video)
-    if (found.grid, found.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
+def _decode(medium: Medium, root: Path, settings: MediaSettings) -> tuple[NDArray[np.uint8], str | None]:
+    """Stored frames (F, 3, H, W) of a medium and the video decoder that served."""
+    source = resolve_media(root, medium.name, max_bytes=settings.max_source_bytes)
+    facts, frames = sandbox().decode(source, medium.media_type, settings)
+    if (facts.grid, facts.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
         raise MediaError(
             ReasonCode.MEDIA_UNREADABLE,
-            f"{medium.name!r} decodes to a grid of {tuple(found.grid)} at {found.second_per_grid_t} s a step, its "
+            f"{medium.name!r} decodes to a grid of {tuple(facts.grid)} at {facts.second_per_grid_t} s a step, its "
             f"header promised {tuple(medium.grid)} at {medium.second_per_grid_t} s; the file changed, or its "
             "header is wrong",
         )
-    return frames, found.backend
+    return frames, facts.backend

@@ -155,7 +155,7 @@ def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             raise ShardError(f"{where}: no tar header at byte {position} of the bin ({error}). Build again.") from error
         start = position + TAR_BLOCK
-        if start + header.size > len(data):
+        if not 0 <= header.size <= len(data) - start:
             raise ShardError(f"{where}: member {header.name} is cut short. Copy or build the shard again.")
         found_key, _, member = header.name.partition(".")
         if found_key != key:
@@ -181,7 +181,7 @@ def _array(data: memoryview, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
 
 
 def _check_shapes(found: Bin, where: str) -> None:
-    length, num_media = found.input_ids.size, len(found.grid_thw)
+    length, num_media = found.input_ids.size, found.media_type.size
     expected: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
         ("input_ids", found.input_ids.shape, (length,)),
         ("labels", found.labels.shape, (length,)),

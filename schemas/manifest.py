@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from schemas.errors import ShardError
+from schemas.errors import ConfigError, ShardError
 from schemas.settings import BuildSettings, MediaSettings
 
 MANIFEST_FILE = "manifest.json"
@@ -146,7 +146,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
                 "Build the shards again or use the program that wrote them."
             )
         return msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ConfigError) as error:
         raise ShardError(f"{where} is damaged: {error}. Build the shards again.") from error
 
 

@@ -34,6 +34,7 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         base_interval: seconds of a clip for one sampled frame.
         max_source_pixels: a medium with more pixels (per picture or frame) in its header is not decoded.
         max_source_bytes: a media file larger than this is not opened.
+        decode_timeout: seconds after which the decoder of a medium is stopped.
     """
 
     min_pixels: int = 16 * TOKEN_PIXELS
@@ -45,6 +46,7 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     base_interval: float = 4.0
     max_source_pixels: int = 178_956_970
     max_source_bytes: int = 1 << 32
+    decode_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         for low, high in (("min_pixels", "max_pixels"), ("video_min_frame_pixels", "video_max_frame_pixels")):
@@ -63,6 +65,12 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         )
         _require(self.max_source_pixels >= 1, "max_source_pixels", self.max_source_pixels, "1 or more")
         _require(self.max_source_bytes >= 1, "max_source_bytes", self.max_source_bytes, "1 or more")
+        _require(
+            0 < self.decode_timeout < float("inf"),
+            "decode_timeout",
+            self.decode_timeout,
+            "a positive number of seconds",
+        )
 
 
 class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,6 +1,6 @@
 """Pictures: probe the header, or decode, orient, convert to RGB and resize.
 
-Input: a file (path or open binary file). Output: a grid (probe) or planes (3, H, W) uint8 (decode). Probing reads the
+Input: a source. Output: a grid (probe) or planes (3, H, W) uint8 (decode). Probing reads the
 header only, a fraction of a millisecond; decoding and resizing a 1-megapixel JPEG takes about 17 ms.
 
 The steps are those of the Pillow implementation of the Qwen2-VL image processor (transformers 5.23): EXIF orientation,
@@ -13,7 +13,6 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 
 from prep.media.resize import smart_resize
+from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.qwen import PATCH_SIZE, Grid
@@ -30,26 +30,26 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 _LATE_TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
-def probe_image(path: Path, settings: MediaSettings) -> Grid:
+def probe_image(source: MediaSource, settings: MediaSettings) -> Grid:
     """Grid that the picture will have, from its header alone.
 
     Raises:
         MediaError: not a picture, too many pixels, or an extreme aspect ratio.
     """
-    with _opened(path, settings) as image:
+    with _opened(source, settings) as image:
         width, height = image.size
-        if _orientation(image, path) in _SWAPS_SIDES:
+        if _orientation(image, source) in _SWAPS_SIDES:
             width, height = height, width
         return _grid(height, width, settings)
 
 
-def decode_image(path: Path, settings: MediaSettings) -> NDArray[np.uint8]:
+def decode_image(source: MediaSource, settings: MediaSettings) -> NDArray[np.uint8]:
     """Planes (3, H, W) uint8 of the picture, R G B, oriented and resized; H and W are multiples of 28.
 
     Raises:
         MediaError: as :func:`probe_image`, or the pixels cannot be decoded (truncated or damaged).
     """
-    with _opened(path, settings) as image:
+    with _opened(source, settings) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         rgb = to_rgb(upright)
@@ -82,24 +82,26 @@ def _grid(height: int, width: int, settings: MediaSettings) -> Grid:
 
 
 @contextmanager
-def _opened(path: Path, settings: MediaSettings) -> Iterator[Image.Image]:
+def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Image]:
     """Open a picture and turn every way in which Pillow can fail into a reason code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with source.open() as file, Image.open(file) as image:
                 width, height = image.size
                 if width * height > settings.max_source_pixels:
                     raise MediaError(
                         ReasonCode.MEDIA_TOO_LARGE,
-                        f"{path.name} has {width}x{height} pixels; at most {settings.max_source_pixels:,} pixels are "
-                        "decoded (max_source_pixels)",
+                        f"{source.name!r} has {width}x{height} pixels; at most {settings.max_source_pixels:,} "
+                        "pixels are decoded (max_source_pixels)",
                     )
                 yield image
     except UnidentifiedImageError as error:
-        raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{path.name} is not a picture that Pillow can read") from error
+        raise MediaError(
+            ReasonCode.UNSUPPORTED_MEDIA, f"{source.name!r} is not a picture that Pillow can read"
+        ) from error
     except Image.DecompressionBombError as error:
-        raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{path.name}: {error}") from error
+        raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r}: {error}") from error
     # Pillow's decoders raise these, and nothing narrower, for damaged files.
     except (
         OSError,
@@ -113,29 +115,29 @@ def _opened(path: Path, settings: MediaSettings) -> Iterator[Image.Image]:
         OverflowError,
     ) as error:
         raise MediaError(
-            ReasonCode.MEDIA_UNREADABLE, f"{path.name} cannot be decoded: {str(error) or type(error).__name__}"
+            ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} cannot be decoded: {str(error) or type(error).__name__}"
         ) from error
     except MemoryError as error:
-        raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{path.name} needs more memory than there is") from error
+        raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than there is") from error
 
 
-def _orientation(image: Image.Image, path: Path) -> int:
+def _orientation(image: Image.Image, source: MediaSource) -> int:
     """EXIF orientation (1 to 8) without decoding.
 
     A PNG may carry EXIF behind its pixels, and ``PngImageFile.getexif`` decodes them to look there; the chunk list
     tells whether that is needed.
     """
-    if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info and not _has_late_text(path):
+    if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info and not _has_late_text(source):
         exif = Image.Image.getexif(image)
     else:
         exif = image.getexif()
     return int(exif.get(ExifTag.Orientation, 1) or 1)
 
 
-def _has_late_text(path: Path) -> bool:
+def _has_late_text(source: MediaSource) -> bool:
     """Whether a PNG has text or EXIF chunks after its pixel data."""
     pixels_seen = False
-    with path.open("rb") as file:
+    with source.open() as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)

@@ -13,14 +13,15 @@ import stat
 from functools import lru_cache
 from pathlib import Path
 
+from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-def resolve_media(root: Path, name: str, *, max_bytes: int) -> Path:
-    """Path of the medium ``name`` below ``root``.
+def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
+    """The medium ``name`` below ``root``.
 
     Args:
         root: folder that all media of the dataset lie in.
@@ -60,7 +61,7 @@ def resolve_media(root: Path, name: str, *, max_bytes: int) -> Path:
             ReasonCode.MEDIA_TOO_LARGE,
             f"{name!r} has {status.st_size:,} bytes; at most {max_bytes:,} are allowed (max_source_bytes)",
         )
-    return real
+    return MediaSource(name, real)
 
 
 @lru_cache(maxsize=65536)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from PIL import Image
 
 from prep.media.backends import BACKENDS, Clip
 from prep.media.images import image_grid, resize_planes
+from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.qwen import TEMPORAL_PATCH_SIZE, Grid
@@ -86,16 +86,16 @@ def plan_clip(clip: Clip, backend: str, settings: MediaSettings) -> ClipPlan:
     )
 
 
-def probe_video(path: Path, settings: MediaSettings) -> ClipPlan:
+def probe_video(source: MediaSource, settings: MediaSettings) -> ClipPlan:
     """Plan of a clip, from the first backend that can open it.
 
     Raises:
         MediaError: no backend can, or the clip cannot be used.
     """
-    return _first_success(path, lambda clip, backend: plan_clip(clip, backend, settings))
+    return _first_success(source, lambda clip, backend: plan_clip(clip, backend, settings))
 
 
-def decode_video(path: Path, settings: MediaSettings) -> tuple[NDArray[np.uint8], ClipPlan]:
+def decode_video(source: MediaSource, settings: MediaSettings) -> tuple[NDArray[np.uint8], ClipPlan]:
     """Frames (2·t, 3, H, W) uint8 of a clip, resized, and the plan they follow.
 
     Raises:
@@ -113,17 +113,17 @@ def decode_video(path: Path, settings: MediaSettings) -> tuple[NDArray[np.uint8]
         missing = TEMPORAL_PATCH_SIZE * plan.grid.t - len(planes)
         return np.stack(planes + planes[-1:] * missing), plan
 
-    return _first_success(path, decode)
+    return _first_success(source, decode)
 
 
-def _first_success(path: Path, use: Callable[[Clip, str], _T]) -> _T:
+def _first_success(source: MediaSource, use: Callable[[Clip, str], _T]) -> _T:
     """Try the backends in order; a clip that is unusable as such (too large, no frames) is not tried again."""
     failures: list[str] = []
     for name, open_clip in BACKENDS.items():
         try:
-            return use(open_clip(path), name)
+            return use(open_clip(source), name)
         except MediaError as error:
             if error.code is not ReasonCode.MEDIA_UNREADABLE:
-                raise MediaError(error.code, f"{path.name}: {error.message}") from error
+                raise MediaError(error.code, f"{source.name!r}: {error.message}") from error
             failures.append(f"{name}: {error.message}")
-    raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"{path.name} cannot be decoded ({'; '.join(failures)})")
+    raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} cannot be decoded ({'; '.join(failures)})")

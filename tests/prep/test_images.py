@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from prep.media.images import decode_image, probe_image
 from prep.media.paths import resolve_media
 from prep.media.resize import smart_resize
+from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
@@ -36,6 +37,10 @@ def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.
     noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-9, 10, (height, width, 1))
     rgba = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8), "RGBA")
     return rgba if mode == "RGBA" else rgba.convert("LA") if mode == "LA" else rgba.convert("RGB").convert(mode)
+
+
+def source(path: Path) -> MediaSource:
+    return MediaSource(path.name, path)
 
 
 def reference_pixel_values(image: Image.Image) -> tuple[np.ndarray, list[int]]:
@@ -64,8 +69,8 @@ def test_planes_equal_those_of_the_reference_processor(tmp_path: Path, mode: str
     picture(*size, mode).save(path)
     with Image.open(path) as image:
         pixel_values, grid = reference_pixel_values(image)
-    planes = decode_image(path, SETTINGS)
-    assert list(probe_image(path, SETTINGS)) == grid
+    planes = decode_image(source(path), SETTINGS)
+    assert list(probe_image(source(path), SETTINGS)) == grid
     assert planes.dtype == np.uint8
     assert (planes == planes_of_pixel_values(pixel_values, grid)).all()
 
@@ -87,9 +92,9 @@ def test_exif_orientation_is_applied_and_known_to_the_probe(tmp_path: Path, orie
     with Image.open(path) as image:
         image.load()
         pixel_values, grid = reference_pixel_values(image)
-    assert list(probe_image(path, SETTINGS)) == grid
+    assert list(probe_image(source(path), SETTINGS)) == grid
     assert (grid[1] > grid[2]) == (orientation >= 5)
-    assert (decode_image(path, SETTINGS) == planes_of_pixel_values(pixel_values, grid)).all()
+    assert (decode_image(source(path), SETTINGS) == planes_of_pixel_values(pixel_values, grid)).all()
 
 
 def test_a_palette_with_a_transparent_colour_is_composited_onto_white(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_a_palette_with_a_transparent_colour_is_composited_onto_white(tmp_path: 
     image.save(tmp_path / "x.png", transparency=3)
     with Image.open(tmp_path / "x.png") as opened:
         pixel_values, grid = reference_pixel_values(opened)
-    assert (decode_image(tmp_path / "x.png", SETTINGS) == planes_of_pixel_values(pixel_values, grid)).all()
+    assert (decode_image(source(tmp_path / "x.png"), SETTINGS) == planes_of_pixel_values(pixel_values, grid)).all()
 
 
 @settings(max_examples=300, deadline=None)
@@ -114,8 +119,8 @@ def test_sizes_equal_the_reference(height: int, width: int, low: int, more: int)
 
 def code_of(path: Path, settings: MediaSettings = SETTINGS) -> ReasonCode:
     with pytest.raises(MediaError) as caught:
-        probe_image(path, settings)
-        decode_image(path, settings)
+        probe_image(source(path), settings)
+        decode_image(source(path), settings)
     return caught.value.code
 
 
@@ -157,11 +162,11 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["a.png", "./a.png", "sub/../a.png", "sub/in.png"])
 def test_names_that_stay_inside_the_root_are_found(root: Path, name: str) -> None:
-    assert resolve_media(root, name, max_bytes=10).read_bytes() == b"x"
+    assert resolve_media(root, name, max_bytes=10).path.read_bytes() == b"x"
 
 
 def test_an_absolute_path_inside_the_root_is_found(root: Path) -> None:
-    assert resolve_media(root, str(root / "a.png"), max_bytes=10) == root / "a.png"
+    assert resolve_media(root, str(root / "a.png"), max_bytes=10).path == root / "a.png"
 
 
 @pytest.mark.parametrize(

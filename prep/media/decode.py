@@ -1,0 +1,62 @@
+"""Probing and decoding of any medium: what the scan and the write step ask for, and what comes back.
+
+Input: a source, its kind, the settings. Output: :class:`Facts` (probe) or facts and frames (decode).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.media.images import decode_image, probe_image
+from prep.media.source import MediaSource
+from prep.media.videos import ClipPlan, decode_video, probe_video
+from schemas.bins import MEDIA_IMAGE
+from schemas.qwen import PATCH_SIZE, Grid
+from schemas.settings import MediaSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a medium becomes.
+
+    Attributes:
+        grid: in patches.
+        second_per_grid_t: seconds that a temporal step of a video stands for; 0 for an image.
+        backend: decoder of a video; None for an image.
+    """
+
+    grid: Grid
+    second_per_grid_t: float = 0.0
+    backend: str | None = None
+
+
+def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Facts:
+    """Facts from the header.
+
+    Raises:
+        MediaError: the medium cannot be used.
+    """
+    if media_type == MEDIA_IMAGE:
+        return Facts(probe_image(source, settings))
+    return _clip_facts(probe_video(source, settings))
+
+
+def decode(source: MediaSource, media_type: int, settings: MediaSettings) -> tuple[Facts, NDArray[np.uint8]]:
+    """Facts and stored frames (F, 3, H, W) uint8: one frame of an image, two for each temporal step of a video.
+
+    Raises:
+        MediaError: the medium cannot be decoded.
+    """
+    if media_type == MEDIA_IMAGE:
+        planes = decode_image(source, settings)
+        _, height, width = planes.shape
+        return Facts(Grid(1, height // PATCH_SIZE, width // PATCH_SIZE)), planes[None]
+    frames, plan = decode_video(source, settings)
+    return _clip_facts(plan), frames
+
+
+def _clip_facts(plan: ClipPlan) -> Facts:
+    return Facts(plan.grid, plan.second_per_grid_t, plan.backend)

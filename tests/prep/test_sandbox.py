@@ -1,0 +1,134 @@
+"""The decoder process: same results as without it, and what hangs or crashes costs one medium."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prep.media import sandbox as sandbox_module
+from prep.media.decode import decode, probe
+from prep.media.sandbox import Sandbox
+from prep.media.source import MediaSource
+from schemas.annotation import ReasonCode
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
+from schemas.errors import MediaError
+from schemas.settings import MediaSettings
+from tests.prep.test_images import picture
+from tests.prep.test_videos import write_clip
+
+SETTINGS = MediaSettings()
+
+
+@pytest.fixture
+def box() -> Iterator[Sandbox]:
+    found = Sandbox()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> list[tuple[MediaSource, int]]:
+    picture(300, 200).save(tmp_path / "x.png")
+    picture(900, 700, seed=1).save(tmp_path / "y.jpg")
+    write_clip(tmp_path / "z.mp4", 12, 2)
+    kinds = {"x.png": MEDIA_IMAGE, "z.mp4": MEDIA_VIDEO, "y.jpg": MEDIA_IMAGE}
+    return [(MediaSource(name, tmp_path / name), kind) for name, kind in kinds.items()]
+
+
+def test_probes_and_frames_equal_those_of_this_process(box: Sandbox, media: list[tuple[MediaSource, int]]) -> None:
+    for source, kind in media * 2:
+        facts, frames = decode(source, kind, SETTINGS)
+        assert box.probe(source, kind, SETTINGS) == probe(source, kind, SETTINGS) == facts
+        found, pixels = box.decode(source, kind, SETTINGS)
+        assert found == facts
+        assert (pixels == frames).all()
+
+
+def test_media_inside_another_file_decode_as_files_do(
+    box: Sandbox, media: list[tuple[MediaSource, int]], tmp_path: Path
+) -> None:
+    for source, kind in media:
+        content = source.path.read_bytes()
+        (tmp_path / "blob").write_bytes(b"before" + content + b"after")
+        inside = MediaSource(source.name, tmp_path / "blob", offset=6, num_bytes=len(content))
+        assert (box.decode(inside, kind, SETTINGS)[1] == decode(source, kind, SETTINGS)[1]).all()
+
+
+def test_errors_come_back_with_their_code(box: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(MediaError) as caught:
+        box.probe(MediaSource("x.png", tmp_path / "x.png"), MEDIA_IMAGE, SETTINGS)
+    assert caught.value.code is ReasonCode.UNSUPPORTED_MEDIA
+
+
+HANGING = "import prep.media.sandbox as s, sys, time\ns.probe = lambda *a: time.sleep(600)\ns._serve(int(sys.argv[1]))"
+CRASHING = (
+    "import prep.media.sandbox as s, sys, os\ns.probe = lambda *a: os.kill(os.getpid(), 11)\ns._serve(int(sys.argv[1]))"
+)
+
+
+def replace_child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Let the next child run ``program`` instead of the module."""
+    real = subprocess.Popen
+
+    def popen(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return real([command[0], "-c", program, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(sandbox_module.subprocess, "Popen", popen)
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "part"),
+    [(HANGING, ReasonCode.DECODE_TIMEOUT, "within 1 s"), (CRASHING, ReasonCode.MEDIA_UNREADABLE, "SIGSEGV")],
+)
+def test_a_decoder_that_hangs_or_crashes_costs_one_medium(
+    box: Sandbox,
+    media: list[tuple[MediaSource, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    code: ReasonCode,
+    part: str,
+) -> None:
+    source, kind = media[0]
+    with monkeypatch.context() as patch:
+        replace_child(patch, program)
+        with pytest.raises(MediaError) as caught:
+            box.probe(source, kind, MediaSettings(decode_timeout=1.0))
+    assert caught.value.code is code
+    assert part in caught.value.message
+    assert source.name in caught.value.message
+    assert box.probe(source, kind, SETTINGS) == probe(source, kind, SETTINGS)
+
+
+def test_a_child_dies_with_its_worker(tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom pathlib import Path\nfrom prep.media.sandbox import sandbox\n"
+        "box = sandbox()\nprint(box._start().pid, flush=True)\ntime.sleep(600)\n"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert worker.stdout is not None
+    child = int(worker.stdout.readline())
+    worker.kill()
+    worker.wait()
+    worker.stdout.close()
+    for _ in range(200):
+        if not alive(child):
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child outlived its worker")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie that nobody has collected yet does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
