@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
     files = find_model_files(request.model)
     fingerprints = read_fingerprints(files)
     work = _work_folder(request.out)
-    indexes = _index(request, engine)
+    indexes = _index(request, engine, work / "spool")
     inputs = [_input(source, index) for source, index in zip(request.sources, indexes)]
     software = {name: version(name) for name in _SOFTWARE}
     key = _hash(request.settings, fingerprints, software, inputs)
@@ -129,13 +130,15 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
     )
     (work / "finished").write_text(f"{key} {xxhash.xxh3_128_hexdigest(encode_manifest(manifest))}\n")
     shutil.rmtree(work / key)
+    shutil.rmtree(work / "spool")
     return manifest
 
 
 def _work_folder(out: Path) -> Path:
     work = out / WORK_FOLDER
     try:
-        (work / "scan").mkdir(parents=True, exist_ok=True)
+        for name in ("scan", "spool"):
+            (work / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
     return work
@@ -158,9 +161,9 @@ def _finished(out: Path, marker: Path, key: str) -> Manifest | None:
     return manifest if whole else None
 
 
-def _index(request: BuildRequest, engine: Engine) -> list[list[FileIndex]]:
+def _index(request: BuildRequest, engine: Engine, spool: Path) -> list[list[FileIndex]]:
     files = [file for source in request.sources for file in source.files]
-    found = iter(list(_progress(engine.map(index_file, files), len(files), "index", "file")))
+    found = iter(list(_progress(engine.map(partial(index_file, spool=spool), files), len(files), "index", "file")))
     return [[next(found) for _ in source.files] for source in request.sources]
 
 
@@ -193,27 +196,23 @@ def _scan(
         total = sum(index.num_records for index in of_files)
         copies = draw(total, source.rate, seed=request.settings.seed, dataset=source.name)
         base = 0
-        for file, name, index in zip(source.files, source.file_names, of_files):
+        for name, index in zip(source.file_names, of_files):
             for chunk in index.chunks:
                 first = base + chunk.first_record
-                taken = copies[first : first + chunk.num_records].tobytes()
-                key = part_key(
-                    index.xxh3, chunk, taken, source.media, request.settings.reserved, fingerprints.tokenizer
+                task = ScanTask(
+                    part=work / "scan",
+                    file=index.data,
+                    chunk=chunk,
+                    copies=copies[first : first + chunk.num_records].tobytes(),
+                    media_root=source.media_root,
+                    media=source.media,
+                    reserved=request.settings.reserved,
+                    tokenizer=files.tokenizer,
+                    shrink_to=request.settings.max_length if request.settings.overlong == "shrink" else None,
                 )
-                part = work / "scan" / key
-                parts.append(ScannedPart(path=part, source=number, file=name, record_base=base))
-                tasks.append(
-                    ScanTask(
-                        part=part,
-                        file=file,
-                        chunk=chunk,
-                        copies=taken,
-                        media_root=source.media_root,
-                        media=source.media,
-                        reserved=request.settings.reserved,
-                        tokenizer=files.tokenizer,
-                    )
-                )
+                task = replace(task, part=task.part / part_key(index.xxh3, task, fingerprints.tokenizer))
+                parts.append(ScannedPart(path=task.part, source=number, file=name, record_base=base))
+                tasks.append(task)
             base += index.num_records
     with tqdm(total=sum(task.chunk.num_records for task in tasks), desc="scan", unit="record") as bar:
         for num_records in engine.map(scan_chunk, tasks):

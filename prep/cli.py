@@ -15,13 +15,18 @@ import msgspec
 
 from prep.build import BuildRequest, build
 from prep.engines import default_workers, make_engine
+from prep.reader import open_set
 from prep.registry import DEFAULT_REGISTRY, Registry, find_sources
+from prep.report import write_report
+from prep.show import save_pictures, show
 from prep.summary import build_summary
 from prep.tokenizer import DEFAULT_MODEL
+from prep.transcript import open_transcriber
 from prep.validate import ValidateRequest, validate
+from prep.verify import verify
 from schemas.errors import VlprepError
 from schemas.pixels import CODECS
-from schemas.settings import PACKERS, RESERVED_POLICIES, BuildSettings, MediaSettings
+from schemas.settings import OVERLONG_POLICIES, PACKERS, RESERVED_POLICIES, BuildSettings, MediaSettings
 
 P = ParamSpec("P")
 
@@ -103,6 +108,13 @@ def _media_options(command: Callable[P, None]) -> Callable[P, None]:
     help="What to do with text that spells a control token.",
 )
 @click.option(
+    "--overlong",
+    type=click.Choice(OVERLONG_POLICIES),
+    default="reject",
+    show_default=True,
+    help="What to do with a sample longer than --max-length: reject it, or shrink its media until it fits.",
+)
+@click.option(
     "--shard-bytes", type=int, default=1 << 29, show_default=True, help="Size that closes a shard, uncompressed."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seeds sampling and shuffling.")
@@ -123,6 +135,7 @@ def build_command(
     packer: str,
     pixels: str,
     reserved: str,
+    overlong: str,
     shard_bytes: int,
     seed: int,
     max_rejected: Fraction,
@@ -137,6 +150,7 @@ def build_command(
         packer=packer,
         pixels=pixels,
         reserved=reserved,
+        overlong=overlong,
         seed=seed,
         shard_bytes=shard_bytes,
     )
@@ -197,3 +211,44 @@ def demo_command(out: Path, seed: int) -> None:
     from prep.demo import write_demo
 
     click.echo(write_demo(out, seed=seed))
+
+
+@main.command("verify")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
+@_guarded
+def verify_command(folder: Path, workers: int) -> int:
+    """Check every byte, count and invariant of the shards in DIR; exit 1 when something is wrong."""
+    verification = verify(folder, make_engine(workers))
+    click.echo(verification.text())
+    return 1 if verification.findings else 0
+
+
+@main.command("show")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--bin", "number", type=click.IntRange(min=0), required=True, help="Number of the bin.")
+@click.option("--save", type=_FOLDER, help="Write the pictures of the bin into this folder, as PNG files.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
+@_guarded
+def show_command(folder: Path, number: int, save: Path | None, model: str) -> None:
+    """Print one bin of the shards in DIR: text, media, and what is trained."""
+    shards = open_set(folder)
+    transcriber = open_transcriber(model, shards.manifest)
+    click.echo(show(shards, number, transcriber, colour=sys.stdout.isatty()))
+    if save is not None:
+        click.echo(f"\n{len(save_pictures(shards, number, save)):,} pictures written to {save}")
+
+
+@main.command("report")
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option("--out", type=_FILE, required=True, help="HTML file to write.")
+@click.option(
+    "--model",
+    help=f"Checkpoint folder or hub id; tokenizer only.  [default: {DEFAULT_MODEL} if the hub's cache has it; without "
+    "one the page has no texts]",
+)
+@_guarded
+def report_command(folder: Path, out: Path, model: str | None) -> None:
+    """Write one HTML page about the shards in DIR: counts, rejects, distributions, samples."""
+    num_bytes = write_report(folder, out, model)
+    click.echo(f"{out}: {num_bytes / 1e6:.1f} MB")

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.records import ANNOTATION_SUFFIXES
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
 
@@ -32,7 +33,6 @@ else:
     import tomli as tomllib
 
 DEFAULT_REGISTRY = Path("datasets.toml")
-ANNOTATION_SUFFIXES = (".json", ".jsonl")
 
 _TERM = re.compile(r"(?P<name>[^%]+?)(?:%(?P<percent>[0-9]+(?:\.[0-9]+)?))?")
 _MAX_PERCENT = 1000
@@ -116,7 +116,7 @@ def find_sources(
         ConfigError: an unknown dataset, a path that is not set or does not exist; it names file and line to edit.
     """
     path = Path(expression)
-    if path.is_file() or path.suffix in ANNOTATION_SUFFIXES:
+    if path.is_file() or path.name.endswith(ANNOTATION_SUFFIXES):
         return [_file_source(path, media_root, media)]
     if media_root is not None:
         raise ConfigError("--media-root goes with an annotation file; a registered dataset has its own media_root.")
@@ -131,7 +131,7 @@ def _file_source(path: Path, media_root: Path | None, media: MediaSettings) -> S
     if not root.is_dir():
         raise ConfigError(f"media root {root} is not a folder.")
     name = path.name
-    for suffix in ANNOTATION_SUFFIXES:
+    for suffix in sorted(ANNOTATION_SUFFIXES, key=len, reverse=True):
         name = name.removesuffix(suffix)
     return Source(name=name, files=(path,), file_names=(path.name,), media_root=root, rate=Fraction(1), media=media)
 

@@ -7,34 +7,52 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.media.paths import resolve_media
+from prep.media.images import image_grid
+from prep.media.paths import embedded_media, resolve_media
 from prep.media.sandbox import sandbox
+from prep.media.source import MediaSource
 from prep.mrope import position_ids
 from prep.text import Template, expand, num_tokens
 from prep.validation import media_names
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, stored_bytes
 from schemas.errors import MediaError
-from schemas.qwen import Grid
+from schemas.qwen import FACTOR, PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
 
 
-class Medium(msgspec.Struct, frozen=True, array_like=True):
-    """One medium of a sample as the headers tell: kind, name in the annotation, grid, rate and decoder (videos)."""
+class Medium(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """One medium of a sample as its header tells.
+
+    Attributes:
+        media_type: 0 image, 1 video.
+        name: in the annotation.
+        grid: in patches.
+        height: before resizing, in pixels.
+        width: likewise.
+        second_per_grid_t: of a video.
+        backend: decoder of a video.
+        max_pixels: bound that replaces the settings', where the medium was shrunk to fit its sample into a bin.
+        span: first byte and size in the part's media file, for what came inside the record.
+    """
 
     media_type: int
     name: str
     grid: Grid
+    height: int
+    width: int
     second_per_grid_t: float = 0.0
     backend: str | None = None
+    max_pixels: int | None = None
+    span: tuple[int, int] | None = None
 
 
 class Measured(msgspec.Struct, frozen=True, array_like=True):
@@ -110,8 +128,34 @@ class EncodedSample:
     video_backend: str | None
 
 
-def probe_media(annotation: Annotation, root: Path, settings: MediaSettings) -> tuple[list[Medium], list[Problem]]:
+@dataclass(frozen=True, slots=True)
+class MediaPlace:
+    """Where the media of a sample lie: files below ``root``, or inside ``embedded`` (the media file of its part)."""
+
+    root: Path
+    embedded: Path | None = None
+
+    def source(self, medium: Medium, max_bytes: int) -> MediaSource:
+        """The encoded bytes of a medium.
+
+        Raises:
+            MediaError: it is missing, empty, too large, or outside the root.
+        """
+        if medium.span is not None:
+            return MediaSource(medium.name, self.embedded, medium.span)
+        return resolve_media(self.root, medium.name, max_bytes=max_bytes)
+
+
+def probe_media(
+    annotation: Annotation, root: Path, settings: MediaSettings, embedded: Mapping[str, bytes]
+) -> tuple[list[Medium], list[Problem]]:
     """Look at the headers of all media of a record.
+
+    Args:
+        annotation: the record.
+        root: folder of the media that are files.
+        settings: bounds.
+        embedded: media that came inside the record, by name.
 
     Returns:
         The images and then the videos, each in the order of the record, and what is wrong with any of them.
@@ -121,27 +165,53 @@ def probe_media(annotation: Annotation, root: Path, settings: MediaSettings) -> 
     problems: list[Problem] = []
     for media_type, name in [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]:
         try:
-            media.append(_probe(media_type, name, root, settings))
+            if name in embedded:
+                source = embedded_media(name, embedded[name], max_bytes=settings.max_source_bytes)
+            else:
+                source = resolve_media(root, name, max_bytes=settings.max_source_bytes)
+            facts = sandbox().probe(source, media_type, settings)
+            media.append(Medium(media_type=media_type, name=name, **asdict(facts)))
         except MediaError as error:
             problems.append(Problem(error.code, error.message))
     return media, problems
 
 
-def _probe(media_type: int, name: str, root: Path, settings: MediaSettings) -> Medium:
-    source = resolve_media(root, name, max_bytes=settings.max_source_bytes)
-    facts = sandbox().probe(source, media_type, settings)
-    return Medium(media_type, name, facts.grid, facts.second_per_grid_t, facts.backend)
-
-
-def check_media(media: Sequence[Medium], root: Path, settings: MediaSettings) -> list[Problem]:
+def check_media(
+    media: Sequence[Medium], root: Path, settings: MediaSettings, embedded: Mapping[str, bytes]
+) -> list[Problem]:
     """Decode all media of a record; what is wrong with any of them."""
     problems: list[Problem] = []
     for medium in media:
         try:
-            _decode(medium, root, settings)
+            if medium.name in embedded:
+                source = MediaSource(medium.name, data=embedded[medium.name])
+            else:
+                source = resolve_media(root, medium.name, max_bytes=settings.max_source_bytes)
+            _decode(medium, source, settings)
         except MediaError as error:
             problems.append(Problem(error.code, error.message))
     return problems
+
+
+def shrink(template: Template, media: Sequence[Medium], max_length: int) -> list[Medium]:
+    """Lower the pixels of all media by one common factor, the largest of 63/64 … 1/64 with which the sample fits.
+
+    Returns:
+        The media with lower bounds, or as they were if no factor suffices.
+    """
+    for part in range(63, 0, -1):
+        smaller = [_reduced(medium, part / 64) for medium in media]
+        if num_tokens(template, [medium.grid for medium in smaller]) <= max_length:
+            return smaller
+    return list(media)
+
+
+def _reduced(medium: Medium, factor: float) -> Medium:
+    pixels = medium.grid.h * medium.grid.w * PATCH_SIZE**2
+    max_pixels = max(FACTOR**2, int(pixels * factor))
+    frame = image_grid(medium.height, medium.width, min_pixels=FACTOR**2, max_pixels=max_pixels)
+    grid = Grid(medium.grid.t, frame.h, frame.w)
+    return msgspec.structs.replace(medium, grid=grid, max_pixels=max_pixels)
 
 
 def measure(template: Template, media: list[Medium]) -> Measured:
@@ -153,13 +223,13 @@ def measure(template: Template, media: list[Medium]) -> Measured:
     return Measured(template.ids.tobytes(), template.trained.tobytes(), ordered)
 
 
-def encode(sample: Measured, root: Path, settings: MediaSettings) -> EncodedSample:
+def encode(sample: Measured, place: MediaPlace, settings: MediaSettings) -> EncodedSample:
     """Decode the media of a sample and write out its tokens.
 
     Raises:
         MediaError: a medium cannot be decoded, or is no longer what the scan saw.
     """
-    decoded = [_decode(medium, root, settings) for medium in sample.media]
+    decoded = [_decode(medium, place.source(medium, settings.max_source_bytes), settings) for medium in sample.media]
     input_ids, labels = expand(sample.template(), sample.grids)
     return EncodedSample(
         input_ids=input_ids,
@@ -176,10 +246,9 @@ def _joined(backends: Iterable[str | None]) -> str | None:
     return ",".join(sorted({backend for backend in backends if backend is not None})) or None
 
 
-def _decode(medium: Medium, root: Path, settings: MediaSettings) -> tuple[NDArray[np.uint8], str | None]:
+def _decode(medium: Medium, source: MediaSource, settings: MediaSettings) -> tuple[NDArray[np.uint8], str | None]:
     """Stored frames (F, 3, H, W) of a medium and the video decoder that served."""
-    source = resolve_media(root, medium.name, max_bytes=settings.max_source_bytes)
-    facts, frames = sandbox().decode(source, medium.media_type, settings)
+    facts, frames = sandbox().decode(source, medium.media_type, _settings_for(medium, settings))
     if (facts.grid, facts.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
         raise MediaError(
             ReasonCode.MEDIA_UNREADABLE,
@@ -188,3 +257,13 @@ def _decode(medium: Medium, root: Path, settings: MediaSettings) -> tuple[NDArra
             "header is wrong",
         )
     return frames, facts.backend
+
+
+def _settings_for(medium: Medium, settings: MediaSettings) -> MediaSettings:
+    """The settings with the bounds of a medium that was shrunk."""
+    if medium.max_pixels is None:
+        return settings
+    low, high = ("min_pixels", "max_pixels")
+    if medium.media_type == MEDIA_VIDEO:
+        low, high = ("video_min_frame_pixels", "video_max_frame_pixels")
+    return msgspec.structs.replace(settings, **{low: FACTOR**2, high: medium.max_pixels})

@@ -9,19 +9,23 @@ keyed by everything that they depend on, so that a part that exists need not be 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from prep.records import Chunk, Record, read_chunk
-from prep.sample import Measured, Medium, measure, probe_media
+from prep.chunks import Chunk, Record
+from prep.records import read_chunk
+from prep.sample import Measured, Medium, measure, probe_media, shrink
 from prep.text import build_templates
 from prep.tokenizer import load_tokenizer
-from prep.validation import check_record, read_id, record_id
+from prep.validation import check_record, read_id
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.settings import MediaSettings
@@ -65,6 +69,7 @@ class ScanTask:
         media: settings that decide sizes and frames.
         reserved: policy for text that spells control tokens.
         tokenizer: path of ``tokenizer.json``.
+        shrink_to: length that the media of a longer sample are shrunk to, or None to leave them.
     """
 
     part: Path
@@ -75,12 +80,19 @@ class ScanTask:
     media: MediaSettings
     reserved: str
     tokenizer: Path
+    shrink_to: int | None
 
 
-def part_key(file_hash: str, chunk: Chunk, copies: bytes, media: MediaSettings, reserved: str, tokenizer: str) -> str:
-    """Name of the part of a chunk: a hash of everything that its contents depend on, besides the media files."""
-    fields = (PART_VERSION, file_hash, msgspec.to_builtins(chunk), media, reserved, tokenizer)
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields) + copies)
+def part_key(file_hash: str, task: ScanTask, tokenizer: str) -> str:
+    """Name of the part of a task: a hash of everything that its contents depend on, besides the media files.
+
+    Args:
+        file_hash: of the annotation file.
+        task: the task; its paths do not count.
+        tokenizer: fingerprint of the tokenizer.
+    """
+    fields = (PART_VERSION, file_hash, asdict(task.chunk), task.media, task.reserved, task.shrink_to, tokenizer)
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields) + task.copies)
 
 
 def table_path(part: Path) -> Path:
@@ -93,44 +105,60 @@ def samples_path(part: Path) -> Path:
     return part.with_name(part.name + ".samples")
 
 
+def media_path(part: Path) -> Path:
+    """Where media that came inside the records of a part are."""
+    return part.with_name(part.name + ".media")
+
+
 def scan_chunk(task: ScanTask) -> int:
     """Make the part of one chunk, unless it exists; return the number of its records."""
     if table_path(task.part).exists():
         return task.chunk.num_records
-    records = list(read_chunk(task.file, task.chunk))
-    copies = memoryview(task.copies).cast("H")
     rows = _Rows()
     accepted: list[tuple[int, Annotation, list[Medium]]] = []
-    for record, taken in zip(records, copies, strict=True):
-        place = rows.add(record, taken)
-        if not taken:
-            rows.identify(place, None if record.data is None else read_id(record.data))
-            continue
-        annotation, problems = check_record(record, task.reserved)
-        rows.identify(place, record_id(annotation) or (record.data and read_id(record.data)) or None)
-        media: list[Medium] = []
-        if annotation is not None:
-            media, media_problems = probe_media(annotation, task.media_root, task.media)
-            problems = problems + media_problems
-        if problems or annotation is None:
-            rows.reject(place, problems)
-        else:
-            accepted.append((place, annotation, media))
+    with _atomic(media_path(task.part)) as media_file:
+        copies = memoryview(task.copies).cast("H")
+        for record, taken in zip(read_chunk(task.file, task.chunk), copies, strict=True):
+            place = rows.add(record, taken)
+            if not taken:
+                continue
+            annotation, problems = check_record(record, task.reserved)
+            media: list[Medium] = []
+            if annotation is not None:
+                media, media_problems = probe_media(annotation, task.media_root, task.media, record.embedded)
+                problems = problems + media_problems
+            if problems or annotation is None:
+                rows.reject(place, problems)
+            else:
+                accepted.append((place, annotation, _stored(media, record.embedded, media_file)))
     templates = build_templates([annotation for _, annotation, _ in accepted], load_tokenizer(task.tokenizer))
-    blob = bytearray()
-    for (place, _, media), template in zip(accepted, templates):
-        sample = measure(template, media)
-        if not sample.num_targets:
-            rows.reject(place, [Problem(ReasonCode.NO_TARGETS, "no token of the answers is a target; write an answer")])
-            continue
-        data = msgspec.msgpack.encode(sample)
-        rows.accept(place, sample, len(blob), len(data))
-        blob += data
-    _write_atomically(samples_path(task.part), bytes(blob))
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows.table(), sink, compression="zstd")
-    _write_atomically(table_path(task.part), sink.getvalue().to_pybytes())
-    return len(records)
+    with _atomic(samples_path(task.part)) as samples_file:
+        for (place, _, media), template in zip(accepted, templates):
+            sample = measure(template, media)
+            if task.shrink_to is not None and sample.num_tokens > task.shrink_to:
+                sample = measure(template, shrink(template, media, task.shrink_to))
+            if not sample.num_targets:
+                problem = Problem(ReasonCode.NO_TARGETS, "no token of the answers is a target; write an answer")
+                rows.reject(place, [problem])
+                continue
+            data = msgspec.msgpack.encode(sample)
+            rows.accept(place, sample, samples_file.tell(), len(data))
+            samples_file.write(data)
+    with _atomic(table_path(task.part)) as table_file:
+        pq.write_table(rows.table(), table_file, compression="zstd")
+    return task.chunk.num_records
+
+
+def _stored(media: list[Medium], embedded: Mapping[str, bytes], file: BinaryIO) -> list[Medium]:
+    """The media, with what came inside the record appended to ``file``."""
+    stored: list[Medium] = []
+    for medium in media:
+        if medium.name in embedded:
+            data = embedded[medium.name]
+            medium = msgspec.structs.replace(medium, span=(file.tell(), len(data)))
+            file.write(data)
+        stored.append(medium)
+    return stored
 
 
 def read_sample(part: Path, offset: int, num_bytes: int) -> Measured:
@@ -147,13 +175,11 @@ class _Rows:
 
     def add(self, record: Record, copies: int) -> int:
         place = len(self._columns["record"])
+        identity = None if record.data is None else read_id(record.data)
         for name, column in self._columns.items():
             column.append([] if name == "codes" else 0 if name in ("sample_offset", "sample_bytes") else None)
-        self._set(place, record=record.number, line=record.line, copies=copies)
+        self._set(place, record=record.number, line=record.line, copies=copies, id=identity)
         return place
-
-    def identify(self, place: int, name: str | None) -> None:
-        self._set(place, id=name)
 
     def reject(self, place: int, problems: list[Problem]) -> None:
         codes = list(dict.fromkeys(problem.code.value for problem in problems))
@@ -181,7 +207,14 @@ class _Rows:
             self._columns[name][place] = value
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+@contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name only when it is complete; one that stays empty is not kept."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with temporary.open("wb") as file:
+        yield file
+        is_empty = file.tell() == 0
+    if is_empty:
+        temporary.unlink()
+    else:
+        temporary.replace(path)

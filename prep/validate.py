@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 from tqdm import tqdm
 
+from prep.chunks import Chunk, Record
 from prep.engines import Engine
-from prep.records import Chunk, Record, index_file, read_chunk
+from prep.records import index_file, read_chunk
 from prep.sample import check_media, probe_media
 from prep.validation import check_record, media_names, read_id, record_id
 from schemas.annotation import Annotation, Problem, ReasonCode
@@ -91,6 +94,7 @@ class Report:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ChunkTask:
     file: Path
+    data: Path
     chunk: Chunk
     root: Path
     request: ValidateRequest
@@ -113,9 +117,10 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     """
     if request.media_root is not None and not request.media_root.is_dir():
         raise ConfigError(f"--media-root {request.media_root} is not a folder.")
-    tasks = list(_tasks(request, engine))
     report = Report()
     with ExitStack() as stack:
+        spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
+        tasks = list(_tasks(request, engine, spool))
         try:
             sink = stack.enter_context(request.rejects.open("wb")) if request.rejects is not None else None
         except OSError as error:
@@ -131,18 +136,18 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     return report
 
 
-def _tasks(request: ValidateRequest, engine: Engine) -> Iterator[_ChunkTask]:
-    for file, index in zip(request.files, engine.map(index_file, request.files)):
+def _tasks(request: ValidateRequest, engine: Engine, spool: Path) -> Iterator[_ChunkTask]:
+    for file, index in zip(request.files, engine.map(partial(index_file, spool=spool), request.files)):
         root = request.media_root if request.media_root is not None else file.parent
         for chunk in index.chunks:
-            yield _ChunkTask(file=file, chunk=chunk, root=root, request=request)
+            yield _ChunkTask(file=file, data=index.data, chunk=chunk, root=root, request=request)
 
 
 def _check_chunk(task: _ChunkTask) -> ChunkReport:
     num_valid = 0
     modalities: Counter[str] = Counter()
     rejects: list[Reject] = []
-    for record in read_chunk(task.file, task.chunk):
+    for record in read_chunk(task.data, task.chunk):
         annotation, problems = _check(record, task.root, task.request)
         if annotation is not None and not problems:
             num_valid += 1
@@ -164,10 +169,10 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
 def _check(record: Record, root: Path, request: ValidateRequest) -> tuple[Annotation | None, list[Problem]]:
     annotation, problems = check_record(record, request.reserved)
     if annotation is not None:
-        media, media_problems = probe_media(annotation, root, request.media)
+        media, media_problems = probe_media(annotation, root, request.media, record.embedded)
         problems = problems + media_problems
         if request.deep and not media_problems:
-            problems = problems + check_media(media, root, request.media)
+            problems = problems + check_media(media, root, request.media, record.embedded)
     return annotation, problems
 
 

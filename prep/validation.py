@@ -12,14 +12,10 @@ from typing import Any
 
 import msgspec
 
-from prep.records import MAX_RECORD_BYTES, Record
+from prep.chunks import MAX_RECORD_BYTES, Record
+from prep.dialects import ROLES, Places, read_record
 from prep.text import RESERVED, TAG
 from schemas.annotation import Annotation, Problem, ReasonCode
-
-_ROLES = ("system", "human", "gpt")
-_TYPE_NAMES = {dict: "object", list: "array", str: "string", int: "number", float: "number", bool: "boolean"}
-
-_decoder = msgspec.json.Decoder(Annotation)
 
 
 class _OnlyId(msgspec.Struct):
@@ -39,11 +35,11 @@ def parse_record(data: bytes, *, reserved: str = "reject") -> tuple[Annotation |
     Returns:
         The annotation and no problems, or whatever could be decoded (or None) and all problems.
     """
-    try:
-        annotation = _decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-        return None, list(_explain(data, reserved))
-    return annotation, list(_semantic_problems(annotation, reserved))
+    reading = read_record(data)
+    problems = list(reading.problems)
+    if reading.annotation is not None:
+        problems += _semantic_problems(reading.annotation, reading.places, reserved, reading.unreadable)
+    return reading.annotation, problems
 
 
 def check_record(record: Record, reserved: str) -> tuple[Annotation | None, list[Problem]]:
@@ -79,20 +75,22 @@ def _names(one: str | list[str] | None, several: list[str] | None) -> list[str]:
     return [one] if isinstance(one, str) else list(one)
 
 
-def _semantic_problems(annotation: Annotation, reserved: str, unreadable: Collection[str] = ()) -> Iterator[Problem]:
+def _semantic_problems(
+    annotation: Annotation, places: Places, reserved: str, unreadable: Collection[str]
+) -> Iterator[Problem]:
     """What is wrong with a record of the right types; media in ``unreadable`` fields are not counted."""
     turns = annotation.conversations
     if not turns:
         yield Problem(
-            ReasonCode.MISSING_CONVERSATIONS, "$.conversations is empty; give at least one human and one gpt turn"
+            ReasonCode.MISSING_CONVERSATIONS, f"$.{places.turns} is empty; give at least a question and an answer"
         )
-    yield from _order_problems([turn.role for turn in turns])
+    yield from _order_problems([turn.role for turn in turns], places)
     num_tags = {"image": 0, "video": 0}
     for number, turn in enumerate(turns):
-        where = f"$.conversations[{number}].value"
         if not turn.value.strip():
             yield Problem(
-                ReasonCode.EMPTY_TURN, f"{where} is empty; write what the {turn.role} says or drop the exchange"
+                ReasonCode.EMPTY_TURN,
+                f"{places.value_of(number)} is empty; write what the {turn.role} says or drop the exchange",
             )
             continue
         if "<" not in turn.value:
@@ -101,16 +99,17 @@ def _semantic_problems(annotation: Annotation, reserved: str, unreadable: Collec
         if tags and turn.role != "human":
             yield Problem(
                 ReasonCode.TAG_IN_ANSWER,
-                f"{where} has <{tags[0]}> in a {turn.role} turn; media tags stand in human turns only",
+                f"{places.value_of(number)} has <{tags[0]}> in a {turn.role} turn; media tags stand in human "
+                "turns only",
             )
-        elif tags:
+        else:
             for tag in tags:
                 num_tags[tag] += 1
         if reserved == "reject" and (control := RESERVED.search(turn.value)):
             yield Problem(
                 ReasonCode.RESERVED_TOKEN,
-                f"{where} spells the control token {control.group()}; remove it, or build with --reserved escape to "
-                "encode it as ordinary text",
+                f"{places.value_of(number)} spells the control token {control.group()}; remove it, or use --reserved "
+                "escape to encode it as ordinary text",
             )
     for kind, one, several in (
         ("image", annotation.image, annotation.images),
@@ -118,22 +117,22 @@ def _semantic_problems(annotation: Annotation, reserved: str, unreadable: Collec
     ):
         if one is not None and several is not None:
             yield Problem(ReasonCode.BAD_FIELD, f"$.{kind} and $.{kind}s are both given; give one of them")
-            continue
-        if kind in unreadable or f"{kind}s" in unreadable:
-            continue
-        num_media = len(_names(one, several))
-        if num_tags[kind] != num_media:
-            yield Problem(
-                ReasonCode.TAG_MISMATCH,
-                f"{num_tags[kind]} <{kind}> tags in human turns and {num_media} {kind}s; every {kind} needs one tag",
-            )
+        elif kind not in unreadable and f"{kind}s" not in unreadable:
+            num_media = len(_names(one, several))
+            if num_tags[kind] != num_media:
+                yield Problem(
+                    ReasonCode.TAG_MISMATCH,
+                    f"{num_tags[kind]} <{kind}> tags in human turns and {num_media} {kind}s; every {kind} "
+                    "needs one tag",
+                )
 
 
-def _order_problems(roles: list[str]) -> Iterator[Problem]:
-    unknown = [(number, role) for number, role in enumerate(roles) if role not in _ROLES]
-    for number, role in unknown:
+def _order_problems(roles: list[str], places: Places) -> Iterator[Problem]:
+    canonical = set(ROLES.values())
+    unknown = [number for number, role in enumerate(roles) if role not in canonical]
+    for number in unknown:
         yield Problem(
-            ReasonCode.UNKNOWN_ROLE, f"$.conversations[{number}].from is {role[:40]!r}; allowed: {', '.join(_ROLES)}"
+            ReasonCode.UNKNOWN_ROLE, f"{places.role_of(number)} is {roles[number][:40]!r}; allowed: {', '.join(ROLES)}"
         )
     if unknown or not roles:
         return
@@ -143,81 +142,9 @@ def _order_problems(roles: list[str]) -> Iterator[Problem]:
         if role != expected:
             yield Problem(
                 ReasonCode.BAD_TURN_ORDER,
-                f"$.conversations[{number + first}].from is {role!r}, expected {expected!r}; turns alternate human, "
-                "gpt, and a system turn may only come first",
+                f"{places.role_of(number + first)} is {role!r}, expected {expected!r}; turns alternate human (user), "
+                "gpt (assistant), and a system turn may only come first",
             )
             return
     if roles[-1] != "gpt":
         yield Problem(ReasonCode.BAD_TURN_ORDER, f"the last turn is {roles[-1]!r}; a conversation ends with 'gpt'")
-
-
-def _explain(data: bytes, reserved: str) -> Iterator[Problem]:
-    """Look at a record that is not an :class:`Annotation` field by field."""
-    try:
-        record = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        yield Problem(ReasonCode.BAD_JSON, f"not valid JSON: {error}")
-        return
-    except RecursionError:
-        yield Problem(ReasonCode.BAD_JSON, "nested too deeply to be read")
-        return
-    if not isinstance(record, dict):
-        yield Problem(ReasonCode.NOT_AN_OBJECT, f"the record is of type {_type_name(record)}; expected an object")
-        return
-    turns, problems = _turn_problems(record.get("conversations"))
-    yield from problems
-    media: dict[str, Any] = {}
-    unreadable: list[str] = []
-    for field in ("image", "video", "images", "videos"):
-        value, problem = _media_field(field, record.get(field))
-        media[field] = value
-        if problem is not None:
-            unreadable.append(field)
-            yield problem
-    if isinstance(record.get("id"), (dict, list, bool, float)):
-        yield Problem(
-            ReasonCode.BAD_FIELD, f"$.id is of type {_type_name(record['id'])}; expected a string or an integer"
-        )
-    if turns and not problems:
-        # Only other fields are at fault: what can be read is checked as usual.
-        readable = {"conversations": turns, **media}
-        yield from _semantic_problems(msgspec.convert(readable, Annotation), reserved, unreadable)
-
-
-def _turn_problems(conversations: Any) -> tuple[list[dict[str, str]], list[Problem]]:
-    if conversations is None:
-        message = "$.conversations is missing; give a list of turns {from, value}"
-        return [], [Problem(ReasonCode.MISSING_CONVERSATIONS, message)]
-    if not isinstance(conversations, list):
-        message = f"$.conversations is of type {_type_name(conversations)}; expected an array of turns"
-        return [], [Problem(ReasonCode.BAD_FIELD, message)]
-    problems = []
-    for number, turn in enumerate(conversations):
-        where = f"$.conversations[{number}]"
-        if not isinstance(turn, dict):
-            problems.append(Problem(ReasonCode.BAD_FIELD, f"{where} is of type {_type_name(turn)}; expected an object"))
-            continue
-        for key in ("from", "value"):
-            if key not in turn:
-                problems.append(Problem(ReasonCode.BAD_FIELD, f"{where}.{key} is missing; expected a string"))
-            elif not isinstance(turn[key], str):
-                message = f"{where}.{key} is of type {_type_name(turn[key])}; expected a string"
-                problems.append(Problem(ReasonCode.BAD_FIELD, message))
-    return conversations, problems
-
-
-def _media_field(field: str, value: Any) -> tuple[Any, Problem | None]:
-    expected = "an array of strings" if field.endswith("s") else "a string or an array of strings"
-    if value is None or (isinstance(value, str) and not field.endswith("s")):
-        return value, None
-    if not isinstance(value, list):
-        return None, Problem(ReasonCode.BAD_FIELD, f"$.{field} is of type {_type_name(value)}; expected {expected}")
-    for number, name in enumerate(value):
-        if not isinstance(name, str):
-            message = f"$.{field}[{number}] is of type {_type_name(name)}; expected a string"
-            return None, Problem(ReasonCode.BAD_FIELD, message)
-    return value, None
-
-
-def _type_name(value: Any) -> str:
-    return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from prep.sample import EncodedSample, encode
-from prep.scan import read_sample
+from prep.sample import EncodedSample, MediaPlace, encode
+from prep.scan import media_path, read_sample
 from prep.shards import BinRow, ShardWriter
 from schemas.annotation import Problem, SampleRef
 from schemas.bins import shard_name
@@ -94,8 +94,9 @@ def write_shard(task: WriteTask) -> ShardResult:
             samples: list[tuple[SampleRef, EncodedSample]] = []
             for item in planned:
                 measured = read_sample(item.part, item.offset, item.num_bytes)
+                place = MediaPlace(task.roots[item.source], media_path(item.part))
                 try:
-                    encoded = encode(measured, task.roots[item.source], task.media[item.source])
+                    encoded = encode(measured, place, task.media[item.source])
                 except MediaError as error:
                     failed[item.number] = Problem(error.code, error.message)
                     continue

@@ -29,6 +29,54 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True):
     id: str | int | None = None
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One piece of a message's content: text, or a medium, whose name may stand here or in the record's media
+    fields.
+    """
+
+    type: str
+    text: str | None = None
+    image: str | None = None
+    video: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """The other spelling of a turn: ``role`` (``system``, ``user``, ``assistant``) and ``content``."""
+
+    role: str
+    content: str | list[Part]
+
+
+class MessagesAnnotation(msgspec.Struct, frozen=True, kw_only=True):
+    """A record whose turns are spelled as ``messages``; otherwise as :class:`Annotation`."""
+
+    messages: list[Message]
+    image: str | list[str] | None = None
+    images: list[str] | None = None
+    video: str | list[str] | None = None
+    videos: list[str] | None = None
+    id: str | int | None = None
+
+
+class Exchange(msgspec.Struct, frozen=True):
+    """One question and its answer."""
+
+    user: str
+    assistant: str
+
+
+class TextsAnnotation(msgspec.Struct, frozen=True, kw_only=True):
+    """A record as the Cauldron and FineVision have it: ``texts``, a list of exchanges.
+
+    Where no ``<image>`` tag stands in them, the pictures come first: one tag and a newline each before the first text.
+    """
+
+    texts: list[Exchange]
+    image: str | list[str] | None = None
+    images: list[str] | None = None
+    id: str | int | None = None
+
+
 class ReasonCode(str, Enum):
     """Why an annotation was rejected. A closed list: other programs match on these strings."""
 

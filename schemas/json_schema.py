@@ -10,13 +10,12 @@ from typing import Any
 
 import msgspec
 
-from schemas.annotation import Annotation, Problem, SampleRef
+from schemas.annotation import Annotation, MessagesAnnotation, Problem, SampleRef, TextsAnnotation
 from schemas.manifest import Manifest
 
 FOLDER = Path(__file__).parent / "json"
 
 _TYPES: dict[str, Any] = {
-    "annotation": Annotation,
     "manifest": Manifest,
     "problem": Problem,
     "samples": list[SampleRef],
@@ -25,11 +24,17 @@ _TYPES: dict[str, Any] = {
 
 def json_schemas() -> dict[str, bytes]:
     """Contents of every schema file by its name."""
-    files = {}
-    for name, kind in _TYPES.items():
-        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(kind)}
-        files[f"{name}.schema.json"] = msgspec.json.format(msgspec.json.encode(schema), indent=2) + b"\n"
-    return files
+    spellings, definitions = msgspec.json.schema_components(
+        (Annotation, MessagesAnnotation, TextsAnnotation), ref_template="#/$defs/{name}"
+    )
+    schemas = {"annotation": {"anyOf": list(spellings), "$defs": definitions}}
+    schemas |= {name: msgspec.json.schema(kind) for name, kind in _TYPES.items()}
+    return {f"{name}.schema.json": _encoded(schema) for name, schema in schemas.items()}
+
+
+def _encoded(schema: dict[str, Any]) -> bytes:
+    content = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
 def main() -> None:

@@ -146,8 +146,8 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
                 "Build the shards again or use the program that wrote them."
             )
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.MsgspecError, ConfigError) as error:
-        raise ShardError(f"{where} is damaged: {error}. Build the shards again.") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
+        raise ShardError(f"{where} is damaged: {str(error).rstrip('.')}. Build the shards again.") from error
 
 
 class _Version(msgspec.Struct):

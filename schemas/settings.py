@@ -81,11 +81,11 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         max_length: tokens that a bin holds at most; a longer sample is rejected as ``too_long``.
         max_patches: vision patches that a bin holds at most (one medium-rich sample more than that still gets a bin of
             its own), or None for no second budget.
-        packer: ``bfd`` (best-fit-decreasing over the histogram of lengths) or ``binpacking``.
-        pixels: codec of the pixel planes.
-        reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
-        seed: seeds sampling and the shuffle of samples and bins.
-        shard_bytes: a shard is closed once its bins hold about this many bytes (before compression).
+        packer: ``bfd`` (best-fit-decreasing over the histogram of lengths) or ``binpacking``. pixels: codec of the
+        pixel planes. reserved: what to do with text that spells a control token: ``reject`` or ``escape``. overlong:
+        what to do with a sample longer than ``max_length``: ``reject``, or ``shrink`` its media until it fits. seed:
+        seeds sampling and the shuffle of samples and bins. shard_bytes: a shard is closed once its bins hold about
+        this many bytes (before compression).
     """
 
     media: MediaSettings = MediaSettings()
@@ -94,6 +94,7 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     packer: str = "bfd"
     pixels: str = "zstd"
     reserved: str = "reject"
+    overlong: str = "reject"
     seed: int = 0
     shard_bytes: int = 1 << 29
 
@@ -105,9 +106,11 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         _require(self.packer in PACKERS, "packer", self.packer, " or ".join(PACKERS))
         _require(self.pixels in CODECS, "pixels", self.pixels, " or ".join(CODECS))
         _require(self.reserved in RESERVED_POLICIES, "reserved", self.reserved, " or ".join(RESERVED_POLICIES))
+        _require(self.overlong in OVERLONG_POLICIES, "overlong", self.overlong, " or ".join(OVERLONG_POLICIES))
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _require(self.shard_bytes >= 1, "shard_bytes", self.shard_bytes, "1 or more")
 
 
 PACKERS = ("bfd", "binpacking")
 RESERVED_POLICIES = ("reject", "escape")
+OVERLONG_POLICIES = ("reject", "shrink")

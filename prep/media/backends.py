@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +54,6 @@ def _failures(*kinds: type[Exception]) -> Iterator[None]:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, _first_line(error)) from error
 
 
-def _target(source: MediaSource) -> str | BinaryIO:
-    """What the libraries open: a path, or an open file for media inside another file."""
-    return str(source.path) if source.is_file else source.open()
-
-
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
@@ -79,7 +74,7 @@ class DecordClip:
             decord.logging.set_level(decord.logging.QUIET)
             self._error = DECORDError
             with _failures(DECORDError):
-                self._reader = decord.VideoReader(_target(source), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
+                self._reader = decord.VideoReader(source.target(), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
                 self.num_frames = len(self._reader)
                 self.duration_s = _duration(self.num_frames, float(self._reader.get_avg_fps()))
                 self.height, self.width = map(int, self._reader[0].shape[:2])
@@ -98,7 +93,7 @@ class TorchcodecClip:
         with _failures(RuntimeError, ValueError, OSError):
             from torchcodec.decoders import VideoDecoder
 
-            self._decoder = VideoDecoder(_target(source), num_ffmpeg_threads=1, dimension_order="NHWC")
+            self._decoder = VideoDecoder(source.target(), num_ffmpeg_threads=1, dimension_order="NHWC")
             metadata = self._decoder.metadata
             self.num_frames = int(metadata.num_frames or 0)
             self.duration_s = _duration(self.num_frames, float(metadata.average_fps or 0))
@@ -119,11 +114,11 @@ class PyavClip:
             import av
 
             self._source = source
-            with av.open(_target(source), "r") as container:
+            with av.open(source.target(), "r") as container:
                 stream = container.streams.video[0]
                 self.num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
                 self.duration_s = _duration(self.num_frames, float(stream.average_rate or 0))
-            with av.open(_target(source), "r") as container:
+            with av.open(source.target(), "r") as container:
                 first = next(container.decode(video=0), None)
                 shown = None if first is None else _upright(_rgb(first), first.rotation)
                 self.height, self.width = (0, 0) if shown is None else shown.shape[:2]
@@ -135,7 +130,7 @@ class PyavClip:
         with _failures(ValueError, OSError, IndexError):
             import av
 
-            with av.open(_target(self._source), "r") as container:
+            with av.open(self._source.target(), "r") as container:
                 for index, frame in enumerate(container.decode(video=0)):
                     if index in wanted:
                         found.append(_upright(_rgb(frame), frame.rotation))

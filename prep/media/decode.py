@@ -14,7 +14,7 @@ from prep.media.images import decode_image, probe_image
 from prep.media.source import MediaSource
 from prep.media.videos import ClipPlan, decode_video, probe_video
 from schemas.bins import MEDIA_IMAGE
-from schemas.qwen import PATCH_SIZE, Grid
+from schemas.qwen import Grid
 from schemas.settings import MediaSettings
 
 
@@ -24,11 +24,15 @@ class Facts:
 
     Attributes:
         grid: in patches.
+        height: of the picture or of a frame before resizing, as it is shown, in pixels.
+        width: likewise.
         second_per_grid_t: seconds that a temporal step of a video stands for; 0 for an image.
         backend: decoder of a video; None for an image.
     """
 
     grid: Grid
+    height: int
+    width: int
     second_per_grid_t: float = 0.0
     backend: str | None = None
 
@@ -40,7 +44,7 @@ def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Fact
         MediaError: the medium cannot be used.
     """
     if media_type == MEDIA_IMAGE:
-        return Facts(probe_image(source, settings))
+        return Facts(*probe_image(source, settings))
     return _clip_facts(probe_video(source, settings))
 
 
@@ -51,12 +55,11 @@ def decode(source: MediaSource, media_type: int, settings: MediaSettings) -> tup
         MediaError: the medium cannot be decoded.
     """
     if media_type == MEDIA_IMAGE:
-        planes = decode_image(source, settings)
-        _, height, width = planes.shape
-        return Facts(Grid(1, height // PATCH_SIZE, width // PATCH_SIZE)), planes[None]
+        planes, grid, height, width = decode_image(source, settings)
+        return Facts(grid, height, width), planes[None]
     frames, plan = decode_video(source, settings)
     return _clip_facts(plan), frames
 
 
 def _clip_facts(plan: ClipPlan) -> Facts:
-    return Facts(plan.grid, plan.second_per_grid_t, plan.backend)
+    return Facts(plan.grid, plan.height, plan.width, plan.second_per_grid_t, plan.backend)

@@ -30,8 +30,8 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 _LATE_TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
-def probe_image(source: MediaSource, settings: MediaSettings) -> Grid:
-    """Grid that the picture will have, from its header alone.
+def probe_image(source: MediaSource, settings: MediaSettings) -> tuple[Grid, int, int]:
+    """Grid that the picture will have, and its own height and width, from its header alone.
 
     Raises:
         MediaError: not a picture, too many pixels, or an extreme aspect ratio.
@@ -40,11 +40,11 @@ def probe_image(source: MediaSource, settings: MediaSettings) -> Grid:
         width, height = image.size
         if _orientation(image, source) in _SWAPS_SIDES:
             width, height = height, width
-        return _grid(height, width, settings)
+        return _grid(height, width, settings), height, width
 
 
-def decode_image(source: MediaSource, settings: MediaSettings) -> NDArray[np.uint8]:
-    """Planes (3, H, W) uint8 of the picture, R G B, oriented and resized; H and W are multiples of 28.
+def decode_image(source: MediaSource, settings: MediaSettings) -> tuple[NDArray[np.uint8], Grid, int, int]:
+    """Planes (3, H, W) uint8 of the picture, R G B, oriented and resized; its grid; its own height and width.
 
     Raises:
         MediaError: as :func:`probe_image`, or the pixels cannot be decoded (truncated or damaged).
@@ -54,7 +54,7 @@ def decode_image(source: MediaSource, settings: MediaSettings) -> NDArray[np.uin
         upright = ImageOps.exif_transpose(image)
         rgb = to_rgb(upright)
     grid = _grid(rgb.height, rgb.width, settings)
-    return resize_planes(rgb, grid)
+    return resize_planes(rgb, grid), grid, rgb.height, rgb.width
 
 
 def resize_planes(rgb: Image.Image, grid: Grid) -> NDArray[np.uint8]:

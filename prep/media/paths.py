@@ -54,14 +54,28 @@ def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
         raise _os_problem(name, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{name!r} is not a regular file")
-    if status.st_size == 0:
+    _check_size(name, status.st_size, max_bytes)
+    return MediaSource(name, real)
+
+
+def embedded_media(name: str, data: bytes, *, max_bytes: int) -> MediaSource:
+    """The medium ``name`` that came inside a record.
+
+    Raises:
+        MediaError: ``media_empty`` or ``media_too_large``.
+    """
+    _check_size(name, len(data), max_bytes)
+    return MediaSource(name, data=data)
+
+
+def _check_size(name: str, num_bytes: int, max_bytes: int) -> None:
+    if num_bytes == 0:
         raise MediaError(ReasonCode.MEDIA_EMPTY, f"{name!r} has 0 bytes")
-    if status.st_size > max_bytes:
+    if num_bytes > max_bytes:
         raise MediaError(
             ReasonCode.MEDIA_TOO_LARGE,
-            f"{name!r} has {status.st_size:,} bytes; at most {max_bytes:,} are allowed (max_source_bytes)",
+            f"{name!r} has {num_bytes:,} bytes; at most {max_bytes:,} are allowed (max_source_bytes)",
         )
-    return MediaSource(name, real)
 
 
 @lru_cache(maxsize=65536)

@@ -1,4 +1,4 @@
-"""Where the encoded bytes of a medium are: a file, or a run of bytes inside a file (media that came inside a table)."""
+"""Where the encoded bytes of a medium are: a file, a run of bytes inside a file, or memory."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ class MediaSource:
 
     Attributes:
         name: what messages call it: the name in the annotation.
-        path: file that holds it.
-        offset: first byte of it in the file.
-        num_bytes: its size, or None for the whole file.
+        path: file that holds it; None if it is in memory.
+        span: first byte and size of it in the file, or None for the whole file.
+        data: its bytes, if it is in memory.
     """
 
     name: str
-    path: Path
-    offset: int = 0
-    num_bytes: int | None = None
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the medium is a file of its own."""
-        return self.num_bytes is None
+    path: Path | None = None
+    span: tuple[int, int] | None = None
+    data: bytes | None = None
 
     def open(self) -> BinaryIO:
         """Open it for reading, positioned at its start."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        if self.path is None:
+            raise ValueError(f"medium {self.name!r} has neither a path nor data")
         file = self.path.open("rb")
-        if self.num_bytes is None:
+        if self.span is None:
             return file
         with file:
-            file.seek(self.offset)
-            return io.BytesIO(file.read(self.num_bytes))
+            file.seek(self.span[0])
+            return io.BytesIO(file.read(self.span[1]))
+
+    def target(self) -> str | BinaryIO:
+        """What video libraries open: the path of a file of its own, else an open file."""
+        return str(self.path) if self.path is not None and self.span is None else self.open()

@@ -35,12 +35,16 @@ class ClipPlan:
     Attributes:
         grid: in patches; ``2 * grid.t`` frames are stored.
         indices: frames to decode, ascending; one fewer than stored where the last is repeated.
+        height: of a frame before resizing, in pixels.
+        width: likewise.
         second_per_grid_t: seconds of the clip that one temporal step stands for.
         backend: name of the decoder that opened the clip.
     """
 
     grid: Grid
     indices: tuple[int, ...]
+    height: int
+    width: int
     second_per_grid_t: float
     backend: str
 
@@ -81,6 +85,8 @@ def plan_clip(clip: Clip, backend: str, settings: MediaSettings) -> ClipPlan:
     return ClipPlan(
         grid=Grid(-(-len(indices) // TEMPORAL_PATCH_SIZE), frame.h, frame.w),
         indices=indices,
+        height=clip.height,
+        width=clip.width,
         second_per_grid_t=TEMPORAL_PATCH_SIZE * clip.duration_s / len(indices),
         backend=backend,
     )

@@ -196,7 +196,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     step: str,
     calls: int,
 ) -> None:
-    monkeypatch.setattr("prep.records.CHUNK_RECORDS", 7)
+    monkeypatch.setattr("prep.json_records.CHUNK_RECORDS", 7)
     request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
     original = {"scan_chunk": scan_chunk, "write_shard": write_shard}[step]
     done = 0

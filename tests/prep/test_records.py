@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prep import records
-from prep.records import Record, index_file, read_chunk
+from prep import json_records
+from prep.chunks import Record
+from prep.records import index_file, read_chunk
 
 nasty = st.text(alphabet='a"\\{}[],:é\n ', max_size=20)
 values = st.recursive(
@@ -23,8 +24,8 @@ objects = st.lists(st.dictionaries(nasty, values, max_size=3), max_size=12)
 
 
 def read_all(path: Path) -> list[Record]:
-    index = index_file(path)
-    found = [record for chunk in index.chunks for record in read_chunk(path, chunk)]
+    index = index_file(path, path.parent)
+    found = [record for chunk in index.chunks for record in read_chunk(index.data, chunk)]
     assert len(found) == index.num_records
     assert [record.number for record in found] == list(range(len(found)))
     return found
@@ -43,8 +44,8 @@ def test_arrays_give_their_elements_with_lines_for_any_block_size(
     text = json.dumps(found, indent=indent)
     path.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_BLOCK_BYTES", block)
-        patch.setattr(records, "CHUNK_RECORDS", chunk)
+        patch.setattr(json_records, "_BLOCK_BYTES", block)
+        patch.setattr(json_records, "CHUNK_RECORDS", chunk)
         elements = read_all(path)
     assert [json.loads(element.data or b"") for element in elements] == found
     lines = text.split("\n")
@@ -62,7 +63,7 @@ def test_lines_give_their_records_for_any_block_size(
     text = blank.join(json.dumps(one) for one in found)
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "_BLOCK_BYTES", block)
+        patch.setattr(json_records, "_BLOCK_BYTES", block)
         lines = read_all(path)
     assert [json.loads(line.data or b"") for line in lines] == found
     for line in lines:
@@ -110,7 +111,7 @@ def test_byte_order_mark_and_blank_lines_are_passed_over(path: Path) -> None:
 def test_a_record_beyond_the_limit_is_counted_but_not_read(
     path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(records, "_BLOCK_BYTES", 300)
+    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(json_records, "_BLOCK_BYTES", 300)
     path.write_text(layout % ('{"id": 1}', json.dumps({"id": "x" * 5000}), '{"id": 3}'))
     assert [record.data for record in read_all(path)] == [b'{"id": 1}', None, b'{"id": 3}']

@@ -55,10 +55,11 @@ def test_media_inside_another_file_decode_as_files_do(
     box: Sandbox, media: list[tuple[MediaSource, int]], tmp_path: Path
 ) -> None:
     for source, kind in media:
-        content = source.path.read_bytes()
+        content = source.open().read()
         (tmp_path / "blob").write_bytes(b"before" + content + b"after")
-        inside = MediaSource(source.name, tmp_path / "blob", offset=6, num_bytes=len(content))
-        assert (box.decode(inside, kind, SETTINGS)[1] == decode(source, kind, SETTINGS)[1]).all()
+        inside = MediaSource(source.name, tmp_path / "blob", span=(6, len(content)))
+        for found in (inside, MediaSource(source.name, data=content)):
+            assert (box.decode(found, kind, SETTINGS)[1] == decode(source, kind, SETTINGS)[1]).all()
 
 
 def test_errors_come_back_with_their_code(box: Sandbox, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""What annotation files are cut into: chunks of whole records, and the records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MAX_RECORD_BYTES = 64 << 20
+"""A record longer than this is rejected as ``bad_json`` without being held in memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A run of whole records of one file.
+
+    Attributes:
+        kind: ``lines`` of JSONL, elements of an ``array``, ``rows`` of a Parquet file, or one ``oversized`` record that
+            is too long to be read.
+        start: first byte (of ``rows``: first row) of the run.
+        stop: byte (row) behind the run.
+        first_line: line (from 1) that ``start`` lies in; of ``rows``: number of the row, from 1.
+        first_record: number (from 0) of the first annotation, within the file.
+        num_records: annotations in the run.
+    """
+
+    kind: Literal["lines", "array", "rows", "oversized"]
+    start: int
+    stop: int
+    first_line: int
+    first_record: int
+    num_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One annotation as it was found.
+
+    Attributes:
+        data: its JSON text; None where that is longer than :data:`MAX_RECORD_BYTES`.
+        line: line (from 1) that it starts in.
+        number: place (from 0) among the annotations of the file.
+        embedded: encoded media that came inside the record, by the name that ``data`` gives them.
+    """
+
+    data: bytes | None
+    line: int
+    number: int
+    embedded: dict[str, bytes] = field(default_factory=dict)
