@@ -1,0 +1,398 @@
+"""The stream hands out exactly what the order says, and stops at the first byte that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from schemas.errors import ConfigError, ShardError
+from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
+from train import stream as stream_module
+from train.batch import MicroBatch
+from train.index import ShardIndex, open_shards
+from train.order import DataOrder
+from train.pixels import pixel_values
+from train.reader import read_checked_bin
+from train.stream import BinStream
+
+BINS = make_bins(num_bins=10)
+
+
+@pytest.fixture(params=["zstd", "raw"])
+def index(tmp_path: Path, request: pytest.FixtureRequest) -> ShardIndex:
+    return open_shards(write_shards(tmp_path / "set", BINS, codec=request.param))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Every test ends with as many threads as it began with."""
+    yield
+    deadline = time.monotonic() + 5
+    while stream_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not stream_threads()
+
+
+def stream_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("bin-stream")]
+
+
+def open_stream(index: ShardIndex, *, epochs: float | None = 2, global_batch: int = 4, **changes: object) -> BinStream:
+    order = DataOrder(index.cost(), seed=3, global_batch=global_batch, epochs=epochs)
+    settings: dict[str, object] = {"rank": 0, "world_size": 2, "accumulation": 2, "per_device": 1, **changes}
+    return BinStream(index, order, **settings)  # type: ignore[arg-type]
+
+
+def tokens_of(bins: list[list[Sample]], numbers: tuple[int, ...]) -> list[int]:
+    return [int(token) for number in numbers for sample in bins[number] for token in sample.input_ids]
+
+
+def tensors_of(micro: MicroBatch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    micro.map(lambda tensor: (found.append(tensor), tensor)[1])
+    return found
+
+
+def test_every_rank_gets_the_bins_of_the_order(index: ShardIndex) -> None:
+    order = DataOrder(index.cost(), seed=3, global_batch=4, epochs=2)
+    for rank in range(2):
+        with open_stream(index, rank=rank) as stream:
+            for step, batch in enumerate(stream):
+                places = order.bins_of_step(step, world_size=2, accumulation=2, per_device=1)
+                assert batch.step == step
+                assert batch.bins == tuple(places.ravel().tolist())
+                assert [micro.bins for micro in batch.micro_batches] == [(n,) for n in places[:, rank, 0].tolist()]
+                for micro in batch.micro_batches:
+                    assert micro.input_ids[0].tolist() == tokens_of(BINS, micro.bins)
+            assert step == 4
+
+
+def test_an_epoch_of_all_ranks_is_every_bin_with_its_pixels(index: ShardIndex) -> None:
+    """Planes come through the shard, the codec and the stream as they went in."""
+    seen: list[int] = []
+    for rank in range(2):
+        with open_stream(index, rank=rank, epochs=1, global_batch=10, accumulation=5) as stream:
+            (batch,) = stream
+        for micro in batch.micro_batches:
+            seen += micro.bins
+            media = [medium for number in micro.bins for sample in BINS[number] for medium in sample.media]
+            frames = [torch.from_numpy(frame) for medium in media for frame in medium.frames]
+            if frames:
+                raw = dataclasses.replace(
+                    micro.vision, planes=torch.cat([frame.flatten() for frame in frames]), residuals=False
+                )
+                assert torch.equal(pixel_values(micro.vision), pixel_values(raw))
+    assert sorted(seen) == list(range(10))
+
+
+def test_targets_of_the_global_step_are_known_to_every_rank(index: ShardIndex) -> None:
+    """They equal the sum of what all ranks really train on, also in the last, short step."""
+    streams = [open_stream(index, rank=rank, global_batch=6, accumulation=3, epochs=1) for rank in range(2)]
+    num_steps = 0
+    for first, second in zip(*streams):
+        micro_batches = [*first.micro_batches, *second.micro_batches]
+        assert first.num_targets == second.num_targets == sum(micro.targets.numel() for micro in micro_batches)
+        assert first.num_tokens == second.num_tokens == sum(micro.num_tokens for micro in micro_batches)
+        assert sorted(first.bins) == sorted(number for micro in micro_batches for number in micro.bins)
+        num_steps += 1
+    assert num_steps == 2
+    assert len(first.bins) == 4
+    for stream in streams:
+        stream.close()
+
+
+def test_empty_places_are_batches_without_weight(index: ShardIndex) -> None:
+    with open_stream(index, epochs=0.1, world_size=1, accumulation=4) as stream:
+        (batch,) = stream
+    assert sorted(len(micro.bins) for micro in batch.micro_batches) == [0, 0, 0, 1]
+    assert sum(micro.num_tokens for micro in batch.micro_batches) == batch.num_tokens
+
+
+def test_bins_of_a_device_are_one_batch(index: ShardIndex) -> None:
+    with open_stream(index, accumulation=1, per_device=2, epochs=1) as stream:
+        for batch in stream:
+            (micro,) = batch.micro_batches
+            assert micro.input_ids[0].tolist() == tokens_of(BINS, micro.bins)
+    assert batch.step == 2
+
+
+@pytest.mark.parametrize("resume_at", range(5))
+def test_a_stream_started_at_a_step_goes_on_to_the_bit(index: ShardIndex, resume_at: int) -> None:
+    with open_stream(index) as whole:
+        wanted = list(itertools.islice(whole, resume_at, None))
+    with open_stream(index, start_step=resume_at, num_threads=3, prefetch=1) as resumed:
+        assert resumed.next_step == resume_at
+        found = list(resumed)
+        assert resumed.next_step == 5
+    assert [batch.step for batch in found] == list(range(resume_at, 5))
+    for ours, theirs in zip(found, wanted):
+        assert (ours.bins, ours.num_targets) == (theirs.bins, theirs.num_targets)
+        for one, other in zip(ours.micro_batches, theirs.micro_batches):
+            assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other)))
+
+
+def test_a_stream_ends_before_its_end_step(index: ShardIndex) -> None:
+    with open_stream(index, epochs=None, start_step=7, end_step=9) as stream:
+        assert [batch.step for batch in stream] == [7, 8]
+        assert next(stream, None) is None
+    with open_stream(index, end_step=99) as stream:
+        assert len(list(stream)) == 5
+
+
+def test_folders_are_mixed_into_one_stream(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a", BINS[:4], codec="zstd")
+    write_shards(tmp_path / "b", BINS[4:], codec="raw")
+    index = open_shards(tmp_path)
+    with open_stream(index, world_size=1, accumulation=2, per_device=5, global_batch=10, epochs=1) as stream:
+        (batch,) = stream
+    assert sorted(batch.bins) == list(range(10))
+    for micro in batch.micro_batches:
+        assert micro.input_ids[0].tolist() == tokens_of(BINS, micro.bins)
+
+
+def test_a_bounded_number_of_bins_is_read_ahead(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = counted_reads(monkeypatch)
+    with open_stream(index, epochs=None, prefetch=3) as stream:
+        next(stream)
+        deadline = time.monotonic() + 5
+        while len(reads) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(reads) == 2 + 3
+        next(stream)
+    assert len(reads) <= 4 + 3
+
+
+def test_what_is_read_ahead_is_handed_out_without_reading(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four micro-batches are ready: two steps need no file system that answers, the third waits for it."""
+    reads = counted_reads(monkeypatch)
+    with open_stream(index, epochs=None, prefetch=4) as stream:
+        next(stream)
+        while len(reads) < 6 or stream_threads_are_busy(stream):
+            time.sleep(0.01)
+        answers = threading.Event()
+
+        def read(index: ShardIndex, number: int) -> object:
+            assert answers.wait(30)
+            return read_checked_bin(index, number)
+
+        monkeypatch.setattr(stream_module, "read_checked_bin", read)
+        assert next(stream).data_wait_s < 5
+        assert next(stream).data_wait_s < 5
+        threading.Timer(0.2, answers.set).start()
+        assert next(stream).data_wait_s > 0.1
+
+
+def stream_threads_are_busy(stream: BinStream) -> bool:
+    return not all(pending.batch.done() for pending in stream._under_way)
+
+
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    reads: list[int] = []
+
+    def read(index: ShardIndex, number: int) -> object:
+        reads.append(number)
+        return read_checked_bin(index, number)
+
+    monkeypatch.setattr(stream_module, "read_checked_bin", read)
+    return reads
+
+
+def delayed_reads(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
+    def read(index: ShardIndex, number: int) -> object:
+        time.sleep(seconds)
+        return read_checked_bin(index, number)
+
+    monkeypatch.setattr(stream_module, "read_checked_bin", read)
+
+
+# Damage that comes after the start, and what the message says besides shard, bin and offset.
+
+
+def flip_a_byte(index: ShardIndex, number: int) -> None:
+    location = index.locate(number)
+    data = bytearray(location.path.read_bytes())
+    data[location.offset + location.num_bytes // 2] ^= 0x10
+    location.path.write_bytes(data)
+
+
+def cut_the_shard(index: ShardIndex, number: int) -> None:
+    location = index.locate(number)
+    location.path.write_bytes(location.path.read_bytes()[: location.offset + location.num_bytes - 700])
+
+
+def remove_the_shard(index: ShardIndex, number: int) -> None:
+    index.locate(number).path.unlink()
+
+
+def forbid_the_shard(index: ShardIndex, number: int) -> None:
+    path = index.locate(number).path
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE_OF_A_BIN: dict[str, tuple[Callable[[ShardIndex, int], None], str]] = {
+    "flipped byte": (flip_a_byte, r"checksum is [0-9a-f]{16}, expected [0-9a-f]{16}"),
+    "short shard": (cut_the_shard, r"the shard ends after \d+ of the bin's \d+ bytes"),
+}
+DAMAGE_OF_A_SHARD: dict[str, tuple[Callable[[ShardIndex, int], None], str]] = {
+    "missing file": (remove_the_shard, "cannot be read: No such file"),
+    "no regular file": (forbid_the_shard, "cannot be read: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE_OF_A_BIN, *DAMAGE_OF_A_SHARD])
+@pytest.mark.parametrize("number", [2, 9])
+def test_damage_after_the_start_stops_with_shard_bin_and_offset(index: ShardIndex, kind: str, number: int) -> None:
+    """Bins 2 and 9 are the last of their shards, so that a shard cut short is cut in them."""
+    damage, says = {**DAMAGE_OF_A_BIN, **DAMAGE_OF_A_SHARD}[kind]
+    hit = [number] if kind in DAMAGE_OF_A_BIN else np.flatnonzero(index.shard == index.shard[number]).tolist()
+    damage(index, number)
+    stream = open_stream(index)
+    with pytest.raises(ShardError, match=says) as caught:
+        list(stream)
+    assert any(str(caught.value).startswith(f"{index.locate(bad)}: ") for bad in hit)
+    assert next(stream, None) is None, "a stream that failed hands out nothing more"
+    for other in range(index.num_bins):
+        if other in hit:
+            location = index.locate(other)
+            place = rf"{location.path}, bin {other} at offset {location.offset}: {says}"
+            with pytest.raises(ShardError, match=place):
+                read_checked_bin(index, other)
+        else:
+            read_checked_bin(index, other)
+
+
+def test_a_bin_at_the_place_of_another_stops(index: ShardIndex) -> None:
+    """Bytes of bin 5 with a right checksum where bin 4 should be."""
+    swapped = dataclasses.replace(
+        index,
+        **{
+            name: np.concatenate([getattr(index, name)[:4], getattr(index, name)[5:6], getattr(index, name)[5:]])
+            for name in ("offset", "num_bytes", "xxh3")
+        },
+    )
+    with pytest.raises(ShardError, match=r"bins-00001\.tar, bin 4 at offset \d+: found a member of bin 00000005"):
+        read_checked_bin(swapped, 4)
+
+
+@pytest.mark.parametrize(
+    ("column", "what"),
+    [("num_tokens", "tokens"), ("num_targets", "targets"), ("num_samples", "samples"), ("num_patches", "patches")],
+)
+def test_a_bin_that_holds_other_counts_than_the_index_stops(index: ShardIndex, column: str, what: str) -> None:
+    """The loss of a step is divided by counts of the index: they must be those of the bins."""
+    wrong = dataclasses.replace(index, **{column: getattr(index, column) + 1})
+    with pytest.raises(ShardError, match=rf"bin 3 at offset \d+: holds \d+ {what}, the index says \d+"):
+        read_checked_bin(wrong, 3)
+
+
+def broken_sample(what: str) -> Sample:
+    rng = np.random.default_rng(0)
+    sample = make_sample(rng, [make_medium(rng, 4, 4)])
+    if what == "trained first label":
+        sample.labels[0] = sample.input_ids[0]
+    elif what == "lost pad token":
+        sample.input_ids[2] = 11
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("trained first label", "the first label of sample 1 is not -100"),
+        ("lost pad token", "7 media pad tokens in input_ids, but its media have 8"),
+    ],
+)
+def test_a_bin_that_contradicts_itself_stops(tmp_path: Path, what: str, says: str) -> None:
+    bins = [[broken_sample("nothing"), broken_sample(what)]]
+    index = open_shards(write_shards(tmp_path / "set", bins))
+    with pytest.raises(ShardError, match=rf"bins-00000\.tar, bin 0 at offset 0: {says}"):
+        read_checked_bin(index, 0)
+
+
+def test_a_grid_of_odd_rows_stops(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    index = open_shards(write_shards(tmp_path / "set", [[make_sample(rng, [make_medium(rng, 3, 4)])]]))
+    with pytest.raises(ShardError, match=r"bin 0 at offset 0: grid_thw .* is not positive with even rows"):
+        read_checked_bin(index, 0)
+
+
+def test_a_read_that_stalls_raises_and_names_what_stalls(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(stream_module, "read_checked_bin", lambda index, number: released.wait(30))
+    monkeypatch.setattr(stream_module, "_JOIN_S", 0.1)
+    stream = open_stream(index, read_timeout_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(ShardError, match=r"bin \d at offset \d+: not read within 0\.2 s"):
+        next(stream)
+    assert time.monotonic() - began < 5
+    released.set()
+
+
+def test_any_failure_of_a_thread_reaches_the_training_thread(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(index: ShardIndex, number: int) -> object:
+        raise MemoryError("no memory for the bin")
+
+    monkeypatch.setattr(stream_module, "read_checked_bin", read)
+    with pytest.raises(MemoryError, match="no memory for the bin"):
+        next(open_stream(index))
+
+
+def test_close_ends_the_threads_at_once(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that no thread has begun is not begun any more."""
+    delayed_reads(monkeypatch, seconds=0.05)
+    stream = open_stream(index, epochs=None, prefetch=200, num_threads=2)
+    next(stream)
+    assert len(stream_threads()) == 2
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 2
+    assert not stream_threads()
+    stream.close()
+    assert next(stream, None) is None
+    assert not stream_threads()
+
+
+def test_a_stream_that_is_never_asked_starts_no_thread(index: ShardIndex) -> None:
+    with open_stream(index):
+        assert not stream_threads()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rank": 2}, "rank is 2; allowed: 0 to 1"),
+        ({"rank": -1}, "rank is -1"),
+        ({"num_threads": 0}, "num_threads 0"),
+        ({"prefetch": 0}, "prefetch 0"),
+        ({"read_timeout_s": 0.0}, "read_timeout_s 0.0"),
+        ({"start_step": -1}, "start_step -1"),
+    ],
+)
+def test_a_stream_of_nonsense_is_wrong_use(index: ShardIndex, changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        open_stream(index, **changes)
+
+
+def test_an_order_over_other_bins_is_wrong_use(index: ShardIndex) -> None:
+    order = DataOrder(np.ones(3), seed=0, global_batch=1)
+    with pytest.raises(ConfigError, match="over 3 bins, the shards hold 10"):
+        BinStream(index, order, rank=0, world_size=1, accumulation=1, per_device=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_cuda_device_are_in_pinned_memory(index: ShardIndex) -> None:
+    with open_stream(index, pin_device=torch.device("cuda", 0)) as stream:
+        for micro in next(stream).micro_batches:
+            assert all(tensor.is_pinned() for tensor in tensors_of(micro))

@@ -1,0 +1,277 @@
+"""Background reading: keeps the micro-batches of the coming steps ready, so that training waits for no data.
+
+Index and order -> an iterator of :class:`StepBatch`. Threads read and check bins, decompress their pixels and build
+the micro-batches; a bounded number is kept ready, in order. Whatever goes wrong in a thread is raised in the training
+thread: a bin is never skipped and never replaced.
+
+The state of a stream is the number of its next step; a stream started there goes on exactly.
+
+Cost: memory for ``prefetch`` micro-batches and those of the step handed out. Reading, hashing and decompression run
+outside the interpreter lock, at about 1 GB/s of planes a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from schemas.errors import ConfigError, ShardError
+from train.batch import MicroBatch, build_micro_batch
+from train.index import ShardIndex
+from train.order import DataOrder
+from train.reader import read_checked_bin
+from train.vision import WINDOW_SIZE
+
+_JOIN_S = 5.0
+"""How long ``close`` waits for a thread. One that hangs in a read is left behind: it ends with the process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatch:
+    """What one rank needs for one step.
+
+    Attributes:
+        step: counted from 0.
+        micro_batches: one for each micro-step, for this rank.
+        num_targets: targets of the step over all ranks and micro-steps, known from the index without communication:
+            what the summed loss is divided by.
+        num_tokens: tokens of the step over all ranks and micro-steps.
+        bins: all bins of the step over all ranks.
+        data_wait_s: seconds that the training thread waited for this step's data.
+    """
+
+    step: int
+    micro_batches: tuple[MicroBatch, ...]
+    num_targets: int
+    num_tokens: int
+    bins: tuple[int, ...]
+    data_wait_s: float
+
+
+@final
+class BinStream(Iterator[StepBatch]):
+    """The steps of one rank, in order. Threads start with the first step; ``close`` or leaving a ``with`` ends them."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        order: DataOrder,
+        *,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        per_device: int,
+        start_step: int = 0,
+        end_step: int | None = None,
+        window_size: int = WINDOW_SIZE,
+        num_threads: int = 2,
+        prefetch: int = 8,
+        read_timeout_s: float = 600.0,
+        pin_device: torch.device | None = None,
+    ) -> None:
+        """Describe a stream; nothing is read yet.
+
+        Args:
+            index: the bins.
+            order: over the bins of ``index``.
+            rank: of this process.
+            world_size: number of ranks.
+            accumulation: micro-steps of a step.
+            per_device: bins of a rank in a micro-step.
+            start_step: first step to hand out.
+            end_step: the step before which the stream ends, unless the order ends before.
+            window_size: ``vision_config.window_size`` of the model, in pixels.
+            num_threads: threads that read and build.
+            prefetch: micro-batches kept ready.
+            read_timeout_s: a micro-batch that takes longer raises instead of hanging.
+            pin_device: the CUDA device that the batches will be copied to: they are then in page-locked memory.
+
+        Raises:
+            ConfigError: a value that makes no sense, or an order over another number of bins.
+        """
+        if order.num_bins != index.num_bins:
+            raise ConfigError(f"the order is over {order.num_bins} bins, the shards hold {index.num_bins}.")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank is {rank}; allowed: 0 to {world_size - 1}.")
+        if min(num_threads, prefetch) < 1 or not read_timeout_s > 0 or start_step < 0:
+            raise ConfigError(
+                f"num_threads {num_threads}, prefetch {prefetch}, read_timeout_s {read_timeout_s}, start_step "
+                f"{start_step}; allowed: 1 or more threads and micro-batches, a positive time, a step from 0 on."
+            )
+        ends = [end for end in (end_step, order.num_steps) if end is not None]
+        self._index = index
+        self._order = order
+        self._rank = rank
+        self._world_size = world_size
+        self._accumulation = accumulation
+        self._per_device = per_device
+        self._next_step = start_step
+        self._window_size = window_size
+        self._num_threads = num_threads
+        self._prefetch = prefetch
+        self._read_timeout_s = read_timeout_s
+        self._pin_device = pin_device
+        self._plan = self._micro_steps(start_step, min(ends) if ends else None)
+        self._under_way: deque[_Pending] = deque()
+        self._workers: _Workers | None = None
+        self._closed = False
+
+    @property
+    def next_step(self) -> int:
+        """The step that comes next: the whole state of the stream."""
+        return self._next_step
+
+    def __iter__(self) -> BinStream:
+        return self
+
+    def __next__(self) -> StepBatch:
+        """The next step.
+
+        Raises:
+            StopIteration: the stream has ended, or was closed.
+            ShardError: a bin could not be read, is damaged, or took too long; the stream is closed.
+        """
+        began = time.perf_counter()
+        with ExitStack() as unless_complete:
+            unless_complete.callback(self.close)
+            self._fill()
+            if not self._under_way:
+                raise StopIteration
+            places = self._under_way[0].planned.places
+            micro_batches = tuple(self._take() for _ in range(self._accumulation))
+            self._fill()
+            unless_complete.pop_all()
+        waited = time.perf_counter() - began
+        step, self._next_step = self._next_step, self._next_step + 1
+        bins = places[places >= 0]
+        return StepBatch(
+            step=step,
+            micro_batches=micro_batches,
+            num_targets=int(self._index.num_targets[bins].sum(dtype=np.int64)),
+            num_tokens=int(self._index.num_tokens[bins].sum(dtype=np.int64)),
+            bins=tuple(bins.tolist()),
+            data_wait_s=waited,
+        )
+
+    def close(self) -> None:
+        """Stop the threads and drop what they prepared. The stream has ended then; closing twice does no harm."""
+        self._closed = True
+        while self._under_way:
+            self._under_way.popleft().batch.cancel()
+        if self._workers is not None:
+            self._workers.close(_JOIN_S)
+            self._workers = None
+
+    def __enter__(self) -> BinStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _micro_steps(self, start: int, end: int | None) -> Iterator[_Planned]:
+        step = start
+        while end is None or step < end:
+            places = self._order.bins_of_step(
+                step, world_size=self._world_size, accumulation=self._accumulation, per_device=self._per_device
+            )
+            for mine in places[:, self._rank]:
+                yield _Planned(places, tuple(mine[mine >= 0].tolist()))
+            step += 1
+
+    def _fill(self) -> None:
+        """Give the threads work until ``prefetch`` micro-batches are under way."""
+        if self._closed:
+            return
+        if self._workers is None:
+            self._workers = _Workers(self._num_threads, self._pin_device)
+        while len(self._under_way) < self._prefetch and (planned := next(self._plan, None)) is not None:
+            self._under_way.append(_Pending(planned, self._workers.submit(self._build, planned.bins)))
+
+    def _take(self) -> MicroBatch:
+        """Wait for the next micro-batch; another one takes its place under way."""
+        self._fill()
+        planned, batch = self._under_way.popleft()
+        wait([batch], timeout=self._read_timeout_s)
+        if not batch.done():
+            places = "; ".join(str(self._index.locate(number)) for number in planned.bins)
+            raise ShardError(
+                f"{places}: not read within {self._read_timeout_s:g} s. See that the file system answers, then resume."
+            )
+        return batch.result()
+
+    def _build(self, bins: tuple[int, ...]) -> MicroBatch:
+        batch = build_micro_batch(
+            [read_checked_bin(self._index, number) for number in bins],
+            numbers=bins,
+            where=[str(self._index.locate(number)) for number in bins],
+            window_size=self._window_size,
+        )
+        return batch if self._pin_device is None else batch.pin_memory()
+
+
+class _Planned(NamedTuple):
+    """A micro-step of this rank: all places (A, W, P) of its step, and the bins of this rank in it."""
+
+    places: NDArray[np.int64]
+    bins: tuple[int, ...]
+
+
+class _Pending(NamedTuple):
+    """A micro-step that a thread works at, or has finished."""
+
+    planned: _Planned
+    batch: Future[MicroBatch]
+
+
+class _Workers:
+    """Daemon threads, so that one which hangs in a read cannot keep the program from ending."""
+
+    def __init__(self, count: int, pin_device: torch.device | None) -> None:
+        self._tasks: SimpleQueue[tuple[Future[MicroBatch], Callable[[], MicroBatch]] | None] = SimpleQueue()
+        self._pin_device = pin_device
+        self._threads = [
+            threading.Thread(target=self._run, name=f"bin-stream-{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, build: Callable[[tuple[int, ...]], MicroBatch], bins: tuple[int, ...]) -> Future[MicroBatch]:
+        """Let a thread build the micro-batch of some bins."""
+        future: Future[MicroBatch] = Future()
+        self._tasks.put((future, lambda: build(bins)))
+        return future
+
+    def close(self, timeout_s: float) -> None:
+        """End the threads once they are done with what they work at; cancelled work is passed over."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        if self._pin_device is not None:
+            torch.cuda.set_device(self._pin_device)  # pinning would otherwise open a context on the first device
+        while (task := self._tasks.get()) is not None:
+            future, job = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread raises it
+                future.set_exception(error)
+            del task, future, job  # an idle thread holds no batch

@@ -1,0 +1,119 @@
+"""Inputs of the vision tower that depend on the grids alone, computed on the CPU ahead of the forward pass.
+
+Grids of all media in sequence order -> rotary positions, borders of attention, order of patches in windows. The
+transformers model computes the same from ``grid_thw`` with a Python loop and several waits for the device; given these
+tensors it does neither (``Qwen2_5_VisionTransformerPretrainedModel.forward`` of transformers 5.23, ``grid_thw=None``).
+
+Cost: one concatenation for each output; the part of a medium depends on its rows and columns only and is cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from schemas.errors import ConfigError
+from schemas.qwen import FACTOR, MERGE_SIZE, MERGED_PATCHES, Grid
+
+WINDOW_SIZE = 112
+"""Side of an attention window in pixels: ``vision_config.window_size`` of every Qwen2.5-VL checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionInputs:
+    """What the vision tower needs besides pixels. N patches, in the processor's merge-block order.
+
+    Attributes:
+        position_ids: (N, 2) int64, row and column of every patch.
+        cu_seqlens: (F+1,) int32, borders of full attention: one segment for each temporal step of each medium.
+        max_seqlen: longest such segment.
+        window_index: (N/4,) int64, merged patches in the order of their windows.
+        cu_window_seqlens: (W+1,) int32, borders of window attention in patches; no window is empty.
+        max_window_seqlen: longest window.
+    """
+
+    position_ids: NDArray[np.int64]
+    cu_seqlens: NDArray[np.int32]
+    max_seqlen: int
+    window_index: NDArray[np.int64]
+    cu_window_seqlens: NDArray[np.int32]
+    max_window_seqlen: int
+
+
+def vision_inputs(grids: Sequence[Grid], *, window_size: int = WINDOW_SIZE) -> VisionInputs:
+    """Compute the inputs of the vision tower for media that follow one another.
+
+    Equal to ``get_vision_position_ids``, ``get_vision_attention_seqlens`` and ``get_vision_window_index`` of
+    ``transformers.vision_utils`` (5.23).
+
+    Args:
+        grids: one or more grids, in patches; rows and columns are even.
+        window_size: side of an attention window in pixels, a multiple of 28.
+
+    Raises:
+        ConfigError: ``window_size`` is not a positive multiple of 28.
+    """
+    if window_size < FACTOR or window_size % FACTOR:
+        raise ConfigError(f"vision_config.window_size is {window_size}; allowed: positive multiples of {FACTOR}.")
+    positions: list[NDArray[np.int64]] = []
+    windows: list[NDArray[np.int64]] = []
+    window_lengths: list[NDArray[np.int32]] = []
+    merged_before = 0
+    for grid in grids:
+        layout = _frame_layout(grid.h, grid.w, window_size // FACTOR)
+        merged_per_step = layout.window_index.size
+        starts = merged_before + merged_per_step * np.arange(grid.t, dtype=np.int64)
+        positions.extend([layout.position_ids] * grid.t)
+        windows.append((starts[:, None] + layout.window_index).ravel())
+        window_lengths.extend([layout.window_lengths] * grid.t)
+        merged_before += grid.t * merged_per_step
+    steps = np.array([grid.t for grid in grids], dtype=np.int64)
+    step_lengths = np.repeat(np.array([grid.h * grid.w for grid in grids], dtype=np.int32), steps)
+    all_window_lengths = np.concatenate(window_lengths)
+    return VisionInputs(
+        position_ids=np.concatenate(positions),
+        cu_seqlens=_borders(step_lengths),
+        max_seqlen=int(step_lengths.max()),
+        window_index=np.concatenate(windows),
+        cu_window_seqlens=_borders(all_window_lengths),
+        max_window_seqlen=int(all_window_lengths.max()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FrameLayout:
+    """Positions (h*w, 2), window order (h*w/4,) and lengths of the windows in patches, of one temporal step."""
+
+    position_ids: NDArray[np.int64]
+    window_index: NDArray[np.int64]
+    window_lengths: NDArray[np.int32]
+
+
+@lru_cache(maxsize=1024)
+def _frame_layout(height: int, width: int, window: int) -> _FrameLayout:
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    blocks = (height // MERGE_SIZE, MERGE_SIZE, width // MERGE_SIZE, MERGE_SIZE)
+    # (h, w) -> (block row, block column, row in block, column in block)
+    in_blocks = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, columns)]
+
+    merged_rows, merged_columns = np.meshgrid(
+        np.arange(height // MERGE_SIZE), np.arange(width // MERGE_SIZE), indexing="ij"
+    )
+    windows_across = -(-(width // MERGE_SIZE) // window)
+    window_of = (merged_rows // window * windows_across + merged_columns // window).ravel()
+    layout = _FrameLayout(
+        position_ids=np.stack(in_blocks, axis=-1).astype(np.int64),
+        window_index=np.argsort(window_of, kind="stable").astype(np.int64),
+        window_lengths=(np.bincount(window_of) * MERGED_PATCHES).astype(np.int32),
+    )
+    for array in (layout.position_ids, layout.window_index, layout.window_lengths):
+        array.flags.writeable = False  # shared by all callers of the cache
+    return layout
+
+
+def _borders(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
