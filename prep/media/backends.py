@@ -54,6 +54,13 @@ def _failures(*kinds: type[Exception]) -> Iterator[None]:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, _first_line(error)) from error
 
 
+def _is_mpeg_stream(source: MediaSource) -> bool:
+    """Whether a file is an MPEG transport stream (a sync byte every 188 bytes) or program stream (pack header)."""
+    with source.open() as file:
+        head = file.read(2 * 188 + 1)
+    return head.startswith(b"\0\0\x01\xba") or head[::188] == b"\x47" * 3
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
@@ -64,10 +71,16 @@ def _duration(num_frames: int, rate: float) -> float:
 
 
 class DecordClip:
-    """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used."""
+    """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used.
+
+    MPEG transport and program streams are left to the other backends: decord 3.4.0 counts their frames from the second
+    key frame on and returns wrong ones without a word.
+    """
 
     def __init__(self, source: MediaSource) -> None:
         with _failures(RuntimeError, AssertionError, ValueError, OSError):
+            if _is_mpeg_stream(source):
+                raise ValueError("does not seek in MPEG transport and program streams exactly")
             import decord
             from decord._ffi.base import DECORDError
 

@@ -27,6 +27,7 @@ from schemas.qwen import PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
 
 _SWAPS_SIDES = (5, 6, 7, 8)
+_MAX_16_BITS = 65535
 _LATE_TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
@@ -64,11 +65,31 @@ def resize_planes(rgb: Image.Image, grid: Grid) -> NDArray[np.uint8]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; what is transparent is composited onto white."""
+    """Convert to RGB; what is transparent is composited onto white.
+
+    Grey of 16 bits is scaled to 8. Pillow's own conversion, which the reference relies on, cuts off everything above
+    255 and makes such a picture white.
+
+    Raises:
+        MediaError: ``unsupported_media`` for grey of 32 bits or floating point, whose range is not known.
+    """
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        return _grey_of_16_bits(image).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > _MAX_16_BITS:
+        raise MediaError(
+            ReasonCode.UNSUPPORTED_MEDIA,
+            f"grey levels of mode {image.mode!r} from {levels.min()} to {levels.max()} have no defined white; "
+            "store the picture with 8 or 16 bits",
+        )
+    return Image.fromarray(np.rint(levels / (_MAX_16_BITS / 255)).astype(np.uint8))
 
 
 def image_grid(height: int, width: int, *, min_pixels: int, max_pixels: int) -> Grid:

@@ -105,6 +105,42 @@ def test_a_palette_with_a_transparent_colour_is_composited_onto_white(tmp_path: 
     assert (decode_image(source(tmp_path / "x.png"), SETTINGS)[0] == planes_of_pixel_values(pixel_values, grid)).all()
 
 
+def test_grey_of_16_bits_is_scaled_not_cut_off(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 112 * 112).reshape(112, 112).astype(np.uint16)
+    for name in ("x.png", "x.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        planes = decode_image(source(tmp_path / name), SETTINGS)[0]
+        assert (planes[0] == np.rint(levels / 257).astype(np.uint8)).all()
+        assert (planes[1] == planes[0]).all()
+
+
+def test_grey_without_a_defined_white_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((112, 112), 0.5, dtype=np.float32)).save(tmp_path / "x.tif")
+    assert code_of(tmp_path / "x.tif") is ReasonCode.UNSUPPORTED_MEDIA
+    Image.fromarray(np.full((112, 112), 70000, dtype=np.int32)).save(tmp_path / "y.tif")
+    assert code_of(tmp_path / "y.tif") is ReasonCode.UNSUPPORTED_MEDIA
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_an_animated_picture_is_its_first_frame(tmp_path: Path, kind: str) -> None:
+    first, second = picture(112, 112, seed=1), picture(112, 112, seed=2)
+    options = {"lossless": True} if kind == "webp" else {}
+    first.save(tmp_path / f"x.{kind}", save_all=True, append_images=[second], **options)
+    first.save(tmp_path / f"one.{kind}", **options)
+    animated, still = (decode_image(source(tmp_path / f"{name}.{kind}"), SETTINGS)[0] for name in ("x", "one"))
+    assert np.abs(animated.astype(int) - still).max() <= (0 if kind != "gif" else 48)
+
+
+@pytest.mark.parametrize("kind", ["webp", "avif", "tif", "bmp", "gif", "jp2"])
+def test_other_formats_decode_as_pillow_decodes_them(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"x.{kind}"
+    picture(250, 130).save(path)
+    with Image.open(path) as image:
+        pixel_values, grid = reference_pixel_values(image)
+    assert list(probe_image(source(path), SETTINGS)[0]) == grid
+    assert (decode_image(source(path), SETTINGS)[0] == planes_of_pixel_values(pixel_values, grid)).all()
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.integers(0, 64))
 def test_sizes_equal_the_reference(height: int, width: int, low: int, more: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from prep.media.backends import BACKENDS, PyavClip
@@ -21,19 +23,50 @@ SETTINGS = MediaSettings()
 
 
 def write_clip(
-    path: Path, num_frames: int, fps: int, *, width: int = 64, height: int = 48, codec: str = "mpeg4"
+    path: Path,
+    num_frames: int,
+    fps: int,
+    *,
+    width: int = 64,
+    height: int = 48,
+    codec: str = "mpeg4",
+    container: str | None = None,
+    stamps_ms: list[int] | None = None,
 ) -> Path:
-    """A clip whose frames can be told apart: frame k is grey of brightness 20 + 3k."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps))
+    """A clip whose frames can be told apart: frame k is grey of brightness 20 + 3k, with a white corner at the top
+    left.
+
+    ``stamps_ms`` gives every frame a time of its own instead of ``fps``.
+    """
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if stamps_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
         for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(
-                np.full((height, width, 3), 20 + 3 * number, dtype=np.uint8), format="rgb24"
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            pixels = np.full((height, width, 3), 20 + 3 * number, dtype=np.uint8)
+            pixels[: height // 4, : width // 4] = 255
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if stamps_ms is not None:
+                frame.pts, frame.time_base = stamps_ms[number], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
     return path
+
+
+def brightness_of(frames: NDArray[np.uint8]) -> list[float]:
+    """Mean of the lower right quarter of every frame (n, H, W, 3)."""
+    return [float(frame[frame.shape[0] // 2 :, frame.shape[1] // 2 :].mean()) for frame in frames]
+
+
+def turn_clip(path: Path, degrees: int) -> None:
+    """Write a rotation (clockwise, as players show it) into the display matrix of an MP4 file."""
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    data = bytearray(path.read_bytes())
+    # tkhd, version 0: 4 bytes of name, 4 of version and flags, 5 fields, 8 reserved, 8 of layer, group and volume
+    at = data.find(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
 
 
 def source(path: Path) -> MediaSource:
@@ -64,8 +97,9 @@ def test_an_odd_number_of_frames_repeats_the_last_and_keeps_the_true_rate(tmp_pa
     assert plan.grid == (3, frames.shape[2] // 14, frames.shape[3] // 14)
     assert frames.shape[:2] == (6, 3)
     assert (frames[5] == frames[4]).all()
-    brightness = frames.reshape(6, -1).mean(axis=1)
-    assert brightness == pytest.approx([20 + 3 * index for index in (0, 12, 24, 36, 49, 49)], abs=3)
+    assert brightness_of(frames.transpose(0, 2, 3, 1)) == pytest.approx(
+        [20 + 3 * index for index in (0, 12, 24, 36, 49, 49)], abs=3
+    )
     assert probe_video(source(path), settings) == plan
 
 
@@ -85,6 +119,59 @@ def test_backends_agree_on_count_duration_size_and_frames(tmp_path: Path) -> Non
     assert facts == {(30, 3.0, 48, 64)}
     pictures = [clip.frames([0, 7, 29]) for clip in clips.values()]
     assert all((picture == pictures[0]).all() for picture in pictures)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+@pytest.mark.parametrize("size", [(64, 48), (320, 240)])
+def test_a_rotated_clip_is_shown_upright(tmp_path: Path, degrees: int, size: tuple[int, int]) -> None:
+    """The white corner at the top left goes clockwise: top right, bottom right, bottom left."""
+    path = write_clip(tmp_path / "x.mp4", 8, 2, width=size[0], height=size[1])
+    turn_clip(path, degrees)
+    frames, plan = decode_video(source(path), SETTINGS)
+    assert (plan.height, plan.width) == (size if degrees != 180 else size[::-1])
+    assert (plan.grid.h > plan.grid.w) == (degrees != 180)
+    corners = [frames[0, 0, 5, 5], frames[0, 0, 5, -5], frames[0, 0, -5, -5], frames[0, 0, -5, 5]]
+    assert int(np.argmax(corners)) == degrees // 90
+
+
+def test_a_variable_frame_rate_uses_the_real_duration(tmp_path: Path) -> None:
+    """Ten frames a tenth of a second apart, then ten half a second apart: 5.7 s with the average rate."""
+    stamps = [100 * k for k in range(10)] + [1000 + 500 * k for k in range(10)]
+    path = write_clip(tmp_path / "x.mp4", 20, 5, stamps_ms=stamps)
+    plan = probe_video(source(path), SETTINGS)
+    assert plan.indices == (0, 6, 12, 19)
+    assert plan.second_per_grid_t == pytest.approx(2 * 5.7 / 4, abs=0.2)
+
+
+def test_a_stream_without_frame_count_and_duration_is_counted(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "x.h264", 20, 25, codec="libx264", container="h264")
+    frames, plan = decode_video(source(path), SETTINGS)
+    assert plan.backend == "pyav"
+    assert plan.indices == (0, 6, 12, 19)
+    expected = [20 + 3 * index for index in plan.indices]
+    assert brightness_of(frames.transpose(0, 2, 3, 1)) == pytest.approx(expected, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("x.mp4", "libx264"),
+        ("x.mkv", "libx264"),
+        ("x.mov", "mpeg4"),
+        ("x.avi", "mpeg4"),
+        ("x.webm", "libvpx-vp9"),
+        ("x.flv", "flv"),
+        ("x.ts", "mpeg2video"),
+        ("x.mpg", "mpeg2video"),
+        ("x.ts", "libx264"),
+    ],
+)
+def test_the_frames_asked_for_are_the_frames_got_in_every_container(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_clip(tmp_path / name, 40, 10, codec=codec)
+    frames, plan = decode_video(source(path), SETTINGS)
+    expected = [20 + 3 * index for index in plan.indices]
+    assert plan.indices == (0, 13, 26, 39)
+    assert brightness_of(frames.transpose(0, 2, 3, 1)) == pytest.approx(expected, abs=4)
 
 
 def test_the_next_backend_serves_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
