@@ -54,11 +54,15 @@ def _failures(*kinds: type[Exception]) -> Iterator[None]:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, _first_line(error)) from error
 
 
-def _is_mpeg_stream(source: MediaSource) -> bool:
-    """Whether a file is an MPEG transport stream (a sync byte every 188 bytes) or program stream (pack header)."""
+def _refuse_mpeg_streams(source: MediaSource) -> None:
+    """Leave MPEG transport streams (a sync byte every 188 bytes) and program streams (pack header) to PyAV.
+
+    Backends that seek (decord 3.4.0, torchcodec 0.13) return other frames of these than asked for, without a word.
+    """
     with source.open() as file:
         head = file.read(2 * 188 + 1)
-    return head.startswith(b"\0\0\x01\xba") or head[::188] == b"\x47" * 3
+    if head.startswith(b"\0\0\x01\xba") or head[::188] == b"\x47" * 3:
+        raise ValueError("does not seek exactly in MPEG transport and program streams")
 
 
 def _first_line(error: Exception) -> str:
@@ -71,16 +75,11 @@ def _duration(num_frames: int, rate: float) -> float:
 
 
 class DecordClip:
-    """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used.
-
-    MPEG transport and program streams are left to the other backends: decord 3.4.0 counts their frames from the second
-    key frame on and returns wrong ones without a word.
-    """
+    """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used."""
 
     def __init__(self, source: MediaSource) -> None:
         with _failures(RuntimeError, AssertionError, ValueError, OSError):
-            if _is_mpeg_stream(source):
-                raise ValueError("does not seek in MPEG transport and program streams exactly")
+            _refuse_mpeg_streams(source)
             import decord
             from decord._ffi.base import DECORDError
 
@@ -104,6 +103,7 @@ class TorchcodecClip:
 
     def __init__(self, source: MediaSource) -> None:
         with _failures(RuntimeError, ValueError, OSError):
+            _refuse_mpeg_streams(source)
             from torchcodec.decoders import VideoDecoder
 
             self._decoder = VideoDecoder(source.target(), num_ffmpeg_threads=1, dimension_order="NHWC")
