@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,11 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from prep.engines import Engine
+from prep.ledger import Ledger, ScannedPart
+from prep.metrics import BuildMetrics, Timings, merge_timings
 from prep.plan import Plan, make_plan
 from prep.records import FileIndex, index_file
 from prep.registry import Source, draw
 from prep.scan import ScanTask, part_key, scan_chunk, table_path
-from prep.seal import Ledger, ScannedPart, seal
+from prep.seal import seal, write_synced
 from prep.tokenizer import ModelFiles, find_model_files, read_fingerprints
 from prep.write import PlannedSample, ShardResult, WriteTask, write_shard
 from schemas.annotation import SampleRef
@@ -48,6 +51,8 @@ from schemas.tables import SAMPLES_FILE
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".build"
+METRICS_FILE = "build_metrics.json"
+"""Counts and times of the run that finished the build; not part of the set, since times differ from run to run."""
 
 _SOFTWARE = ("pillow", "decord2", "numpy", "pyarrow", "tokenizers", "zstandard")
 """Packages whose version can change the bytes of a build."""
@@ -88,6 +93,37 @@ class _Samples:
     pixel_bytes: NDArray[np.int64]
 
 
+def read_metrics(out: Path) -> BuildMetrics:
+    """Read the ``build_metrics.json`` of a finished build."""
+    return msgspec.json.decode((out / METRICS_FILE).read_bytes(), type=BuildMetrics)
+
+
+class _Clock:
+    """Collects how long stages and samples take."""
+
+    def __init__(self) -> None:
+        self.timings: Timings = {}
+        self._stages_s: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End a stage; the next one starts."""
+        now = time.perf_counter()
+        self._stages_s[stage] = now - self._start
+        self._start = now
+
+    def metrics(self, manifest: Manifest, num_workers: int) -> bytes:
+        """Contents of ``build_metrics.json``."""
+        found = BuildMetrics(
+            num_workers=num_workers,
+            stages_s=self._stages_s,
+            samples={name: durations.summary() for name, durations in self.timings.items()},
+            counts=manifest.counts,
+            datasets=manifest.statistics,
+        )
+        return msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n"
+
+
 def build(request: BuildRequest, engine: Engine) -> Manifest:
     """Build a set of shards, or go on with one that was interrupted.
 
@@ -108,17 +144,23 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
         return finished
     (request.out / MANIFEST_FILE).unlink(missing_ok=True)
 
-    parts = _scan(request, engine, work, files, fingerprints, indexes)
+    clock = _Clock()
+    parts = _scan(request, engine, work, files, fingerprints, indexes, clock.timings)
+    clock.lap("scan")
     samples = _measured(parts)
-    _check_rejects(
-        request, parts, len(samples.num_tokens), int((samples.num_tokens > request.settings.max_length).sum())
-    )
+    num_too_long = int((samples.num_tokens > request.settings.max_length).sum())
+    _check_rejects(request, parts, len(samples.num_tokens), num_too_long)
     plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)
+    clock.lap("plan")
     results = _write(request, engine, work / key, parts, samples, plan)
+    for result in results:
+        merge_timings(clock.timings, result.timings)
+    clock.lap("write")
     names = [source.name for source in request.sources]
     ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, results)
-    outcome = ledger.write(request.out / SAMPLES_FILE, parts)
-    _check_share(request, sum(dataset.num_drawn for dataset in inputs), outcome.statuses["rejected"])
+    statistics = ledger.write(request.out / SAMPLES_FILE, parts)
+    num_rejected = sum(dataset.num_rejected for dataset in statistics)
+    _check_share(request, sum(dataset.num_drawn for dataset in inputs), num_rejected)
     manifest = seal(
         request.out,
         settings=request.settings,
@@ -126,8 +168,10 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
         software=software,
         inputs=inputs,
         results=results,
-        outcome=outcome,
+        statistics=statistics,
     )
+    clock.lap("seal")
+    write_synced(request.out / METRICS_FILE, clock.metrics(manifest, engine.num_workers))
     (work / "finished").write_text(f"{key} {xxhash.xxh3_128_hexdigest(encode_manifest(manifest))}\n")
     shutil.rmtree(work / key)
     shutil.rmtree(work / "spool")
@@ -188,8 +232,9 @@ def _scan(
     files: ModelFiles,
     fingerprints: Fingerprints,
     indexes: Sequence[Sequence[FileIndex]],
+    timings: Timings,
 ) -> list[ScannedPart]:
-    """Scan all chunks; what an earlier run scanned is used again."""
+    """Scan all chunks; what an earlier run scanned is used again. Adds to ``timings``."""
     tasks: list[ScanTask] = []
     parts: list[ScannedPart] = []
     for number, (source, of_files) in enumerate(zip(request.sources, indexes)):
@@ -215,8 +260,9 @@ def _scan(
                 tasks.append(task)
             base += index.num_records
     with tqdm(total=sum(task.chunk.num_records for task in tasks), desc="scan", unit="record") as bar:
-        for num_records in engine.map(scan_chunk, tasks):
-            bar.update(num_records)
+        for result in engine.map(scan_chunk, tasks):
+            bar.update(result.num_records)
+            merge_timings(timings, result.timings)
     return parts
 
 

@@ -26,7 +26,13 @@ _IN_FLIGHT_PER_WORKER = 3
 
 
 class Engine(Protocol):
-    """What a step of the pipeline needs from whoever runs it."""
+    """What a step of the pipeline needs from whoever runs it.
+
+    Attributes:
+        num_workers: tasks that run at the same time.
+    """
+
+    num_workers: int
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Results of ``function`` for every task, in order. Function, tasks and results must pickle."""
@@ -35,6 +41,8 @@ class Engine(Protocol):
 
 class SerialEngine:
     """Runs everything in this process."""
+
+    num_workers = 1
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """See :class:`Engine`."""
@@ -48,11 +56,11 @@ class LocalEngine:
     off: the workers occupy the cores already.
 
     Args:
-        workers: number of processes, at least 1.
+        num_workers: number of processes, at least 1.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """See :class:`Engine`.
@@ -62,10 +70,11 @@ class LocalEngine:
         """
         waiting = iter(tasks)
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_quiet_threads)
+        pool = ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_quiet_threads)
         try:
             flying: collections.deque[Future[Result]] = collections.deque(
-                pool.submit(function, task) for task in itertools.islice(waiting, self.workers * _IN_FLIGHT_PER_WORKER)
+                pool.submit(function, task)
+                for task in itertools.islice(waiting, self.num_workers * _IN_FLIGHT_PER_WORKER)
             )
             while flying:
                 result = flying.popleft().result()

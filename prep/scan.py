@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from prep.chunks import Chunk, Record
+from prep.metrics import Timings, timed
 from prep.records import read_chunk
 from prep.sample import Measured, Medium, measure, probe_media, shrink
 from prep.text import build_templates
@@ -83,6 +84,14 @@ class ScanTask:
     shrink_to: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """What a scan task came to: records of the chunk, and how long they took."""
+
+    num_records: int
+    timings: Timings
+
+
 def part_key(file_hash: str, task: ScanTask, tokenizer: str) -> str:
     """Name of the part of a task: a hash of everything that its contents depend on, besides the media files.
 
@@ -110,10 +119,11 @@ def media_path(part: Path) -> Path:
     return part.with_name(part.name + ".media")
 
 
-def scan_chunk(task: ScanTask) -> int:
-    """Make the part of one chunk, unless it exists; return the number of its records."""
+def scan_chunk(task: ScanTask) -> ScanResult:
+    """Make the part of one chunk, unless it exists."""
+    timings: Timings = {}
     if table_path(task.part).exists():
-        return task.chunk.num_records
+        return ScanResult(task.chunk.num_records, timings)
     rows = _Rows()
     accepted: list[tuple[int, Annotation, list[Medium]]] = []
     with _atomic(media_path(task.part)) as media_file:
@@ -122,16 +132,19 @@ def scan_chunk(task: ScanTask) -> int:
             place = rows.add(record, taken)
             if not taken:
                 continue
-            annotation, problems = check_record(record, task.reserved)
+            with timed(timings, "validate"):
+                annotation, problems = check_record(record, task.reserved)
             media: list[Medium] = []
             if annotation is not None:
-                media, media_problems = probe_media(annotation, task.media_root, task.media, record.embedded)
+                with timed(timings, "probe"):
+                    media, media_problems = probe_media(annotation, task.media_root, task.media, record.embedded)
                 problems = problems + media_problems
             if problems or annotation is None:
                 rows.reject(place, problems)
             else:
                 accepted.append((place, annotation, _stored(media, record.embedded, media_file)))
-    templates = build_templates([annotation for _, annotation, _ in accepted], load_tokenizer(task.tokenizer))
+    with timed(timings, "tokenize", len(accepted)):
+        templates = build_templates([annotation for _, annotation, _ in accepted], load_tokenizer(task.tokenizer))
     with _atomic(samples_path(task.part)) as samples_file:
         for (place, _, media), template in zip(accepted, templates):
             sample = measure(template, media)
@@ -146,7 +159,7 @@ def scan_chunk(task: ScanTask) -> int:
             samples_file.write(data)
     with _atomic(table_path(task.part)) as table_file:
         pq.write_table(rows.table(), table_file, compression="zstd")
-    return task.chunk.num_records
+    return ScanResult(task.chunk.num_records, timings)
 
 
 def _stored(media: list[Medium], embedded: Mapping[str, bytes], file: BinaryIO) -> list[Medium]:

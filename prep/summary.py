@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from schemas.manifest import Manifest
+from prep.metrics import BuildMetrics
+from schemas.manifest import DatasetStatistics, Manifest
 
 
 def build_summary(manifest: Manifest, out: Path) -> str:
@@ -20,9 +21,35 @@ def build_summary(manifest: Manifest, out: Path) -> str:
         ),
         f"{counts.num_bins:,} bins of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
         f"{counts.num_tokens:,} tokens, {counts.num_targets:,} of them targets",
+        *(_dataset_line(dataset) for dataset in manifest.statistics),
         f"{counts.num_images:,} images and {counts.num_videos:,} videos, {counts.num_patches:,} patches; "
         f"{len(manifest.shards):,} shards, {num_bytes / 1e6:,.1f} MB",
     ]
     if counts.num_rejected:
         lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file.")
     return "\n".join(lines)
+
+
+def _dataset_line(dataset: DatasetStatistics) -> str:
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in dataset.modalities.items()) or "nothing packed"
+    lengths = ""
+    if dataset.tokens is not None:
+        tokens = dataset.tokens
+        lengths = (
+            f"; tokens a sample: mean {tokens.mean:,.0f}, median {tokens.p50:,}, 99 % {tokens.p99:,}, "
+            f"most {tokens.max:,}"
+        )
+    return f"  {dataset.dataset}: {kinds}{lengths}"
+
+
+def metrics_summary(metrics: BuildMetrics) -> str:
+    """Two lines on how long the build took, by stage and by sample."""
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in metrics.stages_s.items())
+    samples = ", ".join(
+        f"{name} {times.mean_s * 1e3:.2f} ({times.p50_s * 1e3:.2f}, {times.p99_s * 1e3:.2f})"
+        for name, times in metrics.samples.items()
+    )
+    return (
+        f"{metrics.num_workers} workers: {stages}\n"
+        f"ms a sample, mean (median, 99 %): {samples or 'nothing was left to do'}"
+    )

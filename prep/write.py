@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from prep.metrics import Timings, timed
 from prep.sample import EncodedSample, MediaPlace, encode
 from prep.scan import media_path, read_sample
 from prep.shards import BinRow, ShardWriter
@@ -70,6 +71,7 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
         rows: one a bin that was written.
         failed: problem of every sample that failed, by its number in the plan.
         backends: video decoders of the samples where another one served than the scan named.
+        timings: how long the samples took.
     """
 
     shard: int
@@ -78,6 +80,7 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[BinRow]
     failed: dict[int, Problem]
     backends: dict[int, str]
+    timings: Timings
 
 
 def write_shard(task: WriteTask) -> ShardResult:
@@ -89,6 +92,7 @@ def write_shard(task: WriteTask) -> ShardResult:
     rows: list[BinRow] = []
     failed: dict[int, Problem] = {}
     backends: dict[int, str] = {}
+    timings: Timings = {}
     with ShardWriter(path, task.codec) as writer:
         for number, planned in enumerate(task.bins, start=task.first_bin):
             samples: list[tuple[SampleRef, EncodedSample]] = []
@@ -96,7 +100,8 @@ def write_shard(task: WriteTask) -> ShardResult:
                 measured = read_sample(item.part, item.offset, item.num_bytes)
                 place = MediaPlace(task.roots[item.source], media_path(item.part))
                 try:
-                    encoded = encode(measured, place, task.media[item.source])
+                    with timed(timings, "decode"):
+                        encoded = encode(measured, place, task.media[item.source])
                 except MediaError as error:
                     failed[item.number] = Problem(error.code, error.message)
                     continue
@@ -104,10 +109,17 @@ def write_shard(task: WriteTask) -> ShardResult:
                 if encoded.video_backend != measured.video_backend:
                     backends[item.number] = encoded.video_backend or ""
             if samples:
-                rows.append(writer.write_bin(number, samples))
+                with timed(timings, "store", len(samples)):
+                    rows.append(writer.write_bin(number, samples))
         num_bytes, sha256 = writer.close() if rows else (0, "")
     result = ShardResult(
-        shard=task.shard, num_bytes=num_bytes, sha256=sha256, rows=rows, failed=failed, backends=backends
+        shard=task.shard,
+        num_bytes=num_bytes,
+        sha256=sha256,
+        rows=rows,
+        failed=failed,
+        backends=backends,
+        timings=timings,
     )
     temporary = task.result.with_name(f".{task.result.name}.tmp")
     temporary.write_bytes(msgspec.msgpack.encode(result))

@@ -62,6 +62,37 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_annotations == self.num_packed + self.num_rejected + self.num_not_sampled
 
 
+class Distribution(msgspec.Struct, frozen=True, kw_only=True):
+    """Spread of a number over the packed samples of a dataset; percentiles are values that occur (nearest rank)."""
+
+    total: int
+    mean: float
+    min: int
+    p50: int
+    p90: int
+    p99: int
+    max: int
+
+
+class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one dataset.
+
+    Counts are as in :class:`Counts`. ``modalities`` counts packed samples by what they hold (``text``, ``image``,
+    ``video``, ``image+video``); the distributions are over packed samples, None where there are none.
+    """
+
+    dataset: str
+    num_annotations: int
+    num_packed: int
+    num_rejected: int
+    num_not_sampled: int
+    rejects_by_code: dict[str, int]
+    modalities: dict[str, int]
+    tokens: Distribution | None
+    targets: Distribution | None
+    patches: Distribution | None
+
+
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file of the set: name relative to the manifest, size, SHA-256."""
 
@@ -98,6 +129,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     software: dict[str, str]
     inputs: list[InputDataset]
     counts: Counts
+    statistics: list[DatasetStatistics]
     shards: list[StoredShard]
     tables: list[StoredFile]
 

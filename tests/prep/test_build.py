@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 import prep.build
-from prep.build import WORK_FOLDER, BuildRequest, build
+from prep.build import METRICS_FILE, WORK_FOLDER, BuildRequest, build, read_metrics
 from prep.engines import LocalEngine, SerialEngine
 from prep.registry import find_sources
 from prep.scan import scan_chunk
@@ -45,7 +45,9 @@ def request_for(annotations: Path, out: Path, model: Path, settings: BuildSettin
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    """The set of shards; ``build_metrics.json`` holds times and is not part of it."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != METRICS_FILE)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:
@@ -344,6 +346,33 @@ def test_wrong_checkpoints_and_folders_are_named(
     ]:
         with pytest.raises(ConfigError, match=part):
             build(replace(request, **changes), SerialEngine())  # type: ignore[arg-type]
+
+
+def test_statistics_count_what_the_ledger_holds(built: Path) -> None:
+    rows = [row for row in ledger(built) if row["status"] == "packed"]
+    (found,) = read_manifest(built).statistics
+    assert (found.num_annotations, found.num_packed, found.num_rejected) == (29, 24, 5)
+    assert found.modalities == {"image": 12, "text": 6, "video": 6}
+    lengths = sorted(row["num_tokens"] for row in rows)
+    assert found.tokens is not None
+    assert (found.tokens.total, found.tokens.min, found.tokens.max) == (sum(lengths), lengths[0], lengths[-1])
+    assert (found.tokens.p50, found.tokens.p90) == (lengths[11], lengths[21])  # ranks 0.5 * 24 and ceil(0.9 * 24)
+    assert found.tokens.mean == pytest.approx(sum(lengths) / 24)
+
+
+def test_times_are_measured_for_every_sample_and_stage(built: Path) -> None:
+    metrics = read_metrics(built)
+    assert list(metrics.stages_s) == ["scan", "plan", "write", "seal"]
+    assert {name: times.num for name, times in metrics.samples.items()} == {
+        "validate": 29,
+        "probe": 28,  # all but the line that is not JSON
+        "tokenize": 26,
+        "decode": 25,
+        "store": 24,
+    }
+    for times in metrics.samples.values():
+        assert 0 < times.p50_s <= times.p90_s <= times.p99_s <= times.max_s
+    assert metrics.counts == read_manifest(built).counts
 
 
 def test_real_pictures_and_clips(qwen_demo: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
