@@ -6,6 +6,7 @@ asked for. Runs in parallel over chunks; headers of media are probed, with ``dee
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import msgspec
 from tqdm import tqdm
@@ -31,12 +33,23 @@ _EXAMPLES_PER_CODE = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidateRequest:
-    """What to check: files, where their media lie (None: beside each file), how deep, and where to write rejects."""
+    """What to check, and where to write what was found.
+
+    Attributes:
+        files: annotation files.
+        media_root: folder of all media, or None for the folder of each file.
+        deep: decode media, not only their headers.
+        rejects: JSON lines of the rejected records, with all their problems.
+        fixed: JSON lines of the valid records, as they were found.
+        reserved: policy for text that spells control tokens.
+        media: settings of media.
+    """
 
     files: tuple[Path, ...]
     media_root: Path | None
     deep: bool
     rejects: Path | None
+    fixed: Path | None
     reserved: str
     media: MediaSettings
 
@@ -107,6 +120,7 @@ class ChunkReport:
     num_valid: int
     modalities: Counter[str]
     rejects: list[Reject]
+    valid: list[bytes]
 
 
 def validate(request: ValidateRequest, engine: Engine) -> Report:
@@ -121,19 +135,24 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     with ExitStack() as stack:
         spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
         tasks = list(_tasks(request, engine, spool))
-        try:
-            sink = stack.enter_context(request.rejects.open("wb")) if request.rejects is not None else None
-        except OSError as error:
-            raise ConfigError(f"--rejects {request.rejects} cannot be written: {error.strerror}.") from error
-        bar = stack.enter_context(
-            tqdm(total=sum(task.chunk.num_records for task in tasks), desc="validate", unit="record")
-        )
+        rejects = stack.enter_context(_output("--rejects", request.rejects))
+        fixed = stack.enter_context(_output("--fixed", request.fixed))
+        total = sum(task.chunk.num_records for task in tasks)
+        bar = stack.enter_context(tqdm(total=total, desc="validate", unit="record"))
         for task, part in zip(tasks, engine.map(_check_chunk, tasks)):
             report.add(part)
             bar.update(task.chunk.num_records)
-            if sink is not None:
-                sink.writelines(msgspec.json.encode(reject) + b"\n" for reject in part.rejects)
+            rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in part.rejects)
+            fixed.writelines(record + b"\n" for record in part.valid)
     return report
+
+
+def _output(option: str, path: Path | None) -> BinaryIO:
+    """The file that an option names, or one that takes everything."""
+    try:
+        return open(os.devnull if path is None else path, "wb")
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written: {error.strerror}.") from error
 
 
 def _tasks(request: ValidateRequest, engine: Engine, spool: Path) -> Iterator[_ChunkTask]:
@@ -147,11 +166,14 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
     num_valid = 0
     modalities: Counter[str] = Counter()
     rejects: list[Reject] = []
+    valid: list[bytes] = []
     for record in read_chunk(task.data, task.chunk):
         annotation, problems = _check(record, task.root, task.request)
         if annotation is not None and not problems:
             num_valid += 1
             modalities[_modality(annotation)] += 1
+            if task.request.fixed is not None:
+                valid.append(_one_line(task, record))
             continue
         rejects.append(
             Reject(
@@ -163,7 +185,7 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
                 annotation=_raw(record, problems),
             )
         )
-    return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects)
+    return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects, valid=valid)
 
 
 def _check(record: Record, root: Path, request: ValidateRequest) -> tuple[Annotation | None, list[Problem]]:
@@ -174,6 +196,20 @@ def _check(record: Record, root: Path, request: ValidateRequest) -> tuple[Annota
         if request.deep and not media_problems:
             problems = problems + check_media(media, root, request.media, record.embedded)
     return annotation, problems
+
+
+def _one_line(task: _ChunkTask, record: Record) -> bytes:
+    """A valid record as one line of JSON.
+
+    Raises:
+        ConfigError: media came inside it, which a line of JSON cannot hold.
+    """
+    if record.embedded:
+        raise ConfigError(
+            f"--fixed cannot hold the media inside {task.file}:{record.line}; vlprep build reads the "
+            "Parquet file as it is."
+        )
+    return msgspec.json.encode(msgspec.json.decode(record.data or b""))
 
 
 def _raw(record: Record, problems: list[Problem]) -> msgspec.Raw:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,18 @@ def json_schemas() -> dict[str, bytes]:
 
 
 def _encoded(schema: dict[str, Any]) -> bytes:
-    content = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    content = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_cleaned(schema)}
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+
+def _cleaned(value: Any) -> Any:
+    """The same with docstrings as Python 3.13 has them: their indentation removed."""
+    if isinstance(value, dict):
+        return {
+            key: inspect.cleandoc(item) if key == "description" and isinstance(item, str) else _cleaned(item)
+            for key, item in value.items()
+        }
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
 
 
 def main() -> None:

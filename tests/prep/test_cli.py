@@ -33,6 +33,18 @@ def test_validate_reports_every_bad_record_and_exits_with_1(corpus: Path, tmp_pa
     assert rejects[2]["annotation"] is None
 
 
+def test_validate_writes_the_valid_records_back(corpus: Path, tmp_path: Path) -> None:
+    run(
+        "validate", corpus, "--workers", 1, "--fixed", tmp_path / "fixed.jsonl", "--rejects", tmp_path / "rejects.jsonl"
+    )
+    originals = corpus.read_text().splitlines()
+    rejected = {json.loads(line)["line"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()}
+    expected = [json.loads(line) for number, line in enumerate(originals, start=1) if number not in rejected]
+    assert [json.loads(line) for line in (tmp_path / "fixed.jsonl").read_text().splitlines()] == expected
+    found = run("validate", tmp_path / "fixed.jsonl", "--media-root", corpus.parent, "--workers", 1)
+    assert found.exit_code == 0
+
+
 def test_validate_deep_decodes_what_only_looks_good(corpus: Path) -> None:
     found = run("validate", corpus, "--workers", 1, "--deep")
     assert "media_unreadable: 1" in found.stdout

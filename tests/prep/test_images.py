@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base as ExifTag
 from transformers import Qwen2VLImageProcessorPil
@@ -47,7 +49,13 @@ def reference_pixel_values(image: Image.Image) -> tuple[np.ndarray, list[int]]:
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": SETTINGS.min_pixels, "longest_edge": SETTINGS.max_pixels}
     )
-    out = processor(images=[ImageOps.exif_transpose(image)], return_tensors="np")
+    image = ImageOps.exif_transpose(image)
+    if Version(transformers.__version__) < Version("5.23") and (
+        "A" in image.getbands() or image.info.get("transparency") is not None
+    ):
+        # Older versions drop transparency; what Python 3.10 gets is one of them.
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    out = processor(images=[image], return_tensors="np")
     return out["pixel_values"], out["image_grid_thw"][0].tolist()
 
 

@@ -156,6 +156,10 @@ def test_the_fingerprint_of_a_tokenizer_ignores_layout_and_sees_content() -> Non
     one = tokenizer_fingerprint(tokenizer_json(["a b"]), where="t")
     assert one == tokenizer_fingerprint(tokenizer_json([["a", "b"]], version="1.0"), where="t")
     assert one != tokenizer_fingerprint(tokenizer_json([["b", "a"]]), where="t")
+    offsets = [
+        {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "trim_offsets": trim}]} for trim in (True, False)
+    ]
+    assert len({tokenizer_fingerprint(tokenizer_json(["a b"], pre_tokenizer=kind), where="t") for kind in offsets}) == 1
     assert one != tokenizer_fingerprint(tokenizer_json(["a b"], normalizer={"type": "NFC"}), where="t")
 
 
