@@ -1,0 +1,51 @@
+"""What tests share: tiny checkpoints, and the folder of real media where it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# No test needs a hub; asking one would only wait for a network that may not be there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; set before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _checkpoint(tmp_path_factory: pytest.TempPathFactory, name: str, vocab_size: int | None) -> Path:
+    """Write a tiny checkpoint once a test run, also when several workers ask for it at the same time."""
+    from train.tiny_model import write_tiny_checkpoint
+
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not (out / "preprocessor_config.json").exists():
+            write_tiny_checkpoint(out, vocab_size=vocab_size)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL checkpoint of seed 0 with the real tokenizer. Read-only: tests share it."""
+    return _checkpoint(tmp_path_factory, "tiny-checkpoint", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_vocab_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a vocabulary of 2048 and no tokenizer, much faster. Read-only: tests share it."""
+    return _checkpoint(tmp_path_factory, "tiny-vocab-checkpoint", 2048)
+
+
+@pytest.fixture(scope="session")
+def qwen_demo() -> Path:
+    """Real pictures and clips with annotations (one clip is missing on purpose), which lie beside the repository."""
+    path = REPOSITORY.parent / "shared" / "data" / "qwen_demo"
+    if not path.is_dir():
+        pytest.skip("the folder of real media, ../shared/data/qwen_demo, is not here")
+    return path

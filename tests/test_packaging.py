@@ -1,0 +1,121 @@
+"""What setup.cfg, constraints.txt and the Makefile promise to somebody who installs the project."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+def _setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(REPOSITORY / "setup.cfg")
+    return parser
+
+
+def _requirements(*names: str) -> list[Requirement]:
+    parser = _setup_cfg()
+    sections = [parser["options"]["install_requires"], *(parser["options.extras_require"][name] for name in names)]
+    return [Requirement(line) for text in sections for line in text.splitlines() if line]
+
+
+def _pins(python: str) -> dict[str, str]:
+    """Version of every package that constraints.txt allows for a Python; one exact pin each."""
+    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    pins: dict[str, str] = {}
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({key: str(value) for key, value in environment.items()}):
+            name = canonicalize_name(pin.name)
+            (specifier,) = pin.specifier
+            assert specifier.operator == "==" and name not in pins, line
+            pins[name] = specifier.version
+    return pins
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_pinned_to_a_version_it_allows(python: str) -> None:
+    pins = _pins(python)
+    for requirement in _requirements("train", "gpu", "ray", "av", "dev"):
+        environment = {"python_version": python}
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_exactly_the_pinned_pythons_may_install() -> None:
+    allowed = SpecifierSet(_setup_cfg()["options"]["python_requires"])
+    assert [python for python in ("3.9", *PYTHONS, "3.14") if allowed.contains(python)] == list(PYTHONS)
+
+
+def test_base_installation_has_no_torch() -> None:
+    names = {requirement.name for requirement in _requirements()}
+    assert not names & {"torch", "transformers", "deepspeed", "accelerate"}
+    assert "msgspec" in names
+
+
+def test_torch_is_never_a_range() -> None:
+    torch = [requirement for requirement in _requirements("train", "dev") if requirement.name == "torch"]
+    assert [str(requirement.specifier) for requirement in torch] == [f"=={_pins('3.11')['torch']}"]
+
+
+def _make(*arguments: str) -> str:
+    """The last command that make would run, the environment being complete; no variable of the caller leaks in."""
+    make = shutil.which("make")
+    assert make is not None
+    result = subprocess.run(
+        [make, "--dry-run", "--no-print-directory", "--old-file=.venv/.complete", *arguments],
+        cwd=REPOSITORY,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout.splitlines()[-1].rstrip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["DATASET=mp_doc%50"], '"mp_doc%50" --out "shards/mp_doc-50"'),
+        (["DATASET=demo"], '"demo" --out "shards/demo" --model "checkpoints/tiny"'),
+        (["DATASET=demo%50"], '"demo%50" --out "shards/demo-50" --model "checkpoints/tiny"'),
+        (["DATASET=demo", "MODEL=other"], '"demo" --out "shards/demo" --model "other"'),
+        (["DATASET=demonstrations"], '"demonstrations" --out "shards/demonstrations"'),
+        (
+            ["DATASET=a%80,b%50,c", "OUT=x/y", "MAX_LENGTH=2048", "WORKERS=3", "SEED=7", "ARGS=--pixels raw"],
+            '"a%80,b%50,c" --out "x/y" --max-length 2048 --workers 3 --seed 7 --pixels raw',
+        ),
+        (["DATASET=a%80,b"], '"a%80,b" --out "shards/a-80+b"'),
+    ],
+)
+def test_make_shards_passes_on_what_is_given(arguments: list[str], command: str) -> None:
+    words = " ".join(_make("shards", *arguments).split())
+    assert words == f".venv/bin/vlprep build {command}"
+
+
+def test_make_shards_without_a_dataset_says_what_to_write() -> None:
+    make = shutil.which("make")
+    assert make is not None
+    result = subprocess.run(
+        [make, "--old-file=.venv/.complete", "shards"],
+        cwd=REPOSITORY,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "make shards DATASET=demo" in result.stderr
