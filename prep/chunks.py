@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-MAX_RECORD_BYTES = 64 << 20
+import msgspec
+
+MAX_RECORD_BYTES = 16 << 20
 """A record longer than this is rejected as ``bad_json`` without being held in memory."""
+
+
+Kind = Literal["lines", "array", "rest", "rows", "oversized", "unclosed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,8 +19,9 @@ class Chunk:
     """A run of whole records of one file.
 
     Attributes:
-        kind: ``lines`` of JSONL, elements of an ``array``, ``rows`` of a Parquet file, or one ``oversized`` record that
-            is too long to be read.
+        kind: ``lines`` of JSONL, elements of an ``array``, the ``rest`` behind an array's last separator (one record),
+            ``rows`` of a Parquet file, one ``oversized`` record that is too long to be read, or ``unclosed``: the end
+            of a file whose array lacks its closing bracket, which counts as one bad record.
         start: first byte (of ``rows``: first row) of the run.
         stop: byte (row) behind the run.
         first_line: line (from 1) that ``start`` lies in; of ``rows``: number of the row, from 1.
@@ -23,7 +29,7 @@ class Chunk:
         num_records: annotations in the run.
     """
 
-    kind: Literal["lines", "array", "rows", "oversized"]
+    kind: Kind
     start: int
     stop: int
     first_line: int
@@ -31,18 +37,19 @@ class Chunk:
     num_records: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True):
     """One annotation as it was found.
 
     Attributes:
-        data: its JSON text; None where that is longer than :data:`MAX_RECORD_BYTES`.
+        data: its JSON text; None where it cannot be had.
         line: line (from 1) that it starts in.
         number: place (from 0) among the annotations of the file.
         embedded: encoded media that came inside the record, by the name that ``data`` gives them.
+        fault: why ``data`` is None, in words.
     """
 
     data: bytes | None
     line: int
     number: int
-    embedded: dict[str, bytes] = field(default_factory=dict)
+    embedded: dict[str, bytes] = {}
+    fault: str = ""

@@ -13,13 +13,13 @@ from typing import ParamSpec
 import click
 import msgspec
 
-from prep.build import BuildRequest, build
+from prep.build import BuildRequest, build, read_metrics
 from prep.engines import default_workers, make_engine
 from prep.reader import open_set
 from prep.registry import DEFAULT_REGISTRY, Registry, find_sources
 from prep.report import write_report
 from prep.show import save_pictures, show
-from prep.summary import build_summary
+from prep.summary import build_summary, metrics_summary
 from prep.tokenizer import DEFAULT_MODEL
 from prep.transcript import open_transcriber
 from prep.validate import ValidateRequest, validate
@@ -158,6 +158,7 @@ def build_command(
     request = BuildRequest(sources=tuple(sources), out=out, settings=settings, model=model, max_rejected=max_rejected)
     manifest = build(request, make_engine(workers))
     click.echo(build_summary(manifest, out))
+    click.echo(metrics_summary(read_metrics(out)))
 
 
 @main.command("validate")
@@ -165,6 +166,7 @@ def build_command(
 @click.option("--media-root", type=_FOLDER, help="Folder of the media.  [default: folder of each file]")
 @click.option("--deep", is_flag=True, help="Decode every medium, not only its header.")
 @click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object a line.")
+@click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object a line.")
 @click.option("--reserved", type=click.Choice(RESERVED_POLICIES), default="reject", show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
 @_media_options
@@ -174,6 +176,7 @@ def validate_command(
     media_root: Path | None,
     deep: bool,
     rejects: Path | None,
+    fixed: Path | None,
     reserved: str,
     workers: int,
     **media: float,
@@ -184,6 +187,7 @@ def validate_command(
         media_root=media_root,
         deep=deep,
         rejects=rejects,
+        fixed=fixed,
         reserved=reserved,
         media=MediaSettings(**media),  # type: ignore[arg-type]
     )

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.annotation import SampleRef
-from schemas.errors import ShardError
+from schemas.errors import MEND_SHARDS, ShardError
 from schemas.pixels import PIXELS_MEMBER
 from schemas.qwen import PATCH_SIZE, TEMPORAL_PATCH_SIZE, Grid
 
@@ -133,7 +133,7 @@ def read_bin(data: memoryview | bytes, index: int, *, where: str) -> Bin:
     missing = [name for name in (*ARRAY_MEMBERS, SAMPLES_MEMBER) if name not in members]
     if missing or len(codecs) != 1:
         absent = missing or [" or ".join(PIXELS_MEMBER.values())]
-        raise ShardError(f"{where}: member {absent[0]} is missing; found {sorted(members)}. Build the shards again.")
+        raise ShardError(f"{where}: member {absent[0]} is missing; found {sorted(members)}. {MEND_SHARDS}")
     arrays = {name: _array(members[name], dtype, f"{where}, {name}") for name, dtype in ARRAY_MEMBERS.items()}
     found = Bin(
         index=index,
@@ -158,13 +158,15 @@ def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
         try:
             header = tarfile.TarInfo.frombuf(bytes(data[position : position + TAR_BLOCK]), "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise ShardError(f"{where}: no tar header at byte {position} of the bin ({error}). Build again.") from error
+            raise ShardError(
+                f"{where}: no tar header at byte {position} of the bin ({error}). {MEND_SHARDS}"
+            ) from error
         start = position + TAR_BLOCK
         if not 0 <= header.size <= len(data) - start:
-            raise ShardError(f"{where}: member {header.name} is cut short. Copy or build the shard again.")
+            raise ShardError(f"{where}: member {header.name} is cut short. {MEND_SHARDS}")
         found_key, _, member = header.name.partition(".")
         if found_key != key:
-            raise ShardError(f"{where}: found a member of bin {found_key}, expected {key}. Build the shards again.")
+            raise ShardError(f"{where}: found a member of bin {found_key}, expected {key}. {MEND_SHARDS}")
         members[member] = data[start : start + header.size]
         position = start + -(-header.size // TAR_BLOCK) * TAR_BLOCK
     return members
@@ -185,7 +187,7 @@ def _array(data: memoryview, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
         shape = tuple(int(size) for size in dimensions.split(",") if size.strip())
         return np.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
     except (ValueError, TypeError) as error:
-        raise ShardError(f"{where}: not the expected array: {error}. Build the shards again.") from error
+        raise ShardError(f"{where}: not the expected array: {error}. {MEND_SHARDS}") from error
 
 
 def _check_shapes(found: Bin, where: str) -> None:
@@ -200,7 +202,7 @@ def _check_shapes(found: Bin, where: str) -> None:
     ]
     for name, shape, allowed in expected:
         if shape != allowed:
-            raise ShardError(f"{where}: {name} has shape {shape}, expected {allowed}. Build the shards again.")
+            raise ShardError(f"{where}: {name} has shape {shape}, expected {allowed}. {MEND_SHARDS}")
     borders = found.cu_seqlens
     if borders.size < 2 or borders[0] != 0 or borders[-1] != length or bool(np.any(np.diff(borders) <= 0)):
         raise ShardError(f"{where}: cu_seqlens {borders.tolist()[:8]} do not cut {length} tokens into samples.")

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from schemas.annotation import Problem, ReasonCode
 
+MEND_SHARDS = (
+    "Copy the set of shards again, or delete its manifest.json and run the same `vlprep build` to write it anew."
+)
+"""What to do about a damaged set of shards. A build that is complete by its manifest is not done again."""
+
 
 class VlprepError(Exception):
     """Root of all errors that a user can mend. ``exit_code`` is what the command line returns: 1 data, 2 wrong use."""

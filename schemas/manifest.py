@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from schemas.errors import ConfigError, ShardError
+from schemas.errors import MEND_SHARDS, ConfigError, ShardError
 from schemas.settings import BuildSettings, MediaSettings
 
 MANIFEST_FILE = "manifest.json"
@@ -179,7 +179,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
             )
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
-        raise ShardError(f"{where} is damaged: {str(error).rstrip('.')}. Build the shards again.") from error
+        raise ShardError(f"{where} is damaged: {str(error).rstrip('.')}. {MEND_SHARDS}") from error
 
 
 class _Version(msgspec.Struct):

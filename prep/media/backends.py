@@ -44,14 +44,14 @@ class Clip(Protocol):
 
 
 @contextmanager
-def _failures(*kinds: type[Exception]) -> Iterator[None]:
+def _failures(source: MediaSource, *kinds: type[Exception]) -> Iterator[None]:
     """Turn a library's exceptions into ``media_unreadable``."""
     try:
         yield
     except ImportError as error:
-        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"not usable here ({_first_line(error)})") from error
+        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"not usable here ({source.explain(error)})") from error
     except kinds as error:
-        raise MediaError(ReasonCode.MEDIA_UNREADABLE, _first_line(error)) from error
+        raise MediaError(ReasonCode.MEDIA_UNREADABLE, source.explain(error)) from error
 
 
 def _refuse_mpeg_streams(source: MediaSource) -> None:
@@ -65,11 +65,6 @@ def _refuse_mpeg_streams(source: MediaSource) -> None:
         raise ValueError("does not seek exactly in MPEG transport and program streams")
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
 def _duration(num_frames: int, rate: float) -> float:
     return num_frames / rate if rate > 0 else math.nan
 
@@ -78,14 +73,15 @@ class DecordClip:
     """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used."""
 
     def __init__(self, source: MediaSource) -> None:
-        with _failures(RuntimeError, AssertionError, ValueError, OSError):
+        self._source = source
+        with _failures(source, RuntimeError, AssertionError, ValueError, OSError):
             _refuse_mpeg_streams(source)
             import decord
             from decord._ffi.base import DECORDError
 
             decord.logging.set_level(decord.logging.QUIET)
             self._error = DECORDError
-            with _failures(DECORDError):
+            with _failures(source, DECORDError):
                 self._reader = decord.VideoReader(source.target(), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
                 self.num_frames = len(self._reader)
                 self.duration_s = _duration(self.num_frames, float(self._reader.get_avg_fps()))
@@ -93,7 +89,7 @@ class DecordClip:
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """See :class:`Clip`."""
-        with _failures(self._error, RuntimeError, AssertionError, ValueError, OSError):
+        with _failures(self._source, self._error, RuntimeError, AssertionError, ValueError, OSError):
             frames: NDArray[np.uint8] = self._reader.get_batch(list(indices)).asnumpy()
         return frames
 
@@ -102,7 +98,8 @@ class TorchcodecClip:
     """A clip opened by torchcodec (needs torch and FFmpeg's shared libraries)."""
 
     def __init__(self, source: MediaSource) -> None:
-        with _failures(RuntimeError, ValueError, OSError):
+        self._source = source
+        with _failures(source, RuntimeError, ValueError, OSError):
             _refuse_mpeg_streams(source)
             from torchcodec.decoders import VideoDecoder
 
@@ -114,7 +111,7 @@ class TorchcodecClip:
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """See :class:`Clip`."""
-        with _failures(RuntimeError, ValueError, OSError, IndexError):
+        with _failures(self._source, RuntimeError, ValueError, OSError, IndexError):
             frames: NDArray[np.uint8] = self._decoder.get_frames_at(list(indices)).data.numpy()
         return frames
 
@@ -123,10 +120,11 @@ class PyavClip:
     """A clip opened by PyAV, which carries its own FFmpeg. Frames are decoded in order up to the last one wanted."""
 
     def __init__(self, source: MediaSource) -> None:
-        with _failures(ValueError, OSError, IndexError):
+        self._source = source
+        with _failures(source):
             import av
-
-            self._source = source
+        self._errors = (av.FFmpegError, ValueError, OSError, IndexError)
+        with _failures(source, *self._errors):
             with av.open(source.target(), "r") as container:
                 stream = container.streams.video[0]
                 self.num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
@@ -140,15 +138,14 @@ class PyavClip:
         """See :class:`Clip`."""
         wanted = set(indices)
         found: list[NDArray[np.uint8]] = []
-        with _failures(ValueError, OSError, IndexError):
-            import av
+        import av
 
-            with av.open(self._source.target(), "r") as container:
-                for index, frame in enumerate(container.decode(video=0)):
-                    if index in wanted:
-                        found.append(_upright(_rgb(frame), frame.rotation))
-                    if len(found) == len(wanted):
-                        break
+        with _failures(self._source, *self._errors), av.open(self._source.target(), "r") as container:
+            for index, frame in enumerate(container.decode(video=0)):
+                if index in wanted:
+                    found.append(_upright(_rgb(frame), frame.rotation))
+                if len(found) == len(wanted):
+                    break
         if not found:
             raise MediaError(ReasonCode.MEDIA_UNREADABLE, "no frame could be decoded")
         return np.stack(found)

@@ -136,7 +136,7 @@ def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Imag
         OverflowError,
     ) as error:
         raise MediaError(
-            ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} cannot be decoded: {str(error) or type(error).__name__}"
+            ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} cannot be decoded: {source.explain(error)}"
         ) from error
     except MemoryError as error:
         raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than there is") from error

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+_PREFIX = re.compile(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,17 @@ class MediaSource:
         with file:
             file.seek(self.span[0])
             return io.BytesIO(file.read(self.span[1]))
+
+    def explain(self, error: Exception) -> str:
+        """The first line of what a library says, without what differs from run to run or names this machine.
+
+        decord starts its messages with the time of day and a source file; some name the path or an address in memory.
+        """
+        text = str(error).strip() or type(error).__name__
+        text = _PREFIX.sub("", text.splitlines()[0])
+        if self.path is not None:
+            text = text.replace(str(self.path), self.name)
+        return _ADDRESS.sub("", text)[:200]
 
     def target(self) -> str | BinaryIO:
         """What video libraries open: the path of a file of its own, else an open file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from fractions import Fraction
 from importlib.util import find_spec
@@ -216,3 +217,13 @@ def test_real_clips_are_sampled_over_their_whole_length(qwen_demo: Path) -> None
     assert plan.indices == (0, 70, 140, 210, 280, 350, 420, 490)  # 491 frames at 3 per second
     assert plan.second_per_grid_t == pytest.approx(2 * (491 / 3) / 8)
     assert plan.grid == (4, 26, 44)
+
+
+def test_messages_name_neither_paths_nor_times(tmp_path: Path) -> None:
+    """The ledger keeps them, and its bytes must be the same on another machine and on another day."""
+    path = write_clip(tmp_path / "x.mp4", 30, 10)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(MediaError) as caught:
+        decode_video(source(path), SETTINGS)
+    assert str(tmp_path) not in caught.value.message
+    assert not re.search(r"\d\d:\d\d:\d\d|0x[0-9a-f]", caught.value.message)

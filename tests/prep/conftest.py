@@ -1,0 +1,22 @@
+"""What tests of the preparation share: one finished set of shards with every kind of medium, and its sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.prep.corpus import write_corpus
+from tests.prep.finished import build_set
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Annotations with images, clips, texts and broken records. Read-only: tests share it."""
+    return write_corpus(tmp_path_factory.mktemp("finished-corpus"))[0]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tiny_checkpoint: Path) -> Path:
+    """A finished set of several shards with several bins. Read-only: tests copy it to change it."""
+    return build_set(corpus_file, tmp_path_factory.mktemp("finished"), tiny_checkpoint)

@@ -1,0 +1,202 @@
+"""``vlprep show``: the text of a bin, what is trained, and its pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from tokenizers import Tokenizer
+
+from prep.cli import main
+from prep.reader import decode_frames, open_set
+from prep.show import render
+from prep.transcript import Span, SpanKind, Transcriber, cached_transcriber, printable
+from schemas.qwen import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD
+from schemas.settings import BuildSettings, MediaSettings
+from tests.prep import finished as sets
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["show", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """One bin with one picture of 56x84 pixels and two turns."""
+    folder = tmp_path_factory.mktemp("small")
+    pixels = np.random.default_rng(1).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    record = {
+        "id": "page\x1b[31m-1",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "What is in <image>?"},
+            {"from": "gpt", "value": "Noise.\nNothing else."},
+            {"from": "human", "value": "Sure? 你好\x07"},
+            {"from": "gpt", "value": "是的"},
+        ],
+    }
+    (folder / "talk.jsonl").write_text("\n" + json.dumps(record) + "\n")
+    settings = BuildSettings(media=MediaSettings(min_pixels=784))
+    return sets.build_set(folder / "talk.jsonl", folder / "out", tiny_checkpoint, settings)
+
+
+def test_a_bin_as_text_with_brackets_around_what_is_trained(small: Path, tiny_checkpoint: Path) -> None:
+    row = sets.place_of(small, 0)
+    found = run(small, "--bin", 0, "--model", tiny_checkpoint)
+    assert found.exit_code == 0
+    assert found.stdout == (
+        f"{small}/bins-00000.tar, bin 0 at offset 0, {row['num_bytes']:,} bytes\n"
+        f"{row['num_tokens']} of 4,096 tokens, {row['num_targets']} of them [[trained]]; 1 sample, 1 image, 0 videos, "
+        "24 patches\n"
+        "\n"
+        f"── sample 0 ── talk, talk.jsonl:2 (record 0, id page\\x1b[31m-1): {row['num_tokens']} tokens, "
+        f"{row['num_targets']} trained\n"
+        "   image 0: 84×56 pixels, grid 1×4×6, 6 tokens\n"
+        "<|im_start|>system\n"
+        "You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n"
+        "What is in <|vision_start|><|image_pad|>×6<|vision_end|>?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        "[[Noise.↵\n"
+        "Nothing else.<|im_end|>↵]]\n"
+        "<|im_start|>user\n"
+        "Sure? 你好\\x07<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        "[[是的<|im_end|>↵]]\n"
+    )
+
+
+def test_pictures_are_saved_as_they_are_stored(finished: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    result = run(finished, "--bin", 1, "--model", tiny_checkpoint, "--save", tmp_path / "pictures")
+    assert result.exit_code == 0
+    shards = open_set(finished)
+    found = shards.read(1)
+    media = decode_frames(found, where="here")
+    expected = {}
+    for number, ((_, kind), frames) in enumerate(zip(found.grids(), media, strict=True)):
+        for place, frame in enumerate(frames):
+            name = f"video-{number:03d}-frame-{place:03d}" if kind else f"image-{number:03d}"
+            expected[name] = frame.transpose(1, 2, 0)
+    saved = {path.stem.split("-", 4)[4]: np.asarray(Image.open(path)) for path in (tmp_path / "pictures").iterdir()}
+    assert saved.keys() == expected.keys()
+    assert all(np.array_equal(saved[name], expected[name]) for name in expected)
+    assert f"{len(expected)} pictures written to {tmp_path / 'pictures'}" in result.stdout
+
+
+def test_media_stand_with_their_samples(finished: Path, tiny_checkpoint: Path) -> None:
+    """In every sample as many media are listed as its text has runs of pads."""
+    text = run(finished, "--bin", 1, "--model", tiny_checkpoint).stdout
+    samples = text.split("── sample ")[1:]
+    assert len(samples) == sets.place_of(finished, 1)["num_samples"]
+    numbers = []
+    for sample in samples:
+        listed = [line.split()[:2] for line in sample.splitlines() if line.startswith("   ")]
+        pads = sample.count("_pad|>×")
+        assert len(listed) == pads
+        assert [kind for kind, _ in listed] == [
+            "image" if part.endswith("<|image_pad|>") else "video"
+            for part in sample.split("×")[:-1]
+            if "_pad|>" in part[-14:]
+        ]
+        numbers += [int(number.rstrip(":")) for _, number in listed]
+    assert numbers == list(range(len(numbers)))
+
+
+def test_another_tokenizer_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(tiny_checkpoint / "preprocessor_config.json", other)
+    tokenizer = json.loads((tiny_checkpoint / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = run(small, "--bin", 0, "--model", other)
+    assert result.exit_code == 2
+    assert f"--model {other} has another tokenizer" in result.stderr
+
+
+def test_a_bin_that_is_not_there_is_wrong_use(small: Path, tiny_checkpoint: Path) -> None:
+    result = run(small, "--bin", 1, "--model", tiny_checkpoint)
+    assert (result.exit_code, result.stderr) == (2, f"vlprep: {small} has no bin 1; it holds bins 0 to 0.\n")
+
+
+def test_a_folder_that_cannot_be_written_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run(small, "--bin", 0, "--model", tiny_checkpoint, "--save", tmp_path / "file" / "below")
+    assert result.exit_code == 2
+    assert "cannot be written: Not a directory" in result.stderr
+
+
+def test_a_damaged_shard_exits_with_1(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    shutil.copytree(small, tmp_path / "set")
+    (tmp_path / "set" / "bins-00000.tar").write_bytes(b"")
+    result = run(tmp_path / "set", "--bin", 0, "--model", tiny_checkpoint)
+    assert result.exit_code == 1
+    assert "bins-00000.tar, bin 0 at offset 0: the shard ends" in result.stderr
+
+
+def test_a_checkpoint_that_the_cache_does_not_have_is_none(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cached_transcriber("nobody/nothing", open_set(small).manifest) is None
+
+
+# Spans
+
+
+SPANS = [
+    Span(SpanKind.CONTROL, "<|im_start|>", False),
+    Span(SpanKind.TEXT, "assistant\n", False),
+    Span(SpanKind.TEXT, "yes\nno", True),
+    Span(SpanKind.CONTROL, "<|im_end|>", True),
+    Span(SpanKind.TEXT, "\n", True),
+    Span(SpanKind.PADS, "<|image_pad|>×4", False),
+]
+
+
+def test_brackets_enclose_one_run_of_trained_spans() -> None:
+    assert render(SPANS, colour=False) == "<|im_start|>assistant\n[[yes↵\nno<|im_end|>↵]]\n<|image_pad|>×4"
+
+
+def test_colours_mark_each_line_of_what_is_trained_and_dim_what_steers() -> None:
+    on, dim, off = "\x1b[32m\x1b[7m", "\x1b[2m", "\x1b[0m"
+    assert render(SPANS, colour=True) == (
+        f"{dim}<|im_start|>{off}assistant\n{on}yes↵{off}\n{on}no{off}{on}<|im_end|>{off}{on}↵{off}\n"
+        f"{dim}<|image_pad|>×4{off}"
+    )
+
+
+def test_text_cannot_steer_a_terminal() -> None:
+    assert printable("a\x1b]0;b\x9b\r\x00\n\tc\x7fé…") == "a\\x1b]0;b\\x9b\\x0d\\x00\n\tc\\x7fé…"
+
+
+def spans_of(tokenizer: Tokenizer | None, ids: list[int], trained: list[int]) -> list[tuple[str, str, bool]]:
+    array = np.asarray(ids, dtype=np.int32)
+    labels = np.where(np.isin(np.arange(len(ids)), trained), array, -100)
+    return [(span.kind.name, span.text, span.trained) for span in Transcriber(tokenizer).spans(array, labels)]
+
+
+def test_every_control_token_and_every_run_of_pads_is_a_span() -> None:
+    ids = [IM_START, IM_START, 10, 11, IMAGE_PAD, IMAGE_PAD, VIDEO_PAD, 12, IM_END, 13]
+    assert spans_of(None, ids, [8, 9]) == [
+        ("CONTROL", "<|im_start|>", False),
+        ("CONTROL", "<|im_start|>", False),
+        ("TEXT", "⟨2 tokens⟩", False),
+        ("PADS", "<|image_pad|>×2", False),
+        ("PADS", "<|video_pad|>×1", False),
+        ("TEXT", "⟨1 token⟩", False),
+        ("CONTROL", "<|im_end|>", True),
+        ("TEXT", "⟨1 token⟩", True),
+    ]
+
+
+def test_text_is_cut_where_training_begins(tiny_checkpoint: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+    ids = tokenizer.encode("one two three").ids
+    assert spans_of(tokenizer, ids, [2]) == [("TEXT", "one two", False), ("TEXT", " three", True)]
