@@ -25,6 +25,7 @@ class ArrayScanner:
 
     def __init__(self) -> None:
         self._depth = 1
+        self._deepest = 1
         self._in_string = False
         self._escape_pending = False
 
@@ -32,6 +33,11 @@ class ArrayScanner:
     def closed(self) -> bool:
         """Whether the array's closing bracket has been seen; what follows it is not part of the array."""
         return self._depth <= 0
+
+    @property
+    def deepest(self) -> int:
+        """Most brackets that were open at once, that of the array included."""
+        return self._deepest
 
     @property
     def between_elements(self) -> bool:
@@ -63,6 +69,7 @@ class ArrayScanner:
         outside = ~(inside | quotes)
         at, kinds = at[outside], kinds[outside]
         depth = self._depth + np.cumsum(_STEPS[kinds], dtype=np.int64)
+        self._deepest = max(self._deepest, int(depth.max(initial=0)))
         is_end = (kinds == _COMMA) & (depth == 1)
         closing = np.flatnonzero(depth <= 0)
         if closing.size:
@@ -87,3 +94,10 @@ class ArrayScanner:
         piece = piece.replace(b"\\\\", b"  ")
         self._escape_pending = piece.endswith(b"\\")
         return piece.replace(b'\\"', b"  ")
+
+
+def nesting_depth(data: bytes) -> int:
+    """How many arrays and objects stand inside one another in the JSON text ``data``."""
+    scanner = ArrayScanner()
+    scanner.element_ends(data)
+    return scanner.deepest - 1

@@ -7,12 +7,10 @@ it was; finished, it does nothing; with another ``max_length`` or packer it plan
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,33 +22,32 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from prep.engines import Engine
+from prep.files import write_synced
 from prep.ledger import Ledger, ScannedPart
 from prep.metrics import BuildMetrics, Timings, merge_timings
 from prep.plan import Plan, make_plan
-from prep.records import FileIndex, index_file
+from prep.records import FileIndex
 from prep.registry import Source, draw
 from prep.scan import ScanTask, part_key, scan_chunk, table_path
-from prep.seal import seal, write_synced
+from prep.seal import seal
 from prep.tokenizer import ModelFiles, find_model_files, read_fingerprints
+from prep.work import WorkFolder
 from prep.write import PlannedSample, ShardResult, WriteTask, write_shard
 from schemas.annotation import SampleRef
 from schemas.bins import shard_name
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import VlprepError
 from schemas.manifest import (
     MANIFEST_FILE,
     Fingerprints,
     InputDataset,
     InputFile,
     Manifest,
-    encode_manifest,
-    read_manifest,
 )
 from schemas.settings import BuildSettings
 from schemas.tables import SAMPLES_FILE
 
 logger = logging.getLogger(__name__)
 
-WORK_FOLDER = ".build"
 METRICS_FILE = "build_metrics.json"
 """Counts and times of the run that finished the build; not part of the set, since times differ from run to run."""
 
@@ -68,6 +65,7 @@ class BuildRequest:
         settings: everything else that decides the bytes.
         model: checkpoint folder or hub id whose tokenizer is used.
         max_rejected: the build fails when a larger share of the drawn annotations is rejected.
+        retry_media: look again at chunks with records that an earlier run rejected for their media.
     """
 
     sources: tuple[Source, ...]
@@ -75,6 +73,7 @@ class BuildRequest:
     settings: BuildSettings
     model: str
     max_rejected: Fraction
+    retry_media: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,82 +132,72 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
     """
     files = find_model_files(request.model)
     fingerprints = read_fingerprints(files)
-    work = _work_folder(request.out)
-    indexes = _index(request, engine, work / "spool")
-    inputs = [_input(source, index) for source, index in zip(request.sources, indexes)]
-    software = {name: version(name) for name in _SOFTWARE}
-    key = _hash(request.settings, fingerprints, software, inputs)
-    finished = _finished(request.out, work / "finished", key)
-    if finished is not None:
-        logger.info("%s is complete already; nothing to do.", request.out)
-        return finished
-    (request.out / MANIFEST_FILE).unlink(missing_ok=True)
-
-    clock = _Clock()
-    parts = _scan(request, engine, work, files, fingerprints, indexes, clock.timings)
-    clock.lap("scan")
-    samples = _measured(parts)
-    num_too_long = int((samples.num_tokens > request.settings.max_length).sum())
-    _check_rejects(request, parts, len(samples.num_tokens), num_too_long)
-    plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)
-    clock.lap("plan")
-    results = _write(request, engine, work / key, parts, samples, plan)
-    for result in results:
-        merge_timings(clock.timings, result.timings)
-    clock.lap("write")
-    names = [source.name for source in request.sources]
-    ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, results)
-    statistics = ledger.write(request.out / SAMPLES_FILE, parts)
-    num_rejected = sum(dataset.num_rejected for dataset in statistics)
-    _check_share(request, sum(dataset.num_drawn for dataset in inputs), num_rejected)
-    manifest = seal(
-        request.out,
-        settings=request.settings,
-        fingerprints=fingerprints,
-        software=software,
-        inputs=inputs,
-        results=results,
-        statistics=statistics,
-    )
-    clock.lap("seal")
-    write_synced(request.out / METRICS_FILE, clock.metrics(manifest, engine.num_workers))
-    (work / "finished").write_text(f"{key} {xxhash.xxh3_128_hexdigest(encode_manifest(manifest))}\n")
-    shutil.rmtree(work / key)
-    shutil.rmtree(work / "spool")
-    return manifest
-
-
-def _work_folder(out: Path) -> Path:
-    work = out / WORK_FOLDER
-    try:
-        for name in ("scan", "spool"):
-            (work / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
-    return work
+    work = WorkFolder(request.out)
+    with work.held():
+        indexes = _indexes(request, work, engine, needs_data=False)
+        inputs = [_input(source, index) for source, index in zip(request.sources, indexes)]
+        software = {name: version(name) for name in _SOFTWARE}
+        key = _hash(request.settings, fingerprints, software, inputs)
+        finished = work.finished(key)
+        if finished is not None and not request.retry_media:
+            logger.info("%s is complete already; nothing to do.", request.out)
+            return finished
+        (request.out / MANIFEST_FILE).unlink(missing_ok=True)
+        clock = _Clock()
+        indexes = _indexes(request, work, engine, needs_data=True)
+        parts = _scan(request, engine, work, files, fingerprints, indexes, clock.timings)
+        clock.lap("scan")
+        samples = _measured(parts)
+        num_too_long = int((samples.num_tokens > request.settings.max_length).sum())
+        _check_rejects(request, parts, len(samples.num_tokens), num_too_long)
+        plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)
+        clock.lap("plan")
+        results = _write(request, engine, work.write_results(_plan_key(key, parts, plan)), parts, samples, plan)
+        for result in results:
+            merge_timings(clock.timings, result.timings)
+        clock.lap("write")
+        names = [source.name for source in request.sources]
+        ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, results)
+        statistics = ledger.write(request.out / SAMPLES_FILE, parts)
+        num_rejected = sum(dataset.num_rejected for dataset in statistics)
+        _check_share(request, sum(dataset.num_drawn for dataset in inputs), num_rejected)
+        manifest = seal(
+            request.out,
+            settings=request.settings,
+            fingerprints=fingerprints,
+            software=software,
+            inputs=inputs,
+            results=results,
+            statistics=statistics,
+        )
+        clock.lap("seal")
+        write_synced(request.out / METRICS_FILE, clock.metrics(manifest, engine.num_workers))
+        work.finish(key, manifest)
+        return manifest
 
 
 def _hash(*parts: object) -> str:
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(parts))
 
 
-def _finished(out: Path, marker: Path, key: str) -> Manifest | None:
-    """The manifest of a build that is complete with the same inputs and settings, if there is one."""
-    if not marker.exists() or not (out / MANIFEST_FILE).exists():
-        return None
-    digest = xxhash.xxh3_128_hexdigest((out / MANIFEST_FILE).read_bytes())
-    if marker.read_text().split() != [key, digest]:
-        return None
-    manifest = read_manifest(out)
-    stored = [*manifest.shards, *manifest.tables]
-    whole = all((out / file.file).is_file() and (out / file.file).stat().st_size == file.num_bytes for file in stored)
-    return manifest if whole else None
+def _plan_key(key: str, parts: Sequence[ScannedPart], plan: Plan) -> str:
+    """What the shards of a plan depend on: the build, the contents of its parts, and the plan."""
+    digest = xxhash.xxh3_128(key.encode())
+    for part in parts:
+        digest.update(table_path(part.path).read_bytes())
+    for array in (plan.order, plan.bin_starts, plan.shard_starts):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
-def _index(request: BuildRequest, engine: Engine, spool: Path) -> list[list[FileIndex]]:
+def _indexes(request: BuildRequest, work: WorkFolder, engine: Engine, *, needs_data: bool) -> list[list[FileIndex]]:
+    """What is in the annotation files of every dataset; those that have not changed are not walked again."""
     files = [file for source in request.sources for file in source.files]
-    found = iter(list(_progress(engine.map(partial(index_file, spool=spool), files), len(files), "index", "file")))
-    return [[next(found) for _ in source.files] for source in request.sources]
+    known = {file: found for file in files if (found := work.index(file, needs_data=needs_data)) is not None}
+    new = [file for file in dict.fromkeys(files) if file not in known]
+    walked = tqdm(engine.map(work.make_index, new), total=len(new), desc="index", unit="file", disable=not new)
+    known.update(zip(new, walked))
+    return [[known[file] for file in source.files] for source in request.sources]
 
 
 def _input(source: Source, indexes: Sequence[FileIndex]) -> InputDataset:
@@ -228,7 +217,7 @@ def _input(source: Source, indexes: Sequence[FileIndex]) -> InputDataset:
 def _scan(
     request: BuildRequest,
     engine: Engine,
-    work: Path,
+    work: WorkFolder,
     files: ModelFiles,
     fingerprints: Fingerprints,
     indexes: Sequence[Sequence[FileIndex]],
@@ -245,7 +234,7 @@ def _scan(
             for chunk in index.chunks:
                 first = base + chunk.first_record
                 task = ScanTask(
-                    part=work / "scan",
+                    part=work.scan,
                     file=index.data,
                     chunk=chunk,
                     copies=copies[first : first + chunk.num_records].tobytes(),
@@ -253,6 +242,7 @@ def _scan(
                     media=source.media,
                     reserved=request.settings.reserved,
                     tokenizer=files.tokenizer,
+                    retry_media=request.retry_media,
                     shrink_to=request.settings.max_length if request.settings.overlong == "shrink" else None,
                 )
                 task = replace(task, part=task.part / part_key(index.xxh3, task, fingerprints.tokenizer))
@@ -315,17 +305,13 @@ def _write(
     plan: Plan,
 ) -> list[ShardResult]:
     """Write all shards; those that an earlier run of the same plan finished are kept, others are removed."""
-    if not results.exists():
-        for stale in request.out.glob("bins-*.tar"):
-            stale.unlink()
-        results.mkdir()
     found: list[ShardResult] = []
     with tqdm(total=int(plan.order.size), desc="write", unit="sample") as bar:
         for result in engine.map(write_shard, _write_tasks(request, results, parts, samples, plan)):
             found.append(result)
             bar.update(sum(row.num_samples for row in result.rows) + len(result.failed))
     kept = {shard_name(result.shard) for result in found if result.rows}
-    for leftover in [*request.out.glob("bins-*.tar"), *request.out.glob(".bins-*.tar.tmp")]:
+    for leftover in request.out.glob("bins-*.tar"):
         if leftover.name not in kept:
             leftover.unlink()
     return found
@@ -371,7 +357,3 @@ class _Places:
         record, offset, num_bytes = (int(column[row]) for column in self._numbers[at])
         reference = SampleRef(self._names[part.source], part.record_base + record, self._ids[at][row].as_py())
         return PlannedSample(number, part.source, reference, part.path, offset, num_bytes)
-
-
-def _progress(results: Iterator[FileIndex], total: int, name: str, unit: str) -> Iterator[FileIndex]:
-    return iter(tqdm(results, total=total, desc=name, unit=unit))

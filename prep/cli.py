@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -32,6 +33,9 @@ P = ParamSpec("P")
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
+_INTERRUPTED = 130
+"""Exit code after SIGINT or SIGTERM, as shells have it."""
+
 _MEDIA = msgspec.structs.asdict(MediaSettings())
 
 
@@ -47,9 +51,17 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
                 raise
             click.echo(f"vlprep: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("vlprep: stopped. Nothing is half written; the same command goes on where it was.", err=True)
+            sys.exit(_INTERRUPTED)
         sys.exit(code or 0)
 
     return run
+
+
+def _interrupt(*_: object) -> None:
+    """A scheduler's SIGTERM ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 class _Share(click.ParamType[Fraction]):
@@ -75,6 +87,7 @@ class _Share(click.ParamType[Fraction]):
 @click.version_option(package_name="vlprep")
 def main(debug: bool) -> None:
     """Turn chat annotations with images and videos into packed training shards for Qwen2.5-VL."""
+    signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
     for noisy in ("PIL", "urllib3", "httpx", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -121,6 +134,7 @@ def _media_options(command: Callable[P, None]) -> Callable[P, None]:
 @click.option(
     "--max-rejected", type=_Share(), default="100%", show_default=True, help="Fail above this share of rejects."
 )
+@click.option("--retry-media", is_flag=True, help="Look again at media that an earlier run could not use.")
 @click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
 @_media_options
 @_guarded
@@ -139,6 +153,7 @@ def build_command(
     shard_bytes: int,
     seed: int,
     max_rejected: Fraction,
+    retry_media: bool,
     workers: int,
     **media: float,
 ) -> None:
@@ -155,7 +170,14 @@ def build_command(
         shard_bytes=shard_bytes,
     )
     sources = find_sources(datasets, registry=registry, media_root=media_root, media=settings.media)
-    request = BuildRequest(sources=tuple(sources), out=out, settings=settings, model=model, max_rejected=max_rejected)
+    request = BuildRequest(
+        sources=tuple(sources),
+        out=out,
+        settings=settings,
+        model=model,
+        max_rejected=max_rejected,
+        retry_media=retry_media,
+    )
     manifest = build(request, make_engine(workers))
     click.echo(build_summary(manifest, out))
     click.echo(metrics_summary(read_metrics(out)))

@@ -4,21 +4,30 @@ Input: the JSON text of a record. Output: a :class:`Reading`: the annotation in 
 program knows, how to name places in the record as its author spelled it, and every field of a wrong type. The two
 common spellings (``conversations`` with ``from``/``value``, ``messages`` with ``role``/``content``) cost one
 ``msgspec`` decode; other mixtures of the keys, ``texts``, and records with wrong fields are looked at key by key.
+
+What ``msgspec`` passes over in fields that nobody reads is checked here: that the bytes are UTF-8, and that they are
+not nested deeper than a fixed bound (the interpreter's own depends on who calls).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from schemas.annotation import Annotation, MessagesAnnotation, Problem, ReasonCode, Turn
+from prep.array_scanner import nesting_depth
+from prep.problems import Problems
+from schemas.annotation import Annotation, MessagesAnnotation, ReasonCode, Turn
 
 ROLES = {"system": "system", "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 """Canonical role of every accepted spelling."""
 
+MAX_DEPTH = 400
+"""A record with more arrays and objects inside one another is rejected as ``bad_json``."""
+
+_CANONICAL_ROLES = frozenset(ROLES.values())
 _TYPE_NAMES = {dict: "object", list: "array", str: "string", int: "number", float: "number", bool: "boolean"}
 _TURN_KEYS = ("conversations", "messages", "texts")
 _MEDIA_FIELDS = ("image", "images", "video", "videos")
@@ -50,8 +59,7 @@ CONVERSATIONS = Places()
 MESSAGES = Places("messages", "role", "content")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """What could be read of a record.
 
     Attributes:
@@ -63,33 +71,71 @@ class Reading:
 
     annotation: Annotation | None
     places: Places = CONVERSATIONS
-    problems: list[Problem] = field(default_factory=list)
+    problems: Problems
     unreadable: frozenset[str] = frozenset()
 
 
-def read_record(data: bytes) -> Reading:
-    """Read a record in any of the accepted spellings."""
+def decode_common(data: bytes) -> Annotation | None:
+    """The annotation of a record in one of the two common spellings; None for any other.
+
+    Roles are canonical if the last one is. Fields that nobody reads are passed over, whatever they hold; :func:`fault`
+    tells what may be wrong with them.
+    """
+    annotation: Annotation | None
     try:
-        return Reading(annotation=_canonical_roles(_conversations_decoder.decode(data)))
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-        pass
-    try:
-        found = _messages_decoder.decode(data)
-        if all(type(message.content) is str for message in found.messages):
-            return Reading(annotation=_canonical_roles(_from_messages(found)), places=MESSAGES)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-        pass
-    return _read_by_key(data)
+        # Looking for the key first keeps a record of the other spelling from being decoded in vain.
+        if b'"conversations"' in data:
+            annotation = _conversations_decoder.decode(data)
+        else:
+            annotation = _from_messages(_messages_decoder.decode(data))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    if annotation is None or not annotation.conversations:
+        return annotation
+    return annotation if annotation.conversations[-1].role in _CANONICAL_ROLES else canonical_roles(annotation)
 
 
-def _canonical_roles(annotation: Annotation) -> Annotation:
-    if all(ROLES.get(turn.role, turn.role) == turn.role for turn in annotation.conversations):
+def canonical_roles(annotation: Annotation) -> Annotation:
+    """The annotation with the canonical names of its roles; unknown ones stay."""
+    if _CANONICAL_ROLES.issuperset([turn.role for turn in annotation.conversations]):
         return annotation
     turns = [Turn(ROLES.get(turn.role, turn.role), turn.value) for turn in annotation.conversations]
     return msgspec.structs.replace(annotation, conversations=turns)
 
 
-def _from_messages(found: MessagesAnnotation) -> Annotation:
+def fault(data: bytes) -> str | None:
+    """What is wrong with the text of a record, be it in a field that nobody reads."""
+    try:
+        if not data.isascii():
+            data.decode()
+    except UnicodeDecodeError as error:
+        return f"not valid JSON: byte {error.start} is not UTF-8"
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and nesting_depth(data) > MAX_DEPTH:
+        return f"nested more than {MAX_DEPTH} levels deep"
+    return None
+
+
+def read_record(data: bytes) -> Reading:
+    """Read a record in any of the accepted spellings."""
+    found = fault(data)
+    if found is not None:
+        return _unreadable(ReasonCode.BAD_JSON, found)
+    annotation = decode_common(data)
+    if annotation is None:
+        return _read_by_key(data)
+    places = CONVERSATIONS if b'"conversations"' in data else MESSAGES
+    return Reading(annotation=canonical_roles(annotation), places=places, problems=Problems())
+
+
+def _unreadable(code: ReasonCode, message: str) -> Reading:
+    problems = Problems()
+    problems.add(code, message)
+    return Reading(annotation=None, problems=problems)
+
+
+def _from_messages(found: MessagesAnnotation) -> Annotation | None:
+    if not all(isinstance(message.content, str) for message in found.messages):
+        return None
     return Annotation(
         conversations=[Turn(message.role, str(message.content)) for message in found.messages],
         image=found.image,
@@ -103,13 +149,10 @@ def _from_messages(found: MessagesAnnotation) -> Annotation:
 def _read_by_key(data: bytes) -> Reading:
     try:
         record = msgspec.json.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        return Reading(annotation=None, problems=[Problem(ReasonCode.BAD_JSON, f"not valid JSON: {error}")])
-    except RecursionError:
-        return Reading(annotation=None, problems=[Problem(ReasonCode.BAD_JSON, "nested too deeply to be read")])
+    except msgspec.MsgspecError as error:
+        return _unreadable(ReasonCode.BAD_JSON, f"not valid JSON: {error}")
     if not isinstance(record, dict):
-        message = f"the record is of type {_type_name(record)}; expected an object"
-        return Reading(annotation=None, problems=[Problem(ReasonCode.NOT_AN_OBJECT, message)])
+        return _unreadable(ReasonCode.NOT_AN_OBJECT, f"the record is of type {_type_name(record)}; expected an object")
     reader = _KeyReader(record)
     turns = reader.turns()
     turns_are_good = not reader.problems
@@ -117,7 +160,7 @@ def _read_by_key(data: bytes) -> Reading:
     identity = reader.identity()
     annotation = Annotation(conversations=turns, id=identity, **media) if turns_are_good else None
     return Reading(
-        annotation=None if annotation is None else _canonical_roles(annotation),
+        annotation=None if annotation is None else canonical_roles(annotation),
         places=reader.places,
         problems=reader.problems,
         unreadable=frozenset(reader.unreadable),
@@ -129,7 +172,7 @@ class _KeyReader:
 
     def __init__(self, record: dict[str, Any]) -> None:
         self._record = record
-        self.problems: list[Problem] = []
+        self.problems = Problems()
         self.unreadable: set[str] = set()
         self.places = CONVERSATIONS
         self._part_names: dict[str, list[str]] = {"image": [], "video": []}
@@ -185,7 +228,7 @@ class _KeyReader:
         return found
 
     def _problem(self, message: str, code: ReasonCode = ReasonCode.BAD_FIELD) -> None:
-        self.problems.append(Problem(code, message))
+        self.problems.add(code, message)
 
     def _exchange(self, exchange: Any, number: int) -> Iterator[Turn]:
         if not isinstance(exchange, dict):

@@ -10,11 +10,14 @@ import itertools
 import logging
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
 
+from prep.processes import die_with_parent
 from schemas.errors import VlprepError
 
 logger = logging.getLogger(__name__)
@@ -70,7 +73,8 @@ class LocalEngine:
         """
         waiting = iter(tasks)
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_quiet_threads)
+        pool = ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_prepare_worker)
+        done = False
         try:
             flying: collections.deque[Future[Result]] = collections.deque(
                 pool.submit(function, task)
@@ -81,16 +85,24 @@ class LocalEngine:
                 for task in itertools.islice(waiting, 1):
                     flying.append(pool.submit(function, task))
                 yield result
+            done = True
         except BrokenProcessPool as error:
             raise VlprepError(
                 "a worker process was killed (out of memory, or by a signal). Run the same command again to go on "
                 "where it was, with fewer --workers if memory ran out."
             ) from error
         finally:
+            if not done:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _quiet_threads() -> None:
+def _prepare_worker() -> None:
+    """Leave interrupts to the parent, end cleanly when it says so, and keep libraries from starting threads."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -14,12 +14,12 @@ the same with ``.gz`` or ``.zst``         decompressed once into the spool folde
 from __future__ import annotations
 
 import gzip
-import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import pyarrow as pa
 import xxhash
@@ -33,6 +33,8 @@ ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", 
 """Endings by which a path is taken for an annotation file."""
 
 _BLOCK_BYTES = 4 << 20
+_ZSTD_BYTES = 1 << 10
+"""Compressed bytes that are given to zstd at once: at its greatest ratio, 1 to 32768, they become 32 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +67,10 @@ def index_file(path: Path, spool: Path) -> FileIndex:
         ConfigError: the file cannot be read.
         VlprepError: it is damaged: not what its ending says.
     """
-    try:
+    with _failures(path):
         digest = _digest(path)
         data = _decompressed(path, spool / f"{digest}.jsonl") if path.suffix in _DECOMPRESSORS else path
         chunks = tuple(parquet_records.cut(data) if path.suffix == ".parquet" else json_records.cut(data))
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException) as error:
-        raise VlprepError(f"annotation file {path} is damaged: {error}. Fetch or write it again.") from error
-    except OSError as error:
-        raise ConfigError(f"annotation file {path} cannot be read: {error.strerror or error}.") from error
     return FileIndex(
         num_bytes=path.stat().st_size,
         xxh3=digest,
@@ -86,9 +84,27 @@ def read_chunk(data: Path, chunk: Chunk) -> Iterator[Record]:
     """Yield the annotations of a chunk of the file that was indexed as ``data``.
 
     Raises:
-        ConfigError: the file changed since it was indexed.
+        ConfigError: the file changed since it was indexed, or cannot be read.
+        VlprepError: it is damaged in a place that indexing does not look at.
     """
-    return parquet_records.read_chunk(data, chunk) if chunk.kind == "rows" else json_records.read_chunk(data, chunk)
+    with _failures(data):
+        yield from (
+            parquet_records.read_chunk(data, chunk) if chunk.kind == "rows" else json_records.read_chunk(data, chunk)
+        )
+
+
+@contextmanager
+def _failures(path: Path) -> Iterator[None]:
+    """Turn what the readers raise into errors that name the file."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException) as error:
+        raise VlprepError(f"annotation file {path} is damaged: {error}. Fetch or write it again.") from error
+    except OSError as error:
+        if error.errno is None:
+            # Arrow's decompressors, not the operating system.
+            raise VlprepError(f"annotation file {path} is damaged: {error}. Fetch or write it again.") from error
+        raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}.") from error
 
 
 def _digest(path: Path) -> str:
@@ -99,13 +115,37 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-_DECOMPRESSORS: dict[str, Any] = {".gz": gzip.open, ".zst": zstandard.open}
-
-
 def _decompressed(path: Path, target: Path) -> Path:
     if not target.exists():
         temporary = target.with_name(f".{target.name}.tmp")
-        with _DECOMPRESSORS[path.suffix](path, "rb") as source, temporary.open("wb") as sink:
-            shutil.copyfileobj(source, sink, _BLOCK_BYTES)
+        with path.open("rb") as source, temporary.open("wb") as sink:
+            if not source.peek(1):
+                raise EOFError("the compressed file has 0 bytes")
+            for block in _DECOMPRESSORS[path.suffix](source):
+                sink.write(block)
         temporary.replace(target)
     return target
+
+
+def _gunzip(source: BinaryIO) -> Iterator[bytes]:
+    with gzip.open(source, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+def _unzstd(source: BinaryIO) -> Iterator[bytes]:
+    """What one or several zstd frames hold. The package's own reader takes the end of a file that is cut short for the
+    end of the data.
+    """
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    while block := source.read(_ZSTD_BYTES):
+        while block:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data if frame.eof else b""
+    if not frame.eof:
+        raise EOFError("the file ends inside a zstd frame")
+
+
+_DECOMPRESSORS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {".gz": _gunzip, ".zst": _unzstd}

@@ -34,6 +34,8 @@ from schemas.settings import MediaSettings
 PART_VERSION = 1
 """Changes when parts made by an older version must not be used again."""
 
+_MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
+
 PART_SCHEMA = pa.schema(
     [
         ("record", pa.int64()),
@@ -70,6 +72,7 @@ class ScanTask:
         media: settings that decide sizes and frames.
         reserved: policy for text that spells control tokens.
         tokenizer: path of ``tokenizer.json``.
+        retry_media: make a part again that has records rejected for their media.
         shrink_to: length that the media of a longer sample are shrunk to, or None to leave them.
     """
 
@@ -82,6 +85,7 @@ class ScanTask:
     reserved: str
     tokenizer: Path
     shrink_to: int | None
+    retry_media: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ def media_path(part: Path) -> Path:
 def scan_chunk(task: ScanTask) -> ScanResult:
     """Make the part of one chunk, unless it exists."""
     timings: Timings = {}
-    if table_path(task.part).exists():
+    if table_path(task.part).exists() and not (task.retry_media and _has_media_rejects(task.part)):
         return ScanResult(task.chunk.num_records, timings)
     rows = _Rows()
     accepted: list[tuple[int, Annotation, list[Medium]]] = []
@@ -160,6 +164,11 @@ def scan_chunk(task: ScanTask) -> ScanResult:
     with _atomic(table_path(task.part)) as table_file:
         pq.write_table(rows.table(), table_file, compression="zstd")
     return ScanResult(task.chunk.num_records, timings)
+
+
+def _has_media_rejects(part: Path) -> bool:
+    rejected = pq.read_table(table_path(part), columns=["codes"]).column("codes").combine_chunks().flatten()
+    return not _MEDIA_CODES.isdisjoint(rejected.to_pylist())
 
 
 def _stored(media: list[Medium], embedded: Mapping[str, bytes], file: BinaryIO) -> list[Medium]:

@@ -7,7 +7,6 @@ Input: the shard results and the statistics of the ledger, which is there alread
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prep.files import write_synced
 from prep.tables import arrow_schema
 from prep.write import ShardResult
 from schemas.bins import shard_name
@@ -122,18 +122,3 @@ def _stored_shards(results: Sequence[ShardResult]) -> Iterator[StoredShard]:
 def _stored_file(out: Path, name: str) -> StoredFile:
     data = (out / name).read_bytes()
     return StoredFile(file=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, sync, rename, sync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -11,7 +11,7 @@ media are known. Cost: tokenization, about 1 MB of text a second and core.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,8 +33,14 @@ from schemas.qwen import (
     Grid,
 )
 
+MAX_TEXT_CHARACTERS = 1 << 20
+"""A conversation with more text is rejected as ``too_long`` before it is tokenized (which takes 100 times its memory):
+it would be four times what the model's context of 128k tokens holds."""
+
 TAG = re.compile(r"<(image|video)>")
 RESERVED = re.compile("|".join(re.escape(token) for token in CONTROL_TOKENS))
+
+_BATCH_CHARACTERS = 1 << 18
 
 _ROLE_NAMES = {"system": "system", "human": "user", "gpt": "assistant"}
 _PADS = {MEDIA_IMAGE: IMAGE_PAD, MEDIA_VIDEO: VIDEO_PAD}
@@ -69,7 +75,7 @@ class _Control:
     trained: bool
 
 
-_NEVER = 1 << 62
+_NEVER = (1 << 31) - 1
 
 
 def _layout(annotation: Annotation) -> Iterator[_Text | _Control]:
@@ -94,36 +100,52 @@ def _layout(annotation: Annotation) -> Iterator[_Text | _Control]:
 
 
 def build_templates(annotations: Sequence[Annotation], tokenizer: TextTokenizer) -> list[Template]:
-    """Tokenize many validated conversations with one call of the tokenizer."""
+    """Tokenize many validated conversations, with few calls of the tokenizer."""
     layouts = [list(_layout(annotation)) for annotation in annotations]
-    texts = list({piece.text for layout in layouts for piece in layout if isinstance(piece, _Text)})
-    encodings = dict(zip(texts, tokenizer.encode_batch(texts)))
-    templates = []
-    for layout in layouts:
-        ids: list[int] = []
-        trained: list[bool] = []
-        for piece in layout:
-            if isinstance(piece, _Control):
-                ids.append(piece.token)
-                trained.append(piece.trained)
-                continue
-            encoding = encodings[piece.text]
-            ids.extend(encoding.ids)
-            if piece.trained_from == _NEVER:
-                trained.extend([False] * len(encoding.ids))
-            else:
-                # A token that also holds the header's newline is part of the answer as soon as it holds some of it.
-                trained.extend(end > piece.trained_from for _, end in encoding.offsets)
-        array = np.asarray(ids, dtype=np.int32)
-        pads = array[(array == IMAGE_PAD) | (array == VIDEO_PAD)]
-        templates.append(
-            Template(
-                ids=array,
-                trained=np.asarray(trained, dtype=np.bool_),
-                media_types=tuple(MEDIA_IMAGE if pad == IMAGE_PAD else MEDIA_VIDEO for pad in pads),
-            )
-        )
-    return templates
+    encoded = _encode({piece.text for layout in layouts for piece in layout if isinstance(piece, _Text)}, tokenizer)
+    return [_template(layout, encoded) for layout in layouts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """Token ids (n,) int32 of a text, and where in the text each token ends, (n,) int32."""
+
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int32]
+
+
+def _encode(texts: Iterable[str], tokenizer: TextTokenizer) -> dict[str, _Encoded]:
+    """Tokenize in batches that bound the memory of what the tokenizer returns: hundreds of bytes a token."""
+    encoded: dict[str, _Encoded] = {}
+    batch: list[str] = []
+    num_characters = 0
+    waiting = sorted(texts, key=len)
+    for number, text in enumerate(waiting, start=1):
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= _BATCH_CHARACTERS or number == len(waiting):
+            for key, encoding in zip(batch, tokenizer.encode_batch(batch)):
+                ends = np.asarray([end for _, end in encoding.offsets], dtype=np.int32)
+                encoded[key] = _Encoded(np.asarray(encoding.ids, dtype=np.int32), ends)
+            batch, num_characters = [], 0
+    return encoded
+
+
+def _template(layout: Sequence[_Text | _Control], encoded: Mapping[str, _Encoded]) -> Template:
+    ids: list[NDArray[np.int32]] = []
+    trained: list[NDArray[np.bool_]] = []
+    media_types: list[int] = []
+    for piece in layout:
+        if isinstance(piece, _Text):
+            found = encoded[piece.text]
+            ids.append(found.ids)
+            # A token that also holds the header's newline is part of the answer as soon as it holds some of it.
+            trained.append(found.ends > piece.trained_from)
+        else:
+            ids.append(np.asarray([piece.token], dtype=np.int32))
+            trained.append(np.asarray([piece.trained], dtype=np.bool_))
+            media_types.extend(kind for kind, pad in _PADS.items() if pad == piece.token)
+    return Template(ids=np.concatenate(ids), trained=np.concatenate(trained), media_types=tuple(media_types))
 
 
 def expand(template: Template, grids: Sequence[Grid]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.media.containers import container_of
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
 
 
 class Clip(Protocol):
@@ -54,15 +56,11 @@ def _failures(source: MediaSource, *kinds: type[Exception]) -> Iterator[None]:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, source.explain(error)) from error
 
 
-def _refuse_mpeg_streams(source: MediaSource) -> None:
-    """Leave MPEG transport streams (a sync byte every 188 bytes) and program streams (pack header) to PyAV.
-
-    Backends that seek (decord 3.4.0, torchcodec 0.13) return other frames of these than asked for, without a word.
-    """
-    with source.open() as file:
-        head = file.read(2 * 188 + 1)
-    if head.startswith(b"\0\0\x01\xba") or head[::188] == b"\x47" * 3:
-        raise ValueError("does not seek exactly in MPEG transport and program streams")
+def _check_index(source: MediaSource) -> None:
+    """Leave containers without an index to PyAV, which decodes from the start."""
+    container = container_of(source)
+    if not container.has_index:
+        raise ValueError(f"does not seek exactly in {container.demuxer}")
 
 
 def _duration(num_frames: int, rate: float) -> float:
@@ -75,7 +73,7 @@ class DecordClip:
     def __init__(self, source: MediaSource) -> None:
         self._source = source
         with _failures(source, RuntimeError, AssertionError, ValueError, OSError):
-            _refuse_mpeg_streams(source)
+            _check_index(source)
             import decord
             from decord._ffi.base import DECORDError
 
@@ -100,7 +98,7 @@ class TorchcodecClip:
     def __init__(self, source: MediaSource) -> None:
         self._source = source
         with _failures(source, RuntimeError, ValueError, OSError):
-            _refuse_mpeg_streams(source)
+            _check_index(source)
             from torchcodec.decoders import VideoDecoder
 
             self._decoder = VideoDecoder(source.target(), num_ffmpeg_threads=1, dimension_order="NHWC")
@@ -121,16 +119,16 @@ class PyavClip:
 
     def __init__(self, source: MediaSource) -> None:
         self._source = source
-        with _failures(source):
+        with _failures(source, OSError):
+            self._demuxer = container_of(source).demuxer
             import av
-        self._errors = (av.FFmpegError, ValueError, OSError, IndexError)
-        with _failures(source, *self._errors):
-            with av.open(source.target(), "r") as container:
-                stream = container.streams.video[0]
+
+            self._error = av.FFmpegError
+            with self._opened() as (container, stream):
                 self.num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
                 self.duration_s = _duration(self.num_frames, float(stream.average_rate or 0))
-            with av.open(source.target(), "r") as container:
-                first = next(container.decode(video=0), None)
+            with self._opened() as (container, stream):
+                first = next(container.decode(stream), None)
                 shown = None if first is None else _upright(_rgb(first), first.rotation)
                 self.height, self.width = (0, 0) if shown is None else shown.shape[:2]
 
@@ -138,10 +136,8 @@ class PyavClip:
         """See :class:`Clip`."""
         wanted = set(indices)
         found: list[NDArray[np.uint8]] = []
-        import av
-
-        with _failures(self._source, *self._errors), av.open(self._source.target(), "r") as container:
-            for index, frame in enumerate(container.decode(video=0)):
+        with self._opened() as (container, stream):
+            for index, frame in enumerate(container.decode(stream)):
                 if index in wanted:
                     found.append(_upright(_rgb(frame), frame.rotation))
                 if len(found) == len(wanted):
@@ -149,6 +145,20 @@ class PyavClip:
         if not found:
             raise MediaError(ReasonCode.MEDIA_UNREADABLE, "no frame could be decoded")
         return np.stack(found)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
+        import av
+
+        with (
+            _failures(self._source, self._error, ValueError, OSError, IndexError),
+            av.open(self._source.target(), "r", format=self._demuxer) as container,
+        ):
+            # Not the first one: in a file of sound, that may be the picture of its cover.
+            stream = container.streams.best("video")
+            if not isinstance(stream, av.VideoStream):
+                raise MediaError(ReasonCode.MEDIA_UNREADABLE, "there is no video stream")
+            yield container, stream
 
 
 def _rgb(frame: VideoFrame) -> NDArray[np.uint8]:

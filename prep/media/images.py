@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 
 from prep.media.resize import smart_resize
@@ -25,6 +25,10 @@ from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.qwen import PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "QOI")
+"""What Pillow may take a file for, by Pillow's names. Its other readers serve formats that nobody keeps photographs in;
+that of EPS runs Ghostscript."""
 
 _SWAPS_SIDES = (5, 6, 7, 8)
 _MAX_16_BITS = 65535
@@ -108,7 +112,9 @@ def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with source.open() as file, Image.open(file) as image:
+            # Pillow holds pictures inside a file (of an animation, say) against its own bound: twice this value.
+            Image.MAX_IMAGE_PIXELS = (settings.max_source_pixels + 1) // 2
+            with source.open() as file, Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > settings.max_source_pixels:
                     raise MediaError(
@@ -119,7 +125,8 @@ def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Imag
                 yield image
     except UnidentifiedImageError as error:
         raise MediaError(
-            ReasonCode.UNSUPPORTED_MEDIA, f"{source.name!r} is not a picture that Pillow can read"
+            ReasonCode.UNSUPPORTED_MEDIA,
+            f"{source.name!r} is not a picture in a format that is read: {', '.join(FORMATS)}",
         ) from error
     except Image.DecompressionBombError as error:
         raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r}: {error}") from error
@@ -143,11 +150,13 @@ def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Imag
 
 
 def _orientation(image: Image.Image, source: MediaSource) -> int:
-    """EXIF orientation (1 to 8) without decoding.
+    """EXIF orientation (1 to 8) that is still to be applied, without decoding.
 
-    A PNG may carry EXIF behind its pixels, and ``PngImageFile.getexif`` decodes them to look there; the chunk list
-    tells whether that is needed.
+    Pillow applies that of a TIFF itself, and gives its sides as they are afterwards. A PNG may carry EXIF behind its
+    pixels, and ``PngImageFile.getexif`` decodes them to look there; the chunk list tells whether that is needed.
     """
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1
     if isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info and not _has_late_text(source):
         exif = Image.Image.getexif(image)
     else:

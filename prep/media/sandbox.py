@@ -9,7 +9,6 @@ with gets the blame.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import mmap
 import os
 import pickle
@@ -27,12 +26,12 @@ from numpy.typing import NDArray
 
 from prep.media.decode import Facts, decode, probe
 from prep.media.source import MediaSource
+from prep.processes import die_with_parent
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
 
 _HEADER = struct.Struct("<Q")
-_PR_SET_PDEATHSIG = 1
 _START_LIMIT_S = 120.0
 """Time for a child to start (imports on a busy machine); not counted against the medium."""
 
@@ -72,6 +71,9 @@ class Sandbox:
             self._child = None
 
     def _ask(self, request: tuple[Any, ...], source: MediaSource, settings: MediaSettings) -> tuple[Any, Any]:
+        if self._child is not None and self._child.poll() is not None:
+            # It died between two requests (for want of memory, say): the medium at hand is not to blame.
+            self.close()
         child = self._child or self._start()
         assert child.stdin is not None
         assert child.stdout is not None
@@ -148,7 +150,7 @@ def _read(pipe: IO[bytes], size: int, deadline: float | None) -> bytes:
 def _serve(memory: int) -> None:
     """The child: answer requests until the pipe closes."""
     # A child that hangs in a decoder would otherwise outlive a worker that is killed.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # What decoders print goes nowhere: neither into the answers nor between the lines of the progress.
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -8,7 +8,6 @@ decord is tried first; the next backend is tried when one fails, and the ledger 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,6 +23,9 @@ from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.qwen import TEMPORAL_PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
+
+MAX_DURATION_S = 7 * 24 * 3600
+"""A clip that claims to be longer has a damaged header; its temporal positions could leave the range of int32."""
 
 _T = TypeVar("_T")
 
@@ -67,7 +69,7 @@ def plan_clip(clip: Clip, backend: str, settings: MediaSettings) -> ClipPlan:
     """
     if clip.num_frames < 1:
         raise MediaError(ReasonCode.MEDIA_EMPTY, "the clip has no frames")
-    if not (0 < clip.duration_s < math.inf):
+    if not 0 < clip.duration_s <= MAX_DURATION_S:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"the clip has no usable duration (found {clip.duration_s} s)")
     if clip.height * clip.width > settings.max_source_pixels:
         raise MediaError(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prep.files import write_synced
 from prep.reader import ShardSet, open_set
 from prep.report.page import render_page
 from prep.report.samples import bin_section
 from prep.report.statistics import gather, notable_bins
-from prep.seal import write_synced
 from prep.tokenizer import DEFAULT_MODEL
 from prep.transcript import Transcriber, cached_transcriber, open_transcriber
 from schemas.errors import ConfigError

@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from prep.build import METRICS_FILE, WORK_FOLDER
+from prep.build import METRICS_FILE
 from prep.engines import Engine
 from prep.reader import LedgerRow, bin_rows, read_table
 from prep.verify.findings import Finding, damaged, unreadable
 from prep.verify.shard import ShardOutcome, ShardTask, check_shard, file_digest
 from prep.verify.statistics import check_modalities, check_statistics
 from prep.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
+from prep.work import WORK_FOLDER
 from schemas.errors import ShardError
 from schemas.manifest import MANIFEST_FILE, Manifest, StoredFile, read_manifest
 from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED

@@ -24,10 +24,11 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 import prep.build
-from prep.build import METRICS_FILE, WORK_FOLDER, BuildRequest, build, read_metrics
+from prep.build import METRICS_FILE, BuildRequest, build, read_metrics
 from prep.engines import LocalEngine, SerialEngine
 from prep.registry import find_sources
 from prep.scan import scan_chunk
+from prep.work import WORK_FOLDER, WorkFolder
 from prep.write import write_shard
 from schemas.bins import read_bin, shard_name
 from schemas.errors import ConfigError, VlprepError
@@ -225,21 +226,99 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     }
 
 
-def test_a_build_killed_by_sigkill_goes_on(
-    built: Path, corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
-) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus[0]), "--out", str(out)]
-    command += ["--model", str(tiny_checkpoint), "--max-length", "1200", "--shard-bytes", "1500000", "--workers", "1"]
+def start_build(corpus: Path, out: Path, model: Path, workers: int) -> tuple[list[str], subprocess.Popen[str]]:
+    """Start the command in a process; return it with its arguments once it is about to write the second shard."""
+    command = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
+    command += ["--model", str(model), "--max-length", "1200", "--shard-bytes", "1500000", "--workers", str(workers)]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[2]
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
     while process.poll() is None and not (out / shard_name(0)).exists():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    return command, process
+
+
+def leftovers(out: Path) -> list[Path]:
+    return [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_killed_or_stopped_goes_on(
+    built: Path,
+    corpus: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    kind: signal.Signals,
+    workers: int,
+) -> None:
+    out = tmp_path / "out"
+    command, process = start_build(corpus[0], out, tiny_checkpoint, workers)
+    os.kill(process.pid, kind)
+    _, errors = process.communicate()
+    if kind is not signal.SIGKILL and process.returncode != 0:
+        assert process.returncode == 130
+        assert "the same command goes on where it was" in errors
+        assert "Traceback" not in errors
+        assert leftovers(out) == []
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
     assert contents(out) == contents(built)
+    assert leftovers(out) == []
+
+
+def test_a_second_build_into_the_same_folder_says_who_holds_it(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
+    message = f"is being built by process {os.getpid()} on "
+    with WorkFolder(tmp_path / "out").held(), pytest.raises(VlprepError, match=message):
+        build(request, SerialEngine())
+    assert build(request, SerialEngine()).counts.num_packed == 24
+
+
+def test_media_that_appear_later_are_found_when_asked_for(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    shutil.copytree(corpus[0].parent, tmp_path / "in")
+    request = request_for(tmp_path / "in" / corpus[0].name, tmp_path / "out", tiny_checkpoint)
+    assert build(request, SerialEngine()).counts.rejects_by_code["media_missing"] == 1
+    shutil.copy(tmp_path / "in" / "0.png", tmp_path / "in" / "none.png")
+    assert build(request, SerialEngine()).counts.rejects_by_code["media_missing"] == 1
+    found = build(replace(request, retry_media=True), SerialEngine())
+    assert "media_missing" not in found.counts.rejects_by_code
+    assert found.counts.num_packed == 25
+    assert found == build(replace(request, out=tmp_path / "fresh"), SerialEngine())
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_one_more_dataset_scans_only_that_one(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(corpus[0], corpus[0].with_name("more.jsonl"))
+    corpus[0].with_name("more.jsonl").write_text(corpus[0].read_text().replace("good-", "more-"))
+    registry = tmp_path / "datasets.toml"
+    registry.write_text(
+        "".join(
+            f'[{name}]\nannotation_path = "{corpus[0].with_name(file)}"\nmedia_root = "{corpus[0].parent}"\n'
+            for name, file in (("one", corpus[0].name), ("two", "more.jsonl"))
+        )
+    )
+
+    def sources(expression: str) -> Any:
+        return tuple(find_sources(expression, registry=registry, media_root=None, media=SETTINGS.media))
+
+    request = replace(request_for(corpus[0], tmp_path / "out", tiny_checkpoint), sources=sources("one"))
+    build(request, SerialEngine())
+    scanned: list[Path] = []
+
+    def watched(task: Any) -> Any:
+        if not task.part.with_name(task.part.name + ".parquet").exists():
+            scanned.append(task.file)
+        return scan_chunk(task)
+
+    monkeypatch.setattr(prep.build, "scan_chunk", watched)
+    build(replace(request, sources=sources("one,two")), SerialEngine())
+    assert scanned == [corpus[0].with_name("more.jsonl")]
 
 
 def test_another_max_length_plans_again_without_scanning(

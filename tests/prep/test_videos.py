@@ -199,10 +199,12 @@ def test_a_damaged_clip_is_unreadable_and_names_every_backend(tmp_path: Path) ->
 
 
 def test_a_picture_where_a_clip_should_be_is_not_taken_for_one(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "x.jpg")
     (tmp_path / "x.mp4").write_text("not a clip")
-    with pytest.raises(MediaError) as caught:
-        probe_video(source(tmp_path / "x.mp4"), SETTINGS)
-    assert caught.value.code is ReasonCode.MEDIA_UNREADABLE
+    for name in ("x.jpg", "x.mp4"):
+        with pytest.raises(MediaError) as caught:
+            probe_video(source(tmp_path / name), SETTINGS)
+        assert caught.value.code is ReasonCode.UNSUPPORTED_MEDIA
 
 
 def test_frames_larger_than_the_limit_are_refused_before_sampling(tmp_path: Path) -> None:
