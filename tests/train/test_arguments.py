@@ -1,0 +1,137 @@
+"""Flags: upstream names, one sentence for whatever is wrong, and none that nothing reads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from schemas.errors import ConfigError
+from train import arguments
+from train.arguments import TrainArguments, parse_arguments
+
+SHARDS = ["--shards", "shards/"]
+
+
+def test_shards_are_all_that_must_be_given() -> None:
+    args = parse_arguments(SHARDS)
+    assert args.model_name_or_path == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert args.run_dir == Path("runs/Qwen2.5-VL-3B-Instruct")
+    assert args.deepspeed == "zero2.json"
+    assert (args.tune_mm_llm, args.tune_mm_mlp, args.tune_mm_vision) == (True, True, False)
+    assert (args.base_lr, args.merger_lr) == (2e-7, 2e-7)
+
+
+def test_flags_of_an_upstream_launch_script_are_understood() -> None:
+    line = """--shards shards/ --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --tune_mm_vision False
+        --tune_mm_mlp True --tune_mm_llm True --bf16 --output_dir ./output --num_train_epochs 0.5
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --save_steps 1000 --save_total_limit 1
+        --learning_rate 2e-7 --mm_projector_lr 1e-5 --weight_decay 0 --warmup_ratio 0.03
+        --max_grad_norm 1 --lr_scheduler_type cosine --logging_steps 1
+        --gradient_checkpointing True --dataloader_num_workers 4 --run_name qwen2vl-baseline --report_to wandb
+        --deepspeed ./scripts/zero3.json --attn_implementation flash_attention_2 --seed 3 --local_rank=0"""
+    args = parse_arguments(line.split())
+    assert (args.bf16, args.tune_mm_vision, args.gradient_checkpointing) == (True, False, True)
+    assert (args.epochs, args.base_lr, args.merger_lr, args.vision_lr) == (0.5, 2e-7, 1e-5, 2e-7)
+    assert (args.run_dir, args.name, args.local_rank) == (Path("output"), "qwen2vl-baseline", 0)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (["--bf16"], True),
+        (["--bf16", "True"], True),
+        (["--bf16", "false"], False),
+        (["--bf16=False"], False),
+        ([], None),
+    ],
+)
+def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool | None) -> None:
+    assert parse_arguments([*SHARDS, *written]).bf16 is meant
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("--learnin_rate 1e-5", "unknown flag --learnin_rate; did you mean --learning_rate?"),
+        ("--frobnicate", "unknown flag --frobnicate; --help lists the flags."),
+        ("--learning 1e-5", "unknown flag --learning; did you mean --learning_rate?"),
+        ("--max_pixels=1000", "--max_pixels is no flag of the trainer: it was decided when the shards were built"),
+        ("--dataset_use mp_doc%50", "make shards DATASET="),
+        ("stray", "unknown flag stray"),
+        ("--max_steps ten", "argument --max_steps: invalid int value: 'ten'"),
+        ("--bf16 maybe", "argument --bf16: found 'maybe', allowed: True or False"),
+        ("--lr_scheduler_type wavy", "argument --lr_scheduler_type: invalid choice: 'wavy'"),
+        ("--max_steps 0", "--max_steps is 0; allowed: 1 or more."),
+        ("--num_train_epochs 0", "--num_train_epochs is 0.0; allowed: more than 0."),
+        ("--num_train_epochs nan", "--num_train_epochs is nan"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0"),
+        ("--dataloader_num_workers 0", "--dataloader_num_workers is 0"),
+        ("--logging_steps 0", "--logging_steps is 0"),
+        ("--learning_rate 0", "--learning_rate is 0.0; allowed: more than 0."),
+        ("--learning_rate inf", "--learning_rate is inf"),
+        ("--mm_projector_lr -1", "--mm_projector_lr is -1.0"),
+        ("--tune_mm_vision --vision_tower_lr 0", "--vision_tower_lr is 0.0"),
+        ("--warmup_ratio 1.5", "--warmup_ratio is 1.5; allowed: 0 to 1."),
+        ("--weight_decay -0.1", "--weight_decay is -0.1; allowed: 0 or more."),
+        ("--max_grad_norm -1", "--max_grad_norm is -1.0"),
+        ("--save_steps -1", "--save_steps is -1"),
+        ("--save_total_limit 0", "--save_total_limit is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--max_steps 10 --num_train_epochs 1", "both say how long to train"),
+        ("--tune_mm_llm False --tune_mm_mlp False", "nothing is to be trained"),
+        ("--vision_tower_lr 1e-6", "--vision_tower_lr 1e-06 has no effect with --tune_mm_vision False"),
+        (
+            "--tune_mm_mlp False --mm_projector_lr 1e-5",
+            "--mm_projector_lr 1e-05 has no effect with --tune_mm_mlp False",
+        ),
+        ("--tune_mm_llm False --mm_projector_lr 1e-5 --learning_rate 1e-5", "--learning_rate 1e-05 has no effect"),
+        ("--save_steps 0 --save_total_limit 2", "--save_total_limit has no effect with --save_steps 0"),
+        ("--bf16 False --attn_implementation flash_attention_2", "computes in bfloat16"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(written: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([*SHARDS, *written.split()])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_must_be_given() -> None:
+    with pytest.raises(ConfigError, match="--shards"):
+        parse_arguments([])
+
+
+def test_values_of_the_choices_are_checked_without_the_parser_too() -> None:
+    with pytest.raises(ConfigError, match="--report_to is mlflow; allowed: none, tensorboard, wandb"):
+        TrainArguments(shards="shards/", report_to="mlflow")
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{item.name}" in text for item in fields(TrainArguments))
+
+
+def test_every_flag_is_read_by_something() -> None:
+    resolved = {
+        "num_train_epochs": "epochs",
+        "learning_rate": "base_lr",
+        "mm_projector_lr": "merger_lr",
+        "vision_tower_lr": "vision_lr",
+        "output_dir": "run_dir",
+        "run_name": "name",
+    }
+    folder = Path(arguments.__file__).parent
+    sources = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "arguments.py")
+    unread = [
+        item.name
+        for item in fields(TrainArguments)
+        if not re.search(rf"\bargs\.{resolved.get(item.name, item.name)}\b", sources)
+    ]
+    assert unread == []

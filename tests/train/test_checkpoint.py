@@ -1,0 +1,76 @@
+"""Which checkpoint a run goes on from, and which it refuses. (Saving and going on is tested with real runs.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from schemas.errors import ConfigError
+from train import checkpoint
+from train.checkpoint import RunState
+
+
+def make_checkpoint(run: Path, step: int) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_bytes(msgspec.json.encode(RunState(step=step, settings={"seed": 0})))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Steps 5 and 10 saved, 15 broken off; and things with similar names."""
+    for step in (10, 5):
+        make_checkpoint(tmp_path / "run", step)
+    for name in ("checkpoint-15.tmp", "checkpoint-last", "final"):
+        (tmp_path / "run" / name).mkdir()
+    return tmp_path / "run"
+
+
+def test_checkpoints_are_listed_by_step_and_unfinished_ones_are_not(run: Path) -> None:
+    assert checkpoint.list_checkpoints(run) == [(5, run / "checkpoint-5"), (10, run / "checkpoint-10")]
+
+
+def test_auto_goes_on_from_the_newest_or_starts_anew(run: Path) -> None:
+    assert checkpoint.choose_checkpoint(run, "auto") == run / "checkpoint-10"
+    assert checkpoint.choose_checkpoint(run.parent / "other", "auto") is None
+
+
+def test_a_path_can_be_given_also_of_another_run(run: Path) -> None:
+    assert checkpoint.choose_checkpoint(run, str(run / "checkpoint-10")) == run / "checkpoint-10"
+    assert checkpoint.choose_checkpoint(run.parent / "other", str(run / "checkpoint-5")) == run / "checkpoint-5"
+
+
+@pytest.mark.parametrize("resume", ["none", "checkpoint-5"])
+def test_a_start_before_checkpoints_that_are_there_is_refused(run: Path, resume: str) -> None:
+    given = resume if resume == "none" else str(run / resume)
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-10 is of a later one\. Resume from it, remove it, or give another"
+    ):
+        checkpoint.choose_checkpoint(run, given)
+
+
+def test_none_starts_anew_where_there_is_nothing(tmp_path: Path) -> None:
+    assert checkpoint.choose_checkpoint(tmp_path, "none") is None
+
+
+@pytest.mark.parametrize("contents", [None, b"{", b'{"step": "five"}'])
+def test_a_folder_that_is_no_complete_checkpoint_is_refused(tmp_path: Path, contents: bytes | None) -> None:
+    if contents is not None:
+        (tmp_path / "state.json").write_bytes(contents)
+    with pytest.raises(ConfigError, match=r"is no complete checkpoint to resume from \(state\.json"):
+        checkpoint.choose_checkpoint(tmp_path / "run", str(tmp_path))
+
+
+def test_settings_that_would_make_another_run_are_refused() -> None:
+    saved = RunState(step=5, settings={"seed": 0, "bf16": True})
+    checkpoint.check_settings(Path("c"), saved, {"seed": 0, "bf16": True})
+    with pytest.raises(ConfigError, match="c was saved with bf16 = True, this run has False"):
+        checkpoint.check_settings(Path("c"), saved, {"seed": 0, "bf16": False})
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_is_refused() -> None:
+    with pytest.raises(ConfigError, match="was saved with bf16 = nothing, this run has False"):
+        checkpoint.check_settings(Path("c"), RunState(step=5, settings={}), {"bf16": False})

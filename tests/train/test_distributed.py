@@ -1,0 +1,275 @@
+"""Several ranks compute what one computes, under every way of sharding, and a resumed run is the unbroken run.
+
+The bins are chosen so that in every micro-step one rank has text alone and the other a picture and a clip. Runs are
+real launches in processes of their own; each is made once and looked at by several tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from schemas.qwen import tokenizer_fingerprint
+from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
+from train.batch import build_micro_batch
+from train.index import open_shards
+from train.model import CHUNK, PackedQwen
+from train.order import DataOrder
+from train.reader import read_checked_bin
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUM_STEPS = 3
+TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
+ZERO_3 = ("--deepspeed", "zero3.json")
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def torchrun(num_ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
+    return launch(*launcher, "train/main.py", *flags)
+
+
+def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port))
+    return launch(*launcher, "train/main.py", *flags)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "model.safetensors")
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that is made once a test run, also when several workers ask for it at the same time."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = root / f"distributed-{name}"
+    with FileLock(root / f"distributed-{name}.lock"):
+        if not out.exists():
+            part = out.with_name(f"{out.name}.part")
+            make(part)
+            part.rename(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four bins; sorted by cost: text, media, text, media. The longest text has targets for two chunks of lm_head."""
+    rng = np.random.default_rng(0)
+
+    def media(rows: int, columns: int) -> Sample:
+        return make_sample(rng, [make_medium(rng, rows, columns), make_medium(rng, rows, columns, steps=2)])
+
+    bins = [
+        [media(12, 12), make_sample(rng, num_text=CHUNK + 60, num_targets=40)],
+        [make_sample(rng, num_text=8), make_sample(rng, num_text=8)],
+        [make_sample(rng, num_text=CHUNK + 60, num_targets=CHUNK + 50)],
+        [media(4, 6), make_sample(rng, num_text=8)],
+    ]
+    path = tiny_checkpoint / "tokenizer.json"
+    fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
+    return made_once(tmp_path_factory, "shards", lambda out: write_shards(out, bins, tokenizer=fingerprint))
+
+
+@pytest.fixture(scope="module")
+def flags(shards: Path, tiny_checkpoint: Path) -> list[str]:
+    settings = {
+        "shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "max_steps": NUM_STEPS,
+        "tune_mm_vision": True,
+        "learning_rate": 1e-3,
+        "mm_projector_lr": 5e-4,
+        "vision_tower_lr": 2e-4,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 2,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank with all four bins of a step one after the other, started by the deepspeed launcher."""
+
+    def run(out: Path) -> None:
+        done = deepspeed(*flags, *TIMES_FOUR, "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "one-rank", run)
+
+
+@pytest.fixture(scope="module")
+def zero2(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks that share the same four bins under ZeRO-2, the default."""
+
+    def run(out: Path) -> None:
+        done = torchrun(2, *flags, *TIMES_TWO, "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "zero2", run)
+
+
+@pytest.fixture(scope="module")
+def zero3(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same under ZeRO-3."""
+
+    def run(out: Path) -> None:
+        done = torchrun(2, *flags, *TIMES_TWO, *ZERO_3, "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "zero3", run)
+
+
+@pytest.fixture(params=["zero2", "zero3"])
+def two_ranks(request: pytest.FixtureRequest) -> Path:
+    """Both of these runs in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def test_in_every_micro_step_one_rank_has_text_and_the_other_a_picture_and_a_clip(shards: Path) -> None:
+    index = open_shards(shards)
+    order = DataOrder(index.cost(), seed=0, global_batch=4)
+    for step in range(NUM_STEPS):
+        bins = order.bins_of_step(step, world_size=2, accumulation=2, per_device=1)[..., 0]
+        assert index.num_patches[bins[:, 0]].tolist() == [0, 0]
+        assert (index.num_images[bins[:, 1]].tolist(), index.num_videos[bins[:, 1]].tolist()) == ([1, 1], [1, 1])
+
+
+def test_the_first_step_has_the_mean_loss_over_its_targets_and_the_norm_of_its_gradient(
+    one_rank: Path, shards: Path, tiny_checkpoint: Path
+) -> None:
+    """Worked out without DeepSpeed, stream or target-only head: all logits of each bin, one mean over all targets."""
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    model = PackedQwen(hf, attn_implementation="sdpa")
+    index = open_shards(shards)
+    losses = []
+    for number in range(index.num_bins):
+        micro = build_micro_batch([read_checked_bin(index, number)])
+        logits = hf.lm_head(model.target_states(micro))
+        losses.append(functional.cross_entropy(logits, micro.targets, reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in hf.parameters()]).norm()
+    first = read_metrics(one_rank)[0]
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert first["num_targets"] == sum(len(part) for part in losses)
+
+
+def test_two_ranks_have_the_losses_of_one_with_twice_the_accumulation(one_rank: Path, two_ranks: Path) -> None:
+    for expected, found in zip(read_metrics(one_rank), read_metrics(two_ranks), strict=True):
+        for name in ("step", "epoch", "learning_rates", "num_tokens", "num_targets"):
+            assert found[name] == expected[name]
+        for name in ("loss", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_two_ranks_end_with_the_weights_of_one_with_twice_the_accumulation(one_rank: Path, two_ranks: Path) -> None:
+    expected, found = read_weights(one_rank), read_weights(two_ranks)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(
+            found[name], weight, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_comparison_of_weights_means_something(one_rank: Path, tiny_checkpoint: Path) -> None:
+    """Training moved every tensor a hundred times further than the runs may differ."""
+    before = load_file(tiny_checkpoint / "model.safetensors")
+    after = read_weights(one_rank)
+    assert after.keys() == before.keys()
+    unmoved = [name for name, weight in before.items() if (after[name] - weight).abs().max() < 1e-3 / 5]
+    assert unmoved == []
+
+
+def test_the_trained_model_loads_with_its_tokenizer(two_ranks: Path, tiny_checkpoint: Path) -> None:
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(two_ranks / "final", output_loading_info=True)
+    assert not any(info.values())
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
+        assert (two_ranks / "final" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+
+
+def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks: Path) -> None:
+    found = sorted(path.name for path in two_ranks.iterdir())
+    assert found == ["checkpoint-2", "checkpoint-3", "final", "metrics.jsonl"]
+
+
+def test_a_resumed_run_is_the_unbroken_run_to_the_bit(flags: list[str], zero3: Path, tmp_path: Path) -> None:
+    """What a run leaves that is killed while saving step 3 is completed by the same command."""
+    shutil.copytree(zero3 / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-3.tmp").mkdir()
+    lines = (zero3 / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))
+
+    done = torchrun(2, *flags, *TIMES_TWO, *ZERO_3, "--output_dir", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    timings = {"tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "max_memory_bytes"}
+    unbroken, resumed = (
+        [{name: value for name, value in record.items() if name not in timings} for record in read_metrics(run)]
+        for run in (zero3, tmp_path)
+    )
+    assert resumed == unbroken
+    expected, found = read_weights(zero3), read_weights(tmp_path)
+    assert found.keys() == expected.keys()
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+
+
+def test_a_run_of_other_settings_does_not_go_on_from_a_checkpoint(flags: list[str], zero2: Path) -> None:
+    done = launch(sys.executable, "train/main.py", *flags, *TIMES_TWO, "--output_dir", str(zero2))
+    assert done.returncode == 2
+    assert "checkpoint-3 was saved with number of ranks = 2, this run has 1" in done.stderr
+
+
+def test_frozen_parts_keep_their_weights_to_the_bit(shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Without a launcher, in bfloat16, the merger alone."""
+    settings = ("--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path))
+    parts = ("--tune_mm_llm", "False", "--tune_mm_mlp", "True", "--tune_mm_vision", "False")
+    length = ("--max_steps", "4", "--gradient_accumulation_steps", "1", "--logging_steps", "3")
+    done = launch(sys.executable, "train/main.py", *settings, *parts, *length, "--bf16", "--mm_projector_lr", "0.01")
+    assert done.returncode == 0, done.stderr
+    before, after = load_file(tiny_checkpoint / "model.safetensors"), read_weights(tmp_path)
+    changed = {name for name, weight in before.items() if not torch.equal(after[name], weight.bfloat16())}
+    assert changed == {name for name in before if name.startswith("visual.merger.")}
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3, 4]
+
+
+def test_a_damaged_bin_on_one_rank_fails_the_whole_launch(flags: list[str], shards: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(shards, tmp_path / "shards")
+    location = open_shards(damaged).locate(0)
+    with open(location.path, "r+b") as shard:
+        shard.seek(location.offset + location.num_bytes // 2)
+        byte = shard.read(1)
+        shard.seek(-1, os.SEEK_CUR)
+        shard.write(bytes([byte[0] ^ 1]))
+    done = torchrun(2, *flags, *TIMES_TWO, "--shards", str(damaged), "--output_dir", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert f"error (rank 1): {location}" in done.stderr
+    assert not (tmp_path / "run" / "final").exists()

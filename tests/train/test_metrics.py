@@ -1,0 +1,165 @@
+"""What a run tells about itself: whole lines, one story a file, and numbers that add up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from schemas.errors import ConfigError, VlprepError
+from train import metrics
+from train.arguments import TrainArguments
+from train.metrics import Record, Window, drop_later_steps, flatten, open_log, require_reporter
+from train.order import DataOrder
+from train.stream import StepBatch
+
+
+def batch(step: int, num_targets: int = 10) -> StepBatch:
+    return StepBatch(
+        step=step, micro_batches=(), num_targets=num_targets, num_tokens=100, bins=(3, 7), data_wait_s=0.25
+    )
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def window(process_group: None, monkeypatch: pytest.MonkeyPatch) -> Window:
+    """A window whose clock advances one second at each look."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    order = DataOrder(np.ones(12), seed=0, global_batch=3, epochs=0.8)
+    return Window(order, torch.device("cpu"))
+
+
+def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_window(window: Window) -> None:
+    for step in range(2):
+        window.add(batch(step), num_samples=6)
+    rates = {"language_model": 1e-5, "merger": 1e-4}
+    record = window.summarise(batch(1), torch.tensor(25.0), rates, torch.tensor(1.5))
+    memory_bytes = record.pop("max_memory_bytes")
+    assert memory_bytes > 1 << 20
+    assert record == {
+        "step": 2,
+        "epoch": 0.5,
+        "loss": 2.5,
+        "learning_rate": 1e-5,
+        "learning_rates": rates,
+        "grad_norm": 1.5,
+        "tokens_per_s": 200.0,
+        "samples_per_s": 12.0,
+        "num_tokens": 100,
+        "num_targets": 10,
+        "step_s": 0.5,
+        "data_wait_s": 0.25,
+    }
+    json.dumps(record)
+
+
+def test_the_last_step_ends_with_the_last_epoch_though_it_has_fewer_bins(window: Window) -> None:
+    """Four steps an epoch, but the run ends after 0.8 of one."""
+    window.add(batch(3), num_samples=1)
+    assert window.summarise(batch(3), torch.tensor(1.0), {"merger": 1.0}, 0.0)["epoch"] == 0.8
+
+
+def test_time_that_a_window_is_paused_counts_for_no_step(window: Window) -> None:
+    window.add(batch(0), num_samples=6)
+    with window.paused():
+        time.perf_counter()
+    # looks at the clock: begin, two of the pause with one between, end: 4 - 2 seconds
+    assert window.summarise(batch(0), torch.tensor(1.0), {"merger": 1.0}, 0.0)["step_s"] == 2.0
+
+
+def test_a_window_begins_anew_after_each_record(window: Window) -> None:
+    window.add(batch(0), num_samples=6)
+    first = window.summarise(batch(0), torch.tensor(1.0), {"merger": 1.0}, 0.0)
+    window.add(batch(1), num_samples=6)
+    second = window.summarise(batch(1), torch.tensor(1.0), {"merger": 1.0}, 0.0)
+    assert (first["tokens_per_s"], first["step_s"]) == (second["tokens_per_s"], second["step_s"])
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_bins(window: Window, loss: float) -> None:
+    window.add(batch(4), num_samples=6)
+    with pytest.raises(VlprepError, match=r"the loss of step 5 is (nan|inf); its bins are \[3, 7\]"):
+        window.summarise(batch(4), torch.tensor(loss), {"merger": 1.0}, 0.0)
+
+
+def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    drop_later_steps(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_not_there_has_no_lines_to_drop(tmp_path: Path) -> None:
+    drop_later_steps(tmp_path / "metrics.jsonl", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def record_of(step: int) -> Record:
+    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}}
+
+
+def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> None:
+    args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
+    for is_first in (False, True):
+        with open_log(args, is_first=is_first, start_step=0, num_steps=2) as log:
+            log.advance()
+            log.write(record_of(1))
+        assert (tmp_path / "run").exists() == is_first
+    with open_log(args, is_first=True, start_step=1, num_steps=2) as log:
+        log.write(record_of(2))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [record_of(1), record_of(2)]
+
+
+def test_numbers_of_parts_get_names_of_their_own() -> None:
+    assert flatten(record_of(1)) == {"step": 1, "loss": 1.0, "learning_rate": 1e-5, "learning_rates/merger": 1e-5}
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_reporter_whose_package_is_missing_is_an_error_with_the_remedy(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    require_reporter("none")
+    with pytest.raises(ConfigError, match=f"--report_to {package} needs the {package} package: pip install {package}"):
+        require_reporter(package)
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="tensorboard")
+    with open_log(args, is_first=True, start_step=0, num_steps=1) as log:
+        log.write(record_of(1))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == set(flatten(record_of(1)))
+    (loss,) = events.Scalars("loss")
+    assert (loss.step, loss.value) == (1, 1.0)
+
+
+def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="wandb", run_name="trial")
+    with open_log(args, is_first=True, start_step=0, num_steps=1) as log:
+        assert wandb.run.name == "trial"
+        assert wandb.run.config["learning_rate"] is None
+        log.write(record_of(1))
+        assert {name: wandb.run.summary[name] for name in flatten(record_of(1))} == flatten(record_of(1))
+    assert list(tmp_path.glob("wandb/offline-run-*"))

@@ -1,0 +1,321 @@
+"""Laws of the forward pass: packing never leaks, all bins make the same calls, the loss is that of the original."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from schemas.bins import Bin
+from tests.train.synthetic import Sample, make_medium, make_sample
+from train import model as model_module
+from train import optim
+from train.batch import MicroBatch, build_micro_batch
+from train.model import FLASH_ATTENTION, PackedQwen, TargetHead, checkpoint_activations
+from train.pixels import pixel_values
+
+EVERYTHING = {optim.LANGUAGE_MODEL: 1e-3, optim.MERGER: 1e-3, optim.VISION_TOWER: 1e-3}
+
+
+def micro_batch(*samples: Sample) -> MicroBatch:
+    """Pack samples into one bin."""
+    media = [medium for sample in samples for medium in sample.media]
+    planes = [medium.frames.ravel() for medium in media]
+    packed = Bin(
+        index=0,
+        input_ids=np.concatenate([sample.input_ids for sample in samples]),
+        labels=np.concatenate([sample.labels for sample in samples]),
+        position_ids=np.concatenate([sample.position_ids for sample in samples], axis=1),
+        cu_seqlens=np.cumsum([0, *(len(sample.input_ids) for sample in samples)]).astype(np.int32),
+        grid_thw=np.array([medium.grid for medium in media], dtype=np.int32).reshape(-1, 3),
+        media_type=np.array([medium.is_video for medium in media], dtype=np.uint8),
+        pixels=np.concatenate(planes) if planes else np.empty(0, dtype=np.uint8),
+        codec="raw",
+        samples_json=b"[]",
+    )
+    return build_micro_batch([packed])
+
+
+def samples_of_all_kinds(seed: int = 0) -> list[Sample]:
+    """A picture, text alone, a clip with pictures around it, and text again."""
+    rng = np.random.default_rng(seed)
+    return [
+        make_sample(rng, [make_medium(rng, 10, 12)], num_targets=6),
+        make_sample(rng, num_text=20, num_targets=9),
+        make_sample(
+            rng, [make_medium(rng, 4, 2), make_medium(rng, 6, 10, steps=2), make_medium(rng, 2, 2)], num_targets=3
+        ),
+        make_sample(rng, num_text=5, num_targets=2),
+    ]
+
+
+@pytest.fixture
+def hf(tiny_checkpoint: Path) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture
+def model(hf: Qwen2_5_VLForConditionalGeneration) -> PackedQwen:
+    """All parts are trained."""
+    made = PackedQwen(hf, attn_implementation="sdpa")
+    optim.group_parameters(made, EVERYTHING)
+    return made.train()
+
+
+@contextmanager
+def counted_calls(**modules: nn.Module) -> Iterator[Counter[str]]:
+    """Count the calls of some modules."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> Any:
+        return lambda module, inputs: calls.update([name])
+
+    handles = [module.register_forward_pre_hook(count(name)) for name, module in modules.items()]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def gradients(model: PackedQwen, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient of every trained parameter; a missing one fails."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for name, parameter in trained.items() if parameter.grad is None]
+    assert trained and not missing
+    return {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-3, f"{name} has hardly a gradient: nothing is compared"
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def loss_of_each_sample(model: PackedQwen, batch: MicroBatch) -> list[torch.Tensor]:
+    with torch.no_grad():
+        states = model.target_states(batch)
+        owner = torch.searchsorted(batch.cu_seqlens, batch.target_positions.int(), right=True) - 1
+        return [
+            model.hf.lm_head(states[owner == number], batch.targets[owner == number])
+            for number in range(batch.cu_seqlens.numel() - 1)
+        ]
+
+
+def test_a_packed_bin_has_the_loss_and_gradients_of_its_samples_one_by_one(model: PackedQwen) -> None:
+    samples = samples_of_all_kinds()
+    num_targets = sum(int((sample.labels != -100).sum()) for sample in samples)
+    packed_loss = model(micro_batch(*samples)) / num_targets
+    packed = gradients(model, packed_loss)
+    separate_loss = torch.stack([model(micro_batch(sample)) for sample in samples]).sum() / num_targets
+    separate = gradients(model, separate_loss)
+    torch.testing.assert_close(packed_loss, separate_loss, rtol=1e-5, atol=1e-5)
+    assert_same(packed, separate)
+
+
+def test_the_comparison_of_packed_and_separate_samples_would_notice_a_leak(model: PackedQwen) -> None:
+    """Positions that do not restart at the border of a sample let it see the sample before."""
+    samples = samples_of_all_kinds()
+    batch = micro_batch(*samples)
+    leaking = batch.position_ids.clone()
+    leaking[0, 0] = torch.arange(batch.num_tokens)
+    with torch.no_grad():
+        separate = sum(model(micro_batch(sample)) for sample in samples)
+        assert abs(model(batch) - separate) / separate < 1e-5
+        assert abs(model(replace(batch, position_ids=leaking)) - separate) / separate > 1e-3
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_changing_one_sample_leaves_the_losses_of_the_others_unchanged_to_the_bit(
+    model: PackedQwen, changed: int
+) -> None:
+    samples = samples_of_all_kinds(seed=0)
+    before = loss_of_each_sample(model, micro_batch(*samples))
+    samples[changed] = samples_of_all_kinds(seed=1)[changed]
+    after = loss_of_each_sample(model, micro_batch(*samples))
+    assert [torch.equal(old, new) for old, new in zip(before, after)] == [number != changed for number in range(4)]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_logits_at_targets_are_those_of_the_hugging_face_model(
+    hf: Qwen2_5_VLForConditionalGeneration, tiny_checkpoint: Path, kind: int
+) -> None:
+    sample = samples_of_all_kinds()[kind]
+    batch = micro_batch(sample)
+    inputs: dict[str, torch.Tensor] = {}
+    rows = (
+        pixel_values(batch.vision).split([medium.grid.num_patches for medium in sample.media]) if sample.media else ()
+    )
+    for is_video, pixels, grids in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        chosen = [(values, medium.grid) for values, medium in zip(rows, sample.media) if medium.is_video == is_video]
+        if chosen:
+            inputs[pixels] = torch.cat([values for values, _ in chosen])
+            inputs[grids] = torch.tensor([grid for _, grid in chosen])
+    with torch.no_grad():
+        expected = hf(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs).logits
+        packed = PackedQwen(hf, attn_implementation="sdpa")
+        found = packed.hf.lm_head(packed.target_states(batch))
+    assert found.shape == (int((sample.labels != -100).sum()), 151936)
+    torch.testing.assert_close(found, expected[0, batch.target_positions], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_targets", [1, 4, 5, 11])
+def test_the_loss_in_chunks_is_the_cross_entropy_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch, num_targets: int
+) -> None:
+    monkeypatch.setattr(model_module, "CHUNK", 4)
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 32, bias=False)
+    states, targets = torch.randn(num_targets, 8, requires_grad=True), torch.randint(0, 32, (num_targets,))
+    expected = functional.cross_entropy(linear(states), targets, reduction="sum")
+    expected_grads = torch.autograd.grad(expected, [states, linear.weight])
+    head = TargetHead.of(linear)
+    found = head(states, targets)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, [states, head.weight]), expected_grads)
+
+
+def test_logits_are_never_kept_for_the_backward_pass() -> None:
+    head = TargetHead.of(nn.Linear(8, 512, bias=False))
+    states, targets = torch.randn(6, 8, requires_grad=True), torch.randint(0, 512, (6,))
+    sizes: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        head(states, targets)
+    assert all(size < 6 * 512 for size in sizes)
+
+
+def test_the_head_shares_its_weight_with_the_embeddings_where_they_are_tied(model: PackedQwen) -> None:
+    assert model.hf.lm_head.weight is model.hf.model.language_model.embed_tokens.weight
+
+
+def test_every_bin_makes_the_same_calls_whatever_it_holds(model: PackedQwen) -> None:
+    """One call of the vision tower and one of lm_head: otherwise ranks would wait for each other under ZeRO-3."""
+    rng = np.random.default_rng(0)
+    picture, clip = make_medium(rng, 4, 4), make_medium(rng, 4, 4, steps=2)
+    bins = [
+        micro_batch(make_sample(rng)),
+        micro_batch(make_sample(rng, [picture])),
+        micro_batch(make_sample(rng, [clip])),
+        micro_batch(make_sample(rng, [picture, clip]), make_sample(rng)),
+        micro_batch(make_sample(rng, num_targets=0)),
+        build_micro_batch([]),
+    ]
+    for batch in bins:
+        with counted_calls(
+            vision=model.hf.model.visual, text=model.hf.model.language_model, head=model.hf.lm_head
+        ) as calls:
+            model(batch)
+        assert calls == {"vision": 1, "text": 1, "head": 1}
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["a bin without targets", "an empty place of the order"])
+def test_without_targets_the_loss_is_zero_and_every_trained_parameter_gets_a_zero_gradient(
+    model: PackedQwen, empty: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    batch = build_micro_batch([]) if empty else micro_batch(make_sample(rng, [make_medium(rng)], num_targets=0))
+    loss = model(batch)
+    assert loss.item() == 0.0
+    assert all(not gradient.any() for gradient in gradients(model, loss).values())
+
+
+def test_without_media_the_vision_tower_gets_zero_gradients_not_none(model: PackedQwen) -> None:
+    found = gradients(model, model(micro_batch(make_sample(np.random.default_rng(0)))))
+    assert all(gradient.any() != name.startswith("hf.model.visual.") for name, gradient in found.items())
+
+
+def test_recomputed_activations_give_the_same_loss_and_gradients(model: PackedQwen) -> None:
+    batch = micro_batch(*samples_of_all_kinds())
+    kept_loss = model(batch)
+    kept = gradients(model, kept_loss)
+    checkpoint_activations(model)
+    with counted_calls(
+        layer=model.hf.model.language_model.layers[0].mlp, block=model.hf.model.visual.blocks[0].mlp
+    ) as calls:
+        loss = model(batch)
+        recomputed = gradients(model, loss)
+    assert calls == {"layer": 2, "block": 2}, "nothing was recomputed"
+    assert torch.equal(loss, kept_loss)
+    assert_same(recomputed, kept)
+
+
+@pytest.mark.parametrize("merger", [False, True], ids=["frozen merger", "trained merger"])
+def test_a_frozen_vision_tower_keeps_no_activations(model: PackedQwen, merger: bool) -> None:
+    optim.group_parameters(model, {**EVERYTHING, optim.VISION_TOWER: None, optim.MERGER: 1e-3 if merger else None})
+    checkpoint_activations(model)
+    recorded: list[bool] = []
+    last = model.hf.model.visual.blocks[-1]
+    last.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
+    features = model.vision_features(micro_batch(*samples_of_all_kinds()).vision)
+    assert recorded == [False]
+    assert features.requires_grad == merger
+
+
+def test_flash_attention_is_given_the_borders_of_samples_and_media(
+    model: PackedQwen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With attention over the given borders alone, the loss is that of SDPA over the positions that restart."""
+    batch = micro_batch(*samples_of_all_kinds())
+    calls: list[tuple[int, int]] = []
+
+    def variable_length(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert attention_mask is None
+        borders, is_causal = options["cu_seq_lens_q"], options.get("is_causal", True)
+        assert torch.equal(options["cu_seq_lens_k"], borders)
+        assert borders.dtype == torch.int32
+        lengths = borders.diff().tolist()
+        assert options["max_length_q"] == options["max_length_k"] == max(lengths)
+        assert isinstance(options["max_length_q"], int)
+        calls.append((query.shape[2], len(lengths)))
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+        attended = [
+            functional.scaled_dot_product_attention(
+                *part, is_causal=is_causal, scale=options["scaling"], enable_gqa=True
+            )
+            for part in parts
+        ]
+        return torch.cat(attended, dim=2).transpose(1, 2), None
+
+    with torch.no_grad():
+        expected = model(batch)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION, variable_length)
+        for config in (model.hf.model.language_model.config, model.hf.model.visual.config):
+            monkeypatch.setattr(config, "_attn_implementation_internal", FLASH_ATTENTION)
+        model.attn_implementation = FLASH_ATTENTION
+        found = model(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    vision = batch.vision
+    assert set(calls) == {
+        (batch.num_tokens, 4),
+        (vision.num_patches, vision.cu_seqlens.numel() - 1),
+        (vision.num_patches, vision.cu_window_seqlens.numel() - 1),
+    }

@@ -1,0 +1,147 @@
+"""Every parameter is in exactly one group; frozen means frozen; what cannot be placed is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from schemas.errors import ConfigError
+from train.arguments import parse_arguments
+from train.model import PackedQwen
+from train.optim import (
+    LANGUAGE_MODEL,
+    MERGER,
+    VISION_TOWER,
+    build_optimizer,
+    format_table,
+    group_parameters,
+    learning_rates,
+    part_of,
+)
+
+RATES = {LANGUAGE_MODEL: 1e-3, MERGER: 2e-3, VISION_TOWER: 3e-3}
+
+
+@pytest.fixture
+def hf(tiny_vocab_checkpoint: Path) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vocab_checkpoint)
+
+
+@pytest.fixture
+def model(hf: Qwen2_5_VLForConditionalGeneration) -> PackedQwen:
+    return PackedQwen(hf, attn_implementation="sdpa")
+
+
+def test_every_parameter_is_in_exactly_one_group(model: PackedQwen) -> None:
+    grouped = [id(parameter) for group in group_parameters(model, RATES) for parameter in group.parameters]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_parts_are_told_apart_by_module(model: PackedQwen) -> None:
+    hf, found = model.hf, {LANGUAGE_MODEL: set(), MERGER: set(), VISION_TOWER: set()}
+    for group in group_parameters(model, RATES):
+        found[group.part] |= set(group.parameters)
+    assert found == {
+        LANGUAGE_MODEL: {*hf.model.language_model.parameters(), *hf.lm_head.parameters()},
+        MERGER: set(hf.model.visual.merger.parameters()),
+        VISION_TOWER: {*hf.model.visual.blocks.parameters(), *hf.model.visual.patch_embed.parameters()},
+    }
+
+
+def test_matrices_decay_and_norms_and_biases_do_not(model: PackedQwen) -> None:
+    """In this model exactly the matrices have two dimensions or more."""
+    for group in group_parameters(model, RATES):
+        assert all((parameter.ndim >= 2) == group.decays for parameter in group.parameters)
+
+
+@pytest.mark.parametrize("frozen", [LANGUAGE_MODEL, MERGER, VISION_TOWER])
+def test_a_part_without_a_rate_is_frozen_and_not_optimized(model: PackedQwen, frozen: str) -> None:
+    groups = group_parameters(model, {**RATES, frozen: None})
+    still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert still == {name for name, _ in model.named_parameters() if part_of(name) == frozen}
+    optimizer = build_optimizer(groups, weight_decay=0.1)
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert optimized == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+def test_a_part_that_was_frozen_can_be_trained_again(model: PackedQwen) -> None:
+    group_parameters(model, {**RATES, MERGER: None})
+    group_parameters(model, RATES)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_freezing_the_language_model_freezes_an_lm_head_of_its_own(hf: Qwen2_5_VLForConditionalGeneration) -> None:
+    hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach().clone())
+    model = PackedQwen(hf, attn_implementation="sdpa")
+    group_parameters(model, {**RATES, LANGUAGE_MODEL: None})
+    assert not model.hf.lm_head.weight.requires_grad
+    assert not model.hf.model.language_model.embed_tokens.weight.requires_grad
+
+
+def test_groups_of_the_optimizer_have_the_rates_and_decay_of_their_parts(model: PackedQwen) -> None:
+    optimizer = build_optimizer(group_parameters(model, RATES), weight_decay=0.1)
+    assert [(group["part"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (LANGUAGE_MODEL, 1e-3, 0.1),
+        (LANGUAGE_MODEL, 1e-3, 0.0),
+        (MERGER, 2e-3, 0.1),
+        (MERGER, 2e-3, 0.0),
+        (VISION_TOWER, 3e-3, 0.1),
+        (VISION_TOWER, 3e-3, 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", (2e-7, 2e-7, None)),
+        ("--learning_rate 1e-5 --tune_mm_vision", (1e-5, 1e-5, 1e-5)),
+        ("--learning_rate 1e-5 --mm_projector_lr 2e-5", (1e-5, 2e-5, None)),
+        ("--tune_mm_vision --vision_tower_lr 3e-6", (2e-7, 2e-7, 3e-6)),
+        ("--tune_mm_llm False --mm_projector_lr 2e-5", (None, 2e-5, None)),
+    ],
+)
+def test_each_part_has_its_own_rate_or_the_base_rate(flags: str, expected: tuple[float | None, ...]) -> None:
+    rates = learning_rates(parse_arguments(["--shards", "x", *flags.split()]))
+    assert (rates[LANGUAGE_MODEL], rates[MERGER], rates[VISION_TOWER]) == expected
+
+
+def test_a_parameter_of_no_part_is_an_error(model: PackedQwen) -> None:
+    model.hf.extra = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"parameter hf\.extra\.weight belongs to no part of the model"):
+        group_parameters(model, RATES)
+
+
+def test_a_parameter_of_an_unknown_kind_of_module_is_an_error(model: PackedQwen) -> None:
+    model.hf.model.visual.merger.scale = nn.LayerNorm(4)
+    with pytest.raises(ConfigError, match=r"hf\.model\.visual\.merger\.scale\.weight is in a LayerNorm"):
+        group_parameters(model, RATES)
+
+
+def test_a_part_that_is_to_be_trained_and_has_no_parameters_is_an_error(model: PackedQwen) -> None:
+    del model.hf.model.visual.merger
+    with pytest.raises(ConfigError, match="merger is to be trained, but the model has no parameters of it"):
+        group_parameters(model, RATES)
+
+
+def test_the_table_shows_what_is_trained(model: PackedQwen) -> None:
+    lines = format_table(group_parameters(model, {**RATES, MERGER: None}), weight_decay=0.1).splitlines()
+    rows = [line.split() for line in lines]
+    assert rows[0] == ["part", "tensors", "parameters", "learning", "rate", "decay"]
+    assert rows[1][0::3] == ["language_model", "0.001"]
+    assert [row[-2:] for row in rows[3:5]] == [["frozen", "-"], ["frozen", "-"]]
+    total = sum(int(row[2].replace(",", "")) for row in rows[1:])
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_partitioned_parameter_counts_whole() -> None:
+    """ZeRO-3 leaves an empty tensor that knows the size of the whole."""
+    linear = nn.Linear(4, 8, bias=False)
+    model = nn.ModuleDict({"hf": nn.ModuleDict({"lm_head": linear})})
+    linear.weight.data = torch.empty(0)
+    linear.weight.ds_numel = 32
+    (group,) = group_parameters(model, {LANGUAGE_MODEL: 1.0})
+    assert group.num_elements == 32

@@ -1,0 +1,51 @@
+"""Courses of the learning rate, against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from train.schedule import schedule, set_rates, warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        # cos of 0, 45, 90 and 135 degrees
+        ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_rates_rise_for_two_steps_and_fall_over_four(kind: str, expected: list[float]) -> None:
+    factor = schedule(kind, warmup_steps=2, total_steps=6)
+    assert [factor(step) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_rate_is_never_zero_in_the_run_and_stays_zero_after_it(kind: str) -> None:
+    factor = schedule(kind, warmup_steps=3, total_steps=10)
+    assert min(factor(step) for step in range(10)) > 0
+    assert [factor(step) for step in (10, 11, 99)] == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+def test_without_warm_up_the_first_step_has_the_peak() -> None:
+    assert schedule("cosine", warmup_steps=0, total_steps=4)(0) == 1.0
+
+
+def test_a_run_that_is_all_warm_up_ends_at_the_peak() -> None:
+    factor = schedule("linear", warmup_steps=4, total_steps=4)
+    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(("ratio", "total", "expected"), [(0.03, 100, 3), (0.03, 101, 4), (0.0, 100, 0), (1.0, 7, 7)])
+def test_steps_of_warm_up_are_rounded_up(ratio: float, total: int, expected: int) -> None:
+    assert warmup_steps(ratio, total) == expected
+
+
+def test_the_rate_of_each_group_is_its_peak_times_the_factor() -> None:
+    peaks = [1e-3, 4e-3]
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak} for peak in peaks])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("linear", warmup_steps=0, total_steps=2))
+    set_rates(optimizer, scheduler.base_lrs, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 2e-3]

@@ -1,0 +1,178 @@
+"""Checkpoints to resume from: engine, random state and position in the stream -> ``<run>/checkpoint-N``.
+
+A checkpoint is written under a temporary name and renamed when all ranks are done, so a folder named ``checkpoint-N``
+is complete. ``state.json`` says what the run was; going on with settings that would make another run of it is an error.
+
+Cost: 12 to 16 bytes a trained parameter, written by all ranks in parallel; the folder must be on a file system that all
+ranks share.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from schemas.errors import ConfigError
+from train.engine import Ranks
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.json"
+ENGINE_TAG = "engine"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+Setting = str | int | float | bool | None
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run is, and what it is.
+
+    ``step`` counts optimizer steps done: the stream goes on with step ``step``. ``settings`` are those that must be the
+    same when the run goes on.
+    """
+
+    step: int
+    settings: dict[str, Setting]
+
+
+def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a run with their steps, oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in run_dir.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, as ``--resume`` asks for it: ``auto``, ``none`` or a path.
+
+    Returns:
+        Folder of a checkpoint, or None to start anew.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or the folder has newer ones, which a later ``auto`` would mistake for
+            those of this run.
+    """
+    existing = list_checkpoints(run_dir)
+    if resume == "auto":
+        return existing[-1][1] if existing else None
+    chosen = None if resume == "none" else Path(resume)
+    step = 0 if chosen is None else read_state(chosen).step
+    if existing and existing[-1][0] > step:
+        raise ConfigError(
+            f"--resume {resume} starts at step {step}, but {existing[-1][1]} is of a later one. Resume from it, "
+            "remove it, or give another --output_dir."
+        )
+    return chosen
+
+
+def read_state(folder: Path) -> RunState:
+    """Read ``state.json`` of a checkpoint.
+
+    Raises:
+        ConfigError: the folder is no complete checkpoint.
+    """
+    path = folder / STATE_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=RunState)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(
+            f"{folder} is no complete checkpoint to resume from ({path.name}: {error}). Give a checkpoint-N of a run."
+        ) from error
+
+
+def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) -> None:
+    """Compare the settings of a checkpoint with those of this run.
+
+    Raises:
+        ConfigError: one differs.
+    """
+    for name, value in settings.items():
+        before = saved.settings.get(name, "nothing")
+        if before != value:
+            raise ConfigError(
+                f"{folder} was saved with {name} = {before}, this run has {value}: it would not be the same run. "
+                "Give the same setting, or --resume none with another --output_dir."
+            )
+
+
+def save(engine: Any, run_dir: Path, state: RunState, ranks: Ranks, *, keep: int | None) -> Path:
+    """Write a checkpoint; all ranks call this together.
+
+    Args:
+        engine: the DeepSpeed engine, between two steps.
+        run_dir: folder of the run.
+        state: what ``state.json`` is to say.
+        ranks: place of this rank.
+        keep: remove older checkpoints so that this many are left; None keeps all.
+
+    Returns:
+        The folder of the checkpoint.
+    """
+    folder = run_dir / f"checkpoint-{state.step}"
+    part = run_dir / f"{folder.name}.tmp"
+    if ranks.is_first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    torch.distributed.barrier()
+    engine.save_checkpoint(str(part), tag=ENGINE_TAG, save_latest=False)
+    torch.save(_random_state(engine.device), part / _random_file(ranks))
+    torch.distributed.barrier()
+    if ranks.is_first:
+        (part / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
+        _flush(part)
+        part.rename(folder)
+        _sync(run_dir)
+        for _, old in list_checkpoints(run_dir)[: -keep if keep else 0]:
+            shutil.rmtree(old)
+        logger.info("checkpoint written to %s", folder)
+    torch.distributed.barrier()
+    return folder
+
+
+def load(engine: Any, folder: Path, ranks: Ranks) -> None:
+    """Bring engine, schedule and random state to where a checkpoint left them; all ranks call this together.
+
+    Raises:
+        ConfigError: parts of the checkpoint are missing.
+    """
+    try:
+        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        random_state = torch.load(folder / _random_file(ranks), weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} is incomplete: {error}. Resume from another checkpoint.") from error
+    if path is None:
+        raise ConfigError(f"{folder} holds no state of the engine. Resume from another checkpoint.")
+    torch.set_rng_state(random_state["cpu"])
+    if engine.device.type == "cuda":
+        torch.cuda.set_rng_state(random_state["device"], engine.device)
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["device"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _random_file(ranks: Ranks) -> str:
+    return f"random-{ranks.rank:05d}.pt"
+
+
+def _flush(folder: Path) -> None:
+    """Bring a folder with all its files to the disk, so that the rename cannot get there before them."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

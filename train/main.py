@@ -1,0 +1,62 @@
+"""Entry point: ``deepspeed train/main.py --shards DIR``, or ``torchrun --nproc_per_node N train/main.py …``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+if not __package__:
+    # Started as a script: modules are looked for in the repository, not in this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from schemas.errors import VlprepError
+from train.arguments import parse_arguments
+
+
+def main(argv: list[str]) -> int:
+    """Parse the flags and train.
+
+    Returns:
+        Exit code: 0 done, 1 something is wrong with the data, 2 wrong use.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        args = parse_arguments(argv)
+    except VlprepError as error:
+        # All ranks have the same command line, so one says it for all.
+        return _fail(error) if rank == 0 else error.exit_code
+    _configure_output(is_first=rank == 0)
+    from train.loop import train
+
+    try:
+        train(args)
+    except VlprepError as error:
+        if args.debug:
+            raise
+        return _fail(error)
+    return 0
+
+
+def _fail(error: VlprepError) -> int:
+    place = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    sys.stderr.write(f"error{place}: {error}\n")
+    return error.exit_code
+
+
+def _configure_output(*, is_first: bool) -> None:
+    """Let the first rank tell what happens, and the others what goes wrong."""
+    level = logging.INFO if is_first else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    # DeepSpeed 0.19 calls these functions of torch by their old names.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    if not is_first:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

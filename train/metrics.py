@@ -1,0 +1,264 @@
+"""What a run tells about itself: numbers of logged steps -> ``metrics.jsonl``, the screen, TensorBoard or wandb.
+
+Only the first rank writes. ``metrics.jsonl`` has one JSON object a logged step; when a run goes on from a checkpoint,
+lines of later steps, which are trained again, are dropped first, so that the file tells one story.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from tqdm import tqdm
+
+from schemas.errors import ConfigError, VlprepError
+from train.arguments import TrainArguments
+from train.order import DataOrder
+from train.stream import StepBatch
+
+METRICS_FILE = "metrics.jsonl"
+
+Record = dict[str, Any]
+"""Numbers of one logged step; a nested dict holds one number for each part of the model."""
+
+
+class Window:
+    """Adds up what happens between two logged steps, and makes the record of a logged step from it."""
+
+    def __init__(self, order: DataOrder, device: torch.device) -> None:
+        self._order = order
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began = time.perf_counter()
+        self._paused_s = 0.0
+        self._num_steps = self._num_tokens = self._num_samples = 0
+        self._data_wait_s = 0.0
+
+    def add(self, batch: StepBatch, *, num_samples: int) -> None:
+        """One step is done; ``num_samples`` are those of all ranks."""
+        self._num_steps += 1
+        self._num_tokens += batch.num_tokens
+        self._num_samples += num_samples
+        self._data_wait_s += batch.data_wait_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in the ``with`` block counts for no step."""
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+
+    def summarise(
+        self, batch: StepBatch, loss_sum: torch.Tensor, rates: dict[str, float], grad_norm: torch.Tensor | float
+    ) -> Record:
+        """Make the record of the step just done and begin a new window. All ranks call this together.
+
+        Loss, learning rates, gradient norm and counts are those of the step; times and speeds are means over the
+        window, of the slowest rank.
+
+        Args:
+            batch: the step.
+            loss_sum: cross-entropy summed over the targets of this rank, scalar.
+            rates: learning rate of every trained part in this step.
+            grad_norm: norm of the gradient before clipping.
+
+        Raises:
+            VlprepError: the loss is not a finite number.
+        """
+        total = loss_sum.double()
+        torch.distributed.all_reduce(total)
+        step_s = (time.perf_counter() - self._began - self._paused_s) / self._num_steps
+        wait_s = self._data_wait_s / self._num_steps
+        slowest = torch.tensor(
+            [step_s, wait_s, peak_memory_bytes(self._device)], dtype=torch.float64, device=self._device
+        )
+        torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+        step_s, wait_s, memory_bytes = slowest.tolist()
+        loss = total.item() / max(1, batch.num_targets)
+        if not math.isfinite(loss):
+            raise VlprepError(
+                f"the loss of step {batch.step + 1} is {loss}; its bins are {list(batch.bins)}. Lower the learning "
+                "rate, or look at the bins (`python -m train.order` names their samples)."
+            )
+        record: Record = {
+            "step": batch.step + 1,
+            "epoch": self._epoch(batch.step + 1),
+            "loss": loss,
+            "learning_rate": next(iter(rates.values())),
+            "learning_rates": rates,
+            "grad_norm": float(grad_norm),
+            "tokens_per_s": self._num_tokens / self._num_steps / step_s,
+            "samples_per_s": self._num_samples / self._num_steps / step_s,
+            "num_tokens": batch.num_tokens,
+            "num_targets": batch.num_targets,
+            "step_s": step_s,
+            "data_wait_s": wait_s,
+            "max_memory_bytes": int(memory_bytes),
+        }
+        self._reset()
+        return record
+
+    def _epoch(self, steps_done: int) -> float:
+        """Passes over all bins; the last step of the order may have fewer bins than the others."""
+        passes = steps_done / self._order.steps_per_epoch
+        return round(passes if self._order.epochs is None else min(passes, self._order.epochs), 4)
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, record: Record) -> None:
+        """Take the record of a step."""
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+
+
+class MetricsLog:
+    """Shows progress and hands records to all sinks; on other ranks than the first there are none."""
+
+    def __init__(self, bar: tqdm[NoReturn], sinks: Sequence[Sink]) -> None:
+        self._bar = bar
+        self._sinks = sinks
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def write(self, record: Record) -> None:
+        """Write the record of a step."""
+        self._bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['learning_rate']:.2e}")
+        for sink in self._sinks:
+            sink.write(record)
+
+
+@contextmanager
+def open_log(args: TrainArguments, *, is_first: bool, start_step: int, num_steps: int) -> Iterator[MetricsLog]:
+    """Open the log of a run for as long as the ``with`` block lasts.
+
+    Args:
+        args: the flags; they say where the run is written and to whom it reports.
+        is_first: whether this rank writes.
+        start_step: steps done before; lines of later steps in ``metrics.jsonl`` are dropped.
+        num_steps: steps of the whole run.
+    """
+    with ExitStack() as stack:
+        sinks: list[Sink] = []
+        if is_first:
+            args.run_dir.mkdir(parents=True, exist_ok=True)
+            drop_later_steps(args.run_dir / METRICS_FILE, start_step)
+            for kind in (_JsonLines, *_REPORTERS[args.report_to]):
+                sinks.append(stack.enter_context(closing(kind(args))))
+        bar = stack.enter_context(
+            tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not is_first)
+        )
+        yield MetricsLog(bar, sinks)
+
+
+def drop_later_steps(path: Path, step: int) -> None:
+    """Keep the lines of ``metrics.jsonl`` up to ``step``; an unfinished last line of a killed run goes too."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+    part = path.with_name(f"{path.name}.tmp")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def flatten(record: Record) -> dict[str, float]:
+    """Numbers of a record by one name each: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        flat.update(
+            {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return flat
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this rank has held: of the accelerator, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def require_reporter(report_to: str) -> None:
+    """Check at start that the package which ``--report_to`` names is there.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if report_to != "none" and find_spec(report_to) is None:
+        raise ConfigError(f"--report_to {report_to} needs the {report_to} package: pip install {report_to}")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class _JsonLines:
+    """``metrics.jsonl``: one JSON object a line, on the disk at once."""
+
+    def __init__(self, args: TrainArguments) -> None:
+        self._file = (args.run_dir / METRICS_FILE).open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    """Event files in the folder of the run."""
+
+    def __init__(self, args: TrainArguments) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(args.run_dir))
+
+    def write(self, record: Record) -> None:
+        for name, value in flatten(record).items():
+            self._writer.add_scalar(name, value, global_step=record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A run of Weights & Biases; its environment variables (project, entity, offline mode) apply."""
+
+    def __init__(self, args: TrainArguments) -> None:
+        import wandb
+
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+        self._run = wandb.init(name=args.name, dir=str(args.run_dir), config=settings)
+
+    def write(self, record: Record) -> None:
+        self._run.log(flatten(record), step=record["step"], commit=True)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_REPORTERS: dict[str, tuple[Callable[[TrainArguments], Sink], ...]] = {
+    "none": (),
+    "tensorboard": (_TensorBoard,),
+    "wandb": (_WeightsAndBiases,),
+}
