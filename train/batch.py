@@ -6,7 +6,7 @@ the vision tower. Pixels stay what they are on disk, uint8 planes or their resid
 device.
 
 Cost: decompression of the pixels (1.1-1.8 GB/s of output on one core; none for raw planes) and a few passes over the
-tokens. Raw planes of a single bin are a view of the bytes read.
+tokens. Raw planes of a single bin are a view of the bytes read; all other planes go to a buffer that is used again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from schemas.bins import MEDIA_IMAGE, Bin, frame_shape, stored_bytes, stored_fra
 from schemas.errors import ShardError
 from schemas.pixels import encode_residuals
 from schemas.qwen import IGNORE_INDEX, Grid
+from train.buffers import Buffers
 from train.vision import WINDOW_SIZE, vision_inputs
 
 Medium = tuple[Grid, int]
@@ -130,6 +131,8 @@ def build_micro_batch(
     numbers: Sequence[int] | None = None,
     where: Sequence[str] | None = None,
     window_size: int = WINDOW_SIZE,
+    memory: Sequence[torch.Tensor] | None = None,
+    buffers: Buffers | None = None,
 ) -> MicroBatch:
     """Concatenate bins along the sequence.
 
@@ -138,6 +141,9 @@ def build_micro_batch(
         numbers: their numbers in a mixed set of shards; the numbers in their own folders if not given.
         where: how to name the place of each in messages; ``bin N`` if not given.
         window_size: ``vision_config.window_size`` of the model, in pixels.
+        memory: the uint8 tensors that the arrays of the bins are views of, if they are: raw planes of a single bin are
+            then a part of its tensor, and page-locked if that is.
+        buffers: where other planes go; fresh memory if not given.
 
     Raises:
         ShardError: pixels do not decompress, or have another size than the media need.
@@ -168,17 +174,23 @@ def build_micro_batch(
         max_seqlen=int(lengths.max()),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(labels[target_positions + 1].astype(np.int64)),
-        vision=_vision_batch(bins, places, window_size),
+        vision=_vision_batch(bins, places, window_size, memory, buffers),
         bins=tuple(numbers),
         num_tokens=input_ids.size if bins else 0,
         num_samples=lengths.size if bins else 0,
     )
 
 
-def _vision_batch(bins: Sequence[Bin], where: Sequence[str], window_size: int) -> VisionBatch:
+def _vision_batch(
+    bins: Sequence[Bin],
+    where: Sequence[str],
+    window_size: int,
+    memory: Sequence[torch.Tensor] | None,
+    buffers: Buffers | None,
+) -> VisionBatch:
     media = tuple(medium for one in bins for medium in one.grids())
     if media:
-        planes, residuals = _planes(bins, where)
+        planes, residuals = _planes(bins, where, memory, buffers)
     else:
         media = (DUMMY_MEDIUM,)
         planes, residuals = torch.zeros(stored_bytes(*DUMMY_MEDIUM), dtype=torch.uint8), False
@@ -197,14 +209,21 @@ def _vision_batch(bins: Sequence[Bin], where: Sequence[str], window_size: int) -
     )
 
 
-def _planes(bins: Sequence[Bin], where: Sequence[str]) -> tuple[torch.Tensor, bool]:
+def _planes(
+    bins: Sequence[Bin], where: Sequence[str], memory: Sequence[torch.Tensor] | None, buffers: Buffers | None
+) -> tuple[torch.Tensor, bool]:
     """Planes of all bins, and whether they are residuals. Bins of both codecs meet as residuals, the cheaper way."""
     residuals = any(one.codec == "zstd" for one in bins)
-    if len(bins) == 1 and not residuals and bins[0].pixels.flags.writeable:
-        _require_size(bins[0].pixels.size, bins[0].num_pixel_bytes, where[0])
-        return torch.from_numpy(bins[0].pixels), False
+    if len(bins) == 1 and not residuals:
+        pixels = bins[0].pixels
+        _require_size(pixels.size, bins[0].num_pixel_bytes, where[0])
+        if memory is not None:
+            start = pixels.ctypes.data - memory[0].data_ptr()
+            return memory[0][start : start + pixels.size], False
+        if pixels.flags.writeable:
+            return torch.from_numpy(pixels), False
     sizes = [one.num_pixel_bytes for one in bins]
-    planes = torch.empty(sum(sizes), dtype=torch.uint8)
+    planes = torch.empty(sum(sizes), dtype=torch.uint8) if buffers is None else buffers.take(sum(sizes))
     parts = np.split(planes.numpy(), np.cumsum(sizes)[:-1])
     for one, place, part in zip(bins, where, parts):
         if one.codec == "zstd":

@@ -1,18 +1,24 @@
 """Floating-point operations of a bin, from the index alone: what balances the ranks of a step.
 
-Counts about a bin -> operations of one forward pass (the backward pass takes about twice as many, in proportion).
+The configuration of a model -> :class:`CostModel`; counts about a bin -> operations of a training step, backward pass
+and recomputation included: a frozen vision tower costs a third of a trained one.
 
 Cost: a few array operations over all bins.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.qwen import MERGED_PATCHES, PATCH_DIM
+from schemas.errors import ConfigError
+from schemas.qwen import MERGED_PATCHES, PATCH_DIM, PATCH_SIZE
 
 STEPS_OF_A_CLIP = 4
 """Temporal steps a clip is taken to have, for the part of attention that is quadratic: the index does not say."""
@@ -33,6 +39,8 @@ class CostModel:
         vision_intermediate_size: width of its gated MLP.
         vision_full_layers: its layers with full attention; the others attend in windows.
         window_patches: patches of a full window.
+        language_passes: what a step takes in the language model, in forward passes.
+        vision_passes: what it takes in the vision tower, in forward passes.
     """
 
     hidden_size: int = 3584
@@ -45,6 +53,51 @@ class CostModel:
     vision_intermediate_size: int = 3420
     vision_full_layers: int = 4
     window_patches: int = 64
+    language_passes: int = 1
+    vision_passes: int = 1
+
+    @classmethod
+    def of_training(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        tune_llm: bool = True,
+        tune_vision: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> CostModel:
+        """What bins cost in a run.
+
+        A forward pass counts 1, gradients of activations 1, gradients of weights 1, a recomputed forward pass 1.
+        Gradients pass through the language model even where it is frozen, since the merger or the vision tower behind
+        it is trained; through a frozen vision tower they do not.
+
+        Args:
+            config: contents of ``config.json``; sizes of the language model stand in ``text_config`` or at the top.
+            tune_llm: whether the language model is trained.
+            tune_vision: whether the vision tower is trained.
+            gradient_checkpointing: whether activations are recomputed.
+
+        Raises:
+            ConfigError: a size is missing or no positive number.
+        """
+        text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+        head_size = _size(text, "hidden_size") // _size(text, "num_attention_heads")
+        window = _size(vision, "window_size") // PATCH_SIZE
+        recomputed = int(gradient_checkpointing)
+        return cls(
+            hidden_size=_size(text, "hidden_size"),
+            num_layers=_size(text, "num_hidden_layers"),
+            intermediate_size=_size(text, "intermediate_size"),
+            key_value_size=_size(text, "num_key_value_heads") * head_size,
+            vocab_size=_size(text, "vocab_size"),
+            vision_hidden_size=_size(vision, "hidden_size"),
+            vision_depth=_size(vision, "depth"),
+            vision_intermediate_size=_size(vision, "intermediate_size"),
+            vision_full_layers=len(vision.get("fullatt_block_indexes", ())),
+            window_patches=window * window,
+            language_passes=2 + int(tune_llm) + recomputed,
+            vision_passes=3 + recomputed if tune_vision else 1,
+        )
 
     @property
     def flops_per_token(self) -> float:
@@ -87,7 +140,7 @@ class CostModel:
         num_images: NDArray[np.int32],
         num_videos: NDArray[np.int32],
     ) -> NDArray[np.float64]:
-        """Operations of the forward pass of every bin.
+        """Operations that every bin takes.
 
         Full attention of the vision tower is estimated as if all temporal steps of a bin were of one size.
 
@@ -104,11 +157,34 @@ class CostModel:
         """
         patches = num_patches.astype(np.float64)
         steps = np.maximum(num_images + STEPS_OF_A_CLIP * num_videos, 1)
-        flops: NDArray[np.float64] = (
+        language = (
             self.flops_per_token * num_tokens
             + self.flops_per_squared_length * sum_squared_lengths
             + self.flops_per_target * num_targets
-            + self.flops_per_patch * patches
-            + self.flops_per_squared_patches * patches * patches / steps
         )
+        vision = self.flops_per_patch * patches + self.flops_per_squared_patches * patches * patches / steps
+        flops: NDArray[np.float64] = self.language_passes * language + self.vision_passes * vision
         return flops
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Contents of the ``config.json`` of a checkpoint.
+
+    Raises:
+        ConfigError: there is none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Give the folder of a complete checkpoint.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no JSON object. Give the folder of a complete checkpoint.")
+    return config
+
+
+def _size(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"the model's config.json has {name} {value!r}; expected a positive whole number.")
+    return value

@@ -1,6 +1,6 @@
-"""``python -m train.order``: which bins, ranks and source samples a step uses.
+"""Which bins, ranks and source samples a step uses.
 
-A folder of shards and a step -> a text: one line a place of the step with what it costs, and under it the annotations
+A set of shards and a step -> a text: one line a place of the step with what it costs, and under it the annotations
 that its bin was packed from. The answer is that of a run with the same seed, global batch, ranks and micro-steps.
 
 Cost: the index, and one filtered pass over the ledger.
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import click
 import numpy as np
 import pyarrow.parquet as pq
 
-from schemas.errors import ConfigError, ShardError, VlprepError
+from schemas.errors import ConfigError, ShardError
 from schemas.tables import SAMPLES_FILE
-from train.index import ShardIndex, open_shards
+from train.index import ShardIndex
 from train.order import EMPTY, DataOrder
+from train.storage import open_file
 
 
 class SourceSample(NamedTuple):
@@ -47,18 +47,18 @@ def source_samples(index: ShardIndex, bins: list[int]) -> dict[int, list[SourceS
         ShardError: a ledger is missing, or does not know a bin.
     """
     found: dict[int, list[SourceSample]] = {number: [] for number in bins}
-    for folder, first in zip(index.folders, index.first_bins.tolist()):
-        local_bins = [number - first for number in bins if index.folders[index.folder_of(number)] == folder]
-        if not local_bins:
+    for place, folder in enumerate(index.folders):
+        number_of = {int(index.local_bin[number]): number for number in bins if index.folder_of(number) == place}
+        if not number_of:
             continue
         try:
-            ledger = pq.read_table(
-                folder / SAMPLES_FILE, columns=["bin", *SourceSample._fields], filters=[("bin", "in", local_bins)]
-            )
+            with open_file(folder / SAMPLES_FILE) as file:
+                columns = ["bin", *SourceSample._fields]
+                ledger = pq.read_table(file, columns=columns, filters=[("bin", "in", list(number_of))])
         except FileNotFoundError:
             raise ShardError(f"{folder / SAMPLES_FILE} is missing. Copy the folder again or build it again.") from None
         for row in ledger.sort_by([("bin", "ascending"), ("slot", "ascending")]).to_pylist():
-            found[first + row.pop("bin")].append(SourceSample(**row))
+            found[number_of[row.pop("bin")]].append(SourceSample(**row))
     for number, samples in found.items():
         if len(samples) != index.num_samples[number]:
             raise ShardError(
@@ -66,6 +66,21 @@ def source_samples(index: ShardIndex, bins: list[int]) -> dict[int, list[SourceS
                 f"{index.locate(number).local_bin}, which holds {index.num_samples[number]}. Build the shards again."
             )
     return found
+
+
+def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> int:
+    """Bins of a rank in a micro-step.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of ranks times micro-steps.
+    """
+    per_device, rest = divmod(order.global_batch, world_size * accumulation)
+    if rest:
+        raise ConfigError(
+            f"a global batch of {order.global_batch} is not a multiple of {world_size} ranks x {accumulation} "
+            "micro-steps. Give the numbers of the run."
+        )
+    return per_device
 
 
 def explain_step(
@@ -84,12 +99,7 @@ def explain_step(
         ConfigError: the global batch is not a multiple of ranks times micro-steps, or the step is below 0.
         ShardError: a ledger is missing, or does not know a bin.
     """
-    per_device, rest = divmod(order.global_batch, world_size * accumulation)
-    if rest:
-        raise ConfigError(
-            f"a global batch of {order.global_batch} is not a multiple of {world_size} ranks x {accumulation} "
-            "micro-steps. Give the numbers of the run."
-        )
+    per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
     places = order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
     samples = source_samples(index, places[places != EMPTY].tolist())
     # (A, W): what a rank has to do in a micro-step, as a share of the mean over all
@@ -116,24 +126,3 @@ def _describe(index: ShardIndex, number: int) -> str:
     return (
         f"bin {number} ({index.locate(number)}), {index.num_tokens[number]} tokens, {index.num_patches[number]} patches"
     )
-
-
-@click.command(name="python -m train.order")
-@click.option("--shards", required=True, help="Folder with a manifest, or one whose sub-folders have one.")
-@click.option("--step", type=click.IntRange(min=0), required=True, help="The step to look at, counted from 0.")
-@click.option("--global-batch", type=click.IntRange(min=1), required=True, help="Bins of a step over all ranks.")
-@click.option("--world-size", type=click.IntRange(min=1), required=True, help="Number of ranks.")
-@click.option("--accumulation", type=click.IntRange(min=1), help="Micro-steps of a step; by default one bin in each.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the run.")
-def main(shards: str, step: int, global_batch: int, world_size: int, accumulation: int | None, seed: int) -> None:
-    """Print bins, ranks, costs and source samples of a training step."""
-    try:
-        index = open_shards(shards)
-        order = DataOrder(index.cost(), seed=seed, global_batch=global_batch)
-        if accumulation is None:
-            accumulation = max(1, global_batch // world_size)
-        for line in explain_step(index, order, step, world_size=world_size, accumulation=accumulation):
-            click.echo(line)
-    except VlprepError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None

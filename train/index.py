@@ -1,9 +1,10 @@
 """What a set of shards holds, known at start without opening a shard.
 
-A folder with a manifest, or a folder of such folders (which are mixed) -> :class:`ShardIndex`: one NumPy column for
-each number known about a bin, and where its bytes lie. Incomplete, damaged or mismatched sets stop here.
+Folders with a manifest, or folders of such folders, local or behind URLs -> :class:`ShardIndex`: one NumPy column for
+each number known about a bin, where its bytes lie, and in what proportions the folders are mixed. Incomplete, damaged
+or mismatched sets stop here.
 
-Cost: reading ``bins.parquet`` (about 40 bytes a bin) and one ``stat`` a shard.
+Cost: reading ``bins.parquet`` (about 40 bytes a bin) and asking for the size of every shard.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from schemas.bins import TAR_BLOCK
-from schemas.errors import ConfigError, ShardError
-from schemas.manifest import MANIFEST_FILE, Manifest, read_manifest
+from schemas.bins import TAR_BLOCK, shard_name
+from schemas.errors import ShardError
+from schemas.manifest import MANIFEST_FILE, Manifest, decode_manifest, read_manifest
 from schemas.qwen import IMAGE_MEAN, IMAGE_STD
 from schemas.tables import BINS_COLUMNS, BINS_FILE
 from train.cost import CostModel
+from train.mixture import Mixture, Source, mix, parse_sources
+from train.storage import RemotePath, ShardPath, file_sizes, parse_path, read_file, sub_folders
 
 _COPY_OR_BUILD = "Copy the folder again or build the shards again."
+_SEE_THAT_IT_ANSWERS = "See that the file system or server answers and may be read, then start again."
 
 
 class BinLocation(NamedTuple):
     """Where a bin lies: ``num_bytes`` at ``offset`` of the shard at ``path``; ``local_bin`` is its number there."""
 
-    path: Path
+    path: ShardPath
     offset: int
     num_bytes: int
     xxh3: int
@@ -46,10 +50,11 @@ class ShardIndex:
     """All bins of one or several folders, numbered through in the order of the folders.
 
     Attributes:
-        folders: the folders with a manifest, sorted by name where there are several.
+        folders: the folders with a manifest: sources as named, and inside a source sorted by name.
         manifests: their manifests.
         first_bins: (folders + 1,) int64, number of the first bin of every folder, and the number of bins.
         shard_paths: the shards of all folders.
+        local_bin: (B,) int64, number of the bin in its folder, ascending; numbers may be absent.
         shard: (B,) int32, position of the bin's shard in ``shard_paths``. This and what follows: one entry a bin.
         offset: (B,) int64, start of the bin in its shard, in bytes.
         num_bytes: (B,) int64.
@@ -61,12 +66,14 @@ class ShardIndex:
         num_images: (B,) int32.
         num_videos: (B,) int32.
         sum_squared_lengths: (B,) int64, squares of the samples' lengths, summed.
+        mixture: proportions of the sources, where they were given; else None.
     """
 
-    folders: tuple[Path, ...]
+    folders: tuple[ShardPath, ...]
     manifests: tuple[Manifest, ...]
     first_bins: NDArray[np.int64]
-    shard_paths: tuple[Path, ...]
+    shard_paths: tuple[ShardPath, ...]
+    local_bin: NDArray[np.int64]
     shard: NDArray[np.int32]
     offset: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
@@ -78,6 +85,7 @@ class ShardIndex:
     num_images: NDArray[np.int32]
     num_videos: NDArray[np.int32]
     sum_squared_lengths: NDArray[np.int64]
+    mixture: Mixture | None = None
 
     @property
     def num_bins(self) -> int:
@@ -96,15 +104,17 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the bytes of all bins and their numbering, wherever the folders lie: 32 hexadecimal digits."""
+        """Identifies the bytes of all bins, their numbers and proportions, wherever they lie: 32 hexadecimal digits."""
         digest = hashlib.sha256()
+        if self.mixture is not None:
+            digest.update(f"{self.mixture.sizes} {self.mixture.quotas}\n".encode())
         for manifest in self.manifests:
             files = [*manifest.shards, *(table for table in manifest.tables if table.file == BINS_FILE)]
             digest.update("".join(f"{stored.file} {stored.sha256}\n" for stored in files).encode() + b"\n")
         return digest.hexdigest()[:32]
 
     def cost(self, model: CostModel | None = None) -> NDArray[np.float64]:
-        """Operations of a forward pass of every bin: (B,) float64; ``model`` is the 7B if not given."""
+        """What every bin costs: (B,) float64, in operations; ``model`` is a forward pass of the 7B if not given."""
         return (model or CostModel()).bin_flops(
             num_tokens=self.num_tokens,
             sum_squared_lengths=self.sum_squared_lengths,
@@ -122,62 +132,66 @@ class ShardIndex:
 
     def locate(self, number: int) -> BinLocation:
         """Where bin ``number`` lies."""
-        first = int(self.first_bins[self.folder_of(number)])
+        if not 0 <= number < self.num_bins:
+            raise IndexError(f"bin {number} of {self.num_bins}")
         return BinLocation(
             path=self.shard_paths[self.shard[number]],
             offset=int(self.offset[number]),
             num_bytes=int(self.num_bytes[number]),
             xxh3=int(self.xxh3[number]),
-            local_bin=number - first,
+            local_bin=int(self.local_bin[number]),
         )
 
 
-def open_shards(path: str | Path) -> ShardIndex:
+def open_shards(shards: str | Path) -> ShardIndex:
     """Read the manifests and tables of bins of a set of shards, and check them against the files.
 
     Args:
-        path: a folder with a manifest, or one whose sub-folders have one.
+        shards: a folder with a manifest, or one whose sub-folders have one; a URL of such a folder; or several of
+            these, separated by commas: ``a,b`` uses all bins alike, ``a:0.7,b:0.3`` gives weights,
+            ``a:2epochs,b:0.5epochs`` says how often each bin is used in an epoch.
 
     Raises:
         ShardError: no manifest, no bins, a file that is missing or of another size or content than the manifest says,
             or folders that were made for different models.
-        ConfigError: ``path`` is a URL.
+        ConfigError: the text makes no sense, or a URL cannot be read here.
     """
-    if "://" in str(path):
-        raise ConfigError(
-            f"--shards {path} is a URL; shards are read from a file system. Copy or mount them and give the folder."
-        )
-    folders = _find_folders(Path(path))
-    manifests = [read_manifest(folder) for folder in folders]
+    sources = parse_sources(shards) if isinstance(shards, str) else (Source(path=str(shards)),)
+    of_source = [_find_folders(parse_path(source.path)) for source in sources]
+    folders = [folder for found in of_source for folder in found]
+    manifests = [_read_manifest(folder) for folder in folders]
     _check_agreement(folders, manifests)
     tables: list[dict[str, NDArray[Any]]] = []
-    shard_paths: list[Path] = []
+    shard_paths: list[ShardPath] = []
     for folder, manifest in zip(folders, manifests):
         _check_shard_files(folder, manifest)
         columns = _read_bins_table(folder, manifest)
-        columns["shard"] = columns["shard"] + np.int32(len(shard_paths))
+        columns["shard"] = _shard_of_row(manifest) + np.int32(len(shard_paths))
         tables.append(columns)
         shard_paths.extend(folder / shard.file for shard in manifest.shards)
     sizes = [len(columns["bin"]) for columns in tables]
     if not sum(sizes):
-        raise ShardError(f"{path} holds no bins: every annotation was rejected. `vlprep report` shows the reasons.")
+        raise ShardError(f"{shards} holds no bins: every annotation was rejected. `vlprep report` shows the reasons.")
     joined = {name: np.concatenate([columns[name] for columns in tables]) for name in BINS_COLUMNS if name != "bin"}
+    first_bins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    first_folders = np.cumsum([0, *map(len, of_source)])
     return ShardIndex(
         folders=tuple(folders),
         manifests=tuple(manifests),
-        first_bins=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        first_bins=first_bins,
+        local_bin=np.concatenate([columns["bin"] for columns in tables]),
         shard_paths=tuple(shard_paths),
+        mixture=mix(sources, np.diff(first_bins[first_folders]).tolist()),
         **joined,
     )
 
 
-def _find_folders(path: Path) -> list[Path]:
-    if (path / MANIFEST_FILE).is_file():
+def _find_folders(path: ShardPath) -> list[ShardPath]:
+    if _holds(path, MANIFEST_FILE):
         return [path]
-    if not path.is_dir():
+    if isinstance(path, Path) and not path.is_dir():
         raise ShardError(f"{path} is not a folder. Give the folder that `vlprep build --out` wrote.")
-    inside = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    folders = [entry for entry in inside if (entry / MANIFEST_FILE).is_file() or _looks_unfinished(entry)]
+    folders = [entry for entry in sub_folders(path) if _holds(entry, MANIFEST_FILE) or _looks_unfinished(entry)]
     if not folders:
         raise ShardError(
             f"{path} holds no {MANIFEST_FILE}, nor does a folder in it: no complete set of shards. "
@@ -186,12 +200,40 @@ def _find_folders(path: Path) -> list[Path]:
     return folders
 
 
-def _looks_unfinished(folder: Path) -> bool:
+def _holds(folder: ShardPath, name: str) -> bool:
+    return name in _sizes(folder, [name])
+
+
+def _looks_unfinished(folder: ShardPath) -> bool:
     """A build that was not sealed: reading its manifest fails, so that it is not left out silently."""
+    if isinstance(folder, RemotePath):
+        return _holds(folder, shard_name(0))
     return (folder / ".build").is_dir() or next(folder.glob("bins-*.tar"), None) is not None
 
 
-def _check_agreement(folders: list[Path], manifests: list[Manifest]) -> None:
+def _read_manifest(folder: ShardPath) -> Manifest:
+    if isinstance(folder, Path):
+        return read_manifest(folder)
+    return decode_manifest(_read(folder / MANIFEST_FILE), where=str(folder / MANIFEST_FILE))
+
+
+def _sizes(folder: ShardPath, names: list[str]) -> dict[str, int]:
+    try:
+        return file_sizes(folder, names)
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
+
+
+def _read(path: ShardPath) -> bytes:
+    try:
+        return read_file(path)
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing. {_COPY_OR_BUILD}") from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
+
+
+def _check_agreement(folders: list[ShardPath], manifests: list[Manifest]) -> None:
     for folder, manifest in zip(folders, manifests):
         prints, first = manifest.fingerprints, manifests[0].fingerprints
         if (prints.image_mean, prints.image_std) != (IMAGE_MEAN, IMAGE_STD):
@@ -206,26 +248,22 @@ def _check_agreement(folders: list[Path], manifests: list[Manifest]) -> None:
             )
 
 
-def _check_shard_files(folder: Path, manifest: Manifest) -> None:
+def _check_shard_files(folder: ShardPath, manifest: Manifest) -> None:
+    sizes = _sizes(folder, [shard.file for shard in manifest.shards])
     for shard in manifest.shards:
-        path = folder / shard.file
-        try:
-            found = path.stat().st_size
-        except FileNotFoundError:
-            raise ShardError(f"{path} is missing, but the manifest lists it. {_COPY_OR_BUILD}") from None
+        path, found = folder / shard.file, sizes.get(shard.file)
+        if found is None:
+            raise ShardError(f"{path} is missing, but the manifest lists it. {_COPY_OR_BUILD}")
         if found != shard.num_bytes:
             raise ShardError(f"{path} has {found} bytes, its manifest says {shard.num_bytes}. {_COPY_OR_BUILD}")
 
 
-def _read_bins_table(folder: Path, manifest: Manifest) -> dict[str, NDArray[Any]]:
+def _read_bins_table(folder: ShardPath, manifest: Manifest) -> dict[str, NDArray[Any]]:
     path = folder / BINS_FILE
     stored = next((table for table in manifest.tables if table.file == BINS_FILE), None)
     if stored is None:
         raise ShardError(f"{folder / MANIFEST_FILE} does not list {BINS_FILE}. Build the shards again.")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing. {_COPY_OR_BUILD}") from None
+    data = _read(path)
     if hashlib.sha256(data).hexdigest() != stored.sha256:
         raise ShardError(f"{path} is not the file that its manifest seals (SHA-256 differs). {_COPY_OR_BUILD}")
     table = pq.read_table(pa.BufferReader(data))
@@ -238,10 +276,22 @@ def _read_bins_table(folder: Path, manifest: Manifest) -> dict[str, NDArray[Any]
     return columns
 
 
-def _check_rows(path: Path, columns: dict[str, NDArray[Any]], manifest: Manifest) -> None:
-    num_rows = len(columns["bin"])
-    shard_of_row = np.repeat(np.arange(len(manifest.shards)), [shard.num_bins for shard in manifest.shards])
-    if not np.array_equal(columns["bin"], np.arange(num_rows)) or not np.array_equal(columns["shard"], shard_of_row):
+def _shard_of_row(manifest: Manifest) -> NDArray[np.int32]:
+    """Position in the manifest's list of the shard of every bin."""
+    sizes = [shard.num_bins for shard in manifest.shards]
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+
+def _check_rows(path: ShardPath, columns: dict[str, NDArray[Any]], manifest: Manifest) -> None:
+    bins, shard_of_row = columns["bin"], _shard_of_row(manifest)
+    # A number is absent where every sample of a bin turned out to be unusable, and a shard where all its bins are.
+    in_order = len(bins) == len(shard_of_row) and bool((np.diff(bins, prepend=-1) > 0).all())
+    numbers = np.unique(columns["shard"]).tolist()
+    if (
+        not in_order
+        or [shard_name(number) for number in numbers] != [shard.file for shard in manifest.shards]
+        or not np.array_equal(np.searchsorted(numbers, columns["shard"]), shard_of_row)
+    ):
         raise ShardError(
             f"{path}: its rows are not the bins that the manifest lists, in order. Build the shards again."
         )
@@ -249,4 +299,4 @@ def _check_rows(path: Path, columns: dict[str, NDArray[Any]], manifest: Manifest
     limits = np.array([shard.num_bytes for shard in manifest.shards], dtype=np.int64)[shard_of_row]
     outside = (columns["offset"] < 0) | (columns["num_bytes"] < TAR_BLOCK) | (ends > limits)
     if bool(outside.any()):
-        raise ShardError(f"{path}: bin {int(outside.argmax())} lies outside its shard. Build the shards again.")
+        raise ShardError(f"{path}: bin {int(bins[outside.argmax()])} lies outside its shard. Build the shards again.")

@@ -4,10 +4,10 @@ Index and order -> an iterator of :class:`StepBatch`. Threads read and check bin
 the micro-batches; a bounded number is kept ready, in order. Whatever goes wrong in a thread is raised in the training
 thread: a bin is never skipped and never replaced.
 
-The state of a stream is the number of its next step; a stream started there goes on exactly.
+The state of a stream is the number of its next step; a stream started there goes on exactly, on any number of ranks.
 
-Cost: memory for ``prefetch`` micro-batches and those of the step handed out. Reading, hashing and decompression run
-outside the interpreter lock, at about 1 GB/s of planes a thread.
+Cost: memory for ``prefetch`` micro-batches and those of the step handed out, used again and again. Reading, hashing and
+decompression run outside the interpreter lock; ``docs/benchmarks.md`` has their speed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from schemas.errors import ConfigError, ShardError
 from train.batch import MicroBatch, build_micro_batch
+from train.buffers import Buffers, PinnedBuffers, ReusedBuffers
 from train.index import ShardIndex
 from train.order import DataOrder
-from train.reader import read_checked_bin
+from train.reader import BinReader, ReadSettings
 from train.vision import WINDOW_SIZE
 
 _JOIN_S = 5.0
@@ -80,6 +81,7 @@ class BinStream(Iterator[StepBatch]):
         prefetch: int = 8,
         read_timeout_s: float = 600.0,
         pin_device: torch.device | None = None,
+        read: ReadSettings | None = None,
     ) -> None:
         """Describe a stream; nothing is read yet.
 
@@ -93,16 +95,23 @@ class BinStream(Iterator[StepBatch]):
             start_step: first step to hand out.
             end_step: the step before which the stream ends, unless the order ends before.
             window_size: ``vision_config.window_size`` of the model, in pixels.
-            num_threads: threads that read and build.
-            prefetch: micro-batches kept ready.
+            num_threads: micro-batches built at once. Local bins are read by as many threads, remote ones by as many as
+                there are connections.
+            prefetch: micro-batches kept ready; of remote shards at least one for each connection.
             read_timeout_s: a micro-batch that takes longer raises instead of hanging.
             pin_device: the CUDA device that the batches will be copied to: they are then in page-locked memory.
+            read: when checksums are compared, and how remote shards are read.
 
         Raises:
-            ConfigError: a value that makes no sense, or an order over another number of bins.
+            ConfigError: a value that makes no sense, or an order over other bins or in other proportions.
         """
         if order.num_bins != index.num_bins:
             raise ConfigError(f"the order is over {order.num_bins} bins, the shards hold {index.num_bins}.")
+        if order.mixture != index.mixture:
+            raise ConfigError(
+                f"the shards are to be mixed as {index.mixture}, the order mixes them as {order.mixture}. Make the "
+                "order with the mixture of the index."
+            )
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; allowed: 0 to {world_size - 1}.")
         if min(num_threads, prefetch) < 1 or not read_timeout_s > 0 or start_step < 0:
@@ -119,10 +128,15 @@ class BinStream(Iterator[StepBatch]):
         self._per_device = per_device
         self._next_step = start_step
         self._window_size = window_size
-        self._num_threads = num_threads
-        self._prefetch = prefetch
         self._read_timeout_s = read_timeout_s
         self._pin_device = pin_device
+        self._buffers: Buffers = ReusedBuffers() if pin_device is None else PinnedBuffers()
+        read = read or ReadSettings()
+        self._reader = BinReader(index, read, self._buffers)
+        # Threads that wait for a server take no processor; only so many of them build at a time.
+        self._num_threads = max(num_threads, read.connections) if self._reader.is_remote else num_threads
+        self._prefetch = max(prefetch, self._num_threads) if self._reader.is_remote else prefetch
+        self._builders = threading.BoundedSemaphore(num_threads)
         self._plan = self._micro_steps(start_step, min(ends) if ends else None)
         self._under_way: deque[_Pending] = deque()
         self._workers: _Workers | None = None
@@ -130,8 +144,12 @@ class BinStream(Iterator[StepBatch]):
 
     @property
     def next_step(self) -> int:
-        """The step that comes next: the whole state of the stream."""
+        """The step that comes next."""
         return self._next_step
+
+    def state_dict(self) -> dict[str, int]:
+        """The whole state of the stream, the same on all ranks: a few integers for :meth:`DataOrder.step_of`."""
+        return self._order.state_dict(self._next_step)
 
     def __iter__(self) -> BinStream:
         return self
@@ -168,6 +186,7 @@ class BinStream(Iterator[StepBatch]):
     def close(self) -> None:
         """Stop the threads and drop what they prepared. The stream has ended then; closing twice does no harm."""
         self._closed = True
+        self._reader.close()
         while self._under_way:
             self._under_way.popleft().batch.cancel()
         if self._workers is not None:
@@ -214,13 +233,18 @@ class BinStream(Iterator[StepBatch]):
         return batch.result()
 
     def _build(self, bins: tuple[int, ...]) -> MicroBatch:
-        batch = build_micro_batch(
-            [read_checked_bin(self._index, number) for number in bins],
-            numbers=bins,
-            where=[str(self._index.locate(number)) for number in bins],
-            window_size=self._window_size,
-        )
-        return batch if self._pin_device is None else batch.pin_memory()
+        loaded = [self._reader.read(number) for number in bins]
+        with self._builders:
+            batch = build_micro_batch(
+                [one.bin for one in loaded],
+                numbers=bins,
+                where=[str(one.location) for one in loaded],
+                window_size=self._window_size,
+                memory=[one.buffer for one in loaded],
+                buffers=self._buffers,
+            )
+            # Planes are page-locked already; this copies the small tensors.
+            return batch if self._pin_device is None else batch.pin_memory()
 
 
 class _Planned(NamedTuple):

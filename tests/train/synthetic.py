@@ -165,7 +165,7 @@ def residuals_of(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return (planes % 256).astype(np.uint8)
 
 
-def bin_members(samples: list[Sample], codec: str, records: list[int]) -> dict[str, bytes]:
+def bin_members(samples: list[Sample], codec: str, records: list[int], dataset: str = "synthetic") -> dict[str, bytes]:
     """Members of a bin in the order they are stored."""
     media = [medium for sample in samples for medium in sample.media]
     lengths = [len(sample.input_ids) for sample in samples]
@@ -186,7 +186,7 @@ def bin_members(samples: list[Sample], codec: str, records: list[int]) -> dict[s
     else:
         members["pixels.raw"] = b"".join(frame.tobytes() for frame in frames)
     members["samples.json"] = json.dumps(
-        [{"dataset": "synthetic", "record": record, "id": f"s{record}"} for record in records]
+        [{"dataset": dataset, "record": record, "id": f"s{record}"} for record in records]
     ).encode()
     return members
 
@@ -199,6 +199,7 @@ def write_shards(
     bins_per_shard: int = 3,
     tokenizer: str = "0" * 32,
     max_length: int = 4096,
+    dataset: str = "synthetic",
 ) -> Path:
     """Write a complete set of shards; returns ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,10 +213,12 @@ def write_shards(
             for number, samples in enumerate(run, start=first):
                 offset = tar.offset
                 records = list(range(len(ledger), len(ledger) + len(samples)))
-                _add_bin(tar, number, bin_members(samples, codec, records))
+                _add_bin(tar, number, bin_members(samples, codec, records, dataset))
                 stored = buffer.getvalue()[offset : tar.offset]
                 rows.append(_bins_row(number, shard, offset, stored, samples))
-                ledger += [_ledger_row(record, number, slot, samples[slot]) for slot, record in enumerate(records)]
+                ledger += [
+                    _ledger_row(dataset, record, number, slot, samples[slot]) for slot, record in enumerate(records)
+                ]
         name = f"bins-{shard:05d}.tar"
         (folder / name).write_bytes(buffer.getvalue())
         shards.append(
@@ -238,7 +241,7 @@ def write_shards(
         software={"vlprep": "synthetic"},
         inputs=[
             InputDataset(
-                dataset="synthetic",
+                dataset=dataset,
                 rate=1.0,
                 num_drawn=len(ledger),
                 media=MediaSettings(),
@@ -246,6 +249,7 @@ def write_shards(
             )
         ],
         counts=_counts(rows, ledger),
+        statistics=[],
         shards=shards,
         tables=tables,
     )
@@ -294,9 +298,9 @@ def _bins_row(number: int, shard: int, offset: int, stored: bytes, samples: list
     }
 
 
-def _ledger_row(record: int, number: int, slot: int, sample: Sample) -> dict[str, object]:
+def _ledger_row(dataset: str, record: int, number: int, slot: int, sample: Sample) -> dict[str, object]:
     return {
-        "dataset": "synthetic",
+        "dataset": dataset,
         "file": "s.jsonl",
         "line": record + 1,
         "record": record,
@@ -316,6 +320,11 @@ def _ledger_row(record: int, number: int, slot: int, sample: Sample) -> dict[str
 def write_table(path: Path, rows: list[dict[str, object]], schema: pa.Schema) -> StoredFile:
     """Write a table and describe it as the manifest does."""
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    return stored_file(path)
+
+
+def stored_file(path: Path) -> StoredFile:
+    """Describe a file as the manifest does."""
     data = path.read_bytes()
     return StoredFile(file=path.name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 

@@ -20,10 +20,11 @@ from train.batch import MicroBatch
 from train.index import ShardIndex, open_shards
 from train.order import DataOrder
 from train.pixels import pixel_values
-from train.reader import read_checked_bin
+from train.reader import BinReader, read_checked_bin
 from train.stream import BinStream
 
 BINS = make_bins(num_bins=10)
+READ = BinReader.read
 
 
 @pytest.fixture(params=["zstd", "raw"])
@@ -180,11 +181,11 @@ def test_what_is_read_ahead_is_handed_out_without_reading(index: ShardIndex, mon
             time.sleep(0.01)
         answers = threading.Event()
 
-        def read(index: ShardIndex, number: int) -> object:
+        def read(reader: BinReader, number: int) -> object:
             assert answers.wait(30)
-            return read_checked_bin(index, number)
+            return READ(reader, number)
 
-        monkeypatch.setattr(stream_module, "read_checked_bin", read)
+        monkeypatch.setattr(BinReader, "read", read)
         assert next(stream).data_wait_s < 5
         assert next(stream).data_wait_s < 5
         threading.Timer(0.2, answers.set).start()
@@ -198,20 +199,20 @@ def stream_threads_are_busy(stream: BinStream) -> bool:
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     reads: list[int] = []
 
-    def read(index: ShardIndex, number: int) -> object:
+    def read(reader: BinReader, number: int) -> object:
         reads.append(number)
-        return read_checked_bin(index, number)
+        return READ(reader, number)
 
-    monkeypatch.setattr(stream_module, "read_checked_bin", read)
+    monkeypatch.setattr(BinReader, "read", read)
     return reads
 
 
 def delayed_reads(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
-    def read(index: ShardIndex, number: int) -> object:
+    def read(reader: BinReader, number: int) -> object:
         time.sleep(seconds)
-        return read_checked_bin(index, number)
+        return READ(reader, number)
 
-    monkeypatch.setattr(stream_module, "read_checked_bin", read)
+    monkeypatch.setattr(BinReader, "read", read)
 
 
 # Damage that comes after the start, and what the message says besides shard, bin and offset.
@@ -328,7 +329,7 @@ def test_a_grid_of_odd_rows_stops(tmp_path: Path) -> None:
 
 def test_a_read_that_stalls_raises_and_names_what_stalls(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    monkeypatch.setattr(stream_module, "read_checked_bin", lambda index, number: released.wait(30))
+    monkeypatch.setattr(BinReader, "read", lambda reader, number: released.wait(30))
     monkeypatch.setattr(stream_module, "_JOIN_S", 0.1)
     stream = open_stream(index, read_timeout_s=0.2)
     began = time.monotonic()
@@ -341,10 +342,10 @@ def test_a_read_that_stalls_raises_and_names_what_stalls(index: ShardIndex, monk
 def test_any_failure_of_a_thread_reaches_the_training_thread(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(index: ShardIndex, number: int) -> object:
+    def read(reader: BinReader, number: int) -> object:
         raise MemoryError("no memory for the bin")
 
-    monkeypatch.setattr(stream_module, "read_checked_bin", read)
+    monkeypatch.setattr(BinReader, "read", read)
     with pytest.raises(MemoryError, match="no memory for the bin"):
         next(open_stream(index))
 

@@ -1,0 +1,70 @@
+"""A set of shards with any number of bins and no contents, for measurements of start-up.
+
+A number of bins -> a folder with manifest and tables as a build of that size has, and shards that are files of the
+right size without blocks on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.manifest import StoredShard, encode_manifest, read_manifest
+from tests.train.synthetic import BINS_SCHEMA, make_bins, stored_file, write_shards
+
+_BINS_PER_SHARD = 500
+_BIN_BYTES = 1 << 20
+
+
+def write_many_bins(folder: Path, num_bins: int) -> Path:
+    """Write a set of ``num_bins`` bins of one MiB each; returns the folder."""
+    write_shards(folder, make_bins(num_bins=1))
+    rng = np.random.default_rng(0)
+    numbers = np.arange(num_bins)
+    tokens = rng.integers(3900, 4097, num_bins)
+    columns = {
+        "bin": numbers,
+        "shard": numbers // _BINS_PER_SHARD,
+        "offset": numbers % _BINS_PER_SHARD * _BIN_BYTES,
+        "num_bytes": np.full(num_bins, _BIN_BYTES),
+        "xxh3": rng.integers(0, 2**63, num_bins, dtype=np.uint64),
+        "num_tokens": tokens,
+        "num_targets": rng.integers(200, 1500, num_bins),
+        "num_samples": rng.integers(1, 40, num_bins),
+        "num_patches": rng.integers(0, 12_000, num_bins),
+        "num_images": rng.integers(0, 10, num_bins),
+        "num_videos": rng.integers(0, 3, num_bins),
+        "sum_squared_lengths": tokens.astype(np.int64) ** 2 // 7,
+    }
+    table = pa.table(
+        {field.name: pa.array(columns[field.name].astype(field.type.to_pandas_dtype())) for field in BINS_SCHEMA}
+    )
+    pq.write_table(table.cast(BINS_SCHEMA), folder / "bins.parquet")
+    shards = []
+    for number in range(-(-num_bins // _BINS_PER_SHARD)):
+        name = f"bins-{number:05d}.tar"
+        of_shard = min(_BINS_PER_SHARD, num_bins - number * _BINS_PER_SHARD)
+        (folder / name).touch()
+        os.truncate(folder / name, of_shard * _BIN_BYTES + 1024)
+        shards.append(
+            StoredShard(
+                file=name,
+                num_bytes=of_shard * _BIN_BYTES + 1024,
+                sha256="0" * 64,
+                first_bin=number * _BINS_PER_SHARD,
+                num_bins=of_shard,
+            )
+        )
+    manifest = read_manifest(folder)
+    tables = [
+        stored_file(folder / "bins.parquet"),
+        *(table for table in manifest.tables if table.file != "bins.parquet"),
+    ]
+    manifest = msgspec.structs.replace(manifest, shards=shards, tables=tables)
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    return folder

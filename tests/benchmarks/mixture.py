@@ -1,0 +1,84 @@
+"""A realistic mixture, packed: sizes of samples as Qwen2.5-VL's settings give them, for measurements of balance.
+
+Five kinds of samples (natural pictures, documents of several pages, charts, clips, text) with lengths and patches
+from plausible distributions, packed by the project's own packer -> what an index would say about the bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.packing import pack
+from train.cost import CostModel
+
+KINDS = ("pictures", "documents", "charts", "clips", "text")
+
+SIZES_OF_3B = CostModel(hidden_size=2048, num_layers=36, intermediate_size=11008, key_value_size=256, vocab_size=151936)
+"""Qwen2.5-VL-3B-Instruct; the vision tower is that of the 7B."""
+
+
+@dataclass(frozen=True)
+class PackedMixture:
+    """Columns of ``bins.parquet`` by name, tokens of every kind in every bin (bins, 5), and how full bins are."""
+
+    columns: dict[str, NDArray[np.int64]]
+    composition: NDArray[np.int64]
+    fill: float
+
+    @property
+    def num_bins(self) -> int:
+        return len(self.composition)
+
+
+def packed_mixture(*, num_samples: int, max_length: int, max_patches: int | None, seed: int) -> PackedMixture:
+    """Draw samples, drop those that are too long, pack the rest."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(5, size=num_samples, p=[0.45, 0.15, 0.12, 0.08, 0.20])
+    patches, text, images, videos = (np.zeros(num_samples, dtype=np.int64) for _ in range(4))
+
+    def words(number: int, median: float, spread: float, most: int) -> None:
+        of_kind = kind == number
+        text[of_kind] = np.clip(rng.lognormal(np.log(median), spread, of_kind.sum()), 30, most)
+
+    words(0, 148, 0.7, 1500)
+    words(1, 90, 0.5, 600)
+    words(2, 74, 0.4, 500)
+    words(3, 100, 0.5, 600)
+    words(4, 330, 1.0, 4000)
+    # one token is four patches; a picture has at most 576 tokens
+    patches[kind == 0] = 4 * np.clip(rng.normal(400, 120, (kind == 0).sum()), 64, 576).astype(np.int64)
+    images[kind == 1] = rng.integers(1, 5, (kind == 1).sum())
+    patches[kind == 1] = 4 * 540 * images[kind == 1]
+    patches[kind == 2] = 4 * np.clip(rng.normal(320, 60, (kind == 2).sum()), 64, 576).astype(np.int64)
+    images[(kind == 0) | (kind == 2)] = 1
+    steps = rng.integers(2, 5, (kind == 3).sum())
+    patches[kind == 3] = 4 * steps * np.clip(rng.normal(600, 150, steps.size), 256, 800).astype(np.int64)
+    videos[kind == 3] = 1
+
+    tokens = patches // 4 + text
+    targets = (text * rng.uniform(0.2, 0.7, num_samples)).astype(np.int64)
+    fits = tokens <= max_length
+    kind, tokens, targets, patches, images, videos = (
+        values[fits] for values in (kind, tokens, targets, patches, images, videos)
+    )
+    bins = pack(tokens, max_length, num_patches=patches, max_patches=max_patches, seed=seed)
+    num_bins = int(bins.max()) + 1
+
+    def summed(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.bincount(bins, weights=values, minlength=num_bins).astype(np.int64)
+
+    return PackedMixture(
+        columns={
+            "num_tokens": summed(tokens),
+            "sum_squared_lengths": summed(tokens * tokens),
+            "num_targets": summed(targets),
+            "num_patches": summed(patches),
+            "num_images": summed(images),
+            "num_videos": summed(videos),
+        },
+        composition=np.stack([summed(tokens * (kind == number)) for number in range(5)], axis=1),
+        fill=float(tokens.sum() / num_bins / max_length),
+    )

@@ -1,0 +1,233 @@
+"""How fast the stream is, beside the other ways to the same batches: ``python -m tests.benchmarks.stream``.
+
+One run makes a corpus, builds it with both codecs through the command line, and measures in turns, on warm files:
+
+- the stream of the trainer, up to micro-batches ready for the copy to the device;
+- reading the same shard files, and nothing else;
+- plain ``webdataset`` over the same shards, decoded; then with pixels decompressed, then with residuals undone too;
+- the online way: open the picture, Hugging Face image processor, tokenize, for each sample;
+- opening a set of a million bins.
+
+Each figure is the best of several rounds in seconds of processor time, of all threads together, so that other work on
+the machine disturbs it little. Takes about two minutes; ``--samples`` changes the size of the corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import webdataset
+import zstandard
+from PIL import Image, ImageOps
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.benchmarks.index import write_many_bins
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.photographs import write_photographs
+from train.index import ShardIndex, open_shards
+from train.order import DataOrder
+from train.reader import ReadSettings
+from train.stream import BinStream
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CODECS = ("raw", "zstd")
+MAX_PIXELS = 576 * 28 * 28
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass did."""
+
+    tokens: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Best of several passes, in seconds of processor time."""
+
+    work: Work
+    cpu_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.work.tokens / self.cpu_s
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.work.num_bytes / self.cpu_s
+
+
+def measure(contenders: dict[str, Callable[[], Work]], rounds: int) -> dict[str, Figure]:
+    """Run all contenders in turns; the first round only warms up."""
+    best: dict[str, Figure] = {}
+    for turn in range(rounds + 1):
+        for name, run in contenders.items():
+            began = time.process_time()
+            work = run()
+            figure = Figure(work, time.process_time() - began)
+            if turn and (name not in best or figure.cpu_s < best[name].cpu_s):
+                best[name] = figure
+    return best
+
+
+def stream(index: ShardIndex, verify: str) -> Work:
+    """An epoch of the trainer's stream; every micro-batch is dropped when the next one comes."""
+    order = DataOrder(index.cost(), seed=0, global_batch=1, epochs=1)
+    read = ReadSettings(verify=verify)
+    tokens = num_bytes = 0
+    with BinStream(index, order, rank=0, world_size=1, accumulation=1, per_device=1, num_threads=1, read=read) as steps:
+        for batch in steps:
+            tokens += batch.num_tokens
+            num_bytes += int(index.num_bytes[list(batch.bins)].sum())
+    return Work(tokens, num_bytes)
+
+
+def read_files(index: ShardIndex) -> Work:
+    """All bytes of the shards, in reads of a MiB to one buffer."""
+    buffer = bytearray(1 << 20)
+    num_bytes = 0
+    for path in index.shard_paths:
+        with open(str(path), "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                num_bytes += count
+    return Work(int(index.num_tokens.sum()), num_bytes)
+
+
+def plain_webdataset(index: ShardIndex, *, decompressed: bool = False, undone: bool = False) -> Work:
+    """All bins by ``webdataset``, decoded by its own decoders; the rest as ``docs/format.md`` shows it."""
+    tokens = 0
+    for one in webdataset.WebDataset([str(path) for path in index.shard_paths], shardshuffle=False).decode():
+        tokens += one["input_ids.npy"].size
+        if not decompressed:
+            continue
+        planes = np.frombuffer(zstandard.decompress(one["pixels.zst"]), np.uint8)
+        at = 0
+        for (t, h, w), kind in zip(one["grid_thw.npy"].tolist() if undone else (), one["media_type.npy"]):
+            num_frames = 2 * t if kind else 1
+            size = num_frames * 3 * 14 * h * 14 * w
+            frames = planes[at : at + size].reshape(num_frames, 3, 14 * h, 14 * w)
+            frames = frames.cumsum(axis=3, dtype=np.uint8).cumsum(axis=2, dtype=np.uint8)
+            frames[:, [0, 2]] += frames[:, [1]]
+            at += size
+    return Work(tokens, int(index.num_bytes.sum()))
+
+
+class Online:
+    """What a data loader does that has annotations and pictures only."""
+
+    def __init__(self, annotations: Path, checkpoint: Path, num_samples: int) -> None:
+        self._folder = annotations.parent
+        self._records = [json.loads(line) for line in annotations.read_text().splitlines()[:num_samples]]
+        self._processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+
+    def __call__(self) -> Work:
+        tokens = 0
+        for record in self._records:
+            with Image.open(self._folder / record["image"]) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("RGB")
+            pixels = self._processor(images=[picture], max_pixels=MAX_PIXELS, return_tensors="pt")
+            num_pads = int(pixels["image_grid_thw"].prod()) // 4
+            question, answer = (turn["value"] for turn in record["conversations"])
+            pads = f"<|vision_start|>{'<|image_pad|>' * num_pads}<|vision_end|>"
+            text = (
+                "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                f"<|im_start|>user\n{question.replace('<image>', pads)}<|im_end|>\n"
+                f"<|im_start|>assistant\n{answer}<|im_end|>\n"
+            )
+            tokens += self._tokenizer(text, return_tensors="pt")["input_ids"].shape[1]
+        return Work(tokens)
+
+
+def make_shards(folder: Path, num_samples: int) -> tuple[Path, Path]:
+    """Corpus, tokenizer and both sets of shards; returns the annotation file and the checkpoint."""
+    annotations = write_photographs(folder / "corpus", num_samples)
+    checkpoint = folder / "checkpoint"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    commands = [["-m", "train.tiny_model", str(checkpoint)]]
+    for codec in CODECS:
+        build = ["build", str(annotations), "--out", str(folder / codec), "--model", str(checkpoint), "--pixels", codec]
+        commands.append(["-c", "from prep.cli import main; main()", *build])
+    for command in commands:
+        subprocess.run([sys.executable, *command], env=environment, cwd=REPOSITORY, check=True, capture_output=True)
+    return annotations, checkpoint
+
+
+def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterator[tuple[str, float | None]]:
+    """Measure everything; yields lines of a report, those of the four aims with their ratio."""
+    torch.set_num_threads(1)
+    annotations, checkpoint = make_shards(folder, num_samples)
+    raw, zstd = (open_shards(folder / codec) for codec in CODECS)
+    online = Online(annotations, checkpoint, min(num_samples, 32))
+    found = measure(
+        {
+            "raw": lambda: stream(raw, "always"),
+            "raw, unchecked": lambda: stream(raw, "never"),
+            "files": lambda: read_files(raw),
+            "webdataset raw": lambda: plain_webdataset(raw),
+            "zstd": lambda: stream(zstd, "always"),
+            "webdataset zstd": lambda: plain_webdataset(zstd),
+            "webdataset zstd, decompressed": lambda: plain_webdataset(zstd, decompressed=True),
+            "webdataset zstd, undone": lambda: plain_webdataset(zstd, decompressed=True, undone=True),
+        },
+        rounds,
+    )
+    found |= measure({"online": online}, 2)
+    planes = int(raw.num_patches.sum()) * 588
+    yield (
+        (
+            f"corpus: {num_samples} pictures of 0.8 to 1 megapixel, {int(raw.num_tokens.sum()):,} tokens in "
+            f"{raw.num_bins} bins; planes {planes / 1e6:.0f} MB, as zstd {int(zstd.num_bytes.sum()) / planes:.2f} of that"
+        ),
+        None,
+    )
+    for name, figure in found.items():
+        speed = f"{figure.bytes_per_s / 1e9:7.2f} GB/s of file" if figure.work.num_bytes else ""
+        yield f"{name:<30} {figure.tokens_per_s / 1e6:9.4f} M tokens/s a core {speed}", None
+
+    def tokens(name: str, other: str) -> float:
+        return found[name].tokens_per_s / found[other].tokens_per_s
+
+    yield "raw against reading the files", found["raw"].bytes_per_s / found["files"].bytes_per_s
+    yield "raw against plain webdataset", tokens("raw", "webdataset raw")
+    yield "zstd against plain webdataset, decompressed", tokens("zstd", "webdataset zstd, decompressed")
+    yield "zstd against plain webdataset, residuals undone", tokens("zstd", "webdataset zstd, undone")
+    yield "raw against online", tokens("raw", "online")
+    yield "zstd against online", tokens("zstd", "online")
+    write_many_bins(folder / "many", num_bins)
+    began = time.perf_counter()
+    index = open_shards(folder / "many")
+    DataOrder(index.cost(), seed=0, global_batch=256).bins_of_step(0, world_size=64, accumulation=4, per_device=1)
+    yield f"start-up with {num_bins:,} bins, seconds", time.perf_counter() - began
+
+
+@click.command(name="python -m tests.benchmarks.stream")
+@click.option("--samples", type=click.IntRange(min=8), default=256, show_default=True, help="Pictures of the corpus.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--bins", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Of the start-up.")
+@click.option("--work", type=click.Path(path_type=Path), help="Where files are made.  [default: a temporary folder]")
+def main(samples: int, rounds: int, bins: int, work: Path | None) -> None:
+    """Measure the stream beside the other ways."""
+    click.echo(describe_machine("numpy", "torch", "transformers", "webdataset", "zstandard", "xxhash", "pillow"))
+    with contextlib.ExitStack() as stack:
+        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlprep-bench-")))
+        for line, ratio in run(folder, num_samples=samples, rounds=rounds, num_bins=bins):
+            click.echo(line if ratio is None else f"{line:<50} {ratio:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Both programs together, through their command lines: annotations in, a trained model out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from schemas.manifest import read_manifest
+from tests.prep.corpus import turn
+from train.index import open_shards
+from train.reader import BinReader
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+VLPREP = [sys.executable, "-c", "from prep.cli import main; main()"]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+
+def run(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, cwd=REPOSITORY, env=ENVIRONMENT
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def train_on(shards: Path, model: Path, out: Path, *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    rates = [word for flag in ("learning_rate", "mm_projector_lr", "vision_tower_lr") for word in (f"--{flag}", "2e-3")]
+    flags = ["--shards", shards, "--model_name_or_path", model, "--output_dir", out, "--tune_mm_vision", "True"]
+    port = 20000 + os.getpid() % 9000
+    return run(
+        *DEEPSPEED, "--master_port", port, "train/main.py", *flags, *rates,
+        "--gradient_checkpointing", "False", "--save_steps", "0", "--logging_steps", "1", *more, code=code,
+    )  # fmt: skip
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def real(qwen_demo: Path, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[Path]:
+    out = tmp_path_factory.mktemp("real")
+    done = run(
+        *VLPREP, "build", qwen_demo / "annotations.jsonl", "--out", out / "shards", "--model", tiny_checkpoint,
+        "--max-length", "2048",
+    )  # fmt: skip
+    assert "7 annotations = 6 packed + 1 rejected + 0 not sampled" in done.stdout
+    assert "media_missing: 1" in done.stdout
+    yield out
+    shutil.rmtree(out)
+
+
+def test_real_pictures_and_clips_become_shards_and_the_loss_falls_in_twelve_steps(
+    real: Path, tiny_checkpoint: Path
+) -> None:
+    run(*VLPREP, "verify", real / "shards")
+    train_on(real / "shards", tiny_checkpoint, real / "run", "--max_steps", 12, "--gradient_accumulation_steps", 1)
+    found = losses(real / "run")
+    assert len(found) == 12
+    assert sum(found[-3:]) < 0.8 * sum(found[:3])
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    _, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(real / "run" / "final", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_shards_of_another_tokenizer_are_refused_with_one_sentence(real: Path, tiny_checkpoint: Path) -> None:
+    other = real / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    tokenizer: dict[str, Any] = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = train_on(real / "shards", other, real / "refused", "--max_steps", 1, code=2)
+    assert "okenizer" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_folder_without_a_manifest_is_refused_with_one_sentence(real: Path, tiny_checkpoint: Path) -> None:
+    (real / "empty").mkdir()
+    done = train_on(real / "empty", tiny_checkpoint, real / "refused", "--max_steps", 1, code=1)
+    assert "manifest" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_reads_over(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """Pictures that are cut short pass the scan, which reads headers only, and fail when they are decoded."""
+    for number in range(3):
+        Image.effect_noise((140, 140), 90).convert("RGB").save(tmp_path / f"{number}.jpg")
+    cut = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "0.jpg").write_bytes(cut[: len(cut) // 2])
+    records = [{"image": f"{number}.jpg", "conversations": turn("<image>?")} for number in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    run(
+        *VLPREP, "build", tmp_path / "a.json", "--out", tmp_path / "out", "--model", tiny_checkpoint,
+        "--max-length", "64", "--shard-bytes", "1",
+    )  # fmt: skip
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.counts.num_packed, manifest.counts.num_rejected, len(manifest.shards)) == (2, 1, 2)
+    index = open_shards(tmp_path / "out")
+    missing = {0, 1, 2} - set(index.local_bin.tolist())
+    assert len(missing) == 1
+    reader = BinReader(index)
+    assert [reader.read(number).bin.index for number in range(index.num_bins)] == index.local_bin.tolist()
+    run(*VLPREP, "verify", tmp_path / "out")
+    explained = run(sys.executable, "-m", "train.order", "--shards", tmp_path / "out", "--global-batch", 2,
+                    "--world-size", 2, "--step", 0)  # fmt: skip
+    assert explained.stdout.count("a.json:") == 2
+
+
+def test_make_asks_for_a_path_before_a_registered_dataset_can_be_used(tmp_path: Path) -> None:
+    done = run(*VLPREP, "build", "mp_doc%50", "--out", tmp_path / "out", code=2)
+    assert "datasets.toml:" in done.stderr
+    assert "annotation_path" in done.stderr

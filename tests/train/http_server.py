@@ -1,0 +1,103 @@
+"""A file server with range requests that can be told to misbehave: ``python tests/train/http_server.py FOLDER``.
+
+It prints its port. The first part of a path says how shards are answered (tables and manifests are always answered
+well): ``/plain/...``; ``/slow/...`` after 0.2 s; ``/flaky/...`` with an error first and well when asked again;
+``/broken/...`` with an error always; ``/cut/...`` with the connection closed in the middle of the first answer;
+``/short/...`` with a complete answer that has too few bytes, the first time; ``/stall/...`` with half an answer, the
+first time, and then silence; ``/silent/...`` so always; ``/whole/...`` with the whole file whatever the range;
+``/sizeless/...`` without a length. ``/stats`` counts requests and how many were answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
+LOCK = threading.Lock()
+STATS: Counter[str] = Counter()
+SEEN: Counter[str] = Counter()
+SILENCE_S = 20.0
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if self.path == "/stats":
+            return self.send(200, json.dumps(STATS).encode())
+        behaviour, _, name = self.path.lstrip("/").partition("/")
+        path = FOLDER / name
+        if not path.is_file():
+            return self.send(404, b"")
+        data = path.read_bytes()
+        asked = self.headers.get("Range")
+        if asked is None or self.command == "HEAD" or not name.endswith(".tar"):
+            return self.send(200, data, sized=behaviour != "sizeless")
+        first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+        with LOCK:
+            STATS["requests"] += 1
+            STATS["now"] += 1
+            STATS["most"] = max(STATS["most"], STATS["now"])
+            # A request that goes on where an answer broke off ends where the first one ended.
+            SEEN[f"{self.path} {last}"] += 1
+            is_first = SEEN[f"{self.path} {last}"] == 1
+        try:
+            self.answer(behaviour, data, data[first : last + 1], is_first)
+        finally:
+            with LOCK:
+                STATS["now"] -= 1
+
+    def answer(self, behaviour: str, whole: bytes, part: bytes, is_first: bool) -> None:
+        if behaviour == "slow":
+            time.sleep(0.2)
+        elif behaviour == "broken" or (behaviour == "flaky" and is_first):
+            return self.send(503, b"busy")
+        elif behaviour == "whole":
+            return self.send(200, whole)
+        elif behaviour == "short" and is_first:
+            return self.send(206, part[: len(part) // 2])
+        elif behaviour == "silent" or (behaviour in ("cut", "stall") and is_first):
+            self.send(206, part[: len(part) // 2], length=len(part))
+            self.wfile.flush()
+            if behaviour != "cut":
+                time.sleep(SILENCE_S)
+            self.close_connection = True
+            return None
+        return self.send(206, part)
+
+    def send(self, status: int, body: bytes, *, length: int | None = None, sized: bool = True) -> None:
+        self.send_response(status)
+        if sized:
+            self.send_header("Content-Length", str(len(body) if length is None else length))
+        else:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def main() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    sys.stdout.write(f"{server.server_address[1]}\n")
+    sys.stdout.flush()
+    threading.Timer(300, server.shutdown).start()  # it ends by itself, whatever becomes of the test
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

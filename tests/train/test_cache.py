@@ -1,0 +1,223 @@
+"""The local cache of remote bins: never too large, never wrong, whoever shares it and whoever is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from schemas.errors import ConfigError, ShardError
+from tests.train.synthetic import make_bins, write_shards
+from train import cache as cache_module
+from train.cache import BinCache, cache_key
+from train.index import ShardIndex, open_shards
+from train.reader import BinReader, ReadSettings, read_checked_bin
+from train.storage import Patience
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+QUICK = Patience(attempts=1, first_delay_s=0.0)
+
+
+def key_of(number: int) -> str:
+    return cache_key("0" * 64, number, 1000)
+
+
+def data_of(number: int, size: int = 1000) -> bytes:
+    return bytes([number % 256]) * size
+
+
+def read(cache: BinCache, number: int, size: int = 1000) -> bytes | None:
+    out = bytearray(size)
+    return bytes(out) if cache.read(key_of(number), memoryview(out)) else None
+
+
+def held(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("??/*") if not path.name.startswith(".tmp"))
+
+
+def test_what_is_written_is_read_also_by_another_process(tmp_path: Path) -> None:
+    cache = BinCache(tmp_path / "cache", 10_000)
+    assert read(cache, 1) is None
+    cache.write(key_of(1), memoryview(data_of(1)))
+    assert read(cache, 1) == read(BinCache(tmp_path / "cache", 10_000), 1) == data_of(1)
+    assert read(cache, 2) is None
+
+
+def test_the_least_recently_used_bins_go_first(tmp_path: Path) -> None:
+    """Ten bins fill the cache; bins 0 and 3 are used again; the eleventh pushes out bins 1 and 2, to nine tenths."""
+    cache = BinCache(tmp_path, 10_000)
+    for number in range(10):
+        cache.write(key_of(number), memoryview(data_of(number)))
+        os.utime(tmp_path / key_of(number)[:2] / key_of(number), (number, number))
+    assert read(cache, 0) and read(cache, 3)
+    cache.write(key_of(10), memoryview(data_of(10)))
+    assert [number for number in range(11) if read(cache, number)] == [0, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert cache.size() == 9_000
+
+
+def test_a_bin_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
+    cache = BinCache(tmp_path / "cache", 999)
+    cache.write(key_of(0), memoryview(data_of(0)))
+    assert cache.size() == 0
+
+
+def test_a_torn_file_counts_as_absent_and_goes(tmp_path: Path) -> None:
+    cache = BinCache(tmp_path, 10_000)
+    cache.write(key_of(0), memoryview(data_of(0)))
+    (path,) = held(tmp_path)
+    for torn in (data_of(0)[:-1], data_of(0) + b"x", b""):
+        path.write_bytes(torn)
+        assert read(cache, 0) is None
+        assert not path.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    cache = BinCache(tmp_path / "cache", 10_000)
+    for number in range(3):
+        cache.write(key_of(number), memoryview(data_of(number)))
+    assert [record.message for record in caplog.records if "cannot be written" in record.message] == [
+        caplog.records[0].message
+    ]
+
+
+HAMMER = """
+import random, sys
+from pathlib import Path
+from tests.train.test_cache import data_of, key_of
+from train.cache import BinCache
+
+cache, rng = BinCache(Path(sys.argv[1]), int(sys.argv[2])), random.Random(int(sys.argv[3]))
+for turn in range(int(sys.argv[4])):
+    number = rng.randrange(60)
+    out = bytearray(1000)
+    if cache.read(key_of(number), memoryview(out)):
+        assert out == data_of(number), number
+    else:
+        cache.write(key_of(number), memoryview(data_of(number)))
+    assert cache.size() <= int(sys.argv[2]), cache.size()
+"""
+
+
+def hammer(folder: Path, *, limit: int, seed: int, turns: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", HAMMER, str(folder), str(limit), str(seed), str(turns)]
+    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+def test_processes_that_share_a_cache_keep_to_the_limit_and_read_what_was_written(tmp_path: Path) -> None:
+    running = [hammer(tmp_path, limit=20_000, seed=seed, turns=150) for seed in range(3)]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
+    assert 0 < BinCache(tmp_path, 20_000).size() <= 20_000
+
+
+def test_processes_that_are_killed_leave_no_wrong_bin_and_no_lock(tmp_path: Path) -> None:
+    for seed in range(4):
+        process = hammer(tmp_path, limit=20_000, seed=seed, turns=10**6)
+        deadline = time.monotonic() + 60
+        while len(held(tmp_path)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05 * seed)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    cache = BinCache(tmp_path, 20_000)
+    for number in range(60):
+        assert read(cache, number) in (None, data_of(number))
+    assert hammer(tmp_path, limit=20_000, seed=9, turns=100).wait(60) == 0
+
+
+def test_what_a_killed_process_left_half_written_goes_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = BinCache(tmp_path, 3_000)
+    cache.write(key_of(0), memoryview(data_of(0)))
+    left = tmp_path / key_of(0)[:2] / ".tmp-left"
+    left.write_bytes(bytes(500))
+    assert cache.size() == 1_500
+    monkeypatch.setattr(cache_module, "_STALE_S", -1.0)
+    assert cache.size() == 1_000
+    assert not left.exists()
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[ShardIndex]:
+    folder = write_shards(tmp_path / "set", make_bins(num_bins=12))
+    system = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        system.pipe_file(f"/cached/{path.name}", path.read_bytes())
+    yield open_shards("memory://cached")
+    system.rm("/cached", recursive=True)
+
+
+def gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is no more: only the cache can answer."""
+
+    def read_range(*args: object, **kwargs: object) -> int:
+        raise OSError("the network is unreachable")
+
+    monkeypatch.setattr("train.reader.read_range", read_range)
+
+
+def reader(index: ShardIndex, folder: Path, **changes: object) -> BinReader:
+    return BinReader(index, ReadSettings(cache_dir=folder, patience=QUICK, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verify", ["always", "first", "never"])
+def test_bins_come_from_the_cache_when_they_were_read_before(
+    remote: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: str
+) -> None:
+    first = reader(remote, tmp_path / "cache", verify=verify)
+    wanted = [first.read(number).bin.input_ids.tolist() for number in range(12)]
+    gone(monkeypatch)
+    for one in (first, reader(remote, tmp_path / "cache", verify=verify)):
+        assert [one.read(number).bin.input_ids.tolist() for number in range(12)] == wanted
+
+
+def test_a_damaged_bin_of_the_cache_is_fetched_again(remote: ShardIndex, tmp_path: Path) -> None:
+    one = reader(remote, tmp_path / "cache")
+    one.read(4)
+    (path,) = held(tmp_path / "cache")
+    good = path.read_bytes()
+    path.write_bytes(good[:900] + bytes([good[900] ^ 1]) + good[901:])
+    assert one.read(4).bin.index == 4
+    assert path.read_bytes() == good
+
+
+def test_bytes_that_are_wrong_at_the_source_never_enter_the_cache(remote: ShardIndex, tmp_path: Path) -> None:
+    """Not even where checksums are not asked for."""
+    system = fsspec.filesystem("memory")
+    data = bytearray(system.cat_file("/cached/bins-00000.tar"))
+    data[int(remote.offset[1]) + 600] ^= 1
+    system.pipe_file("/cached/bins-00000.tar", bytes(data))
+    with pytest.raises(ShardError, match=r"bin 1 at offset .*checksum"):
+        reader(remote, tmp_path / "cache", verify="never").read(1)
+    assert not held(tmp_path / "cache")
+
+
+def test_bins_of_another_build_are_not_taken_from_the_cache(
+    remote: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same place in the same shard of another build: another key."""
+    reader(remote, tmp_path / "cache").read(0)
+    system = fsspec.filesystem("memory")
+    for path in write_shards(tmp_path / "other", make_bins(seed=5, num_bins=12)).iterdir():
+        system.pipe_file(f"/cached/{path.name}", path.read_bytes())
+    other = open_shards("memory://cached")
+    wanted = read_checked_bin(other, 0)
+    assert reader(other, tmp_path / "cache").read(0).bin.input_ids.tolist() == wanted.input_ids.tolist()
+
+
+def test_a_cache_for_shards_on_a_disk_is_wrong_use(tmp_path: Path) -> None:
+    index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=1)))
+    with pytest.raises(ConfigError, match="has no effect: all shards lie on a file system"):
+        reader(index, tmp_path / "cache")
+    with pytest.raises(ConfigError, match="cache of 0 bytes"):
+        BinCache(tmp_path, 0)

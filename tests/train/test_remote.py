@@ -1,0 +1,236 @@
+"""Shards behind a URL: the same bins as from a disk, from servers that are slow, fail, stall or die."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from schemas.errors import ConfigError, ShardError
+from tests.train import http_server
+from tests.train.synthetic import make_bins, write_shards
+from train.batch import MicroBatch
+from train.explain import source_samples
+from train.index import ShardIndex, open_shards
+from train.order import DataOrder
+from train.reader import BinReader, ReadSettings
+from train.storage import Patience, RemotePath, file_sizes
+from train.stream import BinStream
+
+QUICK = Patience(attempts=3, timeout_s=2.0, first_delay_s=0.01, max_delay_s=0.05)
+BINS = make_bins(num_bins=24)
+
+
+class Server:
+    """A server process of our own, and where it answers."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, str(Path(http_server.__file__)), str(folder)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.address = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+
+    def die(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stats(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"{self.address}/stats") as answer:
+            found: dict[str, int] = json.load(answer)
+        return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("served") / "set", BINS, bins_per_shard=5)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    running = Server(folder.parent)
+    yield running
+    running.die()
+    assert running.process.stdout is not None
+    running.process.stdout.close()
+
+
+@pytest.fixture
+def in_memory(folder: Path) -> Iterator[str]:
+    system = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        system.pipe_file(f"/bucket/set/{path.name}", path.read_bytes())
+    yield "memory://bucket"
+    system.rm("/bucket", recursive=True)
+
+
+def stream_of(index: ShardIndex, read: ReadSettings | None = None, **changes: object) -> BinStream:
+    order = DataOrder(index.cost(), seed=1, global_batch=4, epochs=1)
+    settings: dict[str, object] = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1, **changes}
+    return BinStream(index, order, read=read or ReadSettings(patience=QUICK), **settings)  # type: ignore[arg-type]
+
+
+def tensors_of(micro: MicroBatch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    micro.map(lambda tensor: (found.append(tensor), tensor)[1])
+    return found
+
+
+def assert_same_stream(url: str, folder: Path, read: ReadSettings | None = None) -> None:
+    """All tensors of an epoch equal those read from the disk."""
+    with stream_of(open_shards(url), read) as remote, stream_of(open_shards(folder)) as local:
+        num_steps = 0
+        for ours, theirs in zip(remote, local):
+            assert ours.bins == theirs.bins
+            for one, other in zip(ours.micro_batches, theirs.micro_batches):
+                assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other)))
+            num_steps += 1
+    assert num_steps == 6
+
+
+@pytest.mark.parametrize("behaviour", ["plain", "slow", "flaky", "cut", "short"])
+def test_an_epoch_over_http_equals_that_of_the_disk(server: Server, folder: Path, behaviour: str) -> None:
+    """Also where every first answer is an error, is cut off, or has too few bytes."""
+    assert_same_stream(f"{server.address}/{behaviour}/set", folder)
+    assert server.stats()["requests"] == (24 if behaviour in ("plain", "slow") else 48)
+
+
+def test_an_epoch_from_an_object_store_equals_that_of_the_disk(in_memory: str, folder: Path) -> None:
+    assert_same_stream(f"{in_memory}/set", folder)
+    index = open_shards(in_memory)
+    assert [str(found) for found in index.folders] == ["memory://bucket/set"], "sub-folders are found by listing"
+    assert index.fingerprint == open_shards(folder).fingerprint
+    assert source_samples(index, [7]) == source_samples(open_shards(folder), [7])
+
+
+def test_an_answer_that_stalls_is_asked_for_again(server: Server, folder: Path) -> None:
+    patience = Patience(attempts=4, timeout_s=1.0, first_delay_s=0.01)
+    assert_same_stream(f"{server.address}/stall/set", folder, ReadSettings(patience=patience, connections=24))
+
+
+def test_requests_run_at_once_up_to_the_limit(server: Server, folder: Path) -> None:
+    """24 bins of 0.2 s each: 8 at a time take 0.6 s, one after the other would take 4.8 s."""
+    read = ReadSettings(patience=QUICK, connections=8)
+    with stream_of(open_shards(f"{server.address}/slow/set"), read, num_threads=1, prefetch=1) as stream:
+        assert len(list(stream)) == 6
+    assert 4 <= server.stats()["most"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "says"),
+    [
+        ("broken", r"no answer in 3 attempts over [\d.]+ s, the last: ClientResponseError: 503"),
+        ("silent", r"no answer in 3 attempts over [\d.]+ s, the last: FSTimeoutError"),
+        ("whole", "the server has no range requests"),
+    ],
+)
+def test_a_server_that_never_answers_well_stops_with_shard_bin_and_offset(
+    server: Server, behaviour: str, says: str
+) -> None:
+    index = open_shards(f"{server.address}/{behaviour}/set")
+    patience = Patience(attempts=3, timeout_s=0.3, first_delay_s=0.01)
+    began = time.monotonic()
+    with pytest.raises(ShardError, match=rf"/set/bins-0000\d\.tar, bin \d+ at offset \d+: cannot be read: .*{says}"):
+        next(stream_of(index, ReadSettings(patience=patience)))
+    assert time.monotonic() - began < 10
+
+
+def test_a_server_that_dies_stops_the_stream(server: Server) -> None:
+    """What was read ahead is still handed out; then the training thread learns of it, soon."""
+    stream = stream_of(open_shards(f"{server.address}/plain/set"), ReadSettings(patience=QUICK, connections=2))
+    next(stream)
+    server.die()
+    began = time.monotonic()
+    with pytest.raises(ShardError, match=r"bin \d+ at offset \d+: cannot be read: no answer in 3 attempts .*resume"):
+        list(stream)
+    assert time.monotonic() - began < 10
+    assert next(stream, None) is None
+
+
+def test_a_server_that_comes_back_is_waited_for(server: Server, folder: Path, tmp_path: Path) -> None:
+    """A port that refuses connections for a while, as behind a load balancer that restarts."""
+    index = open_shards(f"{server.address}/plain/set")
+    port = server.address.rpartition(":")[2]
+    server.die()
+    code = f"import time; time.sleep(1); import sys; sys.argv[1:] = [{str(folder.parent)!r}]; " + (
+        f"sys.path.insert(0, {str(Path(http_server.__file__).parent)!r}); import http_server as h; "
+        f"h.ThreadingHTTPServer(('127.0.0.1', {port}), h.Handler).serve_forever()"
+    )
+    later = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        patience = Patience(attempts=40, timeout_s=5.0, first_delay_s=0.2, max_delay_s=0.2)
+        found = BinReader(index, ReadSettings(patience=patience)).read(3)
+        assert found.bin.index == 3
+    finally:
+        later.kill()
+        later.wait()
+
+
+def test_closing_a_stream_does_not_wait_for_a_dead_server(server: Server) -> None:
+    index = open_shards(f"{server.address}/plain/set")
+    stream = stream_of(index, ReadSettings(patience=Patience(attempts=9, first_delay_s=30.0, max_delay_s=30.0)))
+    server.die()
+    with pytest.raises(ShardError, match="not read within"):
+        stream._read_timeout_s = 0.5
+        next(stream)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 5
+
+
+def test_a_missing_set_and_a_dead_server_are_told_apart_at_start(server: Server, folder: Path) -> None:
+    with pytest.raises(ShardError, match=r"holds no manifest\.json"):
+        open_shards(f"{server.address}/plain/nothing")
+    assert file_sizes(RemotePath(f"{server.address}/plain/set"), ["bins-00000.tar", "none.tar"], QUICK) == {
+        "bins-00000.tar": (folder / "bins-00000.tar").stat().st_size
+    }
+    server.die()
+    with pytest.raises(OSError, match="no answer in 3 attempts"):
+        file_sizes(RemotePath(f"{server.address}/plain/set"), ["bins-00000.tar"], QUICK)
+
+
+def test_a_server_that_tells_no_sizes_is_refused(server: Server) -> None:
+    with pytest.raises(ShardError, match=r"does not tell the size of http://.*/sizeless/set/"):
+        open_shards(f"{server.address}/sizeless/set")
+
+
+def test_a_shard_of_another_size_stops_at_start(in_memory: str, folder: Path) -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/bucket/set/bins-00002.tar", (folder / "bins-00002.tar").read_bytes()[:-1])
+    with pytest.raises(ShardError, match=r"memory://bucket/set/bins-00002\.tar has \d+ bytes, its manifest says \d+"):
+        open_shards(in_memory)
+    system.rm("/bucket/set/bins-00002.tar")
+    with pytest.raises(ShardError, match=r"memory://bucket/set/bins-00002\.tar is missing"):
+        open_shards(in_memory)
+    system.rm("/bucket/set/manifest.json")
+    with pytest.raises(ShardError, match=r"memory://bucket/set/manifest\.json is missing"):
+        open_shards(in_memory)
+
+
+def test_a_changed_byte_in_an_object_store_stops(in_memory: str) -> None:
+    index = open_shards(in_memory)
+    location = index.locate(13)
+    system = fsspec.filesystem("memory")
+    data = bytearray(system.cat_file("/bucket/set/bins-00002.tar"))
+    data[location.offset + 700] ^= 1
+    system.pipe_file("/bucket/set/bins-00002.tar", bytes(data))
+    with pytest.raises(ShardError, match=rf"memory://bucket/set/bins-00002\.tar, bin 13 at offset {location.offset}: "):
+        list(stream_of(index))
+
+
+def test_a_url_that_cannot_be_read_here_names_the_package() -> None:
+    with pytest.raises(ConfigError, match=r"s3://bucket/set cannot be read here: Install s3fs"):
+        open_shards("s3://bucket/set")
+    with pytest.raises(ConfigError, match=r"no-such://x cannot be read here: Protocol not known"):
+        open_shards("no-such://x")
+
+
+def test_messages_hold_no_password() -> None:
+    assert str(RemotePath("http://user:secret@host/a") / "b") == "http://***@host/a/b"

@@ -1,0 +1,162 @@
+"""Damage of every kind, at every place, with every setting: found and named, or knowingly not looked for."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schemas.bins import ARRAY_MEMBERS
+from schemas.errors import ConfigError, ShardError
+from tests.train.synthetic import make_bins, write_shards
+from train.index import ShardIndex, open_shards
+from train.reader import VERIFY, BinReader, ReadSettings, read_checked_bin
+
+NUMBER = 4
+MEMBERS = {
+    codec: [*ARRAY_MEMBERS, pixels, "samples.json"] for codec, pixels in (("zstd", "pixels.zst"), ("raw", "pixels.raw"))
+}
+PLACES = [(codec, member, part) for codec in MEMBERS for member in MEMBERS[codec] for part in ("header", "contents")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("made")
+    for codec in MEMBERS:
+        write_shards(root / codec, make_bins(num_bins=8), codec=codec)
+    return root
+
+
+def copy_of(made: Path, tmp_path: Path, codec: str = "zstd") -> ShardIndex:
+    return open_shards(shutil.copytree(made / codec, tmp_path / codec))
+
+
+def byte_of(index: ShardIndex, member: str, part: str) -> int:
+    """Where in its shard the header of a member of bin NUMBER begins, or the last byte of its contents lies."""
+    location = index.locate(NUMBER)
+    assert isinstance(location.path, Path)
+    data = location.path.read_bytes()[location.offset : location.offset + location.num_bytes]
+    with tarfile.open(fileobj=io.BytesIO(data + bytes(1024))) as tar:
+        info = tar.getmember(f"{NUMBER:08d}.{member}")
+    return location.offset + (info.offset if part == "header" else info.offset_data + info.size - 1)
+
+
+def change_byte(index: ShardIndex, at: int) -> None:
+    path = index.locate(NUMBER).path
+    assert isinstance(path, Path)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x04
+    path.write_bytes(data)
+
+
+def read(index: ShardIndex, verify: str) -> None:
+    BinReader(index, ReadSettings(verify=verify)).read(NUMBER)
+
+
+@pytest.mark.parametrize("verify", ["always", "first"])
+@pytest.mark.parametrize(("codec", "member", "part"), PLACES)
+def test_a_changed_byte_anywhere_stops_with_shard_bin_and_offset(
+    made: Path, tmp_path: Path, codec: str, member: str, part: str, verify: str
+) -> None:
+    index = copy_of(made, tmp_path, codec)
+    change_byte(index, byte_of(index, member, part))
+    location = index.locate(NUMBER)
+    place = rf"{codec}/bins-00001\.tar, bin {NUMBER} at offset {location.offset}: checksum is .* Copy the shard again"
+    with pytest.raises(ShardError, match=place):
+        read(index, verify)
+
+
+@pytest.mark.parametrize(("codec", "member"), [(codec, member) for codec in MEMBERS for member in MEMBERS[codec]])
+def test_without_checksums_the_structure_is_still_checked(made: Path, tmp_path: Path, codec: str, member: str) -> None:
+    index = copy_of(made, tmp_path, codec)
+    change_byte(index, byte_of(index, member, "header"))
+    with pytest.raises(ShardError, match=rf"bins-00001\.tar, bin {NUMBER} at offset "):
+        read(index, "never")
+
+
+def test_without_checksums_a_changed_pixel_is_not_seen(made: Path, tmp_path: Path) -> None:
+    """That is what `never` means."""
+    index = copy_of(made, tmp_path, "raw")
+    number = 5
+    before = read_checked_bin(index, number).pixels.copy()
+    location = index.locate(number)
+    assert isinstance(location.path, Path)
+    data = bytearray(location.path.read_bytes())
+    data[data.index(before.tobytes())] ^= 1
+    location.path.write_bytes(data)
+    found = BinReader(index, ReadSettings(verify="never")).read(number).bin.pixels
+    assert np.count_nonzero(found != before) == 1
+
+
+def test_first_looks_once_and_always_looks_every_time(made: Path, tmp_path: Path) -> None:
+    index = copy_of(made, tmp_path)
+    readers = {verify: BinReader(index, ReadSettings(verify=verify)) for verify in VERIFY}
+    for reader in readers.values():
+        reader.read(NUMBER)
+    change_byte(index, byte_of(index, "samples.json", "contents"))
+    readers["first"].read(NUMBER)
+    readers["never"].read(NUMBER)
+    with pytest.raises(ShardError, match="checksum"):
+        readers["always"].read(NUMBER)
+    with pytest.raises(ShardError, match="checksum"):
+        read(index, "first")
+
+
+@pytest.mark.parametrize("verify", VERIFY)
+def test_a_shard_cut_short_after_the_start_stops(made: Path, tmp_path: Path, verify: str) -> None:
+    index = copy_of(made, tmp_path)
+    location = index.locate(NUMBER)
+    assert isinstance(location.path, Path)
+    location.path.write_bytes(location.path.read_bytes()[: location.offset + 100])
+    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset \d+: the shard ends after 100 of the bin's"):
+        read(index, verify)
+    location.path.unlink()
+    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset \d+: cannot be read: No such file"):
+        read(index, verify)
+
+
+@pytest.mark.parametrize("verify", ["always", "first"])
+def test_shards_of_another_build_stop_even_where_all_sizes_agree(made: Path, tmp_path: Path, verify: str) -> None:
+    """Other samples of the same lengths and media: files of the same sizes with bins at the same places."""
+    index = copy_of(made, tmp_path, "raw")
+    other = write_shards(tmp_path / "other", make_bins(seed=9, num_bins=8), codec="raw")
+    for shard in other.glob("*.tar"):
+        shutil.copyfile(shard, tmp_path / "raw" / shard.name)
+    reader = BinReader(index, ReadSettings(verify=verify))
+    for number in range(8):
+        with pytest.raises(ShardError, match=rf"bins-0000\d\.tar, bin {number} at offset \d+: .*of another build"):
+            reader.read(number)
+
+
+FILES = ["bins-00001.tar", "bins.parquet", "manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in FILES for damage in ("missing", "short", "long")]
+    + [("bins.parquet", "of another build"), ("manifest.json", "of another build")],
+)
+def test_damage_before_the_start_stops_there(made: Path, tmp_path: Path, name: str, damage: str) -> None:
+    copy_of(made, tmp_path)
+    path = tmp_path / "zstd" / name
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "of another build":
+        shutil.copyfile(write_shards(tmp_path / "other", make_bins(seed=9, num_bins=8)) / name, path)
+    else:
+        path.write_bytes(data[:-1] if damage == "short" else data + b"x")
+    if (name, damage) == ("manifest.json", "short"):
+        path.write_bytes(data[:-3])  # the last byte is a line end, which JSON does not need
+    with pytest.raises(ShardError, match=r"again|complete"):
+        open_shards(tmp_path / "zstd")
+
+
+def test_settings_of_nonsense_are_wrong_use() -> None:
+    for changes in ({"verify": "sometimes"}, {"connections": 0}, {"cache_bytes": 0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))} is"):
+            ReadSettings(**changes)  # type: ignore[arg-type]
