@@ -1,18 +1,30 @@
 """The trainer: streams packed bins into Qwen2.5-VL under DeepSpeed; decodes no media and tokenizes nothing.
 
-Data side, from the folder of shards to what a forward pass needs::
+The way of the data, from the folder of shards to an optimizer step::
 
-    open_shards (index) -> DataOrder (order) -> BinStream (stream) -> MicroBatch (batch) -> pixel_values (pixels)
+    open_shards -> DataOrder -> BinStream -> MicroBatch -> PackedQwen -> DeepSpeed engine
+      (index)       (order)      (stream)     (batch)       (model)       (loop, engine)
 
-==========  ==========================================================================================
-``index``   what a set of shards holds: one NumPy column for each number known about a bin
-``cost``    floating-point operations of a bin, from the index alone
-``order``   which bins a step takes and which rank gets which: a pure function
-``explain`` ``python -m train.order``: prints a step with the source line of every sample
-``vision``  precomputed inputs of the vision tower
-``batch``   what one forward pass needs, built on the CPU
-``pixels``  stored planes -> ``pixel_values``, on the device
-``reader``  one bin, read and checked
-``stream``  background threads that keep batches ready
-==========  ==========================================================================================
+===============  =====================================================================================
+``main``         entry point; ``arguments`` the flags
+``loop``         settings -> a trained model: the loop, readable top to bottom
+``engine``       DeepSpeed: ranks, device, configuration, start and end
+``model``        the packed forward pass around the Hugging Face model
+``optim``        parameter groups, freezing; ``schedule`` the learning rates
+``pretrained``   checkpoints of transformers: found, compared with the shards, loaded, written
+``checkpoint``   checkpoints to resume from
+``metrics``      what a logged step tells; ``summary`` prints a run
+``index``        what a set of shards holds: one NumPy column for each number known about a bin
+``storage``      shards in a folder or behind a URL; ``cache`` keeps copies, ``buffers`` memory to read into
+``cost``         floating-point operations of a bin, from the index alone
+``mixture``      proportions of several sets of shards
+``order``        which bins a step takes and which rank gets which: a pure function
+``order_cli``    ``python -m train.order``: ``explain`` prints a step, ``simulate`` a whole run
+``vision``       precomputed inputs of the vision tower
+``batch``        what one forward pass needs, built on the CPU
+``pixels``       stored planes -> ``pixel_values``, on the device
+``reader``       one bin, read and checked
+``stream``       background threads that keep batches ready
+``tiny_model``   a tiny random checkpoint; ``qwen_tokenizer`` builds the real tokenizer for it, offline
+===============  =====================================================================================
 """

@@ -191,7 +191,8 @@ def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterat
     yield (
         (
             f"corpus: {num_samples} pictures of 0.8 to 1 megapixel, {int(raw.num_tokens.sum()):,} tokens in "
-            f"{raw.num_bins} bins; planes {planes / 1e6:.0f} MB, as zstd {int(zstd.num_bytes.sum()) / planes:.2f} of that"
+            f"{raw.num_bins} bins; planes {planes / 1e6:.0f} MB, as zstd "
+            f"{int(zstd.num_bytes.sum()) / planes:.2f} of that"
         ),
         None,
     )
