@@ -23,7 +23,7 @@ DEMO_TRAINING := train/main.py --shards shards/demo --model_name_or_path checkpo
 	--tune_mm_vision True --max_steps 60 --learning_rate 5e-3 --mm_projector_lr 5e-3 --vision_tower_lr 5e-3 \
 	--gradient_accumulation_steps 1 --gradient_checkpointing False --logging_steps 5 --save_steps 0
 
-.PHONY: help check test shards demo clean
+.PHONY: help check test bench shards demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +69,11 @@ $(DEMO_DATA): | $(ENVIRONMENT)
 
 $(TINY_MODEL): | $(ENVIRONMENT)
 	$(BIN)/python -m train.tiny_model $(dir $@)
+
+bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machine and versions
+	$(BIN)/python -m tests.benchmarks.validation
+	$(BIN)/python -m tests.benchmarks.stream
+	$(BIN)/python -m tests.benchmarks.balance
 
 clean: ## remove the environment and caches; data, shards, checkpoints and runs stay
 	rm -rf .venv build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

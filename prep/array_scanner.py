@@ -69,15 +69,16 @@ class ArrayScanner:
         outside = ~(inside | quotes)
         at, kinds = at[outside], kinds[outside]
         depth = self._depth + np.cumsum(_STEPS[kinds], dtype=np.int64)
-        self._deepest = max(self._deepest, int(depth.max(initial=0)))
         is_end = (kinds == _COMMA) & (depth == 1)
         closing = np.flatnonzero(depth <= 0)
         if closing.size:
             is_end[closing[0]] = True
             is_end[closing[0] + 1 :] = False
+            depth = depth[: closing[0]]
             self._depth = 0
         elif depth.size:
             self._depth = int(depth[-1])
+        self._deepest = max(self._deepest, int(depth.max(initial=0)))
         ends: NDArray[np.int64] = at[is_end] + 1
         return ends
 
@@ -85,7 +86,8 @@ class ArrayScanner:
         """The piece with blanks for escaped backslashes and quotes; remembers whether its last byte escapes the next
         piece's first.
         """
-        if self._escape_pending:
+        # Nothing else is touched, so that it makes no difference where pieces begin, even in what is not JSON.
+        if self._escape_pending and piece[0] in b'\\"':
             piece = b" " + piece[1:]
         if b"\\" not in piece:
             self._escape_pending = False

@@ -92,9 +92,12 @@ class _Samples:
     pixel_bytes: NDArray[np.int64]
 
 
-def read_metrics(out: Path) -> BuildMetrics:
-    """Read the ``build_metrics.json`` of a finished build."""
-    return msgspec.json.decode((out / METRICS_FILE).read_bytes(), type=BuildMetrics)
+def read_metrics(out: Path) -> BuildMetrics | None:
+    """Read the ``build_metrics.json`` of a finished build; None where it is not there or damaged."""
+    try:
+        return msgspec.json.decode((out / METRICS_FILE).read_bytes(), type=BuildMetrics)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 class _Clock:
@@ -137,10 +140,13 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
         indexes = _indexes(request, work, engine, needs_data=False)
         inputs = [_input(source, index) for source, index in zip(request.sources, indexes)]
         software = {name: version(name) for name in _SOFTWARE}
-        key = _hash(request.settings, fingerprints, software, inputs)
+        roots = [str(source.media_root.resolve()) for source in request.sources]
+        key = _hash(request.settings, fingerprints, software, inputs, roots)
         finished = work.finished(key)
         if finished is not None and not request.retry_media:
-            logger.info("%s is complete already; nothing to do.", request.out)
+            logger.info(
+                "%s is complete already; nothing to do. Media are not looked at again; --retry-media does.", request.out
+            )
             return finished
         (request.out / MANIFEST_FILE).unlink(missing_ok=True)
         clock = _Clock()
@@ -155,6 +161,7 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
         results = _write(request, engine, work.write_results(_plan_key(key, parts, plan)), parts, samples, plan)
         for result in results:
             merge_timings(clock.timings, result.timings)
+        work.keep_shards({shard_name(result.shard) for result in results if result.rows})
         clock.lap("write")
         names = [source.name for source in request.sources]
         ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, results)
@@ -304,16 +311,12 @@ def _write(
     samples: _Samples,
     plan: Plan,
 ) -> list[ShardResult]:
-    """Write all shards; those that an earlier run of the same plan finished are kept, others are removed."""
+    """Write all shards; those that an earlier run of the same plan finished are kept."""
     found: list[ShardResult] = []
     with tqdm(total=int(plan.order.size), desc="write", unit="sample") as bar:
         for result in engine.map(write_shard, _write_tasks(request, results, parts, samples, plan)):
             found.append(result)
             bar.update(sum(row.num_samples for row in result.rows) + len(result.failed))
-    kept = {shard_name(result.shard) for result in found if result.rows}
-    for leftover in request.out.glob("bins-*.tar"):
-        if leftover.name not in kept:
-            leftover.unlink()
     return found
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import click
 import msgspec
@@ -31,8 +31,18 @@ from schemas.settings import OVERLONG_POLICIES, PACKERS, RESERVED_POLICIES, Buil
 
 P = ParamSpec("P")
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-_FILE = click.Path(dir_okay=False, path_type=Path)
+
+class _NamedPath(click.Path):
+    """A path that is not the empty string, which would mean the working folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_FOLDER = _NamedPath(file_okay=False, path_type=Path)
+_FILE = _NamedPath(dir_okay=False, path_type=Path)
 _INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, as shells have it."""
 
@@ -51,6 +61,12 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
                 raise
             click.echo(f"vlprep: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if click.get_current_context().find_root().params["debug"]:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"vlprep: {place}{error.strerror or error}. Mend that and run the same command again.", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
             click.echo("vlprep: stopped. Nothing is half written; the same command goes on where it was.", err=True)
             sys.exit(_INTERRUPTED)
@@ -180,7 +196,9 @@ def build_command(
     )
     manifest = build(request, make_engine(workers))
     click.echo(build_summary(manifest, out))
-    click.echo(metrics_summary(read_metrics(out)))
+    metrics = read_metrics(out)
+    if metrics is not None:
+        click.echo(metrics_summary(metrics))
 
 
 @main.command("validate")

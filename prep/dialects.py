@@ -34,6 +34,8 @@ _MEDIA_FIELDS = ("image", "images", "video", "videos")
 
 _conversations_decoder = msgspec.json.Decoder(Annotation)
 _messages_decoder = msgspec.json.Decoder(MessagesAnnotation)
+# Python's float takes numbers beyond its range for infinite; what nobody reads may hold them.
+_any_decoder = msgspec.json.Decoder(float_hook=float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def _from_messages(found: MessagesAnnotation) -> Annotation | None:
 
 def _read_by_key(data: bytes) -> Reading:
     try:
-        record = msgspec.json.decode(data)
+        record = _any_decoder.decode(data)
     except msgspec.MsgspecError as error:
         return _unreadable(ReasonCode.BAD_JSON, f"not valid JSON: {error}")
     if not isinstance(record, dict):

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -99,10 +98,11 @@ class LocalEngine:
 
 
 def _prepare_worker() -> None:
-    """Leave interrupts to the parent, end cleanly when it says so, and keep libraries from starting threads."""
+    """Leave interrupts to the parent, end at once when it says so, and keep libraries from starting threads."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # Not an exception: the pool would catch it, and go on with what it had interrupted half way.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -142,6 +142,10 @@ class _Cutter:
             yield from self._counted("lines" if self._scanner is None else "array", data, (group - start).tolist())
             start = stop
         del self._carried[:start]
+        if len(self._carried) > MAX_RECORD_BYTES and not self._dropped_bytes:
+            blank = len(self._carried) - len(self._carried.lstrip())
+            self.skip(bytes(self._carried[:blank]))
+            del self._carried[:blank]
         if len(self._carried) > MAX_RECORD_BYTES or (self._dropped_bytes and not ends.size):
             self._dropped_bytes += len(self._carried)
             self._dropped_lines += self._carried.count(b"\n")

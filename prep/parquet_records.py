@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prep.chunks import Chunk, Record
+from prep.chunks import MAX_RECORD_BYTES, Chunk, Record
 from schemas.errors import ConfigError
 
 CHUNK_ROWS = 8192
 """Most rows in a chunk. A chunk does not cross row groups."""
 
 _MEDIA_COLUMNS = ("image", "images", "video", "videos")
-_COLUMNS = ("id", "conversations", "messages", "texts", *_MEDIA_COLUMNS)
+_TEXT_COLUMNS = ("id", "conversations", "messages", "texts")
+_COLUMNS = (*_TEXT_COLUMNS, *_MEDIA_COLUMNS)
 
 
 def cut(path: Path) -> Iterator[Chunk]:
@@ -49,14 +51,16 @@ def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
         if group is None or chunk.stop > file.metadata.num_rows:
             raise ConfigError(f"annotation file {path} changed while it was being read; run the command again.")
         columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+        # Some writers leave out that bytes are text; msgspec would spell them in base64.
+        has_bytes = any(
+            "binary" in str(file.schema_arrow.field(name).type) for name in columns if name in _TEXT_COLUMNS
+        )
         number = first
         for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=columns):
             if number >= chunk.stop:
                 return
-            if number + len(batch) > chunk.start:
-                for offset, row in enumerate(batch.to_pylist()):
-                    if chunk.start <= number + offset < chunk.stop:
-                        yield _record(row, number + offset)
+            for offset in range(max(chunk.start - number, 0), min(chunk.stop - number, len(batch))):
+                yield _record(batch.slice(offset, 1), number + offset, has_bytes)
             number += len(batch)
 
 
@@ -71,7 +75,13 @@ def _row_group(metadata: Any, row: int) -> tuple[int | None, int]:
     return None, first
 
 
-def _record(row: dict[str, Any], number: int) -> Record:
+def _record(batch: pa.RecordBatch, number: int, has_bytes: bool) -> Record:
+    try:
+        (row,) = batch.to_pylist()
+        if has_bytes:
+            row.update({name: _text(row[name]) for name in _TEXT_COLUMNS if name in row})
+    except UnicodeDecodeError as error:
+        return Record(None, number + 1, number, fault=f"text that is not UTF-8: {error.reason}")
     embedded: dict[str, bytes] = {}
     for column in _MEDIA_COLUMNS:
         value = row.get(column)
@@ -79,7 +89,19 @@ def _record(row: dict[str, Any], number: int) -> Record:
             row[column] = [_named(item, f"{column}[{place}]", embedded) for place, item in enumerate(value)]
         elif value is not None:
             row[column] = _named(value, column, embedded)
-    return Record(msgspec.json.encode(row, enc_hook=str), number + 1, number, embedded)
+    data = msgspec.json.encode(row, enc_hook=str)
+    if len(data) > MAX_RECORD_BYTES:
+        return Record(None, number + 1, number, fault=f"the row has more than {MAX_RECORD_BYTES:,} bytes of text")
+    return Record(data, number + 1, number, embedded)
+
+
+def _text(value: Any) -> Any:
+    """A value with text in the place of bytes."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return {name: _text(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _named(value: Any, place: str, embedded: dict[str, bytes]) -> Any:

@@ -67,6 +67,8 @@ def index_file(path: Path, spool: Path) -> FileIndex:
         ConfigError: the file cannot be read.
         VlprepError: it is damaged: not what its ending says.
     """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"annotation file {path} is not a regular file.")
     with _failures(path):
         digest = _digest(path)
         data = _decompressed(path, spool / f"{digest}.jsonl") if path.suffix in _DECOMPRESSORS else path
@@ -99,12 +101,17 @@ def _failures(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException) as error:
-        raise VlprepError(f"annotation file {path} is damaged: {error}. Fetch or write it again.") from error
+        raise _damaged(path, error) from error
     except OSError as error:
         if error.errno is None:
             # Arrow's decompressors, not the operating system.
-            raise VlprepError(f"annotation file {path} is damaged: {error}. Fetch or write it again.") from error
+            raise _damaged(path, error) from error
         raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}.") from error
+
+
+def _damaged(path: Path, error: Exception) -> VlprepError:
+    reason = str(error).strip().rstrip(".") or type(error).__name__
+    return VlprepError(f"annotation file {path} is damaged: {reason}. Fetch or write it again.")
 
 
 def _digest(path: Path) -> str:

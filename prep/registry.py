@@ -206,8 +206,11 @@ class Registry:
             raise ConfigError(f"{self._place(name)}: {error}.") from error
         if entry.media_root is not None and entry.data_path is not None:
             raise ConfigError(f"{self._place(name, 'data_path')}: media_root and data_path mean the same; give one.")
-        if not 0 < entry.sampling_rate < math.inf:
-            raise ConfigError(f"{self._place(name, 'sampling_rate')}: sampling_rate is {entry.sampling_rate}; above 0.")
+        if not 0 < entry.sampling_rate <= _MAX_PERCENT / 100:
+            raise ConfigError(
+                f"{self._place(name, 'sampling_rate')}: sampling_rate is {entry.sampling_rate}; allowed: above 0, at "
+                f"most {_MAX_PERCENT // 100}."
+            )
         return entry
 
     def _files(self, name: str, entry: _Entry) -> tuple[Path, ...]:
@@ -218,14 +221,16 @@ class Registry:
         files: list[Path] = []
         for pattern in patterns:
             target = self._below(pattern)
-            found = (
-                [target] if target.is_file() else [Path(hit) for hit in sorted(glob.glob(str(target), recursive=True))]
-            )
-            found = [hit for hit in found if hit.is_file()]
+            found = [target] if target.is_file() else self._matches(pattern)
             if not found:
                 raise ConfigError(f"{where}: {target} does not exist. Edit that line, or put the file there.")
             files.extend(hit for hit in found if hit not in files)
         return tuple(files)
+
+    def _matches(self, pattern: str) -> list[Path]:
+        """Files that a glob names, in order. The registry's own folder is no part of the pattern."""
+        whole = os.path.join(glob.escape(str(self.path.parent)), os.path.expanduser(pattern))
+        return [Path(hit) for hit in sorted(glob.glob(whole, recursive=True)) if Path(hit).is_file()]
 
     def _root(self, name: str, entry: _Entry) -> Path:
         key = "data_path" if entry.data_path is not None else "media_root"

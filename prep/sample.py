@@ -20,6 +20,7 @@ from prep.media.paths import embedded_media, resolve_media
 from prep.media.sandbox import sandbox
 from prep.media.source import MediaSource
 from prep.mrope import position_ids
+from prep.problems import Problems
 from prep.text import Template, expand, num_tokens
 from prep.validation import media_names
 from schemas.annotation import Annotation, Problem, ReasonCode
@@ -27,6 +28,10 @@ from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, stored_bytes
 from schemas.errors import MediaError
 from schemas.qwen import FACTOR, PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
+
+_FACTORS = (*(part / 64 for part in range(63, 0, -1)), *(1 / (1 << power) for power in range(7, 13)), 0.0)
+"""By what the pixels of media can be lowered: 63/64, 62/64, … 1/64, then 1/128, 1/256, … 1/4096, at last to one token a
+frame (as near to it as the aspect ratio allows)."""
 
 
 class Medium(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -162,7 +167,7 @@ def probe_media(
     """
     images, videos = media_names(annotation)
     media: list[Medium] = []
-    problems: list[Problem] = []
+    problems = Problems()
     for media_type, name in [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]:
         try:
             if name in embedded:
@@ -172,15 +177,15 @@ def probe_media(
             facts = sandbox().probe(source, media_type, settings)
             media.append(Medium(media_type=media_type, name=name, **asdict(facts)))
         except MediaError as error:
-            problems.append(Problem(error.code, error.message))
-    return media, problems
+            problems.add(error.code, error.message)
+    return media, problems.listed()
 
 
 def check_media(
     media: Sequence[Medium], root: Path, settings: MediaSettings, embedded: Mapping[str, bytes]
 ) -> list[Problem]:
     """Decode all media of a record; what is wrong with any of them."""
-    problems: list[Problem] = []
+    problems = Problems()
     for medium in media:
         try:
             if medium.name in embedded:
@@ -189,18 +194,18 @@ def check_media(
                 source = resolve_media(root, medium.name, max_bytes=settings.max_source_bytes)
             _decode(medium, source, settings)
         except MediaError as error:
-            problems.append(Problem(error.code, error.message))
-    return problems
+            problems.add(error.code, error.message)
+    return problems.listed()
 
 
 def shrink(template: Template, media: Sequence[Medium], max_length: int) -> list[Medium]:
-    """Lower the pixels of all media by one common factor, the largest of 63/64 … 1/64 with which the sample fits.
+    """Lower the pixels of all media by one common factor, the largest of :data:`_FACTORS` with which the sample fits.
 
     Returns:
         The media with lower bounds, or as they were if no factor suffices.
     """
-    for part in range(63, 0, -1):
-        smaller = [_reduced(medium, part / 64) for medium in media]
+    for factor in _FACTORS:
+        smaller = [_reduced(medium, factor) for medium in media]
         if num_tokens(template, [medium.grid for medium in smaller]) <= max_length:
             return smaller
     return list(media)

@@ -31,7 +31,7 @@ from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.settings import MediaSettings
 
-PART_VERSION = 1
+PART_VERSION = 2
 """Changes when parts made by an older version must not be used again."""
 
 _MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
@@ -101,11 +101,12 @@ def part_key(file_hash: str, task: ScanTask, tokenizer: str) -> str:
 
     Args:
         file_hash: of the annotation file.
-        task: the task; its paths do not count.
+        task: the task; of its paths only the media root counts.
         tokenizer: fingerprint of the tokenizer.
     """
     fields = (PART_VERSION, file_hash, asdict(task.chunk), task.media, task.reserved, task.shrink_to, tokenizer)
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields) + task.copies)
+    root = os.fsencode(os.path.realpath(task.media_root))
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields) + task.copies + root)
 
 
 def table_path(part: Path) -> Path:

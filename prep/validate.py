@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -127,7 +127,7 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     """Check all files.
 
     Raises:
-        ConfigError: a file cannot be read, the media root is not a folder, or ``rejects`` cannot be written.
+        ConfigError: a file cannot be read, the media root is not a folder, or an output cannot be written.
     """
     if request.media_root is not None and not request.media_root.is_dir():
         raise ConfigError(f"--media-root {request.media_root} is not a folder.")
@@ -135,8 +135,10 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     with ExitStack() as stack:
         spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
         tasks = list(_tasks(request, engine, spool))
-        rejects = stack.enter_context(_output("--rejects", request.rejects))
-        fixed = stack.enter_context(_output("--fixed", request.fixed))
+        if request.fixed is not None and request.rejects is not None and _is_same(request.fixed, request.rejects):
+            raise ConfigError(f"--fixed and --rejects are both {request.fixed}; give two names.")
+        rejects = stack.enter_context(_output("--rejects", request.rejects, request.files))
+        fixed = stack.enter_context(_output("--fixed", request.fixed, request.files))
         total = sum(task.chunk.num_records for task in tasks)
         bar = stack.enter_context(tqdm(total=total, desc="validate", unit="record"))
         for task, part in zip(tasks, engine.map(_check_chunk, tasks)):
@@ -147,8 +149,14 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     return report
 
 
-def _output(option: str, path: Path | None) -> BinaryIO:
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _output(option: str, path: Path | None, inputs: Sequence[Path]) -> BinaryIO:
     """The file that an option names, or one that takes everything."""
+    if path is not None and path.exists() and any(path.samefile(file) for file in inputs):
+        raise ConfigError(f"{option} {path} would overwrite the file that is to be checked; give another name.")
     try:
         return open(os.devnull if path is None else path, "wb")
     except OSError as error:
@@ -193,7 +201,7 @@ def _check(record: Record, root: Path, request: ValidateRequest) -> tuple[Annota
     if annotation is not None:
         media, media_problems = probe_media(annotation, root, request.media, record.embedded)
         problems = problems + media_problems
-        if request.deep and not media_problems:
+        if request.deep:
             problems = problems + check_media(media, root, request.media, record.embedded)
     return annotation, problems
 
@@ -209,13 +217,18 @@ def _one_line(task: _ChunkTask, record: Record) -> bytes:
             f"--fixed cannot hold the media inside {task.file}:{record.line}; vlprep build reads the "
             "Parquet file as it is."
         )
-    return msgspec.json.encode(msgspec.json.decode(record.data or b""))
+    return _compact(record.data or b"")
 
 
 def _raw(record: Record, problems: list[Problem]) -> msgspec.Raw:
     if record.data is None or any(problem.code is ReasonCode.BAD_JSON for problem in problems):
         return msgspec.Raw(b"null")
-    return msgspec.Raw(record.data)
+    return msgspec.Raw(_compact(record.data))
+
+
+def _compact(data: bytes) -> bytes:
+    """JSON text without blanks and line breaks between its tokens, otherwise as it is."""
+    return msgspec.json.format(data, indent=-1)
 
 
 def _modality(annotation: Annotation) -> str:

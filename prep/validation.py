@@ -94,10 +94,11 @@ def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
     num_images = num_videos = 0
     num_brackets = text.count("<")
     if num_brackets:
-        asked = "\n".join(values[first::2])
-        num_images = asked.count("<image>")
+        # Most records have no tag but in their first question.
+        num_images = values[first].count("<image>")
         if num_brackets != num_images:
-            num_videos = asked.count("<video>")
+            asked = "\n".join(values[first::2])
+            num_images, num_videos = asked.count("<image>"), asked.count("<video>")
         if num_brackets != num_images + num_videos and (
             TAG.search("\n".join(values[1 - first :: 2])) or (reserved == "reject" and RESERVED.search(text))
         ):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import MANIFEST_FILE, Manifest, encode_manifest, read_manifest
 
 WORK_FOLDER = ".build"
+
+_SHARD = re.compile(r"bins-\d{5,}\.tar")
+_TEMPORARY = re.compile(r"\.(bins-\d{5,}\.tar|manifest\.json|build_metrics\.json)\.tmp")
 
 _decoder = msgspec.msgpack.Decoder(FileIndex, dec_hook=lambda kind, value: kind(value))
 
@@ -78,26 +82,35 @@ class WorkFolder:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             self._remove_temporary_files()
-            yield
+            try:
+                yield
+            finally:
+                self._remove_temporary_files()
         finally:
-            self._remove_temporary_files()
             os.close(lock)
 
     def write_results(self, key: str) -> Path:
         """Folder of the shard results of one plan; results and shards of another plan are removed."""
         folder = self._root / f"write-{key}"
         if not folder.exists():
-            for stale in [*self._root.glob("write-*"), *self.out.glob("bins-*.tar")]:
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            for stale in self._root.glob("write-*"):
+                shutil.rmtree(stale)
+            self.keep_shards(set())
             folder.mkdir()
         return folder
+
+    def keep_shards(self, names: set[str]) -> None:
+        """Remove the shards of earlier plans, all but those in ``names``; other files are not touched."""
+        for path in self.out.glob("bins-*.tar"):
+            if _SHARD.fullmatch(path.name) and path.name not in names:
+                path.unlink()
 
     def finished(self, key: str) -> Manifest | None:
         """The manifest of a build that is complete with the same inputs and settings, if there is one."""
         path = self.out / MANIFEST_FILE
         if not self._finished.exists() or not path.exists():
             return None
-        if self._finished.read_text().split() != [key, xxhash.xxh3_128_hexdigest(path.read_bytes())]:
+        if self._finished.read_bytes() != _finish_line(key, path.read_bytes()):
             return None
         manifest = read_manifest(self.out)
         stored = [(self.out / file.file, file.num_bytes) for file in (*manifest.shards, *manifest.tables)]
@@ -106,8 +119,7 @@ class WorkFolder:
 
     def finish(self, key: str, manifest: Manifest) -> None:
         """Note that the build is complete, and remove what only an unfinished build needs."""
-        digest = xxhash.xxh3_128_hexdigest(encode_manifest(manifest))
-        write_synced(self._finished, f"{key} {digest}\n".encode())
+        write_synced(self._finished, _finish_line(key, encode_manifest(manifest)))
         for folder in [*self._root.glob("write-*"), self.spool]:
             shutil.rmtree(folder)
 
@@ -140,6 +152,12 @@ class WorkFolder:
         return self._index / xxhash.xxh3_128_hexdigest(identity.encode())
 
     def _remove_temporary_files(self) -> None:
-        for folder in (self.out, self._root, self.scan, self.spool, self._index, *self._root.glob("write-*")):
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+        own = [path for path in self.out.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+        for folder in (self._root, self.scan, self.spool, self._index, *self._root.glob("write-*")):
+            own.extend(folder.glob(".*.tmp"))
+        for leftover in own:
+            leftover.unlink(missing_ok=True)
+
+
+def _finish_line(key: str, manifest: bytes) -> bytes:
+    return f"{key} {xxhash.xxh3_128_hexdigest(manifest)}\n".encode()

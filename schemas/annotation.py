@@ -11,14 +11,14 @@ from enum import Enum
 import msgspec
 
 
-class Turn(msgspec.Struct, frozen=True, rename={"role": "from"}):
+class Turn(msgspec.Struct, frozen=True, gc=False, rename={"role": "from"}):
     """One turn of a conversation: who speaks (``from``) and what is said (``value``)."""
 
     role: str
     value: str
 
 
-class Annotation(msgspec.Struct, frozen=True, kw_only=True):
+class Annotation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One record: a conversation, and the media that its ``<image>`` and ``<video>`` tags stand for, in order."""
 
     conversations: list[Turn]

@@ -151,29 +151,32 @@ def build_micro_batch(
     """
     places = where if where is not None else [f"bin {one.index}" for one in bins]
     if bins:
-        input_ids = np.concatenate([one.input_ids for one in bins])
-        labels = np.concatenate([one.labels for one in bins])
-        mrope = np.concatenate([one.position_ids for one in bins], axis=1)
+        input_ids = np.concatenate([one.input_ids for one in bins], dtype=np.int64)
+        labels = np.concatenate([one.labels for one in bins], dtype=np.int64)
+        mrope = [one.position_ids for one in bins]
         lengths = np.concatenate([np.diff(one.cu_seqlens) for one in bins])
     else:
-        input_ids = np.zeros(1, dtype=np.int32)  # token 0 exists in every vocabulary
-        labels = np.full(1, IGNORE_INDEX, dtype=np.int32)
-        mrope = np.zeros((3, 1), dtype=np.int32)
+        input_ids = np.zeros(1, dtype=np.int64)  # token 0 exists in every vocabulary
+        labels = np.full(1, IGNORE_INDEX, dtype=np.int64)
+        mrope = [np.zeros((3, 1), dtype=np.int32)]
         lengths = np.ones(1, dtype=np.int32)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    cu_seqlens = np.zeros(lengths.size + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    position_ids = np.empty((4, 1, input_ids.size), dtype=np.int64)
     # (L,): counts up from 0 in every sample
-    positions = np.arange(input_ids.size) - np.repeat(cu_seqlens[:-1], lengths)
+    position_ids[0, 0] = np.arange(input_ids.size) - np.repeat(cu_seqlens[:-1], lengths)
+    np.concatenate(mrope, axis=1, out=position_ids[1:, 0])
     # The first label of a sample is never trained, so a position and its target are always of one sample.
     target_positions = np.flatnonzero(labels[1:] != IGNORE_INDEX)
     if numbers is None:
         numbers = [one.index for one in bins]
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids.astype(np.int64)[None]),
-        position_ids=torch.from_numpy(np.concatenate([positions[None], mrope]).astype(np.int64)[:, None]),
+        input_ids=torch.from_numpy(input_ids[None]),
+        position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens),
         max_seqlen=int(lengths.max()),
         target_positions=torch.from_numpy(target_positions),
-        targets=torch.from_numpy(labels[target_positions + 1].astype(np.int64)),
+        targets=torch.from_numpy(labels[target_positions + 1]),
         vision=_vision_batch(bins, places, window_size, memory, buffers),
         bins=tuple(numbers),
         num_tokens=input_ids.size if bins else 0,

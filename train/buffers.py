@@ -48,7 +48,8 @@ class ReusedBuffers:
         try:
             memory = free.pop()
         except IndexError:
-            memory = mmap.mmap(-1, capacity)
+            memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
         # All views refer to this array, which owns nothing: when it dies, the memory is free.
         lease = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
         weakref.finalize(lease, self._give_back, memory, capacity).atexit = False

@@ -9,12 +9,13 @@ ranks share.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import torch
@@ -40,6 +41,27 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int
     settings: dict[str, Setting]
+
+
+def hold(run_dir: Path) -> IO[bytes]:
+    """Make the folder of a run and hold it against other runs, until the returned file is closed or the process ends.
+
+    Raises:
+        ConfigError: the folder cannot be written, or another run holds it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("ab")
+    except OSError as error:
+        raise ConfigError(f"--output_dir {run_dir} cannot be written: {error.strerror}. Give another one.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(
+            f"--output_dir {run_dir} is in use by another run: stop it, or give another folder."
+        ) from None
+    return lock
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:

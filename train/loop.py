@@ -81,6 +81,7 @@ def train(args: TrainArguments) -> None:
         VlprepError: the loss is not a number any more.
     """
     plan = make_plan(args)
+    run_lock = checkpoint.hold(args.run_dir) if plan.ranks.is_first else None
     engine.start(plan.device)
     torch.manual_seed(args.seed)
     kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
@@ -119,6 +120,8 @@ def train(args: TrainArguments) -> None:
     export(running, plan)
     del kept_for_loading
     engine.stop()
+    if run_lock is not None:
+        run_lock.close()
 
 
 def run_step(running: Any, batch: StepBatch, plan: Plan) -> torch.Tensor:
@@ -167,6 +170,7 @@ def make_plan(args: TrainArguments) -> Plan:
         seed=args.seed,
         global_batch=global_batch,
         epochs=args.epochs if args.max_steps is None else None,
+        mixture=index.mixture,
     )
     num_steps = args.max_steps or order.num_steps
     assert num_steps is not None, "an order with a number of epochs has a number of steps"

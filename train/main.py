@@ -37,6 +37,12 @@ def main(argv: list[str]) -> int:
         if args.debug:
             raise
         return _fail(error)
+    except OSError as error:
+        # A full disk, say.
+        if args.debug:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(VlprepError(f"{place}{error.strerror or error}. Mend that and start the run again."))
     return 0
 
 

@@ -21,7 +21,7 @@ import xxhash
 
 from schemas.bins import Bin, read_bin
 from schemas.errors import ConfigError, ShardError
-from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, VIDEO_PAD
+from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VIDEO_PAD
 from train.buffers import Buffers, ReusedBuffers
 from train.cache import BinCache, cache_key
 from train.index import BinLocation, ShardIndex
@@ -220,7 +220,7 @@ def _check_samples(one: Bin, *, where: str) -> None:
             "predicted from the sample before it. Build the shards again."
         )
     num_pads = int(np.count_nonzero((one.input_ids == IMAGE_PAD) | (one.input_ids == VIDEO_PAD)))
-    expected = sum(grid.num_tokens for grid, _ in one.grids())
+    expected = int(grids.prod(axis=1, dtype=np.int64).sum()) // MERGED_PATCHES
     if num_pads != expected:
         raise ShardError(
             f"{where}: {num_pads} media pad tokens in input_ids, but its media have {expected}. Build the shards again."

@@ -164,10 +164,14 @@ def report(
         f"efficiency: mean {found.efficiency:.4f}, lowest {found.lowest_efficiency:.4f} (mean cost over the ranks / "
         f"highest, in each micro-step); bins dealt at random {found.random_efficiency:.4f}"
     )
-    yield (
-        f"mixture of datasets: its variance from step to step is {_ratio(found)} of that of bins drawn at random "
-        f"(standard deviations {found.mixture_variance**0.5:.4f} and {found.random_mixture_variance**0.5:.4f})"
-    )
+    if found.random_mixture_variance:
+        yield (
+            "mixture of datasets: its variance from step to step is "
+            f"{found.mixture_variance / found.random_mixture_variance:.2f} of that of bins drawn at random (standard "
+            f"deviations {found.mixture_variance**0.5:.4f} and {found.random_mixture_variance**0.5:.4f})"
+        )
+    else:
+        yield "mixture of datasets: there is one dataset, so it never varies"
     yield (
         f"a step: {found.tokens_per_step:,.0f} tokens, {found.targets_per_step:,.0f} of them targets, "
         f"{_mb(found.bytes_per_step)} on average and {_mb(found.most_bytes)} at most"
@@ -212,12 +216,6 @@ def _drawn_at_random(order: DataOrder, rng: np.random.Generator, num_steps: int)
     sizes = np.array(order.mixture.sizes)[sources]
     drawn: NDArray[np.int64] = order.mixture.first_bins[sources] + rng.integers(0, sizes)
     return drawn
-
-
-def _ratio(found: Simulation) -> str:
-    if not found.random_mixture_variance:
-        return "no part"
-    return f"{found.mixture_variance / found.random_mixture_variance:.2f}"
 
 
 def _mb(num_bytes: float) -> str:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, TimeoutError
 from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -224,13 +224,15 @@ class BinStream(Iterator[StepBatch]):
         """Wait for the next micro-batch; another one takes its place under way."""
         self._fill()
         planned, batch = self._under_way.popleft()
-        wait([batch], timeout=self._read_timeout_s)
-        if not batch.done():
+        try:
+            return batch.result(timeout=self._read_timeout_s)
+        except TimeoutError:
+            if batch.done():  # it was the thread's own, or it finished just now
+                return batch.result()
             places = "; ".join(str(self._index.locate(number)) for number in planned.bins)
             raise ShardError(
                 f"{places}: not read within {self._read_timeout_s:g} s. See that the file system answers, then resume."
-            )
-        return batch.result()
+            ) from None
 
     def _build(self, bins: tuple[int, ...]) -> MicroBatch:
         loaded = [self._reader.read(number) for number in bins]

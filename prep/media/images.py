@@ -124,6 +124,10 @@ def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Imag
                     )
                 yield image
     except UnidentifiedImageError as error:
+        if _begins_like_a_picture(source):
+            raise MediaError(
+                ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} begins like a picture, but its header is damaged"
+            ) from error
         raise MediaError(
             ReasonCode.UNSUPPORTED_MEDIA,
             f"{source.name!r} is not a picture in a format that is read: {', '.join(FORMATS)}",
@@ -147,6 +151,14 @@ def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Imag
         ) from error
     except MemoryError as error:
         raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than there is") from error
+
+
+def _begins_like_a_picture(source: MediaSource) -> bool:
+    """Whether one of Pillow's readers took the first bytes for its own, and failed with what follows."""
+    with source.open() as file:
+        head = file.read(16)
+    accepts = [Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN]
+    return any(accept is not None and accept(head) is True for accept in accepts)
 
 
 def _orientation(image: Image.Image, source: MediaSource) -> int:

@@ -44,6 +44,7 @@ class Sandbox:
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
         self._memory = -1
+        self._number = 0
 
     def probe(self, source: MediaSource, media_type: int, settings: MediaSettings) -> Facts:
         """As :func:`prep.media.decode.probe`; also raises ``decode_timeout`` and blames a crash on the medium."""
@@ -78,8 +79,9 @@ class Sandbox:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            _send(child.stdin, request)
-            answer = _receive(child.stdout, time.monotonic() + settings.decode_timeout)
+            self._number += 1
+            _send(child.stdin, (self._number, *request))
+            number, answer = _receive(child.stdout, time.monotonic() + settings.decode_timeout)
         except TimeoutError:
             self.close()
             raise MediaError(
@@ -91,6 +93,13 @@ class Sandbox:
             self.close()
             how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
             raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} crashes its decoder ({how})") from None
+        except BaseException:
+            # Interrupted between question and answer: the next question must not get this one's answer.
+            self.close()
+            raise
+        if number != self._number:
+            self.close()
+            raise RuntimeError(f"the decoder process answered request {number}, not {self._number}")
         if isinstance(answer, MediaError):
             raise answer
         found: tuple[Any, Any] = answer
@@ -160,25 +169,26 @@ def _serve(memory: int) -> None:
     _send(answers, "ready")
     while True:
         try:
-            kind, source, media_type, settings = _receive(requests)
+            number, kind, source, media_type, settings = _receive(requests)
         except EOFError:
             return
         try:
             if kind == "probe":
-                _send(answers, (probe(source, media_type, settings), None))
+                _send(answers, (number, (probe(source, media_type, settings), None)))
                 continue
             facts, frames = decode(source, media_type, settings)
         except MediaError as error:
-            _send(answers, error)
+            _send(answers, (number, error))
             continue
         except MemoryError:
-            _send(answers, MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than there is"))
+            message = f"{source.name!r} needs more memory than there is"
+            _send(answers, (number, MediaError(ReasonCode.MEDIA_TOO_LARGE, message)))
             continue
         if os.fstat(memory).st_size < frames.size:
             os.ftruncate(memory, frames.size)
         with mmap.mmap(memory, frames.size) as shared:
             np.frombuffer(shared, dtype=np.uint8)[:] = frames.ravel()
-        _send(answers, (facts, frames.shape))
+        _send(answers, (number, (facts, frames.shape)))
 
 
 if __name__ == "__main__":

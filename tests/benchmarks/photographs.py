@@ -13,27 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_WORDS = [
-    "the",
-    "a",
-    "red",
-    "green",
-    "small",
-    "large",
-    "car",
-    "house",
-    "tree",
-    "street",
-    "sign",
-    "person",
-    "walks",
-    "behind",
-    "before",
-    "near",
-    "water",
-    "sky",
-    "light",
-]
+_WORDS = ("the", "a", "red", "green", "small", "large", "house", "tree", "person", "walks", "behind", "water", "sky")
 
 
 def write_photographs(folder: Path, num_samples: int, seed: int = 0) -> Path:

@@ -2,8 +2,9 @@
 
 One run makes a corpus, builds it with both codecs through the command line, and measures in turns, on warm files:
 
-- the stream of the trainer, up to micro-batches ready for the copy to the device;
-- reading the same shard files, and nothing else;
+- the stream of the trainer, up to micro-batches ready for the copy to the device, over several epochs;
+- reading the same files and nothing else: bin by bin into as much memory as the stream holds ready, and over and over
+  into one buffer of 1 MiB, which stays in the processor's cache and from which nobody could train;
 - plain ``webdataset`` over the same shards, decoded; then with pixels decompressed, then with residuals undone too;
 - the online way: open the picture, Hugging Face image processor, tokenize, for each sample;
 - opening a set of a million bins.
@@ -40,11 +41,15 @@ from tests.benchmarks.photographs import write_photographs
 from train.index import ShardIndex, open_shards
 from train.order import DataOrder
 from train.reader import ReadSettings
+from train.storage import read_range
 from train.stream import BinStream
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODECS = ("raw", "zstd")
-MAX_PIXELS = 576 * 28 * 28
+NUM_HELD = 12
+"""Micro-batches of the step handed out, of the next one, and ready behind it."""
+
+SIZE = {"shortest_edge": 16 * 28 * 28, "longest_edge": 576 * 28 * 28}
 
 
 @dataclass(frozen=True)
@@ -84,19 +89,29 @@ def measure(contenders: dict[str, Callable[[], Work]], rounds: int) -> dict[str,
     return best
 
 
-def stream(index: ShardIndex, verify: str) -> Work:
-    """An epoch of the trainer's stream; every micro-batch is dropped when the next one comes."""
-    order = DataOrder(index.cost(), seed=0, global_batch=1, epochs=1)
-    read = ReadSettings(verify=verify)
+def stream(index: ShardIndex, verify: str, epochs: int = 6) -> Work:
+    """The trainer's stream with one thread, four micro-steps a step; batches are dropped when the next step comes."""
+    order = DataOrder(index.cost(), seed=0, global_batch=4, epochs=epochs)
+    places = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
     tokens = num_bytes = 0
-    with BinStream(index, order, rank=0, world_size=1, accumulation=1, per_device=1, num_threads=1, read=read) as steps:
+    with BinStream(index, order, **places, num_threads=1, prefetch=4, read=ReadSettings(verify=verify)) as steps:
         for batch in steps:
             tokens += batch.num_tokens
             num_bytes += int(index.num_bytes[list(batch.bins)].sum())
     return Work(tokens, num_bytes)
 
 
-def read_files(index: ShardIndex) -> Work:
+def read_bins(index: ShardIndex, buffers: list[bytearray], epochs: int = 6) -> Work:
+    """All bins, each by one positional read, into buffers in turn."""
+    num_bytes = 0
+    for number in range(epochs * index.num_bins):
+        location = index.locate(number % index.num_bins)
+        data = memoryview(buffers[number % len(buffers)])[: location.num_bytes]
+        num_bytes += read_range(location.path, location.offset, data)
+    return Work(epochs * int(index.num_tokens.sum()), num_bytes)
+
+
+def read_over(index: ShardIndex) -> Work:
     """All bytes of the shards, in reads of a MiB to one buffer."""
     buffer = bytearray(1 << 20)
     num_bytes = 0
@@ -140,7 +155,7 @@ class Online:
         for record in self._records:
             with Image.open(self._folder / record["image"]) as opened:
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
-            pixels = self._processor(images=[picture], max_pixels=MAX_PIXELS, return_tensors="pt")
+            pixels = self._processor(images=[picture], size=SIZE, return_tensors="pt")
             num_pads = int(pixels["image_grid_thw"].prod()) // 4
             question, answer = (turn["value"] for turn in record["conversations"])
             pads = f"<|vision_start|>{'<|image_pad|>' * num_pads}<|vision_end|>"
@@ -168,16 +183,18 @@ def make_shards(folder: Path, num_samples: int) -> tuple[Path, Path]:
 
 
 def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterator[tuple[str, float | None]]:
-    """Measure everything; yields lines of a report, those of the four aims with their ratio."""
+    """Measure everything; yields lines of a report, those of a comparison with the ratio."""
     torch.set_num_threads(1)
     annotations, checkpoint = make_shards(folder, num_samples)
     raw, zstd = (open_shards(folder / codec) for codec in CODECS)
     online = Online(annotations, checkpoint, min(num_samples, 32))
+    buffers = [bytearray(int(raw.num_bytes.max())) for _ in range(NUM_HELD)]
     found = measure(
         {
             "raw": lambda: stream(raw, "always"),
             "raw, unchecked": lambda: stream(raw, "never"),
-            "files": lambda: read_files(raw),
+            "files, bin by bin": lambda: read_bins(raw, buffers),
+            "files, into one buffer": lambda: read_over(raw),
             "webdataset raw": lambda: plain_webdataset(raw),
             "zstd": lambda: stream(zstd, "always"),
             "webdataset zstd": lambda: plain_webdataset(zstd),
@@ -187,15 +204,12 @@ def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterat
         rounds,
     )
     found |= measure({"online": online}, 2)
-    planes = int(raw.num_patches.sum()) * 588
+    planes, num_tokens = int(raw.num_patches.sum()) * 588, int(raw.num_tokens.sum())
     yield (
-        (
-            f"corpus: {num_samples} pictures of 0.8 to 1 megapixel, {int(raw.num_tokens.sum()):,} tokens in "
-            f"{raw.num_bins} bins; planes {planes / 1e6:.0f} MB, as zstd "
-            f"{int(zstd.num_bytes.sum()) / planes:.2f} of that"
-        ),
+        f"corpus: {num_samples} pictures of about a megapixel, {num_tokens:,} tokens, {raw.num_bins} bins",
         None,
     )
+    yield f"planes: {planes / 1e6:.0f} MB, as zstd {int(zstd.num_bytes.sum()) / planes:.2f} of that", None
     for name, figure in found.items():
         speed = f"{figure.bytes_per_s / 1e9:7.2f} GB/s of file" if figure.work.num_bytes else ""
         yield f"{name:<30} {figure.tokens_per_s / 1e6:9.4f} M tokens/s a core {speed}", None
@@ -203,8 +217,12 @@ def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterat
     def tokens(name: str, other: str) -> float:
         return found[name].tokens_per_s / found[other].tokens_per_s
 
-    yield "raw against reading the files", found["raw"].bytes_per_s / found["files"].bytes_per_s
+    for name in ("files, bin by bin", "files, into one buffer"):
+        yield f"raw against {name}", found["raw"].bytes_per_s / found[name].bytes_per_s
     yield "raw against plain webdataset", tokens("raw", "webdataset raw")
+    unchecked = found["raw, unchecked"]
+    yield "raw, unchecked, against files, bin by bin", unchecked.bytes_per_s / found["files, bin by bin"].bytes_per_s
+    yield "raw, unchecked, against plain webdataset", tokens("raw, unchecked", "webdataset raw")
     yield "zstd against plain webdataset, decompressed", tokens("zstd", "webdataset zstd, decompressed")
     yield "zstd against plain webdataset, residuals undone", tokens("zstd", "webdataset zstd, undone")
     yield "raw against online", tokens("raw", "online")

@@ -461,3 +461,56 @@ def test_real_pictures_and_clips(qwen_demo: Path, tmp_path: Path, tiny_checkpoin
     )
     assert (manifest.counts.num_packed, manifest.counts.num_rejected) == (6, 1)
     assert manifest.counts.rejects_by_code == {"media_missing": 1}
+
+
+def test_pictures_stay_with_their_samples_after_a_stop_between_question_and_answer(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """Pictures of one size: a worker that went on after a stop would hand each sample the picture before its own."""
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(160):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((400, 400)).save(
+            tmp_path / f"{number}.png"
+        )
+        records.append({"id": number, "image": f"{number}.png", "conversations": turn("<image>")})
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    request = request_for(tmp_path / "a.json", tmp_path / "undisturbed", tiny_checkpoint)
+    build(request, SerialEngine())
+    for place, kind in enumerate((signal.SIGINT, signal.SIGTERM)):
+        out = tmp_path / f"out{place}"
+        command, process = start_build(tmp_path / "a.json", out, tiny_checkpoint, 2)
+        time.sleep(0.3)
+        process.send_signal(kind)
+        process.communicate()
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+        assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_a_refused_second_build_leaves_the_files_of_the_first_and_of_others(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".mine.tmp").write_text("")
+    (out / "bins-backup.tar").write_text("")
+    request = request_for(corpus[0], out, tiny_checkpoint)
+    with WorkFolder(out).held():
+        (out / ".bins-00000.tar.tmp").write_text("being written")
+        with pytest.raises(VlprepError, match="is being built by"):
+            build(request, SerialEngine())
+        assert (out / ".bins-00000.tar.tmp").exists()
+    build(request, SerialEngine())
+    assert (out / ".mine.tmp").exists()
+    assert (out / "bins-backup.tar").exists()
+
+
+def test_another_media_root_is_another_build(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (source,) = find_sources(str(corpus[0]), registry=None, media_root=tmp_path / "empty", media=SETTINGS.media)
+    request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
+    wrong = build(replace(request, sources=(source,)), SerialEngine())
+    assert wrong.counts.num_packed < 24
+    assert build(request, SerialEngine()).counts.num_packed == 24

@@ -133,3 +133,18 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_an_interrupt_between_question_and_answer_does_not_shift_the_answers(
+    box: Sandbox, media: list[tuple[MediaSource, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first, kind), _, (other, _) = media
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    box.probe(first, kind, SETTINGS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sandbox_module, "_receive", interrupted)
+        box.probe(first, kind, SETTINGS)
+    assert box.probe(other, kind, SETTINGS) == probe(other, kind, SETTINGS)

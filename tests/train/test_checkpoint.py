@@ -74,3 +74,16 @@ def test_settings_that_would_make_another_run_are_refused() -> None:
 def test_a_setting_that_a_checkpoint_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match="was saved with bf16 = nothing, this run has False"):
         checkpoint.check_settings(Path("c"), RunState(step=5, settings={}), {"bf16": False})
+
+
+def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+    from train.checkpoint import hold
+
+    lock = hold(tmp_path / "run")
+    with pytest.raises(ConfigError, match="in use by another run"):
+        hold(tmp_path / "run")
+    lock.close()
+    hold(tmp_path / "run").close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        hold(tmp_path / "file" / "run")

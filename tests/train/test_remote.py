@@ -25,7 +25,7 @@ from train.reader import BinReader, ReadSettings
 from train.storage import Patience, RemotePath, file_sizes
 from train.stream import BinStream
 
-QUICK = Patience(attempts=3, timeout_s=2.0, first_delay_s=0.01, max_delay_s=0.05)
+QUICK = Patience(attempts=3, timeout_s=10.0, first_delay_s=0.01, max_delay_s=0.05)
 BINS = make_bins(num_bins=24)
 
 
@@ -111,7 +111,7 @@ def test_an_epoch_from_an_object_store_equals_that_of_the_disk(in_memory: str, f
 
 
 def test_an_answer_that_stalls_is_asked_for_again(server: Server, folder: Path) -> None:
-    patience = Patience(attempts=4, timeout_s=1.0, first_delay_s=0.01)
+    patience = Patience(attempts=6, timeout_s=3.0, first_delay_s=0.01)
     assert_same_stream(f"{server.address}/stall/set", folder, ReadSettings(patience=patience, connections=24))
 
 
@@ -139,7 +139,7 @@ def test_a_server_that_never_answers_well_stops_with_shard_bin_and_offset(
     began = time.monotonic()
     with pytest.raises(ShardError, match=rf"/set/bins-0000\d\.tar, bin \d+ at offset \d+: cannot be read: .*{says}"):
         next(stream_of(index, ReadSettings(patience=patience)))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 def test_a_server_that_dies_stops_the_stream(server: Server) -> None:
@@ -150,7 +150,7 @@ def test_a_server_that_dies_stops_the_stream(server: Server) -> None:
     began = time.monotonic()
     with pytest.raises(ShardError, match=r"bin \d+ at offset \d+: cannot be read: no answer in 3 attempts .*resume"):
         list(stream)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert next(stream, None) is None
 
 

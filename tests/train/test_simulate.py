@@ -109,7 +109,7 @@ def test_the_command_line_simulates(tmp_path: Path, tiny_vocab_checkpoint: Path)
         "bandwidth at 100,000 tokens/s",
         "an epoch: ",
     ):
-        assert word in done.stdout
+        assert word in done.stdout, word
     for arguments in (["--simulate", "--step", "1"], []):
         wrong = run("--shards", a, *arguments)
         assert (wrong.returncode, wrong.stderr) == (2, "error: give either --step N or --simulate.\n")

@@ -1,0 +1,89 @@
+"""docs/format.md says what the shards are: its tables equal the code, its programs run and find what was written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER
+from schemas.manifest import FORMAT_VERSION
+from schemas.pixels import PIXELS_MEMBER
+from schemas.tables import BINS_COLUMNS, SAMPLES_COLUMNS
+from tests.train.synthetic import make_bins, write_shards
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = (REPOSITORY / "docs" / "format.md").read_text()
+BINS = make_bins(num_bins=8)
+
+
+def section(title: str) -> str:
+    """Text under a heading, up to the next one."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ )", PAGE + "# ", re.MULTILINE | re.DOTALL)
+    assert found is not None, title
+    return found[1]
+
+
+def rows(title: str) -> list[list[str]]:
+    """First table under a heading, without its head, cell by cell."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def program(title: str) -> str:
+    found = re.search(r"```python\n(.*?)```", PAGE[PAGE.index(f"\n## {title}\n") :], re.DOTALL)
+    assert found is not None, title
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("title", "columns"), [("`bins.parquet`", BINS_COLUMNS), ("`samples.parquet`", SAMPLES_COLUMNS)]
+)
+def test_columns_are_those_of_the_code(title: str, columns: dict[str, str]) -> None:
+    assert {name.strip("`"): kind for name, kind, _ in rows(title)} == columns
+
+
+def test_members_are_those_of_the_code_in_their_order() -> None:
+    found = rows("A shard")
+    arrays = {name.strip("`"): kind.split(" ")[0] for name, kind, _ in found if name.endswith(".npy`")}
+    assert arrays == {name: dtype.name for name, dtype in ARRAY_MEMBERS.items()}
+    assert list(arrays) == list(ARRAY_MEMBERS)
+    others = [re.findall("`([^`]+)`", name) for name, _, _ in found[len(arrays) :]]
+    assert others == [list(PIXELS_MEMBER.values()), [SAMPLES_MEMBER]]
+    assert f"(this page: {FORMAT_VERSION})" in PAGE
+
+
+def expected_lines() -> list[str]:
+    """Key, tokens, targets, samples, media and sum of all pixels of every bin, from what was written."""
+    lines = []
+    for number, samples in enumerate(BINS):
+        media = [medium for sample in samples for medium in sample.media]
+        tokens = sum(len(sample.input_ids) for sample in samples)
+        targets = sum(int((sample.labels != -100).sum()) for sample in samples)
+        total = sum(int(medium.frames.sum(dtype=np.int64)) for medium in media)
+        lines.append(f"{number:08d} {tokens} {targets} {len(samples)} {len(media)} {total}")
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("title", "codec"), [("With `webdataset`", "zstd"), ("With `webdataset`", "raw"), ("Without anything", "raw")]
+)
+def test_the_programs_of_the_page_read_the_shards(tmp_path: Path, title: str, codec: str) -> None:
+    folder = write_shards(tmp_path / "set", BINS, codec=codec)
+    (tmp_path / "reader.py").write_text(program(title))
+    isolated = ["-I"] if title == "Without anything" else []
+    command = [sys.executable, *isolated, str(tmp_path / "reader.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == expected_lines()
+
+
+def test_the_short_page_is_linked_and_names_the_same_members() -> None:
+    short = (REPOSITORY / "shards" / "README.md").read_text()
+    assert "(../docs/format.md)" in short
+    for name in (*ARRAY_MEMBERS, *PIXELS_MEMBER.values(), SAMPLES_MEMBER, *BINS_COLUMNS, *SAMPLES_COLUMNS):
+        assert f"`{name}`" in short, name
