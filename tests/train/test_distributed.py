@@ -218,7 +218,7 @@ def test_the_trained_model_loads_with_its_tokenizer(two_ranks: Path, tiny_checkp
 
 def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks: Path) -> None:
     found = sorted(path.name for path in two_ranks.iterdir())
-    assert found == ["checkpoint-2", "checkpoint-3", "final", "metrics.jsonl"]
+    assert found == [".lock", "checkpoint-2", "checkpoint-3", "final", "metrics.jsonl"]
 
 
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(flags: list[str], zero3: Path, tmp_path: Path) -> None:

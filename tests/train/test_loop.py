@@ -184,3 +184,22 @@ def test_other_shards_do_not_go_on_from_a_checkpoint(flags: list[str], saved: Pa
     other = write_shards(tmp_path / "other", make_bins(seed=1, num_bins=8))
     with pytest.raises(ConfigError, match="was saved with shards = "):
         loop.make_plan(parse_arguments([*flags, "--shards", str(other)]))
+
+
+def test_weighted_sets_of_shards_reach_the_order_of_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    path = tiny_checkpoint / "tokenizer.json"
+    fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, make_bins(num_bins=4), tokenizer=fingerprint, dataset=name)
+    args = parse_arguments(
+        [
+            *("--shards", f"{tmp_path / 'a'}:0.75,{tmp_path / 'b'}:0.25"),
+            *("--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run")),
+            *("--max_steps", "2", "--gradient_accumulation_steps", "4"),
+        ]
+    )
+    plan = loop.make_plan(args)
+    assert plan.order.mixture == plan.index.mixture is not None
+    with loop.open_stream(plan) as stream:
+        drawn = [number for batch in stream for number in batch.bins]
+    assert sum(number < 4 for number in drawn) == 6
