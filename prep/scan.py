@@ -26,7 +26,7 @@ from prep.records import read_chunk
 from prep.sample import Measured, Medium, measure, probe_media, shrink
 from prep.text import build_templates
 from prep.tokenizer import load_tokenizer
-from prep.validation import check_record, read_id
+from prep.validation import check_record, read_id, record_id
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.settings import MediaSettings
@@ -136,9 +136,11 @@ def scan_chunk(task: ScanTask) -> ScanResult:
         for record, taken in zip(read_chunk(task.file, task.chunk), copies, strict=True):
             place = rows.add(record, taken)
             if not taken:
+                rows.identify(place, record)
                 continue
             with timed(timings, "validate"):
                 annotation, problems = check_record(record, task.reserved)
+            rows.identify(place, record, annotation)
             media: list[Medium] = []
             if annotation is not None:
                 with timed(timings, "probe"):
@@ -198,11 +200,17 @@ class _Rows:
 
     def add(self, record: Record, copies: int) -> int:
         place = len(self._columns["record"])
-        identity = None if record.data is None else read_id(record.data)
         for name, column in self._columns.items():
             column.append([] if name == "codes" else 0 if name in ("sample_offset", "sample_bytes") else None)
-        self._set(place, record=record.number, line=record.line, copies=copies, id=identity)
+        self._set(place, record=record.number, line=record.line, copies=copies)
         return place
+
+    def identify(self, place: int, record: Record, annotation: Annotation | None = None) -> None:
+        """Note the record's own id; one that is not otherwise decoded is looked at for its id alone."""
+        identity = record_id(annotation)
+        if identity is None and annotation is None and record.data is not None:
+            identity = read_id(record.data)
+        self._set(place, id=identity)
 
     def reject(self, place: int, problems: list[Problem]) -> None:
         codes = list(dict.fromkeys(problem.code.value for problem in problems))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from prep.files import write_synced
 from prep.metrics import Timings, timed
 from prep.sample import EncodedSample, MediaPlace, encode
 from prep.scan import media_path, read_sample
@@ -121,9 +122,7 @@ def write_shard(task: WriteTask) -> ShardResult:
         backends=backends,
         timings=timings,
     )
-    temporary = task.result.with_name(f".{task.result.name}.tmp")
-    temporary.write_bytes(msgspec.msgpack.encode(result))
-    temporary.replace(task.result)
+    write_synced(task.result, msgspec.msgpack.encode(result))
     return result
 
 

@@ -81,11 +81,13 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         max_length: tokens that a bin holds at most; a longer sample is rejected as ``too_long``.
         max_patches: vision patches that a bin holds at most (one medium-rich sample more than that still gets a bin of
             its own), or None for no second budget.
-        packer: ``bfd`` (best-fit-decreasing over the histogram of lengths) or ``binpacking``. pixels: codec of the
-        pixel planes. reserved: what to do with text that spells a control token: ``reject`` or ``escape``. overlong:
-        what to do with a sample longer than ``max_length``: ``reject``, or ``shrink`` its media until it fits. seed:
-        seeds sampling and the shuffle of samples and bins. shard_bytes: a shard is closed once its bins hold about
-        this many bytes (before compression).
+        packer: ``bfd`` (best-fit-decreasing over the histogram of lengths) or ``binpacking``.
+        pixels: codec of the pixel planes.
+        reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
+        overlong: what to do with a sample longer than ``max_length``: ``reject``, or ``shrink`` its media until it
+            fits.
+        seed: seeds sampling and the shuffle of samples and bins.
+        shard_bytes: a shard is closed once its bins hold about this many bytes (before compression).
     """
 
     media: MediaSettings = MediaSettings()

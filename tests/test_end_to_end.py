@@ -119,7 +119,7 @@ def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_reads_over(
     assert explained.stdout.count("a.json:") == 2
 
 
-def test_make_asks_for_a_path_before_a_registered_dataset_can_be_used(tmp_path: Path) -> None:
+def test_a_registered_dataset_asks_for_its_path_before_it_can_be_used(tmp_path: Path) -> None:
     done = run(*VLPREP, "build", "mp_doc%50", "--out", tmp_path / "out", code=2)
     assert "datasets.toml:" in done.stderr
     assert "annotation_path" in done.stderr

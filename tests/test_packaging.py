@@ -93,6 +93,7 @@ def _make(*arguments: str) -> str:
         (["DATASET=demo"], '"demo" --out "shards/demo" --model "checkpoints/tiny"'),
         (["DATASET=demo%50"], '"demo%50" --out "shards/demo-50" --model "checkpoints/tiny"'),
         (["DATASET=demo", "MODEL=other"], '"demo" --out "shards/demo" --model "other"'),
+        (["DATASET=mp_doc,demo%50"], '"mp_doc,demo%50" --out "shards/mp_doc+demo-50" --model "checkpoints/tiny"'),
         (["DATASET=demonstrations"], '"demonstrations" --out "shards/demonstrations"'),
         (
             ["DATASET=a%80,b%50,c", "OUT=x/y", "MAX_LENGTH=2048", "WORKERS=3", "SEED=7", "ARGS=--pixels raw"],

@@ -30,7 +30,11 @@ from train.simulate import NUM_STEPS, report, simulate
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the run.")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Epochs of the run.  [default: no end]")
 @click.option("--group-steps", type=click.IntRange(min=1), default=1, show_default=True, help="Window of the run.")
-@click.option("--model", type=click.Path(file_okay=False, path_type=Path), help="Checkpoint.  [default: sizes of 7B]")
+@click.option(
+    "--model",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Deal by the costs of this checkpoint.  [default: those that the trainer deals by]",
+)
 @click.option("--tune-llm/--freeze-llm", default=True, show_default=True, help="With --model: what is trained.")
 @click.option("--tune-vision/--freeze-vision", default=False, show_default=True, help="With --model: what is trained.")
 @click.option(

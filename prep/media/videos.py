@@ -1,7 +1,7 @@
 """Clips: how many frames to take, when, and at what size; and the decoders that deliver them.
 
-Input: a file. Output: a :class:`ClipPlan` (probe: no frame is decoded) or frames (2·t, 3, H, W) uint8 (decode). An odd
-number of frames is made even by repeating the last one, so that every temporal step has two.
+Input: a file. Output: a :class:`ClipPlan` (probe: one frame is decoded, for its size) or frames (2·t, 3, H, W) uint8
+(decode). An odd number of frames is made even by repeating the last one, so that every temporal step has two.
 
 decord is tried first; the next backend is tried when one fails, and the ledger says which served.
 """

@@ -270,6 +270,6 @@ def test_a_damaged_bin_on_one_rank_fails_the_whole_launch(flags: list[str], shar
         shard.seek(-1, os.SEEK_CUR)
         shard.write(bytes([byte[0] ^ 1]))
     done = torchrun(2, *flags, *TIMES_TWO, "--shards", str(damaged), "--output_dir", str(tmp_path / "run"))
-    assert done.returncode != 0
+    assert done.returncode == 1
     assert f"error (rank 1): {location}" in done.stderr
     assert not (tmp_path / "run" / "final").exists()
