@@ -38,7 +38,7 @@ $(ENVIRONMENT): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
 		{ echo "vlprep needs Python 3.10 to 3.13: make .venv PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[train,av,dev]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[train,av,ray,dev]'
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-deps dashscope
 	@touch $@
 
@@ -72,7 +72,9 @@ $(TINY_MODEL): | $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machine and versions
 	$(BIN)/python -m tests.benchmarks.validation
+	$(BIN)/python -m tests.benchmarks.build
 	$(BIN)/python -m tests.benchmarks.stream
+	$(BIN)/python -m tests.benchmarks.storage
 	$(BIN)/python -m tests.benchmarks.balance
 
 clean: ## remove the environment and caches; data, shards, checkpoints and runs stay

@@ -9,32 +9,34 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import pyarrow.parquet as pq
 import xxhash
-from numpy.typing import NDArray
 from tqdm import tqdm
 
+from prep import storage
+from prep.columns import SampleColumns, read_columns
 from prep.engines import Engine
-from prep.files import write_synced
-from prep.ledger import Ledger, ScannedPart
+from prep.files import naming, write_synced
+from prep.ledger import Ledger
 from prep.metrics import BuildMetrics, Timings, merge_timings
+from prep.output import Output
 from prep.plan import Plan, make_plan
 from prep.records import FileIndex
 from prep.registry import Source, draw
-from prep.scan import ScanTask, part_key, scan_chunk, table_path
+from prep.scan import ScannedPart, ScanTask, part_key, scan_chunk, table_path
 from prep.seal import seal
+from prep.software import software_versions
 from prep.tokenizer import ModelFiles, find_model_files, read_fingerprints
+from prep.urls import Location, location_key
 from prep.work import WorkFolder
-from prep.write import PlannedSample, ShardResult, WriteTask, write_shard
-from schemas.annotation import SampleRef
-from schemas.bins import shard_name
+from prep.write import WriteTask, write_shard
+from prep.written import WrittenShards
 from schemas.errors import VlprepError
 from schemas.manifest import (
     MANIFEST_FILE,
@@ -51,9 +53,6 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "build_metrics.json"
 """Counts and times of the run that finished the build; not part of the set, since times differ from run to run."""
 
-_SOFTWARE = ("pillow", "decord2", "numpy", "pyarrow", "tokenizers", "zstandard")
-"""Packages whose version can change the bytes of a build."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildRequest:
@@ -61,42 +60,30 @@ class BuildRequest:
 
     Attributes:
         sources: datasets, in the order in which the ledger lists them.
-        out: folder of the shards.
+        out: folder or URL of the shards.
         settings: everything else that decides the bytes.
         model: checkpoint folder or hub id whose tokenizer is used.
         max_rejected: the build fails when a larger share of the drawn annotations is rejected.
         retry_media: look again at chunks with records that an earlier run rejected for their media.
+        work_dir: work folder, or None for the one that belongs to ``out``.
     """
 
     sources: tuple[Source, ...]
-    out: Path
+    out: Location
     settings: BuildSettings
     model: str
     max_rejected: Fraction
     retry_media: bool = False
+    work_dir: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Samples:
-    """Columns over all measured samples, each as often as it is taken, in the order of the parts.
-
-    Attributes:
-        part: (N,) int32, index of the part.
-        row: (N,) int32, row in the part.
-    """
-
-    part: NDArray[np.int32]
-    row: NDArray[np.int32]
-    num_tokens: NDArray[np.int32]
-    num_patches: NDArray[np.int32]
-    pixel_bytes: NDArray[np.int64]
-
-
-def read_metrics(out: Path) -> BuildMetrics | None:
-    """Read the ``build_metrics.json`` of a finished build; None where it is not there or damaged."""
+def read_metrics(out: Location) -> BuildMetrics | None:
+    """Read the ``build_metrics.json`` of a finished build; None where it cannot be had or is damaged."""
     try:
-        return msgspec.json.decode((out / METRICS_FILE).read_bytes(), type=BuildMetrics)
-    except (OSError, msgspec.MsgspecError):
+        path = out / METRICS_FILE
+        data = path.read_bytes() if isinstance(path, Path) else storage.read(path)
+        return msgspec.json.decode(data, type=BuildMetrics)
+    except (OSError, VlprepError, msgspec.MsgspecError):
         return None
 
 
@@ -135,12 +122,13 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
     """
     files = find_model_files(request.model)
     fingerprints = read_fingerprints(files)
-    work = WorkFolder(request.out)
+    work = WorkFolder(request.out, request.work_dir)
     with work.held():
+        engine.share(_read_by_tasks(request, files), writes=work.written_by_tasks)
         indexes = _indexes(request, work, engine, needs_data=False)
         inputs = [_input(source, index) for source, index in zip(request.sources, indexes)]
-        software = {name: version(name) for name in _SOFTWARE}
-        roots = [str(source.media_root.resolve()) for source in request.sources]
+        software = software_versions()
+        roots = [location_key(source.media_root) for source in request.sources]
         key = _hash(request.settings, fingerprints, software, inputs, roots)
         finished = work.finished(key)
         if finished is not None and not request.retry_media:
@@ -148,39 +136,46 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
                 "%s is complete already; nothing to do. Media are not looked at again; --retry-media does.", request.out
             )
             return finished
-        (request.out / MANIFEST_FILE).unlink(missing_ok=True)
+        work.output.remove([MANIFEST_FILE])
         clock = _Clock()
         indexes = _indexes(request, work, engine, needs_data=True)
         parts = _scan(request, engine, work, files, fingerprints, indexes, clock.timings)
         clock.lap("scan")
-        samples = _measured(parts)
-        num_too_long = int((samples.num_tokens > request.settings.max_length).sum())
-        _check_rejects(request, parts, len(samples.num_tokens), num_too_long)
+        samples = read_columns(parts)
+        _check_rejects(request, samples)
         plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)
         clock.lap("plan")
-        results = _write(request, engine, work.write_results(_plan_key(key, parts, plan)), parts, samples, plan)
-        for result in results:
-            merge_timings(clock.timings, result.timings)
-        work.keep_shards({shard_name(result.shard) for result in results if result.rows})
+        results = work.write_results(_plan_key(key, parts, plan))
+        written = _write(request, engine, work.output, results, parts, samples, plan)
+        merge_timings(clock.timings, written.timings)
+        work.keep_shards({shard.file for shard in written.shards})
         clock.lap("write")
         names = [source.name for source in request.sources]
-        ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, results)
-        statistics = ledger.write(request.out / SAMPLES_FILE, parts)
+        ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, written)
+        with naming(work.output.folder / SAMPLES_FILE):
+            statistics = ledger.write(work.output.folder / SAMPLES_FILE, parts)
         num_rejected = sum(dataset.num_rejected for dataset in statistics)
         _check_share(request, sum(dataset.num_drawn for dataset in inputs), num_rejected)
         manifest = seal(
-            request.out,
+            work.output,
             settings=request.settings,
             fingerprints=fingerprints,
             software=software,
             inputs=inputs,
-            results=results,
+            written=written,
             statistics=statistics,
         )
         clock.lap("seal")
-        write_synced(request.out / METRICS_FILE, clock.metrics(manifest, engine.num_workers))
+        write_synced(work.output.folder / METRICS_FILE, clock.metrics(manifest, engine.num_workers))
+        work.output.put(METRICS_FILE)
         work.finish(key, manifest)
         return manifest
+
+
+def _read_by_tasks(request: BuildRequest, files: ModelFiles) -> list[Path]:
+    """Files and folders here that tasks read, besides those in the work folder."""
+    named = [place for source in request.sources for place in (*source.files, source.media_root)]
+    return [files.tokenizer, *(place for place in named if isinstance(place, Path))]
 
 
 def _hash(*parts: object) -> str:
@@ -193,17 +188,19 @@ def _plan_key(key: str, parts: Sequence[ScannedPart], plan: Plan) -> str:
     for part in parts:
         digest.update(table_path(part.path).read_bytes())
     for array in (plan.order, plan.bin_starts, plan.shard_starts):
-        digest.update(array.tobytes())
+        digest.update(array.data)
     return digest.hexdigest()
 
 
 def _indexes(request: BuildRequest, work: WorkFolder, engine: Engine, *, needs_data: bool) -> list[list[FileIndex]]:
     """What is in the annotation files of every dataset; those that have not changed are not walked again."""
     files = [file for source in request.sources for file in source.files]
-    known = {file: found for file in files if (found := work.index(file, needs_data=needs_data)) is not None}
+    asked = list(dict.fromkeys(files))
+    answers = storage.in_parallel(partial(work.index, needs_data=needs_data), asked)
+    known = {file: found for file, found in zip(asked, answers) if found is not None}
     new = [file for file in dict.fromkeys(files) if file not in known]
-    walked = tqdm(engine.map(work.make_index, new), total=len(new), desc="index", unit="file", disable=not new)
-    known.update(zip(new, walked))
+    with closing(engine.map(work.make_index, new)) as walked:
+        known.update(zip(new, tqdm(walked, total=len(new), desc="index", unit="file", disable=not new)))
     return [[known[file] for file in source.files] for source in request.sources]
 
 
@@ -256,43 +253,23 @@ def _scan(
                 parts.append(ScannedPart(path=task.part, source=number, file=name, record_base=base))
                 tasks.append(task)
             base += index.num_records
-    with tqdm(total=sum(task.chunk.num_records for task in tasks), desc="scan", unit="record") as bar:
-        for result in engine.map(scan_chunk, tasks):
+    total = sum(task.chunk.num_records for task in tasks)
+    with closing(engine.map(scan_chunk, tasks)) as results, tqdm(total=total, desc="scan", unit="record") as bar:
+        for result in results:
             bar.update(result.num_records)
             merge_timings(timings, result.timings)
     return parts
 
 
-def _measured(parts: Sequence[ScannedPart]) -> _Samples:
-    """Read the sizes of all samples."""
-    names = ["copies", "sample_bytes", "num_tokens", "num_patches", "pixel_bytes"]
-    columns: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ("part", "row", *names[2:])}
-    for number, part in enumerate(parts):
-        table = pq.read_table(table_path(part.path), columns=names)
-        has_sample = table.column("sample_bytes").to_numpy() > 0
-        row = np.repeat(np.flatnonzero(has_sample), table.column("copies").to_numpy()[has_sample])
-        columns["part"].append(np.full(row.size, number))
-        columns["row"].append(row)
-        for name in names[2:]:
-            columns[name].append(table.column(name).to_numpy()[row])
-    empty = np.empty(0, dtype=np.int64)
-    joined = {name: np.concatenate([empty, *arrays]) for name, arrays in columns.items()}
-    narrow = {name: joined[name].astype(np.int32) for name in ("part", "row", "num_tokens", "num_patches")}
-    return _Samples(pixel_bytes=joined["pixel_bytes"].astype(np.int64), **narrow)
-
-
-def _check_rejects(request: BuildRequest, parts: Sequence[ScannedPart], num_samples: int, num_too_long: int) -> None:
+def _check_rejects(request: BuildRequest, samples: SampleColumns) -> None:
     """Stop before the write step when the scan alone shows that there is too little to pack."""
-    drawn = 0
-    for part in parts:
-        copies = pq.read_table(table_path(part.path), columns=["copies"]).column("copies")
-        drawn += int(copies.to_numpy().sum(dtype=np.int64))
-    if num_samples == num_too_long:
+    num_packable = int((samples.num_tokens <= request.settings.max_length).sum())
+    if not num_packable:
         raise VlprepError(
-            f"none of {drawn} annotations can be packed; nothing was sealed. `vlprep validate` on the same file "
-            "says what is wrong with each."
+            f"none of {samples.num_drawn} annotations can be packed; nothing was sealed. `vlprep validate` on the same "
+            "file says what is wrong with each."
         )
-    _check_share(request, drawn, drawn - num_samples + num_too_long)
+    _check_share(request, samples.num_drawn, samples.num_drawn - num_packable)
 
 
 def _check_share(request: BuildRequest, drawn: int, rejected: int) -> None:
@@ -306,57 +283,51 @@ def _check_share(request: BuildRequest, drawn: int, rejected: int) -> None:
 def _write(
     request: BuildRequest,
     engine: Engine,
+    output: Output,
     results: Path,
     parts: Sequence[ScannedPart],
-    samples: _Samples,
+    samples: SampleColumns,
     plan: Plan,
-) -> list[ShardResult]:
+) -> WrittenShards:
     """Write all shards; those that an earlier run of the same plan finished are kept."""
-    found: list[ShardResult] = []
-    with tqdm(total=int(plan.order.size), desc="write", unit="sample") as bar:
-        for result in engine.map(write_shard, _write_tasks(request, results, parts, samples, plan)):
-            found.append(result)
+    written = WrittenShards()
+    tasks = _write_tasks(request, output, results, parts, samples, plan)
+    total = int(plan.order.size)
+    with closing(engine.map(write_shard, tasks)) as shards, tqdm(total=total, desc="write", unit="sample") as bar:
+        for result in shards:
+            written.add(result)
             bar.update(sum(row.num_samples for row in result.rows) + len(result.failed))
-    return found
+    return written
 
 
 def _write_tasks(
-    request: BuildRequest, results: Path, parts: Sequence[ScannedPart], samples: _Samples, plan: Plan
+    request: BuildRequest,
+    output: Output,
+    results: Path,
+    parts: Sequence[ScannedPart],
+    samples: SampleColumns,
+    plan: Plan,
 ) -> Iterator[WriteTask]:
-    places = _Places(request, parts, samples)
     for shard in range(plan.num_shards):
         first, last = int(plan.shard_starts[shard]), int(plan.shard_starts[shard + 1])
+        starts = plan.bin_starts[first : last + 1]
+        numbers = plan.order[starts[0] : starts[-1]]
+        used, part = samples.parts_of(numbers)
         yield WriteTask(
             shard=shard,
-            out=request.out,
+            output=output,
             result=results / f"{shard:05d}",
             first_bin=first,
-            bins=tuple(
-                tuple(places.planned(int(number)) for number in plan.order[plan.bin_starts[b] : plan.bin_starts[b + 1]])
-                for b in range(first, last)
-            ),
+            first_place=int(starts[0]),
+            bin_starts=starts - starts[0],
+            part=part,
+            offset=samples.sample_offset[numbers],
+            num_bytes=samples.sample_bytes[numbers],
+            has_media=samples.num_patches[numbers] > 0,
+            parts=tuple(parts[number] for number in used),
+            names=tuple(source.name for source in request.sources),
             roots=tuple(source.media_root for source in request.sources),
             media=tuple(source.media for source in request.sources),
             codec=request.settings.pixels,
+            jpeg_quality=request.settings.jpeg_quality or None,
         )
-
-
-class _Places:
-    """Looks up where the measured form of a sample lies, and what it is called."""
-
-    def __init__(self, request: BuildRequest, parts: Sequence[ScannedPart], samples: _Samples) -> None:
-        self._names = [source.name for source in request.sources]
-        self._parts = parts
-        self._samples = samples
-        names = ["record", "id", "sample_offset", "sample_bytes"]
-        tables = [pq.read_table(table_path(part.path), columns=names) for part in parts]
-        self._ids = [table.column("id") for table in tables]
-        self._numbers = [[table.column(name).to_numpy() for name in names if name != "id"] for table in tables]
-
-    def planned(self, number: int) -> PlannedSample:
-        """The write task's view of sample ``number``."""
-        at, row = int(self._samples.part[number]), int(self._samples.row[number])
-        part = self._parts[at]
-        record, offset, num_bytes = (int(column[row]) for column in self._numbers[at])
-        reference = SampleRef(self._names[part.source], part.record_base + record, self._ids[at][row].as_py())
-        return PlannedSample(number, part.source, reference, part.path, offset, num_bytes)

@@ -13,9 +13,10 @@ from typing import Any, ParamSpec
 
 import click
 import msgspec
+from msgspec import UNSET
 
 from prep.build import BuildRequest, build, read_metrics
-from prep.engines import default_workers, make_engine
+from prep.engines import ENGINES, open_engine
 from prep.reader import open_set
 from prep.registry import DEFAULT_REGISTRY, Registry, find_sources
 from prep.report import write_report
@@ -23,10 +24,11 @@ from prep.show import save_pictures, show
 from prep.summary import build_summary, metrics_summary
 from prep.tokenizer import DEFAULT_MODEL
 from prep.transcript import open_transcriber
+from prep.urls import Location, Url, is_url, parse_location
 from prep.validate import ValidateRequest, validate
 from prep.verify import verify
-from schemas.errors import VlprepError
-from schemas.pixels import CODECS
+from schemas.errors import ConfigError, VlprepError
+from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
 from schemas.settings import OVERLONG_POLICIES, PACKERS, RESERVED_POLICIES, BuildSettings, MediaSettings
 
 P = ParamSpec("P")
@@ -41,7 +43,19 @@ class _NamedPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _Location(_NamedPath):
+    """The same, or a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and is_url(value):
+            location = parse_location(value)
+            return location if isinstance(location, Url) else super().convert(str(location), param, ctx)
+        return value if isinstance(value, Url) else super().convert(value, param, ctx)
+
+
 _FOLDER = _NamedPath(file_okay=False, path_type=Path)
+_FOLDER_OR_URL = _Location(file_okay=False, path_type=Path)
+_FILE_OR_URL = _Location(dir_okay=False, path_type=Path)
 _FILE = _NamedPath(dir_okay=False, path_type=Path)
 _INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, as shells have it."""
@@ -105,8 +119,10 @@ def main(debug: bool) -> None:
     """Turn chat annotations with images and videos into packed training shards for Qwen2.5-VL."""
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
-    for noisy in ("PIL", "urllib3", "httpx", "filelock"):
+    for noisy in ("PIL", "urllib3", "httpx", "filelock", "botocore", "aiobotocore", "asyncio", "fsspec", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It logs tracebacks of what is tried again, or reported in one sentence.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def _media_options(command: Callable[P, None]) -> Callable[P, None]:
@@ -119,16 +135,52 @@ def _media_options(command: Callable[P, None]) -> Callable[P, None]:
     return command
 
 
+def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
+    """Options that say who runs the parallel steps, for :func:`open_engine`."""
+    for option in (
+        click.option(
+            "--ray-address",
+            metavar="ADDRESS",
+            help="With --engine ray: auto, local, host:port or ray://host:port.  [default: the cluster of "
+            "RAY_ADDRESS or of this machine, or a new one]",
+        ),
+        click.option(
+            "--engine",
+            type=click.Choice(ENGINES),
+            default="local",
+            show_default=True,
+            help="Who runs the work: processes of this machine, or a Ray cluster.",
+        ),
+        click.option("--workers", type=click.IntRange(min=1), help="Tasks at the same time.  [default: cores]"),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command("build")
 @click.argument("datasets")
-@click.option("--out", type=_FOLDER, required=True, help="Folder of the shards.")
+@click.option("--out", type=_FOLDER_OR_URL, required=True, help="Folder or URL of the shards.")
+@click.option(
+    "--work-dir",
+    type=_FOLDER,
+    help="With an --out that is a URL: folder for unfinished work.  [default: below the user's cache folder]",
+)
 @click.option("--registry", type=_FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
-@click.option("--media-root", type=_FOLDER, help="With an annotation file: folder of its media.  [default: its folder]")
+@click.option(
+    "--media-root",
+    type=_FOLDER_OR_URL,
+    help="With an annotation file: folder or URL of its media.  [default: where it lies]",
+)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
 @click.option("--max-length", type=int, default=4096, show_default=True, help="Tokens that a bin holds at most.")
 @click.option("--max-patches", type=int, help="Vision patches that a bin holds at most.  [default: no limit]")
 @click.option("--packer", type=click.Choice(PACKERS), default="bfd", show_default=True)
 @click.option("--pixels", type=click.Choice(CODECS), default="zstd", show_default=True, help="Codec of the pixels.")
+@click.option(
+    "--jpeg-quality",
+    type=int,
+    help=f"With --pixels jpeg: {JPEG_QUALITIES[0]} to {JPEG_QUALITIES[1]}.  [default: {DEFAULT_JPEG_QUALITY}]",
+)
 @click.option(
     "--reserved",
     type=click.Choice(RESERVED_POLICIES),
@@ -151,35 +203,44 @@ def _media_options(command: Callable[P, None]) -> Callable[P, None]:
     "--max-rejected", type=_Share(), default="100%", show_default=True, help="Fail above this share of rejects."
 )
 @click.option("--retry-media", is_flag=True, help="Look again at media that an earlier run could not use.")
-@click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
+@_engine_options
 @_media_options
 @_guarded
 def build_command(
     datasets: str,
-    out: Path,
+    out: Location,
+    work_dir: Path | None,
     registry: Path | None,
-    media_root: Path | None,
+    media_root: Location | None,
     model: str,
     max_length: int,
     max_patches: int | None,
     packer: str,
     pixels: str,
+    jpeg_quality: int | None,
     reserved: str,
     overlong: str,
     shard_bytes: int,
     seed: int,
     max_rejected: Fraction,
     retry_media: bool,
-    workers: int,
+    workers: int | None,
+    engine: str,
+    ray_address: str | None,
     **media: float,
 ) -> None:
-    """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc) or an annotation file."""
+    """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc), or the path or URL of an
+    annotation file.
+    """
+    if work_dir is not None and isinstance(out, Path):
+        raise ConfigError(f"--work-dir goes with an --out that is a URL; the work of {out} lies in {out / '.build'}.")
     settings = BuildSettings(
         media=MediaSettings(**media),  # type: ignore[arg-type]
         max_length=max_length,
         max_patches=max_patches,
         packer=packer,
         pixels=pixels,
+        jpeg_quality=UNSET if jpeg_quality is None else jpeg_quality,
         reserved=reserved,
         overlong=overlong,
         seed=seed,
@@ -193,8 +254,10 @@ def build_command(
         model=model,
         max_rejected=max_rejected,
         retry_media=retry_media,
+        work_dir=work_dir,
     )
-    manifest = build(request, make_engine(workers))
+    with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
+        manifest = build(request, workforce)
     click.echo(build_summary(manifest, out))
     metrics = read_metrics(out)
     if metrics is not None:
@@ -202,26 +265,28 @@ def build_command(
 
 
 @main.command("validate")
-@click.argument("files", nargs=-1, required=True, type=_FILE)
-@click.option("--media-root", type=_FOLDER, help="Folder of the media.  [default: folder of each file]")
+@click.argument("files", nargs=-1, required=True, type=_FILE_OR_URL)
+@click.option("--media-root", type=_FOLDER_OR_URL, help="Folder or URL of the media.  [default: where each file lies]")
 @click.option("--deep", is_flag=True, help="Decode every medium, not only its header.")
 @click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object a line.")
 @click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object a line.")
 @click.option("--reserved", type=click.Choice(RESERVED_POLICIES), default="reject", show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
+@_engine_options
 @_media_options
 @_guarded
 def validate_command(
-    files: tuple[Path, ...],
-    media_root: Path | None,
+    files: tuple[Location, ...],
+    media_root: Location | None,
     deep: bool,
     rejects: Path | None,
     fixed: Path | None,
     reserved: str,
-    workers: int,
+    workers: int | None,
+    engine: str,
+    ray_address: str | None,
     **media: float,
 ) -> int:
-    """Check annotation FILES and their media; exit 1 when there are problems."""
+    """Check annotation FILES (paths or URLs) and their media; exit 1 when there are problems."""
     request = ValidateRequest(
         files=files,
         media_root=media_root,
@@ -231,7 +296,8 @@ def validate_command(
         reserved=reserved,
         media=MediaSettings(**media),  # type: ignore[arg-type]
     )
-    report = validate(request, make_engine(workers))
+    with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
+        report = validate(request, workforce)
     click.echo(report.text())
     return 1 if report.num_rejected else 0
 
@@ -258,23 +324,24 @@ def demo_command(out: Path, seed: int) -> None:
 
 
 @main.command("verify")
-@click.argument("folder", metavar="DIR", type=_FOLDER)
-@click.option("--workers", type=click.IntRange(min=1), default=default_workers, help="Processes.  [default: cores]")
+@click.argument("folder", metavar="DIR", type=_FOLDER_OR_URL)
+@_engine_options
 @_guarded
-def verify_command(folder: Path, workers: int) -> int:
+def verify_command(folder: Location, workers: int | None, engine: str, ray_address: str | None) -> int:
     """Check every byte, count and invariant of the shards in DIR; exit 1 when something is wrong."""
-    verification = verify(folder, make_engine(workers))
+    with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
+        verification = verify(folder, workforce)
     click.echo(verification.text())
     return 1 if verification.findings else 0
 
 
 @main.command("show")
-@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("folder", metavar="DIR", type=_FOLDER_OR_URL)
 @click.option("--bin", "number", type=click.IntRange(min=0), required=True, help="Number of the bin.")
 @click.option("--save", type=_FOLDER, help="Write the pictures of the bin into this folder, as PNG files.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
 @_guarded
-def show_command(folder: Path, number: int, save: Path | None, model: str) -> None:
+def show_command(folder: Location, number: int, save: Path | None, model: str) -> None:
     """Print one bin of the shards in DIR: text, media, and what is trained."""
     shards = open_set(folder)
     transcriber = open_transcriber(model, shards.manifest)
@@ -284,7 +351,7 @@ def show_command(folder: Path, number: int, save: Path | None, model: str) -> No
 
 
 @main.command("report")
-@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.argument("folder", metavar="DIR", type=_FOLDER_OR_URL)
 @click.option("--out", type=_FILE, required=True, help="HTML file to write.")
 @click.option(
     "--model",
@@ -292,7 +359,7 @@ def show_command(folder: Path, number: int, save: Path | None, model: str) -> No
     "one the page has no texts]",
 )
 @_guarded
-def report_command(folder: Path, out: Path, model: str | None) -> None:
+def report_command(folder: Location, out: Path, model: str | None) -> None:
     """Write one HTML page about the shards in DIR: counts, rejects, distributions, samples."""
     num_bytes = write_report(folder, out, model)
     click.echo(f"{out}: {num_bytes / 1e6:.1f} MB")

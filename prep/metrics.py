@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import msgspec
 
@@ -77,15 +75,24 @@ Timings = dict[str, Durations]
 """Durations by the name of what was timed."""
 
 
-@contextmanager
-def timed(timings: Timings, name: str, num: int = 1) -> Iterator[None]:
+class timed:
     """Time a block that handles ``num`` samples; each is counted with an equal part."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        if num:
-            timings.setdefault(name, Durations()).add((time.perf_counter() - start) / num, num)
+
+    __slots__ = ("_name", "_num", "_start", "_timings")
+
+    def __init__(self, timings: Timings, name: str, num: int = 1) -> None:
+        self._timings, self._name, self._num = timings, name, num
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._num:
+            seconds = (time.perf_counter() - self._start) / self._num
+            durations = self._timings.get(self._name)
+            if durations is None:
+                durations = self._timings[self._name] = Durations()
+            durations.add(seconds, self._num)
 
 
 def merge_timings(into: Timings, other: Timings) -> None:

@@ -1,9 +1,14 @@
-"""Packs samples into bins of a token budget.
+"""Packs samples into bins of a token budget, and of a patch budget where one is set.
 
-Input: the length of every sample. Output: the bin of every sample. The default is best-fit-decreasing over the
-histogram of lengths: samples of equal length are interchangeable, so whole groups of equal bins are filled at once
-and the cost depends on the number of distinct lengths, not on the number of samples; what remains is one stable sort.
-Pure functions.
+Input: the sizes of every sample. Output: the bin of every sample. The default is best-fit-decreasing. Under one budget
+it works on the histogram of lengths: samples of equal length are interchangeable, so whole groups of equal bins are
+filled at once and the cost depends on the number of distinct lengths, not on the number of samples; what remains is
+one stable sort. Two budgets: :mod:`prep.two_budgets`. Pure functions.
+
+No window packer gets by with fewer bins: where the number of bins does not prove it (the shares of a budget that the
+samples of a window take, summed and rounded up, are a lower bound for every packer that looks at windows), window
+packings are made too and the best is taken. That holds for up to 65,536 samples, and for more wherever the bound does,
+as it does for all real lengths; ``docs/benchmarks.md`` has the figures.
 """
 
 from __future__ import annotations
@@ -14,11 +19,14 @@ import numpy as np
 from binpacking.to_constant_volume import to_constant_volume
 from numpy.typing import ArrayLike, NDArray
 
+from prep.two_budgets import FEW_SAMPLES, pack_two_budgets
 from schemas.errors import ConfigError
-from schemas.settings import PACKERS
 
 WINDOW = 256
 """Samples that the ``binpacking`` packer looks at together; the package is quadratic in this number."""
+
+LARGE_WINDOW = 1000
+"""Samples in a window of best-fit-decreasing, which is compared with that of all samples."""
 
 
 def pack(
@@ -37,7 +45,8 @@ def pack(
         max_length: tokens that a bin holds at most.
         num_patches: (N,) vision patches of every sample; needed with ``max_patches``.
         max_patches: patches that a bin holds at most. A sample that alone has more gets a bin of its own.
-        packer: ``bfd`` or ``binpacking`` (the package's ``to_constant_volume`` over windows of 256 samples).
+        packer: ``bfd`` or ``binpacking`` (the package's ``to_constant_volume`` over windows of 256 samples; it knows
+            one size only, so under two budgets a sample counts as the larger of its shares of them).
         seed: decides which of the samples of equal length fill which place, and the order of the bins.
 
     Returns:
@@ -49,24 +58,56 @@ def pack(
     lengths = np.asarray(num_tokens, dtype=np.int64)
     if lengths.ndim != 1:
         raise ConfigError(f"num_tokens has shape {lengths.shape}; expected one dimension")
-    if packer not in PACKERS:
-        raise ConfigError(f"unknown packer {packer!r}; allowed: {', '.join(PACKERS)}")
+    if packer not in _PACKERS:
+        raise ConfigError(f"unknown packer {packer!r}; allowed: {', '.join(_PACKERS)}")
     if lengths.size == 0:
         return np.empty(0, dtype=np.int64)
     if lengths.min() < 1 or lengths.max() > max_length:
         raise ConfigError(
             f"lengths run from {lengths.min()} to {lengths.max()}; allowed: 1 to max_length, {max_length}"
         )
-    sizes = _effective_sizes(lengths, max_length, num_patches, max_patches)
     generator = np.random.Generator(np.random.PCG64(seed))
     shuffled = generator.permutation(lengths.size)
-    bins = np.empty(lengths.size, dtype=np.int64)
-    if packer == "bfd":
-        bins[shuffled] = best_fit_decreasing(sizes[shuffled], max_length)
+    lengths = lengths[shuffled]
+    if max_patches is None:
+        packed = _PACKERS[packer](lengths, max_length)
     else:
-        bins[shuffled] = _constant_volume(sizes[shuffled], max_length)
-    renumbered: NDArray[np.int64] = generator.permutation(int(bins.max()) + 1)[bins]
-    return renumbered
+        patches = _checked_patches(num_patches, lengths.size)[shuffled]
+        packed = _under_two_budgets(lengths, max_length, patches, max_patches, packer)
+    bins = np.empty(lengths.size, dtype=np.int64)
+    bins[shuffled] = generator.permutation(int(packed.max()) + 1)[packed]
+    return bins
+
+
+def _best_of_all(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """Best-fit-decreasing over all samples, or window packings where they need fewer bins."""
+    packed = best_fit_decreasing(sizes, capacity)
+    num_bins = int(packed.max()) + 1
+    if sizes.size > FEW_SAMPLES or num_bins == -(-int(sizes.sum()) // capacity):
+        return packed
+    others = []
+    if num_bins > _least_bins(sizes, capacity, WINDOW):
+        others.append(constant_volume(sizes, capacity))
+    if sizes.size > LARGE_WINDOW and num_bins > _least_bins(sizes, capacity, LARGE_WINDOW):
+        others.append(best_fit_in_windows(sizes, capacity))
+    return min([packed, *others], key=np.max)
+
+
+def _least_bins(sizes: NDArray[np.int64], capacity: int, window: int) -> int:
+    """No packer that looks at windows for themselves needs fewer bins."""
+    loads = np.add.reduceat(sizes, np.arange(0, sizes.size, window))
+    return int((-(-loads // capacity)).sum())
+
+
+def best_fit_in_windows(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+    """Best-fit-decreasing over consecutive windows."""
+    bins = np.empty(sizes.size, dtype=np.int64)
+    num_bins = 0
+    for start in range(0, sizes.size, LARGE_WINDOW):
+        found = best_fit_decreasing(sizes[start : start + LARGE_WINDOW], capacity)
+        bins[start : start + LARGE_WINDOW] = num_bins + found
+        num_bins += int(found.max()) + 1
+    return bins
 
 
 def best_fit_decreasing(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
@@ -151,7 +192,7 @@ def _ramp(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return ramp
 
 
-def _constant_volume(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
+def constant_volume(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     """``binpacking.to_constant_volume`` over consecutive windows, as the upstream tool packs."""
     bins = np.empty(sizes.size, dtype=np.int64)
     num_bins = 0
@@ -164,19 +205,45 @@ def _constant_volume(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int6
     return bins
 
 
-def _effective_sizes(
-    lengths: NDArray[np.int64], max_length: int, num_patches: ArrayLike | None, max_patches: int | None
+def _checked_patches(num_patches: ArrayLike | None, num_samples: int) -> NDArray[np.int64]:
+    if num_patches is None:
+        raise ConfigError("max_patches is set but num_patches is not given")
+    patches = np.asarray(num_patches, dtype=np.int64)
+    if patches.shape != (num_samples,):
+        raise ConfigError(f"num_patches has shape {patches.shape}, num_tokens {(num_samples,)}; they must agree")
+    if patches.size and patches.min() < 0:
+        raise ConfigError(f"num_patches has {patches.min()}; allowed: 0 or more")
+    return patches
+
+
+def _larger_shares(
+    lengths: NDArray[np.int64], max_length: int, patches: NDArray[np.int64], max_patches: int
 ) -> NDArray[np.int64]:
     """One size for both budgets: the larger of the shares that a sample takes of them, in tokens, rounded up.
 
     Shares that add up to at most 1 keep both budgets, since each share is at least the sample's part of each budget.
     """
-    if max_patches is None:
-        return lengths
-    if num_patches is None:
-        raise ConfigError("max_patches is set but num_patches is not given")
-    patches = np.asarray(num_patches, dtype=np.int64)
-    if patches.shape != lengths.shape:
-        raise ConfigError(f"num_patches has shape {patches.shape}, num_tokens {lengths.shape}; they must agree")
-    by_patches = -(-patches * max_length // max_patches)
-    return np.minimum(np.maximum(lengths, by_patches), max_length)
+    return np.minimum(np.maximum(lengths, -(-patches * max_length // max_patches)), max_length)
+
+
+def _under_two_budgets(
+    lengths: NDArray[np.int64], max_length: int, patches: NDArray[np.int64], max_patches: int, packer: str
+) -> NDArray[np.int64]:
+    """Bins that keep both budgets."""
+    sizes = _larger_shares(lengths, max_length, patches, max_patches)
+    if packer != "bfd" or (sizes == lengths).all():
+        return _PACKERS[packer](sizes, max_length)
+    is_alone = patches > max_patches
+    together = np.flatnonzero(~is_alone)
+    packed = pack_two_budgets((lengths[together], patches[together]), (max_length, max_patches))
+    bins = np.empty(lengths.size, dtype=np.int64)
+    bins[together] = packed
+    # Samples that alone have more patches than a bin holds come last, each in its own.
+    num_bins = int(packed.max()) + 1 if packed.size else 0
+    bins[is_alone] = num_bins + np.arange(lengths.size - together.size)
+    if lengths.size > FEW_SAMPLES:
+        return bins
+    return min(bins, best_fit_decreasing(sizes, max_length), key=np.max)
+
+
+_PACKERS = {"bfd": _best_of_all, "binpacking": constant_volume}

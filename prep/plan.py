@@ -43,14 +43,11 @@ class Plan:
         """Shards."""
         return int(self.shard_starts.size) - 1
 
-    def places(self, num_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Bin and slot of every sample, -1 for what is not packed; each (num_samples,) int64."""
-        bins = np.full(num_samples, -1, dtype=np.int64)
-        slots = np.full(num_samples, -1, dtype=np.int64)
-        sizes = np.diff(self.bin_starts)
-        bins[self.order] = np.repeat(np.arange(self.num_bins), sizes)
-        slots[self.order] = np.arange(self.order.size) - np.repeat(self.bin_starts[:-1], sizes)
-        return bins, slots
+    def places(self, num_samples: int) -> NDArray[np.int64]:
+        """Place of every sample in ``order``, -1 for what is not packed: (num_samples,) int64."""
+        places = np.full(num_samples, -1, dtype=np.int64)
+        places[self.order] = np.arange(self.order.size)
+        return places
 
 
 def make_plan(

@@ -1,9 +1,17 @@
-"""Child processes that do not outlive their parent."""
+"""What worker processes have in common: their environment, and that they do not outlive their parent."""
 
 from __future__ import annotations
 
 import ctypes
 import signal
+
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment that keeps libraries from starting threads of their own: the workers occupy the cores already."""
 
 _PR_SET_PDEATHSIG = 1
 

@@ -8,6 +8,7 @@ chunks are independent, so that any worker can take any of them.
 ``.json``, ``.jsonl`` (by content)        :mod:`prep.json_records`: chunks are byte ranges
 the same with ``.gz`` or ``.zst``         decompressed once into the spool folder, then as above
 ``.parquet``                              :mod:`prep.parquet_records`: chunks are ranges of rows
+a URL of any of these                     fetched once into the spool folder, then as above
 ========================================  ===========================================================
 """
 
@@ -25,8 +26,10 @@ import pyarrow as pa
 import xxhash
 import zstandard
 
-from prep import json_records, parquet_records
+from prep import json_records, parquet_records, storage
 from prep.chunks import Chunk, Record
+from prep.files import temporary_path
+from prep.urls import Location, Url
 from schemas.errors import ConfigError, VlprepError
 
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet")
@@ -45,7 +48,7 @@ class FileIndex:
         num_bytes: of the file.
         xxh3: XXH3-128 of the file.
         num_records: annotations in it.
-        data: the file that the chunks refer to: the file itself, or what was decompressed from it.
+        data: the file that the chunks refer to: the file itself, or what was fetched or decompressed from it.
         chunks: runs of whole records that cover it.
     """
 
@@ -56,20 +59,41 @@ class FileIndex:
     chunks: tuple[Chunk, ...]
 
 
-def index_file(path: Path, spool: Path) -> FileIndex:
+def index_file(path: Location, spool: Path) -> FileIndex:
     """Walk a file once and cut it into chunks.
 
     Args:
-        path: annotation file.
-        spool: existing folder that a compressed file is decompressed into.
+        path: annotation file, or its URL.
+        spool: existing folder that a remote file is fetched and a compressed one decompressed into.
 
     Raises:
         ConfigError: the file cannot be read.
-        VlprepError: it is damaged: not what its ending says.
+        VlprepError: it is damaged: not what its ending says; or its store does not answer.
     """
+    if isinstance(path, Url):
+        return _index_remote(path, spool)
     if path.exists() and not path.is_file():
         raise ConfigError(f"annotation file {path} is not a regular file.")
-    with _failures(path):
+    return _index(path, spool, path)
+
+
+def _index_remote(url: Url, spool: Path) -> FileIndex:
+    copy = _copy_path(url, storage.stat(url), spool)
+    if not copy.exists():
+        fetched = temporary_path(copy)
+        copy = _copy_path(url, storage.download(url, fetched), spool)
+        fetched.replace(copy)
+    return _index(copy, spool, url)
+
+
+def _copy_path(url: Url, stored: storage.Stored, spool: Path) -> Path:
+    identity = f"{url.url}\0{stored.num_bytes}\0{stored.tag}"
+    return spool / f"{xxhash.xxh3_128_hexdigest(identity.encode())}{url.suffix}"
+
+
+def _index(path: Path, spool: Path, name: Location) -> FileIndex:
+    """Index a file that is here; ``name`` is what messages call it."""
+    with _failures(name):
         digest = _digest(path)
         data = _decompressed(path, spool / f"{digest}.jsonl") if path.suffix in _DECOMPRESSORS else path
         chunks = tuple(parquet_records.cut(data) if path.suffix == ".parquet" else json_records.cut(data))
@@ -80,6 +104,11 @@ def index_file(path: Path, spool: Path) -> FileIndex:
         data=data,
         chunks=chunks,
     )
+
+
+def is_read_in_place(path: Location) -> bool:
+    """Whether chunks are read from the file itself, not from what :func:`index_file` puts into the spool."""
+    return isinstance(path, Path) and path.suffix not in _DECOMPRESSORS
 
 
 def read_chunk(data: Path, chunk: Chunk) -> Iterator[Record]:
@@ -96,7 +125,7 @@ def read_chunk(data: Path, chunk: Chunk) -> Iterator[Record]:
 
 
 @contextmanager
-def _failures(path: Path) -> Iterator[None]:
+def _failures(path: Location) -> Iterator[None]:
     """Turn what the readers raise into errors that name the file."""
     try:
         yield
@@ -109,7 +138,7 @@ def _failures(path: Path) -> Iterator[None]:
         raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}.") from error
 
 
-def _damaged(path: Path, error: Exception) -> VlprepError:
+def _damaged(path: Location, error: Exception) -> VlprepError:
     reason = str(error).strip().rstrip(".") or type(error).__name__
     return VlprepError(f"annotation file {path} is damaged: {reason}. Fetch or write it again.")
 
@@ -124,7 +153,7 @@ def _digest(path: Path) -> str:
 
 def _decompressed(path: Path, target: Path) -> Path:
     if not target.exists():
-        temporary = target.with_name(f".{target.name}.tmp")
+        temporary = temporary_path(target)
         with path.open("rb") as source, temporary.open("wb") as sink:
             if not source.peek(1):
                 raise EOFError("the compressed file has 0 bytes")

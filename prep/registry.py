@@ -13,7 +13,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,8 +22,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from prep import storage
 from prep.records import ANNOTATION_SUFFIXES
-from schemas.errors import ConfigError
+from prep.urls import Location, Url, is_url, names_below_common_folder, parse_location
+from schemas.errors import ConfigError, VlprepError
 from schemas.settings import MediaSettings
 
 if sys.version_info >= (3, 11):
@@ -36,6 +37,7 @@ DEFAULT_REGISTRY = Path("datasets.toml")
 
 _TERM = re.compile(r"(?P<name>[^%]+?)(?:%(?P<percent>[0-9]+(?:\.[0-9]+)?))?")
 _MAX_PERCENT = 1000
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +46,17 @@ class Source:
 
     Attributes:
         name: what the ledger calls it.
-        files: annotation files, in order.
+        files: annotation files, in order; paths or URLs.
         file_names: what the ledger calls them: relative to their common folder.
-        media_root: folder that all media lie in.
+        media_root: folder or URL that all media lie below.
         rate: share taken; 1 is all, 2 every annotation twice.
         media: media settings of this dataset.
     """
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Location, ...]
     file_names: tuple[str, ...]
-    media_root: Path
+    media_root: Location
     rate: Fraction
     media: MediaSettings
 
@@ -74,8 +76,8 @@ class Listed:
     """One line of ``vlprep datasets``: a registered dataset and the state of its files."""
 
     name: str
-    files: tuple[Path, ...]
-    media_root: Path | None
+    files: tuple[Location, ...]
+    media_root: Location | None
     state: str
 
 
@@ -102,19 +104,22 @@ def parse_expression(expression: str) -> list[tuple[str, Fraction]]:
 
 
 def find_sources(
-    expression: str, *, registry: Path | None, media_root: Path | None, media: MediaSettings
+    expression: str, *, registry: Path | None, media_root: Location | None, media: MediaSettings
 ) -> list[Source]:
     """Resolve what the user named into datasets with existing files.
 
     Args:
-        expression: a registry expression, or the path of an annotation file.
+        expression: a registry expression, the path of an annotation file, or a URL of one or (by wildcards) several.
         registry: the registry, or None for ``datasets.toml`` in the working folder.
-        media_root: for an annotation file: folder of its media (default: the file's folder).
+        media_root: for annotation files: folder or URL of their media (default: where the file lies).
         media: settings that a dataset's own table overrides.
 
     Raises:
         ConfigError: an unknown dataset, a path that is not set or does not exist; it names file and line to edit.
+        StorageError: a store does not answer.
     """
+    if is_url(expression):
+        return [_url_source(parse_location(expression), media_root, media)]
     path = Path(expression)
     if path.is_file() or path.name.endswith(ANNOTATION_SUFFIXES):
         return [_file_source(path, media_root, media)]
@@ -124,16 +129,71 @@ def find_sources(
     return [book.source(name, rate, media) for name, rate in parse_expression(expression)]
 
 
-def _file_source(path: Path, media_root: Path | None, media: MediaSettings) -> Source:
+def _file_source(path: Path, media_root: Location | None, media: MediaSettings) -> Source:
     if not path.is_file():
         raise ConfigError(f"annotation file {path} does not exist.")
     root = media_root if media_root is not None else path.parent
-    if not root.is_dir():
-        raise ConfigError(f"media root {root} is not a folder.")
-    name = path.name
+    check_root(root)
+    return Source(
+        name=_without_suffix(path.name),
+        files=(path,),
+        file_names=(path.name,),
+        media_root=root,
+        rate=Fraction(1),
+        media=media,
+    )
+
+
+def _url_source(place: Location, media_root: Location | None, media: MediaSettings) -> Source:
+    if isinstance(place, Path):
+        return _file_source(place, media_root, media)
+    files = find_files(place)
+    folder = place.parent
+    while _WILDCARD.search(folder.url.partition("://")[2]):
+        folder = folder.parent
+    root = media_root if media_root is not None else folder
+    check_root(root)
+    name = folder.name if place not in files else _without_suffix(place.name)
+    return Source(
+        name=name,
+        files=files,
+        file_names=names_below_common_folder(files),
+        media_root=root,
+        rate=Fraction(1),
+        media=media,
+    )
+
+
+def _without_suffix(name: str) -> str:
     for suffix in sorted(ANNOTATION_SUFFIXES, key=len, reverse=True):
         name = name.removesuffix(suffix)
-    return Source(name=name, files=(path,), file_names=(path.name,), media_root=root, rate=Fraction(1), media=media)
+    return name
+
+
+def find_files(pattern: Url) -> tuple[Url, ...]:
+    """The annotation files that a URL names, which may hold wildcards.
+
+    Raises:
+        ConfigError: there are none.
+        StorageError: the store does not answer.
+    """
+    found = storage.matches(pattern)
+    if not found:
+        raise ConfigError(f"{pattern} matches no file. Check the pattern, the bucket and the endpoint.")
+    return tuple(found)
+
+
+def check_root(root: Location) -> None:
+    """Hold that a media root is there.
+
+    Raises:
+        ConfigError: it is not a folder, or holds nothing, or may not be looked at.
+        StorageError: the store does not answer.
+    """
+    if isinstance(root, Url):
+        storage.check_folder(root)
+    elif not root.is_dir():
+        raise ConfigError(f"media root {root} is not a folder.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +236,7 @@ class Registry:
         return Source(
             name=name,
             files=files,
-            file_names=_names_below_common_folder(files),
+            file_names=names_below_common_folder(files),
             media_root=root,
             rate=rate * Fraction(str(entry.sampling_rate)),
             media=own,
@@ -189,7 +249,7 @@ class Registry:
             try:
                 found = self.source(name, Fraction(1), MediaSettings())
                 rows.append(Listed(name=name, files=found.files, media_root=found.media_root, state="ready"))
-            except ConfigError as error:
+            except VlprepError as error:
                 rows.append(Listed(name=name, files=(), media_root=None, state=str(error)))
         return rows
 
@@ -213,38 +273,52 @@ class Registry:
             )
         return entry
 
-    def _files(self, name: str, entry: _Entry) -> tuple[Path, ...]:
+    def _files(self, name: str, entry: _Entry) -> tuple[Location, ...]:
         patterns = [entry.annotation_path] if isinstance(entry.annotation_path, str) else entry.annotation_path
         where = self._place(name, "annotation_path")
         if not patterns or not all(patterns):
             raise ConfigError(f'{where}: the path of dataset {name} is not set. Edit that line: annotation_path = "…".')
-        files: list[Path] = []
+        files: list[Location] = []
         for pattern in patterns:
             target = self._below(pattern)
-            found = [target] if target.is_file() else self._matches(pattern)
+            found = self._matches(pattern, target, where)
             if not found:
                 raise ConfigError(f"{where}: {target} does not exist. Edit that line, or put the file there.")
             files.extend(hit for hit in found if hit not in files)
         return tuple(files)
 
-    def _matches(self, pattern: str) -> list[Path]:
-        """Files that a glob names, in order. The registry's own folder is no part of the pattern."""
+    def _matches(self, pattern: str, target: Location, where: str) -> list[Location]:
+        """Files that a path, a URL or a glob names, in order. The registry's own folder is no part of a glob."""
+        if isinstance(target, Url):
+            try:
+                return list(find_files(target))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
+        if target.is_file():
+            return [target]
         whole = os.path.join(glob.escape(str(self.path.parent)), os.path.expanduser(pattern))
         return [Path(hit) for hit in sorted(glob.glob(whole, recursive=True)) if Path(hit).is_file()]
 
-    def _root(self, name: str, entry: _Entry) -> Path:
+    def _root(self, name: str, entry: _Entry) -> Location:
         key = "data_path" if entry.data_path is not None else "media_root"
         value = entry.data_path if entry.data_path is not None else entry.media_root
         where = self._place(name, key)
         if not value:
             raise ConfigError(f'{where}: the media root of dataset {name} is not set. Edit that line: {key} = "…".')
         root = self._below(value)
-        if not root.is_dir():
+        if isinstance(root, Url):
+            try:
+                check_root(root)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
+        elif not root.is_dir():
             raise ConfigError(f"{where}: the media root {root} is not a folder. Edit that line, or make the folder.")
         return root
 
-    def _below(self, path: str) -> Path:
-        return self.path.parent / Path(path).expanduser()
+    def _below(self, path: str) -> Location:
+        """A URL as it is, a path relative to the registry."""
+        location = parse_location(path)
+        return location if isinstance(location, Url) else self.path.parent / location.expanduser()
 
     def _place(self, name: str, key: str | None = None) -> str:
         """``file:line`` of a table, or of a key in it (the table's line where the key is missing)."""
@@ -258,12 +332,6 @@ class Registry:
                 if lines[number].lstrip().startswith("[") and not header.match(lines[number]):
                     break
         return f"{self.path}:{table + 1}"
-
-
-def _names_below_common_folder(files: Sequence[Path]) -> tuple[str, ...]:
-    absolute = [file.absolute() for file in files]
-    common = Path(os.path.commonpath([file.parent for file in absolute]))
-    return tuple(file.relative_to(common).as_posix() for file in absolute)
 
 
 def draw(num_annotations: int, rate: Fraction, *, seed: int, dataset: str) -> NDArray[np.uint16]:

@@ -8,20 +8,26 @@ step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted
+from prep.media.decode import Facts
 from prep.media.images import image_grid
-from prep.media.paths import embedded_media, resolve_media
+from prep.media.once import Decoded, Probed
+from prep.media.paths import embedded_media
 from prep.media.sandbox import sandbox
-from prep.media.source import MediaSource
+from prep.media.source import HeadTooShortError, MediaSource
 from prep.mrope import position_ids
 from prep.problems import Problems
 from prep.text import Template, expand, num_tokens
+from prep.urls import Location, location_key
 from prep.validation import media_names
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, stored_bytes
@@ -83,12 +89,13 @@ class Measured(msgspec.Struct, frozen=True, array_like=True):
     @property
     def num_tokens(self) -> int:
         """Length of the sample with all pads written out."""
-        return num_tokens(self.template(), self.grids)
+        pads = sum(medium.grid.num_tokens for medium in self.media)
+        return len(self.trained) - len(self.media) + pads
 
     @property
     def num_targets(self) -> int:
         """Labels that are not -100."""
-        return int(np.count_nonzero(np.frombuffer(self.trained, dtype=np.bool_)))
+        return self.trained.count(1)
 
     @property
     def num_patches(self) -> int:
@@ -135,10 +142,11 @@ class EncodedSample:
 
 @dataclass(frozen=True, slots=True)
 class MediaPlace:
-    """Where the media of a sample lie: files below ``root``, or inside ``embedded`` (the media file of its part)."""
+    """Where the media of a sample lie: below ``root``, or inside ``embedded`` (the media file of its part)."""
 
-    root: Path
+    root: Location
     embedded: Path | None = None
+    access: MediaAccess = LOCAL_MEDIA
 
     def source(self, medium: Medium, max_bytes: int) -> MediaSource:
         """The encoded bytes of a medium.
@@ -148,19 +156,39 @@ class MediaPlace:
         """
         if medium.span is not None:
             return MediaSource(medium.name, self.embedded, medium.span)
-        return resolve_media(self.root, medium.name, max_bytes=max_bytes)
+        return self.access.source(self.wanted(medium, max_bytes))
+
+    def wanted(self, medium: Medium, max_bytes: int) -> Wanted:
+        """What the access is asked for to get at a medium below the root."""
+        return Wanted(self.root, medium.name, medium.media_type, max_bytes)
+
+
+def wanted_media(
+    annotation: Annotation, root: Location, settings: MediaSettings, embedded: Mapping[str, bytes]
+) -> list[Wanted]:
+    """All media of a record that did not come inside it: the images and then the videos, in its order."""
+    images, videos = media_names(annotation)
+    named = [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]
+    return [Wanted(root, name, kind, settings.max_source_bytes) for kind, name in named if name not in embedded]
 
 
 def probe_media(
-    annotation: Annotation, root: Path, settings: MediaSettings, embedded: Mapping[str, bytes]
+    annotation: Annotation,
+    root: Location,
+    settings: MediaSettings,
+    embedded: Mapping[str, bytes],
+    access: MediaAccess = LOCAL_MEDIA,
+    probed: Probed | None = None,
 ) -> tuple[list[Medium], list[Problem]]:
     """Look at the headers of all media of a record.
 
     Args:
         annotation: the record.
-        root: folder of the media that are files.
+        root: folder or URL of the media that are files.
         settings: bounds.
         embedded: media that came inside the record, by name.
+        access: to the media below ``root``.
+        probed: media below ``root`` that records before this one had, with the same settings.
 
     Returns:
         The images and then the videos, each in the order of the record, and what is wrong with any of them.
@@ -172,17 +200,40 @@ def probe_media(
         try:
             if name in embedded:
                 source = embedded_media(name, embedded[name], max_bytes=settings.max_source_bytes)
+                facts = sandbox().probe(source, media_type, settings)
             else:
-                source = resolve_media(root, name, max_bytes=settings.max_source_bytes)
-            facts = sandbox().probe(source, media_type, settings)
-            media.append(Medium(media_type=media_type, name=name, **asdict(facts)))
+                wanted = Wanted(root, name, media_type, settings.max_source_bytes)
+                look = partial(_probe, wanted, settings, access)
+                facts = look() if probed is None else probed.get(wanted, look)
+            media.append(
+                Medium(
+                    media_type=media_type,
+                    name=name,
+                    grid=facts.grid,
+                    height=facts.height,
+                    width=facts.width,
+                    second_per_grid_t=facts.second_per_grid_t,
+                    backend=facts.backend,
+                )
+            )
         except MediaError as error:
             problems.add(error.code, error.message)
     return media, problems.listed()
 
 
+def _probe(wanted: Wanted, settings: MediaSettings, access: MediaAccess) -> Facts:
+    try:
+        return sandbox().probe(access.source(wanted), wanted.media_type, settings)
+    except HeadTooShortError:
+        return sandbox().probe(access.whole(wanted), wanted.media_type, settings)
+
+
 def check_media(
-    media: Sequence[Medium], root: Path, settings: MediaSettings, embedded: Mapping[str, bytes]
+    media: Sequence[Medium],
+    root: Location,
+    settings: MediaSettings,
+    embedded: Mapping[str, bytes],
+    access: MediaAccess = LOCAL_MEDIA,
 ) -> list[Problem]:
     """Decode all media of a record; what is wrong with any of them."""
     problems = Problems()
@@ -191,8 +242,8 @@ def check_media(
             if medium.name in embedded:
                 source = MediaSource(medium.name, data=embedded[medium.name])
             else:
-                source = resolve_media(root, medium.name, max_bytes=settings.max_source_bytes)
-            _decode(medium, source, settings)
+                source = access.source(Wanted(root, medium.name, medium.media_type, settings.max_source_bytes))
+            _checked(medium, sandbox().decode(source, medium.media_type, _settings_for(medium, settings)))
         except MediaError as error:
             problems.add(error.code, error.message)
     return problems.listed()
@@ -228,13 +279,29 @@ def measure(template: Template, media: list[Medium]) -> Measured:
     return Measured(template.ids.tobytes(), template.trained.tobytes(), ordered)
 
 
-def encode(sample: Measured, place: MediaPlace, settings: MediaSettings) -> EncodedSample:
+def media_key(medium: Medium, place: MediaPlace, settings: MediaSettings) -> bytes:
+    """What the frames of a medium depend on, as 16 bytes: where it lies, and the settings that it is decoded with."""
+    inside = None if medium.span is None else (str(place.embedded), medium.span)
+    key = (location_key(place.root), medium.name, inside, medium.media_type, _settings_for(medium, settings))
+    return xxhash.xxh3_128_digest(msgspec.msgpack.encode(key))
+
+
+def encode(sample: Measured, place: MediaPlace, settings: MediaSettings, decoded: Decoded) -> EncodedSample:
     """Decode the media of a sample and write out its tokens.
+
+    Args:
+        sample: as it was measured.
+        place: where its media lie.
+        settings: of its dataset.
+        decoded: media that samples before this one had.
 
     Raises:
         MediaError: a medium cannot be decoded, or is no longer what the scan saw.
     """
-    decoded = [_decode(medium, place.source(medium, settings.max_source_bytes), settings) for medium in sample.media]
+    found = [
+        _checked(medium, decoded.get(media_key(medium, place, settings), partial(_decode, medium, place, settings)))
+        for medium in sample.media
+    ]
     input_ids, labels = expand(sample.template(), sample.grids)
     return EncodedSample(
         input_ids=input_ids,
@@ -242,26 +309,31 @@ def encode(sample: Measured, place: MediaPlace, settings: MediaSettings) -> Enco
         position_ids=position_ids(input_ids, sample.grids, [medium.second_per_grid_t for medium in sample.media]),
         grids=sample.grids,
         media_types=[medium.media_type for medium in sample.media],
-        frames=[frame for frames, _ in decoded for frame in frames],
-        video_backend=_joined([backend for _, backend in decoded]),
+        frames=[frame for _, frames in found for frame in frames],
+        video_backend=_joined([facts.backend for facts, _ in found]),
     )
+
+
+def _decode(medium: Medium, place: MediaPlace, settings: MediaSettings) -> tuple[Facts, NDArray[np.uint8]]:
+    source = place.source(medium, settings.max_source_bytes)
+    return sandbox().decode(source, medium.media_type, _settings_for(medium, settings))
 
 
 def _joined(backends: Iterable[str | None]) -> str | None:
     return ",".join(sorted({backend for backend in backends if backend is not None})) or None
 
 
-def _decode(medium: Medium, source: MediaSource, settings: MediaSettings) -> tuple[NDArray[np.uint8], str | None]:
-    """Stored frames (F, 3, H, W) of a medium and the video decoder that served."""
-    facts, frames = sandbox().decode(source, medium.media_type, _settings_for(medium, settings))
+def _checked(medium: Medium, found: tuple[Facts, NDArray[np.uint8]]) -> tuple[Facts, NDArray[np.uint8]]:
+    """Facts and stored frames (F, 3, H, W) of a medium, if they are what the scan saw."""
+    facts, _ = found
     if (facts.grid, facts.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
         raise MediaError(
             ReasonCode.MEDIA_UNREADABLE,
             f"{medium.name!r} decodes to a grid of {tuple(facts.grid)} at {facts.second_per_grid_t} s a step, its "
-            f"header promised {tuple(medium.grid)} at {medium.second_per_grid_t} s; the file changed, or its "
-            "header is wrong",
+            f"header promised {tuple(medium.grid)} at {medium.second_per_grid_t} s; the file changed after it was "
+            "scanned (--retry-media scans it again), or its header is wrong",
         )
-    return frames, facts.backend
+    return found
 
 
 def _settings_for(medium: Medium, settings: MediaSettings) -> MediaSettings:

@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -21,17 +22,21 @@ import pyarrow.parquet as pq
 import xxhash
 
 from prep.chunks import Chunk, Record
+from prep.files import naming, temporary_path
+from prep.media.access import Wanted, open_media
+from prep.media.once import Probed
 from prep.metrics import Timings, timed
 from prep.records import read_chunk
-from prep.sample import Measured, Medium, measure, probe_media, shrink
+from prep.sample import Measured, Medium, measure, probe_media, shrink, wanted_media
 from prep.text import build_templates
 from prep.tokenizer import load_tokenizer
+from prep.urls import Location, location_key
 from prep.validation import check_record, read_id, record_id
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.settings import MediaSettings
 
-PART_VERSION = 2
+PART_VERSION = 3
 """Changes when parts made by an older version must not be used again."""
 
 _MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
@@ -68,11 +73,11 @@ class ScanTask:
         file: annotation file.
         chunk: the records.
         copies: how often each record of the chunk is taken (uint16 bytes, one for each record).
-        media_root: folder that the media lie in.
+        media_root: folder or URL that the media lie below.
         media: settings that decide sizes and frames.
         reserved: policy for text that spells control tokens.
         tokenizer: path of ``tokenizer.json``.
-        retry_media: make a part again that has records rejected for their media.
+        retry_media: make a part again that has records rejected for their media, here or in the write step.
         shrink_to: length that the media of a longer sample are shrunk to, or None to leave them.
     """
 
@@ -80,7 +85,7 @@ class ScanTask:
     file: Path
     chunk: Chunk
     copies: bytes
-    media_root: Path
+    media_root: Location
     media: MediaSettings
     reserved: str
     tokenizer: Path
@@ -96,6 +101,34 @@ class ScanResult:
     timings: Timings
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScannedPart:
+    """One part of the scan and where its records come from.
+
+    Attributes:
+        path: of the part, without suffix.
+        source: index of the dataset.
+        file: name of the annotation file in the ledger.
+        record_base: number of the file's first annotation within the dataset.
+    """
+
+    path: Path
+    source: int
+    file: str
+    record_base: int
+
+
+class StoredSample(msgspec.Struct, frozen=True, array_like=True):
+    """A measured sample as a part holds it, with the number (within the file) and the id of its record."""
+
+    record: int
+    id: str | None
+    measured: Measured
+
+
+_sample_decoder = msgspec.msgpack.Decoder(StoredSample)
+
+
 def part_key(file_hash: str, task: ScanTask, tokenizer: str) -> str:
     """Name of the part of a task: a hash of everything that its contents depend on, besides the media files.
 
@@ -105,7 +138,7 @@ def part_key(file_hash: str, task: ScanTask, tokenizer: str) -> str:
         tokenizer: fingerprint of the tokenizer.
     """
     fields = (PART_VERSION, file_hash, asdict(task.chunk), task.media, task.reserved, task.shrink_to, tokenizer)
-    root = os.fsencode(os.path.realpath(task.media_root))
+    root = os.fsencode(location_key(task.media_root))
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields) + task.copies + root)
 
 
@@ -124,36 +157,51 @@ def media_path(part: Path) -> Path:
     return part.with_name(part.name + ".media")
 
 
+def mark_stale(part: Path) -> None:
+    """Note that media of a part failed when they were decoded: with ``retry_media`` it will be made again."""
+    if not _stale_path(part).exists():
+        _stale_path(part).touch()
+
+
+def _stale_path(part: Path) -> Path:
+    return part.with_name(part.name + ".stale")
+
+
 def scan_chunk(task: ScanTask) -> ScanResult:
     """Make the part of one chunk, unless it exists."""
     timings: Timings = {}
     if table_path(task.part).exists() and not (task.retry_media and _has_media_rejects(task.part)):
         return ScanResult(task.chunk.num_records, timings)
-    rows = _Rows()
-    accepted: list[tuple[int, Annotation, list[Medium]]] = []
-    with _atomic(media_path(task.part)) as media_file:
-        copies = memoryview(task.copies).cast("H")
-        for record, taken in zip(read_chunk(task.file, task.chunk), copies, strict=True):
+    rows, probed = _Rows(), Probed()
+    accepted: list[tuple[int, int, Annotation, list[Medium]]] = []
+    scratch = temporary_path(task.part)
+    with (
+        _atomic(media_path(task.part)) as media_file,
+        open_media([task.media_root], beginnings=True, scratch=scratch) as access,
+    ):
+        for record, taken, annotation, problems in access.along(
+            _checked(task, timings), partial(_wanted, task, probed)
+        ):
             place = rows.add(record, taken)
-            if not taken:
-                rows.identify(place, record)
-                continue
-            with timed(timings, "validate"):
-                annotation, problems = check_record(record, task.reserved)
             rows.identify(place, record, annotation)
+            if not taken:
+                continue
             media: list[Medium] = []
             if annotation is not None:
                 with timed(timings, "probe"):
-                    media, media_problems = probe_media(annotation, task.media_root, task.media, record.embedded)
+                    media, media_problems = probe_media(
+                        annotation, task.media_root, task.media, record.embedded, access, probed
+                    )
                 problems = problems + media_problems
             if problems or annotation is None:
                 rows.reject(place, problems)
             else:
-                accepted.append((place, annotation, _stored(media, record.embedded, media_file)))
+                stored = _stored(media, record.embedded, media_file)
+                accepted.append((place, record.number, annotation, stored))
     with timed(timings, "tokenize", len(accepted)):
-        templates = build_templates([annotation for _, annotation, _ in accepted], load_tokenizer(task.tokenizer))
+        templates = build_templates([annotation for _, _, annotation, _ in accepted], load_tokenizer(task.tokenizer))
     with _atomic(samples_path(task.part)) as samples_file:
-        for (place, _, media), template in zip(accepted, templates):
+        for (place, number, annotation, media), template in zip(accepted, templates):
             sample = measure(template, media)
             if task.shrink_to is not None and sample.num_tokens > task.shrink_to:
                 sample = measure(template, shrink(template, media, task.shrink_to))
@@ -161,15 +209,46 @@ def scan_chunk(task: ScanTask) -> ScanResult:
                 problem = Problem(ReasonCode.NO_TARGETS, "no token of the answers is a target; write an answer")
                 rows.reject(place, [problem])
                 continue
-            data = msgspec.msgpack.encode(sample)
+            data = msgspec.msgpack.encode(StoredSample(number, record_id(annotation), sample))
             rows.accept(place, sample, samples_file.tell(), len(data))
             samples_file.write(data)
     with _atomic(table_path(task.part)) as table_file:
         pq.write_table(rows.table(), table_file, compression="zstd")
+    _stale_path(task.part).unlink(missing_ok=True)
     return ScanResult(task.chunk.num_records, timings)
 
 
+class _Checked(NamedTuple):
+    """A record after the checks that need no media; one that is not taken is not checked."""
+
+    record: Record
+    copies: int
+    annotation: Annotation | None
+    problems: list[Problem]
+
+
+def _checked(task: ScanTask, timings: Timings) -> Iterator[_Checked]:
+    copies = memoryview(task.copies).cast("H")
+    for record, taken in zip(read_chunk(task.file, task.chunk), copies, strict=True):
+        if not taken:
+            yield _Checked(record, taken, None, [])
+            continue
+        with timed(timings, "validate"):
+            annotation, problems = check_record(record, task.reserved)
+        yield _Checked(record, taken, annotation, problems)
+
+
+def _wanted(task: ScanTask, probed: Probed, checked: _Checked) -> list[Wanted]:
+    """The media of a record that are still to be probed."""
+    if checked.annotation is None:
+        return []
+    media = wanted_media(checked.annotation, task.media_root, task.media, checked.record.embedded)
+    return [wanted for wanted in media if not probed.has(wanted)]
+
+
 def _has_media_rejects(part: Path) -> bool:
+    if _stale_path(part).exists():
+        return True
     rejected = pq.read_table(table_path(part), columns=["codes"]).column("codes").combine_chunks().flatten()
     return not _MEDIA_CODES.isdisjoint(rejected.to_pylist())
 
@@ -186,39 +265,41 @@ def _stored(media: list[Medium], embedded: Mapping[str, bytes], file: BinaryIO) 
     return stored
 
 
-def read_sample(part: Path, offset: int, num_bytes: int) -> Measured:
+def read_sample(part: Path, offset: int, num_bytes: int) -> StoredSample:
     """Read one measured sample of a part by its place."""
-    with samples_path(part).open("rb") as file:
-        return msgspec.msgpack.decode(os.pread(file.fileno(), num_bytes, offset), type=Measured)
+    file = os.open(samples_path(part), os.O_RDONLY)
+    try:
+        return _sample_decoder.decode(os.pread(file, num_bytes, offset))
+    finally:
+        os.close(file)
+
+
+_EMPTY_ROW: dict[str, object] = {**dict.fromkeys(PART_SCHEMA.names), "codes": [], "sample_offset": 0, "sample_bytes": 0}
 
 
 class _Rows:
     """The table of a part while it is filled."""
 
     def __init__(self) -> None:
-        self._columns: dict[str, list[object]] = {name: [] for name in PART_SCHEMA.names}
+        self._rows: list[dict[str, object]] = []
 
     def add(self, record: Record, copies: int) -> int:
-        place = len(self._columns["record"])
-        for name, column in self._columns.items():
-            column.append([] if name == "codes" else 0 if name in ("sample_offset", "sample_bytes") else None)
-        self._set(place, record=record.number, line=record.line, copies=copies)
-        return place
+        self._rows.append({**_EMPTY_ROW, "record": record.number, "line": record.line, "copies": copies})
+        return len(self._rows) - 1
 
     def identify(self, place: int, record: Record, annotation: Annotation | None = None) -> None:
         """Note the record's own id; one that is not otherwise decoded is looked at for its id alone."""
         identity = record_id(annotation)
         if identity is None and annotation is None and record.data is not None:
             identity = read_id(record.data)
-        self._set(place, id=identity)
+        self._rows[place]["id"] = identity
 
     def reject(self, place: int, problems: list[Problem]) -> None:
         codes = list(dict.fromkeys(problem.code.value for problem in problems))
-        self._set(place, codes=codes, message="; ".join(problem.message for problem in problems))
+        self._rows[place].update(codes=codes, message="; ".join(problem.message for problem in problems))
 
     def accept(self, place: int, sample: Measured, offset: int, num_bytes: int) -> None:
-        self._set(
-            place,
+        self._rows[place].update(
             sample_offset=offset,
             sample_bytes=num_bytes,
             num_tokens=sample.num_tokens,
@@ -231,18 +312,15 @@ class _Rows:
         )
 
     def table(self) -> pa.Table:
-        return pa.table(self._columns, schema=PART_SCHEMA)
-
-    def _set(self, place: int, **values: object) -> None:
-        for name, value in values.items():
-            self._columns[name][place] = value
+        columns = {name: [row[name] for row in self._rows] for name in PART_SCHEMA.names}
+        return pa.table(columns, schema=PART_SCHEMA)
 
 
 @contextmanager
 def _atomic(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name only when it is complete; one that stays empty is not kept."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    temporary = temporary_path(path)
+    with naming(path), temporary.open("wb") as file:
         yield file
         is_empty = file.tell() == 0
     if is_empty:

@@ -1,6 +1,6 @@
 """Seal: writes the table of bins, checks that every annotation is accounted for, and writes the manifest last.
 
-Input: the shard results and the statistics of the ledger, which is there already. Output: ``bins.parquet`` and
+Input: what the shards came to and the statistics of the ledger, which is there already. Output: ``bins.parquet`` and
 ``manifest.json``.
 """
 
@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import UNSET
 
-from prep.files import write_synced
-from prep.tables import arrow_schema
-from prep.write import ShardResult
-from schemas.bins import shard_name
+from prep.files import naming, write_synced
+from prep.output import Output
+from prep.written import WrittenShards
 from schemas.errors import VlprepError
 from schemas.manifest import (
     FORMAT_VERSION,
@@ -30,38 +27,33 @@ from schemas.manifest import (
     InputDataset,
     Manifest,
     StoredFile,
-    StoredShard,
     encode_manifest,
 )
 from schemas.settings import BuildSettings
 from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_FILE
 
-
-def bins_table(results: Sequence[ShardResult]) -> pa.Table:
-    """Contents of ``bins.parquet``."""
-    rows = [{"shard": result.shard, **msgspec.structs.asdict(row)} for result in results for row in result.rows]
-    schema = arrow_schema(BINS_COLUMNS)
-    return pa.table({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
+_BLOCK_BYTES = 4 << 20
 
 
 def seal(
-    out: Path,
+    output: Output,
     *,
     settings: BuildSettings,
     fingerprints: Fingerprints,
     software: dict[str, str],
     inputs: list[InputDataset],
-    results: Sequence[ShardResult],
+    written: WrittenShards,
     statistics: list[DatasetStatistics],
 ) -> Manifest:
-    """Check that the ledger balances, write ``bins.parquet`` and then the manifest. ``samples.parquet`` is there
-    already.
+    """Check that the ledger balances, write ``bins.parquet``, and put the tables and then the manifest in their place.
+    ``samples.parquet`` has been written already.
 
     Raises:
         VlprepError: the ledger does not balance, or disagrees with the bins; nothing is sealed.
     """
-    table = bins_table(results)
-    pq.write_table(table, out / BINS_FILE, compression="zstd")
+    table = written.bins_table()
+    with naming(output.folder / BINS_FILE):
+        pq.write_table(table, output.folder / BINS_FILE, compression="zstd")
     total = {name: int(np.sum(table.column(name).to_numpy())) for name in BINS_COLUMNS if name.startswith("num_")}
     codes = Counter[str]()
     for dataset in statistics:
@@ -94,10 +86,13 @@ def seal(
         inputs=inputs,
         counts=counts,
         statistics=statistics,
-        shards=list(_stored_shards(results)),
-        tables=[_stored_file(out, name) for name in (BINS_FILE, SAMPLES_FILE)],
+        drift=UNSET if written.drift is None else written.drift.drift(),
+        shards=written.shards,
+        tables=[_stored_file(output.folder / name) for name in (BINS_FILE, SAMPLES_FILE)],
     )
-    write_synced(out / MANIFEST_FILE, encode_manifest(manifest))
+    write_synced(output.folder / MANIFEST_FILE, encode_manifest(manifest))
+    for name in (BINS_FILE, SAMPLES_FILE, MANIFEST_FILE):
+        output.put(name)
     return manifest
 
 
@@ -107,18 +102,10 @@ def _taken(dataset: InputDataset) -> int:
     return max(num_annotations, int(dataset.num_drawn))
 
 
-def _stored_shards(results: Sequence[ShardResult]) -> Iterator[StoredShard]:
-    for result in results:
-        if result.rows:
-            yield StoredShard(
-                file=shard_name(result.shard),
-                num_bytes=result.num_bytes,
-                sha256=result.sha256,
-                first_bin=result.rows[0].bin,
-                num_bins=len(result.rows),
-            )
-
-
-def _stored_file(out: Path, name: str) -> StoredFile:
-    data = (out / name).read_bytes()
-    return StoredFile(file=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def _stored_file(path: Path) -> StoredFile:
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            num_bytes += len(block)
+    return StoredFile(file=path.name, num_bytes=num_bytes, sha256=digest.hexdigest())

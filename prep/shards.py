@@ -10,26 +10,25 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 import numpy as np
 import xxhash
-import zstandard
 from numpy.typing import NDArray
 
+from prep.codecs import DriftSums, PixelEncoder
+from prep.files import naming, temporary_path
 from prep.sample import EncodedSample
 from schemas.annotation import SampleRef
 from schemas.bins import ARRAY_MEMBERS, MEDIA_VIDEO, SAMPLES_MEMBER, TAR_BLOCK, bin_key
-from schemas.pixels import PIXELS_MEMBER, encode_residuals
+from schemas.pixels import PIXELS_MEMBER
 from schemas.qwen import IGNORE_INDEX
 
-# Residuals want entropy coding, not matches: strategy "fast" with long minimum matches and a tiny hash table.
-_ZSTD = zstandard.ZstdCompressionParameters.from_level(
-    1, min_match=7, hash_log=6, strategy=zstandard.STRATEGY_FAST, write_content_size=True
-)
+_Parts = list[bytes | memoryview]
+"""Contents of a member, in pieces that follow one another."""
 
 
 class BinRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,13 +52,14 @@ class ShardWriter:
 
     Args:
         path: final path of the shard.
-        codec: ``zstd`` or ``raw``.
+        codec: of the pixels, one of :data:`schemas.pixels.CODECS`.
+        jpeg_quality: for the codec ``jpeg``.
     """
 
-    def __init__(self, path: Path, codec: str) -> None:
+    def __init__(self, path: Path, codec: str, jpeg_quality: int | None = None) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.tmp")
-        self._codec = codec
+        self._temporary = temporary_path(path)
+        self._encoder = PixelEncoder(codec, jpeg_quality)
         self._sha256 = hashlib.sha256()
         self._offset = 0
         self._file: io.BufferedWriter | None = None
@@ -72,22 +72,39 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            try:
+                # Where there is no room, what is still to be written fails once more.
+                with naming(self._path):
+                    self._file.close()
+            finally:
+                self._temporary.unlink(missing_ok=True)
+
+    @property
+    def drift(self) -> DriftSums | None:
+        """What a lossy codec did to the measured frames of the bins so far; None with a lossless one."""
+        return self._encoder.drift
 
     def write_bin(self, index: int, samples: Sequence[tuple[SampleRef, EncodedSample]]) -> BinRow:
         """Append a bin of at least one sample; return its row."""
-        members = _members(samples, self._codec)
-        data = b"".join(_tar_member(f"{bin_key(index)}.{name}", content) for name, content in members.items())
         encoded = [sample for _, sample in samples]
+        members = _members(samples)
+        members[PIXELS_MEMBER[self._encoder.codec]] = self._encoder.encode(
+            [frame for sample in encoded for frame in sample.frames]
+        )
+        members[SAMPLES_MEMBER] = [msgspec.json.encode([reference for reference, _ in samples])]
+        offset, digest = self._offset, xxhash.xxh3_64()
+        for name, parts in members.items():
+            for part in _tar_member(f"{bin_key(index)}.{name}", parts):
+                digest.update(part)
+                self._append(part)
         lengths = [int(sample.input_ids.size) for sample in encoded]
         media_types = [kind for sample in encoded for kind in sample.media_types]
         num_videos = sum(kind == MEDIA_VIDEO for kind in media_types)
-        row = BinRow(
+        return BinRow(
             bin=index,
-            offset=self._offset,
-            num_bytes=len(data),
-            xxh3=xxhash.xxh3_64_intdigest(data),
+            offset=offset,
+            num_bytes=self._offset - offset,
+            xxh3=digest.intdigest(),
             num_tokens=sum(lengths),
             num_targets=sum(int(np.count_nonzero(sample.labels != IGNORE_INDEX)) for sample in encoded),
             num_samples=len(samples),
@@ -96,22 +113,22 @@ class ShardWriter:
             num_videos=num_videos,
             sum_squared_lengths=sum(length * length for length in lengths),
         )
-        self._append(data)
-        return row
 
     def close(self) -> tuple[int, str]:
         """End the archive, sync it to disk and give it its name; return its size and SHA-256."""
         self._append(bytes(2 * TAR_BLOCK))
         file = self._opened()
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        with naming(self._path):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         self._file = None
         self._temporary.replace(self._path)
         return self._offset, self._sha256.hexdigest()
 
-    def _append(self, data: bytes) -> None:
-        self._opened().write(data)
+    def _append(self, data: bytes | memoryview) -> None:
+        with naming(self._path):
+            self._opened().write(data)
         self._sha256.update(data)
         self._offset += len(data)
 
@@ -121,7 +138,8 @@ class ShardWriter:
         return self._file
 
 
-def _members(samples: Sequence[tuple[SampleRef, EncodedSample]], codec: str) -> dict[str, bytes]:
+def _members(samples: Sequence[tuple[SampleRef, EncodedSample]]) -> dict[str, _Parts]:
+    """The arrays of a bin, as they are stored."""
     encoded = [sample for _, sample in samples]
     borders = np.cumsum([0, *(sample.input_ids.size for sample in encoded)])
     arrays: dict[str, NDArray[np.int32] | NDArray[np.uint8]] = {
@@ -134,22 +152,7 @@ def _members(samples: Sequence[tuple[SampleRef, EncodedSample]], codec: str) -> 
         ),
         "media_type.npy": np.asarray([kind for sample in encoded for kind in sample.media_types], dtype=np.uint8),
     }
-    members = {name: _npy(arrays[name].astype(dtype, copy=False)) for name, dtype in ARRAY_MEMBERS.items()}
-    members[PIXELS_MEMBER[codec]] = encode_pixels([frame for sample in encoded for frame in sample.frames], codec)
-    members[SAMPLES_MEMBER] = msgspec.json.encode([reference for reference, _ in samples])
-    return members
-
-
-def encode_pixels(frames: Sequence[NDArray[np.uint8]], codec: str) -> bytes:
-    """All frames (3, H, W) uint8 of a bin, encoded one after the other: planes as they are, or residuals as one zstd
-    frame.
-    """
-    if codec == "raw":
-        return b"".join(frame.tobytes() for frame in frames)
-    size = sum(frame.size for frame in frames)
-    compressor = zstandard.ZstdCompressor(compression_params=_ZSTD).compressobj(size=size)
-    parts = [compressor.compress(encode_residuals(frame).tobytes()) for frame in frames]
-    return b"".join([*parts, compressor.flush()])
+    return {name: [_npy(arrays[name].astype(dtype, copy=False))] for name, dtype in ARRAY_MEMBERS.items()}
 
 
 def _npy(array: NDArray[np.int32] | NDArray[np.uint8]) -> bytes:
@@ -158,9 +161,11 @@ def _npy(array: NDArray[np.int32] | NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _tar_member(name: str, content: bytes) -> bytes:
+def _tar_member(name: str, parts: _Parts) -> Iterator[bytes | memoryview]:
+    """Header, contents and padding of a member."""
     info = tarfile.TarInfo(name)
-    info.size = len(content)
+    info.size = sum(len(part) for part in parts)
     info.mode = 0o644
-    padding = -len(content) % TAR_BLOCK
-    return info.tobuf(format=tarfile.USTAR_FORMAT) + content + bytes(padding)
+    yield info.tobuf(format=tarfile.USTAR_FORMAT)
+    yield from parts
+    yield bytes(-info.size % TAR_BLOCK)

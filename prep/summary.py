@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 from prep.metrics import BuildMetrics
-from schemas.manifest import DatasetStatistics, Manifest
+from prep.urls import Location
+from schemas.manifest import DatasetStatistics, Drift, Manifest
 
 
-def build_summary(manifest: Manifest, out: Path) -> str:
+def build_summary(manifest: Manifest, out: Location) -> str:
     """A few lines: packed and rejected, fill, tokens, media, bytes."""
     counts = manifest.counts
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
@@ -24,10 +25,26 @@ def build_summary(manifest: Manifest, out: Path) -> str:
         *(_dataset_line(dataset) for dataset in manifest.statistics),
         f"{counts.num_images:,} images and {counts.num_videos:,} videos, {counts.num_patches:,} patches; "
         f"{len(manifest.shards):,} shards, {num_bytes / 1e6:,.1f} MB",
+        *drift_lines(manifest),
     ]
     if counts.num_rejected:
         lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file.")
     return "\n".join(lines)
+
+
+def drift_lines(manifest: Manifest) -> Iterator[str]:
+    """What a lossy codec did to the pixels; nothing with a lossless one."""
+    if isinstance(drift := manifest.drift, Drift):
+        yield (
+            f"pixels are JPEG of quality {manifest.settings.jpeg_quality}: PSNR {decibels(drift.psnr_db)}, at least "
+            f"{decibels(drift.lowest_psnr_db)} in a frame ({drift.num_frames:,} frames measured, one in "
+            f"{drift.every} of each shard)"
+        )
+
+
+def decibels(psnr_db: float | None) -> str:
+    """A signal-to-noise ratio in words; None is one without noise."""
+    return "infinite" if psnr_db is None else f"{psnr_db:.1f} dB"
 
 
 def _dataset_line(dataset: DatasetStatistics) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from tokenizers import Encoding, Tokenizer
@@ -116,13 +117,21 @@ class TextTokenizer:
     """Encodes text as ordinary text: control tokens are not known to it, whatever the text spells."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
-        content = msgspec.json.decode(tokenizer_json)
-        ordinary = [token for token in content["added_tokens"] if token["content"] not in CONTROL_TOKENS]
-        content["added_tokens"] = ordinary
-        content["post_processor"] = None
+        # The merges, most of the file, are passed on as they are.
+        content = msgspec.json.decode(tokenizer_json, type=dict[str, msgspec.Raw])
+        model = msgspec.json.decode(content["model"], type=dict[str, msgspec.Raw])
+        vocabulary = msgspec.json.decode(model["vocab"], type=dict[str, int])
+        added = msgspec.json.decode(content["added_tokens"], type=list[dict[str, Any]])
+        ordinary = [token for token in added if token["content"] not in CONTROL_TOKENS]
         # Added tokens that are not in the vocabulary would be numbered anew, from where the control tokens were.
-        content["model"]["vocab"].update({token["content"]: token["id"] for token in ordinary})
-        self._tokenizer = Tokenizer.from_str(msgspec.json.encode(content).decode())
+        vocabulary.update({token["content"]: token["id"] for token in ordinary})
+        changed = {
+            **content,
+            "added_tokens": ordinary,
+            "post_processor": None,
+            "model": {**model, "vocab": vocabulary},
+        }
+        self._tokenizer = Tokenizer.from_str(msgspec.json.encode(changed).decode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encodings (ids and character offsets) of many texts at once."""

@@ -9,20 +9,24 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
+import xxhash
 from tqdm import tqdm
 
 from prep.chunks import Chunk, Record
 from prep.engines import Engine
-from prep.records import index_file, read_chunk
-from prep.sample import check_media, probe_media
+from prep.media.access import MediaAccess, Wanted, open_media
+from prep.records import index_file, is_read_in_place, read_chunk
+from prep.registry import check_root, find_files
+from prep.sample import check_media, probe_media, wanted_media
+from prep.urls import Location, Url
 from prep.validation import check_record, media_names, read_id, record_id
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.errors import ConfigError
@@ -36,8 +40,8 @@ class ValidateRequest:
     """What to check, and where to write what was found.
 
     Attributes:
-        files: annotation files.
-        media_root: folder of all media, or None for the folder of each file.
+        files: annotation files; paths or URLs.
+        media_root: folder or URL of all media, or None for the place of each file.
         deep: decode media, not only their headers.
         rejects: JSON lines of the rejected records, with all their problems.
         fixed: JSON lines of the valid records, as they were found.
@@ -45,8 +49,8 @@ class ValidateRequest:
         media: settings of media.
     """
 
-    files: tuple[Path, ...]
-    media_root: Path | None
+    files: tuple[Location, ...]
+    media_root: Location | None
     deep: bool
     rejects: Path | None
     fixed: Path | None
@@ -106,10 +110,11 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ChunkTask:
-    file: Path
+    file: Location
     data: Path
     chunk: Chunk
-    root: Path
+    root: Location
+    scratch: Path
     request: ValidateRequest
 
 
@@ -128,8 +133,9 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
 
     Raises:
         ConfigError: a file cannot be read, the media root is not a folder, or an output cannot be written.
+        StorageError: a store does not answer.
     """
-    if request.media_root is not None and not request.media_root.is_dir():
+    if isinstance(request.media_root, Path) and not request.media_root.is_dir():
         raise ConfigError(f"--media-root {request.media_root} is not a folder.")
     report = Report()
     with ExitStack() as stack:
@@ -141,7 +147,7 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
         fixed = stack.enter_context(_output("--fixed", request.fixed, request.files))
         total = sum(task.chunk.num_records for task in tasks)
         bar = stack.enter_context(tqdm(total=total, desc="validate", unit="record"))
-        for task, part in zip(tasks, engine.map(_check_chunk, tasks)):
+        for task, part in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
             report.add(part)
             bar.update(task.chunk.num_records)
             rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in part.rejects)
@@ -153,9 +159,10 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _output(option: str, path: Path | None, inputs: Sequence[Path]) -> BinaryIO:
+def _output(option: str, path: Path | None, inputs: Sequence[Location]) -> BinaryIO:
     """The file that an option names, or one that takes everything."""
-    if path is not None and path.exists() and any(path.samefile(file) for file in inputs):
+    local = [file for file in inputs if isinstance(file, Path)]
+    if path is not None and path.exists() and any(path.samefile(file) for file in local):
         raise ConfigError(f"{option} {path} would overwrite the file that is to be checked; give another name.")
     try:
         return open(os.devnull if path is None else path, "wb")
@@ -164,10 +171,18 @@ def _output(option: str, path: Path | None, inputs: Sequence[Path]) -> BinaryIO:
 
 
 def _tasks(request: ValidateRequest, engine: Engine, spool: Path) -> Iterator[_ChunkTask]:
-    for file, index in zip(request.files, engine.map(partial(index_file, spool=spool), request.files)):
-        root = request.media_root if request.media_root is not None else file.parent
-        for chunk in index.chunks:
-            yield _ChunkTask(file=file, data=index.data, chunk=chunk, root=root, request=request)
+    files = [found for file in request.files for found in ([file] if isinstance(file, Path) else find_files(file))]
+    roots = [request.media_root if request.media_root is not None else file.parent for file in files]
+    for remote in dict.fromkeys(root for root in roots if isinstance(root, Url)):
+        check_root(remote)
+    engine.share(
+        [place for place in (*files, *roots) if isinstance(place, Path)],
+        writes=[] if all(map(is_read_in_place, files)) else [spool],
+    )
+    for file, root, index in zip(files, roots, engine.map(partial(index_file, spool=spool), files)):
+        for number, chunk in enumerate(index.chunks):
+            scratch = spool / f"{xxhash.xxh3_64_hexdigest(str(file).encode())}-{number}"
+            yield _ChunkTask(file=file, data=index.data, chunk=chunk, root=root, scratch=scratch, request=request)
 
 
 def _check_chunk(task: _ChunkTask) -> ChunkReport:
@@ -175,8 +190,7 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
     modalities: Counter[str] = Counter()
     rejects: list[Reject] = []
     valid: list[bytes] = []
-    for record in read_chunk(task.data, task.chunk):
-        annotation, problems = _check(record, task.root, task.request)
+    for record, annotation, problems in _checked(task):
         if annotation is not None and not problems:
             num_valid += 1
             modalities[_modality(annotation)] += 1
@@ -196,14 +210,37 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
     return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects, valid=valid)
 
 
-def _check(record: Record, root: Path, request: ValidateRequest) -> tuple[Annotation | None, list[Problem]]:
-    annotation, problems = check_record(record, request.reserved)
-    if annotation is not None:
-        media, media_problems = probe_media(annotation, root, request.media, record.embedded)
-        problems = problems + media_problems
-        if request.deep:
-            problems = problems + check_media(media, root, request.media, record.embedded)
-    return annotation, problems
+class _Checked(NamedTuple):
+    """A record with its annotation, if it has one, and what is wrong with it."""
+
+    record: Record
+    annotation: Annotation | None
+    problems: list[Problem]
+
+
+def _checked(task: _ChunkTask) -> Iterator[_Checked]:
+    """The records of a chunk with all their problems."""
+    read = (
+        _Checked(record, *check_record(record, task.request.reserved)) for record in read_chunk(task.data, task.chunk)
+    )
+    with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:
+        for record, annotation, problems in access.along(read, partial(_wanted, task)):
+            found = _media_problems(task, record, annotation, access) if annotation is not None else []
+            yield _Checked(record, annotation, problems + found)
+
+
+def _wanted(task: _ChunkTask, checked: _Checked) -> list[Wanted]:
+    if checked.annotation is None:
+        return []
+    return wanted_media(checked.annotation, task.root, task.request.media, checked.record.embedded)
+
+
+def _media_problems(task: _ChunkTask, record: Record, annotation: Annotation, access: MediaAccess) -> list[Problem]:
+    settings = task.request.media
+    media, problems = probe_media(annotation, task.root, settings, record.embedded, access)
+    if task.request.deep:
+        problems = problems + check_media(media, task.root, settings, record.embedded, access)
+    return problems
 
 
 def _one_line(task: _ChunkTask, record: Record) -> bytes:

@@ -24,6 +24,9 @@ class _OnlyId(msgspec.Struct):
 
 _id_decoder = msgspec.json.Decoder(_OnlyId)
 
+MAX_MEDIA = 1 << 14
+"""Media that a record may name: each is one token at least, and four times as many would fill the model's context."""
+
 _EXCHANGES = ["human", "gpt"] * 256
 
 
@@ -35,15 +38,19 @@ def parse_record(data: bytes, *, reserved: str = "reject") -> tuple[Annotation |
         reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
 
     Returns:
-        The annotation and no problems, or whatever could be decoded (or None) and all problems.
+        The annotation and no problems, or whatever could be decoded (or None, as for a record whose media are too many
+        to be looked at) and all problems.
     """
     annotation = decode_common(data)
     if annotation is not None and _is_plain(annotation, data, reserved):
         return annotation, []
     reading = read_record(data)
-    if reading.annotation is not None:
-        reading.problems.extend(_semantic_problems(reading.annotation, reading.places, reserved, reading.unreadable))
-    return reading.annotation, reading.problems.listed()
+    annotation = reading.annotation
+    if annotation is not None:
+        reading.problems.extend(_semantic_problems(annotation, reading.places, reserved, reading.unreadable))
+        if max(map(len, media_names(annotation))) > MAX_MEDIA:
+            annotation = None
+    return annotation, reading.problems.listed()
 
 
 def check_record(record: Record, reserved: str) -> tuple[Annotation | None, list[Problem]]:
@@ -113,7 +120,9 @@ def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
 
 
 def _is_number(expected: int, one: str | list[str] | None, several: list[str] | None) -> bool:
-    """Whether the two fields of a kind of media name so many of them, in one field only."""
+    """Whether the two fields of a kind of media name so many of them, in one field only, and not too many."""
+    if expected > MAX_MEDIA:
+        return False
     if one is None:
         return expected == (0 if several is None else len(several))
     return several is None and expected == (1 if isinstance(one, str) else len(one))
@@ -170,6 +179,13 @@ def _semantic_problems(
             yield Problem(ReasonCode.BAD_FIELD, f"$.{kind} and $.{kind}s are both given; give one of them")
         elif kind not in unreadable and f"{kind}s" not in unreadable:
             num_media = len(_names(one, several))
+            if num_media > MAX_MEDIA:
+                field = kind if several is None else f"{kind}s"
+                yield Problem(
+                    ReasonCode.BAD_FIELD,
+                    f"$.{field} names {num_media:,} media; at most {MAX_MEDIA:,} are allowed. Cut the record into "
+                    "several",
+                )
             if num_tags[kind] != num_media:
                 yield Problem(
                     ReasonCode.TAG_MISMATCH,

@@ -6,7 +6,7 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 ``annotation``      what a user's record looks like, and the closed list of reasons to reject one
 ``settings``        the settings of a build, echoed in the manifest
 ``bins``            members of a bin inside a shard, and the reader of one bin (bytes -> arrays, no copies)
-``pixels``          the reversible residual coding of pixel planes
+``pixels``          the codecs of pixel planes, and the reversible residual coding; ``jpeg`` the member of that codec
 ``tables``          columns of ``bins.parquet`` and ``samples.parquet`` (the ledger)
 ``manifest``        ``manifest.json``, which seals a set of shards
 ``qwen``            control tokens, patch geometry and normalisation of Qwen2.5-VL

@@ -120,8 +120,29 @@ class Fingerprints(msgspec.Struct, frozen=True, kw_only=True):
     image_std: tuple[float, float, float]
 
 
+class Drift(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the pixels of a lossy codec lie from those that were encoded, measured on a part of the frames.
+
+    In every shard the frames are counted from 0 in the order in which they are stored, and those whose number is a
+    multiple of ``every`` were decoded again.
+
+    Attributes:
+        every: one frame in so many was measured.
+        num_frames: measured frames of all shards.
+        mean_squared_error: of all their values, on the scale of 0 to 255.
+        psnr_db: the peak signal-to-noise ratio that this is; None where no value differs.
+        lowest_psnr_db: of a single frame; likewise.
+    """
+
+    every: int
+    num_frames: int
+    mean_squared_error: float
+    psnr_db: float | None
+    lowest_psnr_db: float | None
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Contents of ``manifest.json``."""
+    """Contents of ``manifest.json``. ``drift`` is there with a lossy codec alone."""
 
     version: int
     settings: BuildSettings
@@ -130,6 +151,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     inputs: list[InputDataset]
     counts: Counts
     statistics: list[DatasetStatistics]
+    drift: Drift | msgspec.UnsetType = msgspec.UNSET
     shards: list[StoredShard]
     tables: list[StoredFile]
 

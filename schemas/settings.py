@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from schemas.errors import ConfigError
-from schemas.pixels import CODECS
+from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
 
 TOKEN_PIXELS = 28 * 28
 
@@ -83,6 +83,7 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             its own), or None for no second budget.
         packer: ``bfd`` (best-fit-decreasing over the histogram of lengths) or ``binpacking``.
         pixels: codec of the pixel planes.
+        jpeg_quality: on libjpeg's scale, 95 unless given; there with the codec ``jpeg`` alone.
         reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
         overlong: what to do with a sample longer than ``max_length``: ``reject``, or ``shrink`` its media until it
             fits.
@@ -95,6 +96,7 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_patches: int | None = None
     packer: str = "bfd"
     pixels: str = "zstd"
+    jpeg_quality: int | msgspec.UnsetType = msgspec.UNSET
     reserved: str = "reject"
     overlong: str = "reject"
     seed: int = 0
@@ -107,10 +109,19 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         )
         _require(self.packer in PACKERS, "packer", self.packer, " or ".join(PACKERS))
         _require(self.pixels in CODECS, "pixels", self.pixels, " or ".join(CODECS))
+        if self.pixels != "jpeg":
+            _require(
+                self.jpeg_quality is msgspec.UNSET, "jpeg_quality", self.jpeg_quality, "none, unless pixels is jpeg"
+            )
+        elif self.jpeg_quality is msgspec.UNSET:
+            msgspec.structs.force_setattr(self, "jpeg_quality", DEFAULT_JPEG_QUALITY)
+        else:
+            least, most = JPEG_QUALITIES
+            _require(least <= self.jpeg_quality <= most, "jpeg_quality", self.jpeg_quality, f"{least} to {most}")
         _require(self.reserved in RESERVED_POLICIES, "reserved", self.reserved, " or ".join(RESERVED_POLICIES))
         _require(self.overlong in OVERLONG_POLICIES, "overlong", self.overlong, " or ".join(OVERLONG_POLICIES))
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
-        _require(self.shard_bytes >= 1, "shard_bytes", self.shard_bytes, "1 or more")
+        _require(1 <= self.shard_bytes < 2**62, "shard_bytes", self.shard_bytes, "1 to 2^62 - 1")
 
 
 PACKERS = ("bfd", "binpacking")

@@ -6,13 +6,17 @@ The way of the data, from the folder of shards to an optimizer step::
       (index)       (order)      (stream)     (batch)       (model)       (loop, engine)
 
 ===============  =====================================================================================
-``main``         entry point; ``arguments`` the flags
-``loop``         settings -> a trained model: the loop, readable top to bottom
+``main``         entry point
+``arguments``    settings of a run; ``flags`` reads them, ``recipe`` fills in what is recommended for a size of model
+``plan``         settings, shards and checkpoints that were found to agree
+``loop``         a plan -> a trained model: the loop, readable top to bottom
 ``engine``       DeepSpeed: ranks, device, configuration, start and end
 ``model``        the packed forward pass around the Hugging Face model
 ``optim``        parameter groups, freezing; ``schedule`` the learning rates
 ``pretrained``   checkpoints of transformers: found, compared with the shards, loaded, written
-``checkpoint``   checkpoints to resume from
+``checkpoint``   checkpoints to resume from, also with another number of ranks
+``interrupt``    a run that is told to stop; ``nonfinite`` steps that are skipped
+``evaluation``   loss and accuracy on other shards
 ``metrics``      what a logged step tells; ``summary`` prints a run
 ``index``        what a set of shards holds: one NumPy column for each number known about a bin
 ``storage``      shards in a folder or behind a URL; ``cache`` keeps copies, ``buffers`` memory to read into
@@ -21,7 +25,7 @@ The way of the data, from the folder of shards to an optimizer step::
 ``order``        which bins a step takes and which rank gets which: a pure function
 ``order_cli``    ``python -m train.order``: ``explain`` prints a step, ``simulate`` a whole run
 ``vision``       precomputed inputs of the vision tower
-``batch``        what one forward pass needs, built on the CPU
+``batch``        what one forward pass needs, built on the CPU; ``jpeg`` decodes pixels stored so
 ``pixels``       stored planes -> ``pixel_values``, on the device
 ``reader``       one bin, read and checked
 ``stream``       background threads that keep batches ready

@@ -1,40 +1,37 @@
-"""Flags of the trainer: command line -> one immutable :class:`TrainArguments`, checked when made.
+"""Settings of a run: one immutable :class:`TrainArguments`, checked when made. ``flags`` reads them.
 
-Names and meaning follow the upstream fine-tuning scripts, so that a launch script can move over. A switch is written
-``--bf16``, ``--bf16 True`` or ``--bf16 False``. Each flag is one field of the dataclass; a setting that would be
-ignored, or that contradicts another one, is an error.
+Names and meaning follow the upstream fine-tuning scripts, so that a launch script can move over. Each flag is one field
+of the dataclass; a setting that would be ignored, or that contradicts another one, is an error.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any
 
 from schemas.errors import ConfigError
 
-DEFAULT_LEARNING_RATE = 2e-7
-DEFAULT_EPOCHS = 3.0
+BY_SIZE = "recommended for the size of the model"
 SCHEDULES = ("cosine", "linear", "constant")
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
+EVALUATIONS = ("no", "steps", "epoch")
 REPORTS = ("none", "tensorboard", "wandb")
 RESUME_AUTO, RESUME_NONE = "auto", "none"
 
 BUILD_TIME_FLAGS = {
-    "--dataset_use": "make shards DATASET=name%50",
-    "--data_flatten": "bins are always packed and isolated",
-    "--data_packing": "bins are always packed and isolated",
-    "--model_max_length": "vlprep build --max-length",
-    "--max_pixels": "media settings of vlprep build",
-    "--min_pixels": "media settings of vlprep build",
-    "--video_max_frames": "media settings of vlprep build",
-    "--video_min_frames": "media settings of vlprep build",
-    "--video_max_frame_pixels": "media settings of vlprep build",
-    "--video_min_frame_pixels": "media settings of vlprep build",
-    "--base_interval": "media settings of vlprep build",
+    "dataset_use": "make shards DATASET=name%50",
+    "data_flatten": "bins are always packed and isolated",
+    "data_packing": "bins are always packed and isolated",
+    "model_max_length": "vlprep build --max-length",
+    "max_pixels": "media settings of vlprep build",
+    "min_pixels": "media settings of vlprep build",
+    "video_max_frames": "media settings of vlprep build",
+    "video_min_frames": "media settings of vlprep build",
+    "video_max_frame_pixels": "media settings of vlprep build",
+    "video_min_frame_pixels": "media settings of vlprep build",
+    "base_interval": "media settings of vlprep build",
 }
 """Upstream flags that are decided when shards are built, and where."""
 
@@ -47,7 +44,12 @@ def _help(text: str, choices: Sequence[str] | None = None) -> dict[str, Any]:
 class TrainArguments:
     """All settings of a run. The help text of a field is the help text of its flag."""
 
-    shards: str = field(metadata=_help("folder with a manifest, or one whose sub-folders have one (they are mixed)"))
+    shards: str = field(
+        metadata=_help(
+            "folder with a manifest, or one whose sub-folders have one, or a URL; several are mixed: a,b or by weight "
+            "a:0.7,b:0.3 or by epochs a:2epochs,b:1epochs"
+        )
+    )
     model_name_or_path: str = field(
         default="Qwen/Qwen2.5-VL-3B-Instruct", metadata=_help("checkpoint: a folder or a hub id")
     )
@@ -60,21 +62,45 @@ class TrainArguments:
     seed: int = field(default=0, metadata=_help("decides the order of bins"))
 
     max_steps: int | None = field(default=None, metadata=_help("optimizer steps (instead of --num_train_epochs)"))
-    num_train_epochs: float | None = field(
-        default=None, metadata=_help(f"passes over all bins (default: {DEFAULT_EPOCHS:g})")
+    num_train_epochs: float | None = field(default=None, metadata=_help(f"passes over all bins (default: {BY_SIZE})"))
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata=_help(f"bins of one rank in one forward pass; a bin packs many samples (default: {BY_SIZE})"),
     )
-    per_device_train_batch_size: int = field(
-        default=1, metadata=_help("bins of one rank in one forward pass; a bin packs many samples")
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata=_help(f"forward passes of one rank in an optimizer step (default: {BY_SIZE})")
     )
-    gradient_accumulation_steps: int = field(
-        default=4, metadata=_help("forward passes of one rank in an optimizer step")
+    group_steps: int = field(
+        default=1,
+        metadata=_help(
+            "let similar bins of so many steps meet in the same steps: ranks wait less, the mixture varies more; 1: off"
+        ),
     )
+
+    verify: str = field(
+        default="always", metadata=_help("compare checksums of bins: always (with every read), first, or never")
+    )
+    dataloader_num_workers: int = field(default=4, metadata=_help("threads of a rank that read and decompress bins"))
+    dataloader_prefetch_factor: int | None = field(
+        default=None,
+        metadata=_help("forward passes kept ready for each thread (default: so many that two steps are ready)"),
+    )
+    read_timeout_s: float = field(
+        default=600.0, metadata=_help("data of a forward pass that takes longer stop the run instead of hanging it")
+    )
+    read_connections: int | None = field(
+        default=None, metadata=_help("remote shards: requests of a rank under way at once (default: 16)")
+    )
+    cache_dir: Path | None = field(
+        default=None, metadata=_help("remote shards: folder of a local disk that keeps bins, shared by ranks of a node")
+    )
+    cache_bytes: int | None = field(default=None, metadata=_help("most bytes of --cache_dir (default: 100 GiB)"))
 
     tune_mm_llm: bool = field(default=True, metadata=_help("train the language model with embeddings and lm_head"))
     tune_mm_mlp: bool = field(default=True, metadata=_help("train the merger between vision tower and language model"))
     tune_mm_vision: bool = field(default=False, metadata=_help("train the vision tower"))
     learning_rate: float | None = field(
-        default=None, metadata=_help(f"peak rate, of all modules without their own ({DEFAULT_LEARNING_RATE:g})")
+        default=None, metadata=_help(f"peak rate of all modules without their own (default: {BY_SIZE})")
     )
     mm_projector_lr: float | None = field(
         default=None, metadata=_help("peak rate of the merger (default: --learning_rate)")
@@ -93,19 +119,32 @@ class TrainArguments:
     bf16: bool | None = field(
         default=None, metadata=_help("compute in bfloat16 (default: where the accelerator can; else float32)")
     )
+    fp16: bool = field(default=False, metadata=_help("compute in float16 with loss scaling, where bfloat16 is not had"))
     gradient_checkpointing: bool = field(
         default=True, metadata=_help("recompute activations instead of keeping them: less memory, a fifth slower")
     )
     attn_implementation: str = field(
         default="auto", metadata=_help("auto: flash_attention_2 where it is installed, else sdpa", ATTENTIONS)
     )
-    dataloader_num_workers: int = field(default=4, metadata=_help("threads of a rank that read and decompress bins"))
 
     logging_steps: int = field(
         default=10, metadata=_help("steps between two lines of metrics.jsonl; first and last step always have one")
     )
     report_to: str = field(default="none", metadata=_help("where metrics go besides metrics.jsonl", REPORTS))
-    save_steps: int = field(default=500, metadata=_help("steps between two checkpoints to resume from; 0: none"))
+    eval_shards: str | None = field(
+        default=None, metadata=_help("folders or URLs to evaluate on, after the last step and as --eval_strategy says")
+    )
+    eval_strategy: str = field(default="no", metadata=_help("when to evaluate before the end as well", EVALUATIONS))
+    eval_steps: int | None = field(
+        default=None, metadata=_help("steps between two evaluations with --eval_strategy steps (default: 1000)")
+    )
+    max_skipped_steps: int = field(
+        default=3,
+        metadata=_help("steps in a row that may be skipped for a loss or gradient of NaN or infinity; one more stops"),
+    )
+    save_steps: int = field(
+        default=500, metadata=_help("steps between two checkpoints to resume from; 0: only when told to stop")
+    )
     save_total_limit: int | None = field(default=None, metadata=_help("keep so many newest checkpoints (default: all)"))
     resume: str = field(
         default=RESUME_AUTO,
@@ -122,26 +161,6 @@ class TrainArguments:
         self._check_contradictions()
 
     @property
-    def epochs(self) -> float:
-        """Passes over all bins, where the number of steps is not given."""
-        return DEFAULT_EPOCHS if self.num_train_epochs is None else self.num_train_epochs
-
-    @property
-    def base_lr(self) -> float:
-        """Peak rate of the language model, and of the other modules unless they have their own."""
-        return DEFAULT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
-
-    @property
-    def merger_lr(self) -> float:
-        """Peak rate of the merger."""
-        return self.base_lr if self.mm_projector_lr is None else self.mm_projector_lr
-
-    @property
-    def vision_lr(self) -> float:
-        """Peak rate of the vision tower."""
-        return self.base_lr if self.vision_tower_lr is None else self.vision_tower_lr
-
-    @property
     def name(self) -> str:
         """Name of the run: as given, or that of the checkpoint."""
         return self.run_name or Path(self.model_name_or_path).resolve().name
@@ -153,28 +172,34 @@ class TrainArguments:
 
     def _check_ranges(self) -> None:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
-        _require(0 < self.epochs < float("inf"), "num_train_epochs", self.num_train_epochs, "more than 0")
         for name in (
+            "max_steps",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
+            "group_steps",
             "dataloader_num_workers",
+            "dataloader_prefetch_factor",
+            "read_connections",
+            "cache_bytes",
             "logging_steps",
+            "save_total_limit",
+            "eval_steps",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("learning_rate", "mm_projector_lr", "vision_tower_lr"):
-            rate = getattr(self, name)
-            _require(rate is None or 0 < rate < float("inf"), name, rate, "more than 0")
+            count = getattr(self, name)
+            _require(count is None or count >= 1, name, count, "1 or more")
+        for name in ("num_train_epochs", "read_timeout_s", "learning_rate", "mm_projector_lr", "vision_tower_lr"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < float("inf"), name, value, "more than 0")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "0 to 1")
         for name in ("weight_decay", "max_grad_norm"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
-        _require(self.save_steps >= 0, "save_steps", self.save_steps, "0 or more")
-        limit = self.save_total_limit
-        _require(limit is None or limit >= 1, "save_total_limit", limit, "1 or more")
+        for name in ("save_steps", "max_skipped_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name, choices in (
             ("lr_scheduler_type", SCHEDULES),
             ("attn_implementation", ATTENTIONS),
             ("report_to", REPORTS),
+            ("eval_strategy", EVALUATIONS),
         ):
             _require(getattr(self, name) in choices, name, getattr(self, name), ", ".join(choices))
 
@@ -198,69 +223,22 @@ class TrainArguments:
                 f"--learning_rate {self.learning_rate:g} has no effect: all that is trained has rates of its own. "
                 "Leave it out."
             )
+        if self.eval_strategy != "no" and self.eval_shards is None:
+            raise ConfigError(f"--eval_strategy {self.eval_strategy} has nothing to evaluate on: give --eval_shards.")
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            raise ConfigError(f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps.")
         if self.save_steps == 0 and self.save_total_limit is not None:
             raise ConfigError("--save_total_limit has no effect with --save_steps 0, which saves no checkpoints.")
-        if self.attn_implementation == "flash_attention_2" and self.bf16 is False:
-            raise ConfigError("--attn_implementation flash_attention_2 computes in bfloat16: leave out --bf16 False.")
+        if self.bf16 and self.fp16:
+            raise ConfigError("--bf16 and --fp16 both say how to compute: give one of them.")
+        if self.attn_implementation == "flash_attention_2" and self.bf16 is False and not self.fp16:
+            raise ConfigError(
+                "--attn_implementation flash_attention_2 computes in bfloat16 or float16: leave out --bf16 False."
+            )
+        if self.cache_bytes is not None and self.cache_dir is None:
+            raise ConfigError("--cache_bytes has no effect without --cache_dir: give the folder, or leave it out.")
 
 
 def _require(condition: bool, name: str, found: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"--{name} is {found}; allowed: {allowed}.")
-
-
-def parse_arguments(argv: Sequence[str]) -> TrainArguments:
-    """Parse the command line, without the name of the program.
-
-    Raises:
-        ConfigError: an unknown flag, a value of the wrong type or range, or a contradiction.
-        SystemExit: ``--help`` (exit code 0).
-    """
-    parser = _parser()
-    values, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        raise ConfigError(_explain_unknown(unknown[0].partition("=")[0]))
-    return TrainArguments(**vars(values))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists the flags.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="deepspeed train/main.py",
-        description="Train Qwen2.5-VL on packed shards.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    hints = get_type_hints(TrainArguments)
-    for item in fields(TrainArguments):
-        (kind,) = [part for part in get_args(hints[item.name]) or (hints[item.name],) if part is not type(None)]
-        options: dict[str, Any] = {"help": item.metadata["help"], "type": kind, "metavar": kind.__name__.upper()}
-        if kind is bool:
-            options.update(type=_switch, nargs="?", const=True, metavar="True|False")
-        if choices := item.metadata["choices"]:
-            options.update(choices=choices, metavar="|".join(choices))
-        if item.name == "shards":
-            options["required"] = True
-        else:
-            options["default"] = argparse.SUPPRESS if item.default is None else item.default
-        parser.add_argument(f"--{item.name}", **options)
-    return parser
-
-
-def _switch(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: True or False")
-    return text.lower() == "true"
-
-
-def _explain_unknown(flag: str) -> str:
-    if flag in BUILD_TIME_FLAGS:
-        return (
-            f"{flag} is no flag of the trainer: it was decided when the shards were built ({BUILD_TIME_FLAGS[flag]})."
-        )
-    near = difflib.get_close_matches(flag, [f"--{item.name}" for item in fields(TrainArguments)], n=1)
-    return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags.")

@@ -3,6 +3,11 @@
 A checkpoint is written under a temporary name and renamed when all ranks are done, so a folder named ``checkpoint-N``
 is complete. ``state.json`` says what the run was; going on with settings that would make another run of it is an error.
 
+A run may go on with another number of ranks that makes the same steps of as many bins: the state is then dealt out anew
+from DeepSpeed's universal form, which is made once, beside the state. Three things that DeepSpeed 0.19 gets wrong there
+are mended: ZeRO-3 gives all groups the settings of the first one and one common count of steps, and frozen parameters
+are not restored (here they are those of the checkpoint that the run started from).
+
 Cost: 12 to 16 bytes a trained parameter, written by all ranks in parallel; the folder must be on a file system that all
 ranks share.
 """
@@ -14,6 +19,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 ENGINE_TAG = "engine"
+UNIVERSAL_TAG = "universal"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 Setting = str | int | float | bool | None
@@ -35,12 +43,20 @@ Setting = str | int | float | bool | None
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Where a run is, and what it is.
 
-    ``step`` counts optimizer steps done: the stream goes on with step ``step``. ``settings`` are those that must be the
-    same when the run goes on.
+    Attributes:
+        stream: state of the stream of bins, see :meth:`train.order.DataOrder.state_dict`.
+        ranks: number of ranks that saved it.
+        settings: those that must be the same when the run goes on.
     """
 
-    step: int
+    stream: dict[str, int]
+    ranks: int
     settings: dict[str, Setting]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, which is the step that the stream goes on with."""
+        return self.stream["step"]
 
 
 def hold(run_dir: Path) -> IO[bytes]:
@@ -101,7 +117,10 @@ def read_state(folder: Path) -> RunState:
     """
     path = folder / STATE_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=RunState)
+        state = msgspec.json.decode(path.read_bytes(), type=RunState)
+        if "step" not in state.stream:
+            raise msgspec.ValidationError("no step in stream")
+        return state
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(
             f"{folder} is no complete checkpoint to resume from ({path.name}: {error}). Give a checkpoint-N of a run."
@@ -157,22 +176,60 @@ def save(engine: Any, run_dir: Path, state: RunState, ranks: Ranks, *, keep: int
     return folder
 
 
-def load(engine: Any, folder: Path, ranks: Ranks) -> None:
-    """Bring engine, schedule and random state to where a checkpoint left them; all ranks call this together.
+def load(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks, *, is_converted: bool) -> None:
+    """Bring engine and random state to where a checkpoint left them; all ranks call this together.
+
+    Args:
+        engine: the DeepSpeed engine, new.
+        optimizer: the optimizer that the engine was made with.
+        folder: the checkpoint.
+        ranks: place of this rank.
+        is_converted: whether to load what :func:`convert` made.
 
     Raises:
         ConfigError: parts of the checkpoint are missing.
     """
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-        random_state = torch.load(folder / _random_file(ranks), weights_only=True)
+        path, _ = engine.load_checkpoint(str(folder), tag=UNIVERSAL_TAG if is_converted else ENGINE_TAG)
+        random_state = None if is_converted else torch.load(folder / _random_file(ranks), weights_only=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} is incomplete: {error}. Resume from another checkpoint.") from error
     if path is None:
         raise ConfigError(f"{folder} holds no state of the engine. Resume from another checkpoint.")
+    if random_state is None:  # of other ranks; nothing in the model draws at random, so it begins anew
+        for group, own in zip(optimizer.param_groups, options):
+            group.update(own)
+        for state in optimizer.state.values():
+            state.update({key: value.clone() for key, value in state.items() if key == "step"})
+        return
     torch.set_rng_state(random_state["cpu"])
     if engine.device.type == "cuda":
         torch.cuda.set_rng_state(random_state["device"], engine.device)
+
+
+def convert(folder: Path, ranks: Ranks) -> None:
+    """Make the universal form of a checkpoint where it is not there yet; all ranks call this together.
+
+    Raises:
+        ConfigError: DeepSpeed cannot convert it.
+    """
+    out, part = folder / UNIVERSAL_TAG, folder / f"{UNIVERSAL_TAG}.tmp"
+    if ranks.is_first and not out.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+        logger.info("%s is of another number of ranks: its state is dealt out anew", folder)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        options = {"input_folder": folder / ENGINE_TAG, "output_folder": part}
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+        for name, value in {**options, **workers}.items():
+            command += [f"--{name}", str(value)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ConfigError(f"{folder} cannot be dealt out to {ranks.world} ranks: {last}. Resume from another one.")
+        _flush(part)
+        part.rename(out)
+    torch.distributed.barrier()
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

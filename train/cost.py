@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,7 @@ class CostModel:
         tune_vision: bool = True,
         gradient_checkpointing: bool = False,
     ) -> CostModel:
-        """What bins cost in a run.
-
-        A forward pass counts 1, gradients of activations 1, gradients of weights 1, a recomputed forward pass 1.
-        Gradients pass through the language model even where it is frozen, since the merger or the vision tower behind
-        it is trained; through a frozen vision tower they do not.
+        """What bins cost in a run: the sizes of a model, and :meth:`in_training`.
 
         Args:
             config: contents of ``config.json``; sizes of the language model stand in ``text_config`` or at the top.
@@ -83,8 +79,7 @@ class CostModel:
         text, vision = config.get("text_config") or config, config.get("vision_config") or {}
         head_size = _size(text, "hidden_size") // _size(text, "num_attention_heads")
         window = _size(vision, "window_size") // PATCH_SIZE
-        recomputed = int(gradient_checkpointing)
-        return cls(
+        sizes = cls(
             hidden_size=_size(text, "hidden_size"),
             num_layers=_size(text, "num_hidden_layers"),
             intermediate_size=_size(text, "intermediate_size"),
@@ -95,6 +90,28 @@ class CostModel:
             vision_intermediate_size=_size(vision, "intermediate_size"),
             vision_full_layers=len(vision.get("fullatt_block_indexes", ())),
             window_patches=window * window,
+        )
+        return sizes.in_training(
+            tune_llm=tune_llm, tune_vision=tune_vision, gradient_checkpointing=gradient_checkpointing
+        )
+
+    def in_training(
+        self, *, tune_llm: bool = True, tune_vision: bool = True, gradient_checkpointing: bool = False
+    ) -> CostModel:
+        """The same sizes with the passes of a training step.
+
+        A forward pass counts 1, gradients of activations 1, gradients of weights 1, a recomputed forward pass 1.
+        Gradients pass through the language model even where it is frozen, since the merger or the vision tower behind
+        it is trained; through a frozen vision tower they do not.
+
+        Args:
+            tune_llm: whether the language model is trained.
+            tune_vision: whether the vision tower is trained.
+            gradient_checkpointing: whether activations are recomputed.
+        """
+        recomputed = int(gradient_checkpointing)
+        return replace(
+            self,
             language_passes=2 + int(tune_llm) + recomputed,
             vision_passes=3 + recomputed if tune_vision else 1,
         )

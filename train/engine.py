@@ -23,6 +23,7 @@ import torch
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
 from train.model import FLASH_ATTENTION
+from train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +141,12 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     for section, instead in OWN_SECTIONS.items():
         if section in config:
             raise ConfigError(f"--deepspeed {path} has a section {section!r}: remove it, {instead}.")
-    if _section(config, "fp16").get("enabled", False) not in (False, AUTO):
-        raise ConfigError(f"--deepspeed {path} turns fp16 on: this trainer computes in bfloat16 (--bf16) or float32.")
-    stage = _section(config, "zero_optimization").get("stage", 0)
+    zero = _section(config, "zero_optimization")
+    checks = {"bf16.check_grad_overflow": _section(config, "bf16"), "zero_optimization.compute_grad_norm": zero}
+    for name, in_file in checks.items():
+        if in_file.get(name.partition(".")[2], True) is not True:
+            raise ConfigError(f"--deepspeed {path} turns {name} off, by which steps with NaN are found: remove it.")
+    stage = zero.get("stage", 0)
     if stage not in STAGES:
         raise ConfigError(
             f"--deepspeed {path}: zero_optimization.stage is {stage}; allowed: 1, 2 or 3 (1 where all fits one rank)."
@@ -150,35 +154,48 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
     return config
 
 
-def choose_bf16(args: TrainArguments, config: dict[str, Any], device: torch.device) -> bool:
-    """Whether to compute in bfloat16: the flag, else the configuration file, else what the accelerator can.
+def choose_dtype(args: TrainArguments, config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """What to compute in: as the flags say, else the configuration file, else bfloat16 where the accelerator can.
 
     Raises:
-        ConfigError: flag and file disagree.
+        ConfigError: flags and file disagree, or the device cannot compute so.
     """
-    in_file = _section(config, "bf16").get("enabled", AUTO)
-    if args.bf16 is not None:
-        if in_file not in (AUTO, args.bf16):
-            raise _contradiction(args.deepspeed, "bf16.enabled", in_file, "--bf16", args.bf16)
-        return args.bf16
-    if in_file != AUTO:
-        return bool(in_file)
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    from deepspeed.accelerator import get_accelerator
+
+    wanted: dict[str, bool | None] = {}
+    for name, flag in (("bf16", args.bf16), ("fp16", args.fp16 or None)):
+        in_file = _section(config, name).get("enabled", AUTO)
+        if flag is not None and in_file not in (AUTO, flag):
+            raise _contradiction(args.deepspeed, f"{name}.enabled", in_file, f"--{name}", flag)
+        wanted[name] = flag if in_file == AUTO else bool(in_file)
+    if wanted["bf16"] and wanted["fp16"]:
+        raise ConfigError(
+            f"flags and --deepspeed {args.deepspeed} ask for bf16 and for fp16: give --bf16 False, or leave out --fp16."
+        )
+    if wanted["fp16"]:
+        if not get_accelerator().is_fp16_supported():
+            raise ConfigError(f"{device.type} cannot compute in float16: leave out --fp16.")
+        return torch.float16
+    if wanted["bf16"] is None:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if wanted["bf16"] else torch.float32
 
 
-def choose_attention(args: TrainArguments, device: torch.device, *, bf16: bool) -> str:
+def choose_attention(args: TrainArguments, device: torch.device, dtype: torch.dtype) -> str:
     """Flash attention where it is asked for, or can be had; else SDPA.
 
     Raises:
         ConfigError: flash attention is asked for where it cannot run.
     """
-    possible = device.type == "cuda" and bf16
+    possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     installed = find_spec("flash_attn") is not None
     if args.attn_implementation == "auto":
         return FLASH_ATTENTION if possible and installed else "sdpa"
     if args.attn_implementation == FLASH_ATTENTION:
         if not possible:
-            raise ConfigError(f"--attn_implementation {FLASH_ATTENTION} needs a GPU and bfloat16: use sdpa here.")
+            raise ConfigError(
+                f"--attn_implementation {FLASH_ATTENTION} needs a GPU and bfloat16 or float16: use sdpa here."
+            )
         if not installed:
             raise ConfigError(
                 f"--attn_implementation {FLASH_ATTENTION} needs the flash-attn package: "
@@ -188,22 +205,29 @@ def choose_attention(args: TrainArguments, device: torch.device, *, bf16: bool) 
 
 
 def complete_config(
-    config: dict[str, Any], args: TrainArguments, *, world: int, bf16: bool, hidden_size: int
+    config: dict[str, Any],
+    args: TrainArguments,
+    recipe: Recipe,
+    *,
+    world: int,
+    dtype: torch.dtype,
+    hidden_size: int,
 ) -> dict[str, Any]:
     """Fill in what a configuration leaves open, as transformers does, so that upstream files work as they are.
 
     Args:
         config: contents of the file; not changed.
         args: the flags.
+        recipe: bins of a forward pass and forward passes of a step.
         world: number of ranks.
-        bf16: whether to compute in bfloat16.
+        dtype: what to compute in.
         hidden_size: width of the language model; bucket sizes follow from it.
 
     Raises:
         ConfigError: the file contradicts the flags, or leaves something open that they do not say.
     """
     done: dict[str, Any] = json.loads(json.dumps(config))
-    per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    per_device, accumulation = recipe.per_device, recipe.accumulation
     flags = {
         "train_micro_batch_size_per_gpu": (per_device, "--per_device_train_batch_size"),
         "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
@@ -214,8 +238,11 @@ def complete_config(
         if done.get(key, AUTO) not in (AUTO, value):
             raise _contradiction(args.deepspeed, key, done[key], flag, value)
         done[key] = value
-    done["bf16"] = {**_section(done, "bf16"), "enabled": bf16}
-    done.pop("fp16", None)
+    for name, named in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        section = {**_section(done, name), "enabled": dtype == named}
+        done.pop(name, None)
+        if dtype == named:
+            done[name] = section
     done.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     zero = done["zero_optimization"]
     sizes = {
@@ -246,13 +273,23 @@ def keep_for_zero3(config: dict[str, Any]) -> object:
 def initialize(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     config: dict[str, Any],
+    *,
+    is_converted: bool = False,
 ) -> Any:
-    """Wrap the model into a DeepSpeed engine."""
+    """Wrap the model into a DeepSpeed engine.
+
+    Args:
+        model: the model.
+        optimizer: over its parameters; the learning rates are the caller's to set.
+        config: complete configuration.
+        is_converted: whether a checkpoint of another number of ranks is going to be loaded.
+    """
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    if is_converted:
+        config = {**config, "checkpoint": {**_section(config, "checkpoint"), "load_universal": True}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 

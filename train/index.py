@@ -93,6 +93,11 @@ class ShardIndex:
         return int(self.first_bins[-1])
 
     @property
+    def is_remote(self) -> bool:
+        """Whether a folder lies behind a URL."""
+        return any(isinstance(folder, RemotePath) for folder in self.folders)
+
+    @property
     def max_length(self) -> int:
         """Tokens that a bin holds at most."""
         return max(manifest.settings.max_length for manifest in self.manifests)

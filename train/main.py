@@ -13,14 +13,14 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from schemas.errors import VlprepError
-from train.arguments import parse_arguments
+from train.flags import parse_arguments
 
 
 def main(argv: list[str]) -> int:
     """Parse the flags and train.
 
     Returns:
-        Exit code: 0 done, 1 something is wrong with the data, 2 wrong use.
+        Exit code: 0 done, 1 something is wrong with the data, 2 wrong use, 85 told to stop and able to go on.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -29,10 +29,11 @@ def main(argv: list[str]) -> int:
         # All ranks have the same command line, so one says it for all.
         return _fail(error) if rank == 0 else error.exit_code
     _configure_output(is_first=rank == 0)
+    from train.interrupt import REQUEUE_EXIT_CODE
     from train.loop import train
 
     try:
-        train(args)
+        return 0 if train(args) else REQUEUE_EXIT_CODE
     except VlprepError as error:
         if args.debug:
             raise
@@ -43,7 +44,6 @@ def main(argv: list[str]) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _fail(VlprepError(f"{place}{error.strerror or error}. Mend that and start the run again."))
-    return 0
 
 
 def _fail(error: VlprepError) -> int:

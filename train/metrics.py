@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from tqdm import tqdm
 
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import ConfigError
 from train.arguments import TrainArguments
 from train.order import DataOrder
 from train.stream import StepBatch
@@ -29,7 +29,7 @@ from train.stream import StepBatch
 METRICS_FILE = "metrics.jsonl"
 
 Record = dict[str, Any]
-"""Numbers of one logged step; a nested dict holds one number for each part of the model."""
+"""Numbers of one logged step; nested dicts hold one number for each part of the model, or for each dataset."""
 
 
 class Window:
@@ -44,14 +44,17 @@ class Window:
         self._began = time.perf_counter()
         self._paused_s = 0.0
         self._num_steps = self._num_tokens = self._num_samples = 0
-        self._data_wait_s = 0.0
+        self._max_tokens = 0
+        self._data_wait_s = self._efficiency = 0.0
 
-    def add(self, batch: StepBatch, *, num_samples: int) -> None:
-        """One step is done; ``num_samples`` are those of all ranks."""
+    def add(self, batch: StepBatch) -> None:
+        """One step is done."""
         self._num_steps += 1
         self._num_tokens += batch.num_tokens
-        self._num_samples += num_samples
+        self._max_tokens += batch.max_tokens
+        self._num_samples += batch.num_samples
         self._data_wait_s += batch.data_wait_s
+        self._efficiency += batch.efficiency
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -61,23 +64,27 @@ class Window:
         self._paused_s += time.perf_counter() - began
 
     def summarise(
-        self, batch: StepBatch, loss_sum: torch.Tensor, rates: dict[str, float], grad_norm: torch.Tensor | float
+        self,
+        batch: StepBatch,
+        losses: torch.Tensor,
+        rates: dict[str, float],
+        grad_norm: torch.Tensor | float,
+        num_skipped: int,
     ) -> Record:
         """Make the record of the step just done and begin a new window. All ranks call this together.
 
         Loss, learning rates, gradient norm and counts are those of the step; times and speeds are means over the
-        window, of the slowest rank.
+        window, of the slowest rank; padding and efficiency are means over the window. A loss or norm that is not finite
+        is None.
 
         Args:
             batch: the step.
-            loss_sum: cross-entropy summed over the targets of this rank, scalar.
+            losses: (A,) float32, cross-entropy summed over the targets of each micro-batch of this rank.
             rates: learning rate of every trained part in this step.
             grad_norm: norm of the gradient before clipping.
-
-        Raises:
-            VlprepError: the loss is not a finite number.
+            num_skipped: steps skipped so far since the start or resume of the run.
         """
-        total = loss_sum.double()
+        total = losses.double().sum()
         torch.distributed.all_reduce(total)
         step_s = (time.perf_counter() - self._began - self._paused_s) / self._num_steps
         wait_s = self._data_wait_s / self._num_steps
@@ -86,25 +93,22 @@ class Window:
         )
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
         step_s, wait_s, memory_bytes = slowest.tolist()
-        loss = total.item() / max(1, batch.num_targets)
-        if not math.isfinite(loss):
-            raise VlprepError(
-                f"the loss of step {batch.step + 1} is {loss}; its bins are {list(batch.bins)}. Lower the learning "
-                "rate, or look at the bins (`python -m train.order` names their samples)."
-            )
         record: Record = {
             "step": batch.step + 1,
             "epoch": self._epoch(batch.step + 1),
-            "loss": loss,
+            "loss": _finite(total.item() / max(1, batch.num_targets)),
             "learning_rate": next(iter(rates.values())),
             "learning_rates": rates,
-            "grad_norm": float(grad_norm),
+            "grad_norm": _finite(float(grad_norm)),
             "tokens_per_s": self._num_tokens / self._num_steps / step_s,
             "samples_per_s": self._num_samples / self._num_steps / step_s,
             "num_tokens": batch.num_tokens,
             "num_targets": batch.num_targets,
+            "padding": 1 - self._num_tokens / self._max_tokens,
+            "efficiency": self._efficiency / self._num_steps,
             "step_s": step_s,
             "data_wait_s": wait_s,
+            "skipped_steps": num_skipped,
             "max_memory_bytes": int(memory_bytes),
         }
         self._reset()
@@ -139,7 +143,15 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Write the record of a step."""
-        self._bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['learning_rate']:.2e}")
+        loss = record["loss"]
+        self._bar.set_postfix(
+            loss="not finite" if loss is None else f"{loss:.4f}",
+            lr=f"{record['learning_rate']:.2e}",
+            tokens_per_s=f"{record['tokens_per_s']:.0f}",
+            wait=f"{record['data_wait_s'] / record['step_s']:.1%}",
+            efficiency=f"{record['efficiency']:.3f}",
+            padding=f"{record['padding']:.1%}",
+        )
         for sink in self._sinks:
             sink.write(record)
 
@@ -178,12 +190,13 @@ def drop_later_steps(path: Path, step: int) -> None:
 
 
 def flatten(record: Record) -> dict[str, float]:
-    """Numbers of a record by one name each: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
+    """Numbers of a record by one name each: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``; None is left out."""
     flat: dict[str, float] = {}
     for name, value in record.items():
-        flat.update(
-            {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, dict) else {name: value}
-        )
+        if isinstance(value, dict):
+            flat.update({f"{name}/{part}": number for part, number in flatten(value).items()})
+        elif value is not None:
+            flat[name] = value
     return flat
 
 
@@ -202,6 +215,10 @@ def require_reporter(report_to: str) -> None:
     """
     if report_to != "none" and find_spec(report_to) is None:
         raise ConfigError(f"--report_to {report_to} needs the {report_to} package: pip install {report_to}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:

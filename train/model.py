@@ -46,20 +46,27 @@ class TargetHead(nn.Linear):
         made.weight = head.weight
         return made
 
-    def forward(self, input: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits, or the loss.
+    def forward(
+        self, input: torch.Tensor, targets: torch.Tensor | None = None, *, scores: bool = False
+    ) -> torch.Tensor:
+        """Logits, or the loss, or a score of each target.
 
         Args:
             input: (T, H) hidden states (any leading shape where there are no targets).
             targets: (T,) int64, the token wanted at each row; T may be 0.
+            scores: whether to give numbers of each target instead of their sum; these have no gradient.
 
         Returns:
             Without targets, the logits (..., V). With them, the cross-entropy summed over the rows: float32, scalar.
+            With scores, (2, T) float32: the cross-entropy of each target, and 1 where it is the likeliest token.
         """
         if targets is None:
             return super().forward(input)
+        chunks = zip(torch.split(input, CHUNK), torch.split(targets, CHUNK))
+        if scores:
+            return torch.cat([self._chunk_scores(rows, wanted) for rows, wanted in chunks], dim=1)
         loss = torch.zeros((), dtype=torch.float32, device=input.device)
-        for rows, wanted in zip(torch.split(input, CHUNK), torch.split(targets, CHUNK)):
+        for rows, wanted in chunks:
             part: torch.Tensor = checkpoint(
                 self._chunk_loss, rows, wanted, use_reentrant=False, preserve_rng_state=False
             )
@@ -69,6 +76,12 @@ class TargetHead(nn.Linear):
     def _chunk_loss(self, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = functional.linear(rows, self.weight).float()
         return functional.cross_entropy(logits, wanted, reduction="sum")
+
+    @torch.no_grad()
+    def _chunk_scores(self, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logits = functional.linear(rows, self.weight).float()
+        losses = functional.cross_entropy(logits, wanted, reduction="none")
+        return torch.stack([losses, (logits.argmax(dim=1) == wanted).float()])
 
 
 class PackedQwen(nn.Module):
@@ -83,17 +96,19 @@ class PackedQwen(nn.Module):
         self.hf = hf
         self.attn_implementation = attn_implementation
 
-    def forward(self, micro: MicroBatch) -> torch.Tensor:
-        """Cross-entropy summed over the targets of a micro-batch.
+    def forward(self, micro: MicroBatch, *, scores: bool = False) -> torch.Tensor:
+        """Cross-entropy of the targets of a micro-batch.
 
         Args:
             micro: a micro-batch on the device of the model.
+            scores: whether to give numbers of each target, without gradients.
 
         Returns:
-            float32 scalar; 0 for a micro-batch without targets, yet connected to every trained parameter.
+            The sum over the targets, float32 scalar; 0 for a micro-batch without targets, yet connected to every
+            trained parameter. With scores, (2, T) float32: see :class:`TargetHead`.
         """
-        loss: torch.Tensor = self.hf.lm_head(self.target_states(micro), micro.targets)
-        return loss
+        found: torch.Tensor = self.hf.lm_head(self.target_states(micro), micro.targets, scores=scores)
+        return found
 
     def target_states(self, micro: MicroBatch) -> torch.Tensor:
         """Last hidden states at the target positions: (T, H), in the dtype of the model."""

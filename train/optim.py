@@ -53,12 +53,12 @@ class ParameterGroup:
         return sum(_num_elements(parameter) for parameter in self.parameters)
 
 
-def learning_rates(args: TrainArguments) -> dict[str, float | None]:
-    """Peak rate of every part; None where it is frozen."""
+def learning_rates(args: TrainArguments, base: float) -> dict[str, float | None]:
+    """Peak rate of every part; None where it is frozen. ``base`` is that of parts without a rate of their own."""
     return {
-        LANGUAGE_MODEL: args.base_lr if args.tune_mm_llm else None,
-        MERGER: args.merger_lr if args.tune_mm_mlp else None,
-        VISION_TOWER: args.vision_lr if args.tune_mm_vision else None,
+        LANGUAGE_MODEL: base if args.tune_mm_llm else None,
+        MERGER: (args.mm_projector_lr or base) if args.tune_mm_mlp else None,
+        VISION_TOWER: (args.vision_tower_lr or base) if args.tune_mm_vision else None,
     }
 
 

@@ -39,6 +39,13 @@ EMPTY = -1
 
 _NUM_ROUNDS = 8
 
+_SPLITMIX64 = (
+    np.uint64(0x9E3779B97F4A7C15),
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+    np.uint64(31),
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grouping:
@@ -158,6 +165,16 @@ class DataOrder:
         dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
         return dealt.transpose(0, 2, 1)[_shuffled(accumulation, self.seed, "micro-steps", step)]
 
+    def efficiency(self, places: NDArray[np.int64]) -> float:
+        """Share of the time of a step that ranks compute; the rest they wait for the slowest one of each micro-step.
+
+        Args:
+            places: (A, W, P) int64, the bins of a step as :meth:`bins_of_step` deals them.
+        """
+        load = np.where(places == EMPTY, 0.0, self.cost[places]).sum(axis=2)
+        highest = float(load.max(axis=1).sum())
+        return float(load.mean(axis=1).sum()) / highest if highest else 1.0
+
     def state_dict(self, step: int) -> dict[str, int]:
         """Everything needed to go on at ``step``: a few integers. The number of ranks is not among them."""
         grouping = self.grouping
@@ -271,19 +288,24 @@ def permute(positions: NDArray[np.int64], size: int, *, keys: NDArray[np.uint64]
 
 
 def _feistel(values: NDArray[np.uint64], across: int, down: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    left, right = values % np.uint64(across), values // np.uint64(across)
+    width, moduli = np.uint64(across), (np.uint64(across), np.uint64(down))
+    left, right = values % width, values // width
     for number, key in enumerate(keys):
-        modulus = np.uint64(down if number % 2 else across)
+        modulus = moduli[number % 2]
         left, right = right, (left + _mix(right ^ key) % modulus) % modulus
-    return right * np.uint64(across) + left
+    return right * width + left
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64 (S. Vigna, ``splitmix64.c``): every bit of the result depends on every bit of the value."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    increment, (shift_1, factor_1), (shift_2, factor_2), shift_3 = _SPLITMIX64
+    values = values + increment
+    values ^= values >> shift_1
+    values *= factor_1
+    values ^= values >> shift_2
+    values *= factor_2
+    values ^= values >> shift_3
+    return values
 
 
 def _keys(seed: int, purpose: str, number: int) -> NDArray[np.uint64]:

@@ -31,17 +31,21 @@ from train.simulate import NUM_STEPS, report, simulate
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Epochs of the run.  [default: no end]")
 @click.option("--group-steps", type=click.IntRange(min=1), default=1, show_default=True, help="Window of the run.")
 @click.option(
+    "--model_name_or_path",
     "--model",
+    "model",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Deal by the costs of this checkpoint.  [default: those that the trainer deals by]",
+    help="Folder of the checkpoint of the run, by whose costs bins are dealt.  [default: Qwen2.5-VL-7B]",
 )
-@click.option("--tune-llm/--freeze-llm", default=True, show_default=True, help="With --model: what is trained.")
-@click.option("--tune-vision/--freeze-vision", default=False, show_default=True, help="With --model: what is trained.")
+@click.option(
+    "--tune-llm/--freeze-llm", default=True, show_default=True, help="What the run trains; it decides the costs too."
+)
+@click.option("--tune-vision/--freeze-vision", default=False, show_default=True, help="What the run trains.")
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=True,
     show_default=True,
-    help="With --model: whether activations are recomputed.",
+    help="Whether the run recomputes activations.",
 )
 @click.option("--num-steps", type=click.IntRange(min=1), default=NUM_STEPS, show_default=True, help="With --simulate.")
 @click.option(
@@ -74,14 +78,15 @@ def main(
             raise ConfigError("give either --step N or --simulate.")
         index = open_shards(shards)
         accumulation = accumulation or max(1, global_batch // world_size)
-        cost_model = None
-        if model is not None:
-            cost_model = CostModel.of_training(
-                read_config(model),
-                tune_llm=tune_llm,
-                tune_vision=tune_vision,
-                gradient_checkpointing=gradient_checkpointing,
-            )
+        trained = {
+            "tune_llm": tune_llm,
+            "tune_vision": tune_vision,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        if model is None:
+            cost_model = CostModel().in_training(**trained)
+        else:
+            cost_model = CostModel.of_training(read_config(model), **trained)
         order = DataOrder(
             index.cost(cost_model),
             seed=seed,

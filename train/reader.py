@@ -4,7 +4,8 @@ One positional read, or one range request, or one read of the local cache; XXH3-
 the bin, its counts against the index, and what the trainer relies on inside: no sample is predicted from the one before
 it, and pad tokens fit the media. Every failure names shard, bin and offset.
 
-Cost: one read into a buffer that is used again, and one pass of XXH3 (faster than the read); the arrays are views.
+Cost: one read into a buffer that is used again, with XXH3 taken while the bytes are in the processor's cache; arrays
+are views of the buffer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VI
 from train.buffers import Buffers, ReusedBuffers
 from train.cache import BinCache, cache_key
 from train.index import BinLocation, ShardIndex
+from train.jpeg import require_pillow
 from train.storage import Patience, RemotePath, read_range
 
 logger = logging.getLogger(__name__)
@@ -80,12 +82,15 @@ class BinReader:
             buffers: where they are read to; ordinary memory that is used again if not given.
 
         Raises:
-            ConfigError: a cache for shards that all lie on a file system, where it would never be used.
+            ConfigError: a cache for shards that all lie on a file system, where it would never be used; shards with
+                JPEG pixels without Pillow to decode them.
         """
         self._index = index
         self._settings = settings or ReadSettings()
         self._buffers = buffers or ReusedBuffers()
         self._stopped = threading.Event()
+        if any(manifest.settings.pixels == "jpeg" for manifest in index.manifests):
+            require_pillow()
         self._cache: BinCache | None = None
         if self._settings.cache_dir is not None:
             if not self.is_remote:
@@ -100,7 +105,7 @@ class BinReader:
     @property
     def is_remote(self) -> bool:
         """Whether a folder lies behind a URL."""
-        return any(isinstance(folder, RemotePath) for folder in self._index.folders)
+        return self._index.is_remote
 
     def read(self, number: int) -> LoadedBin:
         """Read bin ``number`` of the index.
@@ -116,26 +121,32 @@ class BinReader:
         buffer = self._buffers.take(location.num_bytes)
         data = buffer.numpy().data
         if self._cache is None or not isinstance(location.path, RemotePath):
-            self._fetch(location, data)
-            self._verify(number, location, data)
+            self._fetch(number, location, data, checked=self._is_checked(number))
         elif not self._read_cached(number, location, data):
-            self._fetch(location, data)
-            _check_sum(location, data)  # whatever the settings: damage must not be kept
+            # Whatever the settings: damage must not be kept.
+            self._fetch(number, location, data, checked=True)
             self._cache.write(self._key(number), data)
-            self._note_verified(number)
-        one = read_bin(data, location.local_bin, where=str(location))
-        self._check_counts(number, one, where=str(location))
-        _check_samples(one, where=str(location))
+        where = str(location)
+        one = read_bin(data, location.local_bin, where=where)
+        self._check_counts(number, one, where=where)
+        _check_samples(one, where=where)
         return LoadedBin(one, location, buffer)
 
     def close(self) -> None:
         """Let reads that wait for a server to come back fail at once."""
         self._stopped.set()
 
-    def _fetch(self, location: BinLocation, data: memoryview) -> None:
+    def _fetch(self, number: int, location: BinLocation, data: memoryview, *, checked: bool) -> None:
+        """Read a bin from its shard; its checksum is taken on the way."""
+        digest = xxhash.xxh3_64() if checked else None
         try:
             got = read_range(
-                location.path, location.offset, data, patience=self._settings.patience, stopped=self._stopped
+                location.path,
+                location.offset,
+                data,
+                digest=digest,
+                patience=self._settings.patience,
+                stopped=self._stopped,
             )
         except OSError as error:
             remedy = (
@@ -149,17 +160,20 @@ class BinReader:
             raise ShardError(
                 f"{location}: the shard ends after {got} of the bin's {location.num_bytes} bytes. Copy the shard again."
             )
+        if digest is not None:
+            self._compare(number, location, digest.intdigest())
 
     def _read_cached(self, number: int, location: BinLocation, data: memoryview) -> bool:
         assert self._cache is not None
         if not self._cache.read(self._key(number), data):
             return False
-        try:
-            self._verify(number, location, data)
-        except ShardError:
-            logger.warning("%s: its copy in the cache is damaged and fetched again", location)
-            self._cache.remove(self._key(number))
-            return False
+        if self._is_checked(number):
+            try:
+                self._compare(number, location, xxhash.xxh3_64_intdigest(data))
+            except ShardError:
+                logger.warning("%s: its copy in the cache is damaged and fetched again", location)
+                self._cache.remove(self._key(number))
+                return False
         return True
 
     def _key(self, number: int) -> str:
@@ -167,15 +181,17 @@ class BinReader:
         sha256 = self._shard_sha256[index.shard[number]]
         return cache_key(sha256, int(index.offset[number]), int(index.num_bytes[number]))
 
-    def _verify(self, number: int, location: BinLocation, data: memoryview) -> None:
-        """Compare the checksum, if the settings want it for this read."""
+    def _is_checked(self, number: int) -> bool:
+        """Whether the settings want the checksum of this read."""
         verify = self._settings.verify
-        if verify == "never" or (verify == "first" and self._verified[number]):
-            return
-        _check_sum(location, data)
-        self._note_verified(number)
+        return verify == "always" or (verify == "first" and not self._verified[number])
 
-    def _note_verified(self, number: int) -> None:
+    def _compare(self, number: int, location: BinLocation, checksum: int) -> None:
+        if checksum != location.xxh3:
+            raise ShardError(
+                f"{location}: checksum is {checksum:016x}, expected {location.xxh3:016x}: its bytes have changed, or "
+                "the shard is of another build. Copy the shard again; `vlprep verify` lists all damage."
+            )
         if self._settings.verify == "first":
             self._verified[number] = True
 
@@ -185,7 +201,7 @@ class BinReader:
             "tokens": (one.input_ids.size, int(index.num_tokens[number])),
             "targets": (int(np.count_nonzero(one.labels != IGNORE_INDEX)), int(index.num_targets[number])),
             "samples": (one.cu_seqlens.size - 1, int(index.num_samples[number])),
-            "patches": (int(one.grid_thw.prod(axis=1, dtype=np.int64).sum()), int(index.num_patches[number])),
+            "patches": (sum(t * h * w for t, h, w in one.grid_thw.tolist()), int(index.num_patches[number])),
         }
         for what, (found, expected) in counts.items():
             if found != expected:
@@ -197,20 +213,11 @@ def read_checked_bin(index: ShardIndex, number: int) -> Bin:
     return BinReader(index).read(number).bin
 
 
-def _check_sum(location: BinLocation, data: memoryview) -> None:
-    checksum = xxhash.xxh3_64_intdigest(data)
-    if checksum != location.xxh3:
-        raise ShardError(
-            f"{location}: checksum is {checksum:016x}, expected {location.xxh3:016x}: its bytes have changed, or the "
-            "shard is of another build. Copy the shard again; `vlprep verify` lists all damage."
-        )
-
-
 def _check_samples(one: Bin, *, where: str) -> None:
-    grids = one.grid_thw
-    if grids.size and (grids.min() < 1 or bool(np.any(grids[:, 1:] % MERGE_SIZE))):
+    grids: list[list[int]] = one.grid_thw.tolist()
+    if any(min(grid) < 1 or grid[1] % MERGE_SIZE or grid[2] % MERGE_SIZE for grid in grids):
         raise ShardError(
-            f"{where}: grid_thw {grids.tolist()[:4]} has a grid that is not positive with even rows and columns. "
+            f"{where}: grid_thw {grids[:4]} has a grid that is not positive with even rows and columns. "
             "Build the shards again."
         )
     trained_first = one.labels[one.cu_seqlens[:-1]] != IGNORE_INDEX
@@ -220,7 +227,7 @@ def _check_samples(one: Bin, *, where: str) -> None:
             "predicted from the sample before it. Build the shards again."
         )
     num_pads = int(np.count_nonzero((one.input_ids == IMAGE_PAD) | (one.input_ids == VIDEO_PAD)))
-    expected = int(grids.prod(axis=1, dtype=np.int64).sum()) // MERGED_PATCHES
+    expected = sum(t * h * w for t, h, w in grids) // MERGED_PATCHES
     if num_pads != expected:
         raise ShardError(
             f"{where}: {num_pads} media pad tokens in input_ids, but its media have {expected}. Build the shards again."

@@ -1,8 +1,8 @@
 """What a run will ask of ranks, storage and network, told from the index before it starts.
 
 An index and an order -> a :class:`Simulation`: how evenly ranks are loaded in the micro-steps, beside a random deal of
-the same bins; bytes and tokens of a step; how much the mixture of datasets varies from step to step, beside steps drawn
-at random. No bin is read.
+the same bins; bytes, pixels and tokens of a step; how much the mixture of datasets varies from step to step, beside
+steps drawn at random. No bin is read.
 
 Cost: the order of the simulated steps, a fraction of a millisecond each, and one pass over the ledgers.
 """
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from schemas.errors import ShardError
+from schemas.qwen import PATCH_DIM, TEMPORAL_PATCH_SIZE
 from schemas.tables import SAMPLES_FILE, STATUS_PACKED
 from train.explain import bins_per_device
 from train.index import ShardIndex
@@ -39,6 +40,8 @@ class Simulation:
         random_efficiency: mean, had the same bins been dealt at random.
         bytes_per_step: mean over whole steps, of all ranks.
         most_bytes: of a step.
+        planes_per_step: bytes of decoded pixels, mean over whole steps, of all ranks; at most so many: the index does
+            not tell the pictures of a bin from its videos.
         tokens_per_step: mean over whole steps, of all ranks.
         targets_per_step: mean over whole steps, of all ranks.
         mixture_variance: variance, from step to step, of the datasets' shares of the tokens, summed over datasets.
@@ -51,6 +54,7 @@ class Simulation:
     random_efficiency: float
     bytes_per_step: float
     most_bytes: int
+    planes_per_step: float
     tokens_per_step: float
     targets_per_step: float
     mixture_variance: float
@@ -99,11 +103,18 @@ def simulate(
         random_efficiency=float(_efficiency(order, at_random).mean()),
         bytes_per_step=float(num_bytes.mean()),
         most_bytes=int(num_bytes.max()),
+        planes_per_step=float((_plane_bytes(index)[steps] * in_steps).sum(axis=1).mean()),
         tokens_per_step=float((index.num_tokens[steps] * in_steps).sum(axis=1).mean()),
         targets_per_step=float((index.num_targets[steps] * in_steps).sum(axis=1).mean()),
         mixture_variance=mixture_variance(composition, flat),
         random_mixture_variance=mixture_variance(composition, _drawn_at_random(order, rng, max(num_steps, NUM_STEPS))),
     )
+
+
+def _plane_bytes(index: ShardIndex) -> NDArray[np.int64]:
+    """(bins,) bytes of decoded pixels at most: a patch of a picture is one frame of 14 by 14 pixels, of a video two."""
+    frames = np.where(index.num_videos > 0, TEMPORAL_PATCH_SIZE, 1)
+    return index.num_patches.astype(np.int64) * frames * (PATCH_DIM // TEMPORAL_PATCH_SIZE)
 
 
 def dataset_tokens(index: ShardIndex) -> NDArray[np.int64]:
@@ -122,10 +133,14 @@ def dataset_tokens(index: ShardIndex) -> NDArray[np.int64]:
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{folder / SAMPLES_FILE} cannot be read: {error}. Copy the folder again.") from error
         summed = ledger.group_by(["bin", "dataset"]).aggregate([("num_tokens", "sum")])
-        bins = summed["bin"].to_numpy()
-        if bins.size and not 0 <= bins.min() <= bins.max() < end - first:
-            raise ShardError(f"{folder / SAMPLES_FILE} names bin {bins.max()} of {end - first}. Copy the folder again.")
-        parts.append((first + bins, summed["dataset"].to_pylist(), summed["num_tokens_sum"].to_numpy()))
+        bins, known = summed["bin"].to_numpy(), index.local_bin[first:end]
+        unknown = np.setdiff1d(bins, known)
+        if unknown.size:
+            raise ShardError(
+                f"{folder / SAMPLES_FILE} names bin {unknown[0]}, which is not there. Copy the folder again."
+            )
+        numbers = first + np.searchsorted(known, bins)
+        parts.append((numbers, summed["dataset"].to_pylist(), summed["num_tokens_sum"].to_numpy()))
     names = sorted({name for _, of_rows, _ in parts for name in of_rows})
     columns = {name: number for number, name in enumerate(names)}
     tokens = np.zeros((index.num_bins, max(1, len(names))), dtype=np.int64)
@@ -175,6 +190,12 @@ def report(
     yield (
         f"a step: {found.tokens_per_step:,.0f} tokens, {found.targets_per_step:,.0f} of them targets, "
         f"{_mb(found.bytes_per_step)} on average and {_mb(found.most_bytes)} at most"
+    )
+    codecs = ", ".join(sorted({manifest.settings.pixels for manifest in index.manifests}))
+    planes = found.planes_per_step / found.tokens_per_step * tokens_per_s
+    yield (
+        f"pixels ({codecs}): at most {_mb(found.planes_per_step)} a step when decoded, {_mb(planes / world_size)}/s a "
+        "rank"
     )
     yield (
         f"bandwidth at {tokens_per_s:,.0f} tokens/s: {_mb(bandwidth)}/s, {_mb(bandwidth / world_size)}/s a rank; "

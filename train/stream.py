@@ -49,6 +49,10 @@ class StepBatch:
         num_targets: targets of the step over all ranks and micro-steps, known from the index without communication:
             what the summed loss is divided by.
         num_tokens: tokens of the step over all ranks and micro-steps.
+        max_tokens: what its bins could have held, empty places included.
+        num_samples: samples of the step over all ranks and micro-steps.
+        efficiency: share of the time of a step that ranks compute rather than wait for the slowest one, by the costs of
+            the order: in each micro-step the mean over the ranks against the highest.
         bins: all bins of the step over all ranks.
         data_wait_s: seconds that the training thread waited for this step's data.
     """
@@ -57,6 +61,9 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_targets: int
     num_tokens: int
+    max_tokens: int
+    num_samples: int
+    efficiency: float
     bins: tuple[int, ...]
     data_wait_s: float
 
@@ -179,6 +186,9 @@ class BinStream(Iterator[StepBatch]):
             micro_batches=micro_batches,
             num_targets=int(self._index.num_targets[bins].sum(dtype=np.int64)),
             num_tokens=int(self._index.num_tokens[bins].sum(dtype=np.int64)),
+            max_tokens=places.size * self._index.max_length,
+            num_samples=int(self._index.num_samples[bins].sum(dtype=np.int64)),
+            efficiency=self._order.efficiency(places),
             bins=tuple(bins.tolist()),
             data_wait_s=waited,
         )

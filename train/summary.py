@@ -25,7 +25,7 @@ class LoggedStep(msgspec.Struct, frozen=True):
     """What the summary reads of a line of ``metrics.jsonl``; it has more fields."""
 
     step: int
-    loss: float
+    loss: float | None
     tokens_per_s: float
 
 
@@ -48,13 +48,13 @@ def summarise(shards: Path, run: Path) -> str:
     final = run / FINAL_DIR
     if not final.is_dir():
         raise ConfigError(f"{run} has no trained model ({final} is missing): the training did not end. Start it again.")
-    first, last = steps[0], steps[-1]
+    losses = [step.loss for step in steps if step.loss is not None] or [float("nan")]
     # the first window holds the warm-up of the process
     speed = statistics.median(step.tokens_per_s for step in steps[1:] or steps)
     rows = [
         ("shards", f"{shards}: {_packed(manifests)}"),
         ("rejected", _rejected(manifests)),
-        ("training", f"{last.step} steps at {speed:,.0f} tokens/s, loss {first.loss:.3f} -> {last.loss:.3f}"),
+        ("training", f"{steps[-1].step} steps at {speed:,.0f} tokens/s, loss {losses[0]:.3f} -> {losses[-1]:.3f}"),
         ("model", str(final)),
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in rows)

@@ -62,22 +62,21 @@ def vision_inputs(grids: Sequence[Grid], *, window_size: int = WINDOW_SIZE) -> V
     positions: list[NDArray[np.int64]] = []
     windows: list[NDArray[np.int64]] = []
     window_lengths: list[NDArray[np.int32]] = []
+    step_lengths: list[int] = []
     merged_before = 0
     for grid in grids:
         layout = _frame_layout(grid.h, grid.w, window_size // FACTOR)
-        merged_per_step = layout.window_index.size
-        starts = merged_before + merged_per_step * np.arange(grid.t, dtype=np.int64)
-        positions.extend([layout.position_ids] * grid.t)
-        windows.append((starts[:, None] + layout.window_index).ravel())
-        window_lengths.extend([layout.window_lengths] * grid.t)
-        merged_before += grid.t * merged_per_step
-    steps = np.array([grid.t for grid in grids], dtype=np.int64)
-    step_lengths = np.repeat(np.array([grid.h * grid.w for grid in grids], dtype=np.int32), steps)
+        for _ in range(grid.t):
+            positions.append(layout.position_ids)
+            windows.append(layout.window_index + merged_before)
+            window_lengths.append(layout.window_lengths)
+            step_lengths.append(grid.h * grid.w)
+            merged_before += layout.window_index.size
     all_window_lengths = np.concatenate(window_lengths)
     return VisionInputs(
         position_ids=np.concatenate(positions),
-        cu_seqlens=_borders(step_lengths),
-        max_seqlen=int(step_lengths.max()),
+        cu_seqlens=_borders(np.array(step_lengths, dtype=np.int32)),
+        max_seqlen=max(step_lengths),
         window_index=np.concatenate(windows),
         cu_window_seqlens=_borders(all_window_lengths),
         max_window_seqlen=int(all_window_lengths.max()),
@@ -116,4 +115,6 @@ def _frame_layout(height: int, width: int, window: int) -> _FrameLayout:
 
 
 def _borders(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    borders = np.zeros(lengths.size + 1, dtype=np.int32)
+    np.cumsum(lengths, out=borders[1:])
+    return borders

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.media.images import decode_image, probe_image
-from prep.media.source import MediaSource
+from prep.media.source import HeadTooShortError, MediaSource
 from prep.media.videos import ClipPlan, decode_video, probe_video
 from schemas.bins import MEDIA_IMAGE
+from schemas.errors import MediaError
 from schemas.qwen import Grid
 from schemas.settings import MediaSettings
 
@@ -41,8 +42,22 @@ def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Fact
     """Facts from the header.
 
     Raises:
+        HeadTooShortError: only the beginning of the medium is here, and that is not enough to tell.
         MediaError: the medium cannot be used.
     """
+    try:
+        facts = _probe(source, media_type, settings)
+    except MediaError as error:
+        # A library may take the missing rest for damage.
+        if source.beginning is not None and source.beginning.was_left:
+            raise HeadTooShortError(source.name) from error
+        raise
+    if source.beginning is not None and source.beginning.was_left:
+        raise HeadTooShortError(source.name)
+    return facts
+
+
+def _probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Facts:
     if media_type == MEDIA_IMAGE:
         return Facts(*probe_image(source, settings))
     return _clip_facts(probe_video(source, settings))

@@ -1,23 +1,26 @@
-"""Keeps media inside their root: the only place where a name from an annotation becomes a path.
+"""Keeps media inside their root: the only place where a name from an annotation becomes a path or a URL.
 
 A name is taken literally (no URL or percent decoding, no ``~``). What counts is where the file really lies: an absolute
-path or a symbolic link is fine as long as it stays inside the root.
+path or a symbolic link is fine as long as it stays inside the root. Below a root that is a URL there are no links;
+``.``, ``..`` and doubled slashes mean what they mean to a file system, and an absolute URL below the root is fine.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
+import posixpath
 import stat
 from functools import lru_cache
 from pathlib import Path
 
 from prep.media.source import MediaSource
+from prep.urls import Url, is_url, without_secrets
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_MAX_KEY_BYTES = 1024
+"""Longest name that object stores allow."""
 
 
 def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
@@ -32,11 +35,8 @@ def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
         MediaError: ``media_outside_root``, ``media_missing``, ``media_unreadable`` (no permission), ``media_empty``
             (0 bytes), ``unsupported_media`` (not a regular file) or ``media_too_large``.
     """
-    if not name.strip():
-        raise MediaError(
-            ReasonCode.MEDIA_MISSING, "the name of a medium is empty; give a path relative to the media root"
-        )
-    if "\0" in name or _URL.match(name):
+    _check_name(name)
+    if "\0" in name or is_url(name):
         raise MediaError(
             ReasonCode.MEDIA_OUTSIDE_ROOT,
             f"{name!r} is not a path below the media root; download the medium and name its relative path",
@@ -54,8 +54,38 @@ def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
         raise _os_problem(name, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{name!r} is not a regular file")
-    _check_size(name, status.st_size, max_bytes)
+    check_size(name, status.st_size, max_bytes)
     return MediaSource(name, real)
+
+
+def media_url(root: Url, name: str) -> Url:
+    """The URL of the medium ``name`` below a root that is a URL.
+
+    Args:
+        root: that all media of the dataset lie below.
+        name: as the annotation spells it, relative to ``root``, or an absolute URL below it.
+
+    Raises:
+        MediaError: ``media_outside_root``, or ``media_missing`` where no file can have such a name.
+    """
+    _check_name(name)
+    below = root.below(name) if is_url(name) else name
+    if below is None or "\0" in name:
+        raise MediaError(
+            ReasonCode.MEDIA_OUTSIDE_ROOT,
+            f"{without_secrets(name)!r} does not lie below the media root; copy the medium there and name its relative "
+            "path",
+        )
+    path = posixpath.normpath(below)
+    if path.startswith(("/", "../")) or path == "..":
+        raise MediaError(
+            ReasonCode.MEDIA_OUTSIDE_ROOT, f"{name!r} leads outside the media root; move the file below the root"
+        )
+    if path == ".":
+        raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{name!r} is not a regular file")
+    if len(path.encode(errors="replace")) > _MAX_KEY_BYTES:
+        raise MediaError(ReasonCode.MEDIA_MISSING, f"{name[:80]!r}… is longer than the name of a file can be")
+    return root / path
 
 
 def embedded_media(name: str, data: bytes, *, max_bytes: int) -> MediaSource:
@@ -64,17 +94,29 @@ def embedded_media(name: str, data: bytes, *, max_bytes: int) -> MediaSource:
     Raises:
         MediaError: ``media_empty`` or ``media_too_large``.
     """
-    _check_size(name, len(data), max_bytes)
+    check_size(name, len(data), max_bytes)
     return MediaSource(name, data=data)
 
 
-def _check_size(name: str, num_bytes: int, max_bytes: int) -> None:
+def check_size(name: str, num_bytes: int, max_bytes: int) -> None:
+    """Hold the size of a medium against the bounds.
+
+    Raises:
+        MediaError: ``media_empty`` or ``media_too_large``.
+    """
     if num_bytes == 0:
         raise MediaError(ReasonCode.MEDIA_EMPTY, f"{name!r} has 0 bytes")
     if num_bytes > max_bytes:
         raise MediaError(
             ReasonCode.MEDIA_TOO_LARGE,
             f"{name!r} has {num_bytes:,} bytes; at most {max_bytes:,} are allowed (max_source_bytes)",
+        )
+
+
+def _check_name(name: str) -> None:
+    if not name.strip():
+        raise MediaError(
+            ReasonCode.MEDIA_MISSING, "the name of a medium is empty; give a path relative to the media root"
         )
 
 

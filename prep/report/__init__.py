@@ -15,6 +15,7 @@ from prep.report.samples import bin_section
 from prep.report.statistics import gather, notable_bins
 from prep.tokenizer import DEFAULT_MODEL
 from prep.transcript import Transcriber, cached_transcriber, open_transcriber
+from prep.urls import Location
 from schemas.errors import ConfigError
 
 __all__ = ["render_report", "write_report"]
@@ -22,11 +23,11 @@ __all__ = ["render_report", "write_report"]
 _MAX_BINS = 3
 
 
-def write_report(folder: Path, out: Path, model: str | None) -> int:
+def write_report(folder: Location, out: Path, model: str | None) -> int:
     """Write the page about a set of shards.
 
     Args:
-        folder: of the set.
+        folder: of the set, or its URL.
         out: file to write.
         model: checkpoint folder or hub id of the tokenizer. None: the default one if it made these shards and the hub's
             cache has it; otherwise the page has no texts, and says so.
@@ -66,4 +67,5 @@ def render_report(shards: ShardSet, transcriber: Transcriber) -> str:
     note = "A few bins, in the order in which the model reads them, with small copies of their pictures."
     if not transcriber.reads_text:
         note += " Their texts are missing: the tokenizer that made them is not at hand. Give --model its checkpoint."
-    return render_page(shards.folder.resolve().name, shards.manifest, gather(shards), bins, note)
+    name = shards.folder.resolve().name if isinstance(shards.folder, Path) else shards.folder.name
+    return render_page(name, shards.manifest, gather(shards), bins, note)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from prep.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
 from prep.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.report.style import STYLE
+from prep.summary import decibels
 from prep.transcript import printable
-from schemas.manifest import Distribution, Manifest
+from schemas.manifest import Distribution, Drift, Manifest
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _COLOURS = {"text only": "c-text-only", "images": "c-images", "video": "c-video"}
@@ -95,6 +96,9 @@ def _tiles(manifest: Manifest) -> str:
         (_large(counts.num_patches), "vision patches"),
         (_bytes(num_bytes), f"in {len(manifest.shards):,} shards"),
     ]
+    if isinstance(drift := manifest.drift, Drift):
+        worst = f"PSNR of the pixels, of a frame at least {decibels(drift.lowest_psnr_db)}"
+        tiles.append((decibels(drift.psnr_db), worst))
     return '<div class="tiles">' + "".join(f"<div><b>{n}</b><span>{text}</span></div>" for n, text in tiles) + "</div>"
 
 
@@ -242,6 +246,7 @@ def _charts(charts: Sequence[Histogram], notes: Sequence[str] = ()) -> str:
 
 def _settings(manifest: Manifest) -> str:
     settings = msgspec.to_builtins(manifest.settings)
+    drift = msgspec.to_builtins(manifest.drift) if isinstance(manifest.drift, Drift) else {}
     media = settings.pop("media")
     prints = manifest.fingerprints
     made = {
@@ -249,6 +254,7 @@ def _settings(manifest: Manifest) -> str:
         "image mean": ", ".join(map(str, prints.image_mean)),
         "image deviation": ", ".join(map(str, prints.image_std)),
         **manifest.software,
+        **{f"drift: {name}": value for name, value in drift.items()},
     }
     files = [
         [_text(dataset.dataset), _text(file.file), f"{file.num_annotations:,}", f"{file.num_bytes:,}", _code(file.xxh3)]

@@ -3,13 +3,15 @@
 Input: a folder. Output: a :class:`Verification` with everything that is wrong, not only the first. The manifest and the
 tables are compared with each other in this process (:mod:`~prep.verify.tables`), shards are checked in parallel
 (:mod:`~prep.verify.shard`), every bin for itself and against its rows (:mod:`~prep.verify.bins`). What is counted here
-is counted by other code than that which writes. Cost: SHA-256 of every byte, and the decompression of the pixels.
+is counted by other code than that which writes. Cost: SHA-256 of every byte, and the decompression of the pixels (or,
+with JPEG, the decoding of every frame).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +21,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from prep import storage
 from prep.build import METRICS_FILE
 from prep.engines import Engine
-from prep.reader import LedgerRow, bin_rows, read_table
+from prep.reader import LedgerRow, bin_rows, open_manifest, read_table
+from prep.summary import drift_lines
+from prep.urls import Location
+from prep.verify.drift import check_drift
 from prep.verify.findings import Finding, damaged, unreadable
 from prep.verify.shard import ShardOutcome, ShardTask, check_shard, file_digest
 from prep.verify.statistics import check_modalities, check_statistics
 from prep.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
 from prep.work import WORK_FOLDER
 from schemas.errors import ShardError
-from schemas.manifest import MANIFEST_FILE, Manifest, StoredFile, read_manifest
+from schemas.manifest import MANIFEST_FILE, Manifest, StoredFile
 from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED
 
 __all__ = ["Finding", "Verification", "verify"]
@@ -42,13 +48,14 @@ _NULLABLE = ("id", "video_backend")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What was checked, and what is wrong."""
+    """What was checked, what the manifest says of the drift of a lossy codec, and what is wrong."""
 
-    folder: Path
+    folder: Location
     num_shards: int
     num_bins: int
     num_annotations: int
     num_bytes: int
+    drift: tuple[str, ...]
     findings: tuple[Finding, ...]
 
     def text(self) -> str:
@@ -58,16 +65,17 @@ class Verification:
             f"{self.folder}: {self.num_shards:,} shards, {self.num_bins:,} bins, {self.num_annotations:,} annotations "
             f"and {self.num_bytes / 1e6:,.1f} MB checked: {found if self.findings else 'all is well'}"
         )
-        return "\n".join([*map(str, self.findings), summary])
+        return "\n".join([*map(str, self.findings), *self.drift, summary])
 
 
-def verify(folder: Path, engine: Engine) -> Verification:
-    """Check a finished set of shards.
+def verify(folder: Location, engine: Engine) -> Verification:
+    """Check a finished set of shards. What lies behind a URL is fetched, a shard at a time for each worker.
 
     Raises:
         ShardError: the folder holds no manifest, or one that cannot be read.
+        StorageError: the store does not answer.
     """
-    manifest = read_manifest(folder)
+    manifest = open_manifest(folder)
     findings = [*_manifest_bytes(folder), *check_manifest(manifest), *_files(folder, manifest)]
     bins = _table(folder, manifest, BINS_FILE, BINS_COLUMNS, findings)
     ledger = _table(folder, manifest, SAMPLES_FILE, SAMPLES_COLUMNS, findings)
@@ -76,34 +84,41 @@ def verify(folder: Path, engine: Engine) -> Verification:
     if ledger is not None:
         findings += check_ledger(ledger, manifest, bins)
         findings += check_statistics(ledger, manifest)
+    engine.share([folder] if isinstance(folder, Path) else [])
     outcomes: list[ShardOutcome] = []
     tasks = _tasks(folder, manifest, bins, ledger)
     total = sum(shard.num_bytes for shard in manifest.shards)
-    with tqdm(total=total, desc="verify", unit="B", unit_scale=True) as bar:
-        for outcome in engine.map(check_shard, tasks):
+    with (
+        closing(engine.map(check_shard, tasks)) as checked,
+        tqdm(total=total, desc="verify", unit="B", unit_scale=True) as bar,
+    ):
+        for outcome in checked:
             outcomes.append(outcome)
             bar.update(outcome.num_bytes)
     findings += _shards(manifest, outcomes)
     if bins is not None and not any(outcome.findings for outcome in outcomes):
         # What is wrong with the bins would be said twice.
         findings += check_modalities(manifest, sum((outcome.modalities for outcome in outcomes), Counter()))
+        findings += check_drift(manifest, [outcome.num_frames for outcome in outcomes])
     return Verification(
         folder=folder,
         num_shards=sum(outcome.sha256 is not None for outcome in outcomes),
         num_bins=sum(outcome.num_bins for outcome in outcomes),
         num_annotations=len(ledger) if ledger is not None else 0,
         num_bytes=sum(outcome.num_bytes for outcome in outcomes),
+        drift=tuple(drift_lines(manifest)),
         findings=tuple(findings),
     )
 
 
-def _manifest_bytes(folder: Path) -> Iterator[Finding]:
-    data = (folder / MANIFEST_FILE).read_bytes()
+def _manifest_bytes(folder: Location) -> Iterator[Finding]:
+    path = folder / MANIFEST_FILE
+    data = path.read_bytes() if isinstance(path, Path) else storage.read(path)
     if data != msgspec.json.format(data, indent=2) + b"\n":
         yield damaged(MANIFEST_FILE, "it is not laid out as vlprep writes it; it was edited")
 
 
-def _files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+def _files(folder: Location, manifest: Manifest) -> Iterator[Finding]:
     """Files that the manifest does not know. Missing ones are found where they are read."""
     known = {
         MANIFEST_FILE,
@@ -111,17 +126,18 @@ def _files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         WORK_FOLDER,
         *(stored.file for stored in (*manifest.shards, *manifest.tables)),
     }
-    for path in sorted(folder.iterdir()):
-        if path.name not in known and path.suffix != _PAGE_SUFFIX:
+    found = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else storage.listing(folder)
+    for name in sorted(found):
+        if name not in known and not name.endswith(_PAGE_SUFFIX):
             yield Finding(
-                path.name,
-                f"{path.name}: the manifest does not list it, and tools that read all files of the folder would take "
+                name,
+                f"{name}: the manifest does not list it, and tools that read all files of the folder would take "
                 "it for a part of the set. Move it elsewhere.",
             )
 
 
 def _table(
-    folder: Path, manifest: Manifest, name: str, columns: dict[str, str], findings: list[Finding]
+    folder: Location, manifest: Manifest, name: str, columns: dict[str, str], findings: list[Finding]
 ) -> pa.Table | None:
     """Check the bytes of a table and read it; None where that is not possible."""
     stored = next((table for table in manifest.tables if table.file == name), None)
@@ -134,10 +150,10 @@ def _table(
         return None
 
 
-def _table_bytes(folder: Path, stored: StoredFile) -> Iterator[Finding]:
+def _table_bytes(folder: Location, stored: StoredFile) -> Iterator[Finding]:
     try:
         num_bytes, sha256 = file_digest(folder / stored.file)
-    except OSError:
+    except (OSError, storage.NotThereError):
         # Reading the table says it with the reason.
         return
     if num_bytes != stored.num_bytes:
@@ -146,7 +162,7 @@ def _table_bytes(folder: Path, stored: StoredFile) -> Iterator[Finding]:
         yield damaged(stored.file, f"SHA-256 is {sha256}, the manifest says {stored.sha256}")
 
 
-def _tasks(folder: Path, manifest: Manifest, bins: pa.Table | None, ledger: pa.Table | None) -> Iterator[ShardTask]:
+def _tasks(folder: Location, manifest: Manifest, bins: pa.Table | None, ledger: pa.Table | None) -> Iterator[ShardTask]:
     """One task a shard, with the rows that its worker needs; tables with nulls were reported and are left out."""
     if bins is not None and any(bins.column(name).null_count for name in BINS_COLUMNS):
         bins = None

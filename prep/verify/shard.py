@@ -1,7 +1,8 @@
 """Checks one shard: its bytes against the manifest, and every bin in it.
 
 Input: a :class:`ShardTask`. Output: a :class:`ShardOutcome`. The file is read twice, once for its SHA-256 and once bin
-by bin; the second time it comes from the page cache. Memory holds one bin.
+by bin; the second time it comes from the page cache. What lies behind a URL is fetched to a temporary file. Memory
+holds one bin.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import xxhash
 
+from prep import storage
 from prep.reader import LedgerRow, StoredBin, ledger_rows, read_bytes
+from prep.urls import Location
 from prep.verify.bins import BinCheck
 from prep.verify.findings import Finding, damaged, inconsistent, unreadable
 from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key, read_bin
@@ -37,14 +41,14 @@ class ShardTask:
     """One shard to check.
 
     Attributes:
-        folder: of the set.
+        folder: of the set, or its URL.
         stored: what the manifest says of the shard.
         settings: of the build.
         bins: its rows of ``bins.parquet``; None where that table cannot be read: only the file is checked then.
         ledger: rows of ``samples.parquet`` of the samples in these bins, by bin and slot; None where it cannot be read.
     """
 
-    folder: Path
+    folder: Location
     stored: StoredShard
     settings: BuildSettings
     bins: Sequence[StoredBin] | None
@@ -59,6 +63,7 @@ class ShardOutcome:
         sha256: of the bytes that are there; None where there is no file.
         num_bytes: their number.
         num_bins: bins looked at.
+        num_frames: stored frames in those that could be read.
         modalities: samples in them by dataset and modality.
         findings: what is wrong.
     """
@@ -66,21 +71,41 @@ class ShardOutcome:
     sha256: str | None
     num_bytes: int
     num_bins: int
+    num_frames: int
     modalities: Counter[tuple[str, str]]
     findings: tuple[Finding, ...]
 
 
 def check_shard(task: ShardTask) -> ShardOutcome:
-    """Check one shard."""
+    """Check one shard.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
     path = task.folder / task.stored.file
+    if isinstance(path, Path):
+        return _check_file(task, path)
+    try:
+        with TemporaryDirectory(prefix="vlprep-") as folder, storage.local_copy(path, Path(folder)) as copy:
+            return _check_file(task, copy)
+    except storage.NotThereError:
+        return _unreadable(task, "No such file or directory")
+
+
+def _unreadable(task: ShardTask, reason: str | None) -> ShardOutcome:
+    finding = damaged(task.stored.file, f"the shard cannot be read: {reason}")
+    return ShardOutcome(sha256=None, num_bytes=0, num_bins=0, num_frames=0, modalities=Counter(), findings=(finding,))
+
+
+def _check_file(task: ShardTask, path: Path) -> ShardOutcome:
     rows = list(task.bins or [])
     try:
         num_bytes, sha256 = file_digest(path)
     except OSError as error:
-        finding = damaged(task.stored.file, f"the shard cannot be read: {error.strerror}")
-        return ShardOutcome(sha256=None, num_bytes=0, num_bins=0, modalities=Counter(), findings=(finding,))
+        return _unreadable(task, error.strerror)
     findings = list(_file(task.stored, num_bytes, sha256))
     modalities = Counter[tuple[str, str]]()
+    num_frames = 0
     if task.bins is not None:
         findings += _layout(task.stored, rows, num_bytes, path)
         by_bin = _by_bin(task.ledger)
@@ -90,19 +115,26 @@ def check_shard(task: ShardTask) -> ShardOutcome:
             findings += of_bin
             if check is not None:
                 modalities.update(check.modalities())
+                num_frames += check.found.num_frames
     return ShardOutcome(
-        sha256=sha256, num_bytes=num_bytes, num_bins=len(rows), modalities=modalities, findings=tuple(findings)
+        sha256=sha256,
+        num_bytes=num_bytes,
+        num_bins=len(rows),
+        num_frames=num_frames,
+        modalities=modalities,
+        findings=tuple(findings),
     )
 
 
-def file_digest(path: Path) -> tuple[int, str]:
+def file_digest(path: Location) -> tuple[int, str]:
     """Size and SHA-256 of a file.
 
     Raises:
         OSError: it cannot be read.
+        NotThereError: there is nothing behind the URL.
     """
     digest, num_bytes = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with path.open("rb") if isinstance(path, Path) else storage.open_file(path) as file:
         while block := file.read(_HASH_BYTES):
             digest.update(block)
             num_bytes += len(block)

@@ -21,6 +21,18 @@ SIZES_OF_3B = CostModel(hidden_size=2048, num_layers=36, intermediate_size=11008
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Samples, each array (N,) int64; ``kind`` is an index of :data:`KINDS`."""
+
+    kind: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    num_targets: NDArray[np.int64]
+    num_patches: NDArray[np.int64]
+    num_images: NDArray[np.int64]
+    num_videos: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class PackedMixture:
     """Columns of ``bins.parquet`` by name, tokens of every kind in every bin (bins, 5), and how full bins are."""
 
@@ -33,8 +45,8 @@ class PackedMixture:
         return len(self.composition)
 
 
-def packed_mixture(*, num_samples: int, max_length: int, max_patches: int | None, seed: int) -> PackedMixture:
-    """Draw samples, drop those that are too long, pack the rest."""
+def draw_mixture(*, num_samples: int, max_length: int, seed: int) -> Mixture:
+    """Draw samples and drop those that are too long."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(5, size=num_samples, p=[0.45, 0.15, 0.12, 0.08, 0.20])
     patches, text, images, videos = (np.zeros(num_samples, dtype=np.int64) for _ in range(4))
@@ -61,10 +73,14 @@ def packed_mixture(*, num_samples: int, max_length: int, max_patches: int | None
     tokens = patches // 4 + text
     targets = (text * rng.uniform(0.2, 0.7, num_samples)).astype(np.int64)
     fits = tokens <= max_length
-    kind, tokens, targets, patches, images, videos = (
-        values[fits] for values in (kind, tokens, targets, patches, images, videos)
-    )
-    bins = pack(tokens, max_length, num_patches=patches, max_patches=max_patches, seed=seed)
+    return Mixture(*(values[fits] for values in (kind, tokens, targets, patches, images, videos)))
+
+
+def packed_mixture(*, num_samples: int, max_length: int, max_patches: int | None, seed: int) -> PackedMixture:
+    """Draw samples and pack them."""
+    drawn = draw_mixture(num_samples=num_samples, max_length=max_length, seed=seed)
+    tokens = drawn.num_tokens
+    bins = pack(tokens, max_length, num_patches=drawn.num_patches, max_patches=max_patches, seed=seed)
     num_bins = int(bins.max()) + 1
 
     def summed(values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -74,11 +90,11 @@ def packed_mixture(*, num_samples: int, max_length: int, max_patches: int | None
         columns={
             "num_tokens": summed(tokens),
             "sum_squared_lengths": summed(tokens * tokens),
-            "num_targets": summed(targets),
-            "num_patches": summed(patches),
-            "num_images": summed(images),
-            "num_videos": summed(videos),
+            "num_targets": summed(drawn.num_targets),
+            "num_patches": summed(drawn.num_patches),
+            "num_images": summed(drawn.num_images),
+            "num_videos": summed(drawn.num_videos),
         },
-        composition=np.stack([summed(tokens * (kind == number)) for number in range(5)], axis=1),
+        composition=np.stack([summed(tokens * (drawn.kind == number)) for number in range(5)], axis=1),
         fill=float(tokens.sum() / num_bins / max_length),
     )

@@ -1,4 +1,4 @@
-"""Reads the samples of a finished set with the arithmetic of the format's description alone: tar, ``.npy``, zstd.
+"""Reads the samples of a finished set with the arithmetic of the format's description alone: tar, ``.npy``, zstd, JPEG.
 
 Nothing of the program takes part, so that what is compared with these samples is compared with what lies on disk.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
+from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 MEAN, STD = (
@@ -106,7 +107,10 @@ def _media(
     arrays: dict[str, NDArray[Any]], members: dict[str, bytes]
 ) -> list[tuple[int, tuple[int, int, int], NDArray[np.uint8]]]:
     is_coded = "pixels.zst" in members
-    data = zstandard.decompress(members["pixels.zst"]) if is_coded else members["pixels.raw"]
+    if "pixels.jpeg" in members:
+        data = _jpegs(arrays, members["pixels.jpeg"])
+    else:
+        data = zstandard.decompress(members["pixels.zst"]) if is_coded else members["pixels.raw"]
     pixels = np.frombuffer(data, dtype=np.uint8)
     media = []
     for kind, (t, h, w) in zip(arrays["media_type"].tolist(), arrays["grid_thw"].tolist(), strict=True):
@@ -120,6 +124,16 @@ def _media(
         media.append((kind, (t, h, w), frames))
     assert pixels.size == 0
     return media
+
+
+def _jpegs(arrays: dict[str, NDArray[Any]], member: bytes) -> bytes:
+    kinds, steps = arrays["media_type"].tolist(), arrays["grid_thw"][:, 0].tolist()
+    num_frames = sum(2 * t if kind else 1 for kind, t in zip(kinds, steps, strict=True))
+    sizes = np.frombuffer(member, dtype="<u4", count=num_frames).tolist()
+    borders = list(itertools.accumulate(sizes, initial=4 * num_frames))
+    assert borders[-1] == len(member)
+    pictures = [np.asarray(Image.open(io.BytesIO(member[at:end]))) for at, end in itertools.pairwise(borders)]
+    return b"".join(picture.transpose(2, 0, 1).tobytes() for picture in pictures)
 
 
 def assert_same(found: Packed, expected: Packed) -> None:

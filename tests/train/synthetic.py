@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import xxhash
 import zstandard
 from numpy.typing import NDArray
+from PIL import Image
 
 from schemas.bins import Bin, read_bin
 from schemas.manifest import (
@@ -165,6 +166,27 @@ def residuals_of(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return (planes % 256).astype(np.uint8)
 
 
+def jpeg_of(frame: NDArray[np.uint8], **settings: object) -> bytes:
+    """(3, H, W) as a JPEG; ``settings`` replace those of the format."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
+    picture.save(buffer, "JPEG", **{"quality": 95, "subsampling": 0, **settings})
+    return buffer.getvalue()
+
+
+def jpeg_member(streams: list[bytes]) -> bytes:
+    """Sizes as little-endian 32-bit numbers, then the streams."""
+    return np.array([len(stream) for stream in streams], dtype="<u4").tobytes() + b"".join(streams)
+
+
+def as_stored(medium: Medium, codec: str) -> Medium:
+    """The medium as a reader gets it back: with JPEG, what Pillow decodes."""
+    if codec != "jpeg":
+        return medium
+    pictures = [np.asarray(Image.open(io.BytesIO(jpeg_of(frame)))) for frame in medium.frames]
+    return Medium(np.stack([picture.transpose(2, 0, 1) for picture in pictures]), medium.is_video)
+
+
 def bin_members(samples: list[Sample], codec: str, records: list[int], dataset: str = "synthetic") -> dict[str, bytes]:
     """Members of a bin in the order they are stored."""
     media = [medium for sample in samples for medium in sample.media]
@@ -183,6 +205,8 @@ def bin_members(samples: list[Sample], codec: str, records: list[int], dataset: 
         coded = b"".join(residuals_of(frame).tobytes() for frame in frames)
         parameters = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, strategy=1)
         members["pixels.zst"] = zstandard.ZstdCompressor(compression_params=parameters).compress(coded)
+    elif codec == "jpeg":
+        members["pixels.jpeg"] = jpeg_member([jpeg_of(frame) for frame in frames])
     else:
         members["pixels.raw"] = b"".join(frame.tobytes() for frame in frames)
     members["samples.json"] = json.dumps(

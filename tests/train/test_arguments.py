@@ -10,7 +10,8 @@ import pytest
 
 from schemas.errors import ConfigError
 from train import arguments
-from train.arguments import TrainArguments, parse_arguments
+from train.arguments import TrainArguments
+from train.flags import parse_arguments
 
 SHARDS = ["--shards", "shards/"]
 
@@ -21,7 +22,7 @@ def test_shards_are_all_that_must_be_given() -> None:
     assert args.run_dir == Path("runs/Qwen2.5-VL-3B-Instruct")
     assert args.deepspeed == "zero2.json"
     assert (args.tune_mm_llm, args.tune_mm_mlp, args.tune_mm_vision) == (True, True, False)
-    assert (args.base_lr, args.merger_lr) == (2e-7, 2e-7)
+    assert (args.learning_rate, args.num_train_epochs, args.gradient_accumulation_steps) == (None, None, None)
 
 
 def test_flags_of_an_upstream_launch_script_are_understood() -> None:
@@ -34,7 +35,7 @@ def test_flags_of_an_upstream_launch_script_are_understood() -> None:
         --deepspeed ./scripts/zero3.json --attn_implementation flash_attention_2 --seed 3 --local_rank=0"""
     args = parse_arguments(line.split())
     assert (args.bf16, args.tune_mm_vision, args.gradient_checkpointing) == (True, False, True)
-    assert (args.epochs, args.base_lr, args.merger_lr, args.vision_lr) == (0.5, 2e-7, 1e-5, 2e-7)
+    assert (args.num_train_epochs, args.learning_rate, args.mm_projector_lr) == (0.5, 2e-7, 1e-5)
     assert (args.run_dir, args.name, args.local_rank) == (Path("output"), "qwen2vl-baseline", 0)
 
 
@@ -81,6 +82,18 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ("--save_steps -1", "--save_steps is -1"),
         ("--save_total_limit 0", "--save_total_limit is 0"),
         ("--seed -1", "--seed is -1"),
+        ("--group_steps 0", "--group_steps is 0; allowed: 1 or more."),
+        ("--read_connections 0", "--read_connections is 0; allowed: 1 or more."),
+        ("--cache_dir c --cache_bytes 0", "--cache_bytes is 0; allowed: 1 or more."),
+        ("--cache_bytes 10", "--cache_bytes has no effect without --cache_dir"),
+        ("--read_timeout_s 0", "--read_timeout_s is 0.0; allowed: more than 0."),
+        ("--dataloader_prefetch_factor 0", "--dataloader_prefetch_factor is 0"),
+        ("--max_skipped_steps -1", "--max_skipped_steps is -1; allowed: 0 or more."),
+        ("--eval_strategy steps", "--eval_strategy steps has nothing to evaluate on: give --eval_shards."),
+        ("--eval_shards e --eval_strategy never", "argument --eval_strategy: invalid choice: 'never'"),
+        ("--eval_shards e --eval_steps 5", "--eval_steps 5 has no effect without --eval_strategy steps."),
+        ("--eval_shards e --eval_strategy steps --eval_steps 0", "--eval_steps is 0; allowed: 1 or more."),
+        ("--bf16 --fp16", "--bf16 and --fp16 both say how to compute"),
         ("--max_steps 10 --num_train_epochs 1", "both say how long to train"),
         ("--tune_mm_llm False --tune_mm_mlp False", "nothing is to be trained"),
         ("--vision_tower_lr 1e-6", "--vision_tower_lr 1e-06 has no effect with --tune_mm_vision False"),
@@ -90,7 +103,7 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ),
         ("--tune_mm_llm False --mm_projector_lr 1e-5 --learning_rate 1e-5", "--learning_rate 1e-05 has no effect"),
         ("--save_steps 0 --save_total_limit 2", "--save_total_limit has no effect with --save_steps 0"),
-        ("--bf16 False --attn_implementation flash_attention_2", "computes in bfloat16"),
+        ("--bf16 False --attn_implementation flash_attention_2", "computes in bfloat16 or float16"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(written: str, message: str) -> None:
@@ -110,6 +123,56 @@ def test_values_of_the_choices_are_checked_without_the_parser_too() -> None:
         TrainArguments(shards="shards/", report_to="mlflow")
 
 
+def test_flags_can_stand_in_a_file_and_those_of_the_command_line_go_first(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        """
+        shards = "a:0.7,b:0.3"
+        output_dir = "runs/x"
+        learning_rate = 1      # a whole number will do
+        max_steps = 10
+        bf16 = true
+        tune_mm_vision = true
+        """
+    )
+    args = parse_arguments(["--config", str(path), "--max_steps", "5", "--tune_mm_vision", "False"])
+    given = TrainArguments(
+        shards="a:0.7,b:0.3", output_dir=Path("runs/x"), learning_rate=1.0, max_steps=5, bf16=True, tune_mm_vision=False
+    )
+    assert args == given
+    assert type(args.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnin_rate = 1e-5", "unknown flag learnin_rate; did you mean learning_rate?"),
+        ("max_pixels = 1", "max_pixels is no flag of the trainer: it was decided when the shards were built"),
+        ("max_steps = 1.5", "max_steps is 1.5; a value of type int is expected."),
+        ("max_steps = true", "max_steps is True; a value of type int is expected."),
+        ("bf16 = 1", "bf16 is 1; a value of type bool is expected."),
+        ("learning_rate = '1e-5'", "learning_rate is '1e-5'; a value of type float is expected."),
+        ("output_dir = 3", "output_dir is 3; a value of type Path is expected."),
+        ("local_rank = 0", "unknown flag local_rank"),
+        ("[training]\nmax_steps = 1", "unknown flag training"),
+        ("max_steps = ", "is not valid TOML"),
+        ("max_steps = 0", "--max_steps is 0; allowed: 1 or more."),
+        ("save_steps = 0\nsave_total_limit = 2", "--save_total_limit has no effect with --save_steps 0"),
+    ],
+)
+def test_a_file_is_checked_as_the_command_line_is(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([*SHARDS, "--config", str(path)])
+    assert message in str(caught.value)
+
+
+def test_a_file_of_flags_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml cannot be read: No such file"):
+        parse_arguments([*SHARDS, "--config", str(tmp_path / "no.toml")])
+
+
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments(["--help"])
@@ -120,10 +183,6 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_flag_is_read_by_something() -> None:
     resolved = {
-        "num_train_epochs": "epochs",
-        "learning_rate": "base_lr",
-        "mm_projector_lr": "merger_lr",
-        "vision_tower_lr": "vision_lr",
         "output_dir": "run_dir",
         "run_name": "name",
     }

@@ -129,14 +129,17 @@ def test_a_grouping_of_nonsense_is_wrong_use() -> None:
             Grouping(steps=steps, runs=runs)
 
 
-@lru_cache(maxsize=1)
-def mixture() -> PackedMixture:
-    return packed_mixture(num_samples=120_000, max_length=4096, max_patches=12_288, seed=0)
+@lru_cache(maxsize=2)
+def mixture(max_patches: int | None = 12_288) -> PackedMixture:
+    return packed_mixture(num_samples=120_000, max_length=4096, max_patches=max_patches, seed=0)
 
 
-def measured(model: CostModel, grouping: Grouping | None) -> tuple[float, float, float, float]:
+def measured(
+    model: CostModel, grouping: Grouping | None, max_patches: int | None = 12_288
+) -> tuple[float, float, float, float]:
     """Efficiency of a random deal and of ours, and the variances of the mixture of datasets in a step."""
-    cost = model.bin_flops(**mixture().columns)
+    packed = mixture(max_patches)
+    cost = model.bin_flops(**packed.columns)
     plain = DataOrder(cost, seed=0, global_batch=256)
     order = DataOrder(cost, seed=0, global_batch=256, grouping=grouping)
     steps = np.stack([order.global_bins(step) for step in range(80)])
@@ -146,14 +149,18 @@ def measured(model: CostModel, grouping: Grouping | None) -> tuple[float, float,
     at_random = np.stack([plain.global_bins(step).reshape(4, 64) for step in range(80)])
     efficiencies = [(cost[bins].mean(axis=2) / cost[bins].max(axis=2)).mean() for bins in (at_random, places)]
     drawn = np.random.default_rng(0).integers(0, cost.size, (4000, 256))
-    variances = [mixture_variance(mixture().composition, bins) for bins in (steps, drawn)]
+    variances = [mixture_variance(packed.composition, bins) for bins in (steps, drawn)]
     return float(efficiencies[0]), float(efficiencies[1]), variances[0], variances[1]
 
 
-def test_sorting_the_random_batch_is_enough_for_64_ranks() -> None:
-    """The 7B on a mixture of pictures, pages, charts, clips and text, packed with a budget of patches."""
-    random, ours, variance, random_variance = measured(CostModel(), None)
-    assert 0.88 < random < 0.93
+@pytest.mark.parametrize("model", [CostModel(), SIZES_OF_3B], ids=["7B", "3B"])
+def test_a_budget_of_patches_and_sorting_the_random_batch_are_enough_for_64_ranks(model: CostModel) -> None:
+    """A mixture of pictures, pages, charts, clips and text; dealt at random, ranks idle for a tenth of the time."""
+    random, sorted_alone, _, _ = measured(model, None, max_patches=None)
+    assert 0.85 < random < 0.93
+    with_budget, ours, variance, random_variance = measured(model, None)
+    assert random < with_budget < ours
+    assert sorted_alone < ours
     assert ours >= 0.97
     # 80 steps of 5 datasets: the estimate itself has a standard error of about a tenth
     assert 0.7 < variance / random_variance < 1.3
@@ -169,10 +176,10 @@ def test_the_default_leaves_the_mixture_of_a_step_as_random_as_a_random_deal() -
 
 
 def test_grouping_balances_better_and_makes_the_mixture_vary_more() -> None:
-    """So it is off by default: the smaller model reaches 0.97 with it, at a multiple of the variance."""
+    """So it is off by default: what it adds to a budget and sorting costs a multiple of the variance."""
     _, plain, _, random_variance = measured(SIZES_OF_3B, None)
     _, grouped, variance, _ = measured(SIZES_OF_3B, Grouping(steps=4, runs=4))
-    assert plain < 0.97 < 0.98 < grouped
+    assert plain < 0.985 < grouped
     assert variance > 2 * random_variance
 
 

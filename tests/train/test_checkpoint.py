@@ -9,13 +9,17 @@ import pytest
 
 from schemas.errors import ConfigError
 from train import checkpoint
-from train.checkpoint import RunState
+from train.checkpoint import RunState, Setting
+
+
+def saved_at(step: int, **settings: Setting) -> RunState:
+    return RunState(stream={"step": step}, ranks=1, settings=settings)
 
 
 def make_checkpoint(run: Path, step: int) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_bytes(msgspec.json.encode(RunState(step=step, settings={"seed": 0})))
+    (folder / "state.json").write_bytes(msgspec.json.encode(saved_at(step)))
     return folder
 
 
@@ -56,7 +60,7 @@ def test_none_starts_anew_where_there_is_nothing(tmp_path: Path) -> None:
     assert checkpoint.choose_checkpoint(tmp_path, "none") is None
 
 
-@pytest.mark.parametrize("contents", [None, b"{", b'{"step": "five"}'])
+@pytest.mark.parametrize("contents", [None, b"{", b'{"step": 5}', b'{"stream": {}, "ranks": 1, "settings": {}}'])
 def test_a_folder_that_is_no_complete_checkpoint_is_refused(tmp_path: Path, contents: bytes | None) -> None:
     if contents is not None:
         (tmp_path / "state.json").write_bytes(contents)
@@ -65,7 +69,7 @@ def test_a_folder_that_is_no_complete_checkpoint_is_refused(tmp_path: Path, cont
 
 
 def test_settings_that_would_make_another_run_are_refused() -> None:
-    saved = RunState(step=5, settings={"seed": 0, "bf16": True})
+    saved = saved_at(5, seed=0, bf16=True)
     checkpoint.check_settings(Path("c"), saved, {"seed": 0, "bf16": True})
     with pytest.raises(ConfigError, match="c was saved with bf16 = True, this run has False"):
         checkpoint.check_settings(Path("c"), saved, {"seed": 0, "bf16": False})
@@ -73,7 +77,7 @@ def test_settings_that_would_make_another_run_are_refused() -> None:
 
 def test_a_setting_that_a_checkpoint_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match="was saved with bf16 = nothing, this run has False"):
-        checkpoint.check_settings(Path("c"), RunState(step=5, settings={}), {"bf16": False})
+        checkpoint.check_settings(Path("c"), saved_at(5), {"bf16": False})
 
 
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:

@@ -6,93 +6,55 @@ real launches in processes of their own; each is made once and looked at by seve
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from schemas.qwen import tokenizer_fingerprint
+from tests.train.launching import (
+    alone,
+    deepspeed,
+    fingerprint_of,
+    made_once,
+    read_metrics,
+    read_untimed,
+    read_weights,
+    torchrun,
+)
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
 from train.batch import build_micro_batch
+from train.cost import CostModel, read_config
 from train.index import open_shards
 from train.model import CHUNK, PackedQwen
 from train.order import DataOrder
 from train.reader import read_checked_bin
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_STEPS = 3
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 ZERO_3 = ("--deepspeed", "zero3.json")
 
 
-def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def torchrun(num_ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
-    return launch(*launcher, "train/main.py", *flags)
-
-
-def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = (str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port))
-    return launch(*launcher, "train/main.py", *flags)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "final" / "model.safetensors")
-
-
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that is made once a test run, also when several workers ask for it at the same time."""
-    base = factory.getbasetemp()
-    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    out = root / f"distributed-{name}"
-    with FileLock(root / f"distributed-{name}.lock"):
-        if not out.exists():
-            part = out.with_name(f"{out.name}.part")
-            make(part)
-            part.rename(out)
-    return out
-
-
 @pytest.fixture(scope="module")
 def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four bins; sorted by cost: text, media, text, media. The longest text has targets for two chunks of lm_head."""
+    """Four bins; sorted by cost: text, media, text, media. The last has targets for two chunks of lm_head."""
     rng = np.random.default_rng(0)
 
     def media(rows: int, columns: int) -> Sample:
         return make_sample(rng, [make_medium(rng, rows, columns), make_medium(rng, rows, columns, steps=2)])
 
     bins = [
-        [media(12, 12), make_sample(rng, num_text=CHUNK + 60, num_targets=40)],
+        [media(12, 12), make_sample(rng, num_text=CHUNK + 60, num_targets=CHUNK + 50)],
         [make_sample(rng, num_text=8), make_sample(rng, num_text=8)],
-        [make_sample(rng, num_text=CHUNK + 60, num_targets=CHUNK + 50)],
+        [make_sample(rng, num_text=CHUNK + 60, num_targets=CHUNK - 50)],
         [media(4, 6), make_sample(rng, num_text=8)],
     ]
-    path = tiny_checkpoint / "tokenizer.json"
-    fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
+    fingerprint = fingerprint_of(tiny_checkpoint)
     return made_once(tmp_path_factory, "shards", lambda out: write_shards(out, bins, tokenizer=fingerprint))
 
 
@@ -146,15 +108,29 @@ def zero3(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "zero3", run)
 
 
-@pytest.fixture(params=["zero2", "zero3"])
+@pytest.fixture(scope="module")
+def offloaded(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same under ZeRO-3 with optimizer and parameters on the host."""
+
+    def run(out: Path) -> None:
+        done = torchrun(2, *flags, *TIMES_TWO, "--deepspeed", "zero3_offload.json", "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "offloaded", run)
+
+
+@pytest.fixture(params=["zero2", "zero3", "offloaded"])
 def two_ranks(request: pytest.FixtureRequest) -> Path:
     """Both of these runs in turn."""
     return request.getfixturevalue(request.param)
 
 
-def test_in_every_micro_step_one_rank_has_text_and_the_other_a_picture_and_a_clip(shards: Path) -> None:
+def test_in_every_micro_step_one_rank_has_text_and_the_other_a_picture_and_a_clip(
+    shards: Path, tiny_checkpoint: Path
+) -> None:
     index = open_shards(shards)
-    order = DataOrder(index.cost(), seed=0, global_batch=4)
+    costs = CostModel.of_training(read_config(tiny_checkpoint), gradient_checkpointing=True)
+    order = DataOrder(index.cost(costs), seed=0, global_batch=4)
     for step in range(NUM_STEPS):
         bins = order.bins_of_step(step, world_size=2, accumulation=2, per_device=1)[..., 0]
         assert index.num_patches[bins[:, 0]].tolist() == [0, 0]
@@ -231,21 +207,41 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(flags: list[str], zero3: P
     done = torchrun(2, *flags, *TIMES_TWO, *ZERO_3, "--output_dir", str(tmp_path))
 
     assert done.returncode == 0, done.stderr
-    timings = {"tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "max_memory_bytes"}
-    unbroken, resumed = (
-        [{name: value for name, value in record.items() if name not in timings} for record in read_metrics(run)]
-        for run in (zero3, tmp_path)
-    )
-    assert resumed == unbroken
+    assert read_untimed(tmp_path) == read_untimed(zero3)
     expected, found = read_weights(zero3), read_weights(tmp_path)
     assert found.keys() == expected.keys()
     assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
 
 
 def test_a_run_of_other_settings_does_not_go_on_from_a_checkpoint(flags: list[str], zero2: Path) -> None:
-    done = launch(sys.executable, "train/main.py", *flags, *TIMES_TWO, "--output_dir", str(zero2))
+    done = alone(*flags, *TIMES_TWO, "--output_dir", str(zero2))
     assert done.returncode == 2
-    assert "checkpoint-3 was saved with number of ranks = 2, this run has 1" in done.stderr
+    assert "checkpoint-3 was saved with bins of a step = 4, this run has 2" in done.stderr
+
+
+@pytest.mark.parametrize(("before", "num_ranks"), [("zero2", 1), ("zero3", 1), ("one_rank", 2)])
+def test_another_number_of_ranks_goes_on_with_the_same_losses_and_weights(
+    flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, before: str, num_ranks: int
+) -> None:
+    """From two ranks to one and from one to two, after two of three steps."""
+    run: Path = request.getfixturevalue(before)
+    shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    stage = ZERO_3 if before == "zero3" else ()
+    per_rank = TIMES_FOUR if num_ranks == 1 else TIMES_TWO
+
+    done = torchrun(num_ranks, *flags, *stage, *per_rank, "--output_dir", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    (found,), expected = read_metrics(tmp_path), read_metrics(run)[2]
+    for name in ("step", "epoch", "learning_rates", "num_tokens", "num_targets"):
+        assert found[name] == expected[name]
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    weights = read_weights(run)
+    for name, weight in read_weights(tmp_path).items():
+        torch.testing.assert_close(
+            weight, weights[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_frozen_parts_keep_their_weights_to_the_bit(shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -253,7 +249,7 @@ def test_frozen_parts_keep_their_weights_to_the_bit(shards: Path, tiny_checkpoin
     settings = ("--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path))
     parts = ("--tune_mm_llm", "False", "--tune_mm_mlp", "True", "--tune_mm_vision", "False")
     length = ("--max_steps", "4", "--gradient_accumulation_steps", "1", "--logging_steps", "3")
-    done = launch(sys.executable, "train/main.py", *settings, *parts, *length, "--bf16", "--mm_projector_lr", "0.01")
+    done = alone(*settings, *parts, *length, "--bf16", "--mm_projector_lr", "0.01")
     assert done.returncode == 0, done.stderr
     before, after = load_file(tiny_checkpoint / "model.safetensors"), read_weights(tmp_path)
     changed = {name for name, weight in before.items() if not torch.equal(after[name], weight.bfloat16())}

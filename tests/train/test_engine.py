@@ -12,8 +12,10 @@ import torch
 
 from schemas.errors import ConfigError
 from train import engine
-from train.arguments import TrainArguments, parse_arguments
+from train.arguments import TrainArguments
 from train.engine import Ranks
+from train.flags import parse_arguments
+from train.recipe import choose_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -43,8 +45,9 @@ def arguments(*flags: str) -> TrainArguments:
     return parse_arguments(["--shards", "shards/", *flags])
 
 
-def complete(config: dict[str, Any], *flags: str, world: int = 8, bf16: bool = True) -> dict[str, Any]:
-    return engine.complete_config(config, arguments(*flags), world=world, bf16=bf16, hidden_size=100)
+def complete(config: dict[str, Any], *flags: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    args = arguments(*flags)
+    return engine.complete_config(config, args, choose_recipe(args, {}), world=8, dtype=dtype, hidden_size=100)
 
 
 def written(folder: Path, config: object) -> str:
@@ -53,9 +56,9 @@ def written(folder: Path, config: object) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_shipped_files_are_usable_as_they_are(stage: int) -> None:
-    config = engine.read_deepspeed_config(f"zero{stage}.json")
+@pytest.mark.parametrize(("name", "stage"), [("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])
+def test_the_shipped_files_are_usable_as_they_are(name: str, stage: int) -> None:
+    config = engine.read_deepspeed_config(f"{name}.json")
     assert config["zero_optimization"]["stage"] == stage
     done = complete(config, "--max_grad_norm", "0.5")
     assert '"auto"' not in json.dumps(done)
@@ -69,6 +72,15 @@ def test_what_an_upstream_file_leaves_open_is_filled_in() -> None:
     assert (done["train_micro_batch_size_per_gpu"], done["gradient_accumulation_steps"]) == (2, 4)
     assert done["bf16"] == {"enabled": True}
     assert "fp16" not in done
+    in_half = complete(UPSTREAM_ZERO3, *flags, dtype=torch.float16)
+    assert in_half["fp16"] == {
+        "enabled": True,
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+    }
+    assert "bf16" not in in_half
+    assert {"bf16", "fp16"}.isdisjoint(complete(UPSTREAM_ZERO3, dtype=torch.float32))
     assert done["data_types"] == {"grad_accum_dtype": "fp32"}
     zero = done["zero_optimization"]
     assert zero["reduce_bucket_size"] == 10_000
@@ -111,7 +123,14 @@ def test_a_file_that_contradicts_the_flags_is_an_error(key: str, value: object, 
         ({}, "zero_optimization.stage is 0"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "has a section 'optimizer': remove it"),
         ({"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}, "has a section 'scheduler'"),
-        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "turns fp16 on"),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"check_grad_overflow": False}},
+            "turns bf16.check_grad_overflow off",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "turns zero_optimization.compute_grad_norm off",
+        ),
         ({"zero_optimization": True}, "zero_optimization = True; a section in braces is expected"),
         ([], "holds no JSON object"),
     ],
@@ -141,48 +160,91 @@ def test_a_file_of_the_user_goes_before_a_shipped_one(tmp_path: Path, monkeypatc
     assert engine.read_deepspeed_config("zero2.json")["zero_optimization"]["stage"] == 1
 
 
+@pytest.fixture
+def half_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks torch, whose answer differs from processor to processor."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
 @pytest.mark.parametrize(
     ("flags", "in_file", "expected"),
-    [((), "auto", False), (("--bf16",), "auto", True), ((), True, True), (("--bf16", "False"), False, False)],
+    [
+        ("", {}, FP32),
+        ("", {"bf16": "auto", "fp16": "auto"}, FP32),
+        ("--bf16", {"bf16": "auto"}, BF16),
+        ("", {"bf16": True}, BF16),
+        ("--bf16 False", {"bf16": False}, FP32),
+        ("--fp16", {}, FP16),
+        ("--fp16", {"bf16": "auto", "fp16": "auto"}, FP16),
+        ("--fp16", {"bf16": False, "fp16": True}, FP16),
+        ("", {"fp16": True}, FP16),
+    ],
 )
 def test_precision_is_that_of_the_flag_or_the_file_or_the_device(
-    flags: tuple[str, ...], in_file: object, expected: bool
+    half_is_supported: None, flags: str, in_file: dict[str, object], expected: torch.dtype
 ) -> None:
-    assert engine.choose_bf16(arguments(*flags), {"bf16": {"enabled": in_file}}, CPU) is expected
-
-
-def test_flag_and_file_must_agree_on_the_precision() -> None:
-    with pytest.raises(ConfigError, match=r"bf16.enabled = False, but --bf16 is True"):
-        engine.choose_bf16(arguments("--bf16"), {"bf16": {"enabled": False}}, CPU)
+    config = {name: {"enabled": value} for name, value in in_file.items()}
+    assert engine.choose_dtype(arguments(*flags.split()), config, CPU) == expected
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "installed", "expected"),
+    ("flags", "in_file", "message"),
     [
-        (GPU, True, True, "flash_attention_2"),
-        (GPU, True, False, "sdpa"),
-        (GPU, False, True, "sdpa"),
-        (CPU, True, True, "sdpa"),
+        ("--bf16", {"bf16": False}, "bf16.enabled = False, but --bf16 is True"),
+        ("--fp16", {"fp16": False}, "fp16.enabled = False, but --fp16 is True"),
+        ("--fp16", {"bf16": True}, "ask for bf16 and for fp16"),
+        ("--bf16", {"fp16": True}, "ask for bf16 and for fp16"),
+    ],
+)
+def test_flags_and_file_must_agree_on_the_precision(
+    half_is_supported: None, flags: str, in_file: dict[str, object], message: str
+) -> None:
+    config = {name: {"enabled": value} for name, value in in_file.items()}
+    with pytest.raises(ConfigError, match=message):
+        engine.choose_dtype(arguments(*flags.split()), config, CPU)
+
+
+def test_a_device_without_float16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match="cpu cannot compute in float16: leave out --fp16"):
+        engine.choose_dtype(arguments("--fp16"), {}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "expected"),
+    [
+        (GPU, BF16, True, "flash_attention_2"),
+        (GPU, FP16, True, "flash_attention_2"),
+        (GPU, BF16, False, "sdpa"),
+        (GPU, FP32, True, "sdpa"),
+        (CPU, BF16, True, "sdpa"),
     ],
 )
 def test_flash_attention_is_used_where_it_can_be(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, bf16: bool, installed: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype, installed: bool, expected: str
 ) -> None:
     pretend_flash_attn(monkeypatch, installed)
-    assert engine.choose_attention(arguments(), device, bf16=bf16) == expected
-    assert engine.choose_attention(arguments("--attn_implementation", "sdpa"), device, bf16=bf16) == "sdpa"
+    assert engine.choose_attention(arguments(), device, dtype) == expected
+    assert engine.choose_attention(arguments("--attn_implementation", "sdpa"), device, dtype) == "sdpa"
 
 
 @pytest.mark.parametrize(
     ("device", "installed", "message"),
-    [(CPU, True, "needs a GPU and bfloat16"), (GPU, False, "pip install flash-attn --no-build-isolation")],
+    [(CPU, True, "needs a GPU and bfloat16 or float16"), (GPU, False, "pip install flash-attn --no-build-isolation")],
 )
 def test_flash_attention_that_is_asked_for_and_cannot_be_is_an_error(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, installed: bool, message: str
 ) -> None:
     pretend_flash_attn(monkeypatch, installed)
     with pytest.raises(ConfigError, match=message):
-        engine.choose_attention(arguments("--attn_implementation", "flash_attention_2"), device, bf16=True)
+        engine.choose_attention(arguments("--attn_implementation", "flash_attention_2"), device, BF16)
 
 
 def pretend_flash_attn(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:

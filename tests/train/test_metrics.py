@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import ConfigError
 from train import metrics
 from train.arguments import TrainArguments
 from train.metrics import Record, Window, drop_later_steps, flatten, open_log, require_reporter
@@ -21,7 +21,15 @@ from train.stream import StepBatch
 
 def batch(step: int, num_targets: int = 10) -> StepBatch:
     return StepBatch(
-        step=step, micro_batches=(), num_targets=num_targets, num_tokens=100, bins=(3, 7), data_wait_s=0.25
+        step=step,
+        micro_batches=(),
+        num_targets=num_targets,
+        num_tokens=100,
+        max_tokens=125,
+        num_samples=6,
+        efficiency=0.9,
+        bins=(3, 7),
+        data_wait_s=0.25,
     )
 
 
@@ -44,9 +52,9 @@ def window(process_group: None, monkeypatch: pytest.MonkeyPatch) -> Window:
 
 def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_window(window: Window) -> None:
     for step in range(2):
-        window.add(batch(step), num_samples=6)
+        window.add(batch(step))
     rates = {"language_model": 1e-5, "merger": 1e-4}
-    record = window.summarise(batch(1), torch.tensor(25.0), rates, torch.tensor(1.5))
+    record = window.summarise(batch(1), torch.tensor([5.0, 20.0]), rates, torch.tensor(1.5), 3)
     memory_bytes = record.pop("max_memory_bytes")
     assert memory_bytes > 1 << 20
     assert record == {
@@ -60,39 +68,43 @@ def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_wind
         "samples_per_s": 12.0,
         "num_tokens": 100,
         "num_targets": 10,
+        "padding": pytest.approx(0.2),
+        "efficiency": pytest.approx(0.9),
         "step_s": 0.5,
         "data_wait_s": 0.25,
+        "skipped_steps": 3,
     }
     json.dumps(record)
 
 
 def test_the_last_step_ends_with_the_last_epoch_though_it_has_fewer_bins(window: Window) -> None:
     """Four steps an epoch, but the run ends after 0.8 of one."""
-    window.add(batch(3), num_samples=1)
-    assert window.summarise(batch(3), torch.tensor(1.0), {"merger": 1.0}, 0.0)["epoch"] == 0.8
+    window.add(batch(3))
+    assert window.summarise(batch(3), torch.ones(1), {"merger": 1.0}, 0.0, 0)["epoch"] == 0.8
 
 
 def test_time_that_a_window_is_paused_counts_for_no_step(window: Window) -> None:
-    window.add(batch(0), num_samples=6)
+    window.add(batch(0))
     with window.paused():
         time.perf_counter()
     # looks at the clock: begin, two of the pause with one between, end: 4 - 2 seconds
-    assert window.summarise(batch(0), torch.tensor(1.0), {"merger": 1.0}, 0.0)["step_s"] == 2.0
+    assert window.summarise(batch(0), torch.ones(1), {"merger": 1.0}, 0.0, 0)["step_s"] == 2.0
 
 
 def test_a_window_begins_anew_after_each_record(window: Window) -> None:
-    window.add(batch(0), num_samples=6)
-    first = window.summarise(batch(0), torch.tensor(1.0), {"merger": 1.0}, 0.0)
-    window.add(batch(1), num_samples=6)
-    second = window.summarise(batch(1), torch.tensor(1.0), {"merger": 1.0}, 0.0)
+    window.add(batch(0))
+    first = window.summarise(batch(0), torch.ones(1), {"merger": 1.0}, 0.0, 0)
+    window.add(batch(1))
+    second = window.summarise(batch(1), torch.ones(1), {"merger": 1.0}, 0.0, 0)
     assert (first["tokens_per_s"], first["step_s"]) == (second["tokens_per_s"], second["step_s"])
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_bins(window: Window, loss: float) -> None:
-    window.add(batch(4), num_samples=6)
-    with pytest.raises(VlprepError, match=r"the loss of step 5 is (nan|inf); its bins are \[3, 7\]"):
-        window.summarise(batch(4), torch.tensor(loss), {"merger": 1.0}, 0.0)
+def test_a_loss_or_norm_that_is_no_number_is_written_as_none(window: Window, loss: float) -> None:
+    window.add(batch(4))
+    record = window.summarise(batch(4), torch.tensor([loss, 1.0]), {"merger": 1.0}, float("inf"), 1)
+    assert (record["loss"], record["grad_norm"]) == (None, None)
+    assert "NaN" not in json.dumps(record)
 
 
 def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path: Path) -> None:
@@ -109,7 +121,8 @@ def test_a_file_that_is_not_there_has_no_lines_to_drop(tmp_path: Path) -> None:
 
 
 def record_of(step: int) -> Record:
-    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}}
+    speeds = {"tokens_per_s": 10.0, "data_wait_s": 0.1, "step_s": 2.0, "efficiency": 0.9, "padding": 0.1}
+    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}, **speeds}
 
 
 def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> None:
@@ -126,7 +139,8 @@ def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> 
 
 
 def test_numbers_of_parts_get_names_of_their_own() -> None:
-    assert flatten(record_of(1)) == {"step": 1, "loss": 1.0, "learning_rate": 1e-5, "learning_rates/merger": 1e-5}
+    record = {"loss": 1.0, "grad_norm": None, "rates": {"merger": 1e-5}, "eval_datasets": {"a": {"loss": 2.0}}}
+    assert flatten(record) == {"loss": 1.0, "rates/merger": 1e-5, "eval_datasets/a/loss": 2.0}
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])

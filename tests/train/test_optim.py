@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
-from train.arguments import parse_arguments
+from train.flags import parse_arguments
 from train.model import PackedQwen
 from train.optim import (
     LANGUAGE_MODEL,
@@ -22,6 +22,7 @@ from train.optim import (
     learning_rates,
     part_of,
 )
+from train.recipe import choose_recipe
 
 RATES = {LANGUAGE_MODEL: 1e-3, MERGER: 2e-3, VISION_TOWER: 3e-3}
 
@@ -105,7 +106,8 @@ def test_groups_of_the_optimizer_have_the_rates_and_decay_of_their_parts(model: 
     ],
 )
 def test_each_part_has_its_own_rate_or_the_base_rate(flags: str, expected: tuple[float | None, ...]) -> None:
-    rates = learning_rates(parse_arguments(["--shards", "x", *flags.split()]))
+    args = parse_arguments(["--shards", "x", *flags.split()])
+    rates = learning_rates(args, choose_recipe(args, {}).learning_rate)
     assert (rates[LANGUAGE_MODEL], rates[MERGER], rates[VISION_TOWER]) == expected
 
 

@@ -113,6 +113,14 @@ def test_bins_of_a_device_are_dealt_there_and_back() -> None:
     assert (places[0, 0] + 1).tolist() == [1, 4, 5, 8]
 
 
+def test_efficiency_of_a_step_worked_out_by_hand() -> None:
+    """Ranks with 3 and 5, then with 2 and nothing, wait for 2 and 2 of the 5 + 2 that a step takes."""
+    order = DataOrder(np.array([1.0, 2.0, 5.0]), seed=0, global_batch=4)
+    places = np.array([[[0, 1], [2, -1]], [[1, -1], [-1, -1]]])
+    assert order.efficiency(places) == pytest.approx((4 + 1) / (5 + 2))
+    assert order.efficiency(np.full((2, 2, 1), -1)) == 1.0
+
+
 def test_micro_steps_come_in_varying_order_of_cost() -> None:
     """Sorting must not make every step begin with its cheapest bins."""
     order = order_of(4096, global_batch=64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import ConfigError, ShardError
@@ -55,6 +58,18 @@ def test_tokens_of_datasets_are_those_of_the_ledger(tmp_path: Path) -> None:
     assert tokens[:, 1].tolist() == [0, 0, 0, *index.num_tokens[3:].tolist()]
     (tmp_path / "b" / "samples.parquet").write_bytes(b"no table")
     with pytest.raises(ShardError, match=r"b/samples\.parquet cannot be read"):
+        dataset_tokens(index)
+
+
+def test_tokens_are_counted_for_the_right_bins_where_numbers_are_absent(tmp_path: Path) -> None:
+    """Bins 0, 2 and 5 of a build in which all samples of bins 1, 3 and 4 turned out to be unusable."""
+    index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=3)))
+    path = tmp_path / "set" / "samples.parquet"
+    rows = [{**row, "bin": [0, 2, 5][row["bin"]]} for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
+    with_gaps = dataclasses.replace(index, local_bin=np.array([0, 2, 5]))
+    assert dataset_tokens(with_gaps)[:, 0].tolist() == index.num_tokens.tolist()
+    with pytest.raises(ShardError, match=r"samples\.parquet names bin 5, which is not there"):
         dataset_tokens(index)
 
 

@@ -102,12 +102,27 @@ def test_targets_of_the_global_step_are_known_to_every_rank(index: ShardIndex) -
         micro_batches = [*first.micro_batches, *second.micro_batches]
         assert first.num_targets == second.num_targets == sum(micro.targets.numel() for micro in micro_batches)
         assert first.num_tokens == second.num_tokens == sum(micro.num_tokens for micro in micro_batches)
+        assert first.num_samples == second.num_samples == sum(micro.num_samples for micro in micro_batches)
+        assert first.max_tokens == second.max_tokens == 6 * 4096
         assert sorted(first.bins) == sorted(number for micro in micro_batches for number in micro.bins)
         num_steps += 1
     assert num_steps == 2
     assert len(first.bins) == 4
     for stream in streams:
         stream.close()
+
+
+def test_the_efficiency_of_a_step_follows_from_the_costs_of_its_ranks(index: ShardIndex) -> None:
+    cost = index.cost()
+    batches = []
+    for rank in range(2):
+        with open_stream(index, rank=rank) as stream:
+            batches.append(next(stream))
+    loads = [[cost[list(micro.bins)].sum() for micro in batch.micro_batches] for batch in batches]
+    highest = sum(max(both) for both in zip(*loads))
+    assert 0 < batches[0].efficiency < 1
+    for batch in batches:
+        assert batch.efficiency == pytest.approx(np.sum(loads) / 2 / highest)
 
 
 def test_empty_places_are_batches_without_weight(index: ShardIndex) -> None:

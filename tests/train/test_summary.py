@@ -77,7 +77,10 @@ def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
         (None, "cannot be read"),
         ("", "is empty"),
         ('{"step": 1, "loss": 2.0, "tokens_per_s": 3.0}\n{"step": 2', ":2 is not a logged step"),
-        ('{"step": 1, "loss": "low", "tokens_per_s": 3.0}\n', r":1 is not a logged step: Expected `float`, got `str`"),
+        (
+            '{"step": 1, "loss": "low", "tokens_per_s": 3.0}\n',
+            r":1 is not a logged step: Expected `float \| null`, got `str`",
+        ),
     ],
 )
 def test_damaged_metrics_are_refused_with_their_line(tmp_path: Path, content: str | None, message: str) -> None:

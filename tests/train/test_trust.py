@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from schemas.bins import ARRAY_MEMBERS
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, write_shards
+from train import storage
 from train.index import ShardIndex, open_shards
 from train.reader import VERIFY, BinReader, ReadSettings, read_checked_bin
 
@@ -154,6 +159,39 @@ def test_damage_before_the_start_stops_there(made: Path, tmp_path: Path, name: s
         path.write_bytes(data[:-3])  # the last byte is a line end, which JSON does not need
     with pytest.raises(ShardError, match=r"again|complete"):
         open_shards(tmp_path / "zstd")
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 700, 4096, 1 << 20])
+def test_a_checksum_taken_in_pieces_is_that_of_the_whole_bin(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(storage, "_PIECE_BYTES", piece_bytes)
+    index = copy_of(made, tmp_path, "raw")
+    read(index, "always")
+    location = index.locate(NUMBER)
+    for at in (location.offset + 700, location.offset + location.num_bytes - 1):
+        change_byte(index, at)
+        with pytest.raises(ShardError, match="checksum is"):
+            read(index, "always")
+        change_byte(index, at)
+    read(index, "always")
+
+
+@given(st.binary(max_size=3000), st.integers(0, 3000), st.integers(0, 3000), st.integers(1, 700))
+@settings(deadline=None, max_examples=60)
+def test_a_digest_is_given_the_bytes_that_were_read_once_and_in_order(
+    content: bytes, offset: int, length: int, piece_bytes: int
+) -> None:
+    """Also where the file ends before the range does."""
+    with tempfile.NamedTemporaryFile() as file, pytest.MonkeyPatch.context() as monkeypatch:
+        file.write(content)
+        file.flush()
+        monkeypatch.setattr(storage, "_PIECE_BYTES", piece_bytes)
+        digest, out = hashlib.sha256(), bytearray(length)
+        got = storage.read_range(Path(file.name), offset, memoryview(out), digest=digest)
+    expected = content[offset : offset + length]
+    assert bytes(out[:got]) == expected
+    assert digest.digest() == hashlib.sha256(expected).digest()
 
 
 def test_settings_of_nonsense_are_wrong_use() -> None:

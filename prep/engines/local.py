@@ -1,25 +1,21 @@
-"""Runs a function over tasks, in parallel. A step of the pipeline does not know which engine runs it.
-
-An engine yields results in the order of the tasks, as soon as they are there, and holds only a few tasks in flight.
-"""
+"""The engines of one machine: this process, or worker processes."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
-from prep.processes import die_with_parent
+from prep.processes import ONE_THREAD, die_with_parent
 from schemas.errors import VlprepError
-
-logger = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -27,28 +23,17 @@ Result = TypeVar("Result")
 _IN_FLIGHT_PER_WORKER = 3
 
 
-class Engine(Protocol):
-    """What a step of the pipeline needs from whoever runs it.
-
-    Attributes:
-        num_workers: tasks that run at the same time.
-    """
-
-    num_workers: int
-
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """Results of ``function`` for every task, in order. Function, tasks and results must pickle."""
-        ...
-
-
 class SerialEngine:
     """Runs everything in this process."""
 
     num_workers = 1
 
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """See :class:`Engine`."""
-        return map(function, tasks)
+    def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
+        """See :class:`~prep.engines.Engine`: this process sees all that it names."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
+        """See :class:`~prep.engines.Engine`."""
+        yield from map(function, tasks)
 
 
 class LocalEngine:
@@ -64,8 +49,11 @@ class LocalEngine:
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
 
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        """See :class:`Engine`.
+    def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
+        """See :class:`~prep.engines.Engine`: a process of this machine sees what this one does."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
+        """See :class:`~prep.engines.Engine`.
 
         Raises:
             VlprepError: a worker process died.
@@ -103,16 +91,18 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not an exception: the pool would catch it, and go on with what it had interrupted half way.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ[name] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.update(ONE_THREAD)
 
 
-def make_engine(workers: int) -> Engine:
-    """The engine for a number of workers: this process for one, worker processes for more."""
-    return SerialEngine() if workers == 1 else LocalEngine(workers)
+def default_workers(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those it is bound to, or fewer where a container has a share of them only.
 
-
-def default_workers() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    Args:
+        quota: where the kernel says what the container may use: microseconds of work (or ``max``) in microseconds.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        work, period = quota.read_text().split()
+        if work != "max":
+            return max(1, min(num_cores, int(work) // int(period)))
+    return num_cores

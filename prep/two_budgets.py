@@ -1,0 +1,285 @@
+"""Packs samples under two budgets at once: tokens and vision patches.
+
+Input: two sizes of every sample and the two capacities of a bin. Output: the bin of every sample. Best-fit-decreasing
+in two dimensions, for batches instead of single samples: sizes are grouped on a raster (rounded up), open bins by
+their two rooms on the same raster (rounded down), so that a batch goes into whole groups of bins at once. Sizes and
+rooms themselves stay exact: the raster decides only who meets whom.
+
+Of the bins that a batch fits, those come first whose rooms stand to each other as the sizes of the batch do: samples
+rich in patches go where patches are left over, text where they have run out. Batches run from large to small by what
+they take of the scarcer budget, and a little by what they take of the other. How fine the raster should be in either
+budget depends on how scarce the other one is; several ways are tried on the first samples, and the best is taken.
+
+Cost: some ten thousand batches, whatever the number of samples, and a few passes over them; 100 bytes a sample. Ten
+million samples take nine seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FEW_SAMPLES = 1 << 16
+"""So few samples are packed in every way, singly in windows too, and the best is taken."""
+
+_TRIAL_SAMPLES = 1 << 13
+"""Of more, the ways are tried on so many."""
+
+WINDOW = 1000
+"""Samples that are placed one by one together."""
+
+_ROOM_WEIGHT = 0.05
+"""How much a bin that is full counts against one whose rooms are in the right proportion; found by trial."""
+
+_LARGE = 1 / 16
+"""Samples that take more of a budget than this go into their bins one by one."""
+
+Ints = NDArray[np.int64]
+Sizes = tuple[Ints, Ints]
+Capacities = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Steps of the raster are at most ``1 / fineness`` of a size (the scarcer budget first); the other budget counts
+    ``other_weight`` in the order of the batches.
+    """
+
+    fineness: tuple[int, int]
+    other_weight: float
+
+
+_WAYS = (_Way((60, 28), 0.3), _Way((60, 28), 0.0), _Way((60, 28), 1.0), _Way((512, 4), 0.3))
+"""Best, in this order, where both budgets are scarce, where they are so scarce that they cannot both be filled, where
+most samples take more of one than of the other, and where one is plentiful; found by trial on mixtures of text,
+pictures, documents and clips."""
+
+
+def pack_two_budgets(sizes: Sizes, capacities: Capacities) -> Ints:
+    """Assign every sample to a bin.
+
+    Args:
+        sizes: (N,) int64 each, from 0 to its capacity; not both 0. The first samples should be like the others.
+        capacities: of a bin.
+
+    Returns:
+        (N,) int64 bin numbers from 0 without gaps.
+    """
+    if not sizes[0].size:
+        return np.empty(0, dtype=np.int64)
+    loads = [int(size.sum()) / capacity for size, capacity in zip(sizes, capacities)]
+    if loads[1] > loads[0]:
+        sizes, capacities = sizes[::-1], capacities[::-1]
+    if sizes[0].size <= FEW_SAMPLES:
+        packings = [_in_batches(sizes, capacities, way) for way in _WAYS]
+        return min(*packings, singly_in_windows(sizes, capacities), key=np.max)
+    first = (sizes[0][:_TRIAL_SAMPLES], sizes[1][:_TRIAL_SAMPLES])
+    best = min(_WAYS, key=lambda way: int(_in_batches(first, capacities, way).max()))
+    return _in_batches(sizes, capacities, best)
+
+
+def singly_in_windows(sizes: Sizes, capacities: Capacities) -> Ints:
+    """Best-fit-decreasing of single samples in consecutive windows; 15 microseconds a sample."""
+    bins = np.empty(sizes[0].size, dtype=np.int64)
+    num_bins = 0
+    for start in range(0, bins.size, WINDOW):
+        found = _one_by_one((sizes[0][start : start + WINDOW], sizes[1][start : start + WINDOW]), capacities)
+        bins[start : start + WINDOW] = num_bins + found
+        num_bins += int(found.max()) + 1
+    return bins
+
+
+def _one_by_one(sizes: Sizes, capacities: Capacities) -> Ints:
+    """Best-fit-decreasing of single samples, the largest share of a budget first, each into the bin that has least left
+    of both budgets together.
+    """
+    # Both sizes in one unit, whole numbers, in which a bin holds the same of either.
+    shares = (sizes[0] * capacities[1], sizes[1] * capacities[0])
+    rooms = np.full((2, sizes[0].size), capacities[0] * capacities[1])
+    bins = np.empty(sizes[0].size, dtype=np.int64)
+    num_bins = 0
+    order = np.lexsort((-shares[0], -(shares[0] + shares[1]), -np.maximum(*shares)))
+    for number in order.tolist():
+        share = np.asarray([[shares[0][number]], [shares[1][number]]])
+        fitting = np.flatnonzero((rooms[:, :num_bins] >= share).all(axis=0))
+        place = int(fitting[np.argmin(rooms[:, fitting].sum(axis=0))]) if fitting.size else num_bins
+        num_bins = max(num_bins, place + 1)
+        rooms[:, place] -= share[:, 0]
+        bins[number] = place
+    return bins
+
+
+def _in_batches(sizes: Sizes, capacities: Capacities, way: _Way) -> Ints:
+    """The way of the module's description."""
+    rasters = (_Raster.of(capacities[0], way.fineness[0]), _Raster.of(capacities[1], way.fineness[1]))
+    width = rasters[1].levels.size
+    # In 16 bits, where they suffice, they are sorted ten times as fast.
+    dtype = np.min_scalar_type(rasters[0].levels.size * width)
+    cells = (rasters[0].up(sizes[0]) * width + rasters[1].up(sizes[1])).astype(dtype)
+    order = np.argsort(cells, kind="stable")
+    cells = cells[order]
+    sizes = (sizes[0][order], sizes[1][order])
+    placed = np.empty(order.size, dtype=np.int64)
+    open_bins = _OpenBins(rasters, order.size)
+    for batch in _batches(cells, sizes, rasters, way.other_weight):
+        at = batch.start
+        while at < batch.stop:
+            found = open_bins.take(batch, batch.stop - at)
+            if not found.size:
+                open_bins.open(-(-(batch.stop - at) // batch.copies(capacities)))
+                continue
+            ends = at + np.cumsum(open_bins.copies(found, batch))
+            # Of the last bin that is needed only a part may be; what stands behind it is not.
+            ends = np.minimum(ends[: int(np.searchsorted(ends, batch.stop)) + 1], batch.stop)
+            starts = np.append(at, ends[:-1])
+            at = int(ends[-1])
+            filled = found[: ends.size]
+            placed[starts[0] : at] = np.repeat(filled, ends - starts)
+            open_bins.fill(filled, [np.add.reduceat(size[:at], starts) for size in sizes])
+            open_bins.put(found)
+    bins = np.empty(order.size, dtype=np.int64)
+    bins[order] = placed
+    return bins
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Raster:
+    """Levels (K,) int64 from 0 to a capacity, each number up to some size, then at equal ratios."""
+
+    levels: Ints
+
+    @staticmethod
+    def of(capacity: int, fineness: int) -> _Raster:
+        levels = [0]
+        while levels[-1] < capacity:
+            levels.append(min(capacity, levels[-1] + max(1, levels[-1] // fineness)))
+        return _Raster(np.asarray(levels, dtype=np.int64))
+
+    @property
+    def capacity(self) -> int:
+        return int(self.levels[-1])
+
+    def up(self, sizes: Ints) -> Ints:
+        """Number of the lowest level that is not below each size."""
+        largest = int(sizes.max())
+        if sizes.size <= largest:
+            return np.searchsorted(self.levels, sizes)
+        # Looked up in a table rather than searched for, ten times as fast.
+        levels: Ints = np.searchsorted(self.levels, np.arange(largest + 1))[sizes]
+        return levels
+
+    def down(self, rooms: Ints) -> Ints:
+        """Number of the highest level that is not above each room."""
+        return np.searchsorted(self.levels, rooms, side="right") - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Samples of one cell of the raster, which are neighbours once they are sorted: where they start and stop, the row
+    and column of the cell, and the largest of their sizes.
+    """
+
+    start: int
+    stop: int
+    cell: tuple[int, int]
+    sizes: tuple[int, int]
+
+    def copies(self, capacities: Capacities) -> int:
+        """How many of them fit into an empty bin."""
+        return min(capacity // size for capacity, size in zip(capacities, self.sizes) if size)
+
+
+def _batches(
+    cells: NDArray[np.unsignedinteger], sizes: Sizes, rasters: tuple[_Raster, _Raster], other_weight: float
+) -> Iterator[_Batch]:
+    """All samples, given their cells in ascending order, in batches, in the order in which they are placed."""
+    starts = _run_starts(cells)
+    stops = np.append(starts[1:], cells.size)
+    rows, columns = np.divmod(cells[starts].astype(np.int64), rasters[1].levels.size)
+    shares = [raster.levels[at] / raster.capacity for raster, at in zip(rasters, (rows, columns))]
+    largest = [np.maximum.reduceat(size, starts) for size in sizes]
+    for at in np.argsort(-(shares[0] + other_weight * shares[1]), kind="stable").tolist():
+        yield _Batch(
+            int(starts[at]),
+            int(stops[at]),
+            (int(rows[at]), int(columns[at])),
+            (int(largest[0][at]), int(largest[1][at])),
+        )
+
+
+def _run_starts(values: NDArray[np.integer]) -> Ints:
+    """First places of the runs of equal values, one value or more."""
+    is_first = np.ones(values.size, dtype=np.bool_)
+    np.not_equal(values[1:], values[:-1], out=is_first[1:])
+    return np.flatnonzero(is_first)
+
+
+class _OpenBins:
+    """Bins by the rooms that they have left: for each cell of the raster, the numbers of its bins."""
+
+    def __init__(self, rasters: tuple[_Raster, _Raster], max_bins: int) -> None:
+        self._rasters = rasters
+        self._rooms = [np.zeros(max_bins, dtype=np.int64) for _ in rasters]
+        self._num_bins = 0
+        self._bins: dict[int, list[Ints]] = {}
+        self._width = rasters[1].levels.size
+        # Of every cell, row by row:
+        shares = np.meshgrid(*(raster.levels / raster.capacity for raster in rasters), indexing="ij")
+        self._directions = np.arctan2(shares[1], shares[0]).reshape(-1)
+        self._rooms_left = _ROOM_WEIGHT * (shares[0] + shares[1]).reshape(-1)
+        self._columns = np.tile(np.arange(self._width), rasters[0].levels.size)
+        self._counts = np.zeros(self._columns.size, dtype=np.int64)
+        self._occupied = np.zeros(self._columns.size, dtype=np.bool_)
+
+    def open(self, num: int) -> None:
+        """Add empty bins."""
+        new = np.arange(self._num_bins, self._num_bins + num)
+        for room, raster in zip(self._rooms, self._rasters):
+            room[new] = raster.capacity
+        self._num_bins += num
+        self.put(new)
+
+    def put(self, bins: Ints) -> None:
+        """Sort bins into their cells."""
+        rows, columns = (raster.down(room[bins]) for raster, room in zip(self._rasters, self._rooms))
+        cells = rows * self._width + columns
+        order = np.argsort(cells, kind="stable")
+        bins, cells = bins[order], cells[order]
+        starts = _run_starts(cells)
+        cells = cells[starts]
+        ends = np.append(starts[1:], bins.size)
+        self._counts[cells] += ends - starts
+        self._occupied[cells] = True
+        for cell, start, end in zip(cells.tolist(), starts.tolist(), ends.tolist()):
+            self._bins.setdefault(cell, []).append(bins[start:end])
+
+    def take(self, batch: _Batch, wanted: int) -> Ints:
+        """Remove and return the bins of the cells that a batch fits best, until there are as many as ``wanted``."""
+        row, column = batch.cell
+        cells = row * self._width + np.flatnonzero(self._occupied[row * self._width :])
+        cells = cells[self._columns[cells] >= column]
+        if not cells.size:
+            return cells
+        direction = self._directions[row * self._width + column]
+        misfit = np.abs(self._directions[cells] - direction) + self._rooms_left[cells]
+        cells = cells[np.argsort(misfit, kind="stable")]
+        cells = cells[: int(np.searchsorted(np.cumsum(self._counts[cells]), wanted)) + 1]
+        self._counts[cells] = 0
+        self._occupied[cells] = False
+        return np.concatenate([bins for cell in cells.tolist() for bins in self._bins.pop(cell)])
+
+    def copies(self, bins: Ints, batch: _Batch) -> Ints:
+        """How many samples of a batch each of some bins takes now, at least 1."""
+        pairs = [(raster, room, size) for raster, room, size in zip(self._rasters, self._rooms, batch.sizes) if size]
+        if any(size > _LARGE * raster.capacity for raster, _, size in pairs):
+            return np.ones(bins.size, dtype=np.int64)
+        copies: Ints = np.minimum.reduce([room[bins] // size for _, room, size in pairs])
+        return copies
+
+    def fill(self, bins: Ints, sizes: list[Ints]) -> None:
+        """Note what some bins have been given."""
+        for room, size in zip(self._rooms, sizes):
+            room[bins] -= size

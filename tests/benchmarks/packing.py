@@ -1,0 +1,173 @@
+"""Packers side by side: fill, speed and memory. ``python -m tests.benchmarks.packing``.
+
+Lengths drawn from several distributions -> for every packer, how full its bins are (of the binding budget, whatever
+the shape of the samples allows), samples a second, and the peak of its memory above that of its inputs. Each runs in a
+process of its own, in turns. Packers that place one sample at a time are slow, so all run on a sample; the project's
+own also runs on ten million.
+
+The contenders: *best fit decreasing* and *binpacking* in windows as upstream tools use them, *first fit* in windows
+(whatever comes first, into the first bin that has room), and *next fit* (a bin is closed by the first sample that does
+not fit: concatenating and cutting at borders).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from functools import partial
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.packing import LARGE_WINDOW, best_fit_decreasing, best_fit_in_windows, constant_volume, pack
+from prep.two_budgets import singly_in_windows
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.mixture import draw_mixture
+
+MAX_LENGTH = 4096
+BUDGETS = (8192, 11_700, 12_288, 13_000, 14_000)
+
+Ints = NDArray[np.int64]
+Samples = tuple[Ints, Ints]
+Packer = Callable[[Ints, Ints, int], Ints]
+
+
+def _mixture(num: int) -> Samples:
+    drawn = draw_mixture(num_samples=num, max_length=MAX_LENGTH, seed=1)
+    return drawn.num_tokens, drawn.num_patches
+
+
+def _text(draw: Callable[[np.random.Generator, int], NDArray[np.generic]], num: int) -> Samples:
+    lengths = draw(np.random.default_rng(0), num).astype(np.int64).clip(1, MAX_LENGTH)
+    return lengths, np.zeros_like(lengths)
+
+
+DISTRIBUTIONS: dict[str, Callable[[int], Samples]] = {
+    "mixture of pictures, documents, charts, clips, text": _mixture,
+    "chats: lognormal, median 330": partial(_text, lambda rng, num: rng.lognormal(np.log(330), 1.0, num).clip(20)),
+    "chats and long documents, half each": partial(
+        _text,
+        lambda rng, num: np.where(
+            rng.random(num) < 0.5, rng.lognormal(np.log(200), 0.7, num).clip(20), rng.normal(2300, 500, num).clip(20)
+        ),
+    ),
+    "uniform": partial(_text, lambda rng, num: rng.integers(1, MAX_LENGTH + 1, num)),
+    "narrow, none short: normal, 420 +- 90": partial(_text, lambda rng, num: rng.normal(420, 90, num).clip(60, 700)),
+    "narrower: normal, 620 +- 60": partial(_text, lambda rng, num: rng.normal(620, 60, num).clip(300, 900)),
+}
+
+
+def _first_fit(lengths: Ints, patches: Ints, max_patches: int) -> Ints:
+    """First fit in windows of 1000, both budgets kept."""
+    bins = np.empty(lengths.size, dtype=np.int64)
+    num_bins = 0
+    for start in range(0, lengths.size, LARGE_WINDOW):
+        rooms = np.tile([[MAX_LENGTH], [max_patches]], LARGE_WINDOW)
+        window = slice(start, start + LARGE_WINDOW)
+        places = []
+        for size in np.stack([lengths[window], patches[window]], axis=1):
+            place = int(np.argmax((rooms >= size[:, None]).all(axis=0)))
+            rooms[:, place] -= size
+            places.append(place)
+        bins[window] = num_bins + np.asarray(places)
+        num_bins += max(places) + 1
+    return bins
+
+
+def _next_fit(lengths: Ints, patches: Ints, max_patches: int) -> Ints:
+    places = []
+    number, tokens, held = 0, 0, 0
+    for length, num in zip(lengths.tolist(), patches.tolist()):
+        if tokens + length > MAX_LENGTH or held + num > max_patches:
+            number, tokens, held = number + 1, 0, 0
+        tokens, held = tokens + length, held + num
+        places.append(number)
+    return np.asarray(places)
+
+
+def _one_size(lengths: Ints, patches: Ints, max_patches: int) -> Ints:
+    """Best fit decreasing of the larger share of the two budgets."""
+    shares = np.maximum(lengths, -(-patches * MAX_LENGTH // max_patches))
+    return best_fit_decreasing(shares, MAX_LENGTH)
+
+
+ONE_BUDGET: dict[str, Packer] = {
+    "vlprep": lambda lengths, patches, _: pack(lengths, MAX_LENGTH),
+    "best fit decreasing, windows of 1000": lambda lengths, patches, _: best_fit_in_windows(lengths, MAX_LENGTH),
+    "binpacking, windows of 256": lambda lengths, patches, _: constant_volume(lengths, MAX_LENGTH),
+    "first fit, windows of 1000": lambda lengths, patches, _: _first_fit(lengths, 0 * lengths, 1),
+    "next fit": lambda lengths, patches, _: _next_fit(lengths, 0 * lengths, 1),
+}
+
+TWO_BUDGETS: dict[str, Packer] = {
+    "vlprep": lambda lengths, patches, most: pack(lengths, MAX_LENGTH, num_patches=patches, max_patches=most),
+    "best fit decreasing of both, windows of 1000": lambda lengths, patches, most: singly_in_windows(
+        (lengths, patches), (MAX_LENGTH, most)
+    ),
+    "best fit decreasing of the larger share": _one_size,
+    "binpacking of the larger share, windows of 256": lambda lengths, patches, most: pack(
+        lengths, MAX_LENGTH, num_patches=patches, max_patches=most, packer="binpacking"
+    ),
+    "first fit of both, windows of 1000": _first_fit,
+    "next fit of both": _next_fit,
+}
+
+
+def _measure(distribution: str, packer: str, num: int, max_patches: int | None) -> tuple[int, float, float, float]:
+    """Bins, share of the binding budget that is filled, seconds of processor time, bytes a sample; own process."""
+    lengths, patches = DISTRIBUTIONS[distribution](num)
+    if max_patches is not None:
+        # A sample with more patches has a bin of its own, whatever the packer.
+        fits = patches <= max_patches
+        lengths, patches = lengths[fits], patches[fits]
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    found = (ONE_BUDGET if max_patches is None else TWO_BUDGETS)[packer](lengths, patches, max_patches or 0)
+    seconds = time.process_time() - start
+    num_bytes = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
+    num_bins = int(found.max()) + 1
+    if np.bincount(found, weights=lengths).max() > MAX_LENGTH or (
+        max_patches is not None and np.bincount(found, weights=patches).max() > max_patches
+    ):
+        raise RuntimeError(f"{packer} breaks a budget")
+    bound = lengths.sum() / MAX_LENGTH
+    if max_patches is not None:
+        bound = max(bound, patches.sum() / max_patches)
+    return num_bins, bound / num_bins, seconds, num_bytes / lengths.size
+
+
+def _report(distribution: str, packer: str, num: int, max_patches: int | None) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        num_bins, fill, seconds, num_bytes = pool.apply(_measure, (distribution, packer, num, max_patches))
+    click.echo(
+        f"  {packer:<48}{num_bins:>12,} bins  fill {fill:.4f}  {num / seconds:>12,.0f} samples/s  {seconds:7.2f} s"
+        + (f"  {num_bytes:5.0f} bytes a sample" if num >= 1_000_000 else "")
+    )
+
+
+@click.command(name="python -m tests.benchmarks.packing")
+@click.option("--samples", type=click.IntRange(min=1000), default=100_000, show_default=True, help="For all packers.")
+@click.option("--many", type=click.IntRange(min=0), default=10_000_000, show_default=True, help="For vlprep; 0: none.")
+def main(samples: int, many: int) -> None:
+    """Compare packers under one budget and under two."""
+    click.echo(describe_machine("numpy", "binpacking"))
+    for distribution in DISTRIBUTIONS:
+        click.echo(f"{distribution}; {samples:,} samples, bins of {MAX_LENGTH}")
+        for packer in ONE_BUDGET:
+            _report(distribution, packer, samples, None)
+    mixture = next(iter(DISTRIBUTIONS))
+    for max_patches in BUDGETS:
+        click.echo(f"{mixture}; {samples:,} samples, bins of {MAX_LENGTH} tokens and {max_patches:,} patches")
+        for packer in TWO_BUDGETS:
+            _report(mixture, packer, samples, max_patches)
+    if many:
+        for max_patches in (None, 12_288, 13_000):
+            click.echo(f"{mixture}; {many:,} samples, {'no' if max_patches is None else f'{max_patches:,}'} patches")
+            _report(mixture, "vlprep", many, max_patches)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Where the processor time of a build goes: samples of the stacks of worker and decoder, by ``perf``.
+
+Three builds by one worker (pictures, clips, texts) -> a table each: shares of the samples whose stack goes through the
+libraries that do the work that nobody can save (Pillow with libjpeg, FFmpeg, the tokenizer), and of all others, by the
+library or the caller. What starts once (interpreter, imports, tokenizer, decoder) is measured by a build of a single
+record of the kind, subtracted and stated. Samples are of processor time, so that waiting for a busy core is not in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import av
+import click
+import numpy as np
+
+from tests.benchmarks.photographs import photograph
+from tests.benchmarks.validation import llava_record
+
+_NUM_CLIPS = 24
+_NUM_TEXTS = 20_000
+_RATE = 199
+_STACK_BYTES = 8192
+
+_GROUPS = (
+    ("Pillow, libjpeg", r"_imaging|libjpeg|/pillow\.libs/|/pillow_simd\.libs/"),
+    ("FFmpeg (decord, PyAV)", r"decord|libav|libsw"),
+    ("tokenizer", r"tokenizers\."),
+    ("zstd", r"zstd|zstandard"),
+    ("checksums", r"libcrypto|_hashlib|_sha2|xxhash"),
+    ("Parquet", r"libarrow|libparquet|pyarrow"),
+    ("msgspec", r"/msgspec/"),
+    ("numpy: residuals, planes, positions, labels", r"/numpy/"),
+    ("the kernel: files, pipes, memory", r"\[kernel"),
+)
+LIBRARIES = ("Pillow, libjpeg", "FFmpeg (decord, PyAV)", "tokenizer")
+
+
+def _write_clips(folder: Path) -> Path:
+    """Clips of 20 s that move over a picture, H.264, each with a question and an answer."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    picture = photograph(rng, 720, 1280)
+    lines = []
+    for number in range(_NUM_CLIPS):
+        with av.open(str(folder / f"{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=24)
+            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+            for at in range(20 * 24):
+                view = np.ascontiguousarray(picture[at % 360 : at % 360 + 360, at : at + 640])
+                for packet in stream.encode(av.VideoFrame.from_ndarray(view, format="rgb24")):
+                    container.mux(packet)
+            for packet in stream.encode(None):
+                container.mux(packet)
+        turns = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "The camera moves."}]
+        lines.append(json.dumps({"video": f"{number}.mp4", "conversations": turns}))
+    path = folder / "annotations.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _write_texts(folder: Path) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    path = folder / "annotations.jsonl"
+    with path.open("wb") as file:
+        for number in range(_NUM_TEXTS):
+            record = json.loads(llava_record(rng, number))
+            del record["image"]
+            record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
+            file.write(json.dumps(record).encode() + b"\n")
+    return path
+
+
+def _samples(annotations: Path, media_root: Path, folder: Path, model: Path) -> Counter[str]:
+    """Build under perf; returns samples by what they are for."""
+    if shutil.which("perf") is None:
+        raise click.ClickException("--profile needs perf (linux-perf, linux-tools)")
+    data = folder / f"{annotations.parent.name}-{annotations.stem}.perf"
+    command = ["perf", "record", "--freq", str(_RATE), "--call-graph", f"dwarf,{_STACK_BYTES}", "--output", str(data)]
+    command += ["--", sys.executable, "-c", "from prep.cli import main; main()", "build", str(annotations)]
+    command += ["--media-root", str(media_root), "--model", str(model), "--max-length", "8192", "--workers", "1"]
+    done = subprocess.run([*command, "--out", str(data.with_suffix(""))], capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    script = ["perf", "script", "--input", str(data), "--fields", "ip,sym,dso"]
+    stacks = subprocess.run(script, check=True, capture_output=True, text=True).stdout.split("\n\n")
+    data.unlink()
+    return Counter(_group(stack) for stack in stacks if stack.strip())
+
+
+def _group(stack: str) -> str:
+    return next((name for name, pattern in _GROUPS if re.search(pattern, stack)), "Python")
+
+
+def profile_builds(pictures: Path, media_root: Path, folder: Path, model: Path) -> None:
+    """Build pictures, clips and texts under perf and print where the time goes."""
+    clips, texts = _write_clips(folder / "clips"), _write_texts(folder / "texts")
+    for name, path, root in (
+        ("pictures", pictures, media_root),
+        ("clips", clips, clips.parent),
+        ("texts", texts, texts.parent),
+    ):
+        single = path.with_name("single.jsonl")
+        single.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+        once = _samples(single, root, folder, model)
+        # What is measured but once cannot be told from noise: a group may have fewer samples in the longer build.
+        found = Counter(
+            {group: max(number - once[group], 0) for group, number in _samples(path, root, folder, model).items()}
+        )
+        inside = sum(found[group] for group in LIBRARIES)
+        click.echo(
+            f"\n{name}: {inside / found.total():.1%} of {found.total() / _RATE:.1f} s in {', '.join(LIBRARIES)} "
+            f"({once.total() / _RATE:.1f} s more for what starts once)"
+        )
+        for group, number in found.most_common():
+            click.echo(f"  {number / found.total():>6.1%}  {group}")

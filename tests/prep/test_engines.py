@@ -1,0 +1,288 @@
+"""What every engine promises: order, errors as they are, few tasks in flight, an end when it is told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from prep.cli import main
+from prep.engines import Engine, LocalEngine, SerialEngine, default_workers, open_engine
+from prep.engines.surroundings import Surroundings, differences
+from prep.processes import ONE_THREAD
+from schemas.annotation import ReasonCode
+from schemas.errors import ConfigError, MediaError, ShardError, VlprepError
+from tests.prep.ray_cluster import NodeProcesses
+
+NAMES = ("serial", "local", "ray")
+
+
+@pytest.fixture(scope="module")
+def ray_engine(ray_cluster: NodeProcesses) -> Iterator[Engine]:
+    """The ray engine with a cluster that is there."""
+    with open_engine("ray", ray_address=ray_cluster.address) as engine:
+        yield engine
+
+
+@pytest.fixture(params=NAMES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param == "ray":
+        found: Engine = request.getfixturevalue("ray_engine")
+        return found
+    return SerialEngine() if request.param == "serial" else LocalEngine(2)
+
+
+@pytest.fixture(params=NAMES[1:])
+def parallel(request: pytest.FixtureRequest) -> Engine:
+    if request.param == "ray":
+        found: Engine = request.getfixturevalue("ray_engine")
+        return found
+    return LocalEngine(2)
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def later_is_quicker(number: int) -> int:
+    time.sleep(0.3 if number % 4 == 0 else 0)
+    return number
+
+
+def fail(kind: str) -> None:
+    raise {
+        "wrong use": ConfigError("a wrong setting"),
+        "medium": MediaError(ReasonCode.MEDIA_EMPTY, "a.png is empty"),
+        "shard": ShardError("a damaged shard"),
+        "system": FileNotFoundError(2, "No such file or directory", "a.png"),
+        "bug": ZeroDivisionError("division by zero"),
+    }[kind]
+
+
+def fail_at(bad: int, folder: Path, number: int) -> int:
+    (folder / str(number)).touch()
+    if number == bad:
+        raise ShardError(f"shard {number} is damaged")
+    return number
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def stay(folder: Path, number: int) -> int:
+    """Task 0 returns when another one runs, and the others stay."""
+    if number == 0:
+        while not any(folder.iterdir()):
+            time.sleep(0.01)
+        return 0
+    (folder / f"{os.getpid()}").touch()
+    time.sleep(600)
+    return number
+
+
+def die_once(folder: Path, number: int) -> int:
+    mark = folder / str(number)
+    if number == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def name_of(path: Path) -> bool:
+    return path.exists()
+
+
+def test_results_come_in_the_order_of_the_tasks(engine: Engine) -> None:
+    assert list(engine.map(later_is_quicker, range(20))) == list(range(20))
+    assert list(engine.map(square, iter([3, 1, 2]))) == [9, 1, 4]
+    assert list(engine.map(square, [])) == []
+
+
+def test_tasks_are_taken_as_they_are_needed(engine: Engine) -> None:
+    """At most three for each worker are on their way: tasks and results of a large build do not fit into memory."""
+    taken = 0
+
+    def tasks() -> Iterator[int]:
+        nonlocal taken
+        for number in range(200):
+            taken += 1
+            yield number
+
+    results = engine.map(square, tasks())
+    for number in range(5):
+        assert next(results) == number * number
+        assert taken <= number + 1 + 3 * engine.num_workers
+    results.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("wrong use", ConfigError),
+        ("medium", MediaError),
+        ("shard", ShardError),
+        ("system", FileNotFoundError),
+        ("bug", ZeroDivisionError),
+    ],
+)
+def test_what_a_task_raises_comes_out_as_it_is(engine: Engine, kind: str, error: type[Exception]) -> None:
+    with pytest.raises(error) as found:
+        list(engine.map(fail, [kind]))
+    assert type(found.value) is error
+    if isinstance(found.value, MediaError):
+        assert (found.value.code, found.value.message) == (ReasonCode.MEDIA_EMPTY, "a.png is empty")
+    if isinstance(found.value, FileNotFoundError):
+        assert (found.value.filename, found.value.strerror) == ("a.png", "No such file or directory")
+
+
+def test_the_first_error_in_the_order_of_the_tasks_ends_the_work(engine: Engine, tmp_path: Path) -> None:
+    results = engine.map(partial(fail_at, 3, tmp_path), range(1000))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ShardError, match="shard 3 is damaged"):
+        next(results)
+    assert len(list(tmp_path.iterdir())) <= 4 + 3 * engine.num_workers
+
+
+def test_relative_paths_mean_the_same_everywhere(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here").touch()
+    assert list(engine.map(name_of, [Path("here"), Path("there")])) == [True, False]
+
+
+def test_libraries_of_workers_start_no_threads(parallel: Engine) -> None:
+    assert dict(zip(ONE_THREAD, parallel.map(environment, ONE_THREAD))) == ONE_THREAD
+
+
+def test_closing_ends_what_runs(parallel: Engine, tmp_path: Path) -> None:
+    results = parallel.map(partial(stay, tmp_path), range(20))
+    assert next(results) == 0
+    results.close()
+    processes = [int(path.name) for path in tmp_path.iterdir()]
+    assert processes
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+    assert list(parallel.map(square, [2])) == [4]
+
+
+def test_a_task_whose_worker_dies_is_run_again_on_ray(ray_engine: Engine, tmp_path: Path) -> None:
+    assert list(ray_engine.map(partial(die_once, tmp_path), range(4))) == [0, 1, 2, 3]
+
+
+def test_a_task_that_kills_every_worker_ends_the_work_and_says_how_to_go_on(parallel: Engine) -> None:
+    with pytest.raises(VlprepError, match=r"(?s)killed|lost with its worker 4 times.*same command again"):
+        list(parallel.map(die, [0]))
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("200000 100000\n", 2), ("max 100000\n", 16), ("50000 100000\n", 1), ("3200000 100000", 16)]
+)
+def test_a_container_gets_as_many_workers_as_it_has_cores(
+    quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    (tmp_path / "cpu.max").write_text(quota)
+    assert default_workers(tmp_path / "cpu.max") == expected
+    assert default_workers(tmp_path / "none") == 16
+
+
+def test_a_local_engine_takes_the_cores_of_this_process() -> None:
+    with open_engine() as engine:
+        assert engine.num_workers == default_workers()
+    with open_engine(workers=1) as engine:
+        assert isinstance(engine, SerialEngine)
+
+
+@pytest.mark.parametrize("command", ["build", "validate", "verify"])
+def test_an_address_without_the_ray_engine_is_wrong_use(command: str, corpus_file: Path, tmp_path: Path) -> None:
+    place = [str(tmp_path)] if command == "verify" else [str(corpus_file)]
+    out = ["--out", str(tmp_path / "out")] if command == "build" else []
+    result = CliRunner().invoke(main, [command, *place, *out, "--ray-address", "auto"])
+    assert result.exit_code == 2
+    assert "--ray-address auto goes with --engine ray" in result.output
+
+
+def test_ray_that_is_not_installed_is_one_sentence(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    result = CliRunner().invoke(main, ["validate", str(corpus_file), "--engine", "ray"])
+    assert result.exit_code == 2
+    assert "pip install 'ray[client]'" in result.output
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[tuple[Surroundings, Path]]:
+    """A folder that is read, a file in it, and a folder that is written, as another machine is to see them."""
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a.png").write_bytes(b"picture")
+    (tmp_path / "out").mkdir()
+    wanted = Surroundings()
+    wanted.share([tmp_path / "media", tmp_path / "media" / "a.png"], [tmp_path / "out"])
+    yield wanted, tmp_path
+    wanted.clear()
+    assert not any((tmp_path / "out").glob(".*"))
+
+
+def test_a_machine_that_sees_the_same_lacks_nothing(shared: tuple[Surroundings, Path]) -> None:
+    assert differences(shared[0]) == []
+    assert len(list((shared[1] / "out").iterdir())) == 1  # the mark alone: what was written as a trial is gone
+
+
+def test_paths_that_were_shared_before_are_not_shared_again(shared: tuple[Surroundings, Path]) -> None:
+    wanted, folder = shared
+    assert not wanted.share([folder / "media"], [folder / "out"])
+    (folder / "more").mkdir()
+    assert wanted.share([folder / "more"], [])
+
+
+def test_a_path_that_is_not_there_cannot_be_shared(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none cannot be used: No such file or directory"):
+        Surroundings().share([tmp_path / "none"], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("empty mount", "the folder {0}/media is another one there: it holds no a.png"),
+        ("no mount", "it does not see the folder {0}/media (No such file or directory)"),
+        ("older copy", "the file {0}/media/a.png has 3 bytes there, not 7"),
+        ("other output", "it does not see the folder {0}/out, which tasks write into, or not the same one"),
+        ("copied output", "the folder {0}/out, which tasks write into, is another one there"),
+        ("other package", "numpy is {1} there, 0.1 here"),
+        ("package here only", "av is not installed there, 1.0 here"),
+    ],
+)
+def test_what_a_machine_lacks_is_named_with_its_path(
+    shared: tuple[Surroundings, Path], change: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, folder = shared
+    (mark,) = map(Path, wanted.marks)
+    picture = folder / "media" / "a.png"
+    if change in ("empty mount", "no mount"):
+        picture.unlink()
+    if change == "no mount":
+        (folder / "media").rmdir()
+    if change == "older copy":
+        picture.write_bytes(b"old")
+    if change == "other output":
+        mark.unlink()
+    if change == "copied output":
+        mark.write_text("a mark of another run")
+    found = dict(wanted.software)
+    if change == "other package":
+        wanted.software = {**found, "numpy": "0.1"}
+    if change == "package here only":
+        wanted.software = {**found, "av": "1.0"}
+        monkeypatch.setattr("prep.engines.surroundings.software", lambda: {k: v for k, v in found.items() if k != "av"})
+    lacks = differences(wanted)
+    assert lacks[-1].startswith(expected.format(folder, found["numpy"]))

@@ -1,0 +1,366 @@
+"""What goes wrong around a build: disks, media that change or vanish, memory, workers that die.
+
+Each time: a sentence that says what happened, a ledger that balances, and the same command ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prep.build
+from prep.build import build
+from prep.engines import SerialEngine
+from prep.media import sandbox as sandbox_module
+from prep.media.decode import probe
+from prep.media.sandbox import Sandbox
+from prep.media.source import MediaSource
+from prep.validation import MAX_MEDIA, parse_record
+from prep.write import write_shard
+from schemas.annotation import ReasonCode
+from schemas.bins import MEDIA_IMAGE, shard_name
+from schemas.errors import ConfigError, MediaError
+from schemas.manifest import Manifest
+from schemas.settings import BuildSettings, MediaSettings
+from tests.prep.corpus import turn, write_corpus
+from tests.prep.full_disk import STAGES
+from tests.prep.test_build import SETTINGS, contents, ledger, leftovers, replace_settings, request_for
+from tests.prep.test_images import picture
+from tests.prep.test_sandbox import replace_child
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))[0]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_checkpoint: Path) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    build(request_for(corpus, out, tiny_checkpoint), SerialEngine())
+    return out
+
+
+def command(corpus: Path, out: Path, model: Path, workers: int = 1) -> list[str]:
+    found = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
+    found += ["--model", str(model), "--max-length", "1200", "--shard-bytes", "1500000"]
+    return [*found, "--workers", str(workers)]
+
+
+# Disks
+
+
+@pytest.fixture(scope="module")
+def namespace() -> list[str]:
+    """How to run a command that may mount file systems which nobody else sees."""
+    prefix = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        subprocess.run([*prefix, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"file systems cannot be mounted here, not even in a namespace of one's own ({error})")
+    return prefix
+
+
+def on_a_disk(namespace: list[str], mode: str, corpus: Path, model: Path, folder: Path) -> list[dict[str, Any]]:
+    program = [sys.executable, "-m", "tests.prep.full_disk", mode, str(corpus), str(model), str(folder)]
+    done = subprocess.run([*namespace, *program], check=True, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    runs: list[dict[str, Any]] = json.loads(done.stdout)
+    for run in runs:
+        assert "Traceback" not in run["says"]
+        assert run["left"] == []
+    assert (runs[-1]["code"], runs[-1]["sealed"]) == (0, True)
+    return runs[:-1]
+
+
+def test_a_disk_that_runs_full_at_any_step_stops_the_build_which_goes_on_once_there_is_room(
+    namespace: list[str], corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    runs = on_a_disk(namespace, "stages", corpus, tiny_checkpoint, tmp_path)
+    assert [run["run"] for run in runs] == list(STAGES)
+    files = {
+        "scan": "/.build/scan/",
+        "write": "/bins-00000.tar: ",
+        "ledger": "/samples.parquet: ",
+        "bins": "/bins.parquet: ",
+        "manifest": "/manifest.json: ",
+    }
+    for run in runs:
+        (sentence,) = [line for line in run["says"].splitlines() if line.startswith("vlprep: ")]
+        assert files[run["run"]] in sentence
+        assert "No space left on device" in sentence
+        assert sentence.endswith("Mend that and run the same command again.")
+        assert (run["code"], run["sealed"]) == (1, False)
+    assert contents(tmp_path / "shards") == contents(built)
+
+
+def test_a_disk_that_runs_full_under_worker_processes_is_one_sentence_too(
+    namespace: list[str], corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (run,) = on_a_disk(namespace, "workers", corpus, tiny_checkpoint, tmp_path)
+    (sentence,) = [line for line in run["says"].splitlines() if line.startswith("vlprep: ")]
+    assert "/bins-0000" in sentence
+    assert "No space left on device" in sentence
+    assert (run["code"], run["sealed"]) == (1, False)
+    assert contents(tmp_path / "shards") == contents(built)
+
+
+def test_an_output_that_can_only_be_read_is_named(
+    namespace: list[str], corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (run,) = on_a_disk(namespace, "read-only", corpus, tiny_checkpoint, tmp_path)
+    assert run["code"] == 2
+    assert f"--out {tmp_path / 'disk'} cannot be written: Read-only file system." in run["says"]
+    assert contents(tmp_path / "shards") == contents(built)
+
+
+@pytest.mark.parametrize(("limit", "place"), [(1 << 10, "/.build/"), (1 << 19, "/bins-00000.tar: ")])
+def test_a_limit_on_the_size_of_files_stops_the_build_which_goes_on_without_it(
+    tiny_checkpoint: Path, tmp_path: Path, limit: int, place: str
+) -> None:
+    """The same without mounting anything."""
+    picture(120, 120).save(tmp_path / "a.png")
+    record = json.dumps({"image": "a.png", "conversations": turn("<image>")})
+    (tmp_path / "a.jsonl").write_text(f"{record}\n" * 30)
+    out = tmp_path / "out"
+    program = [*command(tmp_path / "a.jsonl", out, tiny_checkpoint), "--pixels", "raw"]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    stopped = subprocess.run(program, capture_output=True, text=True, cwd=REPOSITORY, preexec_fn=limited)
+    (sentence,) = [line for line in stopped.stderr.splitlines() if line.startswith("vlprep: ")]
+    assert stopped.returncode == 1
+    assert f"{out}{place}" in sentence
+    assert sentence.endswith("File too large. Mend that and run the same command again.")
+    assert not (out / "manifest.json").exists()
+    assert leftovers(out) == []
+    subprocess.run(program, check=True, capture_output=True, cwd=REPOSITORY)
+    whole = request_for(tmp_path / "a.jsonl", tmp_path / "whole", tiny_checkpoint, replace_settings(pixels="raw"))
+    build(whole, SerialEngine())
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+# Media that change after the scan
+
+
+def changed_after_the_scan(
+    monkeypatch: pytest.MonkeyPatch, corpus: Path, out: Path, model: Path, change: Any
+) -> Manifest:
+    """Build; ``change`` runs when the scan is over."""
+
+    def late(task: Any) -> Any:
+        change()
+        return write_shard(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prep.build, "write_shard", late)
+        return build(request_for(corpus, out, model), SerialEngine())
+
+
+@pytest.fixture
+def own_corpus(corpus: Path, tmp_path: Path) -> Path:
+    shutil.copytree(corpus.parent, tmp_path / "in")
+    return tmp_path / "in" / corpus.name
+
+
+def using(corpus: Path, name: str) -> set[str]:
+    records = [json.loads(line) for line in corpus.read_text().splitlines() if line.startswith('{"')]
+    return {record["id"] for record in records if name in (record.get("image"), *record.get("images", ()))}
+
+
+def test_a_medium_replaced_by_one_of_another_size_is_rejected_until_it_is_scanned_again(
+    own_corpus: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def replaced() -> None:
+        picture(500, 300).save(own_corpus.parent / "2.png")
+
+    manifest = changed_after_the_scan(monkeypatch, own_corpus, out, tiny_checkpoint, replaced)
+    hit = using(own_corpus, "2.png")
+    assert len(hit) > 1
+    rejected = {row["id"]: row for row in ledger(out) if row["codes"] == ["media_unreadable"]}
+    assert set(rejected) == hit | {"bad-media_unreadable"}
+    for identity in hit:
+        assert "'2.png' decodes to a grid of (1, 22, 36)" in rejected[identity]["message"]
+        assert "the file changed after it was scanned (--retry-media scans it again)" in rejected[identity]["message"]
+    assert manifest.counts.balances()
+    request = replace(request_for(own_corpus, out, tiny_checkpoint), retry_media=True)
+    assert build(request, SerialEngine()).counts.num_packed == 24
+    build(request_for(own_corpus, tmp_path / "fresh", tiny_checkpoint), SerialEngine())
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_medium_replaced_by_one_of_the_same_size_is_built_as_it_is_when_it_is_decoded(
+    own_corpus: Path, built: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are those of a build that sees the new picture only."""
+    path = own_corpus.parent / "2.png"
+    with Image.open(path) as old:
+        other = picture(old.width, old.height, seed=7)
+    manifest = changed_after_the_scan(
+        monkeypatch, own_corpus, tmp_path / "out", tiny_checkpoint, lambda: other.save(path)
+    )
+    assert manifest.counts.num_packed == 24
+    build(request_for(own_corpus, tmp_path / "fresh", tiny_checkpoint), SerialEngine())
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert contents(tmp_path / "out") != contents(built)
+
+
+def test_a_medium_that_vanishes_costs_its_samples_and_the_command_succeeds(
+    own_corpus: Path, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """By the command itself: the clip goes away as soon as the scan has left its parts."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(own_corpus, out, tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=REPOSITORY
+    )
+    while process.poll() is None and not list((out / ".build").glob("write-*")):
+        time.sleep(0.001)
+    (own_corpus.parent / "clip.mp4").unlink()
+    printed = process.communicate()[0].decode()
+    assert process.returncode == 0
+    rows = ledger(out)
+    lost = [row for row in rows if row["codes"] == ["media_missing"] and row["id"] != "bad-media_missing"]
+    statuses = Counter(row["status"] for row in rows)
+    assert statuses == {"packed": 24 - len(lost), "rejected": 5 + len(lost)}
+    assert f"29 annotations = {24 - len(lost)} packed + {5 + len(lost)} rejected" in printed
+    assert {row["message"] for row in lost} <= {"'clip.mp4' does not exist below the media root"}
+
+
+# Memory
+
+
+@pytest.fixture
+def box() -> Iterator[Sandbox]:
+    found = Sandbox()
+    yield found
+    found.close()
+
+
+def test_a_decoder_that_runs_out_of_memory_says_so_and_decodes_the_next_medium(box: Sandbox, tmp_path: Path) -> None:
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
+    picture(300, 200).save(tmp_path / "small.png")
+    large, small = (MediaSource(name, tmp_path / name) for name in ("large.png", "small.png"))
+    settings = MediaSettings()
+    child = box._start()
+    in_use = int(Path(f"/proc/{child.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(child.pid, resource.RLIMIT_AS, (in_use + (200 << 20), resource.RLIM_INFINITY))
+    with pytest.raises(MediaError) as caught:
+        box.decode(large, MEDIA_IMAGE, settings)
+    assert caught.value.code is ReasonCode.MEDIA_TOO_LARGE
+    assert caught.value.message == "'large.png' needs more memory than there is"
+    assert box.decode(small, MEDIA_IMAGE, settings)[0] == probe(small, MEDIA_IMAGE, settings)
+
+
+KILLED = (
+    "import prep.media.sandbox as s, sys, os\n"
+    "from pathlib import Path\n"
+    "real, mark = s.probe, Path({mark!r})\n"
+    "def probe(*a):\n"
+    "    if {always} or not mark.exists():\n"
+    "        mark.touch()\n"
+    "        os.kill(os.getpid(), 9)\n"
+    "    return real(*a)\n"
+    "s.probe = probe\n"
+    "s._serve(int(sys.argv[1]))"
+)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_decoder_that_is_killed_from_outside_is_asked_again_before_the_medium_gets_the_blame(
+    box: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool
+) -> None:
+    picture(300, 200).save(tmp_path / "x.png")
+    source, settings = MediaSource("x.png", tmp_path / "x.png"), MediaSettings()
+    replace_child(monkeypatch, KILLED.format(mark=str(tmp_path / "mark"), always=always))
+    if not always:
+        assert box.probe(source, MEDIA_IMAGE, settings) == probe(source, MEDIA_IMAGE, settings)
+        return
+    with pytest.raises(MediaError) as caught:
+        box.probe(source, MEDIA_IMAGE, settings)
+    assert caught.value.code is ReasonCode.MEDIA_TOO_LARGE
+    assert "the decoder of 'x.png' was killed 2 times (SIGKILL)" in caught.value.message
+
+
+def test_the_decoder_is_what_the_kernel_kills_first_when_memory_runs_out(box: Sandbox) -> None:
+    child = box._start()
+    assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == int(sandbox_module._FIRST_TO_GO)
+
+
+def test_a_worker_that_is_killed_is_reported_and_the_build_goes_on(
+    corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    program = command(corpus, out, tiny_checkpoint, workers=2)
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    while process.poll() is None and not (out / shard_name(0)).exists():
+        time.sleep(0.005)
+    killed = [pid for pid in children_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    errors = process.communicate()[1]
+    if process.returncode:
+        assert process.returncode == 1
+        assert "vlprep: a worker process was killed (out of memory, or by a signal). Run the same command" in errors
+        assert "Traceback" not in errors
+    assert killed or not process.returncode
+    subprocess.run(program, check=True, capture_output=True, cwd=REPOSITORY)
+    assert contents(out) == contents(built)
+    assert leftovers(out) == []
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# Numbers beyond all bounds
+
+
+def test_sizes_of_shards_beyond_all_bounds_are_refused_and_the_largest_gives_one_shard(
+    corpus: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for size in (0, 2**62, 2**63, 2**64, 10**30):
+        with pytest.raises(ConfigError, match=r"setting shard_bytes is .*; allowed: 1 to 2\^62 - 1"):
+            BuildSettings(shard_bytes=size)
+    request = request_for(corpus, tmp_path / "out", tiny_checkpoint, replace_settings(shard_bytes=2**62 - 1))
+    assert len(build(request, SerialEngine()).shards) == 1
+    assert SETTINGS.shard_bytes < 2**62 - 1
+
+
+@pytest.mark.parametrize("spelling", ["canonical", "reordered"])
+def test_a_record_that_names_millions_of_media_is_one_problem_and_none_is_looked_at(spelling: str) -> None:
+    names = np.arange(MAX_MEDIA + 1).astype(str).tolist()
+    record = {"id": "many", "images": names, "conversations": turn("<image>" * len(names))}
+    if spelling == "reordered":
+        record = {"conversations": record["conversations"], "images": names, "extra": "é"}
+    annotation, problems = parse_record(json.dumps(record).encode())
+    assert annotation is None
+    assert [(problem.code, problem.message) for problem in problems] == [
+        (
+            ReasonCode.BAD_FIELD,
+            "$.images names 16,385 media; at most 16,384 are allowed. Cut the record into several",
+        )
+    ]
+    record["images"] = names[1:]
+    record["conversations"] = turn("<image>" * MAX_MEDIA)
+    annotation, problems = parse_record(json.dumps(record).encode())
+    assert annotation is not None
+    assert problems == []

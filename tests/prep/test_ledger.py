@@ -1,0 +1,54 @@
+"""The ledger's totals against numpy; what the planning process hands to a writer, and how little it weighs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import prep.build
+from prep.ledger import _Counts
+from prep.write import WriteTask, write_shard
+from tests.prep.corpus import turn
+from tests.prep.finished import build_set
+
+
+@given(st.lists(st.lists(st.integers(0, 5000), max_size=30), max_size=6))
+def test_distributions_are_those_of_all_values_together(parts: list[list[int]]) -> None:
+    counts = _Counts()
+    for part in parts:
+        counts.add(np.asarray(part, dtype=np.int32))
+    values = np.asarray([value for part in parts for value in part], dtype=np.int64)
+    found = counts.distribution()
+    if not values.size:
+        assert found is None
+        return
+    assert found is not None
+    assert (found.total, found.mean) == (values.sum(), values.sum() / values.size)
+    quantiles = np.quantile(values, [0, 0.5, 0.9, 0.99, 1], method="inverted_cdf").tolist()
+    assert [found.min, found.p50, found.p90, found.p99, found.max] == quantiles
+
+
+def test_a_write_task_weighs_17_bytes_a_sample(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the samples hold: two numbers of samples give the weight of one."""
+    weights: dict[int, int] = {}
+
+    def weighed(task: WriteTask) -> object:
+        weights[task.part.size] = len(pickle.dumps(task))
+        return write_shard(task)
+
+    monkeypatch.setattr(prep.build, "write_shard", weighed)
+    for number in (100, 600):
+        annotations = tmp_path / f"{number}.jsonl"
+        records = ({"id": f"sample-{place}", "conversations": turn(f"Say {place}.")} for place in range(number))
+        annotations.write_text("\n".join(json.dumps(record) for record in records))
+        build_set(annotations, tmp_path / f"out-{number}", tiny_checkpoint)
+    num_bin_starts = 8 * 30
+    assert (weights[600] - weights[100]) / 500 <= 17 + num_bin_starts / 500

@@ -1,0 +1,270 @@
+"""``--engine ray``: the same bytes from a cluster, though nodes die, see other files or have other software."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from fractions import Fraction
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from prep.build import METRICS_FILE, BuildRequest, build
+from prep.cli import main
+from prep.engines import SerialEngine, open_engine
+from prep.registry import find_sources
+from schemas.bins import shard_name
+from schemas.errors import ConfigError
+from schemas.settings import BuildSettings
+from tests.prep.corpus import write_corpus
+from tests.prep.ray_cluster import NodeProcesses, kill_while_it_runs
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = BuildSettings(max_length=1200, shard_bytes=400_000)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("ray-corpus"), num_good=48)[0]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_checkpoint: Path) -> Path:
+    """The set that one process alone makes."""
+    out = tmp_path_factory.mktemp("ray-built") / "out"
+    sources = find_sources(str(corpus), registry=None, media_root=None, media=SETTINGS.media)
+    request = BuildRequest(
+        sources=tuple(sources), out=out, settings=SETTINGS, model=str(tiny_checkpoint), max_rejected=Fraction(1)
+    )
+    build(request, SerialEngine())
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != METRICS_FILE)
+    return {path.name: path.read_bytes() for path in files}
+
+
+def leftovers(out: Path) -> list[Path]:
+    return [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+def build_command(corpus: Path, out: Path, model: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
+    sizes = ["--max-length", str(SETTINGS.max_length), "--shard-bytes", str(SETTINGS.shard_bytes)]
+    return [*command, "--model", str(model), *sizes, "--engine", "ray", *options]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+
+
+def node_of(number: int) -> str:
+    import ray
+
+    time.sleep(0.2)
+    found: str = ray.get_runtime_context().get_node_id()
+    return found
+
+
+def test_a_build_that_is_stopped_twice_and_then_loses_a_node_ends_with_the_same_bytes(
+    ray_cluster: NodeProcesses, corpus: Path, built: Path, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    out = tmp_path / "out"
+    command = build_command(corpus, out, tiny_checkpoint, "--ray-address", ray_cluster.address)
+    for kind, shard in ((signal.SIGINT, 0), (signal.SIGTERM, 4)):
+        process = start([*command, "--workers", "1"])
+        while process.poll() is None and not (out / shard_name(shard)).exists():
+            time.sleep(0.01)
+        process.send_signal(kind)
+        _, errors = process.communicate()
+        assert process.returncode == 130, errors
+        assert "the same command goes on where it was" in errors
+        assert "Traceback" not in errors
+        assert leftovers(out) == []
+        assert not (out / "manifest.json").exists()
+    with ray_cluster.node() as node:
+        process = start(command)
+        was_killed = kill_while_it_runs(node, "write_shard", lambda: process.poll() is not None)
+        _, errors = process.communicate()
+    assert was_killed, errors
+    assert process.returncode == 0, errors
+    assert "ray: 2 nodes with room for 3 tasks" in errors
+    assert "ray: a task was lost with its worker" in errors
+    assert contents(out) == contents(built)
+    assert leftovers(out) == []
+
+
+def test_without_a_cluster_one_is_started_quietly_and_ended(
+    corpus: Path, built: Path, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    pytest.importorskip("ray")
+    command = build_command(corpus, tmp_path / "out", tiny_checkpoint, "--workers", "2", "--ray-address", "local")
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
+    said = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not re.match(r"(index|scan|write):", line)]
+    assert all(line.startswith("ray: 1 nodes with room for 2 tasks at this machine") for line in said), result.stderr
+    assert result.stdout.startswith(str(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(built)
+
+
+def test_validate_and_verify_find_the_same_as_one_process(
+    ray_cluster: NodeProcesses, corpus: Path, built: Path
+) -> None:
+    for command in (["validate", str(corpus), "--deep"], ["verify", str(built)]):
+        expected = CliRunner().invoke(main, [*command, "--workers", "1"])
+        found = CliRunner().invoke(main, [*command, "--engine", "ray", "--ray-address", ray_cluster.address])
+        assert found.exit_code == expected.exit_code
+        assert found.stdout == expected.stdout
+
+
+def test_nodes_that_see_other_files_or_have_other_software_get_no_work(
+    ray_cluster: NodeProcesses, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty folder is mounted over the media of one node; another has a tokenizer that would give other ids."""
+    listed = next(path for path in distribution("tokenizers").files or [] if path.name == "METADATA").locate()
+    other = tmp_path / "METADATA"
+    other.write_text(re.sub(r"(?m)^Version: .*", "Version: 0.0.1", Path(str(listed)).read_text()))
+    with (
+        ray_cluster.apart(f"-t tmpfs none '{corpus.parent}'"),
+        ray_cluster.apart(f"--bind '{other}' '{listed}'"),
+        open_engine("ray", ray_address=ray_cluster.address) as engine,
+    ):
+        engine.share([corpus, corpus.parent])
+        used = set(engine.map(node_of, range(12)))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    refused = [re.fullmatch(r"ray: no work for node \S+ \((\w{8})\): (.*)", warning) for warning in warnings]
+    reasons = {found[2]: found[1] for found in refused if found is not None}
+    assert len(reasons) == len(warnings) == 2
+    assert any(f"it does not see the file {corpus} (" in reason for reason in reasons)
+    assert any(f"the folder {corpus.parent} is another one there" in reason for reason in reasons)
+    assert any(re.fullmatch(r"tokenizers is 0\.0\.1 there, [0-9.]+ here", reason) for reason in reasons)
+    assert len(used) == 1
+    assert used.pop()[:8] not in reasons.values()
+
+
+def test_a_node_that_joins_later_gets_work(ray_cluster: NodeProcesses) -> None:
+    seen: set[str] = set()
+    with ExitStack() as joined:
+
+        def tasks() -> Iterator[int]:
+            yield from range(4)
+            joined.enter_context(ray_cluster.node())
+            yield from range(4, 600)
+
+        with open_engine("ray", ray_address=ray_cluster.address) as engine:
+            for node in engine.map(node_of, tasks()):
+                seen.add(node)
+                if len(seen) == 2:
+                    assert engine.num_workers == 3
+                    break
+    assert len(seen) == 2
+
+
+def test_a_folder_that_no_node_sees_is_wrong_use(ray_cluster: NodeProcesses, tmp_path: Path) -> None:
+    with open_engine("ray", ray_address=ray_cluster.address) as engine:
+        engine.share([REPOSITORY], writes=[tmp_path])
+        for mark in tmp_path.iterdir():
+            mark.unlink()
+        with pytest.raises(ConfigError, match=rf"(?s)no node of the Ray cluster .* does not see the folder {tmp_path}"):
+            list(engine.map(node_of, [0]))
+
+
+class _Silent(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web_server() -> Iterator[int]:
+    """The port of a server that is no Ray cluster."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Silent) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number: int = free.getsockname()[1]
+    return number
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nothing_answers_is_said_at_once(form: str, corpus: Path) -> None:
+    pytest.importorskip("ray")
+    result = CliRunner().invoke(
+        main, ["validate", str(corpus), "--engine", "ray", "--ray-address", form.format(closed_port())]
+    )
+    assert result.exit_code == 2
+    assert re.search(r"vlprep: no Ray cluster answers at \S+ \(Connection refused\)", result.output)
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_something_else_answers_is_said_at_once(form: str, corpus: Path, web_server: int) -> None:
+    pytest.importorskip("ray")
+    result = CliRunner().invoke(
+        main, ["validate", str(corpus), "--engine", "ray", "--ray-address", form.format(web_server)]
+    )
+    assert result.exit_code == 2
+    assert "is not a Ray cluster" in result.output
+
+
+@pytest.mark.parametrize("address", ["here", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:99999"])
+def test_what_is_no_address_is_wrong_use(address: str, corpus: Path) -> None:
+    pytest.importorskip("ray")
+    result = CliRunner().invoke(main, ["validate", str(corpus), "--engine", "ray", "--ray-address", address])
+    assert result.exit_code == 2
+    assert f"vlprep: --ray-address {address}" in result.output or "no Ray cluster answers" in result.output
+
+
+def blocks(language: str) -> list[str]:
+    guide = (REPOSITORY / "docs" / "cluster.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", guide, re.DOTALL)
+
+
+def test_scripts_of_the_guide_are_valid_and_name_options_that_exist() -> None:
+    (script,) = blocks("bash")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    (manifest,) = blocks("yaml")
+    entrypoint: str = list(yaml.safe_load_all(manifest))[1]["spec"]["entrypoint"]
+    typed = re.findall(r"^vlprep [^…\n]*$", "\n".join([script, *blocks(""), entrypoint]), re.MULTILINE)
+    assert len(typed) == 4
+    for line in typed:
+        words = shlex.split(line.removesuffix("&"))[1:]
+        context = main.make_context("vlprep", words)
+        assert main.commands[words[0]].make_context(words[0], words[1:], parent=context).params["engine"] == "ray"
+
+
+def test_the_manifest_of_the_guide_mounts_the_same_volume_in_every_pod() -> None:
+    (manifest,) = blocks("yaml")
+    volume, job = yaml.safe_load_all(manifest)
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [group["template"]["spec"] for group in groups]
+    assert (volume["kind"], job["kind"]) == ("PersistentVolumeClaim", "RayJob")
+    assert volume["spec"]["accessModes"] == ["ReadWriteMany"]
+    for pod in pods:
+        (container,) = pod["containers"]
+        assert container["volumeMounts"] == [{"name": "data", "mountPath": "/data"}]
+        assert pod["volumes"] == [{"name": "data", "persistentVolumeClaim": {"claimName": volume["metadata"]["name"]}}]
+        assert container["image"] == pods[0]["containers"][0]["image"]
+    pinned = re.search(r"(?m)^ray==(.*)$", (REPOSITORY / "constraints.txt").read_text())
+    (dockerfile,) = blocks("dockerfile")
+    assert pinned is not None
+    assert cluster["rayVersion"] == pinned[1]
+    assert f"FROM rayproject/ray:{pinned[1]}-" in dockerfile

@@ -1,0 +1,176 @@
+"""Evaluation is exact: the numbers of each sample run alone, whatever bin it is in and however many ranks there are."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.nn import functional
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from schemas.errors import ShardError
+from tests.train.launching import alone, fingerprint_of, made_once, read_metrics, torchrun
+from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample, write_shards
+from train.batch import build_micro_batch
+from train.evaluation import is_due, sample_datasets, sum_by_sample
+from train.index import open_shards
+from train.model import PackedQwen
+from train.order import DataOrder
+
+
+def bins_of(seed: int) -> list[list[Sample]]:
+    """Few targets, so that an untrained model gets some right answers by chance of the fixture below."""
+    rng = np.random.default_rng(seed)
+    return [
+        [make_sample(rng, [make_medium(rng, 4, 6)], num_targets=2), make_sample(rng, num_targets=1)],
+        [make_sample(rng, num_targets=3) for _ in range(3)],
+        [make_sample(rng, [make_medium(rng, 4, 4, steps=2)], num_targets=1)],
+    ]
+
+
+def likeliest(model: PackedQwen, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets of a sample run alone."""
+    micro = build_micro_batch([as_bin([sample])])
+    return model.hf.lm_head(model.target_states(micro)), micro.targets
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> PackedQwen:
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    return PackedQwen(hf, attn_implementation="sdpa")
+
+
+@pytest.fixture(scope="module")
+def data(model: PackedQwen) -> dict[str, list[list[Sample]]]:
+    """Two datasets. Every second sample of the first has the last token that the model itself would say."""
+    made = {"a": bins_of(1), "b": bins_of(2)}
+    for sample in [sample for bins in made["a"] for sample in bins][::2]:
+        with torch.no_grad():
+            logits, _ = likeliest(model, sample)
+        for position, token in zip(np.flatnonzero(sample.labels != -100), logits.argmax(dim=1).tolist()):
+            sample.labels[position] = token
+    return made
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_checkpoint: Path, data: dict[str, list[list[Sample]]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    fingerprint = fingerprint_of(tiny_checkpoint)
+
+    def write(out: Path) -> None:
+        write_shards(out / "train", make_bins(num_bins=4), tokenizer=fingerprint)
+        for name, bins in data.items():
+            write_shards(out / "eval" / name, bins, tokenizer=fingerprint, dataset=name)
+
+    shards = made_once(tmp_path_factory, "eval-shards", write)
+    settings = {
+        "shards": shards / "train",
+        "eval_shards": shards / "eval",
+        "model_name_or_path": tiny_checkpoint,
+        "learning_rate": 1e-30,  # training that changes nothing
+        "max_steps": 2,
+        "save_steps": 0,
+        "logging_steps": 10,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    return [
+        {"step": record["step"], **{name: value for name, value in record.items() if name.startswith("eval_")}}
+        for record in read_metrics(run)
+        if "eval_loss" in record
+    ]
+
+
+@torch.no_grad()
+def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ranks(
+    flags: list[str], model: PackedQwen, data: dict[str, list[list[Sample]]], tmp_path: Path
+) -> None:
+    """Six bins on one rank and, with ZeRO-3, on two."""
+    often = ("--eval_strategy", "steps", "--eval_steps", "1")
+    done = alone(*flags, *often, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one"))
+    assert done.returncode == 0, done.stderr
+    two = ("--deepspeed", "zero3.json", "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two"))
+    done = torchrun(2, *flags, *two)
+    assert done.returncode == 0, done.stderr
+
+    first, last = evaluations(tmp_path / "one")
+    assert (first["step"], last["step"]) == (1, 2)
+    assert {**first, "step": 2} == last
+    assert evaluations(tmp_path / "two") == [last]
+
+    of_all = []
+    for name, bins in data.items():
+        of_dataset = []
+        for sample in itertools.chain.from_iterable(bins):
+            logits, targets = likeliest(model, sample)
+            right = logits.argmax(dim=1) == targets
+            of_dataset.append((functional.cross_entropy(logits, targets, reduction="sum").item(), right.tolist()))
+        assert last["eval_datasets"][name] == expected_of(of_dataset)
+        of_all += of_dataset
+    assert {name.removeprefix("eval_"): last[name] for name in last if name.startswith("eval_")} == {
+        **expected_of(of_all),
+        "datasets": last["eval_datasets"],
+    }
+    assert last["eval_datasets"]["a"]["exact_match"] >= 0.5 > last["eval_datasets"]["b"]["exact_match"]
+
+
+def expected_of(samples: list[tuple[float, list[bool]]]) -> dict[str, Any]:
+    rights = [right for _, right in samples]
+    num_targets = sum(map(len, rights))
+    return {
+        "loss": pytest.approx(sum(loss for loss, _ in samples) / num_targets, rel=1e-5),
+        "token_accuracy": sum(map(sum, rights)) / num_targets,
+        "exact_match": sum(map(all, rights)) / len(rights),
+        "num_samples": len(rights),
+    }
+
+
+def test_scores_are_summed_by_sample_as_worked_out_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    bin_ = as_bin([make_sample(rng, num_targets=2), make_sample(rng, num_targets=1), make_sample(rng, num_targets=3)])
+    micro = build_micro_batch([bin_], numbers=[7])
+    scores = np.array([[0.5, 1.5, 4.0, 1.0, 2.0, 3.0], [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]])
+    assert sum_by_sample(micro, scores).tolist() == [(7, 0, 2, 1, 2.0), (7, 1, 1, 1, 4.0), (7, 2, 3, 3, 6.0)]
+    assert sum_by_sample(build_micro_batch([]), np.zeros((2, 0))).size == 0
+
+
+def test_datasets_of_samples_are_those_of_the_ledgers(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        write_shards(tmp_path / name, bins_of(0), dataset=name)
+    names, of_samples = sample_datasets(open_shards(tmp_path))
+    assert names == ["x", "y"]
+    assert of_samples.tolist() == [0] * 6 + [1] * 6
+
+
+def test_a_ledger_that_does_not_fit_the_bins_is_an_error(tmp_path: Path) -> None:
+    index = open_shards(write_shards(tmp_path / "set", bins_of(0)))
+    path = tmp_path / "set" / "samples.parquet"
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist(rows[:-1], schema=pq.read_schema(path)), path)
+    with pytest.raises(ShardError, match=r"samples\.parquet does not have the samples of its bins"):
+        sample_datasets(index)
+    path.unlink()
+    with pytest.raises(ShardError, match=r"samples\.parquet is missing"):
+        sample_datasets(index)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "eval_steps", "expected"),
+    [("no", None, [10]), ("steps", 4, [4, 8, 10]), ("steps", None, [10]), ("epoch", None, [3, 5, 8, 10])],
+)
+def test_when_a_run_evaluates(strategy: str, eval_steps: int | None, expected: list[int]) -> None:
+    """Steps of four bins, ten in all: epochs end inside step 3, with step 5, inside step 8, with step 10."""
+    plan: Any = SimpleNamespace(
+        args=SimpleNamespace(eval_strategy=strategy, eval_steps=eval_steps),
+        num_steps=10,
+        order=DataOrder(np.ones(10), seed=0, global_batch=4),
+    )
+    assert [step for step in range(1, 11) if is_due(plan, step)] == expected

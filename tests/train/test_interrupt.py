@@ -1,0 +1,161 @@
+"""A run that is told to stop, or killed, goes on from where it was and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.train.launching import (
+    ENVIRONMENT,
+    REPOSITORY,
+    alone,
+    fingerprint_of,
+    made_once,
+    read_metrics,
+    read_untimed,
+    read_weights,
+    start_alone,
+    torchrun_command,
+)
+from tests.train.synthetic import make_bins, write_shards
+from train.checkpoint import list_checkpoints, read_state
+from train.interrupt import REQUEUE_EXIT_CODE, SIGNALS, StopRequest
+
+NUM_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Many short steps, all of them logged."""
+    fingerprint = fingerprint_of(tiny_checkpoint)
+    shards = made_once(
+        tmp_path_factory, "short", lambda out: write_shards(out, make_bins(num_bins=8), tokenizer=fingerprint)
+    )
+    settings = {
+        "shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def unbroken(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def run(out: Path) -> None:
+        done = alone(*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "0", "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "unbroken", run)
+
+
+def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not is_true():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def has_logged(run: Path) -> bool:
+    path = run / "metrics.jsonl"
+    return path.is_file() and path.stat().st_size > 0
+
+
+def assert_same(run: Path, unbroken: Path) -> None:
+    assert read_untimed(run) == read_untimed(unbroken)
+    expected, found = read_weights(unbroken), read_weights(run)
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+
+
+def test_a_run_told_to_stop_saves_and_the_same_command_ends_as_the_unbroken_run(
+    flags: list[str], unbroken: Path, tmp_path: Path
+) -> None:
+    command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "0", "--output_dir", str(tmp_path)]
+    process = start_alone(*command)
+    wait_until(lambda: has_logged(tmp_path), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == REQUEUE_EXIT_CODE == 85, errors
+    ((step, folder),) = list_checkpoints(tmp_path)
+    assert 1 <= step < NUM_STEPS
+    assert read_state(folder).step == step == read_metrics(tmp_path)[-1]["step"]
+    assert f"saved after step {step} of {NUM_STEPS}; the same command goes on" in errors
+    assert not (tmp_path / "final").exists()
+
+    done = alone(*command)
+
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path, unbroken)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags: list[str], tmp_path: Path) -> None:
+    command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
+    launcher = subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: has_logged(tmp_path), launcher)
+    ranks = [
+        child for child in psutil.Process(launcher.pid).children(recursive=True) if "train/main.py" in child.cmdline()
+    ]
+    (second,) = [child for child in ranks if child.environ()["RANK"] == "1"]
+    second.send_signal(signal.SIGUSR1)
+    _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 1, "torchrun has a code of its own, and ends the other ranks when one has ended so"
+    assert f"exitcode  : {REQUEUE_EXIT_CODE}" in errors
+    ((step, folder),) = list_checkpoints(tmp_path)
+    state = read_state(folder)
+    assert (state.step, state.ranks) == (step, 2)
+    assert sorted(path.name for path in folder.glob("random-*.pt")) == ["random-00000.pt", "random-00001.pt"]
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+    flags: list[str], unbroken: Path, tmp_path: Path
+) -> None:
+    command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "2", "--output_dir", str(tmp_path)]
+    process = start_alone(*command)
+    wait_until(lambda: (tmp_path / "checkpoint-4.tmp").is_dir(), process)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "checkpoint-4.tmp").is_dir()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+
+    done = alone(*command, "--save_total_limit", "1")
+
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {tmp_path / 'checkpoint-2'}" in done.stderr
+    assert not list(tmp_path.glob("*.tmp"))
+    assert_same(tmp_path, unbroken)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_has_its_usual_effect(process_group: None, number: signal.Signals) -> None:
+    usual = []
+    before = signal.signal(number, lambda *_: usual.append("usual"))
+    try:
+        with StopRequest() as stop:
+            assert not stop.is_agreed(torch.device("cpu"))
+            os.kill(os.getpid(), number)
+            assert stop.is_agreed(torch.device("cpu"))
+            assert usual == []
+            os.kill(os.getpid(), number)
+            assert usual == ["usual"]
+        os.kill(os.getpid(), number)
+        assert usual == ["usual", "usual"]
+    finally:
+        signal.signal(number, before)

@@ -1,0 +1,166 @@
+"""A step whose loss or gradient is not finite changes nothing, is told with its samples, and may not be repeated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from schemas.errors import VlprepError
+from tests.train.launching import fingerprint_of, made_once, read_metrics, read_weights, torchrun
+from tests.train.synthetic import as_bin, make_bins, make_sample, write_shards
+from train.batch import build_micro_batch
+from train.index import ShardIndex, open_shards
+from train.nonfinite import SkippedSteps
+from train.stream import StepBatch
+
+POISON = 9
+"""A token that no sample has but the poisoned one."""
+
+
+@pytest.fixture(scope="module")
+def poisoned(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose embedding of one token is NaN, and four bins of which one has that token."""
+
+    def make(out: Path) -> None:
+        checkpoint = out / "checkpoint"
+        checkpoint.mkdir(parents=True)
+        for path in tiny_checkpoint.iterdir():
+            (checkpoint / path.name).write_bytes(path.read_bytes())
+        config = AutoConfig.from_pretrained(checkpoint)
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        config.save_pretrained(checkpoint)
+        weights = load_file(checkpoint / "model.safetensors")
+        (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+        weights["lm_head.weight"] = weights[name].clone()
+        weights[name][POISON] = float("nan")
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        rng = np.random.default_rng(0)
+        bins = [[make_sample(rng)] for _ in range(4)]
+        bins[2][0].input_ids[3] = POISON
+        write_shards(out / "shards", bins, tokenizer=fingerprint_of(checkpoint))
+
+    return made_once(tmp_path_factory, "poisoned", make)
+
+
+def run(poisoned: Path, out: Path, *flags: str) -> tuple[int, str]:
+    settings = {
+        "shards": poisoned / "shards",
+        "model_name_or_path": poisoned / "checkpoint",
+        "output_dir": out,
+        "max_steps": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 0,
+    }
+    done = torchrun(2, *[part for name, value in settings.items() for part in (f"--{name}", str(value))], *flags)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_bin_that_poisons_the_loss_is_skipped_and_told_with_its_samples(
+    poisoned: Path, tmp_path: Path, stage: int
+) -> None:
+    """Two ranks of one bin: in each epoch one of the two steps has the bin, on one of the ranks."""
+    code, errors = run(poisoned, tmp_path, "--deepspeed", f"zero{stage}.json")
+    assert code == 0, errors
+    records = read_metrics(tmp_path)
+    bad = [record["step"] for record in records if record["loss"] is None]
+    assert len(bad) == 2
+    assert [record["skipped_steps"] for record in records] == [
+        sum(step <= record["step"] for step in bad) for record in records
+    ]
+    for step in bad:
+        assert f"the loss of step {step} is not finite in bins [2]; the step is skipped" in errors
+    assert "  bin 2: synthetic s.jsonl:3 record 2 id s2" in errors
+    weights = read_weights(tmp_path)
+    (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
+    assert weights[name][POISON].isnan().all()
+    weights[name][POISON] = 0.0
+    assert [name for name, weight in weights.items() if not weight.isfinite().all()] == []
+
+
+def test_more_such_steps_in_a_row_than_allowed_stop_the_run(poisoned: Path, tmp_path: Path) -> None:
+    code, errors = run(poisoned, tmp_path, "--max_skipped_steps", "0")
+    assert code == 1
+    assert "is not finite in bins [2], the 1. such step in a row. Lower the learning rate" in errors
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    return open_shards(write_shards(tmp_path / "set", make_bins(num_bins=4)))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def step_of(*numbers: int) -> StepBatch:
+    rng = np.random.default_rng(0)
+    micro_batches = tuple(build_micro_batch([as_bin([make_sample(rng)])], numbers=[number]) for number in numbers)
+    return StepBatch(
+        step=4,
+        micro_batches=micro_batches,
+        num_targets=10,
+        num_tokens=10,
+        max_tokens=10,
+        num_samples=2,
+        efficiency=1.0,
+        bins=numbers,
+        data_wait_s=0.0,
+    )
+
+
+INFINITE = torch.tensor([1.0, float("inf")])
+
+
+def test_a_good_step_between_bad_ones_begins_the_count_anew(process_group: None, index: ShardIndex) -> None:
+    skipped = SkippedSteps(index, max_in_a_row=1, is_first=True)
+    for _ in range(3):
+        skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
+        skipped.note_done()
+    assert skipped.total == 3
+    skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
+    with pytest.raises(VlprepError, match=r"loss of step 5 is not finite in bins \[1\], the 2\. such step in a row"):
+        skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
+
+
+def test_a_gradient_that_is_not_finite_under_finite_losses_names_the_bins_of_the_step(
+    process_group: None, index: ShardIndex
+) -> None:
+    skipped = SkippedSteps(index, max_in_a_row=0, is_first=True)
+    with pytest.raises(VlprepError, match=r"gradient of step 5 is not finite, though all losses are; bins \[0, 1\]"):
+        skipped.note_skipped(step_of(0, 1), torch.ones(2), scales_loss=False)
+
+
+def test_a_scaled_gradient_that_overflows_is_nothing_unusual(
+    process_group: None, index: ShardIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Float16 finds its scale by overflowing; a loss that is not finite is as bad as ever."""
+    caplog.set_level(logging.INFO)
+    skipped = SkippedSteps(index, max_in_a_row=0, is_first=True)
+    for _ in range(5):
+        skipped.note_skipped(step_of(0, 1), torch.ones(2), scales_loss=True)
+    assert "the scale of the loss is lowered" in caplog.text
+    with pytest.raises(VlprepError, match="not finite in bins"):
+        skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=True)
+
+
+def test_samples_of_a_set_without_ledger_are_unknown_but_the_step_is_skipped_all_the_same(
+    process_group: None, index: ShardIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(str(index.folders[0]), "samples.parquet").unlink()
+    SkippedSteps(index, max_in_a_row=1, is_first=True).note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
+    assert "their samples are not known: " in caplog.text

@@ -1,0 +1,359 @@
+"""Whatever is wrong is said in one sentence with the documented exit code, before anything expensive starts."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import fsspec
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from schemas.errors import ConfigError, ShardError
+from schemas.qwen import tokenizer_fingerprint
+from tests.train.synthetic import make_bins, write_shards
+from train import engine, pretrained
+from train.checkpoint import RunState
+from train.cost import CostModel, read_config
+from train.flags import parse_arguments
+from train.index import open_shards
+from train.loop import open_stream
+from train.main import main
+from train.order import Grouping
+from train.plan import Plan, make_plan, read_settings
+from train.reader import ReadSettings
+
+
+@pytest.fixture(autouse=True)
+def one_process_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "choose_device", lambda ranks: torch.device("cpu"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny_checkpoint / "tokenizer.json"
+    fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
+    return write_shards(tmp_path_factory.mktemp("loop") / "shards", make_bins(num_bins=8), tokenizer=fingerprint)
+
+
+@pytest.fixture
+def flags(shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
+    run = str(tmp_path / "run")
+    return ["--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint), "--output_dir", run]
+
+
+def only_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and the last line of the error output, which must be the only one of ours."""
+    code = main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "Traceback"))]
+    assert len(lines) == 1
+    return code, lines[0]
+
+
+def test_shards_without_a_manifest_are_an_error_in_the_data(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, line = only_error([*flags, "--shards", str(tmp_path)], capsys)
+    assert code == 1
+    assert f"{tmp_path} holds no manifest.json" in line
+
+
+def test_shards_of_another_tokenizer_are_wrong_use(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_shards(tmp_path / "other", make_bins(num_bins=2), tokenizer="f" * 32)
+    code, line = only_error([*flags, "--shards", str(other)], capsys)
+    assert code == 2
+    assert "the tokenizer of" in line
+    assert "f" * 32 in line
+
+
+def test_a_checkpoint_without_a_tokenizer_is_wrong_use(
+    flags: list[str], tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = Path(shutil.copytree(tiny_checkpoint, tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    code, line = only_error([*flags, "--model_name_or_path", str(bare)], capsys)
+    assert code == 2
+    assert "tokenizer.json cannot be read" in line
+
+
+def test_an_unknown_flag_is_wrong_use(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert only_error([*flags, "--frobnicate"], capsys) == (
+        2,
+        "error: unknown flag --frobnicate; --help lists the flags.",
+    )
+
+
+def test_debug_shows_the_traceback(flags: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ShardError):
+        main([*flags, "--shards", str(tmp_path), "--debug"])
+
+
+def test_one_rank_says_for_all_that_the_command_line_is_wrong(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert main([*flags, "--frobnicate"]) == 2
+    assert capsys.readouterr().err == "error (rank 0): unknown flag --frobnicate; --help lists the flags.\n"
+
+
+def test_nothing_is_written_before_a_run_starts(flags: list[str], tmp_path: Path) -> None:
+    assert main([*flags, "--frobnicate"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def tokenizers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what is tested above: it takes most of the time of a plan."""
+    monkeypatch.setattr(pretrained, "check_fingerprints", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize(
+    ("length", "num_steps"),
+    [
+        (["--max_steps", "5"], 5),
+        (["--num_train_epochs", "1"], 2),
+        (["--num_train_epochs", "1.25"], 3),
+        (["--num_train_epochs", "0.5"], 1),
+        ([], 6),
+    ],
+)
+def test_the_number_of_steps_follows_from_steps_or_epochs(
+    flags: list[str], tokenizers_agree: None, length: list[str], num_steps: int
+) -> None:
+    """Eight bins, four in a step."""
+    plan = make_plan(parse_arguments([*flags, *length]))
+    assert plan.num_steps == num_steps
+    assert plan.order.global_batch == plan.deepspeed["train_batch_size"] == 4
+    assert (plan.resume_from, plan.start_step) == (None, 0)
+    steps = sum(1 for _ in open_stream(plan))
+    assert steps == num_steps
+
+
+def test_a_run_on_a_cpu_computes_in_float32_with_sdpa(flags: list[str], tokenizers_agree: None) -> None:
+    plan = make_plan(parse_arguments(flags))
+    assert (plan.device, plan.dtype, plan.attention) == (torch.device("cpu"), torch.float32, "sdpa")
+
+
+@pytest.fixture
+def saved(flags: list[str], tokenizers_agree: None) -> Path:
+    """A checkpoint that the run of ``flags`` left after four of its six steps."""
+    args = parse_arguments(flags)
+    return save_state(make_plan(args), step=4)
+
+
+def save_state(plan: Plan, *, step: int) -> Path:
+    """What a checkpoint of this plan would have in its ``state.json``."""
+    folder = plan.args.run_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    state = RunState(stream=plan.order.state_dict(step), ranks=plan.ranks.world, settings=plan.settings)
+    (folder / "state.json").write_bytes(msgspec.json.encode(state))
+    return folder
+
+
+def test_the_same_command_goes_on_from_its_checkpoint(flags: list[str], saved: Path) -> None:
+    plan = make_plan(parse_arguments(flags))
+    assert (plan.resume_from, plan.start_step) == (saved, 4)
+    assert [batch.step for batch in open_stream(plan)] == [4, 5]
+
+
+def test_a_run_may_end_where_its_checkpoint_is_or_later_but_not_before(flags: list[str], saved: Path) -> None:
+    for num_steps, steps_left in ((9, [4, 5, 6, 7, 8]), (4, [])):
+        plan = make_plan(parse_arguments([*flags, "--max_steps", str(num_steps)]))
+        assert [batch.step for batch in open_stream(plan)] == steps_left
+    with pytest.raises(ConfigError, match="has 4 steps done, but this run ends after 3"):
+        make_plan(parse_arguments([*flags, "--max_steps", "3"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (["--seed", "1"], "seed"),
+        (["--gradient_accumulation_steps", "2"], "bins of a step"),
+        (["--group_steps", "2"], "group_steps"),
+        (["--learning_rate", "1e-5"], "learning rate of language_model"),
+        (["--tune_mm_vision"], "learning rate of vision_tower"),
+        (["--bf16"], "precision"),
+        (["--deepspeed", "zero3.json"], "ZeRO stage"),
+        (["--weight_decay", "0.1"], "weight_decay"),
+        (["--lr_scheduler_type", "linear"], "lr_scheduler_type"),
+    ],
+)
+def test_other_settings_do_not_go_on_from_a_checkpoint(
+    flags: list[str], saved: Path, change: list[str], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{saved} was saved with {name} = "):
+        make_plan(parse_arguments([*flags, *change]))
+
+
+def test_other_shards_do_not_go_on_from_a_checkpoint(flags: list[str], saved: Path, tmp_path: Path) -> None:
+    other = write_shards(tmp_path / "other", make_bins(seed=1, num_bins=8))
+    with pytest.raises(ConfigError, match="was saved with shards = "):
+        make_plan(parse_arguments([*flags, "--shards", str(other)]))
+
+
+def test_weighted_sets_of_shards_reach_the_order_of_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    path = tiny_checkpoint / "tokenizer.json"
+    fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, make_bins(num_bins=4), tokenizer=fingerprint, dataset=name)
+    args = parse_arguments(
+        [
+            *("--shards", f"{tmp_path / 'a'}:0.75,{tmp_path / 'b'}:0.25"),
+            *("--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run")),
+            *("--max_steps", "2", "--gradient_accumulation_steps", "4"),
+        ]
+    )
+    plan = make_plan(args)
+    assert plan.order.mixture == plan.index.mixture is not None
+    with open_stream(plan) as stream:
+        drawn = [number for batch in stream for number in batch.bins]
+    assert sum(number < 4 for number in drawn) == 6
+
+
+def test_bins_are_dealt_by_the_costs_of_the_model_that_is_trained(flags: list[str], tokenizers_agree: None) -> None:
+    trained = {"tune_llm": False, "tune_vision": True, "gradient_checkpointing": False}
+    plan = make_plan(
+        parse_arguments([*flags, "--tune_mm_llm", "False", "--tune_mm_vision", "--gradient_checkpointing", "False"])
+    )
+    expected = plan.index.cost(CostModel.of_training(read_config(plan.source), **trained))
+    np.testing.assert_array_equal(plan.order.cost, expected)
+    assert not np.array_equal(plan.order.cost, make_plan(parse_arguments(flags)).order.cost)
+
+
+def test_windows_of_steps_have_as_many_runs_as_a_step_has_micro_steps(flags: list[str], tokenizers_agree: None) -> None:
+    assert make_plan(parse_arguments(flags)).order.grouping is None
+    assert make_plan(parse_arguments([*flags, "--group_steps", "2"])).order.grouping == Grouping(steps=2, runs=4)
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("grouped", [[], ["--group_steps", "2"]])
+def test_another_number_of_ranks_goes_on_with_the_same_bins(
+    flags: list[str], tokenizers_agree: None, monkeypatch: pytest.MonkeyPatch, grouped: list[str]
+) -> None:
+    """Saved by one rank with four micro-steps; goes on with two ranks of two, then with four of one."""
+    before = make_plan(parse_arguments([*flags, *grouped]))
+    with open_stream(before) as stream:
+        unbroken = [sorted(batch.bins) for batch in stream]
+    save_state(before, step=2)
+    for world in (2, 4):
+        found: dict[int, list[int]] = {}
+        for rank in range(world):
+            as_rank(monkeypatch, rank, world)
+            plan = make_plan(parse_arguments([*flags, *grouped, "--gradient_accumulation_steps", str(4 // world)]))
+            assert (plan.start_step, plan.is_converted) == (2, True)
+            with open_stream(plan) as stream:
+                for batch in stream:
+                    mine = [number for micro in batch.micro_batches for number in micro.bins]
+                    found[batch.step] = sorted(found.get(batch.step, []) + mine)
+        assert found == {step: unbroken[step] for step in range(2, 6)}
+
+
+def test_another_number_of_ranks_must_make_the_same_steps(
+    flags: list[str], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(ConfigError, match=f"{saved} was saved with bins of a step = 4, this run has 8"):
+        make_plan(parse_arguments(flags))
+
+
+def test_a_state_of_another_order_is_refused(flags: list[str], saved: Path) -> None:
+    state = msgspec.json.decode((saved / "state.json").read_bytes())
+    state["stream"]["num_bins"] = 9
+    (saved / "state.json").write_bytes(msgspec.json.encode(state))
+    with pytest.raises(ConfigError, match=rf"{saved}: the state of the stream is of another order \(num_bins 9, now 8"):
+        make_plan(parse_arguments(flags))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [(["--cache_dir", "c"], "cache_dir c"), (["--read_connections", "4"], "read_connections 4")]
+)
+def test_flags_for_remote_shards_are_an_error_with_local_ones(
+    flags: list[str], tokenizers_agree: None, given: list[str], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--{name} has no effect: all shards lie on a file system"):
+        make_plan(parse_arguments([*flags, *given]))
+
+
+@pytest.fixture
+def in_memory(shards: Path) -> str:
+    """The same shards behind a URL."""
+    system = fsspec.filesystem("memory")
+    system.put(str(shards), "/plan/set", recursive=True)
+    return "memory://plan/set"
+
+
+def test_flags_of_reading_reach_the_reader(
+    flags: list[str], tokenizers_agree: None, in_memory: str, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    given = ["--verify", "first", "--read_connections", "3", "--cache_dir", str(cache), "--cache_bytes", "1000000"]
+    plan = make_plan(parse_arguments([*flags, "--shards", in_memory, *given]))
+    assert read_settings(plan.args, plan.index) == ReadSettings(
+        verify="first", connections=3, cache_dir=cache, cache_bytes=1_000_000
+    )
+    with open_stream(plan) as stream:
+        next(stream)
+    assert [path for path in cache.glob("??/*") if path.is_file()]
+
+
+def test_the_defaults_of_reading_are_those_of_the_reader(flags: list[str], in_memory: str, shards: Path) -> None:
+    args = parse_arguments(flags)
+    for place in (in_memory, shards):
+        assert read_settings(args, open_shards(place)) == ReadSettings()
+
+
+def test_a_way_to_verify_that_there_is_not_is_wrong_use(flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match="verify is sometimes; allowed: always, first, never"):
+        make_plan(parse_arguments([*flags, "--verify", "sometimes"]))
+
+
+def test_a_read_that_stalls_stops_the_run_after_the_time_given(
+    flags: list[str], tokenizers_agree: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(parse_arguments([*flags, "--read_timeout_s", "0.05"]))
+    release = threading.Event()
+    monkeypatch.setattr("train.stream.BinReader.read", lambda reader, number: release.wait())
+    with open_stream(plan) as stream:
+        with pytest.raises(ShardError, match=r"not read within 0\.05 s"):
+            next(stream)
+        release.set()
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], 8), (["--dataloader_prefetch_factor", "3"], 12)])
+def test_so_many_forward_passes_are_kept_ready(
+    flags: list[str],
+    tokenizers_agree: None,
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    expected: int,
+) -> None:
+    """Four threads, four forward passes in a step."""
+    seen: dict[str, object] = {}
+    monkeypatch.setattr("train.loop.BinStream", lambda *_, **settings: seen.update(settings))
+    open_stream(make_plan(parse_arguments([*flags, *given])))
+    assert (seen["num_threads"], seen["prefetch"]) == (4, expected)
+
+
+def test_shards_to_evaluate_on_take_no_weights(flags: list[str], shards: Path, tokenizers_agree: None) -> None:
+    with pytest.raises(ConfigError, match=r"--eval_shards .*:1epochs gives weights or epochs"):
+        make_plan(parse_arguments([*flags, "--eval_shards", f"{shards}:1epochs"]))
+
+
+def test_shards_to_evaluate_on_must_be_of_the_same_tokenizer(flags: list[str], tmp_path: Path) -> None:
+    other = write_shards(tmp_path / "other", make_bins(num_bins=2), tokenizer="f" * 32)
+    with pytest.raises(ConfigError, match=f"is not the one that {other} was made with"):
+        make_plan(parse_arguments([*flags, "--eval_shards", str(other)]))

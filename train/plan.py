@@ -1,0 +1,237 @@
+"""What a run is going to be: flags -> a :class:`Plan`, in which settings, shards and checkpoints were found to agree.
+
+Everything that can be wrong is found here, before the process group starts and weights are loaded: by every rank for
+itself, from the same files, so all ranks come to the same plan.
+
+Cost: opening the shards, and parsing ``tokenizer.json`` (0.3 s).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from schemas.errors import ConfigError
+from train import checkpoint, engine, optim, pretrained
+from train.arguments import TrainArguments
+from train.checkpoint import RunState, Setting
+from train.cost import CostModel, read_config
+from train.engine import Ranks
+from train.index import ShardIndex, open_shards
+from train.metrics import require_reporter
+from train.order import DataOrder, Grouping
+from train.pretrained import ModelShape
+from train.reader import ReadSettings
+from train.recipe import Recipe, choose_recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run that can start; nothing is started yet.
+
+    Attributes:
+        args: the flags.
+        recipe: settings that the flags leave to the size of the model.
+        ranks: place of this process.
+        device: where this rank computes.
+        dtype: what it computes in: bfloat16, float16 or float32.
+        attention: attention implementation.
+        deepspeed: complete configuration of DeepSpeed.
+        index: the bins.
+        order: in which they are used.
+        num_steps: optimizer steps of the whole run.
+        eval_index: the bins to evaluate on, if any.
+        source: folder of the checkpoint that the run starts from.
+        shape: of its model.
+        settings: what must be the same when the run goes on from one of its checkpoints.
+        resume_from: the checkpoint to go on from, if any.
+        is_converted: whether that checkpoint is of another number of ranks, so that its state is dealt out anew.
+        start_step: steps done at that checkpoint; else 0.
+    """
+
+    args: TrainArguments
+    recipe: Recipe
+    ranks: Ranks
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    deepspeed: dict[str, Any]
+    index: ShardIndex
+    order: DataOrder
+    num_steps: int
+    eval_index: ShardIndex | None
+    source: Path
+    shape: ModelShape
+    settings: dict[str, Setting]
+    resume_from: Path | None
+    is_converted: bool
+    start_step: int
+
+
+def make_plan(args: TrainArguments) -> Plan:
+    """Look at everything that a run depends on, before anything expensive starts.
+
+    Raises:
+        ConfigError: settings, shards and checkpoints do not fit together.
+        ShardError: shards are incomplete.
+    """
+    ranks = engine.read_ranks(args.local_rank)
+    require_reporter(args.report_to)
+    deepspeed = engine.read_deepspeed_config(args.deepspeed)
+    index = open_shards(args.shards)
+    eval_index = None if args.eval_shards is None else open_eval_shards(args.eval_shards)
+    check_read_flags(args, [index] if eval_index is None else [index, eval_index])
+    source = pretrained.find_checkpoint(args.model_name_or_path)
+    shape = pretrained.read_shape(source)
+    for shards, opened in ((args.shards, index), (args.eval_shards, eval_index)):
+        if opened is not None:
+            pretrained.check_fingerprints(source, opened.manifests[0].fingerprints, shards=str(shards))
+
+    model_config = read_config(source)
+    recipe = choose_recipe(args, model_config)
+    device = engine.choose_device(ranks)
+    dtype = engine.choose_dtype(args, deepspeed, device)
+    attention = engine.choose_attention(args, device, dtype)
+    deepspeed = engine.complete_config(
+        deepspeed, args, recipe, world=ranks.world, dtype=dtype, hidden_size=shape.hidden_size
+    )
+
+    settings = run_settings(args, recipe, index, dtype=dtype, deepspeed=deepspeed)
+    resume_from = checkpoint.choose_checkpoint(args.run_dir, args.resume)
+    state = None if resume_from is None else checkpoint.read_state(resume_from)
+    if resume_from is not None and state is not None:
+        checkpoint.check_settings(resume_from, state, settings)
+    cost_model = CostModel.of_training(
+        model_config,
+        tune_llm=args.tune_mm_llm,
+        tune_vision=args.tune_mm_vision,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    order = DataOrder(
+        index.cost(cost_model),
+        seed=args.seed,
+        global_batch=deepspeed["train_batch_size"],
+        epochs=recipe.epochs if args.max_steps is None else None,
+        mixture=index.mixture,
+        grouping=choose_grouping(args, recipe, state),
+    )
+    num_steps = args.max_steps or order.num_steps
+    assert num_steps is not None, "an order with a number of epochs has a number of steps"
+    start_step = 0
+    if resume_from is not None and state is not None:
+        start_step = find_start(resume_from, state, order, num_steps)
+    return Plan(
+        args=args,
+        recipe=recipe,
+        ranks=ranks,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        deepspeed=deepspeed,
+        index=index,
+        order=order,
+        num_steps=num_steps,
+        eval_index=eval_index,
+        source=source,
+        shape=shape,
+        settings=settings,
+        resume_from=resume_from,
+        is_converted=state is not None and state.ranks != ranks.world,
+        start_step=start_step,
+    )
+
+
+def open_eval_shards(shards: str) -> ShardIndex:
+    """The bins to evaluate on, each of which is used once.
+
+    Raises:
+        ConfigError: they are given weights or epochs.
+        ShardError: they are incomplete.
+    """
+    index = open_shards(shards)
+    if index.mixture is not None:
+        raise ConfigError(
+            f"--eval_shards {shards} gives weights or epochs, but every bin is used once: leave them out."
+        )
+    return index
+
+
+def check_read_flags(args: TrainArguments, indexes: list[ShardIndex]) -> None:
+    """Check how shards are to be read, and compare flags for remote ones with where they lie.
+
+    Raises:
+        ConfigError: a value makes no sense, or such a flag would have no effect.
+    """
+    for index in indexes:
+        read_settings(args, index)
+    if any(index.is_remote for index in indexes):
+        return
+    for name in ("read_connections", "cache_dir"):
+        if (value := getattr(args, name)) is not None:
+            raise ConfigError(
+                f"--{name} {value} has no effect: all shards lie on a file system. Leave it out, or give a URL."
+            )
+
+
+def read_settings(args: TrainArguments, index: ShardIndex) -> ReadSettings:
+    """How the bins of an index are read.
+
+    Raises:
+        ConfigError: a value that makes no sense.
+    """
+    remote: dict[str, Any] = {}
+    if index.is_remote:
+        flags = {"connections": args.read_connections, "cache_dir": args.cache_dir, "cache_bytes": args.cache_bytes}
+        remote = {name: value for name, value in flags.items() if value is not None}
+    return ReadSettings(verify=args.verify, **remote)
+
+
+def run_settings(
+    args: TrainArguments, recipe: Recipe, index: ShardIndex, *, dtype: torch.dtype, deepspeed: dict[str, Any]
+) -> dict[str, Setting]:
+    """What must be the same when a run goes on, beside the order of the bins.
+
+    The number of steps is not among it, since a run may be made longer; nor is the number of ranks.
+    """
+    rates = optim.learning_rates(args, recipe.learning_rate)
+    return {
+        "shards": index.fingerprint,
+        "seed": args.seed,
+        "bins of a step": deepspeed["train_batch_size"],
+        "group_steps": args.group_steps,
+        "ZeRO stage": deepspeed["zero_optimization"]["stage"],
+        "precision": str(dtype).removeprefix("torch."),
+        **{f"learning rate of {part}": rate for part, rate in rates.items()},
+        "lr_scheduler_type": args.lr_scheduler_type,
+        "warmup_ratio": args.warmup_ratio,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+    }
+
+
+def choose_grouping(args: TrainArguments, recipe: Recipe, state: RunState | None) -> Grouping | None:
+    """Windows of steps, if any; a run that goes on keeps those it began with, whatever its micro-steps are now."""
+    if args.group_steps == 1:
+        return None
+    return Grouping(steps=args.group_steps, runs=recipe.accumulation if state is None else state.stream["group_runs"])
+
+
+def find_start(folder: Path, state: RunState, order: DataOrder, num_steps: int) -> int:
+    """Steps done at the checkpoint that a run goes on from.
+
+    Raises:
+        ConfigError: the checkpoint is of a run with another order, or beyond the end of this one.
+    """
+    try:
+        step = order.step_of(state.stream)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    if step > num_steps:
+        raise ConfigError(
+            f"{folder} has {step} steps done, but this run ends after {num_steps}: raise --max_steps or "
+            "--num_train_epochs."
+        )
+    return step
