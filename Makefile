@@ -72,7 +72,9 @@ $(TINY_MODEL): | $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machine and versions
 	$(BIN)/python -m tests.benchmarks.validation
+	$(BIN)/python -m tests.benchmarks.packing
 	$(BIN)/python -m tests.benchmarks.build
+	$(BIN)/python -m tests.benchmarks.memory --annotations 100000
 	$(BIN)/python -m tests.benchmarks.stream
 	$(BIN)/python -m tests.benchmarks.storage
 	$(BIN)/python -m tests.benchmarks.balance
