@@ -31,9 +31,6 @@ _TRIAL_SAMPLES = 1 << 13
 WINDOW = 1000
 """Samples that are placed one by one together."""
 
-_ROOM_WEIGHT = 0.05
-"""How much a bin that is full counts against one whose rooms are in the right proportion; found by trial."""
-
 _LARGE = 1 / 16
 """Samples that take more of a budget than this go into their bins one by one."""
 
@@ -45,14 +42,21 @@ Capacities = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class _Way:
     """Steps of the raster are at most ``1 / fineness`` of a size (the scarcer budget first); the other budget counts
-    ``other_weight`` in the order of the batches.
+    ``other_weight`` in the order of the batches; how full a bin is counts ``room_weight`` against how well its rooms
+    are in proportion.
     """
 
     fineness: tuple[int, int]
     other_weight: float
+    room_weight: float
 
 
-_WAYS = (_Way((60, 28), 0.3), _Way((60, 28), 0.0), _Way((60, 28), 1.0), _Way((512, 4), 0.3))
+_WAYS = (
+    _Way((60, 28), 0.3, 0.05),
+    _Way((30, 120), 0.1, 1.0),
+    _Way((60, 28), 1.0, 0.05),
+    _Way((512, 4), 0.3, 0.05),
+)
 """Best, in this order, where both budgets are scarce, where they are so scarce that they cannot both be filled, where
 most samples take more of one than of the other, and where one is plentiful; found by trial on mixtures of text,
 pictures, documents and clips."""
@@ -123,7 +127,7 @@ def _in_batches(sizes: Sizes, capacities: Capacities, way: _Way) -> Ints:
     cells = cells[order]
     sizes = (sizes[0][order], sizes[1][order])
     placed = np.empty(order.size, dtype=np.int64)
-    open_bins = _OpenBins(rasters, order.size)
+    open_bins = _OpenBins(rasters, order.size, way.room_weight)
     for batch in _batches(cells, sizes, rasters, way.other_weight):
         at = batch.start
         while at < batch.stop:
@@ -220,7 +224,7 @@ def _run_starts(values: NDArray[np.integer]) -> Ints:
 class _OpenBins:
     """Bins by the rooms that they have left: for each cell of the raster, the numbers of its bins."""
 
-    def __init__(self, rasters: tuple[_Raster, _Raster], max_bins: int) -> None:
+    def __init__(self, rasters: tuple[_Raster, _Raster], max_bins: int, room_weight: float) -> None:
         self._rasters = rasters
         self._rooms = [np.zeros(max_bins, dtype=np.int64) for _ in rasters]
         self._num_bins = 0
@@ -229,7 +233,7 @@ class _OpenBins:
         # Of every cell, row by row:
         shares = np.meshgrid(*(raster.levels / raster.capacity for raster in rasters), indexing="ij")
         self._directions = np.arctan2(shares[1], shares[0]).reshape(-1)
-        self._rooms_left = _ROOM_WEIGHT * (shares[0] + shares[1]).reshape(-1)
+        self._rooms_left = room_weight * (shares[0] + shares[1]).reshape(-1)
         self._columns = np.tile(np.arange(self._width), rasters[0].levels.size)
         self._counts = np.zeros(self._columns.size, dtype=np.int64)
         self._occupied = np.zeros(self._columns.size, dtype=np.bool_)

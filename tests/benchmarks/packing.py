@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import click
 import numpy as np
@@ -116,13 +118,9 @@ TWO_BUDGETS: dict[str, Packer] = {
 }
 
 
-def _measure(distribution: str, packer: str, num: int, max_patches: int | None) -> tuple[int, float, float, float]:
+def _measure(path: Path, packer: str, max_patches: int | None) -> tuple[int, float, float, float]:
     """Bins, share of the binding budget that is filled, seconds of processor time, bytes a sample; own process."""
-    lengths, patches = DISTRIBUTIONS[distribution](num)
-    if max_patches is not None:
-        # A sample with more patches has a bin of its own, whatever the packer.
-        fits = patches <= max_patches
-        lengths, patches = lengths[fits], patches[fits]
+    lengths, patches = np.load(path)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     found = (ONE_BUDGET if max_patches is None else TWO_BUDGETS)[packer](lengths, patches, max_patches or 0)
@@ -139,13 +137,24 @@ def _measure(distribution: str, packer: str, num: int, max_patches: int | None) 
     return num_bins, bound / num_bins, seconds, num_bytes / lengths.size
 
 
-def _report(distribution: str, packer: str, num: int, max_patches: int | None) -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        num_bins, fill, seconds, num_bytes = pool.apply(_measure, (distribution, packer, num, max_patches))
-    click.echo(
-        f"  {packer:<48}{num_bins:>12,} bins  fill {fill:.4f}  {num / seconds:>12,.0f} samples/s  {seconds:7.2f} s"
-        + (f"  {num_bytes:5.0f} bytes a sample" if num >= 1_000_000 else "")
-    )
+def _compare(distribution: str, packers: Sequence[str], num: int, max_patches: int | None = None) -> None:
+    lengths, patches = DISTRIBUTIONS[distribution](num)
+    if max_patches is not None:
+        # A sample with more patches has a bin of its own, whatever the packer.
+        fits = patches <= max_patches
+        lengths, patches = lengths[fits], patches[fits]
+    budgets = f"{MAX_LENGTH} tokens" + (f" and {max_patches:,} patches" if max_patches else "")
+    click.echo(f"{distribution}; {num:,} samples, bins of {budgets}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.npy"
+        np.save(path, np.stack([lengths, patches]))
+        for packer in packers:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                num_bins, fill, seconds, num_bytes = pool.apply(_measure, (path, packer, max_patches))
+            click.echo(
+                f"  {packer:<48}{num_bins:>12,} bins  fill {fill:.4f}  {num / seconds:>12,.0f} samples/s"
+                f"  {seconds:7.2f} s" + (f"  {num_bytes:5.0f} bytes a sample" if num >= 1_000_000 else "")
+            )
 
 
 @click.command(name="python -m tests.benchmarks.packing")
@@ -155,18 +164,13 @@ def main(samples: int, many: int) -> None:
     """Compare packers under one budget and under two."""
     click.echo(describe_machine("numpy", "binpacking"))
     for distribution in DISTRIBUTIONS:
-        click.echo(f"{distribution}; {samples:,} samples, bins of {MAX_LENGTH}")
-        for packer in ONE_BUDGET:
-            _report(distribution, packer, samples, None)
+        _compare(distribution, list(ONE_BUDGET), samples)
     mixture = next(iter(DISTRIBUTIONS))
     for max_patches in BUDGETS:
-        click.echo(f"{mixture}; {samples:,} samples, bins of {MAX_LENGTH} tokens and {max_patches:,} patches")
-        for packer in TWO_BUDGETS:
-            _report(mixture, packer, samples, max_patches)
+        _compare(mixture, list(TWO_BUDGETS), samples, max_patches)
     if many:
-        for max_patches in (None, 12_288, 13_000):
-            click.echo(f"{mixture}; {many:,} samples, {'no' if max_patches is None else f'{max_patches:,}'} patches")
-            _report(mixture, "vlprep", many, max_patches)
+        for budget in (None, *BUDGETS):
+            _compare(mixture, ["vlprep"], many, budget)
 
 
 if __name__ == "__main__":
