@@ -31,6 +31,9 @@ _TRIAL_SAMPLES = 1 << 13
 WINDOW = 1000
 """Samples that are placed one by one together."""
 
+_DIRECTIONS = 1.5
+"""How much it counts that rooms are not in proportion, from one budget alone to the other alone."""
+
 _LARGE = 1 / 16
 """Samples that take more of a budget than this go into their bins one by one."""
 
@@ -232,8 +235,10 @@ class _OpenBins:
         self._width = rasters[1].levels.size
         # Of every cell, row by row:
         shares = np.meshgrid(*(raster.levels / raster.capacity for raster in rasters), indexing="ij")
-        self._directions = np.arctan2(shares[1], shares[0]).reshape(-1)
-        self._rooms_left = room_weight * (shares[0] + shares[1]).reshape(-1)
+        both = shares[0] + shares[1]
+        # An angle would do as well, but its last digit is another one on other processors, and so would the bins be.
+        self._directions = (_DIRECTIONS * shares[1] / np.maximum(both, np.finfo(np.float64).tiny)).reshape(-1)
+        self._rooms_left = room_weight * both.reshape(-1)
         self._columns = np.tile(np.arange(self._width), rasters[0].levels.size)
         self._counts = np.zeros(self._columns.size, dtype=np.int64)
         self._occupied = np.zeros(self._columns.size, dtype=np.bool_)

@@ -42,7 +42,7 @@ class MediaError(VlprepError):
         self.code = code
         self.message = message
 
-    def __reduce__(self) -> tuple[type[MediaError], tuple[ReasonCode, str]]:
+    def __reduce__(self) -> tuple[type[MediaError], tuple[object, ...]]:
         return MediaError, (self.code, self.message)
 
 

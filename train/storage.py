@@ -266,7 +266,7 @@ def _listing(folder: RemotePath) -> list[tuple[str, str, int | None]]:
 
 @lru_cache(maxsize=4096)
 def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec.core  # type: ignore[import-untyped]
+    import fsspec.core
 
     try:
         system, place = fsspec.core.url_to_fs(url)

@@ -129,7 +129,7 @@ class Decoded:
 
     def _write(self, facts: Facts, frames: NDArray[np.uint8]) -> _Kept:
         if self._file is None:
-            file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+            file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the stack closes it
             self._file = self._open.enter_context(file)
         offset = self._file.seek(0, os.SEEK_END)
         rest = np.ascontiguousarray(frames).reshape(-1).data

@@ -22,7 +22,7 @@ class HeadTooShortError(MediaError):
         super().__init__(ReasonCode.MEDIA_UNREADABLE, f"the header of {name!r} is longer than what was fetched of it")
         self.name = name
 
-    def __reduce__(self) -> tuple[type[HeadTooShortError], tuple[str]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[HeadTooShortError], tuple[str]]:
         return HeadTooShortError, (self.name,)
 
 

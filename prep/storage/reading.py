@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -94,7 +95,7 @@ def read_range(url: Url, start: int, stop: int, stopped: threading.Event | None 
         VlprepError: as :func:`stat`.
     """
     parts = [
-        persist(lambda at=at: cat(url, at, min(at + PIECE_BYTES, stop)), url, stopped)  # type: ignore[misc]
+        persist(partial(cat, url, at, min(at + PIECE_BYTES, stop)), url, stopped)
         for at in range(start, stop, PIECE_BYTES)
     ]
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -93,7 +93,7 @@ def opened(url: Url, *, uploads: bool = False) -> tuple[Any, str]:
     Raises:
         ConfigError: fsspec does not know the protocol, or its package is not installed.
     """
-    import fsspec.core  # type: ignore[import-untyped]
+    import fsspec.core
 
     try:
         if "::" in url.url.partition("://")[0]:
@@ -123,7 +123,7 @@ _opening = threading.Lock()
 @lru_cache(maxsize=256)
 def _system(root: str, timeout_s: float, uploads: bool) -> Any:
     """One system a bucket or host for all threads; fsspec by itself makes one a thread, with connections of its own."""
-    import fsspec.config  # type: ignore[import-untyped]
+    import fsspec.config
     import fsspec.core
 
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -143,7 +143,7 @@ def _system(root: str, timeout_s: float, uploads: bool) -> Any:
 
 def _package(protocol: str) -> str:
     """What pip installs for a protocol."""
-    from fsspec.registry import known_implementations  # type: ignore[import-untyped]
+    from fsspec.registry import known_implementations
 
     if protocol in ("http", "https"):
         return "aiohttp"

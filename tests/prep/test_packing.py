@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xxhash
 from binpacking.to_constant_volume import to_constant_volume
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,6 +190,19 @@ def test_a_realistic_mixture_needs_no_more_bins_than_windows(max_patches: int) -
     windows = (pairs[start : start + 1000] for start in range(0, len(pairs), 1000))
     capacities = (4096, max_patches)
     assert pack_two_budgets(sizes, capacities).max() < sum(plain_two_budgets(each, capacities) for each in windows)
+
+
+@pytest.mark.parametrize(
+    ("max_patches", "num_bins", "digest"), [(None, 16402, "0be5acfc58de6f8c"), (8000, 17664, "a248ee84723e4f8d")]
+)
+def test_a_packing_is_the_same_on_every_machine(max_patches: int | None, num_bins: int, digest: str) -> None:
+    """The bytes of shards rest on it; sizes come from whole numbers alone, and more of them than are packed singly."""
+    rng = np.random.default_rng(5)
+    patches = rng.integers(0, 2000, 70_000) * 4 * rng.integers(0, 2, 70_000)
+    lengths = patches // 4 + rng.integers(20, 900, 70_000)
+    bins = pack(lengths, 4096, num_patches=patches, max_patches=max_patches, seed=3)
+    assert int(bins.max()) + 1 == num_bins
+    assert xxhash.xxh3_64_hexdigest(bins.astype("<i8").tobytes()) == digest
 
 
 def test_the_seed_decides_which_of_equal_samples_share_a_bin() -> None:
