@@ -13,7 +13,6 @@ not fit: concatenating and cutting at borders).
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -121,11 +120,11 @@ TWO_BUDGETS: dict[str, Packer] = {
 def _measure(path: Path, packer: str, max_patches: int | None) -> tuple[int, float, float, float]:
     """Bins, share of the binding budget that is filled, seconds of processor time, bytes a sample; own process."""
     lengths, patches = np.load(path)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = _peak_bytes()
     start = time.process_time()
     found = (ONE_BUDGET if max_patches is None else TWO_BUDGETS)[packer](lengths, patches, max_patches or 0)
     seconds = time.process_time() - start
-    num_bytes = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
+    num_bytes = _peak_bytes() - held
     num_bins = int(found.max()) + 1
     if np.bincount(found, weights=lengths).max() > MAX_LENGTH or (
         max_patches is not None and np.bincount(found, weights=patches).max() > max_patches
@@ -135,6 +134,12 @@ def _measure(path: Path, packer: str, max_patches: int | None) -> tuple[int, flo
     if max_patches is not None:
         bound = max(bound, patches.sum() / max_patches)
     return num_bins, bound / num_bins, seconds, num_bytes / lengths.size
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process has held; ``getrusage`` also counts what its parent held when it was started."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def _compare(distribution: str, packers: Sequence[str], num: int, max_patches: int | None = None) -> None:
