@@ -78,4 +78,8 @@ def open_engine(name: str = "local", *, workers: int | None = None, ray_address:
     if ray_address is not None:
         raise ConfigError(f"--ray-address {ray_address} goes with --engine ray; the {name} engine has no address.")
     number = default_workers() if workers is None else workers
-    yield SerialEngine() if number == 1 else LocalEngine(number)
+    if number == 1:
+        yield SerialEngine()
+        return
+    with LocalEngine(number) as local:
+        yield local

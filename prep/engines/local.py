@@ -9,9 +9,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 from prep.processes import ONE_THREAD, die_with_parent
@@ -40,7 +41,8 @@ class LocalEngine:
     """Worker processes on this machine.
 
     They are started afresh (not forked from a process that has threads), each with the libraries' own threads turned
-    off: the workers occupy the cores already.
+    off: the workers occupy the cores already. They start with the first tasks and stay until the end of the ``with``
+    block, so that a tokenizer or a decoder that one step of the pipeline has started serves the next one too.
 
     Args:
         num_workers: number of processes, at least 1.
@@ -48,6 +50,15 @@ class LocalEngine:
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
 
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
         """See :class:`~prep.engines.Engine`: a process of this machine sees what this one does."""
@@ -59,14 +70,13 @@ class LocalEngine:
             VlprepError: a worker process died.
         """
         waiting = iter(tasks)
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_prepare_worker)
+        first = list(itertools.islice(waiting, self.num_workers * _IN_FLIGHT_PER_WORKER))
+        if not first:
+            return
+        pool = self._pool = self._pool or self._start()
         done = False
         try:
-            flying: collections.deque[Future[Result]] = collections.deque(
-                pool.submit(function, task)
-                for task in itertools.islice(waiting, self.num_workers * _IN_FLIGHT_PER_WORKER)
-            )
+            flying = collections.deque(pool.submit(function, task) for task in first)
             while flying:
                 result = flying.popleft().result()
                 for task in itertools.islice(waiting, 1):
@@ -82,7 +92,17 @@ class LocalEngine:
             if not done:
                 for worker in multiprocessing.active_children():
                     worker.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+                self._end()
+
+    def _start(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_prepare_worker)
+
+    def _end(self) -> None:
+        """End the workers; returns when nothing of them is left."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
 
 def _prepare_worker() -> None:

@@ -162,7 +162,8 @@ def test_bytes_are_the_same_for_any_number_of_workers_and_from_another_folder(
     built: Path, corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     shutil.copytree(corpus[0].parent, tmp_path / "elsewhere")
-    build(request_for(tmp_path / "elsewhere" / corpus[0].name, tmp_path / "out", tiny_checkpoint), LocalEngine(2))
+    with LocalEngine(2) as engine:
+        build(request_for(tmp_path / "elsewhere" / corpus[0].name, tmp_path / "out", tiny_checkpoint), engine)
     assert contents(tmp_path / "out") == contents(built)
 
 

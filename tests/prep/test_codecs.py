@@ -235,7 +235,8 @@ def test_a_build_with_jpeg_differs_from_a_lossless_one_by_its_drift_alone(lossy:
 def test_bytes_with_jpeg_are_the_same_for_any_number_of_workers(
     lossy: Path, corpus_file: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    build(request_for(corpus_file, tmp_path / "out", tiny_checkpoint, JPEG), LocalEngine(2))
+    with LocalEngine(2) as engine:
+        build(request_for(corpus_file, tmp_path / "out", tiny_checkpoint, JPEG), engine)
     assert contents(tmp_path / "out") == contents(lossy)
 
 

@@ -30,20 +30,24 @@ def ray_engine(ray_cluster: NodeProcesses) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.fixture
+def local_engine() -> Iterator[Engine]:
+    with LocalEngine(2) as engine:
+        yield engine
+
+
 @pytest.fixture(params=NAMES)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    if request.param == "ray":
-        found: Engine = request.getfixturevalue("ray_engine")
-        return found
-    return SerialEngine() if request.param == "serial" else LocalEngine(2)
+    if request.param == "serial":
+        return SerialEngine()
+    found: Engine = request.getfixturevalue(f"{request.param}_engine")
+    return found
 
 
 @pytest.fixture(params=NAMES[1:])
 def parallel(request: pytest.FixtureRequest) -> Engine:
-    if request.param == "ray":
-        found: Engine = request.getfixturevalue("ray_engine")
-        return found
-    return LocalEngine(2)
+    found: Engine = request.getfixturevalue(f"{request.param}_engine")
+    return found
 
 
 def square(number: int) -> int:
@@ -97,6 +101,11 @@ def die_once(folder: Path, number: int) -> int:
 
 def die(number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def process_of(number: int) -> int:
+    time.sleep(0.05)
+    return os.getpid()
 
 
 def name_of(path: Path) -> bool:
@@ -174,6 +183,15 @@ def test_closing_ends_what_runs(parallel: Engine, tmp_path: Path) -> None:
     assert processes
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
     assert list(parallel.map(square, [2])) == [4]
+
+
+def test_workers_of_this_machine_stay_from_step_to_step_and_end_with_the_block() -> None:
+    with LocalEngine(2) as engine:
+        first = set(engine.map(process_of, range(20)))
+        assert set(engine.map(process_of, range(20))) <= first
+        assert len(first) == 2
+    assert os.getpid() not in first
+    assert not any(Path(f"/proc/{process}").exists() for process in first)
 
 
 def test_a_task_whose_worker_dies_is_run_again_on_ray(ray_engine: Engine, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def test_workers_put_shards_by_themselves_and_nothing_is_left_in_the_work_folder
 ) -> None:
     proxy.rule = seeded(11, 0.1)
     out = Url("s3://bucket/parallel")
-    build(replace(request_for(out, tiny_checkpoint), work_dir=tmp_path / "work"), LocalEngine(2))
+    with LocalEngine(2) as engine:
+        build(replace(request_for(out, tiny_checkpoint), work_dir=tmp_path / "work"), engine)
     proxy.reset()
     assert remote_contents(out) == local_contents(finished)
     left = {path.relative_to(tmp_path / "work").parts[0] for path in (tmp_path / "work").rglob("*") if path.is_file()}

@@ -110,7 +110,8 @@ def test_worker_processes_find_the_same_in_the_same_order(folder: Path) -> None:
     (folder / "bins-00001.tar").unlink()
     alone = verify(folder, SerialEngine())
     assert len(alone.findings) > 3
-    assert verify(folder, LocalEngine(2)) == alone
+    with LocalEngine(2) as engine:
+        assert verify(folder, engine) == alone
 
 
 def test_a_folder_without_a_manifest_is_one_sentence(folder: Path) -> None:
