@@ -43,19 +43,21 @@ def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
         )
     path = root / name
     try:
-        folder = _real_folder(str(path.parent))
-        real = Path(os.path.realpath(os.path.join(folder, path.name))) if path.name != ".." else Path(folder).parent
-        if not real.is_relative_to(_real_folder(str(root))):
+        # The real folder is known from the media before; a file that is no link itself lies there.
+        real = os.path.join(_real_folder(str(path.parent)), path.name)
+        if path.name == ".." or os.path.islink(real):
+            real = os.path.realpath(real)
+        if not _is_inside(real, _real_folder(str(root))):
             raise MediaError(
                 ReasonCode.MEDIA_OUTSIDE_ROOT, f"{name!r} leads outside the media root; move the file below the root"
             )
-        status = real.stat()
+        status = os.stat(real)
     except OSError as error:
         raise _os_problem(name, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{name!r} is not a regular file")
     check_size(name, status.st_size, max_bytes)
-    return MediaSource(name, real)
+    return MediaSource(name, Path(real))
 
 
 def media_url(root: Url, name: str) -> Url:
@@ -123,6 +125,11 @@ def _check_name(name: str) -> None:
 @lru_cache(maxsize=65536)
 def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether one real path is another or lies below it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _os_problem(name: str, error: OSError) -> MediaError:

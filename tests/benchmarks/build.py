@@ -12,7 +12,7 @@ decoders and workers, the tables) is in, and stated from a build of one picture.
 rounds; seconds of processor time, of all processes together, stand beside them: other programs disturb these less.
 
 ``--profile`` needs perf. It says in which libraries the processor time of workers and decoders goes, for pictures,
-clips and texts.
+large pictures, clips and texts.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _megapixels(path: Path) -> float:
 
 
 @click.command()
-@click.option("--samples", "num_samples", type=click.IntRange(min=8), default=300, show_default=True)
+@click.option("--samples", "num_samples", type=click.IntRange(min=8), default=800, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--pictures", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of JPEG files.")
 @click.option("--reference-python", help="Interpreter of the reference, with another Pillow.  [default: this one]")

@@ -1,6 +1,6 @@
 """Where the processor time of a build goes: samples of the stacks of worker and decoder, by ``perf``.
 
-Three builds by one worker (pictures, clips, texts) -> a table each: shares of the samples whose stack goes through the
+Builds by one worker (the pictures of the comparison, large pictures, clips, texts) -> a table each: shares of the samples whose stack goes through the
 libraries that do the work that nobody can save (Pillow with libjpeg, FFmpeg, the tokenizer), and of all others, by the
 library or the caller. What starts once (interpreter, imports, tokenizer, decoder) is measured by a build of a single
 record of the kind, subtracted and stated. Samples are of processor time, so that waiting for a busy core is not in.
@@ -20,9 +20,13 @@ import av
 import click
 import numpy as np
 
+from PIL import Image
+
 from tests.benchmarks.photographs import photograph
 from tests.benchmarks.validation import llava_record
 
+_NUM_LARGE = 80
+_LARGE = (1728, 2304)
 _NUM_CLIPS = 24
 _NUM_TEXTS = 20_000
 _RATE = 199
@@ -40,6 +44,22 @@ _GROUPS = (
     ("the kernel: files, pipes, memory", r"\[kernel"),
 )
 LIBRARIES = ("Pillow, libjpeg", "FFmpeg (decord, PyAV)", "tokenizer")
+
+
+def _write_large_pictures(folder: Path) -> Path:
+    """Pictures of 4 megapixels, as scanned pages and telephones have them."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    drawn = photograph(rng, *_LARGE)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A photograph."}]
+    lines = []
+    for number in range(_NUM_LARGE):
+        shifted = np.roll(drawn, (37 * number, 101 * number), axis=(0, 1))
+        Image.fromarray(shifted).save(folder / f"{number}.jpg", quality=90)
+        lines.append(json.dumps({"image": f"{number}.jpg", "conversations": turns}))
+    path = folder / "annotations.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def _write_clips(folder: Path) -> Path:
@@ -100,10 +120,12 @@ def _group(stack: str) -> str:
 
 
 def profile_builds(pictures: Path, media_root: Path, folder: Path, model: Path) -> None:
-    """Build pictures, clips and texts under perf and print where the time goes."""
+    """Build pictures, large pictures, clips and texts under perf and print where the time goes."""
+    large = _write_large_pictures(folder / "large")
     clips, texts = _write_clips(folder / "clips"), _write_texts(folder / "texts")
     for name, path, root in (
         ("pictures", pictures, media_root),
+        ("large pictures", large, large.parent),
         ("clips", clips, clips.parent),
         ("texts", texts, texts.parent),
     ):

@@ -218,6 +218,7 @@ def test_an_absolute_path_inside_the_root_is_found(root: Path) -> None:
     [
         ("../secret.png", "media_outside_root"),
         ("sub/../../secret.png", "media_outside_root"),
+        ("../no such.png", "media_outside_root"),
         ("out.png", "media_outside_root"),
         ("out/secret.png", "media_outside_root"),
         ("/etc/passwd", "media_outside_root"),
