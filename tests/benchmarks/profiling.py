@@ -1,9 +1,10 @@
 """Where the processor time of a build goes: samples of the stacks of worker and decoder, by ``perf``.
 
-Builds by one worker (the pictures of the comparison, large pictures, clips, texts) -> a table each: shares of the samples whose stack goes through the
-libraries that do the work that nobody can save (Pillow with libjpeg, FFmpeg, the tokenizer), and of all others, by the
-library or the caller. What starts once (interpreter, imports, tokenizer, decoder) is measured by a build of a single
-record of the kind, subtracted and stated. Samples are of processor time, so that waiting for a busy core is not in.
+Builds by one worker (the pictures of the comparison, large pictures, clips, texts) -> a table each: shares of the
+samples whose stack goes through the libraries that do the work that nobody can save (Pillow with libjpeg, FFmpeg, the
+tokenizer), and of all others, by the library or the caller. What starts once (interpreter, imports, tokenizer,
+decoder) is measured by a build of a single record of the kind, subtracted and stated. Samples are of processor time,
+so that waiting for a busy core is not in.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 import av
 import click
 import numpy as np
-
 from PIL import Image
 
 from tests.benchmarks.photographs import photograph
