@@ -27,6 +27,7 @@ from prep.engines import SerialEngine, open_engine
 from prep.registry import find_sources
 from schemas.errors import ConfigError
 from schemas.settings import BuildSettings
+from tests.guides import blocks
 from tests.prep.corpus import write_corpus
 from tests.prep.ray_cluster import NodeProcesses, kill_while_it_runs
 
@@ -232,17 +233,16 @@ def test_what_is_no_address_is_wrong_use(address: str, corpus: Path) -> None:
     assert f"vlprep: --ray-address {address}" in result.output or "no Ray cluster answers" in result.output
 
 
-def blocks(language: str) -> list[str]:
-    guide = (REPOSITORY / "docs" / "cluster.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", guide, re.DOTALL)
+def blocks_of_guide(language: str) -> list[str]:
+    return blocks("cluster.md", "Preparing shards", language)
 
 
 def test_scripts_of_the_guide_are_valid_and_name_options_that_exist() -> None:
-    (script,) = blocks("bash")
+    (script,) = blocks_of_guide("bash")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    (manifest,) = blocks("yaml")
+    (manifest,) = blocks_of_guide("yaml")
     entrypoint: str = list(yaml.safe_load_all(manifest))[1]["spec"]["entrypoint"]
-    typed = re.findall(r"^vlprep [^…\n]*$", "\n".join([script, *blocks(""), entrypoint]), re.MULTILINE)
+    typed = re.findall(r"^vlprep [^…\n]*$", "\n".join([script, *blocks_of_guide(""), entrypoint]), re.MULTILINE)
     assert len(typed) == 4
     for line in typed:
         words = shlex.split(line.removesuffix("&"))[1:]
@@ -251,7 +251,7 @@ def test_scripts_of_the_guide_are_valid_and_name_options_that_exist() -> None:
 
 
 def test_the_manifest_of_the_guide_mounts_the_same_volume_in_every_pod() -> None:
-    (manifest,) = blocks("yaml")
+    (manifest,) = blocks_of_guide("yaml")
     volume, job = yaml.safe_load_all(manifest)
     cluster = job["spec"]["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
@@ -264,7 +264,7 @@ def test_the_manifest_of_the_guide_mounts_the_same_volume_in_every_pod() -> None
         assert pod["volumes"] == [{"name": "data", "persistentVolumeClaim": {"claimName": volume["metadata"]["name"]}}]
         assert container["image"] == pods[0]["containers"][0]["image"]
     pinned = re.search(r"(?m)^ray==(.*)$", (REPOSITORY / "constraints.txt").read_text())
-    (dockerfile,) = blocks("dockerfile")
+    (dockerfile,) = blocks_of_guide("dockerfile")
     assert pinned is not None
     assert cluster["rayVersion"] == pinned[1]
     assert f"FROM rayproject/ray:{pinned[1]}-" in dockerfile

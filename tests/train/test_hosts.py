@@ -1,0 +1,264 @@
+"""Two hosts, each with a launcher of its own, compute what one host with as many ranks does; the guide's script runs.
+
+The hosts are two launches on this machine that know of each other what hosts of a cluster do: the address of the first
+one, its port, and their own number. Every rank is the first and only one of its host. Slurm is a program of its name
+that starts tasks and passes signals on as ``srun`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.guides import blocks
+from tests.train.launching import (
+    ENVIRONMENT,
+    REPOSITORY,
+    fingerprint_of,
+    made_once,
+    read_metrics,
+    read_untimed,
+    read_weights,
+    torchrun,
+)
+from tests.train.synthetic import make_medium, make_sample, write_shards
+from train.checkpoint import list_checkpoints
+
+NUM_STEPS = 3
+ADDRESS = "127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Pictures on one rank and text on the other in every micro-step."""
+    rng = np.random.default_rng(0)
+    bins = [
+        [make_sample(rng, [make_medium(rng, 8, 8)]) if number % 2 else make_sample(rng, num_text=30)]
+        for number in range(8)
+    ]
+    fingerprint = fingerprint_of(tiny_checkpoint)
+    shards = made_once(tmp_path_factory, "hosts-shards", lambda out: write_shards(out, bins, tokenizer=fingerprint))
+    settings = {
+        "shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "max_steps": NUM_STEPS,
+        "tune_mm_vision": True,
+        "learning_rate": 1e-3,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def one_host(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(out: Path) -> None:
+        done = torchrun(2, *flags, "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "one-host", make)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((ADDRESS, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def launchers(kind: str, folder: Path) -> list[list[str]]:
+    """The command of each host, without the flags of the trainer."""
+    meeting = ["--master_addr", ADDRESS, "--master_port", str(free_port())]
+    if kind == "torchrun":
+        program = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    else:
+        hostfile = folder / "hostfile"
+        hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
+        program = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile), "--no_ssh"]
+    return [[*program, "--node_rank", number, *meeting, "train/main.py"] for number in "01"]
+
+
+def run_hosts(commands: list[list[str]], flags: list[str]) -> None:
+    """Run the hosts at the same time, each in a session of its own, to their ends."""
+    hosts = [
+        subprocess.Popen(
+            [*command, *flags],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for command in commands
+    ]
+    try:
+        told = [host.communicate(timeout=300)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            if host.poll() is None:
+                os.killpg(host.pid, 9)
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(told)
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+def test_two_hosts_train_what_one_host_trains(kind: str, flags: list[str], one_host: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_hosts(launchers(kind, tmp_path), [*flags, "--output_dir", str(run)])
+    assert read_untimed(run) == read_untimed(one_host)
+    assert len(read_untimed(run)) == NUM_STEPS
+    expected = read_weights(one_host)
+    found = read_weights(run)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_of_one_host_goes_on_with_two(flags: list[str], one_host: Path, tmp_path: Path) -> None:
+    """What a host saves, another one finds: the checkpoint of step 2 ends in the losses of the unbroken run."""
+    run = tmp_path / "run"
+    settings = [*flags, "--output_dir", str(run), "--resume", str(one_host / "checkpoint-2")]
+    run_hosts(launchers("torchrun", tmp_path), settings)
+    (last,) = read_untimed(run)
+    assert last == read_untimed(one_host)[-1]
+
+
+SRUN = """\
+import os, signal, subprocess, sys, time
+
+command = sys.argv[1:]
+while command[0].startswith("-"):
+    command.pop(0)
+tasks = []
+for number in range(int(os.environ["SLURM_NTASKS"])):
+    place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+    tasks.append(subprocess.Popen(command, env={**os.environ, **place}, start_new_session=True))
+
+
+def pass_on(number, frame):
+    for task in tasks:
+        os.killpg(task.pid, number)
+
+
+signal.signal(signal.SIGUSR1, pass_on)
+while any(task.poll() is None for task in tasks):
+    if any(task.poll() for task in tasks):
+        pass_on(signal.SIGKILL, None)
+    time.sleep(0.1)
+sys.exit(max(abs(task.returncode) for task in tasks))
+"""
+
+SCONTROL = """\
+import sys
+
+if sys.argv[1] == "requeue":
+    open("requeued", "a").write(sys.argv[2])
+else:
+    print("127.0.0.1", "node-b", sep="\\n")
+"""
+
+
+class Slurm:
+    """A folder to submit the guide's script from, with stand-ins for the programs of Slurm."""
+
+    def __init__(self, folder: Path, settings: dict[str, object]) -> None:
+        self.folder = folder
+        self.run = folder / "runs" / "mp_doc"
+        programs = folder / ".venv" / "bin"
+        programs.mkdir(parents=True)
+        path = f"{programs}:{Path(sys.executable).parent}"
+        (programs / "activate").write_text(f"export PATH={shlex.quote(path)}:$PATH\n")
+        for name, source in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (programs / name).write_text(f"#!{sys.executable}\n{source}")
+            (programs / name).chmod(0o755)
+        (folder / "train").symlink_to(REPOSITORY / "train")
+        lines = [f"{name} = {value}\n" for name, value in settings.items()]
+        (folder / "run.toml").write_text("".join([*lines, 'output_dir = "runs/mp_doc"\n']))
+
+    def submit(self) -> subprocess.Popen[str]:
+        (script,) = blocks("cluster.md", "Training", "bash")
+        job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port() - 20000), "SLURM_JOB_NODELIST": "node-[a-b]"}
+        return subprocess.Popen(
+            ["bash", "-c", script],
+            env={**ENVIRONMENT, **job, "SLURM_SUBMIT_DIR": str(self.folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    @property
+    def requeued(self) -> bool:
+        return (self.folder / "requeued").exists()
+
+
+def toml_values(flags: list[str]) -> dict[str, object]:
+    """Flags as a file of flags has them."""
+    values: dict[str, object] = {}
+    for name, value in zip(flags[::2], flags[1::2]):
+        is_bare = value in ("True", "False") or value.replace(".", "").isdigit()
+        values[name.removeprefix("--")] = value.lower() if is_bare else f'"{value}"'
+    return values
+
+
+def test_the_slurm_script_of_the_guide_trains(flags: list[str], one_host: Path, tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, toml_values(flags))
+    job = slurm.submit()
+    _, told = job.communicate(timeout=300)
+    assert job.returncode == 0, told
+    assert read_untimed(slurm.run) == read_untimed(one_host)
+    assert (slurm.run / "final").is_dir()
+    assert not slurm.requeued
+
+
+def test_a_slurm_job_whose_time_is_up_saves_and_queues_itself_again(flags: list[str], tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, {**toml_values(flags), "max_steps": 5000, "save_steps": 0})
+    job = slurm.submit()
+    try:
+        until = time.monotonic() + 240
+        while not (slurm.run / "metrics.jsonl").exists() or not read_metrics(slurm.run):
+            assert job.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        (srun,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(srun), signal.SIGUSR1)
+        _, told = job.communicate(timeout=240)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 0, told
+    assert slurm.requeued
+    (saved,) = list_checkpoints(slurm.run)
+    assert saved[0] == read_metrics(slurm.run)[-1]["step"]
+    assert not (slurm.run / "final").exists()
+
+
+def test_commands_and_manifest_of_the_guide_fit_together() -> None:
+    (script,) = blocks("cluster.md", "Training", "bash")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    typed = "\n".join([script, *blocks("cluster.md", "Training", "")])
+    assert re.findall(r"train/main.py (\S+ [\w.]+)", typed) == ["--config run.toml"] * 5
+    (manifest,) = blocks("cluster.md", "Training", "yaml")
+    service, job = yaml.safe_load_all(manifest)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    places = {part.partition("=")[0]: part.partition("=")[2] for part in container["args"]}
+    assert container["args"][5] == "train/main.py"
+    assert int(places["--nnodes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert places["--master_addr"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(places["--nproc_per_node"])
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
