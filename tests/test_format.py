@@ -9,12 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER
 from schemas.manifest import FORMAT_VERSION
 from schemas.pixels import PIXELS_MEMBER
 from schemas.tables import BINS_COLUMNS, SAMPLES_COLUMNS
+from tests.format_reader import read_set
 from tests.train.synthetic import as_stored, make_bins, write_shards
+from train.batch import build_micro_batch
+from train.explain import SourceSample, source_samples
+from train.index import open_shards
+from train.pixels import pixel_values
+from train.reader import read_checked_bin
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "format.md").read_text()
@@ -86,6 +93,48 @@ def test_the_programs_of_the_page_read_the_shards(tmp_path: Path, title: str, co
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == expected_lines(codec)
+
+
+@pytest.mark.parametrize("codec", list(PIXELS_MEMBER))
+def test_a_reader_written_from_the_page_alone_gets_what_the_trainer_gets(tmp_path: Path, codec: str) -> None:
+    """Arrays, order of samples, and pixel values to the bit; tests/format_reader.py knows the page and no code."""
+    folder = write_shards(tmp_path / "set", BINS, codec=codec)
+    index = open_shards(folder)
+    found = list(read_set(folder))
+    assert [one.number for one in found] == list(range(index.num_bins))
+    for one in found:
+        ours = read_checked_bin(index, one.number)
+        for name in ARRAY_MEMBERS:
+            assert np.array_equal(getattr(ours, name[:-4]), one.arrays[name[:-4]]), name
+        assert [sample["id"] for sample in one.samples] == [sample.id for sample in source_of(folder, one.number)]
+        vision = build_micro_batch([ours]).vision
+        if len(one.pixel_values):
+            assert torch.equal(pixel_values(vision), torch.from_numpy(one.pixel_values))
+    assert sum(len(one.pixel_values) for one in found) == index.num_patches.sum()
+
+
+def source_of(folder: Path, number: int) -> list[SourceSample]:
+    return source_samples(open_shards(folder), [number])[number]
+
+
+def test_the_program_of_the_short_page_rebuilds_the_pictures(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "set", BINS, bins_per_shard=len(BINS))
+    short = (REPOSITORY / "shards" / "README.md").read_text()
+    found = re.search(r"```python\n(.*?)```", short, re.DOTALL)
+    assert found is not None
+    text = found[1].replace("shards/demo/", f"{folder}/")
+    assert str(folder) in text
+    (tmp_path / "reader.py").write_text(f"{text.rstrip()}\n        print(bin['__key__'], frames.shape, frames.sum())\n")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "reader.py")], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"{number:08d} {medium.frames.shape} {medium.frames.sum()}"
+        for number, samples in enumerate(BINS)
+        for sample in samples
+        for medium in sample.media
+    ]
 
 
 def test_the_short_page_is_linked_and_names_the_same_members() -> None:

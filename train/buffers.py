@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -49,7 +50,8 @@ class ReusedBuffers:
             memory = free.pop()
         except IndexError:
             memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
         # All views refer to this array, which owns nothing: when it dies, the memory is free.
         lease = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
         weakref.finalize(lease, self._give_back, memory, capacity).atexit = False

@@ -5,6 +5,7 @@ node may share a folder: files appear whole (written beside, synced, renamed), a
 another process removes it. A process that is killed leaves at most a temporary file, which a later one removes.
 
 The key is that of the contents (SHA-256 of the shard, offset, length), so bins of another build are never mistaken.
+A folder that holds other files too is no danger to them: only names that a cache gives are counted and removed.
 
 Cost: a hit is one read and one change of a time stamp; a new bin is one synced write and one short lock. When the
 folder is full it is listed once, and a tenth of the limit is freed.
@@ -16,6 +17,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,9 +33,11 @@ _KEEP_SHARE = 0.9
 _STALE_S = 3600.0
 """A temporary file this old belongs to a process that was killed."""
 
-_LOCK_FILE = "lock"
-_SIZE_FILE = "size"
+_LOCK_FILE = ".lock"
+_SIZE_FILE = ".size"
 _TEMPORARY = ".tmp-"
+_FOLDER_NAME = re.compile("[0-9a-f]{2}")
+_FILE_NAME = re.compile(rf"[0-9a-f]{{32}}|{re.escape(_TEMPORARY)}\w+")
 
 
 def cache_key(shard_sha256: str, offset: int, num_bytes: int) -> str:
@@ -47,7 +52,7 @@ class BinCache:
         """Describe a cache; the folder is made with the first bin.
 
         Args:
-            folder: holds nothing else.
+            folder: best one that holds nothing else.
             max_bytes: of all bins together.
 
         Raises:
@@ -71,12 +76,12 @@ class BinCache:
         except FileNotFoundError:
             return False
         except OSError as error:
-            logger.warning("%s cannot be read (%s): its bin is fetched again", path, error)
+            logger.warning("%s cannot be read (%s): its bin is fetched again", path, error.strerror or error)
             return False
         if not whole:
             self.remove(key)
             return False
-        with suppress(FileNotFoundError):  # removed by another process since it was opened
+        with suppress(OSError):  # removed by another process since it was opened, or of a cache that is only read
             os.utime(path)
         return True
 
@@ -107,11 +112,16 @@ class BinCache:
                 raise
         except OSError as error:
             self._gave_up = True
-            logger.warning("the cache %s cannot be written to (%s): bins are no longer kept there", self._folder, error)
+            logger.warning(
+                "the cache %s cannot be written to (%s): bins are no longer kept there",
+                self._folder,
+                error.strerror or error,
+            )
 
     def remove(self, key: str) -> None:
-        """Forget a bin that turned out to be damaged."""
-        self._path(key).unlink(missing_ok=True)
+        """Forget a bin that turned out to be damaged; in a cache that is only read it stays."""
+        with suppress(OSError):
+            self._path(key).unlink()
 
     def size(self) -> int:
         """Bytes of all bins, those being written included, by a look at every file."""
@@ -122,7 +132,7 @@ class BinCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self._folder / _LOCK_FILE).open("w") as file:
+        with (self._folder / _LOCK_FILE).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield  # closing the file unlocks it, however the process ends
 
@@ -144,9 +154,10 @@ class BinCache:
 
     def _noted_size(self) -> int | None:
         try:
-            return int((self._folder / _SIZE_FILE).read_text())
+            noted = int((self._folder / _SIZE_FILE).read_text())
         except (FileNotFoundError, ValueError):
             return None
+        return noted if noted >= 0 else None
 
     def _evict(self, num_bytes: int) -> int:
         """Remove bins, oldest first, until ``num_bytes`` fit; returns the size of what stays."""
@@ -165,13 +176,24 @@ class BinCache:
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """Time of last use, size and path of every bin, those being written included; stale temporary files go."""
         now = time.time()
-        for folder in self._folder.glob("??"):
-            for entry in os.scandir(folder):
-                try:
-                    stat = entry.stat()
-                except FileNotFoundError:
-                    continue
-                if entry.name.startswith(_TEMPORARY) and now - stat.st_mtime > _STALE_S:
-                    Path(entry.path).unlink(missing_ok=True)
-                else:
-                    yield stat.st_mtime, stat.st_size, Path(entry.path)
+        folders = [entry.path for entry in _entries(self._folder) if _FOLDER_NAME.fullmatch(entry.name)]
+        for entry in (entry for folder in folders for entry in _entries(folder) if _FILE_NAME.fullmatch(entry.name)):
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            if entry.name.startswith(_TEMPORARY) and now - status.st_mtime > _STALE_S:
+                Path(entry.path).unlink(missing_ok=True)
+            else:
+                yield status.st_mtime, status.st_size, Path(entry.path)
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What a folder holds; nothing where there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []

@@ -1,7 +1,8 @@
 """Which bins, ranks and source samples a step uses.
 
-A set of shards and a step -> a text: one line a place of the step with what it costs, and under it the annotations
-that its bin was packed from. The answer is that of a run with the same seed, global batch, ranks and micro-steps.
+A set of shards and a step -> a text: what every rank has to compute in every micro-step, the bins it does that with,
+and under each bin the annotations that it was packed from. The answer is that of a run with the same seed, global
+batch, ranks, micro-steps and model.
 
 Cost: the index, and one filtered pass over the ledger.
 """
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import ConfigError, ShardError
@@ -57,6 +59,8 @@ def source_samples(index: ShardIndex, bins: list[int]) -> dict[int, list[SourceS
                 ledger = pq.read_table(file, columns=columns, filters=[("bin", "in", list(number_of))])
         except FileNotFoundError:
             raise ShardError(f"{folder / SAMPLES_FILE} is missing. Copy the folder again or build it again.") from None
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(f"{folder / SAMPLES_FILE} cannot be read: {error}. Copy the folder again.") from error
         for row in ledger.sort_by([("bin", "ascending"), ("slot", "ascending")]).to_pylist():
             found[number_of[row.pop("bin")]].append(SourceSample(**row))
     for number, samples in found.items():
@@ -90,39 +94,55 @@ def explain_step(
 
     Args:
         index: the set of shards.
-        order: over its bins.
+        order: over its bins, by costs in floating-point operations.
         step: counted from 0.
         world_size: number of ranks.
         accumulation: micro-steps of the step.
 
     Raises:
-        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the step is below 0.
+        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the order has no such step.
         ShardError: a ledger is missing, or does not know a bin.
     """
     per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
+    if order.num_steps is not None and step >= order.num_steps:
+        raise ConfigError(f"step is {step}, but the order ends after {order.num_steps} steps, which count from 0.")
     places = order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
     samples = source_samples(index, places[places != EMPTY].tolist())
-    # (A, W): what a rank has to do in a micro-step, as a share of the mean over all
+    # (A, W): what a rank has to do in a micro-step
     load = np.where(places == EMPTY, 0.0, order.cost[places]).sum(axis=2)
-    load /= load.mean()
     yield (
-        f"step {step}, epoch {step / order.steps_per_epoch:.4f}: {order.global_batch} bins, {world_size} ranks, "
-        f"{accumulation} micro-steps, seed {order.seed}"
+        f"step {step}, epoch {step / order.steps_per_epoch:.4f}: {(places != EMPTY).sum()} bins, {world_size} ranks, "
+        f"{accumulation} micro-steps, seed {order.seed}, efficiency {order.efficiency(places):.3f}"
     )
     for micro_step, of_ranks in enumerate(places):
-        efficiency = load[micro_step].mean() / load[micro_step].max()
-        yield f"micro-step {micro_step}: efficiency {efficiency:.3f} (mean cost over the ranks / highest)"
+        mean, highest = load[micro_step].mean(), load[micro_step].max()
+        yield (
+            f"micro-step {micro_step}: efficiency {mean / highest:.3f} (mean cost over the ranks / highest)"
+            if highest
+            else f"micro-step {micro_step}: no bins"
+        )
         for rank, mine in enumerate(of_ranks):
+            share = f", {load[micro_step, rank] / mean:.3f} of the mean" if highest else ""
+            yield f"  rank {rank}: cost {_tflop(load[micro_step, rank])}{share}"
             for number in mine.tolist():
-                yield f"  rank {rank}: {_describe(index, number)}, load of the rank {load[micro_step, rank]:.3f}"
+                if number == EMPTY:
+                    yield "    an empty place: one token without weight"
+                    continue
+                yield f"    {_describe(index, order, number)}"
                 for sample in samples[number]:
                     yield (
-                        f"    {sample.slot}: {sample.dataset} {sample.file}:{sample.line} record {sample.record} "
+                        f"      {sample.slot}: {sample.dataset} {sample.file}:{sample.line} record {sample.record} "
                         f"id {sample.id}, {sample.num_tokens} tokens"
                     )
 
 
-def _describe(index: ShardIndex, number: int) -> str:
+def _describe(index: ShardIndex, order: DataOrder, number: int) -> str:
     return (
-        f"bin {number} ({index.locate(number)}), {index.num_tokens[number]} tokens, {index.num_patches[number]} patches"
+        f"bin {number} ({index.locate(number)}): {index.num_tokens[number]} tokens, {index.num_patches[number]} "
+        f"patches, cost {_tflop(order.cost[number])}"
     )
+
+
+def _tflop(cost: float) -> str:
+    """With four digits or more, for small models too."""
+    return f"{cost / 1e12:,.3f} TFLOP" if cost >= 1e12 or not cost else f"{cost / 1e12:.4g} TFLOP"

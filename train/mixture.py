@@ -49,7 +49,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     Raises:
         ConfigError: an empty part, a folder named twice, a weight of 0, or a mixture of weights and epochs.
     """
-    if Path(text).exists():
+    if _is_there(text):
         return (Source(path=text),)
     sources = tuple(_parse_source(part.strip(), text) for part in text.split(","))
     paths = [source.path.rstrip("/") for source in sources]
@@ -63,6 +63,13 @@ def parse_sources(text: str) -> tuple[Source, ...]:
             "epochs to all (a:2epochs,b:0.5epochs), or nothing to any."
         )
     return sources
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # longer than the name of a file can be
+        return False
 
 
 def _parse_source(part: str, text: str) -> Source:

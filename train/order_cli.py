@@ -8,6 +8,7 @@ Cost: that of :mod:`train.explain` or :mod:`train.simulate`.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -41,16 +42,19 @@ from train.simulate import NUM_STEPS, report, simulate
     "--tune-llm/--freeze-llm", default=True, show_default=True, help="What the run trains; it decides the costs too."
 )
 @click.option("--tune-vision/--freeze-vision", default=False, show_default=True, help="What the run trains.")
+@click.option("--lora/--no-lora", default=False, show_default=True, help="Whether it trains adapters.")
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=True,
     show_default=True,
     help="Whether the run recomputes activations.",
 )
-@click.option("--num-steps", type=click.IntRange(min=1), default=NUM_STEPS, show_default=True, help="With --simulate.")
+@click.option(
+    "--num-steps", type=click.IntRange(1, 100_000), default=NUM_STEPS, show_default=True, help="With --simulate."
+)
 @click.option(
     "--tokens-per-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
     default=100_000.0,
     show_default=True,
     help="With --simulate: speed of training over all ranks.",
@@ -68,6 +72,7 @@ def main(
     model: Path | None,
     tune_llm: bool,
     tune_vision: bool,
+    lora: bool,
     gradient_checkpointing: bool,
     num_steps: int,
     tokens_per_s: float,
@@ -76,11 +81,14 @@ def main(
     try:
         if (step is None) == (not simulated):
             raise ConfigError("give either --step N or --simulate.")
+        if not 0 < tokens_per_s < math.inf:
+            raise ConfigError(f"--tokens-per-s is {tokens_per_s}; allowed: a positive number.")
         index = open_shards(shards)
         accumulation = accumulation or max(1, global_batch // world_size)
         trained = {
             "tune_llm": tune_llm,
             "tune_vision": tune_vision,
+            "uses_adapters": lora,
             "gradient_checkpointing": gradient_checkpointing,
         }
         if model is None:

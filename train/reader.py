@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import xxhash
 
-from schemas.bins import Bin, read_bin
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, read_bin
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VIDEO_PAD
 from train.buffers import Buffers, ReusedBuffers
@@ -120,16 +120,14 @@ class BinReader:
         location = self._index.locate(number)
         buffer = self._buffers.take(location.num_bytes)
         data = buffer.numpy().data
-        if self._cache is None or not isinstance(location.path, RemotePath):
-            self._fetch(number, location, data, checked=self._is_checked(number))
-        elif not self._read_cached(number, location, data):
-            # Whatever the settings: damage must not be kept.
-            self._fetch(number, location, data, checked=True)
-            self._cache.write(self._key(number), data)
-        where = str(location)
-        one = read_bin(data, location.local_bin, where=where)
-        self._check_counts(number, one, where=where)
-        _check_samples(one, where=where)
+        cache = self._cache if isinstance(location.path, RemotePath) else None
+        one = None if cache is None else self._read_cached(cache, number, location, data)
+        if one is None:
+            # Into a cache goes nothing unchecked, whatever the settings: damage must not be kept.
+            self._fetch(number, location, data, checked=cache is not None or self._is_checked(number))
+            one = self._parse(number, location, data)
+            if cache is not None:
+                cache.write(self._key(number), data)
         return LoadedBin(one, location, buffer)
 
     def close(self) -> None:
@@ -149,12 +147,13 @@ class BinReader:
                 stopped=self._stopped,
             )
         except OSError as error:
-            remedy = (
-                "See that the server answers and holds the shard, then resume."
-                if isinstance(location.path, RemotePath)
-                else "Copy the shard again."
-            )
             missing = "No such file" if isinstance(error, FileNotFoundError) else None
+            if isinstance(location.path, RemotePath):
+                remedy = "See that the server answers and holds the shard, then resume."
+            elif missing:
+                remedy = "Copy the shard again."
+            else:
+                remedy = "See that the file system answers and the shard may be read, then resume."
             raise ShardError(f"{location}: cannot be read: {missing or error.strerror or error}. {remedy}") from error
         if got < location.num_bytes:
             raise ShardError(
@@ -163,18 +162,26 @@ class BinReader:
         if digest is not None:
             self._compare(number, location, digest.intdigest())
 
-    def _read_cached(self, number: int, location: BinLocation, data: memoryview) -> bool:
-        assert self._cache is not None
-        if not self._cache.read(self._key(number), data):
-            return False
-        if self._is_checked(number):
-            try:
+    def _read_cached(self, cache: BinCache, number: int, location: BinLocation, data: memoryview) -> Bin | None:
+        """The bin from the cache; None where it is not there, or is damaged there."""
+        if not cache.read(self._key(number), data):
+            return None
+        try:
+            if self._is_checked(number):
                 self._compare(number, location, xxhash.xxh3_64_intdigest(data))
-            except ShardError:
-                logger.warning("%s: its copy in the cache is damaged and fetched again", location)
-                self._cache.remove(self._key(number))
-                return False
-        return True
+            return self._parse(number, location, data)
+        except ShardError:
+            logger.warning("%s: its copy in the cache is damaged and fetched again", location)
+            cache.remove(self._key(number))
+            return None
+
+    def _parse(self, number: int, location: BinLocation, data: memoryview) -> Bin:
+        """Arrays of a bin, whose structure and counts are those that the index describes."""
+        where = str(location)
+        one = read_bin(data, location.local_bin, where=where)
+        self._check_counts(number, one, where=where)
+        _check_samples(one, where=where)
+        return one
 
     def _key(self, number: int) -> str:
         index = self._index
@@ -202,6 +209,8 @@ class BinReader:
             "targets": (int(np.count_nonzero(one.labels != IGNORE_INDEX)), int(index.num_targets[number])),
             "samples": (one.cu_seqlens.size - 1, int(index.num_samples[number])),
             "patches": (sum(t * h * w for t, h, w in one.grid_thw.tolist()), int(index.num_patches[number])),
+            "images": (int(np.count_nonzero(one.media_type == MEDIA_IMAGE)), int(index.num_images[number])),
+            "videos": (int(np.count_nonzero(one.media_type == MEDIA_VIDEO)), int(index.num_videos[number])),
         }
         for what, (found, expected) in counts.items():
             if found != expected:
@@ -220,6 +229,8 @@ def _check_samples(one: Bin, *, where: str) -> None:
             f"{where}: grid_thw {grids[:4]} has a grid that is not positive with even rows and columns. "
             "Build the shards again."
         )
+    if bool(np.any((one.media_type == MEDIA_IMAGE) & (one.grid_thw[:, 0] != 1))):
+        raise ShardError(f"{where}: grid_thw has an image of several temporal steps. Build the shards again.")
     trained_first = one.labels[one.cu_seqlens[:-1]] != IGNORE_INDEX
     if bool(trained_first.any()):
         raise ShardError(

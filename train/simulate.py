@@ -204,7 +204,7 @@ def report(
     yield (
         f"an epoch: {order.places_per_epoch:,} bins of {index.num_bins:,} in the shards, "
         f"{order.steps_per_epoch:,.2f} steps, {epoch_tokens:,.0f} tokens, "
-        f"{epoch_tokens / tokens_per_s / 3600:.2f} hours; {steps}"
+        f"{_duration(epoch_tokens / tokens_per_s)}; {steps}"
     )
 
 
@@ -237,6 +237,10 @@ def _drawn_at_random(order: DataOrder, rng: np.random.Generator, num_steps: int)
     sizes = np.array(order.mixture.sizes)[sources]
     drawn: NDArray[np.int64] = order.mixture.first_bins[sources] + rng.integers(0, sizes)
     return drawn
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds < 1000 else f"{seconds / 3600:,.2f} hours"
 
 
 def _mb(num_bytes: float) -> str:

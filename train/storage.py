@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,7 +77,7 @@ class RemotePath:
 
     def __str__(self) -> str:
         """The URL without a password."""
-        return re.sub(r"//[^/@]*@", "//***@", self.url)
+        return _without_password(self.url)
 
     @property
     def name(self) -> str:
@@ -104,13 +105,34 @@ class RefusedError(StorageError):
     """A storage that cannot do what is asked."""
 
 
-_FINAL = (RefusedError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ConfigError)
+_FINAL = (
+    RefusedError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ConfigError,
+)
 """Answers that another attempt would not change."""
+
+_FINAL_STATUS = frozenset({401, 403, 405, 410, 451, 501})
+"""Such answers over HTTP; 404 is a FileNotFoundError."""
+
+_NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})
+"""Names of the errors by which botocore and google-auth say that they have nothing to ask with."""
 
 
 def parse_path(text: str) -> ShardPath:
-    """A folder, or a URL where there is a ``://``."""
-    return RemotePath(text.rstrip("/")) if "://" in text else Path(text)
+    """A folder, or a URL where there is a ``://``.
+
+    Raises:
+        ConfigError: there is nothing, or nothing after the ``://``.
+    """
+    _, mark, place = text.partition("://")
+    if not (place.strip("/") if mark else text.strip()):
+        raise ConfigError(f"{text!r} names no folder. Give one that `vlprep build --out` wrote, or its URL.")
+    return RemotePath(text.rstrip("/")) if mark else Path(text)
 
 
 def read_file(path: ShardPath, patience: Patience | None = None) -> bytes:
@@ -166,21 +188,39 @@ def file_sizes(folder: ShardPath, names: Iterable[str], patience: Patience | Non
     """
     if isinstance(folder, Path):
         return {name: size for name in names if (size := _local_size(folder / name)) is not None}
+    patience = patience or Patience()
     # One listing tells all sizes where the storage has listings; other files are asked for one by one.
-    sizes = {name: size for name, kind, size in _listing(folder) if kind == "file" and size is not None}
+    sizes: dict[str, int] = {}
+    try:
+        sizes = {name: size for name, kind, size in _list(folder, patience) if kind == "file" and size is not None}
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - every system behind fsspec raises errors of its own
+        logger.debug("%s cannot be listed: %s", folder, _describe(error))
     missing = [name for name in names if name not in sizes]
     with ThreadPoolExecutor(_MAX_ASKED_AT_ONCE, thread_name_prefix="shard-sizes") as pool:
-        asked = pool.map(lambda name: _remote_size(folder / name, patience or Patience()), missing)
+        asked = pool.map(lambda name: _remote_size(folder / name, patience), missing)
         sizes.update((name, size) for name, size in zip(missing, asked) if size is not None)
     return sizes
 
 
 def sub_folders(folder: ShardPath) -> list[ShardPath]:
-    """Folders inside a folder, sorted by name, without hidden ones; none where the storage has no listings."""
+    """Folders inside a folder, sorted by name, without hidden ones; none where the storage has no listings.
+
+    Raises:
+        OSError: the folder cannot be read, or a link in it leads nowhere, so that what it stands for would be left out.
+    """
     if isinstance(folder, Path):
-        entries: list[ShardPath] = [entry for entry in folder.iterdir() if entry.is_dir()]
+        found = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        for entry in found:
+            if entry.is_symlink() and not os.path.exists(entry):
+                raise StorageError(f"{entry} is a link to {os.readlink(entry)}, which is not there")
+        entries: list[ShardPath] = [entry for entry in found if entry.is_dir()]
     else:
-        entries = [folder / name for name, kind, _ in _listing(folder) if kind == "directory"]
+        entries = []
+        with suppress(FileNotFoundError, NotADirectoryError, NotImplementedError):
+            listed = _persist(lambda patience: _list(folder, patience), Patience())
+            entries = [folder / name for name, kind, _ in listed if kind == "directory"]
     return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
@@ -208,7 +248,7 @@ def _read_local(path: Path, offset: int, out: memoryview, digest: Digest | None)
 def _local_size(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -253,14 +293,10 @@ def _remote_size(path: RemotePath, patience: Patience) -> int | None:
         return None
 
 
-def _listing(folder: RemotePath) -> list[tuple[str, str, int | None]]:
-    """Name, kind (``file`` or ``directory``) and size of what a folder holds; nothing where there are no listings."""
+def _list(folder: RemotePath, patience: Patience) -> list[tuple[str, str, int | None]]:
+    """Name, kind (``file`` or ``directory``) and size of what a folder holds."""
     system, place = _file_system(folder.url)
-    try:
-        entries = system.ls(place, detail=True)
-    except Exception as error:  # noqa: BLE001 - every system behind fsspec raises errors of its own
-        logger.debug("%s cannot be listed: %s", folder, _describe(error))
-        return []
+    entries = system.ls(place, detail=True, **_time_limit(system, patience))
     return [(entry["name"].rstrip("/").rpartition("/")[2], entry["type"], entry.get("size")) for entry in entries]
 
 
@@ -286,6 +322,8 @@ def _persist(call: Callable[[Patience], T], patience: Patience, stopped: threadi
         except _FINAL:
             raise
         except Exception as error:  # every system behind fsspec raises errors of its own
+            if getattr(error, "status", None) in _FINAL_STATUS or type(error).__name__ in _NO_CREDENTIALS:
+                raise RefusedError(f"the server refuses: {_describe(error)}") from error
             failures += 1
             logger.info("attempt %d of %d failed: %s", failures, patience.attempts, _describe(error))
             if failures == patience.attempts or stopped.wait(patience.delay_s(failures)):
@@ -296,4 +334,11 @@ def _persist(call: Callable[[Patience], T], patience: Patience, stopped: threadi
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    """Kind and message in one line, without a password."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return _without_password(text).rstrip(": ")
+
+
+def _without_password(text: str) -> str:
+    """A text with users and passwords of the URLs in it hidden."""
+    return re.sub(r"//[^/\s]*@", "//***@", text)

@@ -12,8 +12,10 @@ decompression run outside the interpreter lock; ``docs/benchmarks.md`` has their
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, TimeoutError
@@ -121,18 +123,16 @@ class BinStream(Iterator[StepBatch]):
             )
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; allowed: 0 to {world_size - 1}.")
-        if min(num_threads, prefetch) < 1 or not read_timeout_s > 0 or start_step < 0:
+        if min(num_threads, prefetch) < 1 or not 0 < read_timeout_s <= threading.TIMEOUT_MAX or start_step < 0:
             raise ConfigError(
                 f"num_threads {num_threads}, prefetch {prefetch}, read_timeout_s {read_timeout_s}, start_step "
-                f"{start_step}; allowed: 1 or more threads and micro-batches, a positive time, a step from 0 on."
+                f"{start_step}; allowed: 1 or more threads and micro-batches, a positive time of up to "
+                f"{threading.TIMEOUT_MAX:.0f} s, a step from 0 on."
             )
         ends = [end for end in (end_step, order.num_steps) if end is not None]
         self._index = index
         self._order = order
-        self._rank = rank
-        self._world_size = world_size
         self._accumulation = accumulation
-        self._per_device = per_device
         self._next_step = start_step
         self._window_size = window_size
         self._read_timeout_s = read_timeout_s
@@ -144,7 +144,15 @@ class BinStream(Iterator[StepBatch]):
         self._num_threads = max(num_threads, read.connections) if self._reader.is_remote else num_threads
         self._prefetch = max(prefetch, self._num_threads) if self._reader.is_remote else prefetch
         self._builders = threading.BoundedSemaphore(num_threads)
-        self._plan = self._micro_steps(start_step, min(ends) if ends else None)
+        self._plan = _micro_steps(
+            order,
+            rank=rank,
+            world_size=world_size,
+            accumulation=accumulation,
+            per_device=per_device,
+            start=start_step,
+            end=min(ends) if ends else None,
+        )
         self._under_way: deque[_Pending] = deque()
         self._workers: _Workers | None = None
         self._closed = False
@@ -166,6 +174,7 @@ class BinStream(Iterator[StepBatch]):
 
         Raises:
             StopIteration: the stream has ended, or was closed.
+            ConfigError: the system does not allow so many threads.
             ShardError: a bin could not be read, is damaged, or took too long; the stream is closed.
         """
         began = time.perf_counter()
@@ -211,22 +220,14 @@ class BinStream(Iterator[StepBatch]):
     ) -> None:
         self.close()
 
-    def _micro_steps(self, start: int, end: int | None) -> Iterator[_Planned]:
-        step = start
-        while end is None or step < end:
-            places = self._order.bins_of_step(
-                step, world_size=self._world_size, accumulation=self._accumulation, per_device=self._per_device
-            )
-            for mine in places[:, self._rank]:
-                yield _Planned(places, tuple(mine[mine >= 0].tolist()))
-            step += 1
-
     def _fill(self) -> None:
         """Give the threads work until ``prefetch`` micro-batches are under way."""
         if self._closed:
             return
         if self._workers is None:
             self._workers = _Workers(self._num_threads, self._pin_device)
+            # A stream that is dropped instead of closed leaves no threads behind either.
+            weakref.finalize(self, self._workers.dismiss).atexit = False
         while len(self._under_way) < self._prefetch and (planned := next(self._plan, None)) is not None:
             self._under_way.append(_Pending(planned, self._workers.submit(self._build, planned.bins)))
 
@@ -241,7 +242,8 @@ class BinStream(Iterator[StepBatch]):
                 return batch.result()
             places = "; ".join(str(self._index.locate(number)) for number in planned.bins)
             raise ShardError(
-                f"{places}: not read within {self._read_timeout_s:g} s. See that the file system answers, then resume."
+                f"{places}: not read within {self._read_timeout_s:g} s. See that the file system answers, or raise "
+                "--read_timeout_s, then resume."
             ) from None
 
     def _build(self, bins: tuple[int, ...]) -> MicroBatch:
@@ -266,6 +268,15 @@ class _Planned(NamedTuple):
     bins: tuple[int, ...]
 
 
+def _micro_steps(
+    order: DataOrder, *, rank: int, world_size: int, accumulation: int, per_device: int, start: int, end: int | None
+) -> Iterator[_Planned]:
+    for step in itertools.count(start) if end is None else range(start, end):
+        places = order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
+        for mine in places[:, rank]:
+            yield _Planned(places, tuple(mine[mine >= 0].tolist()))
+
+
 class _Pending(NamedTuple):
     """A micro-step that a thread works at, or has finished."""
 
@@ -279,11 +290,18 @@ class _Workers:
     def __init__(self, count: int, pin_device: torch.device | None) -> None:
         self._tasks: SimpleQueue[tuple[Future[MicroBatch], Callable[[], MicroBatch]] | None] = SimpleQueue()
         self._pin_device = pin_device
-        self._threads = [
-            threading.Thread(target=self._run, name=f"bin-stream-{number}", daemon=True) for number in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(count):
+                thread = threading.Thread(target=self._run, name=f"bin-stream-{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:
+            self.close(_JOIN_S)
+            raise ConfigError(
+                f"the system allows {len(self._threads)} of {count} threads ({error}). Lower --dataloader_num_workers "
+                "or --read_connections."
+            ) from None
 
     def submit(self, build: Callable[[tuple[int, ...]], MicroBatch], bins: tuple[int, ...]) -> Future[MicroBatch]:
         """Let a thread build the micro-batch of some bins."""
@@ -293,21 +311,24 @@ class _Workers:
 
     def close(self, timeout_s: float) -> None:
         """End the threads once they are done with what they work at; cancelled work is passed over."""
-        for _ in self._threads:
-            self._tasks.put(None)
+        self.dismiss()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def dismiss(self) -> None:
+        """Let the threads end by themselves. Whatever runs may be interrupted by this: it waits for nothing."""
+        for _ in self._threads:
+            self._tasks.put(None)
 
     def _run(self) -> None:
         if self._pin_device is not None:
             torch.cuda.set_device(self._pin_device)  # pinning would otherwise open a context on the first device
         while (task := self._tasks.get()) is not None:
             future, job = task
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(job())
-            except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread raises it
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread raises it
+                    future.set_exception(error)
             del task, future, job  # an idle thread holds no batch

@@ -2,35 +2,68 @@
 
 A realistic mixture is packed, and every means is measured on the same bins: efficiency (mean cost over highest cost of
 the ranks, mean over micro-steps), and the variance of the mixture of datasets from step to step, as a multiple of that
-of bins drawn at random. No file is read; it takes a quarter of a minute.
+of bins drawn at random. Then what a budget of patches does to that, and how long a run takes to go on at any step of
+ten million bins. No file is read; it takes less than a minute.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 
 import click
 import numpy as np
 
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.mixture import KINDS, SIZES_OF_3B, packed_mixture
+from tests.benchmarks.mixture import KINDS, SIZES_OF_3B, PackedMixture, packed_mixture
 from train.cost import CostModel
 from train.order import DataOrder, Grouping
 from train.simulate import mixture_variance
 
-MODELS = {"3B": SIZES_OF_3B, "7B": CostModel()}
+MODELS = {
+    f"{name}{what}": sizes.in_training(tune_vision=trained, gradient_checkpointing=True)
+    for what, trained in (("", True), (", frozen tower", False))
+    for name, sizes in (("3B", SIZES_OF_3B), ("7B", CostModel()))
+}
 WINDOWS = (None, 2, 4, 8)
+MAX_PATCHES = 12_288
+
+
+@lru_cache(maxsize=2)
+def mixture(max_patches: int | None) -> PackedMixture:
+    """The mixture, packed with a budget of patches or without."""
+    return packed_mixture(num_samples=300_000, max_length=4096, max_patches=max_patches, seed=0)
+
+
+def variance_of_chance(packed: PackedMixture, global_batch: int) -> float:
+    """Variance of the mixture of datasets over steps whose bins are drawn at random."""
+    drawn = np.random.default_rng(0).integers(0, packed.num_bins, (8000, global_batch))
+    return mixture_variance(packed.composition, drawn)
+
+
+def time_of_going_on(grouping: Grouping | None, num_bins: int = 10_000_000) -> float:
+    """Milliseconds from the state of a run to the bins of its next step, the median of several."""
+    cost = np.random.default_rng(0).random(num_bins)
+    state = DataOrder(cost, seed=0, global_batch=512, grouping=grouping).state_dict(10**9)
+    times = []
+    for later in range(9):
+        began = time.perf_counter()
+        order = DataOrder(cost, seed=0, global_batch=512, grouping=grouping)
+        step = order.step_of({**state, "step": state["step"] + later})
+        order.bins_of_step(step, world_size=64, accumulation=8, per_device=1)
+        times.append(1e3 * (time.perf_counter() - began))
+    return float(np.median(times))
 
 
 def measure(
     model: CostModel, *, max_patches: int | None, world_size: int, accumulation: int, num_steps: int
 ) -> Iterator[tuple[str, float, float]]:
     """Name, efficiency and ratio of variances of every means, a random deal first."""
-    packed = packed_mixture(num_samples=300_000, max_length=4096, max_patches=max_patches, seed=0)
+    packed = mixture(max_patches)
     cost = model.bin_flops(**packed.columns)
     global_batch = world_size * accumulation
-    drawn = np.random.default_rng(0).integers(0, packed.num_bins, (8000, global_batch))
-    of_chance = mixture_variance(packed.composition, drawn)
+    of_chance = variance_of_chance(packed, global_batch)
     for window in WINDOWS:
         grouping = Grouping(steps=window, runs=accumulation) if window else None
         order = DataOrder(cost, seed=0, global_batch=global_batch, grouping=grouping)
@@ -61,7 +94,7 @@ def main(world_size: int, accumulation: int, num_steps: int) -> None:
     click.echo(describe_machine("numpy"))
     click.echo(f"mixture of {', '.join(KINDS)}; {world_size} ranks, {accumulation} micro-steps, {num_steps} steps")
     for name, model in MODELS.items():
-        for max_patches in (None, 12_288):
+        for max_patches in (None, MAX_PATCHES):
             found = measure(
                 model,
                 max_patches=max_patches,
@@ -71,7 +104,14 @@ def main(world_size: int, accumulation: int, num_steps: int) -> None:
             )
             for means, efficiency, ratio in found:
                 budget = f"{max_patches:,} patches" if max_patches else "no budget"
-                click.echo(f"{name}  {budget:<16} {means:<28} efficiency {efficiency:.4f}  variance x {ratio:.2f}")
+                click.echo(f"{name:<16} {budget:<16} {means:<28} efficiency {efficiency:.4f}  variance x {ratio:.2f}")
+    with_budget, without = (
+        variance_of_chance(mixture(max_patches), world_size * accumulation) for max_patches in (MAX_PATCHES, None)
+    )
+    click.echo(f"budget of {MAX_PATCHES:,} patches: variance of steps drawn at random x {with_budget / without:.2f}")
+    for grouping in (None, Grouping(steps=8, runs=8)):
+        name = "grouped over 8 steps" if grouping else "not grouped"
+        click.echo(f"going on among ten million bins, {name}: {time_of_going_on(grouping):.2f} ms")
 
 
 if __name__ == "__main__":

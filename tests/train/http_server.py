@@ -5,7 +5,8 @@ well): ``/plain/...``; ``/slow/...`` after 0.2 s; ``/flaky/...`` with an error f
 ``/broken/...`` with an error always; ``/cut/...`` with the connection closed in the middle of the first answer;
 ``/short/...`` with a complete answer that has too few bytes, the first time; ``/stall/...`` with half an answer, the
 first time, and then silence; ``/silent/...`` so always; ``/whole/...`` with the whole file whatever the range;
-``/sizeless/...`` without a length. ``/stats`` counts requests and how many were answered at once.
+``/sizeless/...`` without a length; ``/refused/...`` with 403;
+``/garbled/...`` with something that is not HTTP. ``/stats`` counts requests and how many were answered at once.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.2)
         elif behaviour == "broken" or (behaviour == "flaky" and is_first):
             return self.send(503, b"busy")
+        elif behaviour == "refused":
+            return self.send(403, b"")
+        elif behaviour == "garbled":
+            self.wfile.write(b"not HTTP\r\n\r\n")
+            self.close_connection = True
+            return None
         elif behaviour == "whole":
             return self.send(200, whole)
         elif behaviour == "short" and is_first:

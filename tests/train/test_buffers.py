@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
 import threading
 from pathlib import Path
 
@@ -36,6 +38,15 @@ def test_buffers_in_use_never_overlap(sizes: list[int]) -> None:
         del buffer
     for place, buffer in enumerate(kept):
         assert bool((buffer == (2 * place + 1) % 251).all())
+
+
+def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(mmap.mmap):
+        def madvise(self, *args: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Small)
+    assert ReusedBuffers().take(3 << 20).fill_(7).sum(dtype=torch.int64) == 7 * (3 << 20)
 
 
 @pytest.mark.parametrize(

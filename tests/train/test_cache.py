@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -76,6 +77,49 @@ def test_a_torn_file_counts_as_absent_and_goes(tmp_path: Path) -> None:
         path.write_bytes(torn)
         assert read(cache, 0) is None
         assert not path.exists()
+
+
+def test_other_files_in_the_folder_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+    """Not even where their folders have names of two digits, are older than all bins, and the cache is full."""
+    others = [tmp_path / name for name in ("en/a.txt", "ab/notes", "ab/0123456789abcdef", "00/.tmp-", "lock", "size")]
+    others.append(tmp_path / key_of(0)[:2] / "folder" / key_of(0))
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(b"not of the cache" * 1000)
+        os.utime(other, (1, 1))
+    (tmp_path / key_of(1)[:2]).mkdir(exist_ok=True)
+    (tmp_path / key_of(1)[:2] / key_of(1)).symlink_to(others[0])
+    cache = BinCache(tmp_path, 3_000)
+    for number in range(2, 12):
+        cache.write(key_of(number), memoryview(data_of(number)))
+    assert 0 < cache.size() <= 3_000
+    assert read(cache, 11) == data_of(11)
+    assert [other for other in others if other.read_bytes() != b"not of the cache" * 1000] == []
+
+
+@pytest.mark.parametrize("noted", ["-9999999", "", "many", "99999999999999999999"])
+def test_a_wrong_note_of_the_size_does_not_let_the_cache_grow(tmp_path: Path, noted: str) -> None:
+    for number in range(10):
+        if cached := list(tmp_path.glob(".size")):
+            cached[0].write_text(noted)
+        BinCache(tmp_path, 3_000).write(key_of(number), memoryview(data_of(number)))
+    assert 0 < BinCache(tmp_path, 3_000).size() <= 3_000
+
+
+def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that belongs to another user, or on a file system mounted for reading."""
+    cache = BinCache(tmp_path, 10_000)
+    cache.write(key_of(1), memoryview(data_of(1)))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("utime", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    assert read(cache, 1) == data_of(1)
+    (path,) = held(tmp_path)
+    path.write_bytes(data_of(1)[:-1])
+    assert read(cache, 1) is None, "a torn bin is not taken, though it cannot be removed"
 
 
 def test_a_cache_that_cannot_be_written_is_said_once_and_left_alone(
@@ -187,6 +231,18 @@ def test_a_damaged_bin_of_the_cache_is_fetched_again(remote: ShardIndex, tmp_pat
     (path,) = held(tmp_path / "cache")
     good = path.read_bytes()
     path.write_bytes(good[:900] + bytes([good[900] ^ 1]) + good[901:])
+    assert one.read(4).bin.index == 4
+    assert path.read_bytes() == good
+
+
+def test_a_bin_of_the_cache_that_is_no_bin_is_fetched_again_even_without_checksums(
+    remote: ShardIndex, tmp_path: Path
+) -> None:
+    one = reader(remote, tmp_path / "cache", verify="never")
+    one.read(4)
+    (path,) = held(tmp_path / "cache")
+    good = path.read_bytes()
+    path.write_bytes(bytes(len(good)))
     assert one.read(4).bin.index == 4
     assert path.read_bytes() == good
 

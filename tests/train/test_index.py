@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-import time
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,6 @@ from schemas.qwen import IMAGE_STD
 from tests.benchmarks.index import write_many_bins
 from tests.train.synthetic import BINS_SCHEMA, make_bins, write_shards, write_table
 from train.index import open_shards
-from train.order import DataOrder
 
 
 @pytest.fixture
@@ -180,12 +179,25 @@ def test_a_manifest_of_another_version_stops(folder: Path) -> None:
         open_shards(folder)
 
 
-def test_a_million_bins_are_opened_in_under_two_seconds(tmp_path: Path) -> None:
-    """Index, costs and the first step; shards are files with a size and no contents."""
-    folder = write_many_bins(tmp_path / "many", 1_000_000)
-    began = time.perf_counter()
-    index = open_shards(folder)
-    DataOrder(index.cost(), seed=0, global_batch=256).bins_of_step(0, world_size=64, accumulation=4, per_device=1)
-    assert time.perf_counter() - began < 2
+@pytest.mark.parametrize("damage", ["missing", "short", "long"])
+def test_a_ledger_of_another_size_stops_at_start(folder: Path, damage: str) -> None:
+    """It is wanted only where a loss is not finite: late, and then badly."""
+    path = folder / "samples.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if damage == "short" else data + b"x")
+    if damage == "missing":
+        path.unlink()
+    says = "is missing, but the manifest lists it" if damage == "missing" else r"has \d+ bytes, its manifest says \d+"
+    with pytest.raises(ShardError, match=rf"samples\.parquet {says}"):
+        open_shards(folder)
+
+
+def test_a_million_bins_are_opened_as_columns(tmp_path: Path) -> None:
+    """68 bytes a bin; shards are files with a size and no contents. tests/benchmarks/stream.py measures how long it
+    takes."""
+    index = open_shards(write_many_bins(tmp_path / "many", 1_000_000))
     assert index.num_bins == 1_000_000
     assert index.locate(999_999).path.name == "bins-01999.tar"
+    columns = [getattr(index, field.name) for field in dataclasses.fields(index)]
+    arrays = [column for column in columns if isinstance(column, np.ndarray) and column.size == index.num_bins]
+    assert sum(column.nbytes for column in arrays) == 68 * index.num_bins

@@ -51,6 +51,11 @@ def test_a_folder_of_that_very_name_is_that_folder(tmp_path: Path) -> None:
     assert parse_sources(str(tmp_path / "a:0.5,b")) == (Source(path=str(tmp_path / "a:0.5,b")),)
 
 
+def test_a_mixture_may_be_longer_than_the_name_of_a_file() -> None:
+    names = [f"dataset_{number}" for number in range(1000)]
+    assert [source.path for source in parse_sources(",".join(f"{name}:0.5" for name in names))] == names
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

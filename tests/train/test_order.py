@@ -19,7 +19,7 @@ from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, write_shards
 from train.explain import explain_step, source_samples
 from train.index import open_shards
-from train.order import EMPTY, DataOrder
+from train.order import EMPTY, DataOrder, Grouping
 
 sizes = st.integers(1, 60)
 seeds = st.integers(0, 2**63)
@@ -222,6 +222,8 @@ def test_any_step_of_ten_million_bins_is_at_hand() -> None:
         ({"global_batch": 0}, "global batch is 0"),
         ({"epochs": 0.0}, "number of epochs is 0"),
         ({"epochs": math.inf}, "number of epochs is inf"),
+        ({"global_batch": 10**9}, "1000000000 bins are drawn at once, .* Lower"),
+        ({"grouping": Grouping(steps=10**12, runs=1)}, "2000000000000 bins are drawn at once, 2 for each step"),
     ],
 )
 def test_an_order_of_nonsense_is_wrong_use(changes: dict[str, object], message: str) -> None:
@@ -236,6 +238,8 @@ def test_a_global_batch_that_does_not_fit_the_ranks_is_wrong_use() -> None:
         order.bins_of_step(0, world_size=2, accumulation=4, per_device=1)
     with pytest.raises(ConfigError, match="step is -1"):
         order.global_bins(-1)
+    with pytest.raises(ConfigError, match=r"step is 9{20}; allowed: up to "):
+        order.global_bins(99999999999999999999)
 
 
 def test_the_samples_of_a_bin_are_found_in_the_ledgers_of_a_mix(tmp_path: Path) -> None:
@@ -257,25 +261,66 @@ def test_the_samples_of_a_bin_are_found_in_the_ledgers_of_a_mix(tmp_path: Path) 
 def test_a_ledger_that_does_not_know_a_bin_stops(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "set", make_bins(num_bins=4))
     other = write_shards(tmp_path / "other", make_bins(num_bins=1))
+    index = open_shards(folder)
     (other / "samples.parquet").rename(folder / "samples.parquet")
     with pytest.raises(ShardError, match="0 samples for bin 2, which holds 1"):
-        source_samples(open_shards(folder), [2])
+        source_samples(index, [2])
     (folder / "samples.parquet").unlink()
     with pytest.raises(ShardError, match=r"samples\.parquet is missing"):
-        source_samples(open_shards(folder), [2])
+        source_samples(index, [2])
 
 
 def test_a_step_is_explained_place_by_place(tmp_path: Path) -> None:
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=8)))
     order = DataOrder(index.cost(), seed=0, global_batch=4)
     lines = list(explain_step(index, order, 1, world_size=2, accumulation=2))
-    assert lines[0] == "step 1, epoch 0.5000: 4 bins, 2 ranks, 2 micro-steps, seed 0"
     places = order.bins_of_step(1, world_size=2, accumulation=2, per_device=1)
-    named = [line.split(" (")[0].strip() for line in lines if line.startswith("  rank")]
-    assert named == [f"rank {rank}: bin {places[micro, rank, 0]}" for micro in range(2) for rank in range(2)]
+    efficiency = f"efficiency {order.efficiency(places):.3f}"
+    assert lines[0] == f"step 1, epoch 0.5000: 4 bins, 2 ranks, 2 micro-steps, seed 0, {efficiency}"
+    ranks = [line for line in lines if line.startswith("  rank")]
+    bins = [line for line in lines if line.startswith("    bin")]
+    assert [line.split(":")[0] for line in ranks] == ["  rank 0", "  rank 1"] * 2
+    assert [int(line.split()[1]) for line in bins] == places.ravel().tolist()
+    for rank, one, cost in zip(ranks, bins, order.cost[places.ravel()].tolist()):
+        assert float(one.split()[-2]) == pytest.approx(cost / 1e12, rel=1e-3)
+        assert rank.split(",")[0].endswith(one.rpartition(", ")[2])
     assert sum("synthetic s.jsonl:" in line for line in lines) == int(index.num_samples[places.ravel()].sum())
     with pytest.raises(ConfigError, match="not a multiple of 3 ranks"):
         list(explain_step(index, order, 0, world_size=3, accumulation=1))
+
+
+def test_shares_of_the_ranks_worked_out_by_hand(tmp_path: Path) -> None:
+    """Bins of 1, 2 and 5 TFLOP, of two ranks: nothing and 1, then 2 and 5 or, the other way round, 5 and 2."""
+    index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=3)))
+    order = DataOrder(np.array([1e12, 2e12, 5e12]), seed=0, global_batch=4, epochs=1)
+    lines = list(explain_step(index, order, 0, world_size=2, accumulation=2))
+    assert lines[0].startswith("step 0, epoch 0.0000: 3 bins, ")
+    assert lines[0].endswith("efficiency 0.667")
+    said = {line.strip().split(": ")[1] for line in lines if line.startswith("  rank")}
+    assert said == {
+        "cost 0.000 TFLOP, 0.000 of the mean",
+        "cost 1.000 TFLOP, 2.000 of the mean",
+        "cost 2.000 TFLOP, 0.571 of the mean",
+        "cost 5.000 TFLOP, 1.429 of the mean",
+    }
+    assert [line.split(" (")[0].partition(": ")[2] for line in lines if line.startswith("micro-step")] in (
+        ["efficiency 0.500", "efficiency 0.700"],
+        ["efficiency 0.700", "efficiency 0.500"],
+    )
+
+
+def test_the_short_last_step_is_explained_with_its_empty_places(tmp_path: Path) -> None:
+    """Ten bins in steps of eight: the second has two, which one micro-step of two ranks takes."""
+    index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=10)))
+    order = DataOrder(index.cost(), seed=0, global_batch=8, epochs=1)
+    lines = list(explain_step(index, order, 1, world_size=2, accumulation=4))
+    assert lines[0].startswith("step 1, epoch 0.8000: 2 bins, 2 ranks, 4 micro-steps, seed 0, ")
+    assert sum(line.endswith("an empty place: one token without weight") for line in lines) == 6
+    assert sum(line.startswith("micro-step") and line.endswith(": no bins") for line in lines) == 3
+    named = sorted(int(line.split()[1]) for line in lines if line.startswith("    bin"))
+    assert named == sorted(order.global_bins(1).tolist())
+    with pytest.raises(ConfigError, match="step is 2, but the order ends after 2 steps"):
+        list(explain_step(index, order, 2, world_size=2, accumulation=4))
 
 
 def test_the_command_line_prints_a_step(tmp_path: Path) -> None:
@@ -288,3 +333,9 @@ def test_the_command_line_prints_a_step(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
     assert "Traceback" not in failed.stderr
+    ledger = folder / "samples.parquet"
+    ledger.write_bytes(bytes(ledger.stat().st_size))
+    failed = subprocess.run([*command, "--shards", str(folder)], capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"error: {ledger} cannot be read: ")
+    assert failed.stderr.count("\n") == 1

@@ -13,10 +13,12 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from schemas.errors import ConfigError, ShardError
 from tests.train import http_server
 from tests.train.synthetic import make_bins, write_shards
+from train import storage
 from train.batch import MicroBatch
 from train.explain import source_samples
 from train.index import ShardIndex, open_shards
@@ -129,6 +131,8 @@ def test_requests_run_at_once_up_to_the_limit(server: Server, folder: Path) -> N
         ("broken", r"no answer in 3 attempts over [\d.]+ s, the last: ClientResponseError: 503"),
         ("silent", r"no answer in 3 attempts over [\d.]+ s, the last: FSTimeoutError"),
         ("whole", "the server has no range requests"),
+        ("refused", "the server refuses: ClientResponseError: 403"),
+        ("garbled", r"no answer in 3 attempts over [\d.]+ s, the last: ClientResponseError: 400, .*Bad status line"),
     ],
 )
 def test_a_server_that_never_answers_well_stops_with_shard_bin_and_offset(
@@ -137,8 +141,10 @@ def test_a_server_that_never_answers_well_stops_with_shard_bin_and_offset(
     index = open_shards(f"{server.address}/{behaviour}/set")
     patience = Patience(attempts=3, timeout_s=0.3, first_delay_s=0.01)
     began = time.monotonic()
-    with pytest.raises(ShardError, match=rf"/set/bins-0000\d\.tar, bin \d+ at offset \d+: cannot be read: .*{says}"):
+    place = r"/set/bins-0000\d\.tar, bin \d+ at offset \d+: cannot be read: "
+    with pytest.raises(ShardError, match=rf"{place}.*{says}.* See that the server answers") as failed:
         next(stream_of(index, ReadSettings(patience=patience)))
+    assert "\n" not in str(failed.value)
     assert time.monotonic() - began < 30
 
 
@@ -233,5 +239,43 @@ def test_a_url_that_cannot_be_read_here_names_the_package(monkeypatch: pytest.Mo
         open_shards("no-such://x")
 
 
-def test_messages_hold_no_password() -> None:
-    assert str(RemotePath("http://user:secret@host/a") / "b") == "http://***@host/a/b"
+def test_a_listing_that_fails_is_not_taken_for_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of shards in it would be left out."""
+
+    class Failing(MemoryFileSystem):
+        def ls(self, path: str, detail: bool = True, **kwargs: object) -> list[object]:
+            raise RuntimeError("busy")
+
+    monkeypatch.setattr(storage, "_file_system", lambda url: (Failing(), url))
+    monkeypatch.setattr(storage, "Patience", lambda: QUICK)
+    with pytest.raises(
+        ShardError, match=r"s3://bucket/sets cannot be read: no answer in 3 attempts .* RuntimeError: busy"
+    ):
+        open_shards("s3://bucket/sets")
+
+
+def test_a_refusal_at_start_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing credentials are told at once, as botocore raises them."""
+
+    class NoCredentialsError(Exception):
+        pass
+
+    class Refusing(MemoryFileSystem):
+        asked = 0
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+            Refusing.asked += 1
+            raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(storage, "_file_system", lambda url: (Refusing(), url))
+    with pytest.raises(OSError, match="the server refuses: NoCredentialsError: Unable to locate credentials"):
+        storage.read_file(RemotePath("s3://bucket/set/manifest.json"), QUICK)
+    assert Refusing.asked == 1
+
+
+@pytest.mark.parametrize("password", ["secret", "sec:ret", "sec@ret", "@ret"])
+def test_messages_hold_no_password(password: str) -> None:
+    assert str(RemotePath(f"http://user:{password}@host/a") / "b@c") == "http://***@host/a/b@c"
+    with pytest.raises(OSError, match="no answer in 1 attempts") as failed:
+        storage.read_file(RemotePath(f"http://user:{password}@127.0.0.1:1/a"), Patience(attempts=1))
+    assert "ret" not in str(failed.value)

@@ -14,6 +14,7 @@ import pytest
 
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, write_shards
+from tests.train.test_order import reference_permutation
 from train.index import ShardIndex, open_shards
 from train.order import DataOrder
 from train.simulate import dataset_tokens, mixture_variance, report, simulate
@@ -106,9 +107,89 @@ def test_a_report_says_bandwidth_and_length_of_an_epoch(index: ShardIndex) -> No
         simulate(index, order, world_size=3, accumulation=1)
 
 
+def test_an_epoch_of_a_mixture_has_the_tokens_of_all_uses(tmp_path: Path) -> None:
+    """Each bin of one folder twice and each of the other once; by weights 3:1, places of average bins."""
+    a, b = (write_shards(tmp_path / name, make_bins(seed=n, num_bins=4 + n)) for n, name in enumerate("ab"))
+    in_a, in_b = (int(open_shards(folder).num_tokens.sum()) for folder in (a, b))
+    for shards, tokens, places in (
+        (f"{a}:2epochs,{b}:1epochs", 2 * in_a + in_b, 13),
+        (f"{a}:3,{b}:1", 9 * (0.75 * in_a / 4 + 0.25 * in_b / 5), 9),
+    ):
+        index = open_shards(shards)
+        order = DataOrder(index.cost(), seed=0, global_batch=4, mixture=index.mixture)
+        found = simulate(index, order, world_size=2, accumulation=2)
+        text = "\n".join(report(index, order, found, world_size=2, accumulation=2, tokens_per_s=0.5))
+        assert f"an epoch: {places} bins of 9 in the shards, {places / 4:,.2f} steps, {tokens:,.0f} tokens, " in text
+        duration = f"{2 * tokens:,.1f} s" if tokens < 500 else f"{tokens / 1800:,.2f} hours"
+        assert text.endswith(f"{duration}; no end")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "train.order", "--global-batch", "8", "--world-size", "2", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+FORWARD_OF_7B = {
+    # 28 layers of queries and output (3584 wide), keys and values (512), and the gated MLP
+    "num_tokens": 28 * 2 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944),
+    "sum_squared_lengths": 28 * 2 * 3584,
+    "num_targets": 2 * 3584 * 152064,
+}
+# 32 layers of the vision tower, windows of 64 patches in 28 of them, patch embedding, merger for each four patches
+PATCH_OF_7B = 2 * (32 * (4 * 1280**2 + 3 * 1280 * 3420) + 28 * 2 * 64 * 1280 + 1176 * 1280 + 5120 * (5120 + 3584) // 4)
+SQUARED_PATCHES_OF_7B = 4 * 4 * 1280
+
+
+def test_what_the_command_line_says_follows_from_the_table_of_bins_alone(tmp_path: Path) -> None:
+    """Worked out in plain Python: three epochs of 130 bins in steps of 24 on four ranks, the last of which has six."""
+    folder = write_shards(tmp_path / "set", make_bins(num_bins=130))
+    rows = pq.read_table(folder / "bins.parquet").to_pylist()
+    costs = []
+    for row in rows:
+        frames = max(1, row["num_images"] + 4 * row["num_videos"])
+        vision = PATCH_OF_7B * row["num_patches"] + SQUARED_PATCHES_OF_7B * row["num_patches"] ** 2 / frames
+        # recomputed, and with gradients of activations and weights; the vision tower is frozen
+        costs.append(4 * sum(flops * row[name] for name, flops in FORWARD_OF_7B.items()) + vision)
+    sequence = [number for epoch in range(3) for number in reference_permutation(130, 0, epoch)]
+    steps = [sequence[start : start + 24] for start in range(0, len(sequence), 24)]
+    efficiencies = []
+    for step in steps:
+        loads = sorted([0.0] * (24 - len(step)) + [costs[number] for number in step])
+        runs = [loads[start : start + 4] for start in range(0, 24, 4)]
+        efficiencies += [sum(run) / 4 / max(run) if max(run) else 1.0 for run in runs]
+
+    def of_whole_steps(column: str) -> list[int]:
+        return [sum(rows[number][column] for number in step) for step in steps if len(step) == 24]
+
+    def mean(values: list[float] | list[int]) -> float:
+        return sum(values) / len(values)
+
+    num_bytes, tokens, targets = (of_whole_steps(name) for name in ("num_bytes", "num_tokens", "num_targets"))
+    mb_per_s = mean(num_bytes) / mean(tokens) * 5e6 / 1e6
+    total = sum(row["num_tokens"] for row in rows)
+    command = [
+        sys.executable,
+        "-m",
+        "train.order",
+        "--shards",
+        str(folder),
+        "--global-batch",
+        "24",
+        "--world-size",
+        "4",
+    ]
+    done = subprocess.run(
+        [*command, "--simulate", "--epochs", "3", "--tokens-per-s", "5e6"], capture_output=True, text=True, check=True
+    )
+    for said in (
+        "17 steps of 24 bins, 4 ranks, 6 micro-steps, seed 0",
+        f"efficiency: mean {mean(efficiencies):.4f}, lowest {min(efficiencies):.4f} (",
+        f"a step: {mean(tokens):,.0f} tokens, {mean(targets):,.0f} of them targets, "
+        f"{mean(num_bytes) / 1e6:,.1f} MB on average and {max(num_bytes) / 1e6:,.1f} MB at most",
+        f"bandwidth at 5,000,000 tokens/s: {mb_per_s:,.1f} MB/s, {mb_per_s / 4:,.1f} MB/s a rank; a step every ",
+        f"an epoch: 130 bins of 130 in the shards, 5.42 steps, {total:,} tokens, {total / 5e6:.1f} s; 17 steps in all",
+    ):
+        assert said in done.stdout, said
 
 
 def test_the_command_line_simulates(tmp_path: Path, tiny_vocab_checkpoint: Path) -> None:
@@ -128,3 +209,7 @@ def test_the_command_line_simulates(tmp_path: Path, tiny_vocab_checkpoint: Path)
     for arguments in (["--simulate", "--step", "1"], []):
         wrong = run("--shards", a, *arguments)
         assert (wrong.returncode, wrong.stderr) == (2, "error: give either --step N or --simulate.\n")
+    for speed in ("nan", "inf", "0", "-1"):
+        wrong = run("--shards", a, "--simulate", "--tokens-per-s", speed)
+        assert wrong.returncode == 2
+        assert wrong.stderr.startswith("error: --tokens-per-s is ")

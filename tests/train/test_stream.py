@@ -380,6 +380,28 @@ def test_close_ends_the_threads_at_once(index: ShardIndex, monkeypatch: pytest.M
     assert not stream_threads()
 
 
+def test_a_stream_that_is_dropped_instead_of_closed_leaves_no_threads(index: ShardIndex) -> None:
+    """The fixture waits for them."""
+    stream = open_stream(index, epochs=None, prefetch=20, num_threads=3)
+    next(stream)
+    assert len(stream_threads()) == 3
+    del stream
+
+
+def test_more_threads_than_the_system_allows_are_wrong_use(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it began to start end."""
+    start = threading.Thread.start
+
+    def start_a_few(thread: threading.Thread) -> None:
+        if len(stream_threads()) == 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_a_few)
+    with pytest.raises(ConfigError, match=r"allows 3 of 7 threads \(can't start new thread\)\. Lower --dataloader"):
+        next(open_stream(index, num_threads=7))
+
+
 def test_a_stream_that_is_never_asked_starts_no_thread(index: ShardIndex) -> None:
     with open_stream(index):
         assert not stream_threads()
@@ -393,6 +415,7 @@ def test_a_stream_that_is_never_asked_starts_no_thread(index: ShardIndex) -> Non
         ({"num_threads": 0}, "num_threads 0"),
         ({"prefetch": 0}, "prefetch 0"),
         ({"read_timeout_s": 0.0}, "read_timeout_s 0.0"),
+        ({"read_timeout_s": 1e300}, r"read_timeout_s 1e\+300.*a positive time of up to \d+ s"),
         ({"start_step": -1}, "start_step -1"),
     ],
 )

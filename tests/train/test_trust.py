@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import hashlib
 import io
+import os
 import shutil
 import tarfile
 import tempfile
@@ -16,9 +19,10 @@ from hypothesis import strategies as st
 
 from schemas.bins import ARRAY_MEMBERS
 from schemas.errors import ConfigError, ShardError
-from tests.train.synthetic import make_bins, write_shards
+from tests.train.synthetic import make_bins, make_medium, make_sample, write_shards
 from train import storage
 from train.index import ShardIndex, open_shards
+from train.main import main
 from train.reader import VERIFY, BinReader, ReadSettings, read_checked_bin
 
 NUMBER = 4
@@ -137,6 +141,42 @@ def test_shards_of_another_build_stop_even_where_all_sizes_agree(made: Path, tmp
             reader.read(number)
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:22406",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    ],
+)
+def test_a_rank_that_waits_for_one_that_stopped_says_so_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], says: str
+) -> None:
+    """The one that met the damage tells of it; the others end too, without a traceback that would bury it."""
+
+    def fail(args: object) -> bool:
+        raise RuntimeError(says)
+
+    monkeypatch.setattr("train.loop.train", fail)
+    assert main(["--shards", "set", "--model_name_or_path", "model"]) == 1
+    assert capsys.readouterr().err == "error: another rank has ended. Its own message, above or in its log, says why.\n"
+    with pytest.raises(RuntimeError):
+        main(["--shards", "set", "--model_name_or_path", "model", "--debug"])
+    says = "a mistake in the program"
+    with pytest.raises(RuntimeError, match="a mistake"):
+        main(["--shards", "set", "--model_name_or_path", "model"])
+
+
+def test_ctrl_c_ends_a_run_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(args: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.loop.train", interrupt)
+    assert main(["--shards", "set", "--model_name_or_path", "model"]) == 130
+    assert capsys.readouterr().err == "stopped. The same command goes on from the newest checkpoint.\n"
+
+
 FILES = ["bins-00001.tar", "bins.parquet", "manifest.json"]
 
 
@@ -159,6 +199,108 @@ def test_damage_before_the_start_stops_there(made: Path, tmp_path: Path, name: s
         path.write_bytes(data[:-3])  # the last byte is a line end, which JSON does not need
     with pytest.raises(ShardError, match=r"again|complete"):
         open_shards(tmp_path / "zstd")
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out(made: Path, tmp_path: Path) -> None:
+    """What it stood for would be missing from the run without a word."""
+    copy_of(made, tmp_path)
+    (tmp_path / "mp_doc").symlink_to("/mnt/not/mounted")
+    with pytest.raises(ShardError, match=r"mp_doc is a link to /mnt/not/mounted, which is not there"):
+        open_shards(tmp_path)
+    (tmp_path / "mp_doc").unlink()
+    (tmp_path / "mp_doc").symlink_to("mp_doc")
+    with pytest.raises(ShardError, match="mp_doc is a link to mp_doc, which is not there"):
+        open_shards(tmp_path)
+    with pytest.raises(ShardError, match="Too many levels of symbolic links"):
+        open_shards(tmp_path / "mp_doc")
+
+
+def test_a_folder_that_is_there_twice_is_wrong_use(made: Path, tmp_path: Path) -> None:
+    """By another name, through a link, inside another one, at a URL: its bins would be used twice."""
+    (tmp_path / "link").symlink_to(made / "raw")
+    for other in (f"{made}/zstd/../raw", tmp_path / "link", made, tmp_path):
+        with pytest.raises(ConfigError, match=r"is there twice.*: its bins would be used twice\. Name it once"):
+            open_shards(f"{made}/raw:1,{other}:2")
+    with pytest.raises(ConfigError, match="raw is there twice: its bins"):
+        open_shards(f"file://{made}/raw/,file://{made}")
+    assert open_shards(f"{made}/raw,{made}/zstd").num_bins == 16
+
+
+@pytest.mark.parametrize(
+    ("shards", "says"),
+    [
+        ("", "'' names no folder"),
+        (" ", "' ' has an empty part"),
+        ("s3://", "'s3://' names no folder"),
+        ("http:///", "'http:///' names no folder"),
+    ],
+)
+def test_shards_without_a_name_are_wrong_use(shards: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        open_shards(shards)
+
+
+def test_a_file_is_not_a_folder(made: Path) -> None:
+    with pytest.raises(ShardError, match=r"manifest\.json is not a folder\. Give the folder that"):
+        open_shards(made / "raw" / "manifest.json")
+
+
+def test_a_shard_that_may_not_be_read_is_told_from_one_that_is_missing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = copy_of(made, tmp_path)
+
+    def refuse(*args: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(storage.os, "open", refuse)
+    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset .*: cannot be read: Permission denied\. See that"):
+        read(index, "always")
+
+
+@pytest.mark.parametrize(
+    ("member", "at", "value", "says"),
+    [
+        ("media_type.npy", 0, 1, r"holds 3 images, the index says 4"),
+        ("media_type.npy", 0, 7, r"holds 3 images, the index says 4"),
+        ("grid_thw.npy", 0, 2, r"holds 56 patches, the index says 48"),
+        ("cu_seqlens.npy", 0, 1, r"cu_seqlens .* do not cut"),
+        ("labels.npy", 0, 5, r"targets, the index says"),
+        ("input_ids.npy", 8, 5, r"media pad tokens in input_ids, but its media have"),
+    ],
+)
+def test_without_checksums_contents_that_do_not_fit_stop(
+    made: Path, tmp_path: Path, member: str, at: int, value: int, says: str
+) -> None:
+    index = copy_of(made, tmp_path, "raw")
+    location = index.locate(5)
+    assert isinstance(location.path, Path)
+    data = bytearray(location.path.read_bytes())
+    with tarfile.open(location.path) as tar:
+        info = tar.getmember(f"{5:08d}.{member}")
+    data[info.offset_data + 128 + at] = value  # headers of arrays this small are 128 bytes with their prefix
+    location.path.write_bytes(data)
+    with pytest.raises(ShardError, match=rf"bins-00001\.tar, bin 5 at offset .*{says}"):
+        BinReader(index, ReadSettings(verify="never")).read(5)
+
+
+def test_an_image_of_several_temporal_steps_stops(made: Path, tmp_path: Path) -> None:
+    """A writer's mistake: everything else about the bin agrees with the index."""
+    samples = make_bins(num_bins=2)[1]
+    clip = make_medium(np.random.default_rng(0), 2, 2, steps=2)
+    samples.append(make_sample(np.random.default_rng(1), [clip]))
+    folder = write_shards(tmp_path / "wrong", [samples])
+    index = open_shards(folder)
+    read_checked_bin(index, 0)
+    wrong = dataclasses.replace(index, num_images=index.num_images + 1, num_videos=index.num_videos - 1)
+    (path,) = (path for path in wrong.shard_paths if isinstance(path, Path))
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        info = tar.getmember("00000000.media_type.npy")
+    data[info.offset_data + info.size - 1] = 0
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match="grid_thw has an image of several temporal steps"):
+        BinReader(wrong, ReadSettings(verify="never")).read(0)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 700, 4096, 1 << 20])

@@ -1,0 +1,196 @@
+"""What the processor has to do for a batch is done by the threads, in array operations, wherever a run begins."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
+from train import batch as batch_module
+from train import storage
+from train import stream as stream_module
+from train.index import BinLocation, ShardIndex, open_shards
+from train.order import DataOrder, Grouping
+from train.reader import BinReader, ReadSettings
+from train.stream import BinStream
+
+BINS = make_bins(num_bins=10)
+
+
+@pytest.mark.parametrize(
+    ("codec", "decode"), [("zstd", "_decompress"), ("jpeg", "decode_jpegs"), ("raw", "_require_size")]
+)
+def test_reading_decoding_borders_windows_and_rotary_positions_are_work_of_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, decode: str
+) -> None:
+    """Undoing the residuals is not: the batch that is handed out still holds them, for the device."""
+    index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=8), codec=codec))
+    order = DataOrder(index.cost(), seed=0, global_batch=4, epochs=1)
+    done_by: Counter[tuple[str, bool]] = Counter()
+
+    def watch(owner: Any, name: str) -> None:
+        work = getattr(owner, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            done_by[name, threading.current_thread().name.startswith("bin-stream-")] += 1
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in (
+        (BinReader, "read"),
+        (stream_module, "build_micro_batch"),  # borders of the samples and target positions
+        (batch_module, "vision_inputs"),  # windows, rotary positions, borders of the frames
+        (batch_module, decode),
+    ):
+        watch(owner, name)
+    with BinStream(index, order, rank=0, world_size=1, accumulation=4, per_device=1) as stream:
+        residuals = [micro.vision.residuals for batch in stream for micro in batch.micro_batches if micro.bins]
+    assert {name: count for (name, _), count in done_by.items()} == {
+        "read": 8,
+        "build_micro_batch": 8,
+        "vision_inputs": 8,
+        decode: 6,  # two of the eight bins are text alone
+    }
+    assert all(by_thread for _, by_thread in done_by)
+    assert residuals.count(True) == (6 if codec == "zstd" else 0)
+
+
+def lines_of_python(work: Callable[[], object]) -> int:
+    """Lines that run, of this project and of all libraries."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def lines_of_batch(folder: Path, samples: list[Sample], codec: str) -> tuple[int, int]:
+    """Lines that reading a bin and building its batch take, once everything is warm, and the bytes of the bin."""
+    index = open_shards(write_shards(folder, [samples], codec=codec))
+    reader = BinReader(index)
+
+    def work() -> None:
+        loaded = reader.read(0)
+        stream_module.build_micro_batch([loaded.bin], memory=[loaded.buffer])
+
+    work()
+    return lines_of_python(work), int(index.num_bytes[0])
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_the_python_that_a_bin_takes_does_not_grow_with_its_tokens(tmp_path: Path, codec: str) -> None:
+    """A thousand times the text: not one line more. More pixels: one turn of the reading loop for each half MiB."""
+
+    def lines(name: str, *, num_text: int, num_targets: int, side: int) -> tuple[int, int]:
+        rng = np.random.default_rng(0)
+        media = [make_medium(rng, side, side), make_medium(rng, side, side, steps=2)]
+        return lines_of_batch(tmp_path / name, [make_sample(rng, media, num_text, num_targets)], codec)
+
+    few, few_bytes = lines("few", num_text=20, num_targets=15, side=4)
+    assert few_bytes < storage._PIECE_BYTES
+    assert lines("words", num_text=20_000, num_targets=15_000, side=4)[0] == few
+    many, many_bytes = lines("pixels", num_text=20, num_targets=15, side=48)
+    assert many_bytes > 3 * storage._PIECE_BYTES
+    lines_of_a_turn = 4
+    assert 0 < many - few <= lines_of_a_turn * (many_bytes // storage._PIECE_BYTES)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return open_shards(write_shards(tmp_path_factory.mktemp("resumed") / "set", BINS))
+
+
+def test_first_compares_each_bin_once_and_once_more_when_the_run_goes_on(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three epochs of ten bins in steps of four; what was found right before the break is not trusted after it."""
+    order = DataOrder(index.cost(), seed=1, global_batch=4, epochs=3)
+    compared: Counter[int] = Counter()
+    compare = BinReader._compare
+
+    def counted(reader: BinReader, number: int, location: BinLocation, checksum: int) -> None:
+        compared[number] += 1
+        compare(reader, number, location, checksum)
+
+    monkeypatch.setattr(BinReader, "_compare", counted)
+
+    def run(start: int, verify: str) -> Counter[int]:
+        compared.clear()
+        read, places = ReadSettings(verify=verify), {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
+        with BinStream(index, order, **places, start_step=start, num_threads=1, read=read) as stream:
+            assert [batch.step for batch in stream] == list(range(start, 8))
+        return Counter(compared)
+
+    assert run(0, "first") == dict.fromkeys(range(10), 1)
+    assert run(5, "first") == dict.fromkeys(range(10), 1)
+    assert run(0, "always") == dict.fromkeys(range(10), 3)
+    assert run(0, "never") == {}
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 6, 12])), min_size=1, max_size=4),
+    grouping=st.sampled_from([None, Grouping(steps=2, runs=3)]),
+    epochs=st.sampled_from([None, 2.5]),
+)
+def test_a_run_cut_into_parts_on_changing_numbers_of_ranks_hands_out_the_same_steps(
+    index: ShardIndex, parts: list[tuple[int, int]], grouping: Grouping | None, epochs: float | None
+) -> None:
+    """Each part is resumed from the state that a stream of the part before gave; the ranks of a part, put together,
+    get the bins of each step of the unbroken run once, with their tokens. 2.5 epochs of ten bins end inside step 2."""
+    order = DataOrder(index.cost(), seed=5, global_batch=12, epochs=epochs, grouping=grouping)
+    state, step = order.state_dict(0), 0
+    for num_steps, world in parts:
+        start = order.step_of(state)
+        assert start == step
+        end = step + num_steps
+        streams = [
+            BinStream(
+                index,
+                order,
+                rank=rank,
+                world_size=world,
+                accumulation=12 // world,
+                per_device=1,
+                start_step=start,
+                end_step=end,
+            )
+            for rank in range(world)
+        ]
+        for batches in zip(*streams):
+            wanted = sorted(order.global_bins(step).tolist())
+            micros = [micro for batch in batches for micro in batch.micro_batches]
+            assert sorted(number for micro in micros for number in micro.bins) == wanted
+            assert len(micros) == 12
+            for micro in micros:
+                samples = BINS[micro.bins[0]] if micro.bins else []
+                assert micro.input_ids[0].tolist() == [n for one in samples for n in one.input_ids.tolist()] or [0]
+                assert micro.targets.numel() == sum(int((one.labels != -100).sum()) for one in samples)
+            assert {batch.num_targets for batch in batches} == {sum(micro.targets.numel() for micro in micros)}
+            step += 1
+        assert step == min(end, order.num_steps or end)
+        states = [stream.state_dict() for stream in streams]
+        for stream in streams:
+            stream.close()
+        state = states[0]
+        assert all(other == state for other in states)
