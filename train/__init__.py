@@ -13,11 +13,15 @@ The way of the data, from the folder of shards to an optimizer step::
 ``engine``       DeepSpeed: ranks, device, configuration, start and end
 ``model``        the packed forward pass around the Hugging Face model
 ``optim``        parameter groups, freezing; ``schedule`` the learning rates
+``adapters``     LoRA: layers chosen, adapters put in, written and merged; ``merge`` does the last by itself
+``kernels``      Liger kernels and compiled layers
 ``pretrained``   checkpoints of transformers: found, compared with the shards, loaded, written
 ``checkpoint``   checkpoints to resume from, also with another number of ranks
 ``interrupt``    a run that is told to stop; ``nonfinite`` steps that are skipped
-``evaluation``   loss and accuracy on other shards
-``metrics``      what a logged step tells; ``summary`` prints a run
+``evaluation``   loss and accuracy on other shards; ``ledger`` tells of which datasets their samples are
+``metrics``      what a logged step tells; ``flops`` counts operations for it; ``summary`` prints a run
+``preflight``    a dry run: whether all fits, and packed samples have the losses of the same alone
+``memory``       of a rank, term by term; ``sizes`` of a model, ``activations`` of a micro-batch, ``budget`` of a run
 ``index``        what a set of shards holds: one NumPy column for each number known about a bin
 ``storage``      shards in a folder or behind a URL; ``cache`` keeps copies, ``buffers`` memory to read into
 ``cost``         floating-point operations of a bin, from the index alone

@@ -59,7 +59,7 @@ class TrainArguments:
     run_name: str | None = field(
         default=None, metadata=_help("name of the run in reports (default: the checkpoint's name)")
     )
-    seed: int = field(default=0, metadata=_help("decides the order of bins"))
+    seed: int = field(default=0, metadata=_help("decides the order of bins, and how adapters start and drop out"))
 
     max_steps: int | None = field(default=None, metadata=_help("optimizer steps (instead of --num_train_epochs)"))
     num_train_epochs: float | None = field(default=None, metadata=_help(f"passes over all bins (default: {BY_SIZE})"))
@@ -108,6 +108,27 @@ class TrainArguments:
     vision_tower_lr: float | None = field(
         default=None, metadata=_help("peak rate of the vision tower (default: --learning_rate)")
     )
+    lora_enable: bool = field(
+        default=False,
+        metadata=_help(
+            "LoRA: the parts that --tune_mm_* names are tuned by adapters beside their linear layers; all weights of "
+            "the model itself are frozen"
+        ),
+    )
+    lora_r: int | None = field(default=None, metadata=_help("rank of the adapters (default: 64)"))
+    lora_alpha: int | None = field(
+        default=None, metadata=_help("adapters count alpha / r times (default: 128, twice the default rank)")
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata=_help("share of an adapter's inputs dropped in training (default: 0)")
+    )
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata=_help(
+            "layers that get adapters, by the ends of their names: q_proj,v_proj or self_attn.q_proj, each may be a "
+            "regular expression (default: all-linear, every linear layer but lm_head)"
+        ),
+    )
     lr_scheduler_type: str = field(default="cosine", metadata=_help("course of the rates after warm-up", SCHEDULES))
     warmup_ratio: float = field(default=0.03, metadata=_help("share of all steps in which the rates rise from 0"))
     weight_decay: float = field(default=0.01, metadata=_help("AdamW decay of matrices; norms and biases have none"))
@@ -123,12 +144,23 @@ class TrainArguments:
     gradient_checkpointing: bool = field(
         default=True, metadata=_help("recompute activations instead of keeping them: less memory, a fifth slower")
     )
+    use_liger_kernel: bool = field(
+        default=False, metadata=_help("compute norms, MLPs and rotary embeddings with Liger kernels; needs a GPU")
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata=_help("compile layers with torch.compile: slow first steps, then faster; not with ZeRO-3"),
+    )
     attn_implementation: str = field(
         default="auto", metadata=_help("auto: flash_attention_2 where it is installed, else sdpa", ATTENTIONS)
     )
 
     logging_steps: int = field(
         default=10, metadata=_help("steps between two lines of metrics.jsonl; first and last step always have one")
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata=_help("10^12 operations a second of the accelerator, which MFU refers to (default: as its name says)"),
     )
     report_to: str = field(default="none", metadata=_help("where metrics go besides metrics.jsonl", REPORTS))
     eval_shards: str | None = field(
@@ -153,6 +185,13 @@ class TrainArguments:
         ),
     )
 
+    dry_run: bool = field(
+        default=False,
+        metadata=_help(
+            "show the memory of a rank, run the largest bin, compare packed samples with the same alone, and stop; "
+            "nothing is trained or written"
+        ),
+    )
     local_rank: int = field(default=-1, metadata=_help("appended by the deepspeed launcher"))
     debug: bool = field(default=False, metadata=_help("show tracebacks of errors"))
 
@@ -184,13 +223,18 @@ class TrainArguments:
             "logging_steps",
             "save_total_limit",
             "eval_steps",
+            "lora_r",
+            "lora_alpha",
         ):
             count = getattr(self, name)
             _require(count is None or count >= 1, name, count, "1 or more")
-        for name in ("num_train_epochs", "read_timeout_s", "learning_rate", "mm_projector_lr", "vision_tower_lr"):
+        positive = ("num_train_epochs", "read_timeout_s", "learning_rate", "mm_projector_lr", "vision_tower_lr")
+        for name in (*positive, "peak_tflops"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), name, value, "more than 0")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "0 to 1")
+        dropout = self.lora_dropout
+        _require(dropout is None or 0 <= dropout < 1, "lora_dropout", dropout, "0 to below 1")
         for name in ("weight_decay", "max_grad_norm"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
         for name in ("save_steps", "max_skipped_steps"):
@@ -223,12 +267,18 @@ class TrainArguments:
                 f"--learning_rate {self.learning_rate:g} has no effect: all that is trained has rates of its own. "
                 "Leave it out."
             )
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            value = getattr(self, name)
+            if value is not None and not self.lora_enable:
+                raise ConfigError(f"--{name} {value} has no effect without --lora_enable.")
         if self.eval_strategy != "no" and self.eval_shards is None:
             raise ConfigError(f"--eval_strategy {self.eval_strategy} has nothing to evaluate on: give --eval_shards.")
         if self.eval_steps is not None and self.eval_strategy != "steps":
             raise ConfigError(f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps.")
         if self.save_steps == 0 and self.save_total_limit is not None:
             raise ConfigError("--save_total_limit has no effect with --save_steps 0, which saves no checkpoints.")
+        if self.use_liger_kernel and self.torch_compile:
+            raise ConfigError("--use_liger_kernel and --torch_compile both replace the same kernels: give one of them.")
         if self.bf16 and self.fp16:
             raise ConfigError("--bf16 and --fp16 both say how to compute: give one of them.")
         if self.attn_implementation == "flash_attention_2" and self.bf16 is False and not self.fp16:

@@ -6,7 +6,10 @@ is complete. ``state.json`` says what the run was; going on with settings that w
 A run may go on with another number of ranks that makes the same steps of as many bins: the state is then dealt out anew
 from DeepSpeed's universal form, which is made once, beside the state. Three things that DeepSpeed 0.19 gets wrong there
 are mended: ZeRO-3 gives all groups the settings of the first one and one common count of steps, and frozen parameters
-are not restored (here they are those of the checkpoint that the run started from).
+are not restored.
+
+Frozen parameters are in no checkpoint: they are those of the checkpoint that the run started from, which the settings
+name. So a run that trains adapters has small ones.
 
 Cost: 12 to 16 bytes a trained parameter, written by all ranks in parallel; the folder must be on a file system that all
 ranks share.
@@ -21,6 +24,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -161,7 +166,8 @@ def save(engine: Any, run_dir: Path, state: RunState, ranks: Ranks, *, keep: int
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(part), tag=ENGINE_TAG, save_latest=False)
+    with _without_frozen(engine.module):
+        engine.save_checkpoint(str(part), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
     torch.save(_random_state(engine.device), part / _random_file(ranks))
     torch.distributed.barrier()
     if ranks.is_first:
@@ -191,13 +197,15 @@ def load(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ran
     """
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        path, _ = engine.load_checkpoint(str(folder), tag=UNIVERSAL_TAG if is_converted else ENGINE_TAG)
+        path, _ = engine.load_checkpoint(
+            str(folder), tag=UNIVERSAL_TAG if is_converted else ENGINE_TAG, custom_load_fn=_load_trained
+        )
         random_state = None if is_converted else torch.load(folder / _random_file(ranks), weights_only=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} is incomplete: {error}. Resume from another checkpoint.") from error
     if path is None:
         raise ConfigError(f"{folder} holds no state of the engine. Resume from another checkpoint.")
-    if random_state is None:  # of other ranks; nothing in the model draws at random, so it begins anew
+    if random_state is None:  # of other ranks: it stays what it was before
         for group, own in zip(optimizer.param_groups, options):
             group.update(own)
         for state in optimizer.state.values():
@@ -230,6 +238,37 @@ def convert(folder: Path, ranks: Ranks) -> None:
         _flush(part)
         part.rename(out)
     torch.distributed.barrier()
+
+
+@contextmanager
+def _without_frozen(module: torch.nn.Module) -> Iterator[None]:
+    """Leave frozen parameters out of ``state_dict``, under all their names: DeepSpeed knows one of a tied one."""
+
+    def drop(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in _frozen_names(module):
+            state.pop(prefix + name, None)
+
+    hooked: Any = module  # torch annotates this method only in part
+    handle = hooked.register_state_dict_post_hook(drop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _load_trained(*, src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Load what a checkpoint holds of a model: all but the frozen parameters."""
+    found = dst.load_state_dict(src, strict=False)
+    wrong = {*found.missing_keys} ^ _frozen_names(dst) | {*found.unexpected_keys}
+    if wrong:
+        raise ConfigError(
+            "the checkpoint to resume from does not hold exactly the weights that are trained "
+            f"({', '.join(sorted(wrong)[:3])}): resume from another one."
+        )
+
+
+def _frozen_names(module: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

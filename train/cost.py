@@ -63,6 +63,7 @@ class CostModel:
         *,
         tune_llm: bool = True,
         tune_vision: bool = True,
+        uses_adapters: bool = False,
         gradient_checkpointing: bool = False,
     ) -> CostModel:
         """What bins cost in a run: the sizes of a model, and :meth:`in_training`.
@@ -71,6 +72,7 @@ class CostModel:
             config: contents of ``config.json``; sizes of the language model stand in ``text_config`` or at the top.
             tune_llm: whether the language model is trained.
             tune_vision: whether the vision tower is trained.
+            uses_adapters: whether that is done by adapters beside frozen weights.
             gradient_checkpointing: whether activations are recomputed.
 
         Raises:
@@ -92,28 +94,38 @@ class CostModel:
             window_patches=window * window,
         )
         return sizes.in_training(
-            tune_llm=tune_llm, tune_vision=tune_vision, gradient_checkpointing=gradient_checkpointing
+            tune_llm=tune_llm,
+            tune_vision=tune_vision,
+            uses_adapters=uses_adapters,
+            gradient_checkpointing=gradient_checkpointing,
         )
 
     def in_training(
-        self, *, tune_llm: bool = True, tune_vision: bool = True, gradient_checkpointing: bool = False
+        self,
+        *,
+        tune_llm: bool = True,
+        tune_vision: bool = True,
+        uses_adapters: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> CostModel:
         """The same sizes with the passes of a training step.
 
         A forward pass counts 1, gradients of activations 1, gradients of weights 1, a recomputed forward pass 1.
         Gradients pass through the language model even where it is frozen, since the merger or the vision tower behind
-        it is trained; through a frozen vision tower they do not.
+        it is trained; through a frozen vision tower they do not. Weights beside adapters have no gradients, and those
+        of the adapters are not worth counting.
 
         Args:
             tune_llm: whether the language model is trained.
             tune_vision: whether the vision tower is trained.
+            uses_adapters: whether that is done by adapters beside frozen weights.
             gradient_checkpointing: whether activations are recomputed.
         """
-        recomputed = int(gradient_checkpointing)
+        recomputed, of_weights = int(gradient_checkpointing), int(not uses_adapters)
         return replace(
             self,
-            language_passes=2 + int(tune_llm) + recomputed,
-            vision_passes=3 + recomputed if tune_vision else 1,
+            language_passes=2 + (of_weights if tune_llm else 0) + recomputed,
+            vision_passes=2 + of_weights + recomputed if tune_vision else 1,
         )
 
     @property

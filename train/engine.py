@@ -9,6 +9,7 @@ and processes that leave without a barrier abort now and then.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -113,6 +114,12 @@ def start(device: torch.device) -> None:
             f"the ranks cannot meet at {place} ({reason}): give the launcher another --master_port, or check its "
             "--master_addr."
         ) from error
+
+
+def seed_dropout(seed: int, ranks: Ranks, step: int) -> None:
+    """Let this rank draw from numbers of its own. Only dropout draws at random, so a run without it draws nothing."""
+    digest = hashlib.sha256(f"{seed}:{ranks.rank}:{step}:dropout".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def stop() -> None:

@@ -13,18 +13,13 @@ import math
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from schemas.errors import ShardError
-from schemas.tables import SAMPLES_FILE, STATUS_PACKED
 from train.batch import MicroBatch
-from train.index import ShardIndex
 from train.metrics import Record
 from train.order import DataOrder
 from train.plan import Plan, read_settings
-from train.storage import open_file
 from train.stream import BinStream
 
 EVAL_STEPS = 1000
@@ -50,15 +45,11 @@ class Evaluation:
     """Evaluates, as often as asked."""
 
     def __init__(self, plan: Plan) -> None:
-        """Look up which dataset every sample is of.
-
-        Raises:
-            ShardError: a ledger is missing, or does not know a bin.
-        """
-        assert plan.eval_index is not None
+        """Describe the evaluations of a run that has something to evaluate on."""
+        assert plan.eval_index is not None and plan.eval_datasets is not None
         self._index = plan.eval_index
+        self._datasets = plan.eval_datasets
         self._plan = plan
-        self._datasets, self._dataset_of = sample_datasets(self._index)
 
     def run(self, running: Any) -> Record:
         """Evaluate. All ranks call this together.
@@ -82,11 +73,12 @@ class Evaluation:
         torch.distributed.all_gather_object(of_ranks, np.concatenate(parts))
         results = np.concatenate(of_ranks)
         results = results[np.lexsort((results["slot"], results["bin"]))]
-        assert results.size == self._dataset_of.size, "every sample is seen once"
+        datasets = self._datasets
+        assert results.size == datasets.of_sample.size, "every sample is seen once"
         return {
             **{f"eval_{name}": value for name, value in _summarise(results).items()},
             "eval_datasets": {
-                name: _summarise(results[self._dataset_of == number]) for number, name in enumerate(self._datasets)
+                name: _summarise(results[datasets.of_sample == number]) for number, name in enumerate(datasets.names)
             },
         }
 
@@ -105,31 +97,6 @@ class Evaluation:
             pin_device=plan.device if plan.device.type == "cuda" else None,
             read=read_settings(plan.args, self._index),
         )
-
-
-def sample_datasets(index: ShardIndex) -> tuple[list[str], NDArray[np.int32]]:
-    """Datasets, and for every sample in the order of bins and slots the number of its dataset.
-
-    Raises:
-        ShardError: a ledger is missing, or does not know a bin.
-    """
-    names: dict[str, int] = {}
-    parts: list[NDArray[np.int32]] = []
-    for place, folder in enumerate(index.folders):
-        first, end = index.first_bins[place : place + 2].tolist()
-        try:
-            with open_file(folder / SAMPLES_FILE) as file:
-                ledger = pq.read_table(
-                    file, columns=["bin", "slot", "dataset"], filters=[("status", "=", STATUS_PACKED)]
-                )
-        except FileNotFoundError:
-            raise ShardError(f"{folder / SAMPLES_FILE} is missing. Copy the folder again or build it again.") from None
-        ledger = ledger.sort_by([("bin", "ascending"), ("slot", "ascending")])
-        expected = np.repeat(index.local_bin[first:end], index.num_samples[first:end])
-        if not np.array_equal(ledger["bin"].to_numpy(), expected):
-            raise ShardError(f"{folder / SAMPLES_FILE} does not have the samples of its bins. Build the shards again.")
-        parts.append(np.array([names.setdefault(name, len(names)) for name in ledger["dataset"].to_pylist()], "i4"))
-    return list(names), np.concatenate(parts)
 
 
 def sum_by_sample(micro: MicroBatch, scores: NDArray[np.float64]) -> NDArray[Any]:

@@ -1,8 +1,8 @@
 """Reads the settings of a run: command line, and a TOML file of flags -> :class:`TrainArguments`.
 
-A switch is written ``--bf16``, ``--bf16 True`` or ``--bf16 False``. ``--config run.toml`` names a file with one line a
-flag, such as ``learning_rate = 1e-6``; what the command line says goes before it. An unknown name is an error that
-says which one was meant.
+A switch is written ``--bf16``, ``--bf16 True`` or ``--bf16 False``; names may have hyphens (``--dry-run``).
+``--config run.toml`` names a file with one line a flag, such as ``learning_rate = 1e-6``; what the command line says
+goes before it. An unknown name is an error that says which one was meant.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
         ConfigError: an unknown flag, a value of the wrong type or range, or a contradiction.
         SystemExit: ``--help`` (exit code 0).
     """
-    namespace, unknown = _parser().parse_known_args(list(argv))
+    namespace, unknown = _parser().parse_known_args([_underscored(word) for word in argv])
     if unknown:
         flag = unknown[0].partition("=")[0]
         raise ConfigError(_explain_unknown(flag, flag.lstrip("-"), "--"))
@@ -111,6 +111,13 @@ def _kinds() -> dict[str, type]:
     for name in FIELDS:
         (kinds[name],) = [part for part in get_args(hints[name]) or (hints[name],) if part is not type(None)]
     return kinds
+
+
+def _underscored(word: str) -> str:
+    """A flag as its field is called: ``--dry-run=True`` becomes ``--dry_run=True``; other words stay."""
+    name, equals, value = word.partition("=")
+    field = name.removeprefix("--").replace("-", "_")
+    return f"--{field}{equals}{value}" if name.startswith("--") and field in FIELDS else word
 
 
 def _switch(text: str) -> bool:

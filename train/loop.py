@@ -1,5 +1,7 @@
 """The training loop: settings -> a trained model in ``<run>/final``, with metrics and checkpoints on the way.
 
+With LoRA the adapters are in ``<run>/adapter`` as well, and the model in ``final`` has them added in.
+
 Whatever can be wrong with settings, shards or checkpoint is found before the process group starts (:mod:`train.plan`).
 Then, for each step, the stream hands out the micro-batches, each goes forward and backward, and the optimizer steps
 after the last one.
@@ -15,10 +17,11 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, engine, optim, pretrained
+from train import adapters, checkpoint, engine, kernels, optim, pretrained
 from train.arguments import TrainArguments
 from train.checkpoint import RunState
 from train.evaluation import Evaluation, is_due
+from train.flops import ModelFlops
 from train.interrupt import StopRequest
 from train.metrics import Window, open_log
 from train.model import PackedQwen, checkpoint_activations
@@ -29,8 +32,8 @@ from train.stream import BinStream, StepBatch
 
 logger = logging.getLogger(__name__)
 
-FINAL_DIR = "final"
-"""Folder of the trained model inside the folder of the run."""
+FINAL_DIR, ADAPTER_DIR = "final", "adapter"
+"""Folders of the trained model, and of its adapters alone, inside the folder of the run."""
 
 
 def train(args: TrainArguments) -> bool:
@@ -47,13 +50,13 @@ def train(args: TrainArguments) -> bool:
     plan = make_plan(args)
     run_lock = checkpoint.hold(args.run_dir) if plan.ranks.is_first else None
     engine.start(plan.device)
-    torch.manual_seed(args.seed)
     kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
     model = build_model(plan)
     groups = optim.group_parameters(model, optim.learning_rates(args, plan.recipe.learning_rate))
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     describe(plan, groups)
+    flops = ModelFlops.of(model)
 
     optimizer = optim.build_optimizer(groups, weight_decay=args.weight_decay)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
@@ -62,12 +65,13 @@ def train(args: TrainArguments) -> bool:
     if plan.is_converted and plan.resume_from is not None:
         checkpoint.convert(plan.resume_from, plan.ranks)
     running = engine.initialize(model, optimizer, plan.deepspeed, is_converted=plan.is_converted)
+    engine.seed_dropout(args.seed, plan.ranks, plan.start_step)
     if plan.resume_from is not None:
         checkpoint.load(running, optimizer, plan.resume_from, plan.ranks, is_converted=plan.is_converted)
 
     evaluation = None if plan.eval_index is None else Evaluation(plan)
     skipped = SkippedSteps(plan.index, max_in_a_row=args.max_skipped_steps, is_first=plan.ranks.is_first)
-    window = Window(plan.order, plan.device)
+    window = Window(plan.order, plan.device, flops, peak_tflops=plan.peak_tflops)
     opened = open_log(args, is_first=plan.ranks.is_first, start_step=plan.start_step, num_steps=plan.num_steps)
     is_stopped = False
     with opened as log, open_stream(plan) as stream, StopRequest() as stop:
@@ -130,6 +134,12 @@ def run_step(running: Any, batch: StepBatch, plan: Plan) -> torch.Tensor:
 def build_model(plan: Plan) -> PackedQwen:
     """The model with the weights of the checkpoint that the run starts from, in training mode."""
     hf = pretrained.load_model(plan.source, dtype=plan.dtype, attn_implementation=plan.attention)
+    if plan.args.use_liger_kernel:
+        kernels.use_liger(hf)
+    if plan.adapters is not None:
+        adapters.add_adapters(hf, plan.adapters, seed=plan.args.seed)
+    if plan.args.torch_compile:
+        kernels.compile_layers(hf, attn_implementation=plan.attention)
     model = PackedQwen(hf, attn_implementation=plan.attention)
     model.train()
     return model
@@ -184,4 +194,9 @@ def export(running: Any, plan: Plan) -> None:
     model: PackedQwen = running.module
     weights = engine.gather_weights(model.hf, plan.ranks)
     if plan.ranks.is_first:
+        if plan.adapters is not None:
+            out, name = plan.args.run_dir / ADAPTER_DIR, plan.args.model_name_or_path
+            weights, of_adapters = adapters.split_weights(weights)
+            adapters.write_adapter(out, of_adapters, plan.adapters, model=name, source=plan.source)
+            weights = adapters.merge_weights(weights, of_adapters, plan.adapters.scaling)
         pretrained.write_checkpoint(plan.args.run_dir / FINAL_DIR, model.hf, weights, source=plan.source)

@@ -15,12 +15,19 @@ if not __package__:
 from schemas.errors import VlprepError
 from train.flags import parse_arguments
 
+_INTERRUPTED = 130
+"""What shells make of a program that Ctrl-C ended."""
+
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
+"""What gloo and NCCL say in ranks that wait for one that is no more."""
+
 
 def main(argv: list[str]) -> int:
-    """Parse the flags and train.
+    """Parse the flags, and train or, with ``--dry_run``, see whether that would go well.
 
     Returns:
-        Exit code: 0 done, 1 something is wrong with the data, 2 wrong use, 85 told to stop and able to go on.
+        Exit code: 0 done, 1 something is wrong with the data, 2 wrong use, 85 told to stop and able to go on, 130
+        stopped by Ctrl-C.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -31,8 +38,12 @@ def main(argv: list[str]) -> int:
     _configure_output(is_first=rank == 0)
     from train.interrupt import REQUEUE_EXIT_CODE
     from train.loop import train
+    from train.preflight import preflight
 
     try:
+        if args.dry_run:
+            preflight(args)
+            return 0
         return 0 if train(args) else REQUEUE_EXIT_CODE
     except VlprepError as error:
         if args.debug:
@@ -44,6 +55,16 @@ def main(argv: list[str]) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _fail(VlprepError(f"{place}{error.strerror or error}. Mend that and start the run again."))
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        if rank == 0:
+            sys.stderr.write("stopped. The same command goes on from the newest checkpoint.\n")
+        return _INTERRUPTED
+    except RuntimeError as error:
+        if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
+            raise
+        return _fail(VlprepError("another rank has ended. Its own message, above or in its log, says why."))
 
 
 def _fail(error: VlprepError) -> int:

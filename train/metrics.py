@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
+from train.flops import ModelFlops
 from train.order import DataOrder
 from train.stream import StepBatch
 
@@ -35,9 +36,19 @@ Record = dict[str, Any]
 class Window:
     """Adds up what happens between two logged steps, and makes the record of a logged step from it."""
 
-    def __init__(self, order: DataOrder, device: torch.device) -> None:
+    def __init__(self, order: DataOrder, device: torch.device, flops: ModelFlops, *, peak_tflops: float | None) -> None:
+        """Begin a window.
+
+        Args:
+            order: of the bins.
+            device: of this rank.
+            flops: operations of the model.
+            peak_tflops: what the device of a rank can do at most, in 10^12 operations a second; None: not known.
+        """
         self._order = order
         self._device = device
+        self._flops = flops
+        self._peak_tflops = peak_tflops
         self._reset()
 
     def _reset(self) -> None:
@@ -45,7 +56,7 @@ class Window:
         self._paused_s = 0.0
         self._num_steps = self._num_tokens = self._num_samples = 0
         self._max_tokens = 0
-        self._data_wait_s = self._efficiency = 0.0
+        self._data_wait_s = self._efficiency = self._num_flops = 0.0
 
     def add(self, batch: StepBatch) -> None:
         """One step is done."""
@@ -55,6 +66,7 @@ class Window:
         self._num_samples += batch.num_samples
         self._data_wait_s += batch.data_wait_s
         self._efficiency += batch.efficiency
+        self._num_flops += sum(self._flops.count(micro) for micro in batch.micro_batches)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -74,8 +86,8 @@ class Window:
         """Make the record of the step just done and begin a new window. All ranks call this together.
 
         Loss, learning rates, gradient norm and counts are those of the step; times and speeds are means over the
-        window, of the slowest rank; padding and efficiency are means over the window. A loss or norm that is not finite
-        is None.
+        window, of the slowest rank; padding and efficiency are means over the window; operations are those of a rank,
+        in the mean over ranks. A loss or norm that is not finite is None.
 
         Args:
             batch: the step.
@@ -84,8 +96,9 @@ class Window:
             grad_norm: norm of the gradient before clipping.
             num_skipped: steps skipped so far since the start or resume of the run.
         """
-        total = losses.double().sum()
-        torch.distributed.all_reduce(total)
+        flops = torch.tensor(self._num_flops, dtype=torch.float64, device=losses.device)
+        totals = torch.stack([losses.double().sum(), flops])
+        torch.distributed.all_reduce(totals)
         step_s = (time.perf_counter() - self._began - self._paused_s) / self._num_steps
         wait_s = self._data_wait_s / self._num_steps
         slowest = torch.tensor(
@@ -93,10 +106,12 @@ class Window:
         )
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
         step_s, wait_s, memory_bytes = slowest.tolist()
+        loss_sum, num_flops = totals.tolist()
+        tflops = num_flops / torch.distributed.get_world_size() / self._num_steps / step_s / 1e12
         record: Record = {
             "step": batch.step + 1,
             "epoch": self._epoch(batch.step + 1),
-            "loss": _finite(total.item() / max(1, batch.num_targets)),
+            "loss": _finite(loss_sum / max(1, batch.num_targets)),
             "learning_rate": next(iter(rates.values())),
             "learning_rates": rates,
             "grad_norm": _finite(float(grad_norm)),
@@ -108,6 +123,8 @@ class Window:
             "efficiency": self._efficiency / self._num_steps,
             "step_s": step_s,
             "data_wait_s": wait_s,
+            "tflops": tflops,
+            **({} if self._peak_tflops is None else {"mfu": tflops / self._peak_tflops}),
             "skipped_steps": num_skipped,
             "max_memory_bytes": int(memory_bytes),
         }
@@ -143,14 +160,18 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Write the record of a step."""
-        loss = record["loss"]
+        loss, norm = record["loss"], record["grad_norm"]
+        used = {"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {"tflops": f"{record['tflops']:.3g}"}
         self._bar.set_postfix(
             loss="not finite" if loss is None else f"{loss:.4f}",
+            norm="not finite" if norm is None else f"{norm:.3g}",
             lr=f"{record['learning_rate']:.2e}",
             tokens_per_s=f"{record['tokens_per_s']:.0f}",
             wait=f"{record['data_wait_s'] / record['step_s']:.1%}",
             efficiency=f"{record['efficiency']:.3f}",
             padding=f"{record['padding']:.1%}",
+            **used,
+            memory=f"{record['max_memory_bytes'] / 2**30:.1f}GiB",
         )
         for sink in self._sinks:
             sink.write(record)

@@ -2,7 +2,8 @@
 
 The model has three parts: language model (with embeddings and ``lm_head``), merger and vision tower. Each is frozen or
 has a learning rate; matrices decay, norms and biases do not. Every parameter belongs to exactly one part; one that
-belongs to none, or a part that is to be trained and has none, is an error.
+belongs to none, or a part that is to be trained and has none, is an error. In a model with adapters
+(:mod:`train.adapters`) they alone are trained, each at the rate of its part.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class ParameterGroup:
     """Parameters of one part that are treated alike. ``learning_rate`` is the peak; None means frozen."""
 
     part: str
+    is_adapter: bool
     learning_rate: float | None
     decays: bool
     parameters: tuple[nn.Parameter, ...]
@@ -63,35 +65,46 @@ def learning_rates(args: TrainArguments, base: float) -> dict[str, float | None]
 
 
 def group_parameters(model: nn.Module, rates: Mapping[str, float | None]) -> list[ParameterGroup]:
-    """Put every parameter into one group, and freeze those of parts without a rate.
+    """Put every parameter into one group, and freeze those of parts without a rate, and those beside adapters.
 
     Args:
         model: a :class:`PackedQwen`, or any module with its names. ``requires_grad`` is set on its parameters.
         rates: peak rate of every part; None freezes it.
 
     Returns:
-        Groups that are not empty: the parts in the order of ``rates``, each with decay, then without.
+        Groups that are not empty: the parts in the order of ``rates``, each its own weights, then its adapters, with
+        decay, then without.
 
     Raises:
-        ConfigError: a parameter belongs to no part or is of an unknown kind, or a part with a rate has none.
+        ConfigError: a parameter belongs to no part or is of an unknown kind, or a part with a rate has none to train.
     """
-    found: dict[tuple[str, bool], list[nn.Parameter]] = {
-        (part, decays): [] for part in rates for decays in (True, False)
+    parameters = list(_parameters(model))
+    has_adapters = any(is_adapter(name) for name, _, _ in parameters)
+    found: dict[tuple[str, bool, bool], list[nn.Parameter]] = {
+        (part, adapter, decays): [] for part in rates for adapter in (False, True) for decays in (True, False)
     }
-    for name, module, parameter in _parameters(model):
-        part = part_of(name)
-        parameter.requires_grad_(rates[part] is not None)
-        found[part, _decays(name, module)].append(parameter)
-    for part, rate in rates.items():
-        if rate is not None and not (found[part, True] or found[part, False]):
-            raise ConfigError(
-                f"{part} is to be trained, but the model has no parameters of it. Give a Qwen2.5-VL checkpoint."
-            )
-    return [
-        ParameterGroup(part=part, learning_rate=rates[part], decays=decays, parameters=tuple(parameters))
-        for (part, decays), parameters in found.items()
-        if parameters
+    for name, module, parameter in parameters:
+        found[part_of(name), is_adapter(name), _decays(name, module)].append(parameter)
+    groups = [
+        ParameterGroup(
+            part=part,
+            is_adapter=adapter,
+            learning_rate=rates[part] if adapter == has_adapters else None,
+            decays=decays,
+            parameters=tuple(members),
+        )
+        for (part, adapter, decays), members in found.items()
+        if members
     ]
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(group.learning_rate is not None)
+    trained = {group.part for group in groups if group.learning_rate is not None}
+    for part, rate in rates.items():
+        if rate is not None and part not in trained:
+            kind = "adapters in" if has_adapters else "parameters of"
+            raise ConfigError(f"{part} is to be trained, but the model has no {kind} it. Give a Qwen2.5-VL checkpoint.")
+    return groups
 
 
 def part_of(name: str) -> str:
@@ -105,6 +118,11 @@ def part_of(name: str) -> str:
             return part
     known = ", ".join(prefix for prefix, _ in PREFIXES)
     raise ConfigError(f"parameter {name} belongs to no part of the model ({known}). Give a Qwen2.5-VL checkpoint.")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its name, is of an adapter and not of the model itself."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.AdamW:
@@ -127,7 +145,7 @@ def format_table(groups: Sequence[ParameterGroup], *, weight_decay: float) -> st
     head = ("part", "tensors", "parameters", "learning rate", "decay")
     rows = [
         (
-            group.part,
+            f"{group.part}, adapters" if group.is_adapter else group.part,
             str(len(group.parameters)),
             f"{group.num_elements:,}",
             "frozen" if group.learning_rate is None else f"{group.learning_rate:g}",

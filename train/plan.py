@@ -3,7 +3,7 @@
 Everything that can be wrong is found here, before the process group starts and weights are loaded: by every rank for
 itself, from the same files, so all ranks come to the same plan.
 
-Cost: opening the shards, and parsing ``tokenizer.json`` (0.3 s).
+Cost: opening the shards, the ledgers of those to evaluate on, and parsing ``tokenizer.json`` (0.3 s).
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import torch
 
 from schemas.errors import ConfigError
 from train import checkpoint, engine, optim, pretrained
+from train.adapters import Adapters, choose_adapters
 from train.arguments import TrainArguments
 from train.checkpoint import RunState, Setting
 from train.cost import CostModel, read_config
 from train.engine import Ranks
+from train.flops import peak_tflops
 from train.index import ShardIndex, open_shards
+from train.kernels import check_kernels
+from train.ledger import SampleDatasets, sample_datasets
 from train.metrics import require_reporter
 from train.order import DataOrder, Grouping
 from train.pretrained import ModelShape
@@ -39,13 +43,16 @@ class Plan:
         device: where this rank computes.
         dtype: what it computes in: bfloat16, float16 or float32.
         attention: attention implementation.
+        peak_tflops: what the device can do at most, in 10^12 operations a second, where that is known.
         deepspeed: complete configuration of DeepSpeed.
         index: the bins.
         order: in which they are used.
         num_steps: optimizer steps of the whole run.
         eval_index: the bins to evaluate on, if any.
+        eval_datasets: which datasets their samples are of.
         source: folder of the checkpoint that the run starts from.
         shape: of its model.
+        adapters: what LoRA puts into it, if asked for.
         settings: what must be the same when the run goes on from one of its checkpoints.
         resume_from: the checkpoint to go on from, if any.
         is_converted: whether that checkpoint is of another number of ranks, so that its state is dealt out anew.
@@ -58,13 +65,16 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     attention: str
+    peak_tflops: float | None
     deepspeed: dict[str, Any]
     index: ShardIndex
     order: DataOrder
     num_steps: int
     eval_index: ShardIndex | None
+    eval_datasets: SampleDatasets | None
     source: Path
     shape: ModelShape
+    adapters: Adapters | None
     settings: dict[str, Setting]
     resume_from: Path | None
     is_converted: bool
@@ -92,14 +102,17 @@ def make_plan(args: TrainArguments) -> Plan:
 
     model_config = read_config(source)
     recipe = choose_recipe(args, model_config)
+    adapters = choose_adapters(args, model_config)
     device = engine.choose_device(ranks)
     dtype = engine.choose_dtype(args, deepspeed, device)
     attention = engine.choose_attention(args, device, dtype)
     deepspeed = engine.complete_config(
         deepspeed, args, recipe, world=ranks.world, dtype=dtype, hidden_size=shape.hidden_size
     )
+    check_kernels(args, device, deepspeed)
 
     settings = run_settings(args, recipe, index, dtype=dtype, deepspeed=deepspeed)
+    settings.update(frozen_settings(args, adapters, source))
     resume_from = checkpoint.choose_checkpoint(args.run_dir, args.resume)
     state = None if resume_from is None else checkpoint.read_state(resume_from)
     if resume_from is not None and state is not None:
@@ -108,6 +121,7 @@ def make_plan(args: TrainArguments) -> Plan:
         model_config,
         tune_llm=args.tune_mm_llm,
         tune_vision=args.tune_mm_vision,
+        uses_adapters=adapters is not None,
         gradient_checkpointing=args.gradient_checkpointing,
     )
     order = DataOrder(
@@ -130,13 +144,16 @@ def make_plan(args: TrainArguments) -> Plan:
         device=device,
         dtype=dtype,
         attention=attention,
+        peak_tflops=args.peak_tflops or peak_tflops(device, dtype),
         deepspeed=deepspeed,
         index=index,
         order=order,
         num_steps=num_steps,
         eval_index=eval_index,
+        eval_datasets=None if eval_index is None else sample_datasets(eval_index),
         source=source,
         shape=shape,
+        adapters=adapters,
         settings=settings,
         resume_from=resume_from,
         is_converted=state is not None and state.ranks != ranks.world,
@@ -209,6 +226,15 @@ def run_settings(
         "warmup_ratio": args.warmup_ratio,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
+    }
+
+
+def frozen_settings(args: TrainArguments, adapters: Adapters | None, source: Path) -> dict[str, Setting]:
+    """What must be the same, too, since checkpoints hold trained weights only: adapters, and what is frozen."""
+    is_frozen = adapters is not None or not (args.tune_mm_llm and args.tune_mm_mlp and args.tune_mm_vision)
+    return {
+        "adapters": None if adapters is None else adapters.describe(),
+        "frozen weights": pretrained.weights_fingerprint(source) if is_frozen else None,
     }
 
 

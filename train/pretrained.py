@@ -13,9 +13,10 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -40,6 +41,9 @@ COMPANION_FILES = (
     "*processor_config.json",
 )
 """Files of a checkpoint that training does not change: tokenizer, chat template, processor."""
+
+SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
+"""What of a file of weights goes into its fingerprint."""
 
 HUB_FILES = (*COMPANION_FILES, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
@@ -137,8 +141,15 @@ def check_fingerprints(folder: Path, fingerprints: Fingerprints, *, shards: str)
             raise ConfigError(f"{name} of {path} is {found}, but {shards} was made with {list(expected)}. {remedy}")
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, attn_implementation: str) -> Qwen2_5_VLForConditionalGeneration:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | Literal["auto"], attn_implementation: str
+) -> Qwen2_5_VLForConditionalGeneration:
     """Load the weights; under ZeRO-3 (a living ``HfDeepSpeedConfig``) each rank keeps its partition only.
+
+    Args:
+        folder: the checkpoint.
+        dtype: of the weights in memory; ``auto`` is that of the checkpoint.
+        attn_implementation: attention implementation.
 
     Raises:
         ConfigError: the weights are not exactly those of the configuration, or cannot be read.
@@ -181,13 +192,35 @@ def write_checkpoint(
     # Without the note, transformers uses the names of the official checkpoints.
     model.__dict__.pop("_weight_conversions", None)
     model.save_pretrained(part, state_dict=state_dict)
-    for pattern in COMPANION_FILES:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, part / path.name)
+    copy_companions(source, part)
     if out.exists():
         shutil.rmtree(out)
     part.rename(out)
     logger.info("model written to %s", out)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy the files of a checkpoint that training does not change."""
+    for pattern in COMPANION_FILES:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, out / path.name)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """XXH3-128 over names, sizes and samples of the weights of a checkpoint.
+
+    It tells whether frozen weights are those that a run began with. Sixteen blocks of each file are read, not all of
+    it: training, however short, changes most numbers.
+    """
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for number in range(SAMPLED_BLOCKS):
+                file.seek(number * max(0, size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> bytes:

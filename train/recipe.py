@@ -45,6 +45,10 @@ SIZES = {(2048, 36): "3B", (3584, 28): "7B", (5120, 64): "32B", (8192, 80): "72B
 """Width and number of layers of the language model -> official size."""
 
 
+ADAPTER_LEARNING_RATE = 1e-4
+"""For LoRA at any size: adapters start from zero and want rates far above those of trained weights."""
+
+
 def size_of(config: Mapping[str, Any]) -> str | None:
     """The official size that a ``config.json`` describes; None for any other model."""
     text = config.get("text_config") or config
@@ -61,7 +65,7 @@ def choose_recipe(args: TrainArguments, config: Mapping[str, Any]) -> Recipe:
     size = size_of(config)
     preset = OTHER if size is None else PRESETS[size]
     return Recipe(
-        learning_rate=_first(args.learning_rate, preset.learning_rate),
+        learning_rate=_first(args.learning_rate, ADAPTER_LEARNING_RATE if args.lora_enable else preset.learning_rate),
         per_device=_first(args.per_device_train_batch_size, preset.per_device),
         accumulation=_first(args.gradient_accumulation_steps, preset.accumulation),
         epochs=_first(args.num_train_epochs, preset.epochs),

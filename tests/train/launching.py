@@ -20,7 +20,7 @@ from schemas.qwen import tokenizer_fingerprint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-TIMINGS = {"tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "max_memory_bytes"}
+TIMINGS = {"tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "tflops", "max_memory_bytes"}
 """What differs between two runs that are the same."""
 
 

@@ -88,6 +88,7 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ("--cache_bytes 10", "--cache_bytes has no effect without --cache_dir"),
         ("--read_timeout_s 0", "--read_timeout_s is 0.0; allowed: more than 0."),
         ("--dataloader_prefetch_factor 0", "--dataloader_prefetch_factor is 0"),
+        ("--peak_tflops 0", "--peak_tflops is 0.0; allowed: more than 0."),
         ("--max_skipped_steps -1", "--max_skipped_steps is -1; allowed: 0 or more."),
         ("--eval_strategy steps", "--eval_strategy steps has nothing to evaluate on: give --eval_shards."),
         ("--eval_shards e --eval_strategy never", "argument --eval_strategy: invalid choice: 'never'"),

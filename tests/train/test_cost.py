@@ -112,3 +112,12 @@ def test_a_checkpoint_tells_its_sizes(tiny_vocab_checkpoint: Path, tmp_path: Pat
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="is no JSON object"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_adapters_save_the_gradients_of_weights(recomputed: int) -> None:
+    """Forward and gradients of activations are left; a frozen vision tower still costs its forward pass alone."""
+    made = CostModel().in_training(uses_adapters=True, gradient_checkpointing=bool(recomputed))
+    assert (made.language_passes, made.vision_passes) == (2 + recomputed, 2 + recomputed)
+    frozen = CostModel().in_training(uses_adapters=True, tune_vision=False, gradient_checkpointing=bool(recomputed))
+    assert (frozen.language_passes, frozen.vision_passes) == (2 + recomputed, 1)

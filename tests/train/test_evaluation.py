@@ -19,8 +19,9 @@ from schemas.errors import ShardError
 from tests.train.launching import alone, fingerprint_of, made_once, read_metrics, torchrun
 from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample, write_shards
 from train.batch import build_micro_batch
-from train.evaluation import is_due, sample_datasets, sum_by_sample
+from train.evaluation import is_due, sum_by_sample
 from train.index import open_shards
+from train.ledger import sample_datasets
 from train.model import PackedQwen
 from train.order import DataOrder
 
@@ -145,9 +146,9 @@ def test_scores_are_summed_by_sample_as_worked_out_by_hand() -> None:
 def test_datasets_of_samples_are_those_of_the_ledgers(tmp_path: Path) -> None:
     for name in ("x", "y"):
         write_shards(tmp_path / name, bins_of(0), dataset=name)
-    names, of_samples = sample_datasets(open_shards(tmp_path))
-    assert names == ["x", "y"]
-    assert of_samples.tolist() == [0] * 6 + [1] * 6
+    datasets = sample_datasets(open_shards(tmp_path))
+    assert datasets.names == ("x", "y")
+    assert datasets.of_sample.tolist() == [0] * 6 + [1] * 6
 
 
 def test_a_ledger_that_does_not_fit_the_bins_is_an_error(tmp_path: Path) -> None:

@@ -12,17 +12,33 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError
+from tests.train.synthetic import as_bin, make_sample
 from train import metrics
 from train.arguments import TrainArguments
+from train.batch import build_micro_batch
+from train.flops import ModelFlops
 from train.metrics import Record, Window, drop_later_steps, flatten, open_log, require_reporter
 from train.order import DataOrder
 from train.stream import StepBatch
 
+TEN_TOKENS = build_micro_batch([as_bin([make_sample(np.random.default_rng(0), num_text=8)])])
+TEN_TERAFLOPS = ModelFlops(
+    per_patch=0,
+    per_merged_patch=0,
+    per_token=1e12,
+    per_target=0,
+    per_squared_length=0,
+    per_squared_window=0,
+    per_squared_frame=0,
+)
+"""For each forward and backward pass of :data:`TEN_TOKENS`."""
+
 
 def batch(step: int, num_targets: int = 10) -> StepBatch:
+    """Of two micro-steps."""
     return StepBatch(
         step=step,
-        micro_batches=(),
+        micro_batches=(TEN_TOKENS, TEN_TOKENS),
         num_targets=num_targets,
         num_tokens=100,
         max_tokens=125,
@@ -47,7 +63,7 @@ def window(process_group: None, monkeypatch: pytest.MonkeyPatch) -> Window:
     ticks = iter(range(1000))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     order = DataOrder(np.ones(12), seed=0, global_batch=3, epochs=0.8)
-    return Window(order, torch.device("cpu"))
+    return Window(order, torch.device("cpu"), TEN_TERAFLOPS, peak_tflops=160.0)
 
 
 def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_window(window: Window) -> None:
@@ -72,9 +88,20 @@ def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_wind
         "efficiency": pytest.approx(0.9),
         "step_s": 0.5,
         "data_wait_s": 0.25,
+        # two steps of twice ten in a second
+        "tflops": pytest.approx(40.0),
+        "mfu": pytest.approx(0.25),
         "skipped_steps": 3,
     }
     json.dumps(record)
+
+
+def test_where_the_device_is_not_known_there_is_no_share_of_its_peak(window: Window) -> None:
+    unknown = Window(window._order, torch.device("cpu"), TEN_TERAFLOPS, peak_tflops=None)
+    unknown.add(batch(0))
+    record = unknown.summarise(batch(0), torch.ones(1), {"merger": 1.0}, 0.0, 0)
+    assert record["tflops"] == pytest.approx(20.0)
+    assert "mfu" not in record
 
 
 def test_the_last_step_ends_with_the_last_epoch_though_it_has_fewer_bins(window: Window) -> None:
@@ -122,7 +149,8 @@ def test_a_file_that_is_not_there_has_no_lines_to_drop(tmp_path: Path) -> None:
 
 def record_of(step: int) -> Record:
     speeds = {"tokens_per_s": 10.0, "data_wait_s": 0.1, "step_s": 2.0, "efficiency": 0.9, "padding": 0.1}
-    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}, **speeds}
+    sizes = {"grad_norm": 0.5, "tflops": 300.0, "mfu": 0.31, "max_memory_bytes": 3 << 30}
+    return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}, **speeds, **sizes}
 
 
 def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> None:
@@ -136,6 +164,20 @@ def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> 
         log.write(record_of(2))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record_of(1), record_of(2)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_screen_shows_what_matters(tmp_path: Path, capsys: pytest.CaptureFixture[str], known: bool) -> None:
+    args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
+    record = {**record_of(1), "loss": None}
+    if not known:
+        del record["mfu"]
+    with open_log(args, is_first=True, start_step=0, num_steps=2) as log:
+        log.write(record)
+    shown = capsys.readouterr().err
+    use = "mfu=31.0%" if known else "tflops=300"
+    for part in ("loss=not finite", "norm=0.5", "lr=1.00e-05", "tokens_per_s=10", "wait=5.0%", use, "memory=3.0GiB"):
+        assert part in shown
 
 
 def test_numbers_of_parts_get_names_of_their_own() -> None:
@@ -154,7 +196,6 @@ def test_a_reporter_whose_package_is_missing_is_an_error_with_the_remedy(
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="tensorboard")
@@ -167,9 +208,11 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 
 def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
+    # Nothing leaves the machine.
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
     args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="wandb", run_name="trial")
     with open_log(args, is_first=True, start_step=0, num_steps=1) as log:
         assert wandb.run.name == "trial"

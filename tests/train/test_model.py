@@ -319,3 +319,31 @@ def test_flash_attention_is_given_the_borders_of_samples_and_media(
         (vision.num_patches, vision.cu_seqlens.numel() - 1),
         (vision.num_patches, vision.cu_window_seqlens.numel() - 1),
     }
+
+
+def saved_shapes(compute: Any) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that a backward pass would keep."""
+    shapes: list[tuple[int, ...]] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        compute()
+    return shapes
+
+
+def test_of_a_frozen_vision_tower_no_tensor_is_kept_for_the_backward_pass(model: PackedQwen) -> None:
+    vision = micro_batch(*samples_of_all_kinds()).vision
+    visual = model.hf.model.visual
+    assert len(saved_shapes(lambda: model.vision_features(vision))) > 100
+
+    optim.group_parameters(model, {**EVERYTHING, optim.VISION_TOWER: None})
+    states = torch.zeros(vision.num_patches, visual.config.hidden_size)
+    of_merger = saved_shapes(lambda: visual.merger(states))
+    order_of_rows = tuple(vision.window_index.shape)
+    assert saved_shapes(lambda: model.vision_features(vision)) == [*of_merger, order_of_rows]
+
+    optim.group_parameters(model, {**EVERYTHING, optim.VISION_TOWER: None, optim.MERGER: None})
+    assert saved_shapes(lambda: model.vision_features(vision)) == []

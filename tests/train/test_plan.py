@@ -182,6 +182,7 @@ def test_a_run_may_end_where_its_checkpoint_is_or_later_but_not_before(flags: li
         (["--group_steps", "2"], "group_steps"),
         (["--learning_rate", "1e-5"], "learning rate of language_model"),
         (["--tune_mm_vision"], "learning rate of vision_tower"),
+        (["--lora_enable", "--learning_rate", "2e-7"], "adapters"),
         (["--bf16"], "precision"),
         (["--deepspeed", "zero3.json"], "ZeRO stage"),
         (["--weight_decay", "0.1"], "weight_decay"),
@@ -348,6 +349,26 @@ def test_so_many_forward_passes_are_kept_ready(
     assert (seen["num_threads"], seen["prefetch"]) == (4, expected)
 
 
+def test_a_run_with_frozen_parts_does_not_go_on_beside_other_frozen_weights(
+    flags: list[str], saved: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The vision tower is frozen, so no checkpoint holds it. A copy of the same checkpoint elsewhere will do."""
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    moved = [*flags, "--model_name_or_path", str(copy)]
+    assert make_plan(parse_arguments(moved)).resume_from == saved
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    with pytest.raises(ConfigError, match=f"{saved} was saved with frozen weights = "):
+        make_plan(parse_arguments(moved))
+
+
+def test_without_frozen_parts_the_weights_to_start_from_do_not_matter_when_a_run_goes_on(
+    flags: list[str], tokenizers_agree: None
+) -> None:
+    assert make_plan(parse_arguments([*flags, "--tune_mm_vision"])).settings["frozen weights"] is None
+
+
 def test_shards_to_evaluate_on_take_no_weights(flags: list[str], shards: Path, tokenizers_agree: None) -> None:
     with pytest.raises(ConfigError, match=r"--eval_shards .*:1epochs gives weights or epochs"):
         make_plan(parse_arguments([*flags, "--eval_shards", f"{shards}:1epochs"]))
@@ -357,3 +378,17 @@ def test_shards_to_evaluate_on_must_be_of_the_same_tokenizer(flags: list[str], t
     other = write_shards(tmp_path / "other", make_bins(num_bins=2), tokenizer="f" * 32)
     with pytest.raises(ConfigError, match=f"is not the one that {other} was made with"):
         make_plan(parse_arguments([*flags, "--eval_shards", str(other)]))
+
+
+def test_shards_to_evaluate_on_must_have_their_ledger(
+    flags: list[str], tiny_checkpoint: Path, tmp_path: Path, tokenizers_agree: None
+) -> None:
+    """It says which dataset a sample is of; better found now than after the last step."""
+    path = tiny_checkpoint / "tokenizer.json"
+    fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
+    held_out = write_shards(tmp_path / "held-out", make_bins(num_bins=2), tokenizer=fingerprint)
+    plan = make_plan(parse_arguments([*flags, "--eval_shards", str(held_out)]))
+    assert plan.eval_datasets is not None and plan.eval_datasets.names == ("synthetic",)
+    (held_out / "samples.parquet").unlink()
+    with pytest.raises(ShardError, match=r"held-out/samples\.parquet is missing"):
+        make_plan(parse_arguments([*flags, "--eval_shards", str(held_out)]))

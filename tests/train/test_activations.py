@@ -1,0 +1,110 @@
+"""What a backward pass keeps is worked out to the byte: compared with the tensors that autograd saves."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tests.train.synthetic import as_bin, make_medium, make_sample
+from train import optim
+from train.activations import ANGLES, MASK, VISION_ANGLES, Load, activation_terms
+from train.arguments import TrainArguments
+from train.batch import MicroBatch, build_micro_batch
+from train.cost import read_config
+from train.memory import Phase
+from train.model import PackedQwen, checkpoint_activations
+from train.sizes import Sizes, sizes_of
+
+FROZEN_SETS = [trained for trained in itertools.product((True, False), repeat=3) if any(trained)]
+PARTS = ("llm", "mlp", "vision")
+
+
+def saved_bytes(model: PackedQwen, micro: MicroBatch) -> int:
+    """Of the tensors that the graph up to the last hidden states keeps, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            saved[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.target_states(micro)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def kept_bytes(sizes: Sizes, micro: MicroBatch, dtype: torch.dtype, *, checkpointed: bool, masked: bool) -> int:
+    load = Load(
+        num_tokens=micro.num_tokens,
+        num_targets=micro.targets.numel(),
+        num_patches=micro.vision.num_patches,
+        is_masked=masked,
+        is_checkpointed=checkpointed,
+    )
+    terms = activation_terms(sizes, load, dtype)
+    # Planes and mask are no part of the graph; nor are angles where checkpointing holds them.
+    outside = {"pixels, as stored", MASK, *((ANGLES, VISION_ANGLES) if checkpointed else ())}
+    return sum(term.num_bytes for term in terms if term.phase == Phase.BACKWARD and term.name not in outside)
+
+
+def one_sample(rows: int, num_text: int) -> MicroBatch:
+    rng = np.random.default_rng(0)
+    return build_micro_batch([as_bin([make_sample(rng, [make_medium(rng, rows, 16)], num_text=num_text)])])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("trained", FROZEN_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_token_and_a_patch_keep_what_was_worked_out(
+    tiny_checkpoint: Path, dtype: torch.dtype, trained: tuple[bool, ...], checkpointed: bool
+) -> None:
+    """Compared between two bins, so that what does not depend on their size drops out.
+
+    Indices (9 bytes a token, 4 a patch) are left out of the arithmetic.
+    """
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=dtype)
+    model = PackedQwen(hf, attn_implementation="sdpa").train()
+    flags = {f"tune_mm_{part}": is_trained for part, is_trained in zip(PARTS, trained)}
+    args = TrainArguments(shards="shards", **flags)
+    optim.group_parameters(model, optim.learning_rates(args, 1e-3))
+    if checkpointed:
+        checkpoint_activations(model)
+    sizes = sizes_of(read_config(tiny_checkpoint), args)
+    small, long, wide = one_sample(8, 500), one_sample(8, 900), one_sample(16, 500)
+    for other in (long, wide):
+        found = saved_bytes(model, other) - saved_bytes(model, small)
+        expected = kept_bytes(sizes, other, dtype, checkpointed=checkpointed, masked=False)
+        expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed, masked=False)
+        indices = 9 * (other.num_tokens - small.num_tokens) + 4 * (other.vision.num_patches - small.vision.num_patches)
+        assert 0 <= found - expected <= indices
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_samples_keep_a_mask_in_every_layer(
+    tiny_checkpoint: Path, dtype: torch.dtype, checkpointed: bool
+) -> None:
+    """Without flash attention, and none of them where activations are recomputed."""
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=dtype)
+    model = PackedQwen(hf, attn_implementation="sdpa").train()
+    args = TrainArguments(shards="shards")
+    optim.group_parameters(model, optim.learning_rates(args, 1e-3))
+    if checkpointed:
+        checkpoint_activations(model)
+    sizes = sizes_of(read_config(tiny_checkpoint), args)
+    rng = np.random.default_rng(0)
+    small, large = (
+        build_micro_batch([as_bin([make_sample(rng, num_text=number) for number in lengths])])
+        for lengths in ((198, 302), (298, 606))
+    )
+    assert (small.num_tokens, large.num_tokens) == (504, 908)
+    found = saved_bytes(model, large) - saved_bytes(model, small)
+    expected = kept_bytes(sizes, large, dtype, checkpointed=checkpointed, masked=True)
+    expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed, masked=True)
+    assert 0 <= found - expected <= 9 * (large.num_tokens - small.num_tokens)

@@ -1,0 +1,294 @@
+"""Runs with LoRA: ranks and ZeRO stages agree, a resumed run is the unbroken run, what is written is what was trained.
+
+Runs are real launches in processes of their own; each is made once and looked at by several tests. All parts have
+adapters, and in every micro-step one rank has text alone and the other media.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from schemas.errors import ConfigError
+from tests.train.launching import (
+    alone,
+    fingerprint_of,
+    launch,
+    made_once,
+    read_metrics,
+    read_untimed,
+    read_weights,
+    torchrun,
+)
+from tests.train.synthetic import make_bins, write_shards
+from train.batch import build_micro_batch
+from train.index import open_shards
+from train.merge import merge_adapter
+from train.model import PackedQwen
+from train.reader import read_checked_bin
+from train.tiny_model import write_tiny_checkpoint
+
+NUM_STEPS, RANK = 3, 4
+TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
+ZERO_3 = ("--deepspeed", "zero3.json")
+DROPOUT = ("--lora_dropout", "0.2")
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fingerprint = fingerprint_of(tiny_checkpoint)
+    return made_once(
+        tmp_path_factory, "adapters-shards", lambda out: write_shards(out, make_bins(num_bins=4), tokenizer=fingerprint)
+    )
+
+
+@pytest.fixture(scope="module")
+def flags(shards: Path, tiny_checkpoint: Path) -> list[str]:
+    settings = {
+        "shards": shards,
+        "eval_shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "max_steps": NUM_STEPS,
+        "tune_mm_vision": True,
+        "lora_enable": True,
+        "lora_r": RANK,
+        "lora_alpha": 2 * RANK,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 1,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def run_once(factory: pytest.TempPathFactory, name: str, num_ranks: int, *flags: str) -> Path:
+    def run(out: Path) -> None:
+        done = torchrun(num_ranks, *flags, "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(factory, f"adapters-{name}", run)
+
+
+@pytest.fixture(scope="module")
+def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_once(tmp_path_factory, "one-rank", 1, *flags, *TIMES_FOUR)
+
+
+@pytest.fixture(scope="module")
+def zero3(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_once(tmp_path_factory, "zero3", 2, *flags, *TIMES_TWO, *ZERO_3)
+
+
+@pytest.fixture(scope="module")
+def zero2_with_dropout(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_once(tmp_path_factory, "dropout", 2, *flags, *TIMES_TWO, *DROPOUT)
+
+
+@pytest.fixture(params=["zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"])
+def two_ranks(request: pytest.FixtureRequest, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks that share the four bins of a step, at every ZeRO stage in turn."""
+    if request.param == "zero3.json":
+        return request.getfixturevalue("zero3")
+    return run_once(tmp_path_factory, request.param, 2, *flags, *TIMES_TWO, "--deepspeed", request.param)
+
+
+def read_adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Whole matrices agree; Adam makes a step of full length of a gradient so small that rounding decides its sign."""
+    for name, weight in expected.items():
+        assert (found[name] - weight).norm() < 5e-3 * weight.norm(), name
+
+
+def mean_loss(hf: Qwen2_5_VLForConditionalGeneration, shards: Path) -> float:
+    """Over all targets of the shards, without DeepSpeed or stream."""
+    model = PackedQwen(hf, attn_implementation="sdpa").eval()
+    index = open_shards(shards)
+    batches = [build_micro_batch([read_checked_bin(index, number)]) for number in range(index.num_bins)]
+    with torch.no_grad():
+        total = sum(model(batch).item() for batch in batches)
+    return total / sum(batch.targets.numel() for batch in batches)
+
+
+def load(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    return model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(10, 2000, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+def test_training_starts_from_the_model_as_it_was(one_rank: Path, shards: Path, tiny_checkpoint: Path) -> None:
+    assert read_metrics(one_rank)[0]["loss"] == pytest.approx(mean_loss(load(tiny_checkpoint), shards), rel=1e-6)
+
+
+def test_ranks_and_stages_have_the_losses_and_adapters_of_one_rank(one_rank: Path, two_ranks: Path) -> None:
+    for expected, found in zip(read_metrics(one_rank), read_metrics(two_ranks), strict=True):
+        for name in ("step", "num_targets", "learning_rates"):
+            assert found[name] == expected[name]
+        for name in ("loss", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    expected, found = read_adapter(one_rank), read_adapter(two_ranks)
+    assert found.keys() == expected.keys()
+    assert_close(found, expected)
+    untrained = [name for name, weight in expected.items() if ".lora_B." in name and weight.abs().max() < 1e-2]
+    assert untrained == [], "nothing is compared"
+
+
+def test_the_final_model_is_the_trained_one(two_ranks: Path, shards: Path) -> None:
+    """Its loss is what the engine, with adapters beside the weights, had on the same bins after the last step."""
+    expected = read_metrics(two_ranks)[-1]["eval_loss"]
+    assert mean_loss(load(two_ranks / "final"), shards) == pytest.approx(expected, rel=1e-6)
+    assert expected < read_metrics(two_ranks)[0]["loss"] - 0.1, "training changed hardly anything: nothing is compared"
+
+
+def test_peft_loads_the_adapter_into_the_model_with_the_logits_of_the_final_one(
+    two_ranks: Path, tiny_checkpoint: Path
+) -> None:
+    expected = logits(load(two_ranks / "final"))
+    adapted = PeftModel.from_pretrained(load(tiny_checkpoint), str(two_ranks / "adapter"))
+    torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits(load(tiny_checkpoint))).abs().max() > 0.1
+
+
+def test_final_weights_differ_from_the_base_by_matrices_of_the_rank(zero3: Path, tiny_checkpoint: Path) -> None:
+    before, after = load_file(tiny_checkpoint / "model.safetensors"), read_weights(zero3)
+    assert after.keys() == before.keys()
+    adapted = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight").replace("model.language_model", "model")
+        for name in read_adapter(zero3)
+        if ".lora_A." in name
+    }
+    adapted = {f"{name.removeprefix('model.') if 'visual' in name else name}.weight" for name in adapted}
+    changed = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
+    assert changed == adapted
+    for name in changed:
+        values = torch.linalg.svdvals(after[name].double() - before[name].double())
+        assert values[RANK] < 1e-5 * values[0] < values[0] / 10, name
+
+
+def test_the_adapter_has_the_files_of_tokenizer_and_processor(zero3: Path, tiny_checkpoint: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.json", "preprocessor_config.json"):
+        assert (zero3 / "adapter" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+
+
+def test_checkpoints_hold_the_adapters_and_not_the_model(two_ranks: Path, tiny_checkpoint: Path) -> None:
+    size = sum(path.stat().st_size for path in (two_ranks / "checkpoint-3").rglob("*") if path.is_file())
+    assert size < (tiny_checkpoint / "model.safetensors").stat().st_size / 20
+
+
+@pytest.mark.parametrize("stage", ["zero2 with dropout", "zero3"])
+def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
+    flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, stage: str
+) -> None:
+    unbroken: Path = request.getfixturevalue(stage.replace(" ", "_"))
+    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
+    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]))
+
+    done = torchrun(2, *flags, *TIMES_TWO, *(ZERO_3 if stage == "zero3" else DROPOUT), "--output_dir", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    assert read_untimed(tmp_path) == read_untimed(unbroken)
+    expected, found = read_adapter(unbroken), read_adapter(tmp_path)
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+
+
+def test_dropout_is_drawn_anew_on_every_rank_and_in_every_step_of_training_alone(
+    zero2_with_dropout: Path, one_rank: Path, shards: Path
+) -> None:
+    with_dropout, without = read_metrics(zero2_with_dropout), read_metrics(one_rank)
+    assert with_dropout[0]["loss"] == pytest.approx(without[0]["loss"], rel=1e-6), "B is zero in the first step"
+    assert with_dropout[1]["loss"] != pytest.approx(without[1]["loss"], rel=1e-4)
+    final = load(zero2_with_dropout / "final")
+    assert mean_loss(final, shards) == pytest.approx(with_dropout[-1]["eval_loss"], rel=1e-6)
+    states = [
+        torch.load(zero2_with_dropout / f"checkpoint-{step}" / f"random-{rank:05d}.pt")["cpu"].numpy().tobytes()
+        for step in (1, 2)
+        for rank in (0, 1)
+    ]
+    assert len(set(states)) == 4
+
+
+@pytest.mark.parametrize(("before", "num_ranks"), [("one_rank", 2), ("zero3", 1)])
+def test_another_number_of_ranks_goes_on_with_the_same_losses_and_adapters(
+    flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, before: str, num_ranks: int
+) -> None:
+    run: Path = request.getfixturevalue(before)
+    shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    stage = ZERO_3 if before == "zero3" else ()
+    per_rank = TIMES_FOUR if num_ranks == 1 else TIMES_TWO
+
+    done = torchrun(num_ranks, *flags, *stage, *per_rank, "--output_dir", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    (found,), expected = read_metrics(tmp_path), read_metrics(run)[2]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert_close(read_adapter(tmp_path), read_adapter(run))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(("--lora_alpha", "16"), "adapters = r 4, alpha 8"), (("--lora_enable", "False"), "adapters = r 4, alpha 8")],
+)
+def test_other_adapters_do_not_go_on_from_a_checkpoint(
+    flags: list[str], zero3: Path, change: tuple[str, str], name: str
+) -> None:
+    if "--lora_enable" in change:
+        place = flags.index("--lora_enable")
+        flags = [*flags[:place], *flags[place + 6 :]]
+    done = alone(*flags, *TIMES_FOUR, *ZERO_3, *change, "--output_dir", str(zero3))
+    assert done.returncode == 2
+    assert f"was saved with {name}" in done.stderr
+
+
+def test_adapters_do_not_go_on_beside_other_frozen_weights(
+    flags: list[str], zero3: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path, seed=1)
+    done = alone(*flags, *TIMES_FOUR, *ZERO_3, "--model_name_or_path", str(tmp_path), "--output_dir", str(zero3))
+    assert done.returncode == 2
+    assert "was saved with frozen weights = " in done.stderr
+
+
+def test_merging_an_adapter_gives_the_final_model_to_the_bit(
+    zero3: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = launch(sys.executable, "-m", "train.merge", str(zero3 / "adapter"), "--out", str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    expected, found = read_weights(zero3), load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+    names = {path.name for path in (zero3 / "final").iterdir()}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+
+
+def test_an_adapter_is_not_merged_into_another_model(zero3: Path, tiny_vocab_checkpoint: Path, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(zero3 / "adapter", tmp_path / "adapter"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in weights if ".lora_B." in name)
+    save_file({**weights, name: torch.zeros(7, RANK)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="is no adapter of a layer of this model"):
+        merge_adapter(adapter, tmp_path / "out")
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(ConfigError, match="has use_dora True: that is no plain LoRA adapter"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="Give the folder of an adapter"):
+        merge_adapter(tiny_vocab_checkpoint, tmp_path / "out")

@@ -1,0 +1,275 @@
+"""Which layers get adapters, that they alone are trained, and that what cannot be is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from schemas.errors import ConfigError
+from tests.train.test_model import gradients, micro_batch, samples_of_all_kinds
+from train import adapters, optim
+from train.adapters import Adapters, add_adapters, choose_adapters, merge_weights, split_weights
+from train.flags import parse_arguments
+from train.model import PackedQwen, checkpoint_activations
+from train.optim import LANGUAGE_MODEL, MERGER, VISION_TOWER
+from train.recipe import ADAPTER_LEARNING_RATE, choose_recipe
+
+RATES = {LANGUAGE_MODEL: 1e-3, MERGER: 2e-3, VISION_TOWER: 3e-3}
+TINY = {"llm": 14, "mlp": 2, "vision": 20}
+"""Linear layers of the parts of the tiny model: 2 layers of 7, 2, 4 blocks of 5."""
+
+
+def chosen(checkpoint: Path, *flags: str) -> Adapters:
+    args = parse_arguments(["--shards", "x", "--lora_enable", *flags])
+    made = choose_adapters(args, json.loads((checkpoint / "config.json").read_bytes()))
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def hf(tiny_vocab_checkpoint: Path) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vocab_checkpoint, dtype=torch.float32)
+
+
+ALL_TUNED = ("--tune_mm_vision",)
+LLM_ALONE = ("--tune_mm_mlp", "False")
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_layers"),
+    [
+        ((), TINY["llm"] + TINY["mlp"]),
+        (ALL_TUNED, sum(TINY.values())),
+        (LLM_ALONE, TINY["llm"]),
+        (("--tune_mm_llm", "False"), TINY["mlp"]),
+        ((*LLM_ALONE, "--lora_target_modules", "all-linear"), TINY["llm"]),
+        ((*LLM_ALONE, "--lora_target_modules", "q_proj, v_proj"), 4),
+        ((*LLM_ALONE, "--lora_target_modules", "self_attn.q_proj"), 2),
+        ((*LLM_ALONE, "--lora_target_modules", "self_attn\\..*"), 8),
+        ((*LLM_ALONE, "--lora_target_modules", "layers\\.1\\..*_proj"), 7),
+        (("--lora_target_modules", "q_proj,merger.mlp.0"), 3),
+        ((*ALL_TUNED, "--lora_target_modules", "proj,q_proj,merger.*"), 4 + 2 + 2),
+    ],
+)
+def test_layers_of_the_tuned_parts_are_chosen_by_the_ends_of_their_names(
+    tiny_vocab_checkpoint: Path, flags: tuple[str, ...], num_layers: int
+) -> None:
+    modules = chosen(tiny_vocab_checkpoint, *flags).modules
+    assert len(modules) == len(set(modules)) == num_layers
+    assert not any("lm_head" in name or "patch_embed" in name for name in modules)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lora_target_modules", "q_prj,mlp.0"), "q_prj is no linear layer of language_model, merger; allowed: "),
+        ((*LLM_ALONE, "--lora_target_modules", "qkv"), "qkv is in vision_tower, which is frozen"),
+        ((*LLM_ALONE, "--lora_target_modules", "lm_head"), "lm_head can have no adapter"),
+        ((*LLM_ALONE, "--lora_target_modules", "q_proj,("), "is no regular expression"),
+        ((*LLM_ALONE, "--lora_target_modules", "embed_tokens"), "embed_tokens is no linear layer of language_model"),
+        (("--lora_target_modules", "q_proj"), "merger is to be tuned, but --lora_target_modules q_proj names none"),
+    ],
+)
+def test_a_name_that_fits_nothing_is_an_error(
+    tiny_vocab_checkpoint: Path, flags: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        chosen(tiny_vocab_checkpoint, *flags)
+
+
+def test_without_lora_nothing_is_chosen_and_with_it_the_rate_is_that_of_adapters() -> None:
+    without, with_lora = (parse_arguments(["--shards", "x", *flags]) for flags in ([], ["--lora_enable"]))
+    assert choose_adapters(without, {}) is None
+    assert choose_recipe(without, {}).learning_rate == 2e-7
+    assert choose_recipe(with_lora, {}).learning_rate == ADAPTER_LEARNING_RATE
+    own = parse_arguments(["--shards", "x", "--lora_enable", "--learning_rate", "1e-3"])
+    assert choose_recipe(own, {}).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lora_r", "8"),
+        ("--lora_alpha", "8"),
+        ("--lora_dropout", "0.1"),
+        ("--lora_target_modules", "q_proj"),
+    ],
+)
+def test_a_setting_of_lora_without_lora_is_an_error(flags: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"{flags[0]} {flags[1]} has no effect without --lora_enable"):
+        parse_arguments(["--shards", "x", *flags])
+
+
+@pytest.mark.parametrize("flags", ["--lora_r 0", "--lora_alpha 0", "--lora_dropout 1", "--lora_dropout -0.1"])
+def test_a_setting_of_lora_out_of_range_is_an_error(flags: str) -> None:
+    with pytest.raises(ConfigError, match=r"--lora_\w+ is .*; allowed: "):
+        parse_arguments(["--shards", "x", "--lora_enable", *flags.split()])
+
+
+def test_without_peft_one_sentence_says_how_to_get_it(
+    tiny_vocab_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="LoRA needs the peft package: pip install peft"):
+        chosen(tiny_vocab_checkpoint)
+
+
+def test_adapters_alone_are_trained_each_in_exactly_one_group_at_the_rate_of_its_part(
+    hf: Qwen2_5_VLForConditionalGeneration, tiny_vocab_checkpoint: Path
+) -> None:
+    add_adapters(hf, chosen(tiny_vocab_checkpoint, *ALL_TUNED, "--lora_r", "2"), seed=0)
+    model = PackedQwen(hf, attn_implementation="sdpa")
+    groups = optim.group_parameters(model, RATES)
+    assert sum(len(group.parameters) for group in groups) == len(list(model.parameters()))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(trained) == 2 * sum(TINY.values())
+    optimizer = optim.build_optimizer(groups, weight_decay=0.1)
+    assert [(group["part"], group["lr"], len(group["params"])) for group in optimizer.param_groups] == [
+        (LANGUAGE_MODEL, 1e-3, 28),
+        (MERGER, 2e-3, 4),
+        (VISION_TOWER, 3e-3, 40),
+    ]
+    rows = optim.format_table(groups, weight_decay=0.1).splitlines()[1:]
+    shown = [re.split(r"  +", row) for row in rows]
+    assert {row[0] for row in shown if row[3] == "frozen"} == set(RATES)
+    assert [(row[0], row[3]) for row in shown if row[3] != "frozen"] == [
+        ("language_model, adapters", "0.001"),
+        ("merger, adapters", "0.002"),
+        ("vision_tower, adapters", "0.003"),
+    ]
+
+
+def test_a_part_to_be_trained_without_an_adapter_is_an_error(
+    hf: Qwen2_5_VLForConditionalGeneration, tiny_vocab_checkpoint: Path
+) -> None:
+    add_adapters(hf, chosen(tiny_vocab_checkpoint, *LLM_ALONE), seed=0)
+    model = PackedQwen(hf, attn_implementation="sdpa")
+    with pytest.raises(ConfigError, match="merger is to be trained, but the model has no adapters in it"):
+        optim.group_parameters(model, {**RATES, VISION_TOWER: None})
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_reach_every_adapter_through_frozen_embeddings_and_nothing_else(
+    tiny_checkpoint: Path, recomputed: bool
+) -> None:
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    add_adapters(hf, chosen(tiny_checkpoint, *LLM_ALONE), seed=0)
+    model = PackedQwen(hf, attn_implementation="sdpa").train()
+    optim.group_parameters(model, {**RATES, MERGER: None, VISION_TOWER: None})
+    if recomputed:
+        checkpoint_activations(model)
+    found = gradients(model, model(micro_batch(*samples_of_all_kinds())))
+    assert len(found) == 2 * TINY["llm"]
+    assert all(gradient.any() == (".lora_B." in name) for name, gradient in found.items()), "B is zero, so A rests"
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def test_what_dropout_drops_is_dropped_again_where_activations_are_recomputed(tiny_checkpoint: Path) -> None:
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    add_adapters(hf, chosen(tiny_checkpoint, *ALL_TUNED, "--lora_dropout", "0.3"), seed=0)
+    model = PackedQwen(hf, attn_implementation="sdpa").train()
+    optim.group_parameters(model, RATES)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.fill_(0.01)
+    batch = micro_batch(*samples_of_all_kinds())
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(gradients(model, model(batch)))
+        checkpoint_activations(model)
+    kept, recomputed, other = found
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-5)
+    assert any(not torch.allclose(other[name], gradient, rtol=1e-2) for name, gradient in kept.items())
+
+
+@pytest.mark.parametrize(("size", "num_layers"), [("3B", 36 * 7 + 2), ("7B", 28 * 7 + 2)])
+def test_layers_are_found_in_the_configurations_of_the_official_checkpoints(size: str, num_layers: int) -> None:
+    """These have the sizes of the language model at the top."""
+    text: dict[str, object] = {
+        "3B": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
+        "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    }[size]
+    vision = {"depth": 32, "hidden_size": 1280, "out_hidden_size": text["hidden_size"], "num_heads": 16}
+    scaling = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    config = {
+        "model_type": "qwen2_5_vl",
+        **text,
+        "vocab_size": 151936,
+        "rope_scaling": scaling,
+        "vision_config": vision,
+    }
+    layers = adapters.linear_layers(config)
+    tuned = [name for name, part in layers.items() if part != VISION_TOWER]
+    assert len(tuned) == num_layers and len(layers) == num_layers + 32 * 5
+
+
+def test_adapters_start_as_peft_makes_them_and_the_same_for_a_seed(tiny_vocab_checkpoint: Path) -> None:
+    made = chosen(tiny_vocab_checkpoint, *ALL_TUNED, "--lora_r", "16")
+    first, same, other = (
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vocab_checkpoint, dtype=dtype)
+        for dtype in (torch.float32, torch.float32, torch.bfloat16)
+    )
+    for hf, seed in ((first, 0), (same, 0), (other, 1)):
+        torch.manual_seed(torch.randint(1000, ()))
+        add_adapters(hf, made, seed=seed)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in other.parameters())
+    seen = set()
+    for (name, weight), again, different in zip(first.named_parameters(), same.parameters(), other.parameters()):
+        assert torch.equal(weight, again)
+        if ".lora_B." in name:
+            assert not weight.any()
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(weight.shape[1])  # torch's own start of a linear layer
+            assert 0.9 * bound < weight.abs().max() <= bound
+            assert abs(weight.mean()) < 0.1 * bound
+            assert not torch.equal(weight.bfloat16(), different)
+            seen.add(weight.flatten()[0].item())
+    assert len(seen) == sum(TINY.values()), "layers start alike"
+
+
+def test_merging_adds_the_scaled_product_in_float32_and_rounds_once() -> None:
+    """2 x (B A) worked out by hand; the sum 1 + 2^-7 + 2^-8 does not fit into bfloat16 and is rounded to even."""
+    weights = {
+        "layer.base_layer.weight": torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16),
+        "layer.base_layer.bias": torch.tensor([5.0]),
+        "layer.lora_A.default.weight": torch.tensor([[2**-8, 3.0]], dtype=torch.bfloat16),
+        "layer.lora_B.default.weight": torch.tensor([[1.5]], dtype=torch.bfloat16),
+        "norm.weight": torch.tensor([7.0]),
+    }
+    own, of_adapters = split_weights(weights)
+    assert set(of_adapters) == {f"base_model.model.layer.lora_{kind}.weight" for kind in "AB"}
+    merged = merge_weights(own, of_adapters, 2.0)
+    assert {name: weight.tolist() for name, weight in merged.items()} == {
+        "layer.weight": [[1.0 + 2**-6, 9.0]],
+        "layer.bias": [5.0],
+        "norm.weight": [7.0],
+    }
+    assert merged["layer.weight"].dtype == torch.bfloat16
+    assert own["layer.weight"].tolist() == [[1.0, 0.0]], "the argument is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("base_model.model.layer.lora_B.weight", (3, 1), "layer is no adapter of a layer of this model"),
+        ("base_model.model.other.lora_A.weight", (1, 2), "other is no adapter of a layer of this model"),
+        ("base_model.model.layer.lora_magnitude_vector", (1,), "which is no matrix of LoRA: merge it with peft"),
+    ],
+)
+def test_an_adapter_of_another_model_or_kind_is_not_merged(name: str, shape: tuple[int, ...], message: str) -> None:
+    of_adapters = {
+        "base_model.model.layer.lora_A.weight": torch.zeros(1, 2),
+        "base_model.model.layer.lora_B.weight": torch.zeros(1, 1),
+    }
+    with pytest.raises(ConfigError, match=message):
+        merge_weights({"layer.weight": torch.zeros(1, 2)}, {**of_adapters, name: torch.zeros(shape)}, 1.0)

@@ -1,0 +1,187 @@
+"""Operations are counted as torch counts those that run, less what is masked or computed twice."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from schemas.errors import ConfigError
+from tests.train.synthetic import Sample, as_bin, make_medium, make_sample
+from train import optim
+from train.batch import MicroBatch, build_micro_batch
+from train.cost import CostModel, read_config
+from train.flops import ModelFlops, known_peak, peak_tflops
+from train.model import PackedQwen, checkpoint_activations
+
+PARTS = (optim.LANGUAGE_MODEL, optim.MERGER, optim.VISION_TOWER)
+FROZEN_SETS = [trained for trained in itertools.product((True, False), repeat=3) if any(trained)]
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> PackedQwen:
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    return PackedQwen(hf, attn_implementation="sdpa").train()
+
+
+def packed(*samples: Sample) -> MicroBatch:
+    return build_micro_batch([as_bin(list(samples))])
+
+
+def media_and_text() -> list[Sample]:
+    """A picture of several windows, text alone, and a clip between pictures."""
+    rng = np.random.default_rng(0)
+    clip = [make_medium(rng, 4, 2), make_medium(rng, 6, 10, steps=2), make_medium(rng, 2, 2)]
+    return [make_sample(rng, [make_medium(rng, 10, 12)]), make_sample(rng, num_text=20), make_sample(rng, clip)]
+
+
+def freeze(model: PackedQwen, trained: tuple[bool, ...]) -> None:
+    optim.group_parameters(model, {part: 1e-3 if is_trained else None for part, is_trained in zip(PARTS, trained)})
+
+
+def counted_by_torch(model: PackedQwen, micro: MicroBatch) -> int:
+    """Of a forward and a backward pass, attention as the products of matrices that it is made of."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(micro).backward()
+    return counter.get_total_flops()
+
+
+def what_runs(model: PackedQwen, micro: MicroBatch) -> float:
+    """What is counted, the masked part of the square of the bin, and ``lm_head`` once more, which is recomputed."""
+    flops = ModelFlops.of(model)
+    own = sum(length**2 for length in np.diff(micro.cu_seqlens.numpy()).tolist())
+    masked = flops.per_squared_length * (2 * micro.num_tokens**2 - own)
+    head = model.hf.lm_head
+    return flops.count(micro) + masked + 2 * head.in_features * head.out_features * micro.targets.numel()
+
+
+@pytest.mark.parametrize("trained", FROZEN_SETS)
+def test_whatever_is_frozen_the_count_is_that_of_torch(model: PackedQwen, trained: tuple[bool, ...]) -> None:
+    freeze(model, trained)
+    micro = packed(*media_and_text())
+    assert what_runs(model, micro) == counted_by_torch(model, micro)
+
+
+def test_text_alone_runs_the_vision_tower_on_its_dummy_picture(model: PackedQwen) -> None:
+    freeze(model, (True, True, True))
+    micro = packed(*media_and_text()[1:2])
+    assert micro.vision.num_patches == 4
+    assert what_runs(model, micro) == counted_by_torch(model, micro)
+
+
+@pytest.mark.parametrize(
+    ("targets", "needs_keys"),
+    [("q_proj k_proj v_proj", True), ("q_proj v_proj", False), ("o_proj down_proj", True), ("qkv q_proj proj", True)],
+)
+def test_adapters_are_counted_where_they_stand(model: PackedQwen, targets: str, needs_keys: bool) -> None:
+    """Frozen weights have no gradients, nor has anything before the first adapter.
+
+    Attention of separate products also leaves out the gradient of the keys where the first layer does not need it; the
+    kernels that real runs use make it along with the others.
+    """
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets.split())
+    peft.inject_adapter_in_model(config, model.hf)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    micro = packed(*media_and_text())
+    unneeded = 0 if needs_keys else 2 * 64 * micro.num_tokens**2
+    assert what_runs(model, micro) - unneeded == counted_by_torch(model, micro)
+
+
+def test_activations_that_are_recomputed_do_not_count(model: PackedQwen) -> None:
+    """With checkpointing torch counts the layers' forward pass once more; the count stays what it is."""
+    freeze(model, (True, True, False))
+    micro = packed(*media_and_text())
+    before = ModelFlops.of(model)
+    unchecked = counted_by_torch(model, micro)
+    checkpoint_activations(model)
+    assert ModelFlops.of(model) == before
+    forward = (
+        before.per_token / 3 * micro.num_tokens
+        # the whole square, where the count has the causal half
+        + before.per_squared_length / 3 * 2 * micro.num_tokens**2
+    )
+    # It ends with the last product whose factors are asked for, so the last matrix of each layer does not run again.
+    last_matrices = 2 * 64 * 128 * 2 * micro.num_tokens
+    assert counted_by_torch(model, micro) - unchecked == forward - last_matrices
+
+
+def test_packing_costs_no_more_than_the_samples_alone(model: PackedQwen) -> None:
+    freeze(model, (True, True, True))
+    flops = ModelFlops.of(model)
+    samples = media_and_text()
+    dummy = flops.count(packed(samples[1])) - flops.count(packed(*samples[:2])) + flops.count(packed(samples[0]))
+    assert dummy > 0
+    alone = sum(flops.count(packed(sample)) for sample in samples)
+    assert flops.count(packed(*samples)) == alone - dummy
+
+
+def test_an_empty_place_of_the_order_asks_for_nothing(model: PackedQwen) -> None:
+    freeze(model, (True, True, True))
+    assert ModelFlops.of(model).count(build_micro_batch([])) == 0.0
+
+
+def test_the_estimate_that_balances_ranks_agrees(model: PackedQwen, tiny_checkpoint: Path) -> None:
+    """A clip of four steps whose frames are whole windows: there the estimate from the index is exact."""
+    freeze(model, (True, True, True))
+    rng = np.random.default_rng(0)
+    micro = packed(make_sample(rng, [make_medium(rng, 8, 16, steps=4)], num_targets=5))
+    counts = {
+        "num_tokens": micro.num_tokens,
+        "sum_squared_lengths": micro.num_tokens**2,
+        "num_targets": 5,
+        "num_patches": 512,
+        "num_images": 0,
+        "num_videos": 1,
+    }
+    columns = {name: np.array([value]) for name, value in counts.items()}
+    estimate = CostModel.of_training(read_config(tiny_checkpoint)).bin_flops(**columns)
+    counted = ModelFlops.of(model).count(micro)
+    # The estimate has a gradient of the pixels, which nobody asks for.
+    assert estimate[0] - counted == pytest.approx(2 * 1176 * 32 * 512)
+
+
+def test_a_matrix_without_a_place_is_an_error(model: PackedQwen) -> None:
+    freeze(model, (True, True, True))
+    model.hf.extra = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"hf\.extra.* has no place in the order of computation"):
+        ModelFlops.of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI300X", 1307.4),
+        ("Tesla T4", None),
+        ("NVIDIA A1000 Laptop GPU", None),
+    ],
+)
+def test_a_device_is_known_by_the_name_that_torch_gives_it(name: str, expected: float | None) -> None:
+    assert known_peak(name) == expected
+
+
+def test_a_cpu_and_float32_have_no_known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    gpu = torch.device("cuda", 0)
+    assert peak_tflops(gpu, torch.bfloat16) == peak_tflops(gpu, torch.float16) == 989.4
+    assert peak_tflops(gpu, torch.float32) is None
+    assert peak_tflops(torch.device("cpu"), torch.bfloat16) is None

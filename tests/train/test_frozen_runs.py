@@ -1,0 +1,109 @@
+"""Runs with frozen parts: checkpoints leave them out, and going on, also with other ranks, has them as they were."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.launching import fingerprint_of, made_once, read_metrics, read_untimed, read_weights, torchrun
+from tests.train.synthetic import make_bins, write_shards
+
+PARTS = {
+    "llm": ("--tune_mm_llm", "True", "--tune_mm_mlp", "False", "--learning_rate", "1e-3"),
+    "mlp": ("--tune_mm_llm", "False", "--tune_mm_mlp", "True", "--mm_projector_lr", "1e-3"),
+}
+"""What is trained; the vision tower never is. The second leaves embeddings frozen that are tied to ``lm_head``."""
+
+TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    fingerprint = fingerprint_of(tiny_checkpoint)
+    shards = made_once(
+        tmp_path_factory, "frozen-shards", lambda out: write_shards(out, make_bins(num_bins=4), tokenizer=fingerprint)
+    )
+    settings = {
+        "shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_steps": 1,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module", params=[("llm", 2), ("llm", 3), ("mlp", 2), ("mlp", 3)], ids=lambda value: str(value))
+def trained(
+    request: pytest.FixtureRequest, flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, list[str]]:
+    """The part that is trained, a run of two ranks, and the flags that it had."""
+    part, stage = request.param
+    chosen = [*flags, *PARTS[part], "--deepspeed", f"zero{stage}.json"]
+
+    def run(out: Path) -> None:
+        done = torchrun(2, *chosen, *TIMES_TWO, "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return part, made_once(tmp_path_factory, f"frozen-{part}-{stage}", run), chosen
+
+
+def is_trained(name: str, part: str) -> bool:
+    """Whether a run trains a weight, by its name in a checkpoint of transformers."""
+    return name.startswith("visual.merger.") if part == "mlp" else not name.startswith("visual.")
+
+
+def assert_frozen(run: Path, part: str, tiny_checkpoint: Path) -> None:
+    before, after = load_file(tiny_checkpoint / "model.safetensors"), read_weights(run)
+    changed = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
+    assert changed == {name for name in before if is_trained(name, part)}
+
+
+def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
+    trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    part, unbroken, flags = trained
+    assert_frozen(unbroken, part, tiny_checkpoint)
+    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
+    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]))
+
+    done = torchrun(2, *flags, *TIMES_TWO, "--output_dir", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    assert read_untimed(tmp_path) == read_untimed(unbroken)
+    expected, found = read_weights(unbroken), read_weights(tmp_path)
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+
+
+def test_one_rank_goes_on_where_two_were_with_the_same_losses_and_the_frozen_weights_to_the_bit(
+    trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    part, before, flags = trained
+    shutil.copytree(before / "checkpoint-2", tmp_path / "checkpoint-2")
+
+    done = torchrun(1, *flags, *TIMES_FOUR, "--output_dir", str(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    assert_frozen(tmp_path, part, tiny_checkpoint)
+    (found,), expected = read_metrics(tmp_path), read_metrics(before)[2]
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    weights = read_weights(before)
+    for name, weight in read_weights(tmp_path).items():
+        torch.testing.assert_close(
+            weight, weights[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_frozen_weights_are_in_no_checkpoint(trained: tuple[str, Path, list[str]], tiny_checkpoint: Path) -> None:
+    """Nor under the other name of a tied one: what is left are two moments and a copy or two of what is trained."""
+    part, run, _ = trained
+    before = load_file(tiny_checkpoint / "model.safetensors")
+    num_trained = sum(weight.numel() for name, weight in before.items() if is_trained(name, part))
+    size = sum(path.stat().st_size for path in (run / "checkpoint-3" / "engine").iterdir())
+    assert 12 * num_trained < size < 17 * num_trained + 400_000

@@ -1,0 +1,173 @@
+"""Other kernels compute the same: compiled layers, and Liger's where there is a GPU; what cannot be is said at once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+from schemas.errors import ConfigError
+from tests.train.launching import alone, fingerprint_of, read_metrics
+from tests.train.synthetic import make_bins, write_shards
+from tests.train.test_model import EVERYTHING, gradients, micro_batch, samples_of_all_kinds
+from train import kernels, optim
+from train.flags import parse_arguments
+from train.model import PackedQwen, checkpoint_activations
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")
+NEEDS_LIGER = pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("liger_kernel") is None, reason="no GPU with liger-kernel is here"
+)
+
+
+def make_model(checkpoint: Path, device: torch.device = CPU) -> PackedQwen:
+    """All parts are trained, activations are recomputed."""
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device)
+    model = PackedQwen(hf, attn_implementation="sdpa").train()
+    optim.group_parameters(model, EVERYTHING)
+    checkpoint_activations(model)
+    return model
+
+
+@pytest.fixture
+def compiler() -> Iterator[Any]:
+    """The counters of torch.compile, which starts and is left without anything compiled."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def test_compiled_layers_give_the_same_loss_and_gradients_for_bins_of_any_length(
+    tiny_checkpoint: Path, compiler: Any
+) -> None:
+    """Without the code generator, which would take a minute: traced, differentiated and recomputed all the same."""
+    eager, compiled = make_model(tiny_checkpoint), make_model(tiny_checkpoint)
+    kernels.compile_layers(compiled.hf, attn_implementation="sdpa", backend="aot_eager")
+    num_graphs = []
+    for seed in range(5):
+        batch = micro_batch(*samples_of_all_kinds(seed)[seed % 3 :])
+        expected_loss, loss = eager(batch), compiled(batch)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-5)
+        expected = gradients(eager, expected_loss)
+        for name, gradient in gradients(compiled, loss).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
+        num_graphs.append(compiler["stats"]["unique_graphs"])
+    assert num_graphs[0] > 0 and num_graphs[-1] == num_graphs[2], "every length is compiled anew"
+    assert not compiler["graph_break"]
+
+
+def test_compiling_changes_no_name_of_a_weight(tiny_vocab_checkpoint: Path) -> None:
+    model = make_model(tiny_vocab_checkpoint)
+    before = list(model.state_dict())
+    kernels.compile_layers(model.hf, attn_implementation="sdpa")
+    assert list(model.state_dict()) == before
+
+
+@NEEDS_COMPILER
+def test_a_run_with_compiled_layers_has_the_losses_of_one_without(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", make_bins(num_bins=4), tokenizer=fingerprint_of(tiny_checkpoint))
+    settings = {"shards": shards, "model_name_or_path": tiny_checkpoint, "max_steps": 2, "save_steps": 0}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    flags += ["--learning_rate", "1e-3", "--logging_steps", "1", "--gradient_accumulation_steps", "2"]
+    for name, more in (("eager", []), ("compiled", ["--torch_compile"])):
+        done = alone(*flags, *more, "--output_dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        assert ("layers are compiled at their first use" in done.stderr) == bool(more)
+    for expected, found in zip(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *installed: str) -> None:
+    monkeypatch.setattr(kernels, "find_spec", lambda name: ModuleSpec(name, loader=None) if name in installed else None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "installed", "device", "stage", "message"),
+    [
+        ("--use_liger_kernel", "", GPU, 2, "needs the liger-kernel package: pip install liger-kernel"),
+        ("--use_liger_kernel", "liger_kernel triton", CPU, 2, "--use_liger_kernel needs a GPU"),
+        ("--use_liger_kernel", "liger_kernel", GPU, 2, "needs triton, which comes with CUDA builds of torch"),
+        ("--torch_compile", "triton", GPU, 3, "cannot see the weights that ZeRO-3 gathers .* zero2.json"),
+        ("--torch_compile", "", GPU, 2, "--torch_compile needs triton on a GPU"),
+        ("--torch_compile", "", CPU, 2, "needs a C\\+\\+ compiler on a CPU, and no-such-compiler is not there"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, flags: str, installed: str, device: torch.device, stage: int, message: str
+) -> None:
+    pretend(monkeypatch, *installed.split())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    args = parse_arguments(["--shards", "x", *flags.split()])
+    with pytest.raises(ConfigError, match=message):
+        kernels.check_kernels(args, device, {"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize("flags", ["", "--use_liger_kernel", "--torch_compile"])
+def test_what_can_be_is_let_through(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    pretend(monkeypatch, "liger_kernel", "triton")
+    args = parse_arguments(["--shards", "x", *flags.split()])
+    kernels.check_kernels(args, GPU, {"zero_optimization": {"stage": 2}})
+
+
+def test_liger_and_compiled_layers_together_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="both replace the same kernels: give one of them"):
+        parse_arguments(["--shards", "x", "--use_liger_kernel", "--torch_compile"])
+
+
+def test_liger_is_asked_for_all_but_the_loss(monkeypatch: pytest.MonkeyPatch, tiny_vocab_checkpoint: Path) -> None:
+    """A stand-in that notes how it is called; its rotary function must be the one that attention calls."""
+    asked: dict[str, Any] = {}
+    calls: list[tuple[int, ...]] = []
+    original = modeling_qwen2_5_vl.apply_rotary_pos_emb
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        calls.append((*q.shape, *cos.shape))
+        return original(q, k, cos, sin)
+
+    stand_in: Any = ModuleType("liger_kernel.transformers")
+    stand_in.apply_liger_kernel_to_qwen2_5_vl = lambda **settings: asked.update(settings)
+    stand_in.liger_rotary_pos_emb = rotate
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    monkeypatch.setattr(modeling_qwen2_5_vl, "apply_rotary_pos_emb", original)
+
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vocab_checkpoint)
+    kernels.use_liger(hf)
+    with torch.no_grad():
+        hf.model.language_model(input_ids=torch.arange(10, 16)[None], use_cache=False)
+
+    assert asked.pop("model") is hf
+    assert {name for name, value in asked.items() if value} == {"rms_norm", "swiglu"}
+    assert {"cross_entropy", "fused_linear_cross_entropy"} < asked.keys(), "its default replaces the loss"
+    assert calls == [(1, 4, 6, 16, 1, 6, 16)] * 2
+
+
+@NEEDS_LIGER
+def test_liger_kernels_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
+    for name in ("apply_rotary_pos_emb", "Qwen2_5_VLRMSNorm", "Qwen2MLP"):
+        # what is replaced for all models of this process is put back
+        monkeypatch.setattr(modeling_qwen2_5_vl, name, getattr(modeling_qwen2_5_vl, name))
+    batch = micro_batch(*samples_of_all_kinds()).to(GPU)
+    model = make_model(tiny_checkpoint, GPU)
+    expected_loss = model(batch)
+    expected = gradients(model, expected_loss)
+    kernels.use_liger(model.hf)
+    loss = model(batch)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients(model, loss).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-2, atol=1e-2)

@@ -1,0 +1,187 @@
+"""Bytes that are worked out are those that DeepSpeed holds, and official sizes are the official ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tests.train.launching import launch
+from tests.train.synthetic import make_bins, write_shards
+from train import adapters, budget, engine, optim
+from train.arguments import TrainArguments
+from train.cost import read_config
+from train.flags import parse_arguments
+from train.index import open_shards
+from train.memory import DEVICE, Memory, Phase, Sharding, Term, state_terms
+from train.model import PackedQwen
+from train.recipe import SIZES, choose_recipe
+from train.sizes import OFFICIAL, sizes_of
+
+ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("3B", 3_754_622_976), ("7B", 8_292_166_656), ("32B", 33_452_718_336), ("72B", 73_410_777_344)],
+)
+def test_official_sizes_have_the_official_numbers_of_parameters(size: str, expected: int) -> None:
+    """Those that the index files of the weights add up to: 3.75, 8.29, 33.45 and 73.41 billion."""
+    sizes = sizes_of(OFFICIAL[size], ARGS)
+    assert sizes.num_parameters == sizes.num_trained == expected
+
+
+def test_the_recommended_settings_know_the_official_sizes() -> None:
+    found = {(config["hidden_size"], config["num_hidden_layers"]): size for size, config in OFFICIAL.items()}
+    assert found == SIZES
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sizes_without_weights_are_those_of_the_model_in_training(tiny_checkpoint: Path, lora: bool) -> None:
+    args = TrainArguments(shards="shards", lora_enable=lora)
+    config = read_config(tiny_checkpoint)
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    if lora:
+        chosen = adapters.choose_adapters(args, config)
+        assert chosen is not None
+        adapters.add_adapters(hf, chosen, seed=0)
+    model = PackedQwen(hf, attn_implementation="sdpa")
+    groups = optim.group_parameters(model, optim.learning_rates(args, 1.0))
+    sizes = sizes_of(config, args)
+    assert sizes.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sizes.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes.largest_group == max(group.num_elements for group in groups if group.learning_rate is not None)
+    assert sizes.largest_module == 151936 * 64
+    assert sizes.num_in_small(64) == sum(p.numel() for p in model.parameters() if p.numel() <= 64)
+    assert (sizes.num_trained < sizes.num_parameters / 2) == lora
+
+
+def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 64) -> Sharding:
+    args = parse_arguments(["--shards", "none", "--gradient_accumulation_steps", "2"])
+    config = engine.read_deepspeed_config(name)
+    recipe = choose_recipe(args, {})
+    config = engine.complete_config(config, args, recipe, world=world, dtype=dtype, hidden_size=hidden_size)
+    return Sharding.of(config, world=world, dtype=dtype)
+
+
+def offloading(folder: Path, stage: int) -> str:
+    config = engine.read_deepspeed_config(f"zero{stage}.json")
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    path = folder / f"offload{stage}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def worked_out(terms: list[Term], *names: str, phases: tuple[Phase, ...] = (Phase.ALWAYS, Phase.BACKWARD)) -> int:
+    return sum(term.num_bytes for term in terms if term.phase in phases and term.name in names)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "tune"),
+    [
+        ("zero1", "bfloat16", "111"),
+        ("zero1", "float32", "111"),
+        ("zero2", "bfloat16", "111"),
+        ("zero2", "float32", "111"),
+        ("zero2", "bfloat16", "011"),
+        ("zero3", "bfloat16", "111"),
+        ("zero3_offload", "bfloat16", "110"),
+        ("offload1", "bfloat16", "111"),
+        ("offload2", "bfloat16", "111"),
+    ],
+)
+def test_two_ranks_hold_what_was_worked_out(
+    tiny_checkpoint: Path, tmp_path: Path, strategy: str, dtype: str, tune: str
+) -> None:
+    """To a hundredth: partitions are padded."""
+    file = offloading(tmp_path, int(strategy[-1])) if strategy.startswith("offload") else f"{strategy}.json"
+    out = tmp_path / "held.json"
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = launch(*launcher, "-m", "tests.train.held_bytes", str(tiny_checkpoint), file, dtype, tune, str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+
+    flags = {f"tune_mm_{part}": digit == "1" for part, digit in zip(("llm", "mlp", "vision"), tune)}
+    sizes = sizes_of(read_config(tiny_checkpoint), TrainArguments(shards="shards", **flags))
+    terms = state_terms(sizes, sharding(file, getattr(torch, dtype)))
+    assert found["steps"]["weights"] == pytest.approx(
+        worked_out(terms, "weights", "weights too small to divide"), rel=0.01
+    )
+    # Offloaded gradients outlive the step; others are parts of the sums below.
+    kinds = ("float32 weights", "moments of AdamW", *(("float32 gradients",) if "offload" in strategy else ()))
+    for name in kinds:
+        assert found["steps"][name] == pytest.approx(worked_out(terms, name), rel=0.01), name
+    summed = worked_out(terms, "gradients", "gradients, added up", "gradients across borders")
+    of_a_pass = worked_out(terms, "gradients of a pass")
+    backward = found["backward"]
+    if strategy == "zero1" and dtype == "float32":
+        # They stay with the parameters until the last micro-step takes them over.
+        assert max(backward["gradients"], backward["gradients of a pass"]) == pytest.approx(summed, rel=0.02)
+    else:
+        assert backward["gradients"] == pytest.approx(summed, rel=0.02)
+        assert backward["gradients of a pass"] == pytest.approx(of_a_pass, rel=0.01, abs=20_000)
+
+
+def test_the_peak_is_what_is_always_held_and_the_larger_of_two_phases() -> None:
+    def term(name: str, num_bytes: int, phase: Phase, place: str = DEVICE) -> Term:
+        return Term(name=name, num_bytes=num_bytes, arithmetic="", place=place, phase=phase)
+
+    always = (term("a", 100, Phase.ALWAYS), term("h", 7, Phase.ALWAYS, "cpu"))
+    backward = (term("b", 10, Phase.BACKWARD), term("m", 5, Phase.MOMENT), term("n", 9, Phase.MOMENT))
+    assert Memory((*always, *backward, term("s", 18, Phase.STEP))).peak() == 100 + 10 + 9
+    memory = Memory((*always, *backward, term("s", 12, Phase.STEP), term("t", 11, Phase.STEP)))
+    assert memory.peak() == 100 + 12 + 11
+    assert (memory.held(), memory.peak("cpu"), memory.peak("nvme")) == (100, 7, 0)
+
+
+def test_a_stage_shares_out_what_it_says(tiny_checkpoint: Path) -> None:
+    """7B in bfloat16 on 64 ranks: 2 + 2 bytes of weights and gradients in a pass, 4 of sums, 12 of the optimizer."""
+    sizes = sizes_of(OFFICIAL["7B"], ARGS)
+    total = sizes.num_parameters
+    held = {
+        stage: sum(
+            term.num_bytes
+            for term in state_terms(sizes, sharding(f"zero{stage}.json", torch.bfloat16, world=64, hidden_size=3584))
+            if term.name in ("weights", "float32 weights", "moments of AdamW", "gradients", "gradients, added up")
+        )
+        for stage in (1, 2, 3)
+    }
+    assert held[1] == pytest.approx((2 + 4 + 12 / 64) * total, rel=1e-6)
+    assert held[2] == pytest.approx((2 + 4 / 64 + 12 / 64) * total, rel=1e-6)
+    assert held[3] == pytest.approx((2 + 4 + 12) / 64 * total, rel=1e-6)
+
+
+def run_cli(*flags: str) -> str:
+    done = CliRunner().invoke(budget.main, flags)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_memory_can_be_asked_for_before_there_are_shards_or_a_checkpoint() -> None:
+    output = run_cli(
+        "--world-size", "64", "--model_name_or_path", "7B", "--deepspeed", "zero3.json", "--max-length", "4096"
+    )
+    assert "7B, zero3.json, 64 ranks, bfloat16" in output
+    assert "2 B x 8.292 G / 64 ranks" in output
+    assert "16,384 tokens" in output  # four bins
+    assert [line.split()[0] for line in output.splitlines()[-4:]] == list(OFFICIAL)
+
+
+def test_memory_of_real_shards_is_that_of_their_largest_bin(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "set", make_bins(num_bins=8))
+    index = open_shards(shards)
+    (largest,) = budget.largest_bins(index, 1)
+    assert index.num_patches[largest] == index.num_patches.max()
+    flags = ("--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint))
+    assert f"B x {index.num_tokens[largest]:,} tokens" in run_cli("--world-size", "2", *flags)
+
+
+def test_without_shards_the_length_of_a_bin_must_be_given() -> None:
+    done = CliRunner().invoke(budget.main, ["--world-size", "2"])
+    assert done.exit_code == 2
+    assert "--shards is missing" in done.output

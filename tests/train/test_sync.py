@@ -1,0 +1,105 @@
+"""The forward pass never waits for the device: no operation asks for a number that only the device knows."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.train.test_model import EVERYTHING, micro_batch, samples_of_all_kinds
+from train import optim
+from train.batch import MicroBatch, build_micro_batch
+from train.model import FLASH_ATTENTION, PackedQwen, checkpoint_activations
+
+NEEDS_FLASH_ATTENTION = pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="no GPU with flash-attn is here"
+)
+
+WAITING = {
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.is_nonzero,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+    torch.ops.aten.equal,
+    torch.ops.aten._unique2,
+    torch.ops.aten.unique_consecutive,
+}
+"""Operations whose result, or its size, must come back from the device."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation that would wait on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in WAITING:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def bins() -> list[MicroBatch]:
+    """Media of all kinds, text alone, and an empty place of the order."""
+    samples = samples_of_all_kinds()
+    return [micro_batch(*samples), micro_batch(samples[1], samples[3]), build_micro_batch([])]
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> PackedQwen:
+    """All parts are trained; attention is flash attention to the code around it, and hands its values on."""
+
+    def attention(module: nn.Module, query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        return query.transpose(1, 2), None
+
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION, attention)
+    for config in (hf.model.language_model.config, hf.model.visual.config):
+        monkeypatch.setattr(config, "_attn_implementation_internal", FLASH_ATTENTION)
+    made = PackedQwen(hf, attn_implementation=FLASH_ATTENTION).train()
+    optim.group_parameters(made, EVERYTHING)
+    checkpoint_activations(made)
+    return made
+
+
+def test_no_operation_of_a_forward_and_backward_pass_waits(model: PackedQwen) -> None:
+    for batch in bins():
+        with Waits() as waits:
+            model(batch).backward()
+        assert waits.found == []
+
+
+def test_an_operation_that_waits_would_be_noticed(tiny_checkpoint: Path) -> None:
+    """SDPA looks at the positions to find where samples begin."""
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    with Waits() as waits, torch.no_grad():
+        PackedQwen(hf, attn_implementation="sdpa")(bins()[0])
+    assert "aten._local_scalar_dense.default" in waits.found
+
+
+@NEEDS_FLASH_ATTENTION
+def test_a_gpu_runs_forward_and_backward_passes_without_being_waited_for(tiny_checkpoint: Path) -> None:
+    device = torch.device("cuda", 0)
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tiny_checkpoint, dtype=torch.bfloat16, attn_implementation=FLASH_ATTENTION
+    ).to(device)
+    model = PackedQwen(hf, attn_implementation=FLASH_ATTENTION).train()
+    optim.group_parameters(model, EVERYTHING)
+    checkpoint_activations(model)
+    batches = [batch.pin_memory() for batch in bins()]
+    for batch in batches:
+        model(batch.to(device, non_blocking=True)).backward()  # the first time, libraries set themselves up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            model(batch.to(device, non_blocking=True)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
