@@ -88,6 +88,7 @@ class MicroBatch:
         max_seqlen: longest sample.
         target_positions: (T,) int64, positions whose next token is trained.
         targets: (T,) int64, those next tokens.
+        most_targets: T of the rank that has most in this micro-step; all ranks take as many chunks of logits.
         vision: the media.
         bins: numbers of the bins in the set of shards; empty for an empty place of the order, which is one token
             without targets.
@@ -101,6 +102,7 @@ class MicroBatch:
     max_seqlen: int
     target_positions: torch.Tensor
     targets: torch.Tensor
+    most_targets: int
     vision: VisionBatch
     bins: tuple[int, ...]
     num_tokens: int
@@ -132,6 +134,7 @@ def build_micro_batch(
     *,
     numbers: Sequence[int] | None = None,
     where: Sequence[str] | None = None,
+    most_targets: int = 0,
     window_size: int = WINDOW_SIZE,
     memory: Sequence[torch.Tensor] | None = None,
     buffers: Buffers | None = None,
@@ -142,6 +145,7 @@ def build_micro_batch(
         bins: the bins (none for an empty place of the order); no sample's first label is trained.
         numbers: their numbers in a mixed set of shards; the numbers in their own folders if not given.
         where: how to name the place of each in messages; ``bin N`` if not given.
+        most_targets: of the ranks that take part in the micro-step; no other rank if not given.
         window_size: ``vision_config.window_size`` of the model, in pixels.
         memory: the uint8 tensors that the arrays of the bins are views of, if they are: raw planes of a single bin are
             then a part of its tensor, and page-locked if that is.
@@ -179,6 +183,7 @@ def build_micro_batch(
         max_seqlen=int(lengths.max()),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(labels[target_positions + 1]),
+        most_targets=max(most_targets, target_positions.size),
         vision=_vision_batch(bins, places, window_size, memory, buffers),
         bins=tuple(numbers),
         num_tokens=input_ids.size if bins else 0,

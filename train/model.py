@@ -6,7 +6,7 @@ so that all ranks take part in the same collectives under ZeRO-3:
 1. the vision tower, once, over all media in sequence order (a dummy picture where there are none);
 2. the embeddings, into which the features are scattered in place of the pad tokens;
 3. the language model, with samples isolated from one another;
-4. ``lm_head`` once, on target positions only, in chunks whose logits are never kept.
+4. ``lm_head`` once, on target positions only, in as many chunks on every rank, whose logits are never kept.
 
 Cost: next to that of the model itself, one recomputation of the logits in the backward pass. Logits exist for ``CHUNK``
 rows at a time (0.3 GB in float32 for Qwen's vocabulary), not for every token.
@@ -14,6 +14,7 @@ rows at a time (0.3 GB in float32 for Qwen's vocabulary), not for every token.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -35,8 +36,8 @@ FLASH_ATTENTION = "flash_attention_2"
 class TargetHead(nn.Linear):
     """An ``lm_head`` that can also give the loss without ever holding all logits.
 
-    The loop over chunks is inside one call of the module: under ZeRO-3 the weight is gathered once for a call, and
-    ranks may have different numbers of chunks.
+    The loop over chunks is inside one call of the module: under ZeRO-3 the weight is gathered once for a call. All
+    ranks take as many chunks as the one with most targets; those that a rank has no rows for are empty.
     """
 
     @classmethod
@@ -47,13 +48,19 @@ class TargetHead(nn.Linear):
         return made
 
     def forward(
-        self, input: torch.Tensor, targets: torch.Tensor | None = None, *, scores: bool = False
+        self,
+        input: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        most_targets: int = 0,
+        scores: bool = False,
     ) -> torch.Tensor:
         """Logits, or the loss, or a score of each target.
 
         Args:
             input: (T, H) hidden states (any leading shape where there are no targets).
             targets: (T,) int64, the token wanted at each row; T may be 0.
+            most_targets: T of the rank that has most.
             scores: whether to give numbers of each target instead of their sum; these have no gradient.
 
         Returns:
@@ -62,7 +69,8 @@ class TargetHead(nn.Linear):
         """
         if targets is None:
             return super().forward(input)
-        chunks = zip(torch.split(input, CHUNK), torch.split(targets, CHUNK))
+        chunks = list(zip(torch.split(input, CHUNK), torch.split(targets, CHUNK)))
+        chunks += [(input[:0], targets[:0])] * (math.ceil(most_targets / CHUNK) - len(chunks))
         if scores:
             return torch.cat([self._chunk_scores(rows, wanted) for rows, wanted in chunks], dim=1)
         loss = torch.zeros((), dtype=torch.float32, device=input.device)
@@ -107,7 +115,8 @@ class PackedQwen(nn.Module):
             The sum over the targets, float32 scalar; 0 for a micro-batch without targets, yet connected to every
             trained parameter. With scores, (2, T) float32: see :class:`TargetHead`.
         """
-        found: torch.Tensor = self.hf.lm_head(self.target_states(micro), micro.targets, scores=scores)
+        states = self.target_states(micro)
+        found: torch.Tensor = self.hf.lm_head(states, micro.targets, most_targets=micro.most_targets, scores=scores)
         return found
 
     def target_states(self, micro: MicroBatch) -> torch.Tensor:

@@ -145,6 +145,7 @@ class BinStream(Iterator[StepBatch]):
         self._prefetch = max(prefetch, self._num_threads) if self._reader.is_remote else prefetch
         self._builders = threading.BoundedSemaphore(num_threads)
         self._plan = _micro_steps(
+            index,
             order,
             rank=rank,
             world_size=world_size,
@@ -229,7 +230,7 @@ class BinStream(Iterator[StepBatch]):
             # A stream that is dropped instead of closed leaves no threads behind either.
             weakref.finalize(self, self._workers.dismiss).atexit = False
         while len(self._under_way) < self._prefetch and (planned := next(self._plan, None)) is not None:
-            self._under_way.append(_Pending(planned, self._workers.submit(self._build, planned.bins)))
+            self._under_way.append(_Pending(planned, self._workers.submit(self._build, planned)))
 
     def _take(self) -> MicroBatch:
         """Wait for the next micro-batch; another one takes its place under way."""
@@ -246,13 +247,14 @@ class BinStream(Iterator[StepBatch]):
                 "--read_timeout_s, then resume."
             ) from None
 
-    def _build(self, bins: tuple[int, ...]) -> MicroBatch:
-        loaded = [self._reader.read(number) for number in bins]
+    def _build(self, planned: _Planned) -> MicroBatch:
+        loaded = [self._reader.read(number) for number in planned.bins]
         with self._builders:
             batch = build_micro_batch(
                 [one.bin for one in loaded],
-                numbers=bins,
+                numbers=planned.bins,
                 where=[str(one.location) for one in loaded],
+                most_targets=planned.most_targets,
                 window_size=self._window_size,
                 memory=[one.buffer for one in loaded],
                 buffers=self._buffers,
@@ -262,19 +264,29 @@ class BinStream(Iterator[StepBatch]):
 
 
 class _Planned(NamedTuple):
-    """A micro-step of this rank: all places (A, W, P) of its step, and the bins of this rank in it."""
+    """A micro-step of this rank: all places (A, W, P) of its step, its own bins, and the most targets of any rank."""
 
     places: NDArray[np.int64]
     bins: tuple[int, ...]
+    most_targets: int
 
 
 def _micro_steps(
-    order: DataOrder, *, rank: int, world_size: int, accumulation: int, per_device: int, start: int, end: int | None
+    index: ShardIndex,
+    order: DataOrder,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    per_device: int,
+    start: int,
+    end: int | None,
 ) -> Iterator[_Planned]:
     for step in itertools.count(start) if end is None else range(start, end):
         places = order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
-        for mine in places[:, rank]:
-            yield _Planned(places, tuple(mine[mine >= 0].tolist()))
+        num_targets = np.where(places >= 0, index.num_targets[places], 0).sum(axis=2, dtype=np.int64)
+        for mine, most in zip(places[:, rank], num_targets.max(axis=1).tolist()):
+            yield _Planned(places, tuple(mine[mine >= 0].tolist()), most)
 
 
 class _Pending(NamedTuple):
@@ -303,10 +315,10 @@ class _Workers:
                 "or --read_connections."
             ) from None
 
-    def submit(self, build: Callable[[tuple[int, ...]], MicroBatch], bins: tuple[int, ...]) -> Future[MicroBatch]:
-        """Let a thread build the micro-batch of some bins."""
+    def submit(self, build: Callable[[_Planned], MicroBatch], planned: _Planned) -> Future[MicroBatch]:
+        """Let a thread build the micro-batch of a micro-step."""
         future: Future[MicroBatch] = Future()
-        self._tasks.put((future, lambda: build(bins)))
+        self._tasks.put((future, lambda: build(planned)))
         return future
 
     def close(self, timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,6 +191,32 @@ def test_the_loss_in_chunks_is_the_cross_entropy_of_all_logits(
     found = head(states, targets)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, [states, head.weight]), expected_grads)
+
+
+@pytest.mark.parametrize(("num_targets", "most_targets"), [(0, 0), (0, 9), (3, 4), (3, 5), (8, 17), (9, 9)])
+def test_ranks_take_as_many_chunks_as_the_one_with_most_targets(
+    monkeypatch: pytest.MonkeyPatch, num_targets: int, most_targets: int
+) -> None:
+    monkeypatch.setattr(model_module, "CHUNK", 4)
+    torch.manual_seed(0)
+    head = TargetHead.of(nn.Linear(8, 32, bias=False))
+    states, targets = torch.randn(num_targets, 8, requires_grad=True), torch.randint(0, 32, (num_targets,))
+    sizes: list[int] = []
+    of_chunk = TargetHead._chunk_loss
+
+    def note(self: TargetHead, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return of_chunk(self, rows, wanted)
+
+    monkeypatch.setattr(TargetHead, "_chunk_loss", note)
+    alone = head(states, targets)
+    expected = torch.autograd.grad(alone, [states, head.weight])
+    sizes.clear()
+    found = head(states, targets, most_targets=most_targets)
+    assert len(sizes) == max(1, math.ceil(most_targets / 4))
+    assert sum(sizes) == num_targets
+    assert torch.equal(found, alone)
+    assert all(map(torch.equal, torch.autograd.grad(found, [states, head.weight]), expected))
 
 
 def test_logits_are_never_kept_for_the_backward_pass() -> None:
