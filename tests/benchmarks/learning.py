@@ -1,0 +1,252 @@
+"""A tiny model learns to see: ``python -m tests.benchmarks.learning`` (see ``--help`` for its length).
+
+Questions of the demo dataset about one picture (its colour, its shape, how many shapes, a value of a chart), for
+training and, about other pictures, held out. Every answer of a kind comes equally often, so the text of a question says
+nothing about its answer. They go the whole way: ``vlprep build``, then ``train/main.py`` from random weights, vision
+tower included, with the held-out shards as ``--eval_shards``. An answer is right where all its tokens are.
+
+Beside it stand
+
+- the same held-out questions with their pictures exchanged among them (each gets that of another question of its
+  kind): what a model that sees must lose;
+- the same model trained on the same questions without their pictures: the text-only baseline;
+- the answer that came most often in training with the same words of the question: what text alone can give at best.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prep.demo.chart_questions import CHART_KINDS
+from prep.demo.kinds import Draft, Kind, compose, generator
+from prep.demo.media import PNG, encode_picture
+from prep.demo.records import MediaFile, build_record
+from prep.demo.scene_questions import SCENE_KINDS
+from tests.benchmarks.machine import describe_machine
+from train.tiny_model import write_tiny_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+KINDS: dict[str, Kind[Any]] = {
+    "colours": next(kind for kind in SCENE_KINDS if kind.name == "colour"),
+    "shapes": next(kind for kind in SCENE_KINDS if kind.name == "shape"),
+    "counts": next(kind for kind in SCENE_KINDS if kind.name == "count"),
+    "values": next(kind for kind in CHART_KINDS if kind.name == "value"),
+}
+"""What is asked, by the name of its dataset."""
+
+EXCHANGED = "exchanged"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Shares of the held-out questions of one kind that are answered right."""
+
+    seeing: float
+    exchanged: float
+    text_only: float
+    likeliest: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lesson:
+    """How long to learn, and from what.
+
+    Attributes:
+        kinds: keys of :data:`KINDS`.
+        num_train: questions of each kind to learn from.
+        num_held_out: questions of each kind to be asked.
+        steps: of the optimizer, each with one bin a rank.
+        text_steps: the same for the text-only baseline, whose bins hold several times as many questions.
+        max_length: tokens of a bin.
+        learning_rate: peak.
+    """
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    num_train: int = 3000
+    num_held_out: int = 200
+    steps: int = 1500
+    text_steps: int = 200
+    max_length: int = 1024
+    learning_rate: float = 3e-3
+
+
+def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
+    """Draw, build, train and ask.
+
+    Args:
+        lesson: what and how long.
+        folder: an empty folder to work in.
+        ranks: processes that train.
+
+    Returns:
+        What came of every kind.
+    """
+    model = folder / "model"
+    write_tiny_checkpoint(model)
+    train = {name: draw_questions(name, lesson.num_train, folder, held_out=False) for name in lesson.kinds}
+    asked = {name: draw_questions(name, lesson.num_held_out, folder, held_out=True) for name in lesson.kinds}
+    everything = [record for records in train.values() for record in records]
+    exchanged = {f"{name}_{EXCHANGED}": exchange_pictures(records) for name, records in asked.items()}
+    seen = {"train": everything, **asked, **exchanged}
+    blind = {
+        name: [without_picture(record) for record in records]
+        for name, records in {"train": everything, **asked}.items()
+    }
+    found: dict[str, dict[str, float]] = {}
+    for way, datasets, steps in (("seeing", seen, lesson.steps), ("text", blind, lesson.text_steps)):
+        build(datasets, ("train",), folder, way, f"{way}-train", lesson, model)
+        build(datasets, tuple(name for name in datasets if name != "train"), folder, way, f"{way}-asked", lesson, model)
+        found[way] = train_and_ask(folder, way, steps, lesson, model, ranks)
+    return {
+        name: Scores(
+            seeing=found["seeing"][name],
+            exchanged=found["seeing"][f"{name}_{EXCHANGED}"],
+            text_only=found["text"][name],
+            likeliest=likeliest_answers(train[name], asked[name]),
+        )
+        for name in lesson.kinds
+    }
+
+
+def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list[Record]:
+    """Records of one kind; their pictures lie in ``folder``."""
+    part = "heldout" if held_out else "train"
+    drafts: list[Draft[Any]] = compose([KINDS[name]], num, generator(0, f"{part}/{name}"), held_out=held_out)
+    rng = generator(0, f"{part}/{name}/records")
+    (folder / "images").mkdir(exist_ok=True)
+    records: list[Record] = []
+    for number, draft in enumerate(drafts):
+        path = f"images/{part}-{name}-{number:05d}.png"
+        (folder / path).write_bytes(encode_picture(draft.facts[0].draw(), PNG))
+        file = MediaFile(media_type="image", path=path)
+        record = build_record(draft, [file], identifier=f"{part}-{name}-{number:05d}", kind=name, rng=rng)
+        del record["image" if "image" in record else "images"]
+        records.append({**record, "image": path})
+    return records
+
+
+def exchange_pictures(records: Sequence[Record]) -> list[Record]:
+    """The same questions and answers, each with the picture of the next one."""
+    pictures = [record["image"] for record in records]
+    return [{**record, "image": picture} for record, picture in zip(records, [*pictures[1:], pictures[0]])]
+
+
+def without_picture(record: Record) -> Record:
+    """The same question and answer without the picture."""
+    question, answer = record["conversations"]
+    bare = {"from": "human", "value": question["value"].replace("<image>", "").strip()}
+    return {"id": record["id"], "conversations": [bare, answer]}
+
+
+def likeliest_answers(train: Sequence[Record], asked: Sequence[Record]) -> float:
+    """Share that is right of answering what came most often in training with the same words (or at all)."""
+
+    def words(record: Record) -> str:
+        text: str = without_picture(record)["conversations"][0]["value"]
+        return text
+
+    by_words: dict[str, Counter[str]] = {}
+    for record in train:
+        answers = by_words.setdefault(words(record), Counter())
+        answers[record["conversations"][1]["value"]] += 1
+    of_all: Counter[str] = sum(by_words.values(), Counter())
+    right = sum(
+        by_words.get(words(record), of_all).most_common(1)[0][0] == record["conversations"][1]["value"]
+        for record in asked
+    )
+    return right / len(asked)
+
+
+def build(
+    datasets: dict[str, list[Record]],
+    names: Sequence[str],
+    folder: Path,
+    way: str,
+    out: str,
+    lesson: Lesson,
+    model: Path,
+) -> None:
+    """Build shards of some of the datasets with ``vlprep build``."""
+    lines = []
+    for name in names:
+        path = folder / f"{way}-{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in datasets[name]))
+        lines += [f"[{name}]", f'annotation_path = "{path}"', f'media_root = "{folder}"']
+    registry = folder / f"{out}.toml"
+    registry.write_text("\n".join(lines) + "\n")
+    program = [sys.executable, "-c", "from prep.cli import main; main()", "build", ",".join(names)]
+    program += ["--registry", str(registry), "--model", str(model), "--out", str(folder / out)]
+    _run([*program, "--max-length", str(lesson.max_length)])
+
+
+def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Path, ranks: int) -> dict[str, float]:
+    """Train on ``<way>-train`` and return the share of right answers of every dataset in ``<way>-asked``."""
+    out = folder / f"{way}-run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    settings: dict[str, object] = {
+        "shards": folder / f"{way}-train",
+        "eval_shards": folder / f"{way}-asked",
+        "model_name_or_path": model,
+        "output_dir": out,
+        "tune_mm_vision": True,
+        "learning_rate": lesson.learning_rate,
+        "max_steps": steps,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 1,
+        "gradient_checkpointing": False,
+        "logging_steps": 100,
+        "save_steps": 0,
+    }
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    _run([*launcher, "train/main.py", *flags])
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name: scores["exact_match"] for name, scores in last["eval_datasets"].items()}
+
+
+def _run(program: Sequence[str]) -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(program)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+@click.command()
+@click.option("--steps", type=click.IntRange(min=1), default=Lesson().steps, show_default=True)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=Lesson().num_train, show_default=True, help="Of each kind."
+)
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Each with a core of its own.")
+def main(steps: int, samples: int, ranks: int) -> None:
+    """Train a tiny model from random weights and ask it about pictures that it has not seen."""
+    click.echo(describe_machine("torch", "transformers", "deepspeed"))
+    lesson = Lesson(steps=steps, num_train=samples)
+    with tempfile.TemporaryDirectory() as name:
+        scores = learn(lesson, Path(name), ranks=ranks)
+    click.echo(
+        f"{lesson.num_train} questions of each kind to learn from, {lesson.num_held_out} held out; {lesson.steps} "
+        f"steps of {ranks} bins of {lesson.max_length} tokens\n"
+    )
+    click.echo(f"{'':<10}{'seeing':>12}{'exchanged':>12}{'text only':>12}{'likeliest':>12}")
+    shares = {name: (one.seeing, one.exchanged, one.text_only, one.likeliest) for name, one in scores.items()}
+    # All kinds have as many questions.
+    shares["all"] = tuple(sum(column) / len(scores) for column in zip(*shares.values()))
+    for name, columns in shares.items():
+        click.echo(f"{name:<10}" + "".join(f"{share:>12.1%}" for share in columns))
+
+
+if __name__ == "__main__":
+    main()
