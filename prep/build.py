@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,9 @@ from prep.ledger import Ledger
 from prep.metrics import BuildMetrics, Timings, merge_timings
 from prep.output import Output
 from prep.plan import Plan, make_plan
-from prep.records import FileIndex
+from prep.records import FileIndex, is_read_in_place
 from prep.registry import Source, draw
-from prep.scan import ScannedPart, ScanTask, part_key, scan_chunk, table_path
+from prep.scan import ScannedPart, ScanTask, scan_chunk, table_path
 from prep.seal import seal
 from prep.software import software_versions
 from prep.tokenizer import ModelFiles, find_model_files, read_fingerprints
@@ -132,6 +132,7 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
         key = _hash(request.settings, fingerprints, software, inputs, roots)
         finished = work.finished(key)
         if finished is not None and not request.retry_media:
+            work.tidy()
             logger.info(
                 "%s is complete already; nothing to do. Media are not looked at again; --retry-media does.", request.out
             )
@@ -229,33 +230,39 @@ def _scan(
 ) -> list[ScannedPart]:
     """Scan all chunks; what an earlier run scanned is used again. Adds to ``timings``."""
     tasks: list[ScanTask] = []
+    origins: list[tuple[int, str, int]] = []
     parts: list[ScannedPart] = []
     for number, (source, of_files) in enumerate(zip(request.sources, indexes)):
         total = sum(index.num_records for index in of_files)
         copies = draw(total, source.rate, seed=request.settings.seed, dataset=source.name)
         base = 0
-        for name, index in zip(source.file_names, of_files):
+        for place, name, index in zip(source.files, source.file_names, of_files):
+            modified_ns = index.modified_ns if is_read_in_place(place) else None
             for chunk in index.chunks:
                 first = base + chunk.first_record
                 task = ScanTask(
-                    part=work.scan,
+                    folder=work.scan,
                     file=index.data,
+                    file_hash=index.xxh3,
+                    modified_ns=modified_ns,
                     chunk=chunk,
                     copies=copies[first : first + chunk.num_records].tobytes(),
                     media_root=source.media_root,
                     media=source.media,
                     reserved=request.settings.reserved,
                     tokenizer=files.tokenizer,
+                    tokenizer_hash=fingerprints.tokenizer,
                     retry_media=request.retry_media,
                     shrink_to=request.settings.max_length if request.settings.overlong == "shrink" else None,
                 )
-                task = replace(task, part=task.part / part_key(index.xxh3, task, fingerprints.tokenizer))
-                parts.append(ScannedPart(path=task.part, source=number, file=name, record_base=base))
+                origins.append((number, name, base))
                 tasks.append(task)
             base += index.num_records
     total = sum(task.chunk.num_records for task in tasks)
     with closing(engine.map(scan_chunk, tasks)) as results, tqdm(total=total, desc="scan", unit="record") as bar:
         for result in results:
+            number, name, base = origins[len(parts)]
+            parts.append(ScannedPart(path=result.part, source=number, file=name, record_base=base))
             bar.update(result.num_records)
             merge_timings(timings, result.timings)
     return parts

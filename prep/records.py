@@ -47,6 +47,7 @@ class FileIndex:
     Attributes:
         num_bytes: of the file.
         xxh3: XXH3-128 of the file.
+        modified_ns: time of its last change; of what was fetched, that of the copy.
         num_records: annotations in it.
         data: the file that the chunks refer to: the file itself, or what was fetched or decompressed from it.
         chunks: runs of whole records that cover it.
@@ -54,6 +55,7 @@ class FileIndex:
 
     num_bytes: int
     xxh3: str
+    modified_ns: int
     num_records: int
     data: Path
     chunks: tuple[Chunk, ...]
@@ -94,12 +96,14 @@ def _copy_path(url: Url, stored: storage.Stored, spool: Path) -> Path:
 def _index(path: Path, spool: Path, name: Location) -> FileIndex:
     """Index a file that is here; ``name`` is what messages call it."""
     with _failures(name):
+        modified_ns = path.stat().st_mtime_ns
         digest = _digest(path)
         data = _decompressed(path, spool / f"{digest}.jsonl") if path.suffix in _DECOMPRESSORS else path
         chunks = tuple(parquet_records.cut(data) if path.suffix == ".parquet" else json_records.cut(data))
     return FileIndex(
         num_bytes=path.stat().st_size,
         xxh3=digest,
+        modified_ns=modified_ns,
         num_records=sum(chunk.num_records for chunk in chunks),
         data=data,
         chunks=chunks,

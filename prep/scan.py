@@ -9,7 +9,7 @@ keyed by everything that they depend on, so that a part that exists need not be 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,13 +31,16 @@ from prep.sample import Measured, Medium, measure, probe_media, shrink, wanted_m
 from prep.text import build_templates
 from prep.tokenizer import load_tokenizer
 from prep.urls import Location, location_key
-from prep.validation import check_record, read_id, record_id
+from prep.validation import check_record, media_names, read_id, record_id
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
+from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
 
-PART_VERSION = 3
+PART_VERSION = 4
 """Changes when parts made by an older version must not be used again."""
+
+_ALL_KINDS = ((MEDIA_IMAGE,), (), (MEDIA_VIDEO,), (MEDIA_IMAGE, MEDIA_VIDEO))
 
 _MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
 
@@ -69,34 +72,41 @@ class ScanTask:
     """One chunk to scan.
 
     Attributes:
-        part: path of the part without suffix.
+        folder: where parts are.
         file: annotation file.
+        file_hash: its fingerprint.
+        modified_ns: time of its last change when it was indexed, or None for what nobody but the build changes.
         chunk: the records.
         copies: how often each record of the chunk is taken (uint16 bytes, one for each record).
         media_root: folder or URL that the media lie below.
         media: settings that decide sizes and frames.
         reserved: policy for text that spells control tokens.
         tokenizer: path of ``tokenizer.json``.
+        tokenizer_hash: its fingerprint.
         retry_media: make a part again that has records rejected for their media, here or in the write step.
         shrink_to: length that the media of a longer sample are shrunk to, or None to leave them.
     """
 
-    part: Path
+    folder: Path
     file: Path
+    file_hash: str
+    modified_ns: int | None
     chunk: Chunk
     copies: bytes
     media_root: Location
     media: MediaSettings
     reserved: str
     tokenizer: Path
+    tokenizer_hash: str
     shrink_to: int | None
     retry_media: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """What a scan task came to: records of the chunk, and how long they took."""
+    """What a scan task came to: path of the part without suffix, records of the chunk, and how long they took."""
 
+    part: Path
     num_records: int
     timings: Timings
 
@@ -129,17 +139,29 @@ class StoredSample(msgspec.Struct, frozen=True, array_like=True):
 _sample_decoder = msgspec.msgpack.Decoder(StoredSample)
 
 
-def part_key(file_hash: str, task: ScanTask, tokenizer: str) -> str:
-    """Name of the part of a task: a hash of everything that its contents depend on, besides the media files.
+def part_path(task: ScanTask, kinds: Collection[int]) -> Path:
+    """Path (without suffix) of the part of a task: a hash of everything that its contents depend on, besides the media
+    files. What a part of texts does not depend on, it is not named after.
 
     Args:
-        file_hash: of the annotation file.
         task: the task; of its paths only the media root counts.
-        tokenizer: fingerprint of the tokenizer.
+        kinds: of the media that its records name, 0 image, 1 video.
     """
-    fields = (PART_VERSION, file_hash, asdict(task.chunk), task.media, task.reserved, task.shrink_to, tokenizer)
-    root = os.fsencode(location_key(task.media_root))
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(fields) + task.copies + root)
+    unused = _unused_settings(kinds)
+    settings = {name: value for name, value in msgspec.structs.asdict(task.media).items() if name not in unused}
+    fields = (PART_VERSION, task.file_hash, asdict(task.chunk), task.reserved, task.tokenizer_hash, sorted(kinds))
+    of_media = (settings, task.shrink_to, os.fsencode(location_key(task.media_root)).hex()) if kinds else ()
+    return task.folder / xxhash.xxh3_128_hexdigest(msgspec.json.encode((*fields, *of_media)) + task.copies)
+
+
+def _unused_settings(kinds: Collection[int]) -> set[str]:
+    """Media settings that have no bearing on media of some kinds."""
+    unused = set[str]()
+    if MEDIA_IMAGE not in kinds:
+        unused |= {"min_pixels", "max_pixels"}
+    if MEDIA_VIDEO not in kinds:
+        unused |= {name for name in MediaSettings.__struct_fields__ if name.startswith("video_")} | {"base_interval"}
+    return unused
 
 
 def table_path(part: Path) -> Path:
@@ -170,14 +192,18 @@ def _stale_path(part: Path) -> Path:
 def scan_chunk(task: ScanTask) -> ScanResult:
     """Make the part of one chunk, unless it exists."""
     timings: Timings = {}
-    if table_path(task.part).exists() and not (task.retry_media and _has_media_rejects(task.part)):
-        return ScanResult(task.chunk.num_records, timings)
+    for part in (part_path(task, kinds) for kinds in _ALL_KINDS):
+        if table_path(part).exists():
+            if not (task.retry_media and _has_media_rejects(part)):
+                return ScanResult(part, task.chunk.num_records, timings)
+            # Its other files will be replaced before the table is; by itself, the table would tell of the wrong ones.
+            table_path(part).unlink(missing_ok=True)
     rows, probed = _Rows(), Probed()
     accepted: list[tuple[int, int, Annotation, list[Medium]]] = []
-    scratch = temporary_path(task.part)
+    kinds = set[int]()
     with (
-        _atomic(media_path(task.part)) as media_file,
-        open_media([task.media_root], beginnings=True, scratch=scratch) as access,
+        _atomic(task.folder, lambda: media_path(part_path(task, kinds))) as media_file,
+        open_media([task.media_root], beginnings=True, scratch=temporary_path(task.folder / "media")) as access,
     ):
         for record, taken, annotation, problems in access.along(
             _checked(task, timings), partial(_wanted, task, probed)
@@ -188,6 +214,7 @@ def scan_chunk(task: ScanTask) -> ScanResult:
                 continue
             media: list[Medium] = []
             if annotation is not None:
+                kinds |= _kinds(annotation)
                 with timed(timings, "probe"):
                     media, media_problems = probe_media(
                         annotation, task.media_root, task.media, record.embedded, access, probed
@@ -198,9 +225,12 @@ def scan_chunk(task: ScanTask) -> ScanResult:
             else:
                 stored = _stored(media, record.embedded, media_file)
                 accepted.append((place, record.number, annotation, stored))
+        _require_unchanged(task)
+    part = part_path(task, kinds)
     with timed(timings, "tokenize", len(accepted)):
-        templates = build_templates([annotation for _, _, annotation, _ in accepted], load_tokenizer(task.tokenizer))
-    with _atomic(samples_path(task.part)) as samples_file:
+        tokenizer = load_tokenizer(task.tokenizer, task.tokenizer_hash)
+        templates = build_templates([annotation for _, _, annotation, _ in accepted], tokenizer)
+    with _atomic(task.folder, lambda: samples_path(part)) as samples_file:
         for (place, number, annotation, media), template in zip(accepted, templates):
             sample = measure(template, media)
             if task.shrink_to is not None and sample.num_tokens > task.shrink_to:
@@ -212,10 +242,21 @@ def scan_chunk(task: ScanTask) -> ScanResult:
             data = msgspec.msgpack.encode(StoredSample(number, record_id(annotation), sample))
             rows.accept(place, sample, samples_file.tell(), len(data))
             samples_file.write(data)
-    with _atomic(table_path(task.part)) as table_file:
+    with _atomic(task.folder, lambda: table_path(part)) as table_file:
         pq.write_table(rows.table(), table_file, compression="zstd")
-    _stale_path(task.part).unlink(missing_ok=True)
-    return ScanResult(task.chunk.num_records, timings)
+    _stale_path(part).unlink(missing_ok=True)
+    return ScanResult(part, task.chunk.num_records, timings)
+
+
+def _kinds(annotation: Annotation) -> set[int]:
+    """Kinds of the media that an annotation names."""
+    images, videos = media_names(annotation)
+    return {kind for kind, names in ((MEDIA_IMAGE, images), (MEDIA_VIDEO, videos)) if names}
+
+
+def _require_unchanged(task: ScanTask) -> None:
+    if task.modified_ns is not None and task.file.stat().st_mtime_ns != task.modified_ns:
+        raise ConfigError(f"annotation file {task.file} changed while it was being read; run the command again.")
 
 
 class _Checked(NamedTuple):
@@ -317,13 +358,13 @@ class _Rows:
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name only when it is complete; one that stays empty is not kept."""
-    temporary = temporary_path(path)
-    with naming(path), temporary.open("wb") as file:
+def _atomic(folder: Path, path: Callable[[], Path]) -> Iterator[BinaryIO]:
+    """A file in ``folder`` that gets its path only when it is complete; one that stays empty is not kept."""
+    temporary = temporary_path(folder / "part")
+    with naming(temporary), temporary.open("wb") as file:
         yield file
         is_empty = file.tell() == 0
     if is_empty:
         temporary.unlink()
     else:
-        temporary.replace(path)
+        temporary.replace(path())

@@ -139,6 +139,8 @@ class TextTokenizer:
 
 
 @lru_cache(maxsize=2)
-def load_tokenizer(path: Path) -> TextTokenizer:
-    """The tokenizer in ``path``; kept for the life of the process, since a worker uses one for all its tasks."""
+def load_tokenizer(path: Path, fingerprint: str) -> TextTokenizer:
+    """The tokenizer in ``path``, which has this fingerprint; kept for the life of the process, since a worker uses one
+    for all its tasks.
+    """
     return TextTokenizer(path.read_bytes())

@@ -131,6 +131,10 @@ class WorkFolder:
     def finish(self, key: str, manifest: Manifest) -> None:
         """Note that the build is complete, and remove what only an unfinished build needs."""
         write_synced(self._finished, _finish_line(key, encode_manifest(manifest)))
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what only an unfinished build needs."""
         for folder in [*self._root.glob("write-*"), self.spool]:
             shutil.rmtree(folder)
 

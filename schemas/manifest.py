@@ -175,6 +175,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+            raise ShardError(f"{path} is no file. {MEND_SHARDS}")
         data = path.read_bytes()
     except FileNotFoundError:
         raise ShardError(

@@ -9,13 +9,13 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from prep.processes import ONE_THREAD, die_with_parent
+from prep.processes import ONE_THREAD, die_with_parent, without
 from schemas.errors import VlprepError
 
 Task = TypeVar("Task")
@@ -73,30 +73,40 @@ class LocalEngine:
         first = list(itertools.islice(waiting, self.num_workers * _IN_FLIGHT_PER_WORKER))
         if not first:
             return
-        pool = self._pool = self._pool or self._start()
-        done = False
+        pool = self._ready()
+        is_idle = False
         try:
-            flying = collections.deque(pool.submit(function, task) for task in first)
+            flying = collections.deque(_submit(pool, function, task) for task in first)
             while flying:
                 result = flying.popleft().result()
                 for task in itertools.islice(waiting, 1):
-                    flying.append(pool.submit(function, task))
+                    flying.append(_submit(pool, function, task))
+                # Who zips tasks with results leaves after the last result, without looking for the end.
+                is_idle = not flying
                 yield result
-            done = True
         except BrokenProcessPool as error:
             raise VlprepError(
                 "a worker process was killed (out of memory, or by a signal). Run the same command again to go on "
                 "where it was, with fewer --workers if memory ran out."
             ) from error
         finally:
-            if not done:
-                for worker in multiprocessing.active_children():
+            if not is_idle:
+                for worker in _workers(pool):
                     worker.terminate()
                 self._end()
 
-    def _start(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=_prepare_worker)
+    def _ready(self) -> ProcessPoolExecutor:
+        """The workers of the step before, or new ones: one that was killed while it had nothing to do cost nothing."""
+        if self._pool is not None and not all(worker.is_alive() for worker in _workers(self._pool)):
+            self._end()
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.num_workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_prepare_worker,
+                initargs=(os.getpid(),),
+            )
+        return self._pool
 
     def _end(self) -> None:
         """End the workers; returns when nothing of them is left."""
@@ -105,10 +115,20 @@ class LocalEngine:
             self._pool = None
 
 
-def _prepare_worker() -> None:
-    """Leave interrupts to the parent, end at once when it says so, and keep libraries from starting threads."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _workers(pool: ProcessPoolExecutor) -> list[multiprocessing.process.BaseProcess]:
+    """The processes of a pool, and no other child of this process."""
+    return list((pool._processes or {}).values())
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
+    """Give a task to the workers, which are started as tasks come; interrupts are left to this process."""
+    with without(signal.SIGINT):
+        return pool.submit(function, task)
+
+
+def _prepare_worker(parent: int) -> None:
+    """End with the parent, or at once when it says so, and keep libraries from starting threads."""
+    die_with_parent(parent)
     # Not an exception: the pool would catch it, and go on with what it had interrupted half way.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     os.environ.update(ONE_THREAD)

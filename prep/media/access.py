@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from prep.media.paths import resolve_media
+from prep.media.paths import real_folder, resolve_media
 from prep.media.source import MediaSource
 from prep.urls import Location
 
 T = TypeVar("T")
+
+_MAX_FOLDERS = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,14 @@ class MediaAccess(Protocol):
 
 
 class LocalMedia:
-    """Media below folders."""
+    """Media below folders.
+
+    Args:
+        where: where a folder really lies.
+    """
+
+    def __init__(self, where: Callable[[str], str] = real_folder) -> None:
+        self._where = where
 
     def along(self, items: Iterable[T], wanted: Callable[[T], Iterable[Wanted]]) -> Iterator[T]:
         """See :class:`MediaAccess`."""
@@ -74,7 +84,7 @@ class LocalMedia:
         """See :class:`MediaAccess`."""
         if not isinstance(wanted.root, Path):
             raise TypeError(f"{wanted.root} is no folder")
-        return resolve_media(wanted.root, wanted.name, max_bytes=wanted.max_bytes)
+        return resolve_media(wanted.root, wanted.name, max_bytes=wanted.max_bytes, where=self._where)
 
     def whole(self, wanted: Wanted) -> MediaSource:
         """See :class:`MediaAccess`."""
@@ -90,6 +100,11 @@ class LocalMedia:
 LOCAL_MEDIA = LocalMedia()
 
 
+def local_media() -> LocalMedia:
+    """Access that looks once where a folder lies; for one task, since links may lead elsewhere later."""
+    return LocalMedia(lru_cache(maxsize=_MAX_FOLDERS)(real_folder))
+
+
 def open_media(roots: Iterable[Location], *, beginnings: bool, scratch: Path) -> AbstractContextManager[MediaAccess]:
     """Access to the media below some roots, for the length of a ``with`` block.
 
@@ -99,7 +114,7 @@ def open_media(roots: Iterable[Location], *, beginnings: bool, scratch: Path) ->
         scratch: folder for what does not fit into memory; made when it is needed, and removed.
     """
     if all(isinstance(root, Path) for root in roots):
-        return LOCAL_MEDIA
+        return local_media()
     from prep.media.fetch import RemoteMedia
 
     return RemoteMedia(beginnings=beginnings, scratch=scratch)

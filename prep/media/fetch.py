@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from prep import storage
-from prep.media.access import LocalMedia, Wanted
+from prep.media.access import Wanted, local_media
 from prep.media.paths import check_size, media_url
 from prep.media.source import Beginning, MediaSource
 from prep.storage.request import REQUESTS_AT_ONCE
@@ -84,7 +84,7 @@ class RemoteMedia:
     def __init__(self, *, beginnings: bool, scratch: Path) -> None:
         self._beginnings = beginnings
         self._scratch = scratch
-        self._local = LocalMedia()
+        self._local = local_media()
         self._fetched: dict[Wanted, _Fetched] = {}
         self._waiting: queue.SimpleQueue[_Fetched | None] = queue.SimpleQueue()
         self._num_threads = 0

@@ -11,7 +11,7 @@ import errno
 import os
 import posixpath
 import stat
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 
 from prep.media.source import MediaSource
@@ -23,13 +23,19 @@ _MAX_KEY_BYTES = 1024
 """Longest name that object stores allow."""
 
 
-def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
+def real_folder(folder: str) -> str:
+    """Where a folder really lies."""
+    return os.path.realpath(folder)
+
+
+def resolve_media(root: Path, name: str, *, max_bytes: int, where: Callable[[str], str] = real_folder) -> MediaSource:
     """The medium ``name`` below ``root``.
 
     Args:
         root: folder that all media of the dataset lie in.
         name: as the annotation spells it, relative to ``root``.
         max_bytes: a larger file is refused before it is opened.
+        where: :func:`real_folder`, or one that knows the folders of the media before.
 
     Raises:
         MediaError: ``media_outside_root``, ``media_missing``, ``media_unreadable`` (no permission), ``media_empty``
@@ -43,11 +49,11 @@ def resolve_media(root: Path, name: str, *, max_bytes: int) -> MediaSource:
         )
     path = root / name
     try:
-        # The real folder is known from the media before; a file that is no link itself lies there.
-        real = os.path.join(_real_folder(str(path.parent)), path.name)
+        # A file that is no link itself lies in the real folder.
+        real = os.path.join(where(str(path.parent)), path.name)
         if path.name == ".." or os.path.islink(real):
             real = os.path.realpath(real)
-        if not _is_inside(real, _real_folder(str(root))):
+        if not _is_inside(real, where(str(root))):
             raise MediaError(
                 ReasonCode.MEDIA_OUTSIDE_ROOT, f"{name!r} leads outside the media root; move the file below the root"
             )
@@ -120,11 +126,6 @@ def _check_name(name: str) -> None:
         raise MediaError(
             ReasonCode.MEDIA_MISSING, "the name of a medium is empty; give a path relative to the media root"
         )
-
-
-@lru_cache(maxsize=65536)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def _is_inside(path: str, folder: str) -> bool:

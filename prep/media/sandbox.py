@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from prep.files import naming
 from prep.media.decode import Facts, decode, probe
 from prep.media.source import MediaSource
-from prep.processes import die_with_parent
+from prep.processes import die_with_parent, without
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
@@ -145,13 +145,15 @@ class Sandbox:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._memory = os.memfd_create("vlprep-frames")
-        child = subprocess.Popen(
-            [sys.executable, "-m", "prep.media.sandbox", str(self._memory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(self._memory,),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
+        # What stops a build goes to all its processes: a child that obeyed would look like a medium that crashes it.
+        with without(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            child = subprocess.Popen(
+                [sys.executable, "-m", "prep.media.sandbox", str(self._memory)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(self._memory,),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
         self._child = child
         assert child.stdout is not None
         try:
@@ -205,7 +207,6 @@ def _serve(memory: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     shared = _SharedFrames(memory)
     _send(answers, "ready")
     while True:

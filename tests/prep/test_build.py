@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -292,6 +293,77 @@ def test_media_that_appear_later_are_found_when_asked_for(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_looking_at_media_again_may_be_killed_at_any_moment(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a part that is made again, no file is used together with one of the part before."""
+    shutil.copytree(corpus[0].parent, tmp_path / "in")
+    request = request_for(tmp_path / "in" / corpus[0].name, tmp_path / "out", tiny_checkpoint)
+    build(request, SerialEngine())
+    shutil.copy(tmp_path / "in" / "0.png", tmp_path / "in" / "none.png")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prep.scan.pq.write_table", killed)
+        with pytest.raises(Interrupted):
+            build(replace(request, retry_media=True), SerialEngine())
+    (tmp_path / "out" / WORK_FOLDER / "finished").unlink()  # another command has used the folder, say
+    build(request, SerialEngine())
+    build(replace(request, out=tmp_path / "fresh"), SerialEngine())
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_annotations_that_change_before_they_are_scanned_are_noticed(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many bytes in the same places: what is scanned must not pass for what was there before."""
+    shutil.copytree(corpus[0].parent, tmp_path / "in")
+    annotations = tmp_path / "in" / corpus[0].name
+    old = annotations.read_bytes()
+    request = request_for(annotations, tmp_path / "out", tiny_checkpoint)
+
+    def late(task: Any) -> Any:
+        annotations.write_bytes(old.replace(b"Say something", b"Say naughting"))
+        return scan_chunk(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prep.build, "scan_chunk", late)
+        with pytest.raises(ConfigError, match=r"annotations.jsonl changed while it was being read; run the command"):
+            build(request, SerialEngine())
+    annotations.write_bytes(old)
+    build(request, SerialEngine())
+    build(replace(request, out=tmp_path / "fresh"), SerialEngine())
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_another_tokenizer_in_the_same_place_is_used_by_the_next_build_of_a_process(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    request = request_for(corpus[0], tmp_path / "one", tmp_path / "model")
+    one = build(request, SerialEngine())
+    content = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:1000]
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(content))
+    other = build(replace(request, out=tmp_path / "other"), SerialEngine())
+    assert other.counts.num_tokens > one.counts.num_tokens
+    assert other.fingerprints.tokenizer != one.fingerprints.tokenizer
+
+
+def test_what_a_finished_build_was_killed_before_it_removed_is_removed_by_the_next(
+    built: Path, corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    (out / WORK_FOLDER / "write-0123").mkdir()
+    (out / WORK_FOLDER / "spool").mkdir(exist_ok=True)
+    (out / WORK_FOLDER / "spool" / "0123.jsonl").write_text("{}")
+    build(request_for(corpus[0], out, tiny_checkpoint), SerialEngine())
+    assert sorted(path.name for path in (out / WORK_FOLDER).iterdir()) == ["finished", "index", "lock", "scan"]
+
+
 def test_one_more_dataset_scans_only_that_one(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,16 +382,93 @@ def test_one_more_dataset_scans_only_that_one(
 
     request = replace(request_for(corpus[0], tmp_path / "out", tiny_checkpoint), sources=sources("one"))
     build(request, SerialEngine())
+    scanned = watch_scans(monkeypatch)
+    build(replace(request, sources=sources("one,two")), SerialEngine())
+    assert scanned == [corpus[0].with_name("more.jsonl")]
+
+
+def watch_scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of which parts are made from now on, in order."""
     scanned: list[Path] = []
 
     def watched(task: Any) -> Any:
-        if not task.part.with_name(task.part.name + ".parquet").exists():
+        before = set(task.folder.glob("*.parquet"))
+        result = scan_chunk(task)
+        if set(task.folder.glob("*.parquet")) != before:
             scanned.append(task.file)
-        return scan_chunk(task)
+        return result
 
     monkeypatch.setattr(prep.build, "scan_chunk", watched)
-    build(replace(request, sources=sources("one,two")), SerialEngine())
-    assert scanned == [corpus[0].with_name("more.jsonl")]
+    return scanned
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"packer": "binpacking"}, {"seed": 7}, {"max_patches": 2000}, {"shard_bytes": 9_000_000}, {"pixels": "raw"}],
+)
+def test_what_only_the_plan_or_the_shards_depend_on_scans_nothing(
+    built: Path,
+    corpus: tuple[Path, dict[str, str]],
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    scanned = watch_scans(monkeypatch)
+    request = request_for(corpus[0], out, tiny_checkpoint, replace_settings(**changes))
+    build(request, SerialEngine())
+    assert scanned == []
+    build(replace(request, out=tmp_path / "fresh"), SerialEngine())
+    assert scanned == [corpus[0]]
+    assert contents(out) == contents(tmp_path / "fresh") != contents(built)
+
+
+def test_other_media_settings_scan_only_the_records_that_they_touch(
+    corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four files in one build: of texts, pictures, clips, and of both."""
+    records = [json.loads(line) for line in corpus[0].read_text().splitlines() if line.startswith('{"')]
+    good = [record for record in records if record["id"].startswith("good")]
+    kinds = {
+        "texts": [record for record in good if not {"image", "images", "video", "videos"} & record.keys()],
+        "pictures": [record for record in good if "image" in record],
+        "clips": [record for record in good if "video" in record],
+    }
+    kinds["both"] = [kinds["pictures"][0], kinds["clips"][0]]
+    assert all(kinds.values())
+    (tmp_path / "in").mkdir()
+    for kind, found in kinds.items():
+        (tmp_path / "in" / f"{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    registry = tmp_path / "datasets.toml"
+
+    def request(root: Path = corpus[0].parent, out: str = "out", **changes: Any) -> BuildRequest:
+        settings = replace_settings(**changes)
+        registry.write_text(f'[all]\nannotation_path = "{tmp_path}/in/*.jsonl"\nmedia_root = "{root}"\n')
+        sources = tuple(find_sources("all", registry=registry, media_root=None, media=settings.media))
+        return replace(request_for(corpus[0], tmp_path / out, tiny_checkpoint, settings), sources=sources)
+
+    scanned = watch_scans(monkeypatch)
+
+    def scanned_by(**changes: Any) -> list[str]:
+        scanned.clear()
+        build(request(**changes), SerialEngine())
+        return [path.stem for path in scanned]
+
+    media = SETTINGS.media
+    assert scanned_by() == ["both", "clips", "pictures", "texts"]
+    smaller = msgspec.structs.replace(media, max_pixels=100_000)
+    assert scanned_by(media=smaller) == ["both", "pictures"]
+    assert scanned_by(media=msgspec.structs.replace(media, video_max_frames=6)) == ["both", "clips"]
+    assert scanned_by(media=msgspec.structs.replace(media, base_interval=1.0)) == ["both", "clips"]
+    assert scanned_by(media=msgspec.structs.replace(media, decode_timeout=59.0)) == ["both", "clips", "pictures"]
+    assert scanned_by() == []
+    shutil.copytree(corpus[0].parent, tmp_path / "elsewhere")
+    assert scanned_by(root=tmp_path / "elsewhere") == ["both", "clips", "pictures"]
+    assert scanned_by(media=smaller) == []
+    assert scanned_by(media=smaller, out="fresh") == ["both", "clips", "pictures", "texts"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_another_max_length_plans_again_without_scanning(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +19,12 @@ from click.testing import CliRunner
 from prep.cli import main
 from prep.engines import Engine, LocalEngine, SerialEngine, default_workers, open_engine
 from prep.engines.surroundings import Surroundings, differences
+from prep.media.sandbox import sandbox
 from prep.processes import ONE_THREAD
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError, MediaError, ShardError, VlprepError
 from tests.prep.ray_cluster import NodeProcesses
+from tests.prep.test_sandbox import alive
 
 NAMES = ("serial", "local", "ray")
 
@@ -108,6 +114,25 @@ def process_of(number: int) -> int:
     return os.getpid()
 
 
+def await_end(processes: Iterable[int]) -> None:
+    """Hold that processes are gone within a minute."""
+    deadline = time.monotonic() + 60
+    while any(map(alive, processes)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def pending_forever(number: int) -> set[signal.Signals]:
+    """Signals that this process does not let through."""
+    return {kind for kind in signal.pthread_sigmask(signal.SIG_BLOCK, ()) if isinstance(kind, signal.Signals)}
+
+
+def with_decoder(number: int) -> tuple[int, int]:
+    """This worker and its decoder."""
+    time.sleep(0.1)
+    return os.getpid(), (sandbox()._child or sandbox()._start()).pid
+
+
 def name_of(path: Path) -> bool:
     return path.exists()
 
@@ -192,6 +217,78 @@ def test_workers_of_this_machine_stay_from_step_to_step_and_end_with_the_block()
         assert len(first) == 2
     assert os.getpid() not in first
     assert not any(Path(f"/proc/{process}").exists() for process in first)
+
+
+def test_workers_stay_where_the_end_of_the_results_is_not_looked_for(local_engine: Engine) -> None:
+    """``zip(tasks, results)`` leaves after the last result."""
+    with closing(local_engine.map(process_of, range(8))) as results:
+        first = {result for _, result in zip(range(8), results)}
+    assert set(local_engine.map(process_of, range(8))) <= first
+
+
+def test_a_worker_that_is_killed_between_two_steps_is_replaced(local_engine: Engine) -> None:
+    processes = set(local_engine.map(process_of, range(8)))
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    await_end(processes)
+    assert list(local_engine.map(square, [1, 2, 3])) == [1, 4, 9]
+
+
+def test_only_workers_are_ended(local_engine: Engine) -> None:
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    other.start()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            list(local_engine.map(fail, ["bug"]))
+        assert list(local_engine.map(square, [2])) == [4]
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
+
+
+def test_interrupts_do_not_reach_workers_even_while_they_start(local_engine: Engine) -> None:
+    """Ctrl-C goes to all processes of a terminal; one that is importing would end with a traceback."""
+    (blocked,) = local_engine.map(pending_forever, [0])
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in pending_forever(0)
+
+
+IDLE = """
+import sys, time
+from prep.engines import LocalEngine
+from tests.prep.test_engines import with_decoder
+if __name__ == "__main__":
+    with LocalEngine(2) as engine:
+        print(*{pid for pair in engine.map(with_decoder, range(6)) for pid in pair}, flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_workers_without_work_and_their_decoders_end_with_their_parent(tmp_path: Path, kind: signal.Signals) -> None:
+    (tmp_path / "idle.py").write_text(IDLE)
+    root = str(Path(__file__).parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "idle.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert parent.stdout is not None
+    processes = [int(process) for process in parent.stdout.readline().split()]
+    assert len(processes) == 4
+    assert all(map(alive, processes))
+    parent.send_signal(kind)
+    parent.wait()
+    parent.stdout.close()
+    await_end(processes)
+
+
+def test_a_process_whose_parent_is_dead_already_ends_at_once() -> None:
+    program = "import os, sys; from prep.processes import die_with_parent; die_with_parent(os.getppid() + 1); print(1)"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_a_task_whose_worker_dies_is_run_again_on_ray(ray_engine: Engine, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -17,6 +19,7 @@ from PIL.ExifTags import Base as ExifTag
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
+from prep.media.access import Wanted, open_media
 from prep.media.images import decode_image, probe_image
 from prep.media.paths import resolve_media
 from prep.media.resize import smart_resize
@@ -201,10 +204,31 @@ def root(tmp_path: Path) -> Path:
     (root / "out.png").symlink_to(tmp_path / "secret.png")
     (root / "out").symlink_to(tmp_path)
     (root / "sub" / "in.png").symlink_to(root / "a.png")
+    (root / "link").symlink_to(".")
+    (root / "chain").symlink_to("link/link/sub")
+    (root / "sub" / "up").symlink_to("..")
+    (root / "loop").symlink_to("loop")
+    os.mkfifo(root / "pipe")
+    (root / "Zu\u0308g.png").write_bytes(b"x")
     return root
 
 
-@pytest.mark.parametrize("name", ["a.png", "./a.png", "sub/../a.png", "sub/in.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.png",
+        "./a.png",
+        "sub/../a.png",
+        "sub/in.png",
+        "link/a.png",
+        "link/sub/in.png",
+        "chain/in.png",
+        "sub/up/a.png",
+        "out/root/a.png",
+        "a.png/",
+        "Zu\u0308g.png",
+    ],
+)
 def test_names_that_stay_inside_the_root_are_found(root: Path, name: str) -> None:
     assert resolve_media(root, name, max_bytes=10).open().read() == b"x"
 
@@ -221,6 +245,10 @@ def test_an_absolute_path_inside_the_root_is_found(root: Path) -> None:
         ("../no such.png", "media_outside_root"),
         ("out.png", "media_outside_root"),
         ("out/secret.png", "media_outside_root"),
+        ("sub/up/../secret.png", "media_outside_root"),
+        ("chain/../../secret.png", "media_outside_root"),
+        ("link/out.png", "media_outside_root"),
+        ("//etc/passwd", "media_outside_root"),
         ("/etc/passwd", "media_outside_root"),
         ("..", "media_outside_root"),
         ("http://example.com/a.png", "media_outside_root"),
@@ -228,6 +256,13 @@ def test_an_absolute_path_inside_the_root_is_found(root: Path) -> None:
         ("a.png\0.jpg", "media_outside_root"),
         ("%2e%2e/secret.png", "media_missing"),
         ("missing.png", "media_missing"),
+        ("A.png", "media_missing"),
+        ("Z\u00fcg.png", "media_missing"),
+        ("loop", "media_unreadable"),
+        ("loop/a.png", "media_unreadable"),
+        ("pipe", "unsupported_media"),
+        (".", "unsupported_media"),
+        ("link/.", "unsupported_media"),
         ("a.png/b.png", "media_missing"),
         ("x" * 5000, "media_missing"),
         ("", "media_missing"),
@@ -239,6 +274,38 @@ def test_names_that_leave_the_root_or_name_no_file_have_a_code(root: Path, name:
     with pytest.raises(MediaError) as caught:
         resolve_media(root, name, max_bytes=10)
     assert caught.value.code.value == code
+
+
+def test_a_root_may_be_relative_a_link_or_the_root_of_the_file_system(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").symlink_to(root)
+    assert resolve_media(tmp_path / "there", "sub/in.png", max_bytes=10).path == root / "a.png"
+    assert resolve_media(tmp_path / "there", str(root / "a.png"), max_bytes=10).path == root / "a.png"
+    assert resolve_media(Path("/"), str(root / "a.png"), max_bytes=10).path == root / "a.png"
+    assert resolve_media(Path("/"), str(root / "a.png").lstrip("/"), max_bytes=10).path == root / "a.png"
+    monkeypatch.chdir(root)
+    assert resolve_media(Path(), "a.png", max_bytes=10).path == root / "a.png"
+    with pytest.raises(MediaError, match="leads outside"):
+        resolve_media(Path("sub"), "in.png", max_bytes=10)  # a link to root/a.png
+
+
+def test_every_task_looks_anew_where_folders_lie(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that became a link to outside, and a relative root in another working folder."""
+    (root / "sub" / "b.png").write_bytes(b"x")
+    with open_media([root], beginnings=False, scratch=tmp_path) as access:
+        assert access.source(Wanted(root, "sub/b.png", 0, 10)).path == root / "sub" / "b.png"
+    shutil.rmtree(root / "sub")
+    (tmp_path / "b.png").write_bytes(b"secret")
+    (root / "sub").symlink_to(tmp_path)
+    with open_media([root], beginnings=False, scratch=tmp_path) as access, pytest.raises(MediaError) as caught:
+        access.source(Wanted(root, "sub/b.png", 0, 10))
+    assert caught.value.code is ReasonCode.MEDIA_OUTSIDE_ROOT
+    for folder in (tmp_path, root):
+        monkeypatch.chdir(folder)
+        Path("c.png").write_bytes(b"x")
+        with open_media([Path()], beginnings=False, scratch=tmp_path) as access:
+            assert access.source(Wanted(Path(), "c.png", 0, 10)).path == folder / "c.png"
 
 
 def test_a_file_above_the_byte_limit_is_not_opened(root: Path) -> None:

@@ -27,7 +27,7 @@ from prep.build import METRICS_FILE, BuildRequest, build, read_metrics
 from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
 from prep.media import fetch
-from prep.media.access import LOCAL_MEDIA, Wanted, open_media
+from prep.media.access import LocalMedia, Wanted, open_media
 from prep.media.decode import Facts, probe
 from prep.media.paths import media_url
 from prep.media.source import HeadTooShortError
@@ -702,6 +702,6 @@ def test_urls_are_told_from_paths() -> None:
 
 def test_local_roots_need_no_fetching(tmp_path: Path) -> None:
     with open_media([tmp_path, tmp_path / "a"], beginnings=True, scratch=tmp_path / "scratch") as access:
-        assert access is LOCAL_MEDIA
+        assert isinstance(access, LocalMedia)
     with pytest.raises(ConfigError, match="is not a folder"):
         find_sources(__file__, registry=None, media_root=tmp_path / "none", media=MediaSettings())

@@ -127,6 +127,18 @@ def test_a_child_dies_with_its_worker(tmp_path: Path) -> None:
     pytest.fail("the child outlived its worker")
 
 
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_stops_all_processes_of_a_build_does_not_look_like_a_medium_that_crashes_its_decoder(
+    box: Sandbox, media: list[tuple[MediaSource, int]], kind: signal.Signals
+) -> None:
+    (first, media_type), _, _ = media
+    child = box._start()
+    child.send_signal(kind)
+    assert box.probe(first, media_type, SETTINGS) == probe(first, media_type, SETTINGS)
+    assert box._child is child
+    assert alive(child.pid)
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs (a zombie that nobody has collected yet does not)."""
     try:
