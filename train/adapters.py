@@ -31,6 +31,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from schemas.errors import ConfigError
 from train import optim
 from train.arguments import TrainArguments
+from train.disk import writing
 from train.pretrained import copy_companions
 
 logger = logging.getLogger(__name__)
@@ -222,12 +223,18 @@ def merge_weights(
         target = f"{stem.removeprefix(FILE_PREFIX)}.weight"
         first, second = rest.pop(name), rest.pop(f"{stem}{_B}", None)
         weight = own.get(target)
-        if second is None or weight is None or weight.shape != (second.shape[0], first.shape[1]):
+        if second is None or weight is None or not _is_pair(first, second, weight):
             raise ConfigError(f"{stem} is no adapter of a layer of this model: give the model that it was trained for.")
         merged[target] = (weight.float() + scaling * (second.float() @ first.float())).to(weight.dtype)
     if rest:
         raise ConfigError(f"the adapter holds {next(iter(rest))}, which is no matrix of LoRA: merge it with peft.")
     return merged
+
+
+def _is_pair(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product of two matrices has the shape of a weight."""
+    are_matrices = first.dim() == second.dim() == 2 and second.shape[1] == first.shape[0]
+    return are_matrices and weight.shape == (second.shape[0], first.shape[1])
 
 
 def write_adapter(
@@ -241,20 +248,24 @@ def write_adapter(
         adapters: which.
         model: the checkpoint that they are for, as a user of the adapter is to find it.
         source: folder of that checkpoint, whose tokenizer and processor files are copied.
+
+    Raises:
+        VlprepError: it cannot be written.
     """
     part = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     config = _peft_config(adapters)
     config.base_model_name_or_path = model
     config.inference_mode = True
     config.target_modules = list(adapters.modules)  # peft makes it a set, whose order changes from run to run
-    config.save_pretrained(str(part))
-    save_file(dict(of_adapters), part / WEIGHTS_FILE, metadata={"format": "pt"})
-    copy_companions(source, part)
-    if out.exists():
-        shutil.rmtree(out)
-    part.rename(out)
+    with writing(part):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        config.save_pretrained(str(part))
+        save_file(dict(of_adapters), part / WEIGHTS_FILE, metadata={"format": "pt"})
+        copy_companions(source, part)
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
     logger.info("adapter written to %s", out)
 
 

@@ -7,7 +7,7 @@ of the dataclass; a setting that would be ignored, or that contradicts another o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 EVALUATIONS = ("no", "steps", "epoch")
 REPORTS = ("none", "tensorboard", "wandb")
 RESUME_AUTO, RESUME_NONE = "auto", "none"
+MAX_INT = 2**63 - 1
+"""Whole numbers of flags go into checkpoints and arrays of 64 bits."""
+
+MAX_THREADS, MAX_EPOCHS = 1024, 10**6
+MAX_RANK = 8192
+"""Of adapters: no matrix of the largest model has a higher one."""
 
 BUILD_TIME_FLAGS = {
     "dataset_use": "make shards DATASET=name%50",
@@ -34,6 +40,13 @@ BUILD_TIME_FLAGS = {
     "base_interval": "media settings of vlprep build",
 }
 """Upstream flags that are decided when shards are built, and where."""
+
+UNNEEDED_FLAGS = {
+    "per_device_eval_batch_size": "evaluation takes one bin at a time",
+    "save_strategy": "--save_steps says how often checkpoints are saved, 0 for never",
+    "optim": "the optimizer is AdamW",
+}
+"""Upstream flags that have no meaning here, and why."""
 
 
 def _help(text: str, choices: Sequence[str] | None = None) -> dict[str, Any]:
@@ -210,6 +223,12 @@ class TrainArguments:
         return self.output_dir or Path("runs") / self.name
 
     def _check_ranges(self) -> None:
+        for item in fields(self):
+            number = getattr(self, item.name)
+            _require(type(number) is not int or number <= MAX_INT, item.name, number, f"up to {MAX_INT}")
+        for name, most in (("dataloader_num_workers", MAX_THREADS), ("lora_r", MAX_RANK)):
+            number = getattr(self, name)
+            _require(number is None or number <= most, name, number, f"1 to {most}")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
         for name in (
             "max_steps",
@@ -232,6 +251,8 @@ class TrainArguments:
         for name in (*positive, "peak_tflops"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), name, value, "more than 0")
+        epochs = self.num_train_epochs
+        _require(epochs is None or epochs <= MAX_EPOCHS, "num_train_epochs", epochs, f"up to {MAX_EPOCHS}")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "0 to 1")
         dropout = self.lora_dropout
         _require(dropout is None or 0 <= dropout < 1, "lora_dropout", dropout, "0 to below 1")

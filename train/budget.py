@@ -18,7 +18,7 @@ import click
 import numpy as np
 import torch
 
-from schemas.errors import VlprepError
+from schemas.errors import ConfigError, VlprepError
 from schemas.qwen import MERGED_PATCHES
 from train import engine, pretrained
 from train.activations import Load, activation_terms
@@ -157,10 +157,10 @@ TABLE_TITLE = "most at a time (held all the time), GiB for each of %d ranks, wit
     name="python -m train.memory",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
-@click.option("--world-size", "--world_size", type=click.IntRange(min=1), required=True, help="Number of ranks.")
+@click.option("--world-size", "--world_size", type=click.IntRange(1, 10**6), required=True, help="Number of ranks.")
 @click.option(
     "--max-length",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 2**31 - 1),
     help="Tokens of a bin, where there are no shards yet: the fullest bin there can be is taken.",
 )
 @click.pass_context
@@ -190,7 +190,11 @@ def report(flags: list[str], *, world: int, max_length: int | None) -> str:
         ConfigError: the flags make no sense.
         ShardError: shards are incomplete.
     """
-    args = parse_arguments(flags if max_length is None else ["--shards", "", *flags])
+    args = parse_arguments(flags, shards="")
+    if max_length is None and not args.shards:
+        raise ConfigError("nothing says what bins hold: give --shards, or --max-length where there are no shards yet.")
+    if max_length is not None and args.shards:
+        raise ConfigError(f"--max-length {max_length} and --shards {args.shards} both say what bins hold: give one.")
     dtype = torch.float16 if args.fp16 else torch.float32 if args.bf16 is False else torch.bfloat16
     attention = FLASH_ATTENTION if args.attn_implementation == "auto" else args.attn_implementation
     model_config = find_config(args.model_name_or_path)

@@ -24,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ import msgspec
 import torch
 
 from schemas.errors import ConfigError
+from train.disk import writing
 from train.engine import Ranks
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ STATE_FILE = "state.json"
 ENGINE_TAG = "engine"
 UNIVERSAL_TAG = "universal"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_RESUME_FROM_ANOTHER = (
+    "Resume from another checkpoint, or remove this one: --resume auto then goes on from the one before."
+)
 
 Setting = str | int | float | bool | None
 
@@ -83,6 +88,13 @@ def hold(run_dir: Path) -> IO[bytes]:
             f"--output_dir {run_dir} is in use by another run: stop it, or give another folder."
         ) from None
     return lock
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what a run that was killed or ran out of space while it saved has left: it is of no use to any."""
+    for path in run_dir.glob("checkpoint-*.tmp"):
+        logger.info("%s was not finished and is removed", path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -132,6 +144,27 @@ def read_state(folder: Path) -> RunState:
         ) from error
 
 
+def check_files(folder: Path) -> None:
+    """See that a checkpoint has a file of each rank that saved it, and that none is cut short.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    state = read_state(folder)
+    states = sorted((folder / ENGINE_TAG).glob("*_states.pt"))
+    of_optimizer = [path for path in states if path.name.endswith("_optim_states.pt")]
+    if len(of_optimizer) != state.ranks or len(states) == len(of_optimizer):
+        raise ConfigError(
+            f"{folder} is incomplete: {folder / ENGINE_TAG} has {len(of_optimizer)} files of optimizer states and "
+            f"{len(states) - len(of_optimizer)} of the model, but {state.ranks} ranks saved it. {_RESUME_FROM_ANOTHER}"
+        )
+    for path in (*states, *(folder / f"random-{rank:05d}.pt" for rank in range(state.ranks))):
+        # torch writes zip archives, whose directory is at the end
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            found = "cut short or damaged" if path.is_file() else "missing"
+            raise ConfigError(f"{path} is {found}. {_RESUME_FROM_ANOTHER}")
+
+
 def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) -> None:
     """Compare the settings of a checkpoint with those of this run.
 
@@ -163,18 +196,20 @@ def save(engine: Any, run_dir: Path, state: RunState, ranks: Ranks, *, keep: int
     folder = run_dir / f"checkpoint-{state.step}"
     part = run_dir / f"{folder.name}.tmp"
     if ranks.is_first:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        with writing(part):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
     torch.distributed.barrier()
-    with _without_frozen(engine.module):
+    with writing(part), _without_frozen(engine.module):
         engine.save_checkpoint(str(part), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
-    torch.save(_random_state(engine.device), part / _random_file(ranks))
+        torch.save(_random_state(engine.device), part / _random_file(ranks))
     torch.distributed.barrier()
     if ranks.is_first:
-        (part / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
-        _flush(part)
-        part.rename(folder)
-        _sync(run_dir)
+        with writing(part):
+            (part / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
+            _flush(part)
+            part.rename(folder)
+            _sync(run_dir)
         for _, old in list_checkpoints(run_dir)[: -keep if keep else 0]:
             shutil.rmtree(old)
         logger.info("checkpoint written to %s", folder)

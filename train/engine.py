@@ -23,6 +23,7 @@ import torch
 
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
+from train.deepspeed_file import check_sections
 from train.model import FLASH_ATTENTION
 from train.recipe import Recipe
 
@@ -158,6 +159,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"--deepspeed {path}: zero_optimization.stage is {stage}; allowed: 1, 2 or 3 (1 where all fits one rank)."
         )
+    check_sections(config, str(path))
     return config
 
 
@@ -297,7 +299,21 @@ def initialize(
     if is_converted:
         config = {**config, "checkpoint": {**_section(config, "checkpoint"), "load_universal": True}}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if engine.fp16_enabled() and engine.optimizer.loss_scaler.dynamic:
+        # What happens at the lowest scale is decided by the trainer, which knows the bins.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def can_lower_scale(running: Any) -> bool:
+    """Whether a gradient that overflows now would lower the scale of the loss, so that those after it may fit.
+
+    In float16 that is so until the scale is ``min_loss_scale``, or never where the file gives a fixed ``loss_scale``.
+    """
+    if not running.fp16_enabled():
+        return False
+    scaler = running.optimizer.loss_scaler
+    return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
 
 def gather_weights(module: torch.nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:

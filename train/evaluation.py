@@ -119,6 +119,17 @@ def sum_by_sample(micro: MicroBatch, scores: NDArray[np.float64]) -> NDArray[Any
     return results
 
 
+def format_evaluation(found: Record) -> str:
+    """What :meth:`Evaluation.run` gave, in one line for a person: over all samples, and of every dataset."""
+    whole = {name.removeprefix("eval_"): value for name, value in found.items() if name != "eval_datasets"}
+    parts = {"": whole, **({} if len(found["eval_datasets"]) == 1 else found["eval_datasets"])}
+    return "; ".join(
+        f"{f'{name}: ' if name else ''}loss {one['loss']:.4f}, {one['token_accuracy']:.1%} of the tokens and "
+        f"{one['exact_match']:.1%} of {one['num_samples']} samples right"
+        for name, one in parts.items()
+    )
+
+
 def _summarise(results: NDArray[Any]) -> dict[str, float]:
     num_targets = max(1, int(results["num_targets"].sum()))
     is_right = results["num_right"] == results["num_targets"]

@@ -12,11 +12,12 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from schemas.errors import ConfigError
-from train.arguments import BUILD_TIME_FLAGS, TrainArguments
+from train.arguments import BUILD_TIME_FLAGS, MAX_INT, UNNEEDED_FLAGS, TrainArguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,11 +25,15 @@ else:
     import tomli as tomllib
 
 FIELDS = {item.name: item for item in fields(TrainArguments)}
-NOT_IN_FILES = ("local_rank",)
+NOT_IN_FILES = ("local_rank", "config")
 
 
-def parse_arguments(argv: Sequence[str]) -> TrainArguments:
+def parse_arguments(argv: Sequence[str], *, shards: str | None = None) -> TrainArguments:
     """Parse the command line, without the name of the program, and the file that it names with ``--config``.
+
+    Args:
+        argv: the words.
+        shards: what ``--shards`` is where neither gives it; None: it must be given.
 
     Raises:
         ConfigError: an unknown flag, a value of the wrong type or range, or a contradiction.
@@ -42,6 +47,8 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     path = values.pop("config", None)
     if path is not None:
         values = {**read_flag_file(path), **values}
+    if shards is not None:
+        values.setdefault("shards", shards)
     if "shards" not in values:
         raise ConfigError("--shards is missing: give the folder that `vlprep build --out` wrote.")
     return TrainArguments(**values)
@@ -65,12 +72,19 @@ def read_flag_file(path: Path) -> dict[str, Any]:
     kinds = _kinds()
     values: dict[str, Any] = {}
     for name, value in table.items():
-        if name not in FIELDS or name in NOT_IN_FILES:
+        if isinstance(value, dict):
+            raise ConfigError(f"--config {path} has a table [{name}]: write flags without tables, one line each.")
+        if name in NOT_IN_FILES:
+            raise ConfigError(f"--config {path}: {name} cannot stand in a file: remove it.")
+        if name not in FIELDS:
             raise ConfigError(f"--config {path}: {_explain_unknown(name, name, '')}")
         kind = kinds[name]
-        found: Any = float(value) if kind is float and type(value) is int else value
+        found: Any = float(value) if kind is float and type(value) is int and abs(value) <= MAX_INT else value
         if type(found) is not (str if kind is Path else kind):
-            raise ConfigError(f"--config {path}: {name} is {value!r}; a value of type {kind.__name__} is expected.")
+            wanted = "text" if kind in (str, Path) else kind.__name__
+            raise ConfigError(f"--config {path}: {name} is {value!r}; a value of type {wanted} is expected.")
+        if isinstance(found, str) and (not found.strip() or "\0" in found):
+            raise ConfigError(f"--config {path}: {name} is {found!r}: give a value, or remove the line.")
         values[name] = Path(value) if kind is Path else found
     return values
 
@@ -96,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         # None stands for a default that the text explains; a required flag has none.
         shown = f" (default: {item.default})" if isinstance(item.default, (str, int, float)) else ""
         options: dict[str, Any] = {"help": f"{text}{shown}", "type": kind, "metavar": kind.__name__.upper()}
+        if kind in (str, Path) and name != "shards":
+            options.update(type=partial(_text, kind))
         if kind is bool:
             options.update(type=_switch, nargs="?", const=True, metavar="True|False")
         if choices := item.metadata["choices"]:
@@ -126,9 +142,18 @@ def _switch(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _text(kind: type[str] | type[Path], text: str) -> str | Path:
+    """A text that says something: an empty one is most often a variable of the shell that was not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave the flag out")
+    return kind(text)
+
+
 def _explain_unknown(written: str, name: str, prefix: str) -> str:
     if name in BUILD_TIME_FLAGS:
         where = BUILD_TIME_FLAGS[name]
         return f"{written} is no flag of the trainer: it was decided when the shards were built ({where})."
+    if name in UNNEEDED_FLAGS:
+        return f"{written} is no flag of the trainer: {UNNEEDED_FLAGS[name]}. Leave it out."
     near = difflib.get_close_matches(name, FIELDS, n=1)
     return f"unknown flag {written}" + (f"; did you mean {prefix}{near[0]}?" if near else "; --help lists the flags.")

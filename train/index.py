@@ -119,6 +119,19 @@ class ShardIndex:
             digest.update("".join(f"{stored.file} {stored.sha256}\n" for stored in files).encode() + b"\n")
         return digest.hexdigest()[:32]
 
+    def shares(self) -> list[float]:
+        """Share of every folder in the bins that steps use; the folders of a source share what it has."""
+        sizes = np.diff(self.first_bins)
+        shares: list[float]
+        if self.mixture is None:
+            shares = (sizes / self.num_bins).tolist()
+            return shares
+        ends, quotas = np.cumsum(self.mixture.sizes), np.array(self.mixture.quotas)
+        # the last folder may be empty
+        source = np.searchsorted(ends[:-1], self.first_bins[:-1], side="right")
+        shares = (quotas[source] / quotas.sum() * sizes / np.array(self.mixture.sizes)[source]).tolist()
+        return shares
+
     def cost(self, model: CostModel | None = None) -> NDArray[np.float64]:
         """What every bin costs: (B,) float64, in operations; ``model`` is a forward pass of the 7B if not given."""
         return (model or CostModel()).bin_flops(

@@ -15,12 +15,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 
 from train import adapters, checkpoint, engine, kernels, optim, pretrained
 from train.arguments import TrainArguments
 from train.checkpoint import RunState
-from train.evaluation import Evaluation, is_due
+from train.evaluation import Evaluation, format_evaluation, is_due
 from train.flops import ModelFlops
 from train.interrupt import StopRequest
 from train.metrics import Window, open_log
@@ -49,6 +50,10 @@ def train(args: TrainArguments) -> bool:
     """
     plan = make_plan(args)
     run_lock = checkpoint.hold(args.run_dir) if plan.ranks.is_first else None
+    if plan.ranks.is_first:
+        checkpoint.remove_unfinished(args.run_dir)
+        if plan.resume_from is not None:
+            checkpoint.check_files(plan.resume_from)
     engine.start(plan.device)
     kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
     model = build_model(plan)
@@ -78,9 +83,10 @@ def train(args: TrainArguments) -> bool:
         for batch in stream:
             set_rates(optimizer, peak_rates, factor(batch.step))
             rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+            scales_loss = engine.can_lower_scale(running)
             losses = run_step(running, batch, plan)
             if running.optimizer.overflow:
-                skipped.note_skipped(batch, losses, scales_loss=plan.dtype == torch.float16)
+                skipped.note_skipped(batch, losses, scales_loss=scales_loss)
             else:
                 skipped.note_done()
             step = batch.step + 1
@@ -92,7 +98,9 @@ def train(args: TrainArguments) -> bool:
                 record = window.summarise(batch, losses, rates, running.get_global_grad_norm(), skipped.total)
                 with window.paused():
                     if evaluation is not None and evaluates:
-                        record.update(evaluation.run(running))
+                        found = evaluation.run(running)
+                        record.update(found)
+                        logger.info("evaluation after step %d: %s", step, format_evaluation(found))
                 log.write(record)
             if is_stopped or (args.save_steps and step % args.save_steps == 0):
                 with window.paused():
@@ -170,6 +178,13 @@ def open_stream(plan: Plan) -> BinStream:
 def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
     """Say once what is going to happen."""
     index, ranks = plan.index, plan.ranks
+    for folder, num_bins, share in zip(index.folders, np.diff(index.first_bins).tolist(), index.shares()):
+        logger.info("%s: %d bins, share %.4g %%", folder, num_bins, 100 * share)
+    if (held_out := plan.eval_index) is not None:
+        folders = ", ".join(map(str, held_out.folders))
+        logger.info(
+            "to evaluate on: %d bins with %d samples of %s", held_out.num_bins, held_out.num_samples.sum(), folders
+        )
     logger.info(
         "%d bins with %d tokens, %d of them targets", index.num_bins, index.num_tokens.sum(), index.num_targets.sum()
     )

@@ -35,12 +35,13 @@ def main(argv: list[str]) -> int:
     except VlprepError as error:
         # All ranks have the same command line, so one says it for all.
         return _fail(error) if rank == 0 else error.exit_code
-    _configure_output(is_first=rank == 0)
-    from train.interrupt import REQUEUE_EXIT_CODE
-    from train.loop import train
-    from train.preflight import preflight
-
     try:
+        # Importing takes seconds, in which Ctrl-C may come as well.
+        _configure_output(is_first=rank == 0)
+        from train.interrupt import REQUEUE_EXIT_CODE
+        from train.loop import train
+        from train.preflight import preflight
+
         if args.dry_run:
             preflight(args)
             return 0

@@ -36,7 +36,7 @@ PLAIN: dict[str, tuple[object, ...]] = {
 
 
 def merge_adapter(adapter: Path, out: Path, *, model: str | None = None) -> Path:
-    """Write a model with an adapter added in; what was at ``out`` before is replaced.
+    """Write a model with an adapter added in; a model that was at ``out`` before is replaced.
 
     Args:
         adapter: folder of the adapter.
@@ -47,7 +47,9 @@ def merge_adapter(adapter: Path, out: Path, *, model: str | None = None) -> Path
         Folder of the model that the adapter was added to.
 
     Raises:
-        ConfigError: the adapter is incomplete, of another kind or of another model, or ``out`` holds adapter or model.
+        ConfigError: the adapter is incomplete, of another kind or of another model, or ``out`` holds something that is
+            not to be replaced.
+        VlprepError: the model cannot be written.
     """
     config = read_adapter_config(adapter)
     try:
@@ -57,14 +59,27 @@ def merge_adapter(adapter: Path, out: Path, *, model: str | None = None) -> Path
             f"{adapter / WEIGHTS_FILE} cannot be read: {error}. Give the folder of an adapter."
         ) from error
     source = pretrained.find_checkpoint(model or config["base_model_name_or_path"])
-    if out.resolve() in (adapter.resolve(), source.resolve()):
-        raise ConfigError(f"--out {out} would replace what is merged: give another folder.")
+    check_out(out, adapter, source)
     pretrained.read_shape(source)
     hf = pretrained.load_model(source, dtype="auto", attn_implementation="sdpa")
     own = {name: weight.detach() for name, weight in hf.named_parameters()}
     weights = merge_weights(own, of_adapters, config["lora_alpha"] / config["r"])
     pretrained.write_checkpoint(out, hf, weights, source=source)
     return source
+
+
+def check_out(out: Path, adapter: Path, source: Path) -> None:
+    """See that writing a model to a folder would remove nothing but an earlier model there.
+
+    Raises:
+        ConfigError: it would.
+    """
+    place = out.resolve()
+    for kept in (adapter.resolve(), source.resolve()):
+        if kept.is_relative_to(place):
+            raise ConfigError(f"--out {out} would replace what is merged ({kept}): give another folder.")
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there and holds no model, so it is not replaced: give another folder.")
 
 
 def read_adapter_config(adapter: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
@@ -197,6 +198,8 @@ def open_log(args: TrainArguments, *, is_first: bool, start_step: int, num_steps
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not is_first)
         )
+        if is_first:  # lines of the log then stand above the bar, not in it
+            stack.enter_context(logging_redirect_tqdm())
         yield MetricsLog(bar, sinks)
 
 

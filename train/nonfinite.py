@@ -49,8 +49,8 @@ class SkippedSteps:
         Args:
             batch: the step.
             losses: (A,) float32, loss of each micro-batch of this rank.
-            scales_loss: whether the loss is scaled for float16: a gradient that overflows is then nothing unusual, the
-                scale is lowered.
+            scales_loss: whether the loss is scaled for float16 and the scale can be lower: a gradient that overflows is
+                then nothing unusual.
 
         Raises:
             VlprepError: too many steps in a row were skipped.

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 NUM_COMPARED = 4
 """Bins that are run packed and apart."""
 
+MAX_PROBLEMS_SHOWN = 8
+
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far the mean losses of a sample, packed and alone, may be apart, in which other kernels and other orders of
 summation differ. Half precision rounds to 3 or 2 digits, so there only a sample that sees much of its neighbour is
@@ -84,8 +86,10 @@ def preflight(args: TrainArguments) -> None:
     del kept_for_loading
     engine.stop()
     if problems:
-        raise VlprepError(f"the run would not go well: {'; '.join(problems)}.")
-    logger.info("all is well: the same command without --dry_run trains %d steps", plan.num_steps - plan.start_step)
+        rest = len(problems) - MAX_PROBLEMS_SHOWN
+        shown = [*problems[:MAX_PROBLEMS_SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
+        raise VlprepError(f"the run would not go well: {'; '.join(shown)}.")
+    logger.info("all is well: the same command without --dry-run trains %d steps", plan.num_steps - plan.start_step)
 
 
 def check_folder(folder: Path) -> None:

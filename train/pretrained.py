@@ -18,13 +18,14 @@ from typing import Any, Literal
 import torch
 import xxhash
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from schemas import qwen
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
+from train.disk import writing
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,9 @@ def read_shape(folder: Path) -> ModelShape:
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{folder} is not the folder of a checkpoint: {reason}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{folder} is not the folder of a checkpoint: {reason[:300]}") from error
     if not isinstance(config, Qwen2_5_VLConfig):
         raise ConfigError(
             f"{folder} holds a model of type {config.model_type}; give a Qwen2.5-VL checkpoint (qwen2_5_vl)."
@@ -108,6 +109,15 @@ def read_shape(folder: Path) -> ModelShape:
     for name, (found, expected) in facts.items():
         if found != expected:
             raise ConfigError(f"{folder / 'config.json'}: {name} is {found}, but shards are made for {expected}.")
+    for part, width, heads in (
+        ("text_config", text.hidden_size, text.num_attention_heads),
+        ("vision_config", vision.hidden_size, vision.num_heads),
+    ):
+        if heads < 1 or width % heads:
+            raise ConfigError(
+                f"{folder / 'config.json'}: {part} has a width of {width} for {heads} heads, which does not divide. "
+                "Download or export the checkpoint again."
+            )
     return ModelShape(hidden_size=text.hidden_size, window_size=vision.window_size)
 
 
@@ -135,6 +145,8 @@ def check_fingerprints(folder: Path, fingerprints: Fingerprints, *, shards: str)
         preprocessor = json.loads(_read(path))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}. Give a complete checkpoint.") from error
+    if not isinstance(preprocessor, dict):
+        raise ConfigError(f"{path} holds no JSON object. Give a complete checkpoint.")
     for name, expected in (("image_mean", fingerprints.image_mean), ("image_std", fingerprints.image_std)):
         found = preprocessor.get(name)
         if found != list(expected):
@@ -160,6 +172,13 @@ def load_model(
         )
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"the weights of {folder} cannot be loaded: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(
+            f"the weights of {folder} have not the shapes that its config.json says (the report above lists them). "
+            "Download or export it again."
+        ) from error
     model: Qwen2_5_VLForConditionalGeneration
     model, info = loaded
     for kind, keys in info.items():
@@ -184,18 +203,22 @@ def write_checkpoint(
         model: the model, for its configuration and the names of its weights.
         state_dict: the weights on the CPU, by their names in ``model``.
         source: checkpoint whose tokenizer and processor files are copied.
+
+    Raises:
+        VlprepError: it cannot be written.
     """
     part = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     # Loading under ZeRO-3 notes down renamings that it did not need; undoing them would give names that nobody knows.
     # Without the note, transformers uses the names of the official checkpoints.
     model.__dict__.pop("_weight_conversions", None)
-    model.save_pretrained(part, state_dict=state_dict)
-    copy_companions(source, part)
-    if out.exists():
-        shutil.rmtree(out)
-    part.rename(out)
+    with writing(part):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        model.save_pretrained(part, state_dict=state_dict)
+        copy_companions(source, part)
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
     logger.info("model written to %s", out)
 
 

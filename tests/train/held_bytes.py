@@ -1,10 +1,12 @@
 """Says what DeepSpeed holds: a script that trains a tiny model for two steps and writes bytes by kind as JSON.
 
-``torchrun … held_bytes.py CHECKPOINT DEEPSPEED DTYPE TUNE OUT``; TUNE is three digits: language model, merger, vision.
+``torchrun … held_bytes.py CHECKPOINT OUT DEEPSPEED,DTYPE,TUNE …``; TUNE is three digits: language model, merger,
+vision. OUT gets one object for each of the cases, which are tried one after the other.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterable
@@ -51,14 +53,13 @@ def held(running: Any) -> dict[str, int]:
     }
 
 
-def main(checkpoint: str, deepspeed: str, dtype: str, tune: str, out: str) -> None:
-    """Train two steps of two micro-batches; write what is held after a backward pass, at most, and after the steps."""
+def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, dict[str, int]]:
+    """Train two steps of two micro-batches; say what is held after a backward pass, at most, and after the steps."""
     flags = ["--shards", "none", "--deepspeed", deepspeed, "--gradient_accumulation_steps", "2"]
     flags += ["--bf16", str(dtype == "bfloat16")]
     for part, trained in zip(("llm", "mlp", "vision"), tune):
         flags += [f"--tune_mm_{part}", str(trained == "1")]
     args, ranks, kind = parse_arguments(flags), engine.read_ranks(-1), getattr(torch, dtype)
-    engine.start(torch.device("cpu"))
     shape = pretrained.read_shape(Path(checkpoint))
     config = engine.complete_config(
         engine.read_deepspeed_config(deepspeed),
@@ -82,8 +83,20 @@ def main(checkpoint: str, deepspeed: str, dtype: str, tune: str, out: str) -> No
             backward = {name: max(value, backward.get(name, 0)) for name, value in held(running).items()}
             running.step()
     del kept_for_loading
-    if ranks.is_first:
-        Path(out).write_text(json.dumps({"backward": backward, "steps": held(running)}))
+    found = {"backward": backward, "steps": held(running)}
+    running.destroy()
+    return found
+
+
+def main(checkpoint: str, out: str, *cases: str) -> None:
+    """Try all cases."""
+    engine.start(torch.device("cpu"))
+    found = []
+    for case in cases:
+        found.append(train(checkpoint, *case.split(",")))
+        gc.collect()
+    if engine.read_ranks(-1).is_first:
+        Path(out).write_text(json.dumps(found))
     engine.stop()
 
 

@@ -262,6 +262,8 @@ def test_merging_adds_the_scaled_product_in_float32_and_rounds_once() -> None:
     ("name", "shape", "message"),
     [
         ("base_model.model.layer.lora_B.weight", (3, 1), "layer is no adapter of a layer of this model"),
+        ("base_model.model.layer.lora_A.weight", (2, 2), "layer is no adapter of a layer of this model"),
+        ("base_model.model.layer.lora_A.weight", (2,), "layer is no adapter of a layer of this model"),
         ("base_model.model.other.lora_A.weight", (1, 2), "other is no adapter of a layer of this model"),
         ("base_model.model.layer.lora_magnitude_vector", (1,), "which is no matrix of LoRA: merge it with peft"),
     ],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from schemas.errors import ConfigError
 from train import checkpoint
@@ -91,3 +93,41 @@ def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         hold(tmp_path / "file" / "run")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A checkpoint of one rank with all its files."""
+    folder = make_checkpoint(tmp_path / "whole", 3)
+    (folder / "engine").mkdir()
+    for name in (
+        "engine/mp_rank_00_model_states.pt",
+        "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "random-00000.pt",
+    ):
+        torch.save({"weight": torch.zeros(100)}, folder / name)
+    return folder
+
+
+def test_a_checkpoint_with_a_file_of_each_rank_is_whole(whole: Path) -> None:
+    checkpoint.check_files(whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["engine/mp_rank_00_model_states.pt", "engine/zero_pp_rank_0_mp_rank_00_optim_states.pt", "random-00000.pt"]
+)
+def test_a_checkpoint_whose_file_is_cut_short_or_gone_is_refused_before_anything_is_loaded(
+    whole: Path, name: str
+) -> None:
+    path = whole / name
+    os.truncate(path, path.stat().st_size - 30)
+    with pytest.raises(ConfigError, match=f"{path} is cut short or damaged. Resume from another checkpoint, or remove"):
+        checkpoint.check_files(whole)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"is missing\.|is incomplete: "):
+        checkpoint.check_files(whole)
+
+
+def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else(run: Path) -> None:
+    checkpoint.remove_unfinished(run)
+    assert {path.name for path in run.iterdir()} == {"checkpoint-5", "checkpoint-10", "checkpoint-last", "final"}

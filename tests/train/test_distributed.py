@@ -38,6 +38,8 @@ from train.reader import read_checked_bin
 NUM_STEPS = 3
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 ZERO_3 = ("--deepspeed", "zero3.json")
+STRATEGIES = {"zero1": "zero1.json", "zero2": "zero2.json", "zero3": "zero3.json", "offloaded": "zero3_offload.json"}
+"""Fixture of a run of two ranks -> the file that it had."""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,7 @@ def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def flags(shards: Path, tiny_checkpoint: Path) -> list[str]:
     settings = {
         "shards": shards,
+        "eval_shards": shards,
         "model_name_or_path": tiny_checkpoint,
         "max_steps": NUM_STEPS,
         "tune_mm_vision": True,
@@ -87,8 +90,19 @@ def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
+def zero1(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks that share the same four bins under ZeRO-1."""
+
+    def run(out: Path) -> None:
+        done = torchrun(2, *flags, *TIMES_TWO, "--deepspeed", "zero1.json", "--output_dir", str(out))
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "zero1", run)
+
+
+@pytest.fixture(scope="module")
 def zero2(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks that share the same four bins under ZeRO-2, the default."""
+    """The same under ZeRO-2, the default."""
 
     def run(out: Path) -> None:
         done = torchrun(2, *flags, *TIMES_TWO, "--output_dir", str(out))
@@ -119,9 +133,9 @@ def offloaded(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return made_once(tmp_path_factory, "offloaded", run)
 
 
-@pytest.fixture(params=["zero2", "zero3", "offloaded"])
+@pytest.fixture(params=STRATEGIES)
 def two_ranks(request: pytest.FixtureRequest) -> Path:
-    """Both of these runs in turn."""
+    """Each of these runs in turn."""
     return request.getfixturevalue(request.param)
 
 
@@ -192,23 +206,40 @@ def test_the_trained_model_loads_with_its_tokenizer(two_ranks: Path, tiny_checkp
         assert (two_ranks / "final" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
 
 
+@torch.no_grad()
+def test_the_exported_model_has_the_losses_of_the_trained_engine(two_ranks: Path, shards: Path) -> None:
+    """On the bins that the engine was evaluated on after its last step; training changed them by far more."""
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(two_ranks / "final")
+    model, index = PackedQwen(hf, attn_implementation="sdpa").eval(), open_shards(shards)
+    batches = [build_micro_batch([read_checked_bin(index, number)]) for number in range(index.num_bins)]
+    scores = torch.cat([model(batch, scores=True) for batch in batches], dim=1).double()
+    records = read_metrics(two_ranks)
+    assert scores[0].mean().item() == pytest.approx(records[-1]["eval_loss"], rel=1e-6)
+    assert scores[1].mean().item() == pytest.approx(records[-1]["eval_token_accuracy"], rel=1e-12)
+    assert records[-1]["eval_loss"] < records[0]["loss"] - 1e-2
+
+
 def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks: Path) -> None:
     found = sorted(path.name for path in two_ranks.iterdir())
     assert found == [".lock", "checkpoint-2", "checkpoint-3", "final", "metrics.jsonl"]
 
 
-def test_a_resumed_run_is_the_unbroken_run_to_the_bit(flags: list[str], zero3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "offloaded"])
+def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
+    flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, strategy: str
+) -> None:
     """What a run leaves that is killed while saving step 3 is completed by the same command."""
-    shutil.copytree(zero3 / "checkpoint-2", tmp_path / "checkpoint-2")
+    unbroken: Path = request.getfixturevalue(strategy)
+    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-3.tmp").mkdir()
-    lines = (zero3 / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))
 
-    done = torchrun(2, *flags, *TIMES_TWO, *ZERO_3, "--output_dir", str(tmp_path))
+    done = torchrun(2, *flags, *TIMES_TWO, "--deepspeed", STRATEGIES[strategy], "--output_dir", str(tmp_path))
 
     assert done.returncode == 0, done.stderr
-    assert read_untimed(tmp_path) == read_untimed(zero3)
-    expected, found = read_weights(zero3), read_weights(tmp_path)
+    assert read_untimed(tmp_path) == read_untimed(unbroken)
+    expected, found = read_weights(unbroken), read_weights(tmp_path)
     assert found.keys() == expected.keys()
     assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
 

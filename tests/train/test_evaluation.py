@@ -19,7 +19,7 @@ from schemas.errors import ShardError
 from tests.train.launching import alone, fingerprint_of, made_once, read_metrics, torchrun
 from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample, write_shards
 from train.batch import build_micro_batch
-from train.evaluation import is_due, sum_by_sample
+from train.evaluation import format_evaluation, is_due, sum_by_sample
 from train.index import open_shards
 from train.ledger import sample_datasets
 from train.model import PackedQwen
@@ -106,6 +106,12 @@ def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ra
     assert (first["step"], last["step"]) == (1, 2)
     assert {**first, "step": 2} == last
     assert evaluations(tmp_path / "two") == [last]
+    (told,) = [line for line in done.stderr.splitlines() if "evaluation after step 2: " in line]
+    assert told.endswith(format_evaluation(last))
+    assert f"loss {last['eval_loss']:.4f}, {last['eval_token_accuracy']:.1%} of the tokens and " in told
+    assert f"; b: loss {last['eval_datasets']['b']['loss']:.4f}, " in told
+    assert f"to evaluate on: 6 bins with {last['eval_num_samples']} samples of " in done.stderr
+    assert "train: 4 bins, share 100 %" in done.stderr
 
     of_all = []
     for name, bins in data.items():

@@ -37,7 +37,15 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
-@pytest.fixture(scope="module", params=[("llm", 2), ("llm", 3), ("mlp", 2), ("mlp", 3)], ids=lambda value: str(value))
+RUNS = [("llm", 2), ("llm", 3), ("mlp", 2), ("mlp", 3)]
+"""Part that is trained, and ZeRO stage. Each goes on once: two with as many ranks, two with another number."""
+
+
+def name_of(run: tuple[str, int]) -> str:
+    return f"{run[0]}-zero{run[1]}"
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=name_of)
 def trained(
     request: pytest.FixtureRequest, flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, list[str]]:
@@ -63,6 +71,7 @@ def assert_frozen(run: Path, part: str, tiny_checkpoint: Path) -> None:
     assert changed == {name for name in before if is_trained(name, part)}
 
 
+@pytest.mark.parametrize("trained", [RUNS[0], RUNS[3]], ids=name_of, indirect=True)
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
     trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -80,6 +89,7 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
     assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
 
 
+@pytest.mark.parametrize("trained", [RUNS[1], RUNS[2]], ids=name_of, indirect=True)
 def test_one_rank_goes_on_where_two_were_with_the_same_losses_and_the_frozen_weights_to_the_bit(
     trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +113,7 @@ def test_one_rank_goes_on_where_two_were_with_the_same_losses_and_the_frozen_wei
 def test_frozen_weights_are_in_no_checkpoint(trained: tuple[str, Path, list[str]], tiny_checkpoint: Path) -> None:
     """Nor under the other name of a tied one: what is left are two moments and a copy or two of what is trained."""
     part, run, _ = trained
+    assert_frozen(run, part, tiny_checkpoint)
     before = load_file(tiny_checkpoint / "model.safetensors")
     num_trained = sum(weight.numel() for name, weight in before.items() if is_trained(name, part))
     size = sum(path.stat().st_size for path in (run / "checkpoint-3" / "engine").iterdir())

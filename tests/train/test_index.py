@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_an_unfinished_build_is_not_left_out_of_a_mix(tmp_path: Path, folder: Pa
     (root / "unfinished" / "manifest.json").unlink()
     with pytest.raises(ShardError, match=r"unfinished holds no manifest\.json"):
         open_shards(root)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(ShardError, match=r"manifest\.json is no file\. "):
+        open_shards(folder)
 
 
 def test_a_set_without_bins_stops(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from tests.train.launching import launch
+from tests.train.launching import launch, made_once
 from tests.train.synthetic import make_bins, write_shards
 from train import adapters, budget, engine, optim
 from train.arguments import TrainArguments
@@ -81,30 +81,45 @@ def worked_out(terms: list[Term], *names: str, phases: tuple[Phase, ...] = (Phas
     return sum(term.num_bytes for term in terms if term.phase in phases and term.name in names)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "dtype", "tune"),
-    [
-        ("zero1", "bfloat16", "111"),
-        ("zero1", "float32", "111"),
-        ("zero2", "bfloat16", "111"),
-        ("zero2", "float32", "111"),
-        ("zero2", "bfloat16", "011"),
-        ("zero3", "bfloat16", "111"),
-        ("zero3_offload", "bfloat16", "110"),
-        ("offload1", "bfloat16", "111"),
-        ("offload2", "bfloat16", "111"),
-    ],
-)
+CASES = [
+    ("zero1", "bfloat16", "111"),
+    ("zero1", "float32", "111"),
+    ("zero2", "bfloat16", "111"),
+    ("zero2", "float32", "111"),
+    ("zero2", "bfloat16", "011"),
+    ("offload1", "bfloat16", "111"),
+    ("offload2", "bfloat16", "111"),
+    ("zero3", "bfloat16", "111"),
+    ("zero3_offload", "bfloat16", "110"),
+]
+
+
+@pytest.fixture(scope="module")
+def held(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks hold in every case, and the files of DeepSpeed that they had."""
+
+    def run(out: Path) -> None:
+        out.mkdir()
+        cases = []
+        for strategy, dtype, tune in CASES:
+            offloads = strategy.startswith("offload")
+            file = offloading(out, int(strategy[-1])) if offloads else f"{strategy}.json"
+            cases.append(f"{file},{dtype},{tune}")
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+        script = ("-m", "tests.train.held_bytes", str(tiny_checkpoint), str(out / "held.json"))
+        done = launch(*launcher, *script, *cases)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "held", run)
+
+
+@pytest.mark.parametrize(("strategy", "dtype", "tune"), CASES)
 def test_two_ranks_hold_what_was_worked_out(
-    tiny_checkpoint: Path, tmp_path: Path, strategy: str, dtype: str, tune: str
+    held: Path, tiny_checkpoint: Path, strategy: str, dtype: str, tune: str
 ) -> None:
     """To a hundredth: partitions are padded."""
-    file = offloading(tmp_path, int(strategy[-1])) if strategy.startswith("offload") else f"{strategy}.json"
-    out = tmp_path / "held.json"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = launch(*launcher, "-m", "tests.train.held_bytes", str(tiny_checkpoint), file, dtype, tune, str(out))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    found = json.loads((held / "held.json").read_text())[CASES.index((strategy, dtype, tune))]
+    file = str(held / f"{strategy}.json") if strategy.startswith("offload") else f"{strategy}.json"
 
     flags = {f"tune_mm_{part}": digit == "1" for part, digit in zip(("llm", "mlp", "vision"), tune)}
     sizes = sizes_of(read_config(tiny_checkpoint), TrainArguments(shards="shards", **flags))
@@ -181,7 +196,15 @@ def test_memory_of_real_shards_is_that_of_their_largest_bin(tiny_checkpoint: Pat
     assert f"B x {index.num_tokens[largest]:,} tokens" in run_cli("--world-size", "2", *flags)
 
 
-def test_without_shards_the_length_of_a_bin_must_be_given() -> None:
-    done = CliRunner().invoke(budget.main, ["--world-size", "2"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing says what bins hold: give --shards, or --max-length where there are no shards yet."),
+        (["--max-length", "4096", "--shards", "s"], "--max-length 4096 and --shards s both say what bins hold"),
+        (["--max-length", "99999999999999999999"], "99999999999999999999 is not in the range"),
+    ],
+)
+def test_either_shards_or_the_length_of_a_bin_must_be_given(flags: list[str], message: str) -> None:
+    done = CliRunner().invoke(budget.main, ["--world-size", "2", *flags])
     assert done.exit_code == 2
-    assert "--shards is missing" in done.output
+    assert message in done.output

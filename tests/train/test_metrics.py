@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,3 +222,18 @@ def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         log.write(record_of(1))
         assert {name: wandb.run.summary[name] for name in flatten(record_of(1))} == flatten(record_of(1))
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_lines_of_the_log_stand_on_lines_of_their_own_beside_the_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [logging.StreamHandler(sys.stderr)])
+    args = TrainArguments(shards="s", output_dir=tmp_path)
+    with open_log(args, is_first=True, start_step=0, num_steps=2) as log:
+        log.advance()
+        logging.getLogger("train").warning("evaluation after step 1")
+        log.advance()
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert "evaluation after step 1" in lines
+    assert len(root.handlers) == 1

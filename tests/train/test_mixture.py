@@ -181,3 +181,13 @@ def test_a_mixture_of_nonsense_is_wrong_use() -> None:
         mix(parse_sources("a:0.1234567890123,b:0.7"), [4, 4])
     with pytest.raises(ConfigError, match="the mixture is of 8 bins, the costs of 9"):
         DataOrder(np.ones(9), seed=0, global_batch=1, mixture=Mixture(sizes=(4, 4), quotas=(1, 1), places_per_epoch=8))
+
+
+def test_shares_of_folders_follow_from_weights_epochs_or_bins(tmp_path: Path) -> None:
+    """``a`` has 6 bins; ``b`` is two folders of 1 and 3."""
+    for name, num_bins in (("a", 6), ("b/c", 1), ("b/d", 3)):
+        write_shards(tmp_path / name, make_bins(num_bins=num_bins))
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert open_shards(f"{a},{b}").shares() == pytest.approx([0.6, 0.1, 0.3])
+    assert open_shards(f"{a}:0.2,{b}:0.8").shares() == pytest.approx([0.2, 0.2, 0.6])
+    assert open_shards(f"{b}:3epochs,{a}:0.5epochs").shares() == pytest.approx([0.2, 0.6, 0.2])

@@ -106,6 +106,17 @@ def test_one_rank_says_for_all_that_the_command_line_is_wrong(
     assert capsys.readouterr().err == "error (rank 0): unknown flag --frobnicate; --help lists the flags.\n"
 
 
+def test_ctrl_c_while_modules_are_imported_is_one_line(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(**_: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.main._configure_output", interrupt)
+    assert main(flags) == 130
+    assert capsys.readouterr().err == "stopped. The same command goes on from the newest checkpoint.\n"
+
+
 def test_nothing_is_written_before_a_run_starts(flags: list[str], tmp_path: Path) -> None:
     assert main([*flags, "--frobnicate"]) == 2
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,14 @@ from train.flags import parse_arguments
 from train.index import open_shards
 from train.memory import DEVICE, MOMENTS, Memory, Phase, Term
 from train.model import PackedQwen
-from train.preflight import bins_to_compare, check_device, check_folder, compare_packed, split_samples
+from train.preflight import (
+    MAX_PROBLEMS_SHOWN,
+    bins_to_compare,
+    check_device,
+    check_folder,
+    compare_packed,
+    split_samples,
+)
 from train.reader import BinReader
 
 
@@ -45,7 +52,7 @@ def test_two_ranks_look_and_leave_nothing(shards: Path, tiny_checkpoint: Path, t
         "GiB for each of 2 ranks",
         "largest micro-batch, bins [",
         "mean losses packed and alone differ by",
-        "all is well: the same command without --dry_run trains 3 steps",
+        "all is well: the same command without --dry-run trains 3 steps",
     ):
         assert done.stderr.count(part) == 1, part
     assert "2 x 4 B x 9.903 M / 2 ranks" in done.stderr
@@ -65,6 +72,7 @@ def test_a_loss_that_is_no_number_is_found(shards: Path, tiny_checkpoint: Path, 
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert "the run would not go well: the loss of the largest micro-batch" in line
     assert "has a loss of nan packed and nan alone" in line
+    assert len(line.split("; ")) <= MAX_PROBLEMS_SHOWN + 1
 
 
 @pytest.fixture

@@ -64,6 +64,15 @@ def test_the_shape_of_a_model_is_read_from_its_configuration(folder: Path) -> No
         (lambda config: config.update(image_token_id=7), "image_token_id is 7, but shards are made for 151655"),
         (lambda config: config["vision_config"].update(patch_size=16), "vision_config.patch_size is 16"),
         (lambda config: config["vision_config"].update(tokens_per_second=4), "tokens_per_second is 4"),
+        (
+            lambda config: config["text_config"].update(hidden_size="wide"),
+            "is not the folder of a checkpoint: Validation",
+        ),
+        (
+            lambda config: config["text_config"].update(num_attention_heads=3),
+            "text_config has a width of 64 for 3 heads",
+        ),
+        (lambda config: config["vision_config"].update(num_heads=0), "vision_config has a width of 32 for 0 heads"),
         (lambda config: config.update(model_type="qwen2_vl"), "holds a model of type qwen2_vl; give a Qwen2.5-VL"),
     ],
 )
@@ -112,6 +121,12 @@ def test_a_checkpoint_without_tokenizer_or_processor_is_an_error(
         pretrained.check_fingerprints(folder, fingerprints, shards="shards/")
 
 
+def test_a_preprocessor_file_of_another_kind_is_an_error(folder: Path, fingerprints: Fingerprints) -> None:
+    (folder / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json holds no JSON object"):
+        pretrained.check_fingerprints(folder, fingerprints, shards="shards/")
+
+
 def test_a_weight_that_is_missing_is_an_error_and_not_a_random_one(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
@@ -119,6 +134,12 @@ def test_a_weight_that_is_missing_is_an_error_and_not_a_random_one(folder: Path)
     with pytest.raises(
         ConfigError, match=r"is not a complete Qwen2.5-VL checkpoint: 1 missing keys \(model\.language_model"
     ):
+        load(folder)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_an_error(folder: Path) -> None:
+    edit_json(folder / "config.json", lambda config: config["text_config"].update(intermediate_size=136))
+    with pytest.raises(ConfigError, match=f"the weights of {folder} have not the shapes that its config.json says"):
         load(folder)
 
 
