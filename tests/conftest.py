@@ -13,8 +13,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # No test needs a hub; asking one would only wait for a network that may not be there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A shell starts its background jobs deaf to Ctrl-C, and so would be the programs that tests start and interrupt.
+# A shell starts its background jobs deaf to Ctrl-C, nohup its own to SIGHUP; so would be programs that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; set before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable
@@ -97,8 +98,11 @@ class LocalEngine:
 
     def _ready(self) -> ProcessPoolExecutor:
         """The workers of the step before, or new ones: one that was killed while it had nothing to do cost nothing."""
-        if self._pool is not None and not all(worker.is_alive() for worker in _workers(self._pool)):
-            self._end()
+        if self._pool is not None:
+            # Not is_alive(): the pool's own thread may ask the same at this moment, and only one gets an answer.
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in _workers(self._pool)], timeout=0)
+            if ended or self._pool._broken:
+                self._end()
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self.num_workers,

@@ -23,8 +23,8 @@ from prep.media.sandbox import sandbox
 from prep.processes import ONE_THREAD
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError, MediaError, ShardError, VlprepError
+from tests.prep.alive import alive
 from tests.prep.ray_cluster import NodeProcesses
-from tests.prep.test_sandbox import alive
 
 NAMES = ("serial", "local", "ray")
 
@@ -280,8 +280,11 @@ def test_workers_without_work_and_their_decoders_end_with_their_parent(tmp_path:
     assert len(processes) == 4
     assert all(map(alive, processes))
     parent.send_signal(kind)
-    parent.wait()
-    parent.stdout.close()
+    try:
+        parent.wait(timeout=60)
+    finally:
+        parent.kill()
+        parent.stdout.close()
     await_end(processes)
 
 

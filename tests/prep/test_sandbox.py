@@ -20,6 +20,7 @@ from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
+from tests.prep.alive import alive
 from tests.prep.test_images import picture
 from tests.prep.test_videos import write_clip
 
@@ -137,14 +138,6 @@ def test_what_stops_all_processes_of_a_build_does_not_look_like_a_medium_that_cr
     assert box.probe(first, media_type, SETTINGS) == probe(first, media_type, SETTINGS)
     assert box._child is child
     assert alive(child.pid)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie that nobody has collected yet does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_an_interrupt_between_question_and_answer_does_not_shift_the_answers(

@@ -148,7 +148,10 @@ for turn in range(int(sys.argv[4])):
         assert out == data_of(number), number
     else:
         cache.write(key_of(number), memoryview(data_of(number)))
-    assert cache.size() <= int(sys.argv[2]), cache.size()
+    with cache._locked():
+        # Nobody makes room or takes it now; a bin that gets its name while the folder is listed may be seen twice.
+        sizes = [cache.size() for _ in range(3)]
+    assert min(sizes) <= int(sys.argv[2]), sizes
 """
 
 
