@@ -17,7 +17,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from tests.train.launching import fingerprint_of, launch, read_metrics, read_untimed, read_weights, torchrun
+from tests.train.launching import fingerprint_of, launch, made_once, read_metrics, read_untimed, read_weights, torchrun
 from tests.train.synthetic import make_bins, write_shards
 from train.engine import CONFIGS, can_lower_scale
 
@@ -98,24 +98,40 @@ def test_a_scale_can_be_lowered_down_to_the_lowest(scale: float, expected: bool)
     assert not can_lower_scale(engine(LossScaler(scale)))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_in_bfloat16_have_the_losses_of_float32_and_go_on_to_the_bit(
-    tiny_checkpoint: Path, tmp_path: Path, stage: int
-) -> None:
-    shards = write_shards(tmp_path / "shards", make_bins(num_bins=4), tokenizer=fingerprint_of(tiny_checkpoint))
+@pytest.fixture(scope="module")
+def bfloat16_flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    fingerprint = fingerprint_of(tiny_checkpoint)
+    shards = made_once(
+        tmp_path_factory, "half-shards", lambda out: write_shards(out, make_bins(num_bins=4), tokenizer=fingerprint)
+    )
     flags = ["--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint), "--max_steps", "3"]
     flags += ["--learning_rate", "1e-3", "--gradient_accumulation_steps", "2", "--logging_steps", "1"]
-    flags += ["--save_steps", "2", "--deepspeed", f"zero{stage}.json"]
-    for name, more in (("full", ["--save_steps", "0"]), ("half", ["--bf16"])):
-        done = torchrun(2, *flags, *more, "--output_dir", str(tmp_path / name))
+    return [*flags, "--save_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def in_float32(bfloat16_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(out: Path) -> None:
+        done = torchrun(2, *bfloat16_flags, "--save_steps", "0", "--output_dir", str(out))
         assert done.returncode == 0, done.stderr
-    for expected, found in zip(read_metrics(tmp_path / "full"), read_metrics(tmp_path / "half"), strict=True):
+
+    return made_once(tmp_path_factory, "half-full", make)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_in_bfloat16_have_the_losses_of_float32_and_go_on_to_the_bit(
+    bfloat16_flags: list[str], in_float32: Path, tmp_path: Path, stage: int
+) -> None:
+    flags = [*bfloat16_flags, "--deepspeed", f"zero{stage}.json", "--bf16"]
+    done = torchrun(2, *flags, "--output_dir", str(tmp_path / "half"))
+    assert done.returncode == 0, done.stderr
+    for expected, found in zip(read_metrics(in_float32), read_metrics(tmp_path / "half"), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-2)
 
     shutil.copytree(tmp_path / "half" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
-    done = torchrun(2, *flags, "--bf16", "--output_dir", str(tmp_path / "again"))
+    done = torchrun(2, *flags, "--output_dir", str(tmp_path / "again"))
     assert done.returncode == 0, done.stderr
     assert read_untimed(tmp_path / "again") == read_untimed(tmp_path / "half")[2:]
-    expected, found = read_weights(tmp_path / "half"), read_weights(tmp_path / "again")
-    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+    weights, found_weights = read_weights(tmp_path / "half"), read_weights(tmp_path / "again")
+    assert [name for name, weight in weights.items() if not torch.equal(found_weights[name], weight)] == []
