@@ -56,10 +56,7 @@ def train(args: TrainArguments) -> bool:
             checkpoint.check_files(plan.resume_from)
     engine.start(plan.device)
     kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
-    model = build_model(plan)
-    groups = optim.group_parameters(model, optim.learning_rates(args, plan.recipe.learning_rate))
-    if args.gradient_checkpointing:
-        checkpoint_activations(model)
+    model, groups = build_model(plan)
     describe(plan, groups)
     flops = ModelFlops.of(model)
 
@@ -139,8 +136,8 @@ def run_step(running: Any, batch: StepBatch, plan: Plan) -> torch.Tensor:
     return torch.stack(losses)
 
 
-def build_model(plan: Plan) -> PackedQwen:
-    """The model with the weights of the checkpoint that the run starts from, in training mode."""
+def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:
+    """The model with the weights of the checkpoint that the run starts from, in training mode, and what is trained."""
     hf = pretrained.load_model(plan.source, dtype=plan.dtype, attn_implementation=plan.attention)
     if plan.args.use_liger_kernel:
         kernels.use_liger(hf)
@@ -150,7 +147,10 @@ def build_model(plan: Plan) -> PackedQwen:
         kernels.compile_layers(hf, attn_implementation=plan.attention)
     model = PackedQwen(hf, attn_implementation=plan.attention)
     model.train()
-    return model
+    groups = optim.group_parameters(model, optim.learning_rates(plan.args, plan.recipe.learning_rate))
+    if plan.args.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model, groups
 
 
 def open_stream(plan: Plan) -> BinStream:

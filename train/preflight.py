@@ -37,7 +37,6 @@ from train.index import ShardIndex
 from train.loop import build_model, describe
 from train.memory import DEVICE, GIB, MOMENTS, Memory, Phase
 from train.metrics import peak_memory_bytes
-from train.model import checkpoint_activations
 from train.plan import Plan, make_plan, read_settings
 from train.reader import BinReader
 from train.sizes import sizes_of
@@ -71,10 +70,7 @@ def preflight(args: TrainArguments) -> None:
     memory = show_memory(plan)
     engine.start(plan.device)
     kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
-    model = build_model(plan)
-    groups = optim.group_parameters(model, optim.learning_rates(args, plan.recipe.learning_rate))
-    if args.gradient_checkpointing:
-        checkpoint_activations(model)
+    model, groups = build_model(plan)
     describe(plan, groups)
     optimizer = optim.build_optimizer(groups, weight_decay=args.weight_decay)
     running = engine.initialize(model, optimizer, plan.deepspeed)
