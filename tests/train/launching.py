@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 TIMINGS = {"tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "tflops", "max_memory_bytes"}
 """What differs between two runs that are the same."""
+
+
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """Settings as the command line has them."""
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def launch(*command: str) -> subprocess.CompletedProcess[str]:

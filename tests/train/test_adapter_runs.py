@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
-from tests.train.launching import fingerprint_of, made_once, read_metrics, read_untimed, read_weights, torchrun
+from tests.train.launching import (
+    as_flags,
+    fingerprint_of,
+    made_once,
+    read_metrics,
+    read_untimed,
+    read_weights,
+    torchrun,
+)
 from tests.train.synthetic import make_bins, write_shards
 from train import merge
 from train.batch import build_micro_batch
@@ -59,7 +67,7 @@ def flags(shards: Path, tiny_checkpoint: Path) -> list[str]:
         "logging_steps": 1,
         "save_steps": 1,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 def run_once(factory: pytest.TempPathFactory, name: str, num_ranks: int, *flags: str) -> Path:

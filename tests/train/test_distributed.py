@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.train.launching import (
     alone,
+    as_flags,
     deepspeed,
     fingerprint_of,
     made_once,
@@ -75,7 +76,7 @@ def flags(shards: Path, tiny_checkpoint: Path) -> list[str]:
         "save_steps": 1,
         "save_total_limit": 2,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 @pytest.fixture(scope="module")

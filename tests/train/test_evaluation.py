@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ShardError
-from tests.train.launching import alone, fingerprint_of, made_once, read_metrics, torchrun
+from tests.train.launching import alone, as_flags, fingerprint_of, made_once, read_metrics, torchrun
 from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample, write_shards
 from train.batch import build_micro_batch
 from train.evaluation import format_evaluation, is_due, sum_by_sample
@@ -79,7 +79,7 @@ def flags(tiny_checkpoint: Path, data: dict[str, list[list[Sample]]], tmp_path_f
         "save_steps": 0,
         "logging_steps": 10,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.launching import fingerprint_of, made_once, read_metrics, read_untimed, read_weights, torchrun
+from tests.train.launching import (
+    as_flags,
+    fingerprint_of,
+    made_once,
+    read_metrics,
+    read_untimed,
+    read_weights,
+    torchrun,
+)
 from tests.train.synthetic import make_bins, write_shards
 
 PARTS = {
@@ -34,7 +42,7 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         "logging_steps": 1,
         "save_steps": 1,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 RUNS = [("llm", 2), ("llm", 3), ("mlp", 2), ("mlp", 3)]

@@ -17,7 +17,16 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from tests.train.launching import fingerprint_of, launch, made_once, read_metrics, read_untimed, read_weights, torchrun
+from tests.train.launching import (
+    as_flags,
+    fingerprint_of,
+    launch,
+    made_once,
+    read_metrics,
+    read_untimed,
+    read_weights,
+    torchrun,
+)
 from tests.train.synthetic import make_bins, write_shards
 from train.engine import CONFIGS, can_lower_scale
 
@@ -42,7 +51,7 @@ def run(shards: Path, checkpoint: Path, out: Path, *flags: str) -> subprocess.Co
         "save_steps": 0,
         "max_skipped_steps": 0,
     }
-    written = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    written = as_flags(settings)
     return launch(sys.executable, "-c", PROGRAM, *written, *flags)
 
 

@@ -26,6 +26,7 @@ from tests.guides import blocks
 from tests.train.launching import (
     ENVIRONMENT,
     REPOSITORY,
+    as_flags,
     fingerprint_of,
     made_once,
     read_metrics,
@@ -60,7 +61,7 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         "logging_steps": 1,
         "save_steps": 2,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 @pytest.fixture(scope="module")

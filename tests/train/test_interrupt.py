@@ -17,6 +17,7 @@ from tests.train.launching import (
     ENVIRONMENT,
     REPOSITORY,
     alone,
+    as_flags,
     fingerprint_of,
     made_once,
     read_metrics,
@@ -46,7 +47,7 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         "logging_steps": 1,
         "gradient_accumulation_steps": 1,
     }
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return as_flags(settings)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from schemas.errors import ConfigError
-from tests.train.launching import alone, fingerprint_of, read_metrics
+from tests.train.launching import alone, as_flags, fingerprint_of, read_metrics
 from tests.train.synthetic import make_bins, write_shards
 from tests.train.test_model import EVERYTHING, gradients, micro_batch, samples_of_all_kinds
 from train import kernels, optim
@@ -81,7 +81,7 @@ def test_compiling_changes_no_name_of_a_weight(tiny_vocab_checkpoint: Path) -> N
 def test_a_run_with_compiled_layers_has_the_losses_of_one_without(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", make_bins(num_bins=4), tokenizer=fingerprint_of(tiny_checkpoint))
     settings = {"shards": shards, "model_name_or_path": tiny_checkpoint, "max_steps": 2, "save_steps": 0}
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    flags = as_flags(settings)
     flags += ["--learning_rate", "1e-3", "--logging_steps", "1", "--gradient_accumulation_steps", "2"]
     for name, more in (("eager", []), ("compiled", ["--torch_compile"])):
         done = alone(*flags, *more, "--output_dir", str(tmp_path / name))
