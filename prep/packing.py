@@ -5,6 +5,9 @@ it works on the histogram of lengths: samples of equal length are interchangeabl
 filled at once and the cost depends on the number of distinct lengths, not on the number of samples; what remains is
 one stable sort. Two budgets: :mod:`prep.two_budgets`. Pure functions.
 
+Where it needs more bins than can be proved necessary, by more than one in a thousand, :mod:`prep.bin_slack` packs too,
+and the better packing is taken: that is so for narrow lengths, of pictures of one size, say.
+
 No window packer gets by with fewer bins: where the number of bins does not prove it (the shares of a budget that the
 samples of a window take, summed and rounded up, are a lower bound for every packer that looks at windows), window
 packings are made too and the best is taken. That holds for up to 65,536 samples, and for more wherever the bound does,
@@ -19,6 +22,15 @@ import numpy as np
 from binpacking.to_constant_volume import to_constant_volume
 from numpy.typing import ArrayLike, NDArray
 
+from prep.bin_slack import (
+    MOST_WORK,
+    Run,
+    largest_first,
+    least_bins,
+    minimum_bin_slack,
+    most_frequent_first,
+    spread,
+)
 from prep.two_budgets import FEW_SAMPLES, pack_two_budgets
 from schemas.errors import ConfigError
 
@@ -80,10 +92,14 @@ def pack(
 
 
 def _best_of_all(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Best-fit-decreasing over all samples, or window packings where they need fewer bins."""
-    packed = best_fit_decreasing(sizes, capacity)
+    """Best-fit-decreasing over all samples, or another packing where that needs fewer bins."""
+    packed, least = best_fit_decreasing(sizes, capacity), least_bins(sizes, capacity)
+    if np.count_nonzero(np.bincount(sizes)) * capacity <= MOST_WORK:
+        for preferred in (largest_first, most_frequent_first):
+            if int(packed.max()) + 1 - least > max(1, least // 1000):
+                packed = min(packed, minimum_bin_slack(sizes, capacity, preferred), key=np.max)
     num_bins = int(packed.max()) + 1
-    if sizes.size > FEW_SAMPLES or num_bins == -(-int(sizes.sum()) // capacity):
+    if sizes.size > FEW_SAMPLES or num_bins == least:
         return packed
     others = []
     if num_bins > _least_bins(sizes, capacity, WINDOW):
@@ -123,11 +139,10 @@ def best_fit_decreasing(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.i
     Returns:
         (N,) int64 bin numbers from 0 without gaps; samples of equal size keep their order.
     """
-    order = np.argsort(-sizes, kind="stable")
     distinct, counts = np.unique(sizes, return_counts=True)
     rooms = _Rooms()
     num_bins = 0
-    runs: list[tuple[int, int, int]] = []  # (first bin, number of bins, samples of one size in each)
+    runs: list[Run] = []
     for size, remaining in zip(distinct[::-1].tolist(), counts[::-1].tolist()):
         while remaining:
             found = rooms.take_tightest(size)
@@ -151,11 +166,7 @@ def best_fit_decreasing(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.i
                 full, remaining = full + 1, 0
             if full < available:
                 rooms.put(room, first + full, available - full)
-    first_bins, num, each_of = (np.asarray(column, dtype=np.int64) for column in zip(*runs))
-    bin_of_run = np.repeat(first_bins, num) + _ramp(num)
-    bins = np.empty(sizes.size, dtype=np.int64)
-    bins[order] = np.repeat(bin_of_run, np.repeat(each_of, num))
-    return bins
+    return spread(sizes, runs)
 
 
 class _Rooms:
@@ -183,13 +194,6 @@ class _Rooms:
             del self._runs[room]
             del self._rooms[at]
         return room, first, num
-
-
-def _ramp(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[0..counts[0]), [0..counts[1]), … in one array."""
-    ends = np.cumsum(counts)
-    ramp: NDArray[np.int64] = np.arange(int(ends[-1]), dtype=np.int64) - np.repeat(ends - counts, counts)
-    return ramp
 
 
 def constant_volume(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:

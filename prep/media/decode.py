@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.media.images import decode_image, probe_image
+from prep.media.images import Allocate, decode_image, new_frames, probe_image
 from prep.media.source import HeadTooShortError, MediaSource
 from prep.media.videos import ClipPlan, decode_video, probe_video
 from schemas.bins import MEDIA_IMAGE
@@ -63,16 +63,24 @@ def _probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Fac
     return _clip_facts(probe_video(source, settings))
 
 
-def decode(source: MediaSource, media_type: int, settings: MediaSettings) -> tuple[Facts, NDArray[np.uint8]]:
+def decode(
+    source: MediaSource, media_type: int, settings: MediaSettings, allocate: Allocate = new_frames
+) -> tuple[Facts, NDArray[np.uint8]]:
     """Facts and stored frames (F, 3, H, W) uint8: one frame of an image, two for each temporal step of a video.
+
+    Args:
+        source: the file or its bytes.
+        media_type: a picture or a clip.
+        settings: size, rate, limits.
+        allocate: makes the array that the frames are written to.
 
     Raises:
         MediaError: the medium cannot be decoded.
     """
     if media_type == MEDIA_IMAGE:
-        planes, grid, height, width = decode_image(source, settings)
+        planes, grid, height, width = decode_image(source, settings, allocate)
         return Facts(grid, height, width), planes[None]
-    frames, plan = decode_video(source, settings)
+    frames, plan = decode_video(source, settings, allocate)
     return _clip_facts(plan), frames
 
 

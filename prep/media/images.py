@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -36,6 +36,15 @@ _MAX_16_BITS = 65535
 _LATE_TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 
+Allocate = Callable[[tuple[int, int, int, int]], NDArray[np.uint8]]
+"""Makes the array, of a shape (F, 3, H, W), that decoded frames are written to."""
+
+
+def new_frames(shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """Memory of their own."""
+    return np.empty(shape, dtype=np.uint8)
+
+
 def probe_image(source: MediaSource, settings: MediaSettings) -> tuple[Grid, int, int]:
     """Grid that the picture will have, and its own height and width, from its header alone.
 
@@ -49,7 +58,9 @@ def probe_image(source: MediaSource, settings: MediaSettings) -> tuple[Grid, int
         return _grid(height, width, settings), height, width
 
 
-def decode_image(source: MediaSource, settings: MediaSettings) -> tuple[NDArray[np.uint8], Grid, int, int]:
+def decode_image(
+    source: MediaSource, settings: MediaSettings, allocate: Allocate = new_frames
+) -> tuple[NDArray[np.uint8], Grid, int, int]:
     """Planes (3, H, W) uint8 of the picture, R G B, oriented and resized; its grid; its own height and width.
 
     Raises:
@@ -61,13 +72,22 @@ def decode_image(source: MediaSource, settings: MediaSettings) -> tuple[NDArray[
         ImageOps.exif_transpose(image, in_place=True)
         rgb = to_rgb(image)
         grid = _grid(rgb.height, rgb.width, settings)
-        return resize_planes(rgb, grid), grid, rgb.height, rgb.width
+        planes = allocate(frames_shape(1, grid))[0]
+        resize_into(planes, rgb)
+        return planes, grid, rgb.height, rgb.width
 
 
-def resize_planes(rgb: Image.Image, grid: Grid) -> NDArray[np.uint8]:
-    """Resize an RGB picture to the pixels of ``grid`` by Pillow bicubic -> (3, 14·h, 14·w) uint8."""
-    resized = rgb.resize((grid.w * PATCH_SIZE, grid.h * PATCH_SIZE), Image.Resampling.BICUBIC)
-    return np.stack([np.asarray(band) for band in resized.split()])
+def frames_shape(num_frames: int, grid: Grid) -> tuple[int, int, int, int]:
+    """(F, 3, 14·h, 14·w): so many stored frames of a medium that has this grid."""
+    return num_frames, 3, grid.h * PATCH_SIZE, grid.w * PATCH_SIZE
+
+
+def resize_into(planes: NDArray[np.uint8], rgb: Image.Image) -> None:
+    """Resize an RGB picture by Pillow bicubic to the size of ``planes`` (3, H, W) uint8, and store it there."""
+    _, height, width = planes.shape
+    resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    for plane, band in zip(planes, resized.split()):
+        plane[:] = np.asarray(band)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,10 +1,10 @@
 """Decodes in a child process with a time limit: a decoder that hangs or crashes costs one medium, not the build.
 
 One child serves one worker. A request goes through a pipe; pixels come back through memory that both share and keep
-mapped, so that the way through the child costs two copies (a fraction of a millisecond a picture) and about 0.1 ms of
-messages. A child that does not answer in time is killed, one that died is replaced, and the medium that it was busy
-with gets the blame. One that was killed from outside is asked again first: when memory runs out, the kernel picks the
-decoder before the worker, whatever it is busy with.
+mapped: the decoder writes its frames there, so that the way through the child costs a copy (a fraction of a
+millisecond a picture) and about 0.1 ms of messages. A child that does not answer in time is killed, one that died is
+replaced, and the medium that it was busy with gets the blame. One that was killed from outside is asked again first:
+when memory runs out, the kernel picks the decoder before the worker, whatever it is busy with.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import math
 import mmap
 import os
 import pickle
@@ -54,6 +55,14 @@ _FIRST_TO_GO = "500"
 
 class _KilledError(Exception):
     """The child was killed from outside."""
+
+
+class _NoRoomError(Exception):
+    """Frames do not fit the memory that both share; not an ``OSError``, which would be put down to the medium."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class Sandbox:
@@ -225,15 +234,13 @@ def _answer(
     try:
         if kind == "probe":
             return probe(source, media_type, settings), None
-        facts, frames = decode(source, media_type, settings)
+        facts, frames = decode(source, media_type, settings, shared.allocate)
     except MediaError as error:
         return error
     except MemoryError:
         return too_large
-    try:
-        shared.put(frames)
-    except OSError as error:
-        return too_large if error.errno == errno.ENOMEM else error
+    except _NoRoomError as error:
+        return too_large if error.reason.errno == errno.ENOMEM else error.reason
     return facts, frames.shape
 
 
@@ -244,21 +251,24 @@ class _SharedFrames:
         self._memory = memory
         self._mapped: mmap.mmap | None = None
 
-    def put(self, frames: NDArray[np.uint8]) -> None:
-        """Store frames from the start of the memory on.
+    def allocate(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        """An array at the start of the memory, which those before are no longer needed for.
 
         Raises:
-            OSError: there is no room for them.
+            _NoRoomError: there is no room for it.
         """
-        size = max(frames.size, min(_MEMORY_KEPT, len(self._mapped or b"")))
+        needed = math.prod(shape)
+        size = max(needed, min(_MEMORY_KEPT, len(self._mapped or b"")))
         if self._mapped is None or len(self._mapped) != size:
-            if self._mapped is not None:
-                self._mapped.close()
-                self._mapped = None
-            with naming(_SHARED):
-                os.ftruncate(self._memory, size)
-                self._mapped = mmap.mmap(self._memory, size)
-        np.copyto(np.frombuffer(self._mapped, dtype=np.uint8, count=frames.size).reshape(frames.shape), frames)
+            # Unmapped with the last array in it: an error on its way here may still hold one.
+            self._mapped = None
+            try:
+                with naming(_SHARED):
+                    os.ftruncate(self._memory, size)
+                    self._mapped = mmap.mmap(self._memory, size)
+            except OSError as error:
+                raise _NoRoomError(error) from error
+        return np.frombuffer(self._mapped, dtype=np.uint8, count=needed).reshape(shape)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prep.media.backends import BACKENDS, Clip
-from prep.media.images import image_grid, resize_planes
+from prep.media.images import Allocate, frames_shape, image_grid, new_frames, resize_into
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
@@ -103,7 +103,9 @@ def probe_video(source: MediaSource, settings: MediaSettings) -> ClipPlan:
     return _first_success(source, lambda clip, backend: plan_clip(clip, backend, settings))
 
 
-def decode_video(source: MediaSource, settings: MediaSettings) -> tuple[NDArray[np.uint8], ClipPlan]:
+def decode_video(
+    source: MediaSource, settings: MediaSettings, allocate: Allocate = new_frames
+) -> tuple[NDArray[np.uint8], ClipPlan]:
     """Frames (2·t, 3, H, W) uint8 of a clip, resized, and the plan they follow.
 
     Raises:
@@ -112,14 +114,17 @@ def decode_video(source: MediaSource, settings: MediaSettings) -> tuple[NDArray[
 
     def decode(clip: Clip, backend: str) -> tuple[NDArray[np.uint8], ClipPlan]:
         plan = plan_clip(clip, backend, settings)
-        frames = clip.frames(plan.indices)
-        if len(frames) != len(plan.indices):
+        pictures = clip.frames(plan.indices)
+        if len(pictures) != len(plan.indices):
             raise MediaError(
-                ReasonCode.MEDIA_UNREADABLE, f"{len(frames)} of {len(plan.indices)} frames could be decoded"
+                ReasonCode.MEDIA_UNREADABLE, f"{len(pictures)} of {len(plan.indices)} frames could be decoded"
             )
-        planes = [resize_planes(Image.fromarray(frame), plan.grid) for frame in frames]
-        missing = TEMPORAL_PATCH_SIZE * plan.grid.t - len(planes)
-        return np.stack(planes + planes[-1:] * missing), plan
+        frames = allocate(frames_shape(TEMPORAL_PATCH_SIZE * plan.grid.t, plan.grid))
+        for planes, picture in zip(frames, pictures):
+            resize_into(planes, Image.fromarray(picture))
+        # A last step that lacks its second frame repeats the first.
+        frames[len(pictures) :] = frames[len(pictures) - 1]
+        return frames, plan
 
     return _first_success(source, decode)
 

@@ -12,7 +12,7 @@ decoders and workers, the tables) is in, and stated from a build of one picture.
 rounds; seconds of processor time, of all processes together, stand beside them: other programs disturb these less.
 
 ``--profile`` needs perf. It says in which libraries the processor time of workers and decoders goes, for pictures,
-large pictures, clips and texts.
+document pages, large pictures, clips and texts.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_WORDS = ("the", "a", "red", "green", "small", "large", "house", "tree", "person", "walks", "behind", "water", "sky")
+WORDS = ("the", "a", "red", "green", "small", "large", "house", "tree", "person", "walks", "behind", "water", "sky")
 
 
 def write_photographs(folder: Path, num_samples: int, seed: int = 0) -> Path:
@@ -24,7 +24,7 @@ def write_photographs(folder: Path, num_samples: int, seed: int = 0) -> Path:
     for number in range(num_samples):
         height, width = (768, 1024) if rng.random() < 0.7 else (1152, 864)
         Image.fromarray(photograph(rng, height, width)).save(folder / f"{number}.jpg", quality=90)
-        question, answer = (" ".join(rng.choice(_WORDS, size)) for size in rng.integers(10, 120, 2))
+        question, answer = (" ".join(rng.choice(WORDS, size)) for size in rng.integers(10, 120, 2))
         lines.append(
             json.dumps(
                 {

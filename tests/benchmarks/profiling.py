@@ -1,10 +1,10 @@
 """Where the processor time of a build goes: samples of the stacks of worker and decoder, by ``perf``.
 
-Builds by one worker (the pictures of the comparison, large pictures, clips, texts) -> a table each: shares of the
-samples whose stack goes through the libraries that do the work that nobody can save (Pillow with libjpeg, FFmpeg, the
-tokenizer), and of all others, by the library or the caller. What starts once (interpreter, imports, tokenizer,
-decoder) is measured by a build of a single record of the kind, subtracted and stated. Samples are of processor time,
-so that waiting for a busy core is not in.
+Builds by one worker (the pictures of the comparison, document pages, large pictures, clips, texts) -> a table each:
+shares of the samples whose stack goes through the libraries that do the work that nobody can save (Pillow with
+libjpeg, FFmpeg, the tokenizer), and of all others, by the library or the caller. What starts once (interpreter,
+imports, tokenizer, decoder) is measured by a build of a single record of the kind, subtracted and stated. Samples are
+of processor time, so that waiting for a busy core is not in.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import click
 import numpy as np
 from PIL import Image
 
+from tests.benchmarks.pages import write_pages
 from tests.benchmarks.photographs import photograph
 from tests.benchmarks.validation import llava_record
 
+_NUM_PAGES = 160
 _NUM_LARGE = 80
 _LARGE = (1728, 2304)
 _NUM_CLIPS = 24
 _NUM_TEXTS = 20_000
 _RATE = 199
-_STACK_BYTES = 8192
+_STACK_BYTES = 16384
 
 _GROUPS = (
     ("Pillow, libjpeg", r"_imaging|libjpeg|/pillow\.libs/|/pillow_simd\.libs/"),
@@ -44,6 +46,14 @@ _GROUPS = (
     ("the kernel: files, pipes, memory", r"\[kernel"),
 )
 LIBRARIES = ("Pillow, libjpeg", "FFmpeg (decord, PyAV)", "tokenizer")
+
+
+def _write_pages(folder: Path) -> Path:
+    turns = [{"from": "human", "value": "<image>\nWhat does it say?"}, {"from": "gpt", "value": "Nothing of note."}]
+    pages = write_pages(folder, _NUM_PAGES)
+    path = folder / "annotations.jsonl"
+    path.write_text("".join(json.dumps({"image": page.name, "conversations": turns}) + "\n" for page in pages))
+    return path
 
 
 def _write_large_pictures(folder: Path) -> Path:
@@ -103,7 +113,19 @@ def _samples(annotations: Path, media_root: Path, folder: Path, model: Path) -> 
     if shutil.which("perf") is None:
         raise click.ClickException("--profile needs perf (linux-perf, linux-tools)")
     data = folder / f"{annotations.parent.name}-{annotations.stem}.perf"
-    command = ["perf", "record", "--freq", str(_RATE), "--call-graph", f"dwarf,{_STACK_BYTES}", "--output", str(data)]
+    # With addresses at random, perf cannot follow the stacks of a child that was started by vfork, as the decoder is.
+    command = [
+        "setarch",
+        "--addr-no-randomize",
+        "perf",
+        "record",
+        "--freq",
+        str(_RATE),
+        "--call-graph",
+        f"dwarf,{_STACK_BYTES}",
+        "--output",
+        str(data),
+    ]
     command += ["--", sys.executable, "-c", "from prep.cli import main; main()", "build", str(annotations)]
     command += ["--media-root", str(media_root), "--model", str(model), "--max-length", "8192", "--workers", "1"]
     done = subprocess.run([*command, "--out", str(data.with_suffix(""))], capture_output=True, text=True)
@@ -120,11 +142,12 @@ def _group(stack: str) -> str:
 
 
 def profile_builds(pictures: Path, media_root: Path, folder: Path, model: Path) -> None:
-    """Build pictures, large pictures, clips and texts under perf and print where the time goes."""
-    large = _write_large_pictures(folder / "large")
+    """Build pictures, pages, large pictures, clips and texts under perf and print where the time goes."""
+    pages, large = _write_pages(folder / "pages"), _write_large_pictures(folder / "large")
     clips, texts = _write_clips(folder / "clips"), _write_texts(folder / "texts")
     for name, path, root in (
         ("pictures", pictures, media_root),
+        ("document pages", pages, pages.parent),
         ("large pictures", large, large.parent),
         ("clips", clips, clips.parent),
         ("texts", texts, texts.parent),

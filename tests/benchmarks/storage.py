@@ -4,8 +4,9 @@ Pictures and clips, decoded and resized as a build does it with its default sett
 and for file formats that others store pictures in: bytes a token, time to encode and to decode a token, PSNR, and
 encoding as a share of decoding and resizing. Then the size of the same planes by other lossless codings than ``zstd``.
 
-The sets: generated photographs of about a megapixel, the drawn pages and charts of the demo, and the clips of the
-folder of real media, where that lies beside the repository; ``--pictures`` adds a folder of your own. Contenders take
+The sets: generated photographs of about a megapixel, document pages of 2.2 megapixels, the drawn pages and charts of
+the demo (of the size of a stamp, so that next to nothing is to be decoded), and the clips of the folder of real media,
+where that lies beside the repository; ``--pictures`` adds a folder of your own. Contenders take
 turns; each figure is the best of several rounds (two for the slow file formats) in seconds of processor time, so that
 other work on the machine disturbs it little. Takes two to three minutes.
 """
@@ -37,6 +38,7 @@ from schemas.pixels import encode_residuals
 from schemas.qwen import Grid
 from schemas.settings import MediaSettings
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.pages import write_pages
 from tests.benchmarks.photographs import write_photographs
 
 REAL_MEDIA = Path(__file__).resolve().parents[3] / "shared" / "data" / "qwen_demo"
@@ -282,7 +284,7 @@ def temporal(corpus: Corpus) -> list[Planes]:
 
 def zstd(**changes: int) -> zstandard.ZstdCompressionParameters:
     return zstandard.ZstdCompressionParameters.from_level(
-        1, **{"min_match": 7, "hash_log": 6, "strategy": 1, **changes}
+        1, **{"min_match": 7, "hash_log": 6, "window_log": 17, "strategy": 1, **changes}
     )
 
 
@@ -327,7 +329,8 @@ def corpora_of(folder: Path, pictures: Path | None, num_photographs: int) -> lis
     drawn = sorted((folder / "demo" / "images").iterdir(), key=lambda path: (path.stat().st_size, path.name))
     found = [
         read("generated photographs", sorted((folder / "photographs").glob("*.jpg"))),
-        read("drawn pages and charts", drawn[-num_photographs:]),
+        read("document pages", write_pages(folder / "pages", num_photographs)),
+        read("small drawn pages and charts", drawn[-num_photographs:]),
     ]
     if pictures is not None:
         own = sorted(path for path in pictures.iterdir() if path.suffix.lower() in PICTURES)
