@@ -17,11 +17,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import av
 import click
 import numpy as np
 from PIL import Image
 
+from tests.benchmarks.clips import write_clips
 from tests.benchmarks.pages import write_pages
 from tests.benchmarks.photographs import photograph
 from tests.benchmarks.validation import llava_record
@@ -73,25 +73,10 @@ def _write_large_pictures(folder: Path) -> Path:
 
 
 def _write_clips(folder: Path) -> Path:
-    """Clips of 20 s that move over a picture, H.264, each with a question and an answer."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    picture = photograph(rng, 720, 1280)
-    lines = []
-    for number in range(_NUM_CLIPS):
-        with av.open(str(folder / f"{number}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=24)
-            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
-            for at in range(20 * 24):
-                view = np.ascontiguousarray(picture[at % 360 : at % 360 + 360, at : at + 640])
-                for packet in stream.encode(av.VideoFrame.from_ndarray(view, format="rgb24")):
-                    container.mux(packet)
-            for packet in stream.encode(None):
-                container.mux(packet)
-        turns = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "The camera moves."}]
-        lines.append(json.dumps({"video": f"{number}.mp4", "conversations": turns}))
+    turns = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "The camera moves."}]
+    clips = write_clips(folder, _NUM_CLIPS)
     path = folder / "annotations.jsonl"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("".join(json.dumps({"video": clip.name, "conversations": turns}) + "\n" for clip in clips))
     return path
 
 

@@ -4,11 +4,11 @@ Pictures and clips, decoded and resized as a build does it with its default sett
 and for file formats that others store pictures in: bytes a token, time to encode and to decode a token, PSNR, and
 encoding as a share of decoding and resizing. Then the size of the same planes by other lossless codings than ``zstd``.
 
-The sets: generated photographs of about a megapixel, document pages of 2.2 megapixels, the drawn pages and charts of
-the demo (of the size of a stamp, so that next to nothing is to be decoded), and the clips of the folder of real media,
-where that lies beside the repository; ``--pictures`` adds a folder of your own. Contenders take
-turns; each figure is the best of several rounds (two for the slow file formats) in seconds of processor time, so that
-other work on the machine disturbs it little. Takes two to three minutes.
+The sets: generated photographs of about a megapixel, document pages of 2.2 megapixels, a clip of 640×360, the drawn
+pages and charts of the demo and the clips of the folder of real media, where that lies beside the repository (both so
+small that next to nothing is to be decoded); ``--pictures`` adds a folder of your own. Contenders take turns; each
+figure is the best of several rounds (two for the slow file formats) in seconds of processor time, so that other work
+on the machine disturbs it little. Takes two to three minutes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin
 from schemas.pixels import encode_residuals
 from schemas.qwen import Grid
 from schemas.settings import MediaSettings
+from tests.benchmarks.clips import write_clips
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.pages import write_pages
 from tests.benchmarks.photographs import write_photographs
@@ -330,13 +331,14 @@ def corpora_of(folder: Path, pictures: Path | None, num_photographs: int) -> lis
     found = [
         read("generated photographs", sorted((folder / "photographs").glob("*.jpg"))),
         read("document pages", write_pages(folder / "pages", num_photographs)),
+        read("clips", write_clips(folder / "clips", 1)),
         read("small drawn pages and charts", drawn[-num_photographs:]),
     ]
     if pictures is not None:
         own = sorted(path for path in pictures.iterdir() if path.suffix.lower() in PICTURES)
         found.append(read(f"pictures in {pictures.name}", own))
     if REAL_MEDIA.is_dir():
-        found.append(read("real clips", sorted((REAL_MEDIA / "videos").glob("*.mp4"))))
+        found.append(read("small real clips", sorted((REAL_MEDIA / "videos").glob("*.mp4"))))
     return found
 
 
