@@ -21,6 +21,7 @@ The way of the data, from the folder of shards to an optimizer step::
 ``evaluation``   loss and accuracy on other shards; ``ledger`` tells of which datasets their samples are
 ``metrics``      what a logged step tells; ``flops`` counts operations for it; ``summary`` prints a run
 ``preflight``    a dry run: whether all fits, and packed samples have the losses of the same alone
+``capacity``     what there is of device, host and disk, and what a run takes; ``parity`` samples packed and alone
 ``memory``       of a rank, term by term; ``sizes`` of a model, ``activations`` of a micro-batch, ``budget`` of a run
 ``index``        what a set of shards holds: one NumPy column for each number known about a bin
 ``storage``      shards in a folder or behind a URL; ``cache`` keeps copies, ``buffers`` memory to read into

@@ -53,7 +53,7 @@ def _vision_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     hidden, depth, patches = sizes.vision_hidden_size, sizes.vision_depth, load.num_patches
     terms = [
         _term("pixels, as stored", PATCH_DIM, patches, "patches"),
-        _term("pixels, on their way", 12 * PATCH_DIM, patches, "patches", Phase.MOMENT),
+        _term("pixels, on their way", (4 + 2 * width) * PATCH_DIM, patches, "patches", Phase.MOMENT),
     ]
     if optim.VISION_TOWER in sizes.trained_parts:
         block = _vision_block(sizes, width)

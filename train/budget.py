@@ -3,20 +3,22 @@
 ``python -m train.memory --world-size 64 --model_name_or_path 7B --deepspeed zero3.json --max-length 4096`` works it out
 without a GPU, a checkpoint or shards; ``--dry_run`` of the trainer prints the same for the ranks that it is started on.
 
-Cost: seconds, most of which go into importing the trainer.
+Cost: seconds, most of which go into importing the trainer; a few passes over all bins for each size of model.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from schemas.errors import ConfigError, VlprepError
 from schemas.qwen import MERGED_PATCHES
@@ -26,8 +28,8 @@ from train.arguments import TrainArguments
 from train.cost import read_config
 from train.flags import parse_arguments
 from train.index import ShardIndex, open_shards
-from train.memory import GIB, Memory, Sharding, state_terms
-from train.model import FLASH_ATTENTION
+from train.memory import GIB, Memory, Phase, Sharding, state_terms
+from train.model import CHUNK, FLASH_ATTENTION
 from train.recipe import choose_recipe
 from train.sizes import OFFICIAL, Sizes, sizes_of
 
@@ -37,9 +39,71 @@ STRATEGIES = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
 _OFFICIAL_NAME = re.compile(r"(?:Qwen/)?(?:Qwen2\.5-VL-)?(3B|7B|32B|72B)(?:-Instruct)?")
 
 
-def largest_bins(index: ShardIndex, number: int) -> list[int]:
-    """The bins that cost most, which a rank might get in one forward pass: ``number`` of them, if there are as many."""
-    return [int(place) for place in np.argsort(-index.cost(), kind="stable")[:number]]
+LoadOf = Callable[[int, Sizes], Load]
+"""A number of bins and sizes of a model -> the largest micro-batch of so many bins."""
+
+
+def largest_bins(
+    index: ShardIndex, number: int, sizes: Sizes, *, attention: str, checkpointed: bool, dtype: torch.dtype
+) -> list[int]:
+    """The bins that together take most memory, which a rank might get in one forward pass.
+
+    What bins take grows with their tokens and patches, and up to a chunk with their targets, at rates that depend on
+    the model, on what is trained and on what lives for a moment: for each of these moments the bins that take most are
+    found, and of them the largest.
+
+    Args:
+        index: the bins.
+        number: of bins; where there are fewer, a forward pass may hold some of them twice.
+        sizes: of the model, as it is trained.
+        attention: attention implementation.
+        checkpointed: whether activations are recomputed.
+        dtype: what is computed in.
+    """
+
+    def rates_of(load: Load) -> list[tuple[Phase, int]]:
+        return [(term.phase, term.num_bytes) for term in activation_terms(sizes, load, dtype)]
+
+    def peak(bins: list[int]) -> int:
+        load = load_of_bins(index, bins, attention=attention, checkpointed=checkpointed)
+        return Memory(tuple(activation_terms(sizes, load, dtype))).peak()
+
+    nothing = Load(num_tokens=0, num_targets=0, num_patches=0, is_masked=False, is_checkpointed=checkpointed)
+    units = (replace(nothing, num_tokens=1), replace(nothing, num_patches=1), replace(nothing, num_targets=1))
+    terms = list(zip(*map(rates_of, units)))
+    kept = [sum(size for phase, size in unit if phase == Phase.BACKWARD) for unit in zip(*terms)]
+    # A mask grows with the square of the tokens, so that they alone may decide.
+    rates = [(1, 0, 0)]
+    for term in terms:
+        if term[0][0] == Phase.MOMENT:
+            per_token, per_patch, per_target = (size + moment for size, (_, moment) in zip(kept, term))
+            rates.append((per_token, per_patch, per_target))
+    return max((_most_of(index, number, *one) for one in dict.fromkeys(rates)), key=peak)
+
+
+def _most_of(index: ShardIndex, number: int, per_token: int, per_patch: int, per_target: int) -> list[int]:
+    """The bins that together take most; targets count up to a chunk of them."""
+    targets = np.minimum(index.num_targets, CHUNK).astype(np.int64)
+    fixed = per_token * index.num_tokens.astype(np.int64) + per_patch * index.num_patches.astype(np.int64)
+    count = min(number, index.num_bins)
+    # One after the other is taken, of those that are among the first with or without their targets.
+    pool = np.unique(np.concatenate([_first(fixed, count), _first(fixed + per_target * targets, count)]))
+    chosen: list[int] = []
+    num_targets = 0
+    for _ in range(count):
+        takes = fixed[pool] + per_target * np.minimum(targets[pool] + num_targets, CHUNK)
+        place = int(takes.argmax())
+        num_targets += int(targets[pool[place]])
+        chosen.append(int(pool[place]))
+        pool = np.delete(pool, place)
+    return [chosen[place % count] for place in range(number)]
+
+
+def _first(values: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+    """Places of the largest values, those of equal ones in their order: the same on every machine."""
+    least = np.partition(values, -number)[-number]
+    places = np.flatnonzero(values >= least)
+    return places[np.argsort(-values[places], kind="stable")[:number]]
 
 
 def load_of_bins(index: ShardIndex, bins: list[int], *, attention: str, checkpointed: bool) -> Load:
@@ -102,21 +166,37 @@ def budget(
     return Memory((*state_terms(sizes, sharding), *activation_terms(sizes, load, dtype)))
 
 
-def size_table(args: TrainArguments, loads: Mapping[str, Load], *, world: int, dtype: torch.dtype) -> str:
+def loads_of_shards(index: ShardIndex, *, attention: str, checkpointed: bool, dtype: torch.dtype) -> LoadOf:
+    """The largest micro-batches of some shards."""
+
+    def load_of(number: int, sizes: Sizes) -> Load:
+        bins = largest_bins(index, number, sizes, attention=attention, checkpointed=checkpointed, dtype=dtype)
+        return load_of_bins(index, bins, attention=attention, checkpointed=checkpointed)
+
+    return load_of
+
+
+def loads_of_length(max_length: int, *, attention: str, checkpointed: bool) -> LoadOf:
+    """The largest micro-batches that there can be of bins of a length."""
+    return lambda number, _: fullest_load(max_length, number, attention=attention, checkpointed=checkpointed)
+
+
+def size_table(args: TrainArguments, load_of: LoadOf, *, world: int, dtype: torch.dtype) -> str:
     """Memory of a rank for every official size and every file of :data:`STRATEGIES`.
 
     Args:
         args: the flags.
-        loads: the largest micro-batch at each size.
+        load_of: the largest micro-batch of a model; it has as many bins as flags or recommendation say.
         world: number of ranks.
         dtype: what is computed in.
     """
     rows = [("", *(f"{name.removesuffix('.json')}" for name in STRATEGIES))]
-    for size, load in loads.items():
-        sizes, cells = sizes_of(OFFICIAL[size], args), []
+    for size, model_config in OFFICIAL.items():
+        sizes, cells = sizes_of(model_config, args), []
+        load = load_of(choose_recipe(args, model_config).per_device, sizes)
         for name in STRATEGIES:
             config = engine.read_deepspeed_config(name)
-            memory = budget(OFFICIAL[size], sizes, args, load, deepspeed=config, world=world, dtype=dtype)
+            memory = budget(model_config, sizes, args, load, deepspeed=config, world=world, dtype=dtype)
             cell = f"{memory.peak() / GIB:.1f} ({memory.held() / GIB:.1f})"
             if host := memory.peak("cpu"):
                 cell += f", host {host / GIB:.1f}"
@@ -124,19 +204,6 @@ def size_table(args: TrainArguments, loads: Mapping[str, Load], *, world: int, d
         rows.append((size, *cells))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
-def loads_by_size(args: TrainArguments, index: ShardIndex, *, attention: str) -> dict[str, Load]:
-    """The largest micro-batch of each official size, with as many bins as flags or recommendation say."""
-    return {
-        size: load_of_bins(
-            index,
-            largest_bins(index, choose_recipe(args, config).per_device),
-            attention=attention,
-            checkpointed=args.gradient_checkpointing,
-        )
-        for size, config in OFFICIAL.items()
-    }
 
 
 def find_config(name: str) -> Mapping[str, Any]:
@@ -198,23 +265,16 @@ def report(flags: list[str], *, world: int, max_length: int | None) -> str:
     dtype = torch.float16 if args.fp16 else torch.float32 if args.bf16 is False else torch.bfloat16
     attention = FLASH_ATTENTION if args.attn_implementation == "auto" else args.attn_implementation
     model_config = find_config(args.model_name_or_path)
-    number = choose_recipe(args, model_config).per_device
-    checkpointed = args.gradient_checkpointing
+    number, checkpointed = choose_recipe(args, model_config).per_device, args.gradient_checkpointing
     if max_length is None:
         index = open_shards(args.shards)
-        load = load_of_bins(index, largest_bins(index, number), attention=attention, checkpointed=checkpointed)
-        loads = loads_by_size(args, index, attention=attention)
+        load_of = loads_of_shards(index, attention=attention, checkpointed=checkpointed, dtype=dtype)
     else:
-        load = fullest_load(max_length, number, attention=attention, checkpointed=checkpointed)
-        loads = {
-            size: fullest_load(
-                max_length, choose_recipe(args, config).per_device, attention=attention, checkpointed=checkpointed
-            )
-            for size, config in OFFICIAL.items()
-        }
+        load_of = loads_of_length(max_length, attention=attention, checkpointed=checkpointed)
     deepspeed = engine.read_deepspeed_config(args.deepspeed)
     sizes = sizes_of(model_config, args)
+    load = load_of(number, sizes)
     memory = budget(model_config, sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)
-    table = size_table(args, loads, world=world, dtype=dtype)
+    table = size_table(args, load_of, world=world, dtype=dtype)
     head = f"{args.model_name_or_path}, {args.deepspeed}, {world} ranks, {str(dtype).removeprefix('torch.')}"
     return "\n".join([head, memory.format(), "", TABLE_TITLE % world, table])

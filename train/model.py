@@ -137,7 +137,7 @@ class PackedQwen(nn.Module):
         trained = any(parameter.requires_grad for parameter in visual.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             output = visual(
-                pixel_values(vision),
+                pixel_values(vision, visual.dtype),
                 grid_thw=None,
                 position_ids=vision.position_ids,
                 cu_seqlens=vision.cu_seqlens,

@@ -2,10 +2,11 @@
 
 Undoes the residuals (two cumulative sums and two additions modulo 256), reorders frames into patches as the
 processor does, and normalises. Values come from a table computed with the operations of the Pillow image processor,
-so they equal its float32 values bit for bit on every device.
+so they equal its float32 values bit for bit on every device. In half precision the table is rounded, not the values:
+the same, at half the memory.
 
 Cost: media of equal frame size that follow one another are handled together in a dozen operations; each output value
-is written once. On the way a run of media takes 4 bytes for each of its pixel values.
+is written once. On the way a run of media takes 4 bytes for each of its pixel values, and their own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from schemas.qwen import (
 from train.batch import Medium, VisionBatch
 
 
-def pixel_values(vision: VisionBatch) -> torch.Tensor:
+def pixel_values(vision: VisionBatch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rebuild the processor's ``pixel_values``.
 
     Order of rows and columns, and values, are those of ``Qwen2VLImageProcessorPil`` (transformers 5.23); a clip is
@@ -37,12 +38,13 @@ def pixel_values(vision: VisionBatch) -> torch.Tensor:
 
     Args:
         vision: N patches in ``media``.
+        dtype: what the vision tower computes in; float32 values are rounded to it.
 
     Returns:
-        (N, 1176) float32 on the device of ``vision.planes``.
+        (N, 1176) ``dtype`` on the device of ``vision.planes``.
     """
-    table = _value_table(vision.planes.device)
-    values = torch.empty((vision.num_patches, PATCH_DIM), dtype=torch.float32, device=vision.planes.device)
+    table = _value_table(vision.planes.device, dtype)
+    values = torch.empty((vision.num_patches, PATCH_DIM), dtype=dtype, device=vision.planes.device)
     byte, row = 0, 0
     for frames_shape, frames_per_step in _runs(vision.media):
         num_bytes = int(np.prod(frames_shape))
@@ -99,12 +101,12 @@ def _patchify(frames: torch.Tensor, frames_per_step: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
-def _value_table(device: torch.device) -> torch.Tensor:
-    """Normalised value of every code of every channel: (3 * 256,) float32, channel after channel.
+def _value_table(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Normalised value of every code of every channel: (3 * 256,) ``dtype``, channel after channel.
 
     The processor's own operations: scaled by 1/255 in float64 and rounded to float32 (``rescale``), then the mean
     subtracted and the result divided by the deviation in float32 (``normalize``).
     """
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(stats, dtype=np.float32)[:, None] for stats in (IMAGE_MEAN, IMAGE_STD))
-    return torch.from_numpy(((scaled - mean) / std).ravel()).to(device)
+    return torch.from_numpy(((scaled - mean) / std).ravel()).to(device, dtype)

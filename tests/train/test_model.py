@@ -288,6 +288,30 @@ def test_recomputed_activations_give_the_same_loss_and_gradients(model: PackedQw
     assert_same(recomputed, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pixels_are_made_in_what_the_vision_tower_computes_in(model: PackedQwen, dtype: torch.dtype) -> None:
+    """In float32 first, they would take three times the memory of bfloat16."""
+    model.to(dtype)
+    taken: list[torch.dtype] = []
+    model.hf.model.visual.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].dtype))
+    model.vision_features(micro_batch(*samples_of_all_kinds()).vision)
+    assert taken == [dtype]
+
+
+def test_recomputing_runs_no_backward_pass_inside_the_backward_pass(model: PackedQwen) -> None:
+    """Reentrant checkpointing does, in every layer: ZeRO-2 then takes gradients for ones that come twice."""
+    checkpoint_activations(model)
+    nodes, waiting = set(), [model(micro_batch(*samples_of_all_kinds())).grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    names = {node.name() for node in nodes}
+    assert "AccumulateGrad" in {name.rpartition("::")[2] for name in names}
+    assert not any("CheckpointFunction" in name for name in names)
+
+
 @pytest.mark.parametrize("merger", [False, True], ids=["frozen merger", "trained merger"])
 def test_a_frozen_vision_tower_keeps_no_activations(model: PackedQwen, merger: bool) -> None:
     optim.group_parameters(model, {**EVERYTHING, optim.VISION_TOWER: None, optim.MERGER: 1e-3 if merger else None})

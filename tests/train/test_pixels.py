@@ -81,6 +81,15 @@ def test_a_run_of_equal_media_keeps_their_order(codec: str) -> None:
     assert torch.equal(pixel_values(vision_of(media, codec)), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_values_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(6)
+    vision = vision_of([noise(rng, 6, 8), noise(rng, 4, 4, 2)], "zstd")
+    found = pixel_values(vision, dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, pixel_values(vision).to(dtype))
+
+
 def test_every_value_of_every_channel_is_exact() -> None:
     planes = np.arange(28 * 28).reshape(28, 28) % 256
     frame = np.stack([planes, 255 - planes, planes[::-1]]).astype(np.uint8)

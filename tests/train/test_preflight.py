@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
-from tests.train.launching import alone, fingerprint_of, torchrun
+from tests.train.launching import fingerprint_of, launch, torchrun
 from tests.train.synthetic import make_bins, write_shards
-from train.batch import MicroBatch, build_micro_batch
+from train.engine import Ranks
 from train.flags import parse_arguments
-from train.index import open_shards
-from train.memory import DEVICE, MOMENTS, Memory, Phase, Term
-from train.model import PackedQwen
-from train.preflight import (
-    MAX_PROBLEMS_SHOWN,
-    bins_to_compare,
-    check_device,
-    check_folder,
-    compare_packed,
-    split_samples,
-)
-from train.reader import BinReader
+from train.preflight import MAX_PROBLEMS_SHOWN, check_folder, explain, require_room, room_for
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +31,16 @@ def flags(shards: Path, checkpoint: Path, run: Path) -> list[str]:
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", "zero3_offload"])
 def test_two_ranks_look_and_leave_nothing(shards: Path, tiny_checkpoint: Path, tmp_path: Path, strategy: str) -> None:
     run = tmp_path / "run"
-    done = torchrun(2, *flags(shards, tiny_checkpoint, run), "--deepspeed", f"{strategy}.json")
+    held_out = ["--eval_shards", str(shards)]
+    done = torchrun(2, *flags(shards, tiny_checkpoint, run), *held_out, "--deepspeed", f"{strategy}.json")
     assert done.returncode == 0, done.stderr
     for part in (
         "tokenizer and processor of",
         "memory of a rank:",
         "GiB for each of 2 ranks",
-        "largest micro-batch, bins [",
+        f"the run writes up to 1 x 0.{'15' if strategy == 'zero2' else '11'} GiB of checkpoints",
+        "largest micro-batch, bins [3]:",
+        "to evaluate on, bin 3:",
         "mean losses packed and alone differ by",
         "all is well: the same command without --dry-run trains 3 steps",
     ):
@@ -67,90 +57,31 @@ def test_a_loss_that_is_no_number_is_found(shards: Path, tiny_checkpoint: Path, 
     hf.save_pretrained(broken)
     for name in ("tokenizer.json", "preprocessor_config.json"):
         (broken / name).write_bytes((tiny_checkpoint / name).read_bytes())
-    done = alone(*flags(shards, broken, tmp_path / "run"))
+    done = torchrun(2, *flags(shards, broken, tmp_path / "run"), "--eval_shards", str(shards))
     assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    line, other = sorted(line for line in done.stderr.splitlines() if line.startswith("error ("))
+    assert other == "error (rank 1): the run would not go well. The first rank says why."
     assert "the run would not go well: the loss of the largest micro-batch" in line
+    assert "the loss of bin 3 of --eval_shards is nan" in line
     assert "has a loss of nan packed and nan alone" in line
     assert len(line.split("; ")) <= MAX_PROBLEMS_SHOWN + 1
 
 
-@pytest.fixture
-def model(tiny_checkpoint: Path) -> PackedQwen:
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
-    return PackedQwen(hf, attn_implementation="sdpa")
-
-
-def plan_of(shards: Path) -> Any:
-    index, shape = open_shards(shards), SimpleNamespace(window_size=112)
-    return SimpleNamespace(index=index, dtype=torch.float32, device=torch.device("cpu"), shape=shape)
-
-
-@pytest.mark.parametrize("codec", ["raw", "zstd", "jpeg"])
-def test_samples_of_a_bin_have_the_same_losses_alone(
-    model: PackedQwen, tmp_path: Path, caplog: pytest.LogCaptureFixture, codec: str
+@pytest.mark.parametrize(
+    ("strategy", "patch", "code", "message"),
+    [
+        ("zero3_offload", "train.preflight.host_bytes = lambda: 0", 2, "well: offloading takes 0.3 GiB of a machine"),
+        ("zero2", "shutil.disk_usage = lambda _: shutil._ntuple_diskusage(1, 1, 0)", 1, "well: 1 x 0.15 GiB of check"),
+    ],
+)
+def test_a_machine_without_room_is_found(
+    shards: Path, tiny_checkpoint: Path, tmp_path: Path, strategy: str, patch: str, code: int, message: str
 ) -> None:
-    caplog.set_level(logging.INFO)
-    plan = plan_of(write_shards(tmp_path / "set", make_bins(num_bins=8), codec=codec))
-    assert compare_packed(model, plan, BinReader(plan.index)) == []
-    num_samples = sum(int(plan.index.num_samples[number]) for number in bins_to_compare(plan.index))
-    assert f"{num_samples} samples of bins" in caplog.text
-
-
-def test_a_sample_that_sees_its_neighbour_is_found(
-    model: PackedQwen, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Positions that do not restart at the border of a sample let it."""
-
-    def leaking(self: PackedQwen, micro: MicroBatch) -> dict[str, Any]:
-        positions = micro.position_ids.clone()
-        positions[0, 0] = torch.arange(micro.num_tokens)
-        return {"position_ids": positions}
-
-    monkeypatch.setattr(PackedQwen, "_isolation", leaking)
-    plan = plan_of(shards)
-    problems = compare_packed(model, plan, BinReader(plan.index))
-    assert problems
-    assert all("more than 0.0001 apart" in problem for problem in problems)
-    # The first sample of a bin has nobody before it.
-    assert not any(problem.startswith("sample 0 ") for problem in problems)
-
-
-def test_a_bin_falls_apart_into_its_samples(shards: Path) -> None:
-    """Two samples, with one picture and with three."""
-    plan = plan_of(shards)
-    reader = BinReader(plan.index)
-    one = reader.read(1).bin
-    micro = build_micro_batch([one])
-    samples = split_samples(one, micro, plan)
-    assert [len(sample.vision.media) for sample in samples] == [1, 3]
-    assert torch.equal(torch.cat([sample.input_ids[0] for sample in samples]), micro.input_ids[0])
-    assert torch.equal(torch.cat([sample.targets for sample in samples]), micro.targets)
-    assert torch.equal(torch.cat([sample.vision.planes for sample in samples]), micro.vision.planes)
-    assert {sample.vision.residuals for sample in samples} == {micro.vision.residuals}
-
-
-def test_bins_of_each_kind_are_compared_if_they_hold_several_samples(shards: Path) -> None:
-    """Text alone, pictures, all together; the bins with a clip alone hold one sample."""
-    index = open_shards(shards)
-    chosen = bins_to_compare(index)
-    assert sorted(number % 4 for number in chosen) == [0, 1, 3]
-    assert all(index.num_samples[chosen] > 1)
-
-
-def test_a_step_must_fit_the_device() -> None:
-    """Seen 60 bytes without the moments, which add 20; a step was worked out to take 50 + 25."""
-    terms = {"weights": (30, Phase.ALWAYS), MOMENTS: (20, Phase.ALWAYS), "copies": (25, Phase.STEP)}
-    memory = Memory(
-        tuple(
-            Term(name=name, num_bytes=size, arithmetic="", place=DEVICE, phase=phase)
-            for name, (size, phase) in terms.items()
-        )
-    )
-    assert check_device(memory, 60, 80) == []
-    assert len(check_device(memory, 60, 79)) == 1
-    assert check_device(memory, 10, 75) == []
-    assert len(check_device(memory, 10, 74)) == 1
+    argv = [*flags(shards, tiny_checkpoint, tmp_path / "run"), "--deepspeed", f"{strategy}.json"]
+    program = f"import shutil, sys, train.main, train.preflight; {patch}; sys.exit(train.main.main({argv}))"
+    done = launch(sys.executable, "-c", program)
+    assert done.returncode == code, done.stderr
+    assert f"the run would not go {message}" in done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
@@ -159,6 +90,23 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--output_dir .*file/run cannot be written"):
         check_folder(tmp_path / "file" / "run")
+
+
+def test_memory_that_runs_out_is_one_sentence() -> None:
+    message = r"^the model takes more memory than there is \(CUDA out of memory\): lower"
+    with pytest.raises(ConfigError, match=message), room_for("the model"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
+    require_room([])
+    with pytest.raises(ConfigError, match=r"^the run would not go well: too much of this; too much of that\.$"):
+        require_room(["too much of this", "too much of that"])
+
+
+def test_the_first_rank_says_for_all_what_is_wrong() -> None:
+    problems = [f"problem {number}" for number in range(MAX_PROBLEMS_SHOWN + 2)]
+    first, second = (Ranks(rank=rank, local=rank, world=2) for rank in (0, 1))
+    assert explain(problems, first).endswith("; problem 7; and 2 more.")
+    assert explain(problems[:1], first) == "the run would not go well: problem 0."
+    assert "problem" not in explain(problems, second)
 
 
 def test_the_flag_has_a_hyphen_or_not() -> None:

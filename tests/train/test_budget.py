@@ -1,0 +1,104 @@
+"""The largest micro-batch is the one that takes most memory, whatever is trained."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
+from train import budget
+from train.activations import activation_terms
+from train.arguments import TrainArguments
+from train.index import ShardIndex, open_shards
+from train.memory import Memory
+from train.model import FLASH_ATTENTION
+from train.sizes import OFFICIAL, Sizes, sizes_of
+
+LONG, LARGE, COSTLY = 0, 1, 2
+"""Of :func:`bins`: most tokens, most patches, most operations."""
+
+
+def bins() -> list[list[Sample]]:
+    """Two texts; a picture; a text two tokens shorter than both together, whose attention takes more; and others."""
+    rng = np.random.default_rng(0)
+    return [
+        [make_sample(rng, num_text=295, num_targets=2) for _ in range(2)],
+        [make_sample(rng, [make_medium(rng, 32, 32)], num_text=10, num_targets=4)],
+        [make_sample(rng, num_text=590, num_targets=4)],
+        [make_sample(rng, [make_medium(rng, 20, 20)], num_text=200, num_targets=180)],
+        [make_sample(rng, num_text=400, num_targets=390)],
+        [make_sample(rng, num_text=40)],
+    ]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return open_shards(write_shards(tmp_path_factory.mktemp("budget") / "shards", bins()))
+
+
+@pytest.fixture(scope="module")
+def few_targets(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """The first three of the bins, with four targets each."""
+    return open_shards(write_shards(tmp_path_factory.mktemp("budget") / "few", bins()[:3]))
+
+
+def sizes(*, vision: bool) -> Sizes:
+    return sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards", tune_mm_vision=vision))
+
+
+def largest(
+    index: ShardIndex, number: int, of: Sizes, *, checkpointed: bool = True, attention: str = "sdpa"
+) -> list[int]:
+    return budget.largest_bins(index, number, of, attention=attention, checkpointed=checkpointed, dtype=torch.bfloat16)
+
+
+def test_the_bin_with_most_operations_is_not_the_largest(few_targets: ShardIndex) -> None:
+    assert (int(few_targets.cost().argmax()), int(few_targets.num_tokens.argmax())) == (COSTLY, LONG)
+    assert largest(few_targets, 1, sizes(vision=False), attention=FLASH_ATTENTION) == [LONG]
+
+
+def test_patches_count_where_the_vision_tower_is_trained(few_targets: ShardIndex) -> None:
+    assert int(few_targets.num_patches.argmax()) == LARGE
+    assert largest(few_targets, 1, sizes(vision=True), attention=FLASH_ATTENTION) == [LARGE]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", FLASH_ATTENTION])
+@pytest.mark.parametrize("vision", [False, True])
+def test_no_other_bins_take_more(
+    index: ShardIndex, vision: bool, attention: str, checkpointed: bool, number: int
+) -> None:
+    of = sizes(vision=vision)
+
+    def peak(chosen: tuple[int, ...]) -> int:
+        load = budget.load_of_bins(index, list(chosen), attention=attention, checkpointed=checkpointed)
+        return Memory(tuple(activation_terms(of, load, torch.bfloat16))).peak()
+
+    found = largest(index, number, of, attention=attention, checkpointed=checkpointed)
+    assert peak(tuple(found)) == max(map(peak, itertools.combinations(range(index.num_bins), number)))
+
+
+def test_a_forward_pass_of_more_bins_than_there_are_holds_some_twice(index: ShardIndex) -> None:
+    found = largest(index, 7, sizes(vision=False))
+    assert len(found) == 7
+    assert sorted(set(found)) == list(range(6))
+
+
+def test_the_table_has_the_largest_bins_of_each_size() -> None:
+    """Bins of the 3B are eight in a forward pass, of the 72B one."""
+    asked: dict[int, int] = {}
+
+    def load_of(number: int, of: Sizes) -> budget.Load:
+        asked[of.hidden_size] = number
+        return budget.fullest_load(64, number, attention=FLASH_ATTENTION, checkpointed=True)
+
+    args = TrainArguments(shards="shards")
+    table = budget.size_table(args, load_of, world=8, dtype=torch.bfloat16)
+    assert asked == {2048: 8, 3584: 4, 5120: 2, 8192: 1}
+    head, *rows = table.splitlines()
+    assert head.split() == ["zero1", "zero2", "zero3", "zero3_offload"]
+    assert [row.split()[0] for row in rows] == ["3B", "7B", "32B", "72B"]

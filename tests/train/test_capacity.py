@@ -1,0 +1,140 @@
+"""Whether there is room for a run is told from what it takes and from what there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from train import capacity
+from train.arguments import TrainArguments
+from train.capacity import Written, check_device, check_disk, check_held, check_host, host_bytes, written
+from train.memory import DEVICE, GIB, MOMENTS, Memory, Phase, Term
+from train.sizes import OFFICIAL, sizes_of
+
+
+def test_a_step_must_fit_the_device() -> None:
+    """Seen 60 bytes without the moments, which add 20; a step was worked out to take 50 + 25."""
+    terms = {"weights": (30, Phase.ALWAYS), MOMENTS: (20, Phase.ALWAYS), "copies": (25, Phase.STEP)}
+    memory = Memory(
+        tuple(
+            Term(name=name, num_bytes=size, arithmetic="", place=DEVICE, phase=phase)
+            for name, (size, phase) in terms.items()
+        )
+    )
+    assert check_device(memory, 60, 80) == []
+    assert len(check_device(memory, 60, 79)) == 1
+    assert check_device(memory, 10, 75) == []
+    assert len(check_device(memory, 10, 74)) == 1
+
+
+def of_places(device: int, host: int) -> Memory:
+    """Memory that is always held."""
+    places = ((DEVICE, device), ("cpu", host))
+    return Memory(tuple(Term(name="a", num_bytes=size, arithmetic="", place=place) for place, size in places))
+
+
+def test_what_is_always_held_must_fit_the_device() -> None:
+    assert check_held(of_places(80, 1000), 80) == []
+    (problem,) = check_held(of_places(81 * GIB, 0), 80 * GIB)
+    assert "take 81.0 GiB of a device that has 80.0 GiB" in problem
+
+
+def test_what_all_ranks_of_a_machine_offload_must_fit_its_memory() -> None:
+    assert check_host(of_places(1000, 100), 8, 800) == []
+    (problem,) = check_host(of_places(0, 100 * GIB), 8, 799 * GIB)
+    assert "offloading takes 800.0 GiB of a machine that has 799.0 GiB (8 ranks with 100.0 GiB each)" in problem
+
+
+def test_a_machine_has_what_it_has_or_what_its_control_group_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < host_bytes() <= physical
+    monkeypatch.setattr(capacity, "CGROUPS", tmp_path)
+    monkeypatch.setattr(capacity, "OWN_CGROUP", tmp_path / "own")
+    assert host_bytes() == physical
+    (tmp_path / "own").write_text("12:cpuset:/elsewhere\n0::/job/step\n")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "job" / "step" / "memory.max").write_text("max\n")
+    assert host_bytes() == physical
+    (tmp_path / "job" / "memory.max").write_text("4096\n")
+    assert host_bytes() == 4096
+
+
+def plan_of(run: Path, *, stage: int = 2, steps: int = 2000, start: int = 0, lora: bool = False, **flags: Any) -> Any:
+    return SimpleNamespace(
+        args=TrainArguments(shards="shards", output_dir=run, **flags),
+        dtype=torch.bfloat16,
+        deepspeed={"zero_optimization": {"stage": stage}},
+        num_steps=steps,
+        start_step=start,
+        adapters=object() if lora else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "existing", "expected"),
+    [
+        ({}, 0, 4),  # every 500 steps
+        ({"start": 700}, 1, 3),
+        ({"save_steps": 0}, 0, 1),  # when told to stop
+        ({"save_steps": 600}, 0, 3),
+        ({"save_total_limit": 2}, 0, 3),  # the oldest goes when the newest is complete
+        ({"save_total_limit": 9}, 0, 4),
+        ({"save_total_limit": 2, "start": 1000}, 2, 1),
+        ({"save_total_limit": 2, "start": 1000}, 5, 1),
+    ],
+)
+def test_checkpoints_are_counted_as_many_as_there_are_at_a_time(
+    tmp_path: Path, flags: dict[str, Any], existing: int, expected: int
+) -> None:
+    for number in range(existing):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    sizes = sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards"))
+    assert written(plan_of(tmp_path, **flags), sizes).num_checkpoints == expected
+
+
+def test_bytes_of_the_7b_worked_out_by_hand(tmp_path: Path) -> None:
+    """8.292 billion parameters, all trained: 12 bytes each, and 2 more before ZeRO-3; the model has 2."""
+    sizes = sizes_of(OFFICIAL["7B"], TrainArguments(shards="shards", tune_mm_vision=True))
+    total = 8_292_166_656
+    assert written(plan_of(tmp_path), sizes) == Written(num_checkpoints=4, checkpoint=14 * total, model=2 * total)
+    assert written(plan_of(tmp_path, stage=3), sizes).checkpoint == 12 * total
+
+
+def test_with_adapters_checkpoints_are_small_and_the_adapters_are_written_as_well(tmp_path: Path) -> None:
+    args = TrainArguments(shards="shards", lora_enable=True, lora_target_modules="q_proj", tune_mm_mlp=False)
+    sizes = sizes_of(OFFICIAL["3B"], args)
+    num_trained = 36 * 64 * (2048 + 2048)
+    assert sizes.num_trained == num_trained
+    found = written(plan_of(tmp_path, lora=True), sizes)
+    # parameters of the adapters are among all, and once more in a file of their own
+    assert (found.checkpoint, found.model) == (14 * num_trained, 2 * (3_754_622_976 + 2 * num_trained))
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_what_a_run_writes_must_fit_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def disk_usage(path: Path) -> Usage:
+        asked.append(path)
+        return Usage(100 * GIB, 68 * GIB, 32 * GIB)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    run = tmp_path / "new" / "run"
+    assert check_disk(run, Written(num_checkpoints=3, checkpoint=10 * GIB, model=2 * GIB)) == []
+    (problem,) = check_disk(run, Written(num_checkpoints=3, checkpoint=10 * GIB, model=2 * GIB + 1))
+    assert "3 x 10.00 GiB of checkpoints and 2.00 GiB of the trained model do not fit" in problem
+    assert "32.00 GiB are free" in problem
+    assert asked == [tmp_path, tmp_path]
