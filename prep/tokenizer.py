@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,33 +17,14 @@ from typing import Any
 import msgspec
 from tokenizers import Encoding, Tokenizer
 
+from schemas.checkpoints import PROCESSOR_FILES, TOKENIZER_FILE, image_processor, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
-from schemas.qwen import (
-    CONTROL_TOKENS,
-    IMAGE_MEAN,
-    IMAGE_STD,
-    MERGE_SIZE,
-    PATCH_SIZE,
-    TEMPORAL_PATCH_SIZE,
-    tokenizer_fingerprint,
-)
+from schemas.qwen import CONTROL_TOKENS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
-TOKENIZER_FILE = "tokenizer.json"
-PROCESSOR_FILE = "preprocessor_config.json"
-
-
-class _ProcessorFile(msgspec.Struct):
-    """The parts of ``preprocessor_config.json`` that a build depends on."""
-
-    image_mean: tuple[float, float, float] = IMAGE_MEAN
-    image_std: tuple[float, float, float] = IMAGE_STD
-    patch_size: int = PATCH_SIZE
-    temporal_patch_size: int = TEMPORAL_PATCH_SIZE
-    merge_size: int = MERGE_SIZE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +43,14 @@ def find_model_files(model: str) -> ModelFiles:
     """
     folder = Path(model)
     if folder.is_dir():
-        for name in (TOKENIZER_FILE, PROCESSOR_FILE):
-            if not (folder / name).is_file():
+        files = ModelFiles(tokenizer=folder / TOKENIZER_FILE, processor=processor_file(folder))
+        for path in (files.tokenizer, files.processor):
+            if not path.is_file():
                 raise ConfigError(
-                    f"--model {model} has no {name}; give the folder of a complete Qwen2.5-VL checkpoint or a hub id."
+                    f"--model {model} has no {path.name}; give the folder of a complete Qwen2.5-VL checkpoint or a hub "
+                    "id."
                 )
-        return ModelFiles(tokenizer=folder / TOKENIZER_FILE, processor=folder / PROCESSOR_FILE)
+        return files
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ConfigError(f"--model {model} is neither a folder nor a hub id such as {DEFAULT_MODEL}.")
     return _fetch(model)
@@ -74,10 +58,16 @@ def find_model_files(model: str) -> ModelFiles:
 
 def _fetch(model: str) -> ModelFiles:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    whole, alone = PROCESSOR_FILES
     try:
-        tokenizer, processor = (Path(hf_hub_download(model, name)) for name in (TOKENIZER_FILE, PROCESSOR_FILE))
+        tokenizer = Path(hf_hub_download(model, TOKENIZER_FILE))
+        # The published checkpoints have but the second.
+        with suppress(EntryNotFoundError):
+            hf_hub_download(model, whole)
+        if processor_file(tokenizer.parent).name == alone:
+            hf_hub_download(model, alone)
     # The hub client raises OSError for connections that fail.
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -85,7 +75,7 @@ def _fetch(model: str) -> ModelFiles:
             f"the tokenizer of {model} cannot be fetched from the hub ({reason}). Give --model the folder of a "
             "checkpoint; `python -m train.tiny_model checkpoints/tiny` writes one with the real tokenizer, offline."
         ) from error
-    return ModelFiles(tokenizer=tokenizer, processor=processor)
+    return ModelFiles(tokenizer=tokenizer, processor=processor_file(tokenizer.parent))
 
 
 def read_fingerprints(files: ModelFiles) -> Fingerprints:
@@ -95,10 +85,7 @@ def read_fingerprints(files: ModelFiles) -> Fingerprints:
         ConfigError: they are not those of a Qwen2.5-VL checkpoint.
     """
     where = str(files.processor)
-    try:
-        processor = msgspec.json.decode(files.processor.read_bytes(), type=_ProcessorFile)
-    except msgspec.MsgspecError as error:
-        raise ConfigError(f"{where} is not a processor configuration: {error}. Give a complete checkpoint.") from error
+    processor = image_processor(files.processor.read_bytes(), where=where)
     geometry = (processor.patch_size, processor.temporal_patch_size, processor.merge_size)
     expected = (PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE)
     if geometry != expected:

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from prep.tokenizer import PROCESSOR_FILE, TOKENIZER_FILE, ModelFiles, find_model_files, read_fingerprints
+from prep.tokenizer import ModelFiles, find_model_files, read_fingerprints
+from schemas.checkpoints import TOKENIZER_FILE, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest
 from schemas.qwen import CONTROL_TOKENS, IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD
@@ -125,12 +126,14 @@ def cached_transcriber(model: str, manifest: Manifest) -> Transcriber | None:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(model, name) for name in (TOKENIZER_FILE, PROCESSOR_FILE)]
-    paths = [Path(path) for path in found if isinstance(path, str)]
-    if len(paths) != len(found):
+    found = try_to_load_from_cache(model, TOKENIZER_FILE)
+    if not isinstance(found, str):
+        return None
+    files = ModelFiles(tokenizer=Path(found), processor=processor_file(Path(found).parent))
+    if not files.processor.is_file():
         return None
     try:
-        return _from_files(ModelFiles(tokenizer=paths[0], processor=paths[1]), model, manifest)
+        return _from_files(files, model, manifest)
     except ConfigError:
         return None
 

@@ -8,7 +8,6 @@ Cost: that of reading and writing the weights; ``tokenizer.json`` (7 MB) is pars
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -23,14 +22,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from schemas import qwen
+from schemas.checkpoints import TOKENIZER_FILE, image_processor, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
 from train.disk import writing
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILE = "tokenizer.json"
-PREPROCESSOR_FILE = "preprocessor_config.json"
 
 COMPANION_FILES = (
     "tokenizer*.json",
@@ -130,7 +127,7 @@ def check_fingerprints(folder: Path, fingerprints: Fingerprints, *, shards: str)
         shards: what to call the shards in messages.
 
     Raises:
-        ConfigError: they differ, or the checkpoint has no tokenizer or preprocessor file.
+        ConfigError: they differ, or the checkpoint has no tokenizer or no file that describes its processor.
     """
     remedy = f"Build the shards again with --model {folder}, or train the checkpoint that they were made for."
     path = folder / TOKENIZER_FILE
@@ -140,17 +137,16 @@ def check_fingerprints(folder: Path, fingerprints: Fingerprints, *, shards: str)
             f"the tokenizer of {folder} is not the one that {shards} was made with (fingerprint {tokenizer}, in the "
             f"manifest {fingerprints.tokenizer}): token ids would mean other text. {remedy}"
         )
-    path = folder / PREPROCESSOR_FILE
-    try:
-        preprocessor = json.loads(_read(path))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}. Give a complete checkpoint.") from error
-    if not isinstance(preprocessor, dict):
-        raise ConfigError(f"{path} holds no JSON object. Give a complete checkpoint.")
-    for name, expected in (("image_mean", fingerprints.image_mean), ("image_std", fingerprints.image_std)):
-        found = preprocessor.get(name)
-        if found != list(expected):
-            raise ConfigError(f"{name} of {path} is {found}, but {shards} was made with {list(expected)}. {remedy}")
+    path = processor_file(folder)
+    processor = image_processor(_read(path), where=str(path))
+    for name, found, expected in (
+        ("image_mean", processor.image_mean, fingerprints.image_mean),
+        ("image_std", processor.image_std, fingerprints.image_std),
+    ):
+        if found != tuple(expected):
+            raise ConfigError(
+                f"{name} of {path} is {list(found)}, but {shards} was made with {list(expected)}. {remedy}"
+            )
 
 
 def load_model(
