@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,17 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from tests.train.launching import (
     alone,
     as_flags,
+    assert_close_metrics,
+    assert_close_weights,
+    assert_same_run,
     deepspeed,
     fingerprint_of,
+    go_on,
     made_once,
     read_metrics,
-    read_untimed,
     read_weights,
+    run_once,
+    run_ranks,
     torchrun,
 )
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
@@ -38,9 +44,8 @@ from train.reader import read_checked_bin
 
 NUM_STEPS = 3
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
-ZERO_3 = ("--deepspeed", "zero3.json")
-STRATEGIES = {"zero1": "zero1.json", "zero2": "zero2.json", "zero3": "zero3.json", "offloaded": "zero3_offload.json"}
-"""Fixture of a run of two ranks -> the file that it had."""
+STRATEGIES = {"zero2": ()} | {name: ("--deepspeed", f"{name}.json") for name in ("zero1", "zero3", "zero3_offload")}
+"""How ranks share the work -> the flags for it; ZeRO-2 is the default."""
 
 
 @pytest.fixture(scope="module")
@@ -91,53 +96,20 @@ def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def zero1(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks that share the same four bins under ZeRO-1."""
+def under(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs of two ranks that share the same four bins, by strategy; that of the default is started by torchrun."""
 
-    def run(out: Path) -> None:
-        done = torchrun(2, *flags, *TIMES_TWO, "--deepspeed", "zero1.json", "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
+    def made(strategy: str) -> Path:
+        launcher = torchrun if strategy == "zero2" else run_ranks
+        return run_once(tmp_path_factory, strategy, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy], launcher=launcher)
 
-    return made_once(tmp_path_factory, "zero1", run)
-
-
-@pytest.fixture(scope="module")
-def zero2(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same under ZeRO-2, the default."""
-
-    def run(out: Path) -> None:
-        done = torchrun(2, *flags, *TIMES_TWO, "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, "zero2", run)
-
-
-@pytest.fixture(scope="module")
-def zero3(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same under ZeRO-3."""
-
-    def run(out: Path) -> None:
-        done = torchrun(2, *flags, *TIMES_TWO, *ZERO_3, "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, "zero3", run)
-
-
-@pytest.fixture(scope="module")
-def offloaded(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same under ZeRO-3 with optimizer and parameters on the host."""
-
-    def run(out: Path) -> None:
-        done = torchrun(2, *flags, *TIMES_TWO, "--deepspeed", "zero3_offload.json", "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, "offloaded", run)
+    return made
 
 
 @pytest.fixture(params=STRATEGIES)
-def two_ranks(request: pytest.FixtureRequest) -> Path:
+def two_ranks(request: pytest.FixtureRequest, under: Callable[[str], Path]) -> Path:
     """Each of these runs in turn."""
-    return request.getfixturevalue(request.param)
+    return under(request.param)
 
 
 def test_in_every_micro_step_one_rank_has_text_and_the_other_a_picture_and_a_clip(
@@ -173,21 +145,11 @@ def test_the_first_step_has_the_mean_loss_over_its_targets_and_the_norm_of_its_g
     assert first["num_targets"] == sum(len(part) for part in losses)
 
 
-def test_two_ranks_have_the_losses_of_one_with_twice_the_accumulation(one_rank: Path, two_ranks: Path) -> None:
-    for expected, found in zip(read_metrics(one_rank), read_metrics(two_ranks), strict=True):
-        for name in ("step", "epoch", "learning_rates", "num_tokens", "num_targets"):
-            assert found[name] == expected[name]
-        for name in ("loss", "grad_norm"):
-            assert found[name] == pytest.approx(expected[name], rel=1e-6)
-
-
-def test_two_ranks_end_with_the_weights_of_one_with_twice_the_accumulation(one_rank: Path, two_ranks: Path) -> None:
-    expected, found = read_weights(one_rank), read_weights(two_ranks)
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(
-            found[name], weight, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+def test_two_ranks_have_the_losses_and_weights_of_one_with_twice_the_accumulation(
+    one_rank: Path, two_ranks: Path
+) -> None:
+    assert_close_metrics(two_ranks, one_rank, "loss", "grad_norm", rel=1e-6)
+    assert_close_weights(two_ranks, one_rank)
 
 
 def test_the_comparison_of_weights_means_something(one_rank: Path, tiny_checkpoint: Path) -> None:
@@ -225,55 +187,38 @@ def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks:
     assert found == [".lock", "checkpoint-2", "checkpoint-3", "final", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3", "offloaded"])
+@pytest.mark.parametrize("strategy", ["zero1", "zero3", "zero3_offload"])
 def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
-    flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, strategy: str
+    flags: list[str], under: Callable[[str], Path], tmp_path: Path, strategy: str
 ) -> None:
-    """What a run leaves that is killed while saving step 3 is completed by the same command."""
-    unbroken: Path = request.getfixturevalue(strategy)
-    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-3.tmp").mkdir()
-    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))
-
-    done = torchrun(2, *flags, *TIMES_TWO, "--deepspeed", STRATEGIES[strategy], "--output_dir", str(tmp_path))
-
-    assert done.returncode == 0, done.stderr
-    assert read_untimed(tmp_path) == read_untimed(unbroken)
-    expected, found = read_weights(unbroken), read_weights(tmp_path)
-    assert found.keys() == expected.keys()
-    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+    go_on(under(strategy), tmp_path, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy])
+    assert_same_run(tmp_path, under(strategy))
+    assert not (tmp_path / "checkpoint-3.tmp").exists()
 
 
-def test_a_run_of_other_settings_does_not_go_on_from_a_checkpoint(flags: list[str], zero2: Path) -> None:
-    done = alone(*flags, *TIMES_TWO, "--output_dir", str(zero2))
+def test_a_run_of_other_settings_does_not_go_on_from_a_checkpoint(
+    flags: list[str], under: Callable[[str], Path]
+) -> None:
+    done = run_ranks(1, *flags, *TIMES_TWO, "--output_dir", str(under("zero2")))
     assert done.returncode == 2
     assert "checkpoint-3 was saved with bins of a step = 4, this run has 2" in done.stderr
 
 
-@pytest.mark.parametrize(("before", "num_ranks"), [("zero2", 1), ("zero3", 1), ("one_rank", 2)])
-def test_another_number_of_ranks_goes_on_with_the_same_losses_and_weights(
-    flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, before: str, num_ranks: int
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
+def test_one_rank_goes_on_where_two_were_with_the_same_losses_and_weights(
+    flags: list[str], under: Callable[[str], Path], tmp_path: Path, strategy: str
 ) -> None:
-    """From two ranks to one and from one to two, after two of three steps."""
-    run: Path = request.getfixturevalue(before)
-    shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
-    stage = ZERO_3 if before == "zero3" else ()
-    per_rank = TIMES_FOUR if num_ranks == 1 else TIMES_TWO
+    go_on(under(strategy), tmp_path, 1, *flags, *TIMES_FOUR, *STRATEGIES[strategy])
+    assert_close_metrics(tmp_path, under(strategy), "loss", "grad_norm", "eval_loss", rel=1e-6)
+    assert_close_weights(tmp_path, under(strategy))
 
-    done = torchrun(num_ranks, *flags, *stage, *per_rank, "--output_dir", str(tmp_path))
 
-    assert done.returncode == 0, done.stderr
-    (found,), expected = read_metrics(tmp_path), read_metrics(run)[2]
-    for name in ("step", "epoch", "learning_rates", "num_tokens", "num_targets"):
-        assert found[name] == expected[name]
-    for name in ("loss", "grad_norm"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-6)
-    weights = read_weights(run)
-    for name, weight in read_weights(tmp_path).items():
-        torch.testing.assert_close(
-            weight, weights[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+def test_two_ranks_go_on_where_one_was_with_the_same_losses_and_weights(
+    flags: list[str], one_rank: Path, tmp_path: Path
+) -> None:
+    go_on(one_rank, tmp_path, 2, *flags, *TIMES_TWO)
+    assert_close_metrics(tmp_path, one_rank, "loss", "grad_norm", "eval_loss", rel=1e-6)
+    assert_close_weights(tmp_path, one_rank)
 
 
 def test_frozen_parts_keep_their_weights_to_the_bit(shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

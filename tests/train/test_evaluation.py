@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ShardError
-from tests.train.launching import alone, as_flags, fingerprint_of, made_once, read_metrics, torchrun
+from tests.train.launching import as_flags, fingerprint_of, made_once, read_metrics, run_ranks
 from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample, write_shards
 from train.batch import build_micro_batch
 from train.evaluation import format_evaluation, is_due, sum_by_sample
@@ -96,10 +96,10 @@ def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ra
 ) -> None:
     """Six bins on one rank and, with ZeRO-3, on two."""
     often = ("--eval_strategy", "steps", "--eval_steps", "1")
-    done = alone(*flags, *often, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one"))
+    done = run_ranks(1, *flags, *often, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one"))
     assert done.returncode == 0, done.stderr
     two = ("--deepspeed", "zero3.json", "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "two"))
-    done = torchrun(2, *flags, *two)
+    done = run_ranks(2, *flags, *two)
     assert done.returncode == 0, done.stderr
 
     first, last = evaluations(tmp_path / "one")

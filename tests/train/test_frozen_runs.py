@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,14 @@ from safetensors.torch import load_file
 
 from tests.train.launching import (
     as_flags,
+    assert_close_metrics,
+    assert_close_weights,
+    assert_same_run,
     fingerprint_of,
+    go_on,
     made_once,
-    read_metrics,
-    read_untimed,
     read_weights,
-    torchrun,
+    run_once,
 )
 from tests.train.synthetic import make_bins, write_shards
 
@@ -46,7 +47,7 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 RUNS = [("llm", 2), ("llm", 3), ("mlp", 2), ("mlp", 3)]
-"""Part that is trained, and ZeRO stage. Each goes on once: two with as many ranks, two with another number."""
+"""Part that is trained, and ZeRO stage. Each goes on with another number of ranks, and two with as many."""
 
 
 def name_of(run: tuple[str, int]) -> str:
@@ -61,11 +62,7 @@ def trained(
     part, stage = request.param
     chosen = [*flags, *PARTS[part], "--deepspeed", f"zero{stage}.json"]
 
-    def run(out: Path) -> None:
-        done = torchrun(2, *chosen, *TIMES_TWO, "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
-
-    return part, made_once(tmp_path_factory, f"frozen-{part}-{stage}", run), chosen
+    return part, run_once(tmp_path_factory, f"frozen-{part}-{stage}", 2, *chosen, *TIMES_TWO), chosen
 
 
 def is_trained(name: str, part: str) -> bool:
@@ -84,38 +81,19 @@ def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
     trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     part, unbroken, flags = trained
-    assert_frozen(unbroken, part, tiny_checkpoint)
-    shutil.copytree(unbroken / "checkpoint-2", tmp_path / "checkpoint-2")
-    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2]))
-
-    done = torchrun(2, *flags, *TIMES_TWO, "--output_dir", str(tmp_path))
-
-    assert done.returncode == 0, done.stderr
-    assert read_untimed(tmp_path) == read_untimed(unbroken)
-    expected, found = read_weights(unbroken), read_weights(tmp_path)
-    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+    go_on(unbroken, tmp_path, 2, *flags, *TIMES_TWO)
+    assert_same_run(tmp_path, unbroken)
+    assert_frozen(tmp_path, part, tiny_checkpoint)
 
 
-@pytest.mark.parametrize("trained", [RUNS[1], RUNS[2]], ids=name_of, indirect=True)
 def test_one_rank_goes_on_where_two_were_with_the_same_losses_and_the_frozen_weights_to_the_bit(
     trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     part, before, flags = trained
-    shutil.copytree(before / "checkpoint-2", tmp_path / "checkpoint-2")
-
-    done = torchrun(1, *flags, *TIMES_FOUR, "--output_dir", str(tmp_path))
-
-    assert done.returncode == 0, done.stderr
+    go_on(before, tmp_path, 1, *flags, *TIMES_FOUR)
     assert_frozen(tmp_path, part, tiny_checkpoint)
-    (found,), expected = read_metrics(tmp_path), read_metrics(before)[2]
-    for name in ("loss", "grad_norm"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-5)
-    weights = read_weights(before)
-    for name, weight in read_weights(tmp_path).items():
-        torch.testing.assert_close(
-            weight, weights[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_close_metrics(tmp_path, before, "loss", "grad_norm", rel=1e-5)
+    assert_close_weights(tmp_path, before)
 
 
 def test_frozen_weights_are_in_no_checkpoint(trained: tuple[str, Path, list[str]], tiny_checkpoint: Path) -> None:

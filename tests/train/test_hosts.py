@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from tests.guides import blocks
@@ -27,12 +25,13 @@ from tests.train.launching import (
     ENVIRONMENT,
     REPOSITORY,
     as_flags,
+    assert_same_run,
     fingerprint_of,
+    free_port,
     made_once,
     read_metrics,
     read_untimed,
-    read_weights,
-    torchrun,
+    run_once,
 )
 from tests.train.synthetic import make_medium, make_sample, write_shards
 from train.checkpoint import list_checkpoints
@@ -66,18 +65,7 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 @pytest.fixture(scope="module")
 def one_host(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def make(out: Path) -> None:
-        done = torchrun(2, *flags, "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, "one-host", make)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return run_once(tmp_path_factory, "one-host", 2, *flags)
 
 
 def launchers(kind: str, folder: Path) -> list[list[str]]:
@@ -119,12 +107,8 @@ def run_hosts(commands: list[list[str]], flags: list[str]) -> None:
 def test_two_hosts_train_what_one_host_trains(kind: str, flags: list[str], one_host: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_hosts(launchers(kind, tmp_path), [*flags, "--output_dir", str(run)])
-    assert read_untimed(run) == read_untimed(one_host)
+    assert_same_run(run, one_host)
     assert len(read_untimed(run)) == NUM_STEPS
-    expected = read_weights(one_host)
-    found = read_weights(run)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_run_of_one_host_goes_on_with_two(flags: list[str], one_host: Path, tmp_path: Path) -> None:
@@ -139,6 +123,8 @@ def test_a_run_of_one_host_goes_on_with_two(flags: list[str], one_host: Path, tm
 SRUN = """\
 import os, signal, subprocess, sys, time
 
+if "SRUN_CPUS_PER_TASK" not in os.environ:
+    sys.exit("each task gets one CPU")
 command = sys.argv[1:]
 while command[0].startswith("-"):
     command.pop(0)
@@ -191,6 +177,7 @@ class Slurm:
     def submit(self) -> subprocess.Popen[str]:
         (script,) = blocks("cluster.md", "Training", "bash")
         job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port() - 20000), "SLURM_JOB_NODELIST": "node-[a-b]"}
+        job["SLURM_CPUS_PER_TASK"] = "1"
         return subprocess.Popen(
             ["bash", "-c", script],
             env={**ENVIRONMENT, **job, "SLURM_SUBMIT_DIR": str(self.folder)},
@@ -256,10 +243,11 @@ def test_commands_and_manifest_of_the_guide_fit_together() -> None:
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     places = {part.partition("=")[0]: part.partition("=")[2] for part in container["args"]}
-    assert container["args"][5] == "train/main.py"
+    assert container["args"][-2:] == ["train/main.py", "--config=/data/run.toml"]
     assert int(places["--nnodes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert places["--master_addr"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"]
+    assert int(places["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(places["--nproc_per_node"])
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}

@@ -16,13 +16,13 @@ import torch
 from tests.train.launching import (
     ENVIRONMENT,
     REPOSITORY,
-    alone,
     as_flags,
+    assert_same_run,
     fingerprint_of,
     made_once,
     read_metrics,
-    read_untimed,
-    read_weights,
+    run_once,
+    run_ranks,
     start_alone,
     torchrun_command,
 )
@@ -52,11 +52,8 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 @pytest.fixture(scope="module")
 def unbroken(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def run(out: Path) -> None:
-        done = alone(*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "0", "--output_dir", str(out))
-        assert done.returncode == 0, done.stderr
-
-    return made_once(tmp_path_factory, "unbroken", run)
+    length = ("--max_steps", str(NUM_STEPS), "--save_steps", "0")
+    return run_once(tmp_path_factory, "unbroken", 1, *flags, *length)
 
 
 def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -70,12 +67,6 @@ def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> N
 def has_logged(run: Path) -> bool:
     path = run / "metrics.jsonl"
     return path.is_file() and path.stat().st_size > 0
-
-
-def assert_same(run: Path, unbroken: Path) -> None:
-    assert read_untimed(run) == read_untimed(unbroken)
-    expected, found = read_weights(unbroken), read_weights(run)
-    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
 
 
 def test_a_run_told_to_stop_saves_and_the_same_command_ends_as_the_unbroken_run(
@@ -93,10 +84,10 @@ def test_a_run_told_to_stop_saves_and_the_same_command_ends_as_the_unbroken_run(
     assert f"saved after step {step} of {NUM_STEPS}; the same command goes on" in errors
     assert not (tmp_path / "final").exists()
 
-    done = alone(*command)
+    done = run_ranks(1, *command)
 
     assert done.returncode == 0, done.stderr
-    assert_same(tmp_path, unbroken)
+    assert_same_run(tmp_path, unbroken)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags: list[str], tmp_path: Path) -> None:
@@ -128,12 +119,12 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     assert (tmp_path / "checkpoint-4.tmp").is_dir()
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
 
-    done = alone(*command, "--save_total_limit", "1")
+    done = run_ranks(1, *command, "--save_total_limit", "1")
 
     assert done.returncode == 0, done.stderr
     assert f"going on from {tmp_path / 'checkpoint-2'}" in done.stderr
     assert not list(tmp_path.glob("*.tmp"))
-    assert_same(tmp_path, unbroken)
+    assert_same_run(tmp_path, unbroken)
 
 
 @pytest.fixture

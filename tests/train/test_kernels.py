@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from schemas.errors import ConfigError
-from tests.train.launching import alone, as_flags, fingerprint_of, read_metrics
+from tests.train.launching import as_flags, fingerprint_of, read_metrics, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from tests.train.test_model import EVERYTHING, gradients, micro_batch, samples_of_all_kinds
 from train import kernels, optim
@@ -84,7 +84,7 @@ def test_a_run_with_compiled_layers_has_the_losses_of_one_without(tiny_checkpoin
     flags = as_flags(settings)
     flags += ["--learning_rate", "1e-3", "--logging_steps", "1", "--gradient_accumulation_steps", "2"]
     for name, more in (("eager", []), ("compiled", ["--torch_compile"])):
-        done = alone(*flags, *more, "--output_dir", str(tmp_path / name))
+        done = run_ranks(1, *flags, *more, "--output_dir", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
         assert ("layers are compiled at their first use" in done.stderr) == bool(more)
     for expected, found in zip(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), strict=True):

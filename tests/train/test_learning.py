@@ -1,4 +1,4 @@
-"""What is built and trained is enough to learn to see: the whole way on one kind of question, in about two minutes.
+"""What is built and trained is enough to learn to see: the whole way on one kind of question, in about a minute.
 
 ``python -m tests.benchmarks.learning`` does it with shapes, counts and chart values too, and for longer.
 """
@@ -23,7 +23,7 @@ from tests.benchmarks.learning import (
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
-    lesson = Lesson(kinds=("colours",), num_train=1500, num_held_out=100, steps=250, text_steps=40)
+    lesson = Lesson(kinds=("colours",), num_train=1500, num_held_out=100, steps=140, text_steps=30)
     return learn(lesson, tmp_path_factory.mktemp("learning"), ranks=1)["colours"]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from schemas.errors import VlprepError
-from tests.train.launching import as_flags, fingerprint_of, made_once, read_metrics, read_weights, torchrun
+from tests.train.launching import as_flags, fingerprint_of, made_once, read_metrics, read_weights, run_ranks
 from tests.train.synthetic import as_bin, make_bins, make_sample, write_shards
 from train.batch import build_micro_batch
 from train.index import ShardIndex, open_shards
@@ -60,7 +60,7 @@ def run(poisoned: Path, out: Path, *flags: str) -> tuple[int, str]:
         "logging_steps": 1,
         "save_steps": 0,
     }
-    done = torchrun(2, *as_flags(settings), *flags)
+    done = run_ranks(2, *as_flags(settings), *flags)
     return done.returncode, done.stderr
 
 
