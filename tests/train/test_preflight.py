@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import train.preflight
 from schemas.errors import ConfigError
-from tests.train.launching import fingerprint_of, launch, torchrun
+from tests.train.launching import fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.engine import Ranks
 from train.flags import parse_arguments
@@ -32,7 +35,7 @@ def flags(shards: Path, checkpoint: Path, run: Path) -> list[str]:
 def test_two_ranks_look_and_leave_nothing(shards: Path, tiny_checkpoint: Path, tmp_path: Path, strategy: str) -> None:
     run = tmp_path / "run"
     held_out = ["--eval_shards", str(shards)]
-    done = torchrun(2, *flags(shards, tiny_checkpoint, run), *held_out, "--deepspeed", f"{strategy}.json")
+    done = run_ranks(2, *flags(shards, tiny_checkpoint, run), *held_out, "--deepspeed", f"{strategy}.json")
     assert done.returncode == 0, done.stderr
     for part in (
         "tokenizer and processor of",
@@ -57,7 +60,7 @@ def test_a_loss_that_is_no_number_is_found(shards: Path, tiny_checkpoint: Path, 
     hf.save_pretrained(broken)
     for name in ("tokenizer.json", "preprocessor_config.json"):
         (broken / name).write_bytes((tiny_checkpoint / name).read_bytes())
-    done = torchrun(2, *flags(shards, broken, tmp_path / "run"), "--eval_shards", str(shards))
+    done = run_ranks(2, *flags(shards, broken, tmp_path / "run"), "--eval_shards", str(shards))
     assert done.returncode == 1
     line, other = sorted(line for line in done.stderr.splitlines() if line.startswith("error ("))
     assert other == "error (rank 1): the run would not go well. The first rank says why."
@@ -67,19 +70,34 @@ def test_a_loss_that_is_no_number_is_found(shards: Path, tiny_checkpoint: Path, 
     assert len(line.split("; ")) <= MAX_PROBLEMS_SHOWN + 1
 
 
+def have_no_memory() -> None:
+    """Make a rank see a host without memory."""
+    train.preflight.host_bytes = lambda: 0
+
+
+def have_no_disk() -> None:
+    """Make a rank see a full disk."""
+    shutil.disk_usage = lambda path: SimpleNamespace(free=0)  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
-    ("strategy", "patch", "code", "message"),
+    ("strategy", "prepare", "code", "message"),
     [
-        ("zero3_offload", "train.preflight.host_bytes = lambda: 0", 2, "well: offloading takes 0.3 GiB of a machine"),
-        ("zero2", "shutil.disk_usage = lambda _: shutil._ntuple_diskusage(1, 1, 0)", 1, "well: 1 x 0.15 GiB of check"),
+        ("zero3_offload", have_no_memory, 2, "well: offloading takes 0.3 GiB of a machine"),
+        ("zero2", have_no_disk, 1, "well: 1 x 0.15 GiB of check"),
     ],
 )
 def test_a_machine_without_room_is_found(
-    shards: Path, tiny_checkpoint: Path, tmp_path: Path, strategy: str, patch: str, code: int, message: str
+    shards: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    strategy: str,
+    prepare: Callable[[], None],
+    code: int,
+    message: str,
 ) -> None:
     argv = [*flags(shards, tiny_checkpoint, tmp_path / "run"), "--deepspeed", f"{strategy}.json"]
-    program = f"import shutil, sys, train.main, train.preflight; {patch}; sys.exit(train.main.main({argv}))"
-    done = launch(sys.executable, "-c", program)
+    done = run_ranks(1, *argv, prepare=prepare)
     assert done.returncode == code, done.stderr
     assert f"the run would not go {message}" in done.stderr
 

@@ -123,7 +123,7 @@ def test_a_checkpoint_without_tokenizer_or_processor_is_an_error(
 
 def test_a_preprocessor_file_of_another_kind_is_an_error(folder: Path, fingerprints: Fingerprints) -> None:
     (folder / "preprocessor_config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"preprocessor_config\.json is not a processor configuration: Expected `object`"):
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json is not a processor configuration: Expected `obj"):
         pretrained.check_fingerprints(folder, fingerprints, shards="shards/")
 
 
