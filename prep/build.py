@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -17,16 +18,16 @@ from pathlib import Path
 
 import msgspec
 import xxhash
-from tqdm import tqdm
 
 from prep import storage
-from prep.columns import SampleColumns, read_columns
+from prep.columns import SampleColumns, count_rejects, read_columns
 from prep.engines import Engine
 from prep.files import naming, write_synced
 from prep.ledger import Ledger
 from prep.metrics import BuildMetrics, Timings, merge_timings
 from prep.output import Output
 from prep.plan import Plan, make_plan
+from prep.progress import progress
 from prep.records import FileIndex, is_read_in_place
 from prep.registry import Source, draw
 from prep.scan import ScannedPart, ScanTask, scan_chunk, table_path
@@ -37,6 +38,7 @@ from prep.urls import Location, location_key
 from prep.work import WorkFolder
 from prep.write import WriteTask, write_shard
 from prep.written import WrittenShards
+from schemas.annotation import ReasonCode
 from schemas.errors import VlprepError
 from schemas.manifest import (
     MANIFEST_FILE,
@@ -52,6 +54,11 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "build_metrics.json"
 """Counts and times of the run that finished the build; not part of the set, since times differ from run to run."""
+
+_WHY = (
+    "`vlprep validate` on the annotation file or dataset says what is wrong with each record; too_long depends on "
+    "--max-length, --overlong and the media settings."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +150,7 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
         parts = _scan(request, engine, work, files, fingerprints, indexes, clock.timings)
         clock.lap("scan")
         samples = read_columns(parts)
-        _check_rejects(request, samples)
+        _check_rejects(request, parts, samples)
         plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)
         clock.lap("plan")
         results = work.write_results(_plan_key(key, parts, plan))
@@ -155,8 +162,12 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
         ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, written)
         with naming(work.output.folder / SAMPLES_FILE):
             statistics = ledger.write(work.output.folder / SAMPLES_FILE, parts)
-        num_rejected = sum(dataset.num_rejected for dataset in statistics)
-        _check_share(request, sum(dataset.num_drawn for dataset in inputs), num_rejected)
+        _check_share(
+            request,
+            sum(dataset.num_drawn for dataset in inputs),
+            sum(dataset.num_rejected for dataset in statistics),
+            sum((Counter(dataset.rejects_by_code) for dataset in statistics), Counter()),
+        )
         manifest = seal(
             work.output,
             settings=request.settings,
@@ -200,8 +211,12 @@ def _indexes(request: BuildRequest, work: WorkFolder, engine: Engine, *, needs_d
     answers = storage.in_parallel(partial(work.index, needs_data=needs_data), asked)
     known = {file: found for file, found in zip(asked, answers) if found is not None}
     new = [file for file in dict.fromkeys(files) if file not in known]
-    with closing(engine.map(work.make_index, new)) as walked:
-        known.update(zip(new, tqdm(walked, total=len(new), desc="index", unit="file", disable=not new)))
+    with ExitStack() as walking:
+        walked = walking.enter_context(closing(engine.map(work.make_index, new)))
+        bar = walking.enter_context(progress("index", len(new), "file"))
+        for file, found in zip(new, walked):
+            known[file] = found
+            bar.update()
     return [[known[file] for file in source.files] for source in request.sources]
 
 
@@ -259,7 +274,7 @@ def _scan(
                 tasks.append(task)
             base += index.num_records
     total = sum(task.chunk.num_records for task in tasks)
-    with closing(engine.map(scan_chunk, tasks)) as results, tqdm(total=total, desc="scan", unit="record") as bar:
+    with closing(engine.map(scan_chunk, tasks)) as results, progress("scan", total, "record") as bar:
         for result in results:
             number, name, base = origins[len(parts)]
             parts.append(ScannedPart(path=result.part, source=number, file=name, record_base=base))
@@ -268,23 +283,36 @@ def _scan(
     return parts
 
 
-def _check_rejects(request: BuildRequest, samples: SampleColumns) -> None:
+def _check_rejects(request: BuildRequest, parts: Sequence[ScannedPart], samples: SampleColumns) -> None:
     """Stop before the write step when the scan alone shows that there is too little to pack."""
     num_packable = int((samples.num_tokens <= request.settings.max_length).sum())
+    num_rejected = samples.num_drawn - num_packable
+    if not samples.num_drawn:
+        raise VlprepError(
+            "there is no annotation to pack: the annotation files hold none, or the share taken of them (%N, "
+            "sampling_rate) is less than one. Nothing was sealed; take a larger share."
+        )
+    if num_packable and num_rejected <= request.max_rejected * samples.num_drawn:
+        return
+    codes = count_rejects(parts) + Counter({ReasonCode.TOO_LONG.value: samples.num_tokens.size - num_packable})
     if not num_packable:
         raise VlprepError(
-            f"none of {samples.num_drawn} annotations can be packed; nothing was sealed. `vlprep validate` on the same "
-            "file says what is wrong with each."
+            f"none of {samples.num_drawn} annotations can be packed{_by_code(codes)}; nothing was sealed. {_WHY}"
         )
-    _check_share(request, samples.num_drawn, samples.num_drawn - num_packable)
+    _check_share(request, samples.num_drawn, num_rejected, codes)
 
 
-def _check_share(request: BuildRequest, drawn: int, rejected: int) -> None:
+def _check_share(request: BuildRequest, drawn: int, rejected: int, codes: Counter[str]) -> None:
     if rejected > request.max_rejected * drawn:
         raise VlprepError(
             f"{rejected} of {drawn} annotations are rejected, more than --max-rejected "
-            f"{float(request.max_rejected):.2%}. Nothing was sealed; `vlprep validate` says what is wrong with each."
+            f"{float(request.max_rejected):.2%}{_by_code(codes)}. Nothing was sealed. {_WHY} With a higher "
+            "--max-rejected, samples.parquet lists every reject."
         )
+
+
+def _by_code(codes: Counter[str]) -> str:
+    return f" ({', '.join(f'{code} {number}' for code, number in codes.most_common())})"
 
 
 def _write(
@@ -300,7 +328,7 @@ def _write(
     written = WrittenShards()
     tasks = _write_tasks(request, output, results, parts, samples, plan)
     total = int(plan.order.size)
-    with closing(engine.map(write_shard, tasks)) as shards, tqdm(total=total, desc="write", unit="sample") as bar:
+    with closing(engine.map(write_shard, tasks)) as shards, progress("write", total, "sample") as bar:
         for result in shards:
             written.add(result)
             bar.update(sum(row.num_samples for row in result.rows) + len(result.failed))

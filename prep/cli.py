@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -60,6 +61,13 @@ _FILE = _NamedPath(dir_okay=False, path_type=Path)
 _INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, as shells have it."""
 
+_NOT_FOR_OUTPUT = {
+    "http": "a web server is only read from",
+    "https": "a web server is only read from",
+    "memory": "this command's memory ends with it, and no worker sees it",
+}
+"""Kinds of URL that shards cannot be written to, and why."""
+
 _MEDIA = msgspec.structs.asdict(MediaSettings())
 
 
@@ -87,6 +95,16 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
         sys.exit(code or 0)
 
     return run
+
+
+def _say(text: str) -> None:
+    """Print what came of a command. Where nobody reads on (``vlprep show … | head``), the rest goes nowhere; the exit
+    code stays what it is.
+    """
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(*_: object) -> None:
@@ -234,6 +252,10 @@ def build_command(
     """
     if work_dir is not None and isinstance(out, Path):
         raise ConfigError(f"--work-dir goes with an --out that is a URL; the work of {out} lies in {out / '.build'}.")
+    if isinstance(out, Url) and out.protocol in _NOT_FOR_OUTPUT:
+        raise ConfigError(
+            f"--out {out}: {_NOT_FOR_OUTPUT[out.protocol]}. Give a folder, or a URL such as s3://bucket/shards."
+        )
     settings = BuildSettings(
         media=MediaSettings(**media),  # type: ignore[arg-type]
         max_length=max_length,
@@ -258,14 +280,15 @@ def build_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         manifest = build(request, workforce)
-    click.echo(build_summary(manifest, out))
+    _say(build_summary(manifest, out))
     metrics = read_metrics(out)
     if metrics is not None:
-        click.echo(metrics_summary(metrics))
+        _say(metrics_summary(metrics))
 
 
 @main.command("validate")
 @click.argument("files", nargs=-1, required=True, type=_FILE_OR_URL)
+@click.option("--registry", type=_FILE, help=f"Registry, for datasets.  [default: {DEFAULT_REGISTRY}]")
 @click.option("--media-root", type=_FOLDER_OR_URL, help="Folder or URL of the media.  [default: where each file lies]")
 @click.option("--deep", is_flag=True, help="Decode every medium, not only its header.")
 @click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object a line.")
@@ -276,6 +299,7 @@ def build_command(
 @_guarded
 def validate_command(
     files: tuple[Location, ...],
+    registry: Path | None,
     media_root: Location | None,
     deep: bool,
     rejects: Path | None,
@@ -286,10 +310,13 @@ def validate_command(
     ray_address: str | None,
     **media: float,
 ) -> int:
-    """Check annotation FILES (paths or URLs) and their media; exit 1 when there are problems."""
+    """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 when there are
+    problems.
+    """
     request = ValidateRequest(
         files=files,
         media_root=media_root,
+        registry=registry,
         deep=deep,
         rejects=rejects,
         fixed=fixed,
@@ -298,7 +325,7 @@ def validate_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         report = validate(request, workforce)
-    click.echo(report.text())
+    _say(report.text())
     return 1 if report.num_rejected else 0
 
 
@@ -309,7 +336,7 @@ def datasets_command(registry: Path) -> None:
     """List the registered datasets and whether their files exist."""
     for row in Registry.read(registry).listed():
         files = ", ".join(map(str, row.files))
-        click.echo(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
+        _say(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
 
 
 @main.command("demo")
@@ -320,7 +347,7 @@ def demo_command(out: Path, seed: int) -> None:
     """Write the demo dataset to OUT: drawn pages, charts, scenes, clips and chats with checkable answers."""
     from prep.demo import write_demo
 
-    click.echo(write_demo(out, seed=seed))
+    _say(str(write_demo(out, seed=seed)))
 
 
 @main.command("verify")
@@ -331,7 +358,7 @@ def verify_command(folder: Location, workers: int | None, engine: str, ray_addre
     """Check every byte, count and invariant of the shards in DIR; exit 1 when something is wrong."""
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         verification = verify(folder, workforce)
-    click.echo(verification.text())
+    _say(verification.text())
     return 1 if verification.findings else 0
 
 
@@ -345,9 +372,9 @@ def show_command(folder: Location, number: int, save: Path | None, model: str) -
     """Print one bin of the shards in DIR: text, media, and what is trained."""
     shards = open_set(folder)
     transcriber = open_transcriber(model, shards.manifest)
-    click.echo(show(shards, number, transcriber, colour=sys.stdout.isatty()))
+    _say(show(shards, number, transcriber, colour=sys.stdout.isatty()))
     if save is not None:
-        click.echo(f"\n{len(save_pictures(shards, number, save)):,} pictures written to {save}")
+        _say(f"\n{len(save_pictures(shards, number, save)):,} pictures written to {save}")
 
 
 @main.command("report")
@@ -362,4 +389,4 @@ def show_command(folder: Location, number: int, save: Path | None, model: str) -
 def report_command(folder: Location, out: Path, model: str | None) -> None:
     """Write one HTML page about the shards in DIR: counts, rejects, distributions, samples."""
     num_bytes = write_report(folder, out, model)
-    click.echo(f"{out}: {num_bytes / 1e6:.1f} MB")
+    _say(f"{out}: {num_bytes / 1e6:.1f} MB")

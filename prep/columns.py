@@ -6,11 +6,13 @@ pass over the parts, and 28 bytes a row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -72,3 +74,15 @@ def read_columns(parts: Sequence[ScannedPart]) -> SampleColumns:
     # A column's pieces go as soon as it is joined, so that no more than one is there twice.
     columns = {name: np.concatenate(pieces.pop(name)) for name in _COLUMNS}
     return SampleColumns(part_starts=part_starts, num_drawn=num_drawn, **columns)
+
+
+def count_rejects(parts: Sequence[ScannedPart]) -> Counter[str]:
+    """How many of the drawn annotations the scan rejected for each reason; one with several counts for each."""
+    counts = Counter[str]()
+    for part in parts:
+        table = pq.read_table(table_path(part.path), columns=["copies", "codes"])
+        rejected = table.filter(pc.greater(pc.list_value_length(table.column("codes")), 0))
+        for copies, codes in zip(rejected.column("copies").to_pylist(), rejected.column("codes").to_pylist()):
+            for code in codes:
+                counts[code] += copies
+    return +counts

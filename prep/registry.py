@@ -121,7 +121,7 @@ def find_sources(
     if is_url(expression):
         return [_url_source(parse_location(expression), media_root, media)]
     path = Path(expression)
-    if path.is_file() or path.name.endswith(ANNOTATION_SUFFIXES):
+    if path.is_file() or ("," not in expression and path.name.endswith(ANNOTATION_SUFFIXES)):
         return [_file_source(path, media_root, media)]
     if media_root is not None:
         raise ConfigError("--media-root goes with an annotation file; a registered dataset has its own media_root.")
@@ -255,6 +255,12 @@ class Registry:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self.tables:
+            if "/" in name or name.endswith(ANNOTATION_SUFFIXES):
+                raise ConfigError(
+                    f"{name} is a path, and paths are not mixed or cut to a share on the command line: there, give one "
+                    f"annotation file (or a URL) and nothing else. To mix datasets or to take a share of one, register "
+                    f"each in {self.path}: a table [name] with annotation_path and media_root."
+                )
             known = ", ".join(self.tables) or "none"
             raise ConfigError(
                 f"dataset {name!r} is not registered in {self.path}; registered: {known}. Add a table [{name}] with "

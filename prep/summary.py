@@ -28,7 +28,7 @@ def build_summary(manifest: Manifest, out: Location) -> str:
         *drift_lines(manifest),
     ]
     if counts.num_rejected:
-        lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file.")
+        lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file or dataset.")
     return "\n".join(lines)
 
 
@@ -49,6 +49,11 @@ def decibels(psnr_db: float | None) -> str:
 
 def _dataset_line(dataset: DatasetStatistics) -> str:
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in dataset.modalities.items()) or "nothing packed"
+    others = "".join(
+        f", {number:,} {what}"
+        for number, what in ((dataset.num_rejected, "rejected"), (dataset.num_not_sampled, "not sampled"))
+        if number
+    )
     lengths = ""
     if dataset.tokens is not None:
         tokens = dataset.tokens
@@ -56,7 +61,7 @@ def _dataset_line(dataset: DatasetStatistics) -> str:
             f"; tokens a sample: mean {tokens.mean:,.0f}, median {tokens.p50:,}, 99 % {tokens.p99:,}, "
             f"most {tokens.max:,}"
         )
-    return f"  {dataset.dataset}: {kinds}{lengths}"
+    return f"  {dataset.dataset}: {kinds}{others}{lengths}"
 
 
 def metrics_summary(metrics: BuildMetrics) -> str:

@@ -7,6 +7,7 @@ asked for. Runs in parallel over chunks; headers of media are probed, with ``dee
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -18,13 +19,13 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 import xxhash
-from tqdm import tqdm
 
 from prep.chunks import Chunk, Record
 from prep.engines import Engine
 from prep.media.access import MediaAccess, Wanted, open_media
-from prep.records import index_file, is_read_in_place, read_chunk
-from prep.registry import check_root, find_files
+from prep.progress import progress
+from prep.records import ANNOTATION_SUFFIXES, index_file, is_read_in_place, read_chunk
+from prep.registry import check_root, find_files, find_sources
 from prep.sample import check_media, probe_media, wanted_media
 from prep.urls import Location, Url
 from prep.validation import check_record, media_names, read_id, record_id
@@ -40,8 +41,9 @@ class ValidateRequest:
     """What to check, and where to write what was found.
 
     Attributes:
-        files: annotation files; paths or URLs.
-        media_root: folder or URL of all media, or None for the place of each file.
+        files: annotation files, paths or URLs, or names of registered datasets.
+        media_root: folder or URL of all media, or None for the place of each file and what the registry says.
+        registry: the registry, or None for ``datasets.toml`` in the working folder; read where a dataset is named.
         deep: decode media, not only their headers.
         rejects: JSON lines of the rejected records, with all their problems.
         fixed: JSON lines of the valid records, as they were found.
@@ -51,6 +53,7 @@ class ValidateRequest:
 
     files: tuple[Location, ...]
     media_root: Location | None
+    registry: Path | None = None
     deep: bool
     rejects: Path | None
     fixed: Path | None
@@ -114,6 +117,7 @@ class _ChunkTask:
     data: Path
     chunk: Chunk
     root: Location
+    media: MediaSettings
     scratch: Path
     request: ValidateRequest
 
@@ -140,13 +144,14 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     report = Report()
     with ExitStack() as stack:
         spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
-        tasks = list(_tasks(request, engine, spool))
+        inputs = [found for named in request.files for found in _inputs(request, named)]
+        tasks = list(_tasks(request, inputs, engine, spool))
         if request.fixed is not None and request.rejects is not None and _is_same(request.fixed, request.rejects):
             raise ConfigError(f"--fixed and --rejects are both {request.fixed}; give two names.")
-        rejects = stack.enter_context(_output("--rejects", request.rejects, request.files))
-        fixed = stack.enter_context(_output("--fixed", request.fixed, request.files))
+        rejects = stack.enter_context(_output("--rejects", request.rejects, inputs))
+        fixed = stack.enter_context(_output("--fixed", request.fixed, inputs))
         total = sum(task.chunk.num_records for task in tasks)
-        bar = stack.enter_context(tqdm(total=total, desc="validate", unit="record"))
+        bar = stack.enter_context(progress("validate", total, "record"))
         for task, part in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
             report.add(part)
             bar.update(task.chunk.num_records)
@@ -159,9 +164,9 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _output(option: str, path: Path | None, inputs: Sequence[Location]) -> BinaryIO:
+def _output(option: str, path: Path | None, inputs: Sequence[_Input]) -> BinaryIO:
     """The file that an option names, or one that takes everything."""
-    local = [file for file in inputs if isinstance(file, Path)]
+    local = [found.file for found in inputs if isinstance(found.file, Path)]
     if path is not None and path.exists() and any(path.samefile(file) for file in local):
         raise ConfigError(f"{option} {path} would overwrite the file that is to be checked; give another name.")
     try:
@@ -170,19 +175,37 @@ def _output(option: str, path: Path | None, inputs: Sequence[Location]) -> Binar
         raise ConfigError(f"{option} {path} cannot be written: {error.strerror}.") from error
 
 
-def _tasks(request: ValidateRequest, engine: Engine, spool: Path) -> Iterator[_ChunkTask]:
-    files = [found for file in request.files for found in ([file] if isinstance(file, Path) else find_files(file))]
-    roots = [request.media_root if request.media_root is not None else file.parent for file in files]
+class _Input(NamedTuple):
+    file: Location
+    root: Location
+    media: MediaSettings
+
+
+def _inputs(request: ValidateRequest, named: Location) -> list[_Input]:
+    """The annotation files that one argument names."""
+    if isinstance(named, Url) or named.name.endswith(ANNOTATION_SUFFIXES) or named.exists() or len(named.parts) > 1:
+        files = find_files(named) if isinstance(named, Url) else (named,)
+        return [_Input(file, request.media_root or file.parent, request.media) for file in files]
+    if re.search("[%,]", named.name):
+        raise ConfigError(f"{named} is a mixture or a share; every record is checked: name datasets alone, one by one.")
+    [source] = find_sources(named.name, registry=request.registry, media_root=request.media_root, media=request.media)
+    return [_Input(file, source.media_root, source.media) for file in source.files]
+
+
+def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, spool: Path) -> Iterator[_ChunkTask]:
+    files, roots = [found.file for found in inputs], [found.root for found in inputs]
     for remote in dict.fromkeys(root for root in roots if isinstance(root, Url)):
         check_root(remote)
     engine.share(
         [place for place in (*files, *roots) if isinstance(place, Path)],
         writes=[] if all(map(is_read_in_place, files)) else [spool],
     )
-    for file, root, index in zip(files, roots, engine.map(partial(index_file, spool=spool), files)):
+    for (file, root, media), index in zip(inputs, engine.map(partial(index_file, spool=spool), files)):
         for number, chunk in enumerate(index.chunks):
             scratch = spool / f"{xxhash.xxh3_64_hexdigest(str(file).encode())}-{number}"
-            yield _ChunkTask(file=file, data=index.data, chunk=chunk, root=root, scratch=scratch, request=request)
+            yield _ChunkTask(
+                file=file, data=index.data, chunk=chunk, root=root, media=media, scratch=scratch, request=request
+            )
 
 
 def _check_chunk(task: _ChunkTask) -> ChunkReport:
@@ -232,11 +255,11 @@ def _checked(task: _ChunkTask) -> Iterator[_Checked]:
 def _wanted(task: _ChunkTask, checked: _Checked) -> list[Wanted]:
     if checked.annotation is None:
         return []
-    return wanted_media(checked.annotation, task.root, task.request.media, checked.record.embedded)
+    return wanted_media(checked.annotation, task.root, task.media, checked.record.embedded)
 
 
 def _media_problems(task: _ChunkTask, record: Record, annotation: Annotation, access: MediaAccess) -> list[Problem]:
-    settings = task.request.media
+    settings = task.media
     media, problems = probe_media(annotation, task.root, settings, record.embedded, access)
     if task.request.deep:
         problems = problems + check_media(media, task.root, settings, record.embedded, access)

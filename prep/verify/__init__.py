@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from prep import storage
 from prep.build import METRICS_FILE
 from prep.engines import Engine
+from prep.progress import progress
 from prep.reader import LedgerRow, bin_rows, open_manifest, read_table
 from prep.summary import drift_lines
 from prep.urls import Location
@@ -90,7 +90,7 @@ def verify(folder: Location, engine: Engine) -> Verification:
     total = sum(shard.num_bytes for shard in manifest.shards)
     with (
         closing(engine.map(check_shard, tasks)) as checked,
-        tqdm(total=total, desc="verify", unit="B", unit_scale=True) as bar,
+        progress("verify", total, "B", unit_scale=True) as bar,
     ):
         for outcome in checked:
             outcomes.append(outcome)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from prep.cli import main
+from prep.progress import progress
 from schemas.manifest import read_manifest
 from tests.prep.corpus import write_corpus
 
@@ -120,3 +125,96 @@ def test_datasets_lists_every_entry_with_its_state(tmp_path: Path) -> None:
     lines = found.stdout.splitlines()
     assert lines[0].startswith("there") and "ready" in lines[0]
     assert lines[1].startswith("unset") and "datasets.toml:5" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("https://host/shards", "only read from"),
+        ("http://host/shards", "only read from"),
+        ("memory://shards", "memory"),
+    ],
+)
+def test_shards_are_not_written_where_they_cannot_stay(
+    corpus: Path, tiny_checkpoint: Path, out: str, reason: str
+) -> None:
+    found = run("build", corpus, "--out", out, "--model", tiny_checkpoint, "--workers", 1)
+    assert found.exit_code == 2
+    assert f"--out {out}" in found.stderr
+    assert reason in found.stderr
+
+
+def test_rejects_that_stop_a_build_are_summed_by_code(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """What is too long by itself and what the scan rejected, both before anything is written."""
+    command = ["build", corpus, "--out", tmp_path / "out", "--model", tiny_checkpoint, "--workers", 1]
+    found = run(*command, "--max-length", 1200, "--max-rejected", "1%")
+    assert found.exit_code == 1
+    assert "4 of 29 annotations are rejected, more than --max-rejected 1.00%" in found.stderr
+    for code in ("tag_mismatch 1", "media_missing 1", "bad_json 1", "too_long 1"):
+        assert code in found.stderr
+
+
+def test_a_share_too_small_for_one_annotation_says_so(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "datasets.toml").write_text(f'[few]\nannotation_path = "{corpus}"\nmedia_root = "{corpus.parent}"\n')
+    command = ["build", "few%1", "--registry", tmp_path / "datasets.toml", "--out", tmp_path / "out"]
+    found = run(*command, "--model", tiny_checkpoint, "--workers", 1)
+    assert found.exit_code == 1
+    assert "take a larger share" in found.stderr
+
+
+def test_the_summary_says_what_became_of_each_dataset(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    table = f'annotation_path = "{corpus}"\nmedia_root = "{corpus.parent}"\n'
+    (tmp_path / "datasets.toml").write_text(f"[half]\n{table}[all]\n{table}")
+    command = ["build", "half%50,all", "--registry", tmp_path / "datasets.toml", "--out", tmp_path / "out"]
+    found = run(*command, "--model", tiny_checkpoint, "--workers", 1)
+    half, whole = (line for line in found.stdout.splitlines() if line.startswith(("  half: ", "  all: ")))
+    assert ", 15 not sampled; tokens a sample" in half
+    assert ", 4 rejected; tokens a sample" in whole
+
+
+def test_a_reader_that_has_had_enough_changes_no_exit_code(corpus: Path) -> None:
+    """``vlprep validate … | head -1``: the pipe is closed before anything is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from prep.cli import main; main()", "validate", str(corpus), "--workers", "1"]
+    found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert found.returncode == 1
+    assert "vlprep:" not in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_log_gets_few_lines_of_progress_and_a_terminal_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress("scan", 10, "record") as in_log:
+        assert in_log.mininterval == 30
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress("scan", 10, "record") as on_terminal:
+        assert on_terminal.mininterval == 0.1
+    with progress("index", 0, "file") as nothing:
+        assert nothing.disable
+
+
+def test_validate_checks_a_registered_dataset_with_its_own_root_and_settings(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "all.jsonl").write_bytes(corpus.read_bytes())
+    (tmp_path / "datasets.toml").write_text(
+        f'[mine]\nannotation_path = "lists/*.jsonl"\nmedia_root = "{corpus.parent}"\n'
+        "[small]\nannotation_path = 'lists/all.jsonl'\n"
+        f'media_root = "{corpus.parent}"\n[small.media]\nmax_source_bytes = 1\n'
+    )
+    options = ["--registry", tmp_path / "datasets.toml", "--workers", 1]
+    assert "29 annotations: 26 valid, 3 rejected" in run("validate", "mine", *options).stdout
+    assert "media_too_large" in run("validate", "small", *options).stdout
+    for option in ("--fixed", "--rejects"):
+        found = run("validate", "small", *options, option, tmp_path / "lists" / "all.jsonl")
+        assert (found.exit_code, "would overwrite" in found.stderr) == (2, True)
+    for wrong, part in [
+        ("mine%50", "every record is checked"),
+        ("mine,small", "one by one"),
+        ("nope", "not registered"),
+    ]:
+        found = run("validate", wrong, *options)
+        assert (found.exit_code, part in found.stderr) == (2, True)

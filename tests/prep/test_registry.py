@@ -148,6 +148,12 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
             sources(expression, registry, root)
 
 
+@pytest.mark.parametrize("expression", ["x.jsonl%50", "a,b/x.jsonl", "one.json,two.json.gz", "b/"])
+def test_paths_in_an_expression_are_told_what_to_do_instead(registry: Path, expression: str) -> None:
+    with pytest.raises(ConfigError, match="is a path, and paths are not mixed or cut to a share"):
+        sources(expression, registry)
+
+
 def test_every_entry_is_listed_with_its_state(registry: Path) -> None:
     states = {row.name: row.state for row in Registry.read(registry).listed()}
     assert states["a"] == "ready"
