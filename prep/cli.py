@@ -191,7 +191,12 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
 )
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
 @click.option("--max-length", type=int, default=4096, show_default=True, help="Tokens that a bin holds at most.")
-@click.option("--max-patches", type=int, help="Vision patches that a bin holds at most.  [default: no limit]")
+@click.option(
+    "--max-patches",
+    type=int,
+    help="Vision patches that a bin holds at most; a sample that alone has more gets a bin of its own.  "
+    "[default: no limit]",
+)
 @click.option("--packer", type=click.Choice(PACKERS), default="bfd", show_default=True)
 @click.option("--pixels", type=click.Choice(CODECS), default="zstd", show_default=True, help="Codec of the pixels.")
 @click.option(

@@ -6,6 +6,7 @@ samples, with a budget of patches ten seconds and 2 GB.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from prep.packing import pack
 from prep.registry import seed_for
 from schemas.settings import BuildSettings
+
+logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 20
 """What a token takes in a shard: input_ids, labels and three rows of position_ids, four bytes each."""
@@ -65,6 +68,7 @@ def make_plan(
         settings: budgets, packer and seed.
     """
     fitting = np.flatnonzero(num_tokens <= settings.max_length)
+    _tell_of_large(num_patches[fitting], settings.max_patches)
     bin_of = pack(
         num_tokens[fitting],
         settings.max_length,
@@ -83,6 +87,19 @@ def make_plan(
     sample_bytes = pixel_bytes[order] + num_tokens[order].astype(np.int64) * BYTES_PER_TOKEN
     total_bytes = np.concatenate([[0], np.cumsum(sample_bytes)])[bin_starts]
     return Plan(order=order, bin_starts=bin_starts, shard_starts=_shard_starts(total_bytes, settings.shard_bytes))
+
+
+def _tell_of_large(num_patches: NDArray[np.int32], max_patches: int | None) -> None:
+    """Who sets a budget of patches because of memory should know of what exceeds it."""
+    large = num_patches[num_patches > max_patches] if max_patches is not None else num_patches[:0]
+    if large.size:
+        logger.warning(
+            "%s more than --max-patches %s patches, the largest %s; each gets a bin of its own. Lower max_pixels, or "
+            "the pixels and frames of clips, if such bins do not fit the GPU.",
+            f"{large.size:,} samples have" if large.size > 1 else "1 sample has",
+            f"{max_patches:,}",
+            f"{large.max():,}",
+        )
 
 
 def _shard_starts(total_bytes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64]:

@@ -179,13 +179,23 @@ def read_manifest(folder: Path) -> Manifest:
             raise ShardError(f"{path} is no file. {MEND_SHARDS}")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ShardError(
-            f"{folder} holds no {MANIFEST_FILE}: it is not a complete set of shards. Run the same `vlprep build` again "
-            "to complete it, or give the folder that holds the manifest."
-        ) from None
+        raise ShardError(_no_manifest(folder)) from None
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
     return decode_manifest(data, where=str(path))
+
+
+def _no_manifest(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder} does not exist. Give the folder that holds {MANIFEST_FILE}."
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}"))
+    if inside:
+        shown = ", ".join(inside[:3]) + (", …" if len(inside) > 3 else "")
+        return f"{folder} holds no {MANIFEST_FILE} itself, but folders that do ({shown}). Give one of them."
+    return (
+        f"{folder} holds no {MANIFEST_FILE}: it is not a complete set of shards. Run the same `vlprep build` again "
+        "to complete it, or give the folder that holds the manifest."
+    )
 
 
 def decode_manifest(data: bytes, *, where: str) -> Manifest:

@@ -6,6 +6,8 @@ picture stands for 28 by 28 pixels.
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from schemas.errors import ConfigError
@@ -14,11 +16,12 @@ from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
 TOKEN_PIXELS = 28 * 28
 
 
-def _require(condition: bool, name: str, found: object, allowed: str) -> None:
+def _require(condition: bool, name: str, found: object, allowed: str, where: str = "on the command line") -> None:
     if not condition:
-        raise ConfigError(
-            f"setting {name} is {found}; allowed: {allowed}. Change it on the command line or in datasets.toml."
-        )
+        raise ConfigError(f"setting {name} is {found}; allowed: {allowed}. Change it {where}.")
+
+
+_require_of_media = partial(_require, where="on the command line or in datasets.toml")
 
 
 class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,21 +54,21 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         for low, high in (("min_pixels", "max_pixels"), ("video_min_frame_pixels", "video_max_frame_pixels")):
             least, most = int(getattr(self, low)), int(getattr(self, high))
-            _require(least >= TOKEN_PIXELS, low, least, f"at least {TOKEN_PIXELS} (one token of 28x28 pixels)")
-            _require(most >= least, high, most, f"at least {low} ({least})")
-        _require(self.video_min_frames >= 1, "video_min_frames", self.video_min_frames, "1 or more")
-        _require(
+            _require_of_media(least >= TOKEN_PIXELS, low, least, f"at least {TOKEN_PIXELS} (one token of 28x28 pixels)")
+            _require_of_media(most >= least, high, most, f"at least {low} ({least})")
+        _require_of_media(self.video_min_frames >= 1, "video_min_frames", self.video_min_frames, "1 or more")
+        _require_of_media(
             self.video_max_frames >= self.video_min_frames,
             "video_max_frames",
             self.video_max_frames,
             f"at least video_min_frames ({self.video_min_frames})",
         )
-        _require(
+        _require_of_media(
             0 < self.base_interval < float("inf"), "base_interval", self.base_interval, "a positive number of seconds"
         )
-        _require(self.max_source_pixels >= 1, "max_source_pixels", self.max_source_pixels, "1 or more")
-        _require(self.max_source_bytes >= 1, "max_source_bytes", self.max_source_bytes, "1 or more")
-        _require(
+        _require_of_media(self.max_source_pixels >= 1, "max_source_pixels", self.max_source_pixels, "1 or more")
+        _require_of_media(self.max_source_bytes >= 1, "max_source_bytes", self.max_source_bytes, "1 or more")
+        _require_of_media(
             0 < self.decode_timeout < float("inf"),
             "decode_timeout",
             self.decode_timeout,

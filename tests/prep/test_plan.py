@@ -125,6 +125,16 @@ def test_samples_of_a_dataset_are_no_neighbours_in_their_bins() -> None:
     assert abs((first - last).mean()) < 5 * error
 
 
+def test_samples_above_the_budget_of_patches_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    columns = (np.asarray([100, 100], np.int32), np.asarray([400, 2000], np.int32), np.zeros(2, np.int64))
+    with caplog.at_level("WARNING"):
+        make_plan(*columns, BuildSettings(max_patches=2000))
+        assert not caplog.messages
+        make_plan(*columns, BuildSettings(max_patches=1000))
+    (message,) = caplog.messages
+    assert message.startswith("1 sample has more than --max-patches 1,000 patches, the largest 2,000")
+
+
 def test_columns_say_where_every_copy_lies(tmp_path: Path) -> None:
     """A record that is taken twice has two samples in one place; one that is rejected, or not taken, has none."""
     rows = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -113,11 +114,6 @@ def test_what_is_not_the_bin_is_refused_with_its_place(data: bytes, message: str
     assert "bins-00000.tar, bin 7 at byte 0" in str(caught.value)
 
 
-def test_a_folder_without_a_manifest_is_not_a_set_of_shards(tmp_path: Any) -> None:
-    with pytest.raises(ShardError, match="not a complete set of shards"):
-        read_manifest(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [(b"{}", "damaged"), (b"x", "damaged"), (b'{"version": 99}', "format version 99"), (b'{"version": 1}', "damaged")],
@@ -168,3 +164,15 @@ def test_a_file_that_is_no_tokenizer_of_the_model_is_refused() -> None:
         tokenizer_fingerprint(b"[]", where="t.json")
     with pytest.raises(ConfigError, match="not the tokenizer of Qwen2"):
         tokenizer_fingerprint(tokenizer_json([], added_tokens=[]), where="t.json")
+
+
+def test_a_folder_without_a_manifest_is_told_from_one_that_is_not_there_or_holds_several(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"gone does not exist\. Give the folder"):
+        read_manifest(tmp_path / "gone")
+    with pytest.raises(ShardError, match=r"holds no manifest\.json: it is not a complete set"):
+        read_manifest(tmp_path)
+    for name in "dcba":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    with pytest.raises(ShardError, match=r"holds no manifest\.json itself, but folders that do \(a, b, c, …\)"):
+        read_manifest(tmp_path)
