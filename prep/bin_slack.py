@@ -42,17 +42,19 @@ def least_bins(sizes: NDArray[np.int64], capacity: int) -> int:
         sizes: (N,) int64, each from 1 to ``capacity``.
         capacity: of a bin.
     """
-    counts = np.bincount(sizes, minlength=capacity + 1)
-    num_upto = np.cumsum(counts)
-    sum_upto = np.cumsum(counts * np.arange(capacity + 1))
-    half = capacity // 2
-    thresholds = np.arange(half + 1)
+    of_size = np.bincount(sizes)
+    distinct = np.flatnonzero(of_size)
+    num_upto = np.concatenate(([0], np.cumsum(of_size[distinct])))
+    sum_upto = np.concatenate(([0], np.cumsum(of_size[distinct] * distinct)))
+    half = int(np.searchsorted(distinct, capacity // 2, side="right"))
+    # Sizes alone: a threshold between two of them proves no more than the larger one does.
+    thresholds = distinct[:half]
     num_large = num_upto[-1] - num_upto[half]
     # Between half a bin and capacity - threshold, there is room for something between the threshold and half a bin.
-    num_open = num_upto[capacity - thresholds] - num_upto[half]
-    room = num_open * capacity - (sum_upto[capacity - thresholds] - sum_upto[half])
-    small = sum_upto[half] - np.where(thresholds > 0, sum_upto[thresholds - 1], 0)
-    return int((num_large + np.maximum(0, -(-(small - room) // capacity))).max())
+    upto = np.searchsorted(distinct, capacity - thresholds, side="right")
+    room = (num_upto[upto] - num_upto[half]) * capacity - (sum_upto[upto] - sum_upto[half])
+    small = sum_upto[half] - sum_upto[:half]
+    return int(num_large + (-(-(small - room) // capacity)).max(initial=0))
 
 
 def largest_first(left: Counts) -> list[int]:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -211,9 +211,7 @@ def _indexes(request: BuildRequest, work: WorkFolder, engine: Engine, *, needs_d
     answers = storage.in_parallel(partial(work.index, needs_data=needs_data), asked)
     known = {file: found for file, found in zip(asked, answers) if found is not None}
     new = [file for file in dict.fromkeys(files) if file not in known]
-    with ExitStack() as walking:
-        walked = walking.enter_context(closing(engine.map(work.make_index, new)))
-        bar = walking.enter_context(progress("index", len(new), "file"))
+    with closing(engine.map(work.make_index, new)) as walked, progress("index", len(new), "file") as bar:
         for file, found in zip(new, walked):
             known[file] = found
             bar.update()

@@ -56,7 +56,7 @@ class _Location(_NamedPath):
 
 _FOLDER = _NamedPath(file_okay=False, path_type=Path)
 _FOLDER_OR_URL = _Location(file_okay=False, path_type=Path)
-_FILE_OR_URL = _Location(dir_okay=False, path_type=Path)
+_PATH_OR_URL = _Location(path_type=Path)
 _FILE = _NamedPath(dir_okay=False, path_type=Path)
 _INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, as shells have it."""
@@ -292,7 +292,7 @@ def build_command(
 
 
 @main.command("validate")
-@click.argument("files", nargs=-1, required=True, type=_FILE_OR_URL)
+@click.argument("files", nargs=-1, required=True, type=_PATH_OR_URL)
 @click.option("--registry", type=_FILE, help=f"Registry, for datasets.  [default: {DEFAULT_REGISTRY}]")
 @click.option("--media-root", type=_FOLDER_OR_URL, help="Folder or URL of the media.  [default: where each file lies]")
 @click.option("--deep", is_flag=True, help="Decode every medium, not only its header.")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 _TERMINAL_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 30.0
+_MONITOR_INTERVAL_S = 10.0
 
 
 def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> tqdm[Any]:
@@ -23,12 +24,15 @@ def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> t
         unit: what is counted.
         unit_scale: whether counts are shortened (``17.1M``).
     """
+    interval = _TERMINAL_INTERVAL_S if sys.stderr.isatty() else _LOG_INTERVAL_S
     return tqdm(
         total=total,
         desc=desc,
         unit=unit,
         unit_scale=unit_scale,
-        mininterval=_TERMINAL_INTERVAL_S if sys.stderr.isatty() else _LOG_INTERVAL_S,
+        mininterval=interval,
+        # After so long tqdm's monitor thread shows a bar, whatever mininterval is.
+        maxinterval=max(interval, _MONITOR_INTERVAL_S),
         # Unless given, this is left to TQDM_DISABLE.
         **({} if total else {"disable": True}),
     )

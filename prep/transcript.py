@@ -129,11 +129,9 @@ def cached_transcriber(model: str, manifest: Manifest) -> Transcriber | None:
     found = try_to_load_from_cache(model, TOKENIZER_FILE)
     if not isinstance(found, str):
         return None
-    files = ModelFiles(tokenizer=Path(found), processor=processor_file(Path(found).parent))
-    if not files.processor.is_file():
-        return None
     try:
-        return _from_files(files, model, manifest)
+        files = ModelFiles(tokenizer=Path(found), processor=processor_file(Path(found).parent))
+        return _from_files(files, model, manifest) if files.processor.is_file() else None
     except ConfigError:
         return None
 

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO, NamedTuple
 
 import msgspec
-import xxhash
 
 from prep.chunks import Chunk, Record
 from prep.engines import Engine
@@ -183,12 +182,13 @@ class _Input(NamedTuple):
 
 def _inputs(request: ValidateRequest, named: Location) -> list[_Input]:
     """The annotation files that one argument names."""
-    if isinstance(named, Url) or named.name.endswith(ANNOTATION_SUFFIXES) or named.exists() or len(named.parts) > 1:
+    # A folder may have the name of a dataset: of the dataset that lies in it, say.
+    if isinstance(named, Url) or named.name.endswith(ANNOTATION_SUFFIXES) or named.is_file() or len(named.parts) > 1:
         files = find_files(named) if isinstance(named, Url) else (named,)
         return [_Input(file, request.media_root or file.parent, request.media) for file in files]
     if re.search("[%,]", named.name):
         raise ConfigError(f"{named} is a mixture or a share; every record is checked: name datasets alone, one by one.")
-    [source] = find_sources(named.name, registry=request.registry, media_root=request.media_root, media=request.media)
+    [source] = find_sources(str(named), registry=request.registry, media_root=request.media_root, media=request.media)
     return [_Input(file, source.media_root, source.media) for file in source.files]
 
 
@@ -200,9 +200,11 @@ def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, s
         [place for place in (*files, *roots) if isinstance(place, Path)],
         writes=[] if all(map(is_read_in_place, files)) else [spool],
     )
-    for (file, root, media), index in zip(inputs, engine.map(partial(index_file, spool=spool), files)):
+    indexes = engine.map(partial(index_file, spool=spool), files)
+    for place, ((file, root, media), index) in enumerate(zip(inputs, indexes)):
         for number, chunk in enumerate(index.chunks):
-            scratch = spool / f"{xxhash.xxh3_64_hexdigest(str(file).encode())}-{number}"
+            # By place: one file may be named twice, or belong to several datasets.
+            scratch = spool / f"media-{place}-{number}"
             yield _ChunkTask(
                 file=file, data=index.data, chunk=chunk, root=root, media=media, scratch=scratch, request=request
             )

@@ -13,8 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from prep.cli import main
+from prep.engines import SerialEngine
 from prep.progress import progress
+from prep.validate import ValidateRequest, _inputs, _tasks
 from schemas.manifest import read_manifest
+from schemas.settings import MediaSettings
 from tests.prep.corpus import write_corpus
 
 
@@ -187,12 +190,12 @@ def test_a_reader_that_has_had_enough_changes_no_exit_code(corpus: Path) -> None
 def test_a_log_gets_few_lines_of_progress_and_a_terminal_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress("scan", 10, "record") as in_log:
-        assert in_log.mininterval == 30
+        assert in_log.mininterval == in_log.maxinterval == 30
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress("scan", 10, "record") as on_terminal:
-        assert on_terminal.mininterval == 0.1
+        assert (on_terminal.mininterval, on_terminal.maxinterval) == (0.1, 10)
     with progress("index", 0, "file") as nothing:
         assert nothing.disable
 
@@ -218,3 +221,33 @@ def test_validate_checks_a_registered_dataset_with_its_own_root_and_settings(cor
     ]:
         found = run("validate", wrong, *options)
         assert (found.exit_code, part in found.stderr) == (2, True)
+
+
+def test_validate_tells_a_dataset_from_a_folder_of_its_name(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = f'annotation_path = "{corpus}"\nmedia_root = "{corpus.parent}"\n'
+    (tmp_path / "datasets.toml").write_text(f"[mine]\n{table}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "29 annotations: 26 valid, 3 rejected" in run("validate", "mine", "--workers", 1).stdout
+    for wrong, part in [("other", "'other' is not registered"), (tmp_path / "mine", "is not a regular file")]:
+        found = run("validate", wrong, "--workers", 1)
+        assert (found.exit_code, part in found.stderr) == (2, True)
+
+
+def test_a_file_that_is_named_twice_is_checked_twice_in_places_of_their_own(corpus: Path, tmp_path: Path) -> None:
+    request = ValidateRequest(
+        files=(corpus, corpus),
+        media_root=None,
+        deep=False,
+        rejects=None,
+        fixed=None,
+        reserved="reject",
+        media=MediaSettings(),
+    )
+    inputs = [found for named in request.files for found in _inputs(request, named)]
+    tasks = list(_tasks(request, inputs, SerialEngine(), tmp_path))
+    assert [task.file for task in tasks] == [corpus, corpus]
+    assert len({task.scratch for task in tasks}) == 2

@@ -215,6 +215,11 @@ def test_narrow_lengths_fill_bins_too() -> None:
         assert least / (best_fit_decreasing(lengths, 4096).max() + 1) < 0.995
 
 
+def test_an_enormous_bin_takes_no_memory_of_its_size() -> None:
+    assert pack([5, 6, 7, 1_000_000], 10**12).tolist() == [0, 0, 0, 0]
+    assert least_bins(np.asarray([3, 4]), 10**12) == 1
+
+
 def test_what_would_take_long_is_left_to_best_fit_decreasing() -> None:
     lengths = np.random.default_rng(0).integers(20_000, 22_000, 3000)
     assert np.unique(lengths).size * 131_072 > MOST_WORK

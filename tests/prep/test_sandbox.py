@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -61,6 +62,56 @@ def test_media_inside_another_file_decode_as_files_do(
         inside = MediaSource(source.name, tmp_path / "blob", span=(6, len(content)))
         for found in (inside, MediaSource(source.name, data=content)):
             assert (box.decode(found, kind, SETTINGS)[1] == decode(source, kind, SETTINGS)[1]).all()
+
+
+def test_pixels_are_those_of_the_last_medium_while_the_shared_memory_grows_and_shrinks(
+    box: Sandbox, media: list[tuple[MediaSource, int]], tmp_path: Path
+) -> None:
+    """More than is kept, then less; what is decoded but for a part lies in between, and errors too."""
+    large = MediaSettings(min_pixels=23_000_000, max_pixels=24_000_000)
+    (picture_of_few, kind), clip, (other, _) = media
+    (tmp_path / "cut.jpg").write_bytes(other.open().read()[:-2000])
+    cut = MediaSource("cut.jpg", tmp_path / "cut.jpg")
+    for settings, (source, media_type) in [
+        (SETTINGS, (other, kind)), (large, (picture_of_few, kind)), (SETTINGS, (picture_of_few, kind)), (SETTINGS, clip)
+    ]:  # fmt: skip
+        frames = decode(source, media_type, settings)[1]
+        assert (frames.nbytes > sandbox_module._MEMORY_KEPT) == (settings is large)
+        assert (box.decode(source, media_type, settings)[1] == frames).all()
+        with pytest.raises(MediaError, match="cannot be decoded"):
+            box.decode(cut, kind, SETTINGS)
+
+
+def test_frames_of_a_decoder_that_failed_may_outlive_the_memory_of_the_next() -> None:
+    memory = os.memfd_create("frames")
+    shared = sandbox_module._SharedFrames(memory)
+    held = shared.allocate((1, 3, 28, 28))
+    larger = shared.allocate((2, 3, 56, 56))
+    held[:], larger[:] = 1, 2
+    assert larger.min() == 2
+    assert os.fstat(memory).st_size == larger.size
+    again = shared.allocate((2, 3, 56, 56))
+    again[:] = 3
+    assert os.pread(memory, larger.size, 0) == b"\3" * larger.size
+    os.close(memory)
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOSPC])
+def test_too_little_memory_is_put_down_to_the_medium_and_a_full_machine_is_not(
+    media: list[tuple[MediaSource, int]], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    for source, kind in media:
+        answer = sandbox_module._answer(sandbox_module._SharedFrames(-1), "decode", source, kind, SETTINGS)
+        if number == errno.ENOMEM:
+            assert isinstance(answer, MediaError)
+            assert answer.code is ReasonCode.MEDIA_TOO_LARGE
+        else:
+            assert isinstance(answer, OSError)
+            assert (answer.errno, answer.filename) == (number, "memory shared with the decoder process")
 
 
 def test_errors_come_back_with_their_code(box: Sandbox, tmp_path: Path) -> None:

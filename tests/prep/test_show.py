@@ -147,6 +147,20 @@ def test_a_checkpoint_that_the_cache_does_not_have_is_none(
     assert cached_transcriber("nobody/nothing", open_set(small).manifest) is None
 
 
+def test_a_checkpoint_in_the_cache_is_used_if_its_files_are_sound(
+    small: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--team--model"
+    shutil.copytree(tiny_checkpoint, repository / "snapshots" / "1")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    manifest = open_set(small).manifest
+    assert cached_transcriber("team/model", manifest) is not None
+    (repository / "snapshots" / "1" / "processor_config.json").write_text("{")
+    assert cached_transcriber("team/model", manifest) is None
+
+
 # Spans
 
 
