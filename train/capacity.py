@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint import list_checkpoints
+from train.checkpoint import UNIVERSAL_TAG, list_checkpoints
 from train.memory import DEVICE, GIB, MOMENTS, Memory, Phase
 from train.plan import Plan
 from train.sizes import Sizes
@@ -118,16 +118,18 @@ class Written:
         num_checkpoints: checkpoints to resume from.
         checkpoint: bytes of each.
         model: bytes of the trained model, and of its adapters.
+        converted: bytes of a checkpoint of another number of ranks in its universal form; 0 where none is made.
     """
 
     num_checkpoints: int
     checkpoint: int
     model: int
+    converted: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all that."""
-        return self.num_checkpoints * self.checkpoint + self.model
+        return self.num_checkpoints * self.checkpoint + self.model + self.converted
 
 
 def written(plan: Plan, sizes: Sizes) -> Written:
@@ -146,10 +148,18 @@ def written(plan: Plan, sizes: Sizes) -> Written:
         num_checkpoints = max(1, min(num_checkpoints, room))
     # ZeRO-3 leaves it at the float32 weights.
     holds_weights = plan.deepspeed["zero_optimization"]["stage"] < 3
+    before = plan.resume_from
+    is_converted_here = (
+        plan.is_converted
+        and before is not None
+        and before.parent.resolve() == args.run_dir.resolve()
+        and not (before / UNIVERSAL_TAG).is_dir()
+    )
     return Written(
         num_checkpoints=num_checkpoints,
         checkpoint=sizes.num_trained * (STATE_BYTES + (width if holds_weights else 0)),
         model=width * (sizes.num_parameters if plan.adapters is None else sizes.num_parameters + sizes.num_trained),
+        converted=sizes.num_trained * STATE_BYTES if is_converted_here else 0,
     )
 
 
@@ -166,6 +176,8 @@ def check_disk(folder: Path, plans: Written) -> list[str]:
         f"{plans.num_checkpoints} x {plans.checkpoint / GIB:.2f} GiB of checkpoints and {plans.model / GIB:.2f} GiB of "
         "the trained model"
     )
+    if plans.converted:
+        what = f"{plans.converted / GIB:.2f} GiB of the checkpoint to go on from, dealt out anew, {what}"
     logger.info("the run writes up to %s to %s, where %.1f GiB are free", what, folder, free / GIB)
     if plans.num_bytes <= free:
         return []

@@ -2,9 +2,10 @@
 
 Two ways. A bin is run packed, and each of its samples alone: their losses agree to rounding, whatever the reason that
 they would not. Then the bin is run with other samples in every second place, of the same lengths: the losses of those
-in between stay the same to the bit, also in half precision, where rounding hides a little of a neighbour.
+in between stay the same to the bit, also in half precision, where rounding hides a little of a neighbour. Where kernels
+do not give the same twice, they stay the same to rounding.
 
-Cost: six forward passes of a few cheap bins.
+Cost: five forward passes of a few cheap bins.
 """
 
 from __future__ import annotations

@@ -5,13 +5,15 @@ All ranks do the same, in the same order:
 1. settings, shards and checkpoint are compared, tokenizer and processor with the manifest (:mod:`train.plan`);
 2. the memory of a rank is worked out and shown (:mod:`train.budget`), and compared with what there is, as is what the
    run writes (:mod:`train.capacity`);
-3. the model is started as in training, and the largest micro-batch goes forward and backward once;
+3. the model is started as in training, and the largest micro-batch goes forward and backward, twice where gradients
+   are accumulated: the second pass runs beside the gradients of the first;
 4. the largest bins to evaluate on, if there are any, go forward once;
 5. a few bins are run packed, and each of their samples alone: the losses must agree (:mod:`train.parity`).
 
 No optimizer step is made and nothing is written to the folder of the run. What is wrong is told at the end, all of it.
 
-Cost: loading the model, one micro-batch, one or two bins to evaluate on, and six forward passes of the cheapest bins.
+Cost: loading the model, one or two micro-batches, as many bins to evaluate on, and five forward passes of the cheapest
+bins.
 """
 
 from __future__ import annotations
@@ -79,10 +81,11 @@ def preflight(args: TrainArguments) -> None:
             "the device in every layer; flash attention does neither (pip install flash-attn --no-build-isolation)",
             plan.attention,
         )
-    if plan.device.type == "cuda":
-        require_room(check_held(memory, device_bytes(plan.device)))
     engine.start(plan.device)
-    require_room(check_host(memory, count_neighbours(plan.ranks), host_bytes()))
+    problems = check_host(memory, count_neighbours(plan.ranks), host_bytes())
+    if plan.device.type == "cuda":
+        problems += check_held(memory, device_bytes(plan.device))
+    end_where_wrong(problems, plan.ranks, ConfigError)
     with room_for("the model with its optimizer"):
         kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
         model, groups = build_model(plan)
@@ -100,11 +103,9 @@ def preflight(args: TrainArguments) -> None:
         reader.close()
     if plan.device.type == "cuda":
         problems += check_device(memory, peak_memory_bytes(plan.device), device_bytes(plan.device))
-    problems = gather_problems(problems, plan.ranks)
     del kept_for_loading
+    end_where_wrong(problems, plan.ranks, VlprepError)
     engine.stop()
-    if problems:
-        raise VlprepError(explain(problems, plan.ranks))
     logger.info("all is well: the same command without --dry-run trains %d steps", plan.num_steps - plan.start_step)
 
 
@@ -119,14 +120,18 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"--output_dir {folder} cannot be written ({existing} cannot). Give another one.")
 
 
-def require_room(problems: list[str]) -> None:
-    """Go no further where there is not memory enough for what comes next.
+def end_where_wrong(problems: list[str], ranks: Ranks, error: type[VlprepError]) -> None:
+    """Go no further, on any rank, where some rank has problems. All ranks call this together.
 
-    Raises:
-        ConfigError: there are problems.
+    Args:
+        problems: of this rank.
+        ranks: place of this rank.
+        error: what is raised.
     """
+    problems = gather_problems(problems, ranks)
     if problems:
-        raise ConfigError(f"the run would not go well: {'; '.join(problems)}.")
+        engine.stop()
+        raise error(explain(problems, ranks))
 
 
 @contextmanager
@@ -178,14 +183,19 @@ def count_neighbours(ranks: Ranks) -> int:
 def run_largest(running: Any, plan: Plan, reader: BinReader, bins: list[int]) -> list[str]:
     """Run the largest micro-batch forward and backward, on all ranks alike, and give the problems.
 
+    Where a step has several micro-batches, it is run as the first and as the second of them.
+
     Raises:
         ConfigError: the device has not memory enough.
     """
     micro = read_micro_batch(plan, reader, bins)
     began = time.perf_counter()
     with room_for(f"the largest micro-batch, bins {bins},"):
-        loss = running(micro.to(plan.device))
-        running.backward(loss / max(1, micro.targets.numel()))
+        for number in range(min(2, plan.recipe.accumulation)):
+            if number > 0:
+                running.step()  # within a step: it goes on to the next micro-batch, no weight changes
+            loss = running(micro.to(plan.device))
+            running.backward(loss / max(1, micro.targets.numel()))
         mean = loss.item() / max(1, micro.targets.numel())
     logger.info(
         "largest micro-batch, bins %s: %d tokens, %d patches, %d targets; loss %.4f; %.1f s; %.2f GiB held at most",

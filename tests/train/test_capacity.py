@@ -67,7 +67,16 @@ def test_a_machine_has_what_it_has_or_what_its_control_group_may_have(
     assert host_bytes() == 4096
 
 
-def plan_of(run: Path, *, stage: int = 2, steps: int = 2000, start: int = 0, lora: bool = False, **flags: Any) -> Any:
+def plan_of(
+    run: Path,
+    *,
+    stage: int = 2,
+    steps: int = 2000,
+    start: int = 0,
+    lora: bool = False,
+    converts: Path | None = None,
+    **flags: Any,
+) -> Any:
     return SimpleNamespace(
         args=TrainArguments(shards="shards", output_dir=run, **flags),
         dtype=torch.bfloat16,
@@ -75,6 +84,8 @@ def plan_of(run: Path, *, stage: int = 2, steps: int = 2000, start: int = 0, lor
         num_steps=steps,
         start_step=start,
         adapters=object() if lora else None,
+        resume_from=converts,
+        is_converted=converts is not None,
     )
 
 
@@ -118,6 +129,19 @@ def test_with_adapters_checkpoints_are_small_and_the_adapters_are_written_as_wel
     assert (found.checkpoint, found.model) == (14 * num_trained, 2 * (3_754_622_976 + 2 * num_trained))
 
 
+def test_a_checkpoint_that_is_dealt_out_anew_takes_room_once_and_where_it_lies(tmp_path: Path) -> None:
+    sizes = sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards"))
+    run = tmp_path / "run"
+    here, elsewhere = run / "checkpoint-2", tmp_path / "other" / "checkpoint-2"
+    here.mkdir(parents=True)
+    plain, found = written(plan_of(run), sizes), written(plan_of(run, converts=here), sizes)
+    assert (plain.converted, found.converted) == (0, 12 * sizes.num_trained)
+    assert found.num_bytes - plain.num_bytes == found.converted
+    assert written(plan_of(run, converts=elsewhere), sizes).converted == 0
+    (here / "universal").mkdir()
+    assert written(plan_of(run, converts=here), sizes).converted == 0
+
+
 class Usage(NamedTuple):
     total: int
     used: int
@@ -137,4 +161,6 @@ def test_what_a_run_writes_must_fit_the_disk(tmp_path: Path, monkeypatch: pytest
     (problem,) = check_disk(run, Written(num_checkpoints=3, checkpoint=10 * GIB, model=2 * GIB + 1))
     assert "3 x 10.00 GiB of checkpoints and 2.00 GiB of the trained model do not fit" in problem
     assert "32.00 GiB are free" in problem
-    assert asked == [tmp_path, tmp_path]
+    (problem,) = check_disk(run, Written(num_checkpoints=1, checkpoint=GIB, model=GIB, converted=31 * GIB))
+    assert problem.startswith("31.00 GiB of the checkpoint to go on from, dealt out anew, 1 x 1.00 GiB of checkpoints")
+    assert asked == [tmp_path] * 3

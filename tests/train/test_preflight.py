@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from tests.train.launching import fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.engine import Ranks
 from train.flags import parse_arguments
-from train.preflight import MAX_PROBLEMS_SHOWN, check_folder, explain, require_room, room_for
+from train.index import open_shards
+from train.preflight import MAX_PROBLEMS_SHOWN, check_folder, explain, room_for, run_largest
+from train.reader import BinReader
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +74,25 @@ def test_a_loss_that_is_no_number_is_found(shards: Path, tiny_checkpoint: Path, 
 
 
 def have_no_memory() -> None:
-    """Make a rank see a host without memory."""
-    train.preflight.host_bytes = lambda: 0
+    """Make the second rank see a host without memory."""
+    if os.environ["RANK"] == "1":
+        train.preflight.host_bytes = lambda: 0
 
 
 def have_no_disk() -> None:
-    """Make a rank see a full disk."""
+    """Make ranks see a full disk."""
     shutil.disk_usage = lambda path: SimpleNamespace(free=0)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
     ("strategy", "prepare", "code", "message"),
     [
-        ("zero3_offload", have_no_memory, 2, "well: offloading takes 0.3 GiB of a machine"),
-        ("zero2", have_no_disk, 1, "well: 1 x 0.15 GiB of check"),
+        ("zero3_offload", have_no_memory, 2, "offloading takes 0.3 GiB of a machine that has 0.0 GiB"),
+        ("zero2", have_no_disk, 1, "1 x 0.15 GiB of checkpoints"),
     ],
+    ids=["memory of a host", "disk"],
 )
-def test_a_machine_without_room_is_found(
+def test_a_machine_without_room_is_found_and_all_ranks_end(
     shards: Path,
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -97,9 +102,12 @@ def test_a_machine_without_room_is_found(
     message: str,
 ) -> None:
     argv = [*flags(shards, tiny_checkpoint, tmp_path / "run"), "--deepspeed", f"{strategy}.json"]
-    done = run_ranks(1, *argv, prepare=prepare)
+    done = run_ranks(2, *argv, prepare=prepare)
     assert done.returncode == code, done.stderr
-    assert f"the run would not go {message}" in done.stderr
+    first, second = sorted(line for line in done.stderr.splitlines() if line.startswith("error ("))
+    assert first.startswith(f"error (rank 0): the run would not go well: {message}")
+    assert second == "error (rank 1): the run would not go well. The first rank says why."
+    assert ("largest micro-batch, bins" in done.stderr) == (code == 1)
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path) -> None:
@@ -114,9 +122,40 @@ def test_memory_that_runs_out_is_one_sentence() -> None:
     message = r"^the model takes more memory than there is \(CUDA out of memory\): lower"
     with pytest.raises(ConfigError, match=message), room_for("the model"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
-    require_room([])
-    with pytest.raises(ConfigError, match=r"^the run would not go well: too much of this; too much of that\.$"):
-        require_room(["too much of this", "too much of that"])
+
+
+class Passes:
+    """A model that notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, micro: object) -> torch.Tensor:
+        self.asked.append("forward")
+        return torch.tensor(1.0)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.asked.append("backward")
+
+    def step(self) -> None:
+        self.asked.append("step")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_a_pass_beside_the_gradients_of_another_is_looked_at_and_no_step_is_done(
+    shards: Path, accumulation: int
+) -> None:
+    """Gradients that add up make the second pass the larger one; after the last of a step the optimizer would step."""
+    running, index = Passes(), open_shards(shards)
+    plan = SimpleNamespace(
+        index=index,
+        device=torch.device("cpu"),
+        recipe=SimpleNamespace(accumulation=accumulation),
+        shape=SimpleNamespace(window_size=112),
+    )
+    assert run_largest(running, plan, BinReader(index), [3]) == []  # type: ignore[arg-type]
+    once = ["forward", "backward"]
+    assert running.asked == (once if accumulation == 1 else [*once, "step", *once])
 
 
 def test_the_first_rank_says_for_all_what_is_wrong() -> None:
