@@ -176,7 +176,10 @@ def read_table(
                 raise ShardError(
                     f"{path} has other columns than expected: {_difference(found, expected)}. {BUILD_AGAIN}."
                 )
-            table = pq.read_table(file, columns=names, filters=filters)
+            # Threads of pyarrow let go of a Python file some time after the call; where the interpreter ends just then,
+            # it aborts (apache/arrow, issue 34314).
+            is_local = isinstance(path, Path)
+            table = pq.read_table(file, columns=names, filters=filters, use_threads=is_local, pre_buffer=is_local)
         table.validate(full=True)
     except (FileNotFoundError, storage.NotThereError):
         raise ShardError(f"{path} is missing. {COPY_AGAIN}.") from None

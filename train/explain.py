@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.errors import ConfigError, ShardError
 from schemas.tables import SAMPLES_FILE
 from train.index import ShardIndex
+from train.ledger import read_ledger
 from train.order import EMPTY, DataOrder
-from train.storage import open_file
 
 
 class SourceSample(NamedTuple):
@@ -53,14 +51,7 @@ def source_samples(index: ShardIndex, bins: list[int]) -> dict[int, list[SourceS
         number_of = {int(index.local_bin[number]): number for number in bins if index.folder_of(number) == place}
         if not number_of:
             continue
-        try:
-            with open_file(folder / SAMPLES_FILE) as file:
-                columns = ["bin", *SourceSample._fields]
-                ledger = pq.read_table(file, columns=columns, filters=[("bin", "in", list(number_of))])
-        except FileNotFoundError:
-            raise ShardError(f"{folder / SAMPLES_FILE} is missing. Copy the folder again or build it again.") from None
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"{folder / SAMPLES_FILE} cannot be read: {error}. Copy the folder again.") from error
+        ledger = read_ledger(folder, ["bin", *SourceSample._fields], [("bin", "in", list(number_of))])
         for row in ledger.sort_by([("bin", "ascending"), ("slot", "ascending")]).to_pylist():
             found[number_of[row.pop("bin")]].append(SourceSample(**row))
     for number, samples in found.items():

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from schemas.errors import ShardError
@@ -22,8 +20,8 @@ from schemas.qwen import PATCH_DIM, TEMPORAL_PATCH_SIZE
 from schemas.tables import SAMPLES_FILE, STATUS_PACKED
 from train.explain import bins_per_device
 from train.index import ShardIndex
+from train.ledger import read_ledger
 from train.order import EMPTY, DataOrder
-from train.storage import open_file
 
 NUM_STEPS = 200
 """Steps simulated unless told otherwise."""
@@ -125,13 +123,7 @@ def dataset_tokens(index: ShardIndex) -> NDArray[np.int64]:
     """
     parts: list[tuple[NDArray[np.int64], list[str], NDArray[np.int64]]] = []
     for folder, first, end in zip(index.folders, index.first_bins.tolist(), index.first_bins.tolist()[1:]):
-        try:
-            with open_file(folder / SAMPLES_FILE) as file:
-                ledger = pq.read_table(
-                    file, columns=["bin", "dataset", "num_tokens"], filters=[("status", "=", STATUS_PACKED)]
-                )
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"{folder / SAMPLES_FILE} cannot be read: {error}. Copy the folder again.") from error
+        ledger = read_ledger(folder, ["bin", "dataset", "num_tokens"], [("status", "=", STATUS_PACKED)])
         summed = ledger.group_by(["bin", "dataset"]).aggregate([("num_tokens", "sum")])
         bins, known = summed["bin"].to_numpy(), index.local_bin[first:end]
         unknown = np.setdiff1d(bins, known)

@@ -224,10 +224,8 @@ def sub_folders(folder: ShardPath) -> list[ShardPath]:
     return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
-def open_file(path: ShardPath) -> Any:
-    """A readable, seekable binary file: for tables of which a part is wanted."""
-    if isinstance(path, Path):
-        return path.open("rb")
+def open_file(path: RemotePath) -> Any:
+    """A readable, seekable binary file behind a URL: for tables of which a part is wanted."""
     system, place = _file_system(path.url)
     return system.open(place, "rb")
 

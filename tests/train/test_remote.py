@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -110,6 +112,27 @@ def test_an_epoch_from_an_object_store_equals_that_of_the_disk(in_memory: str, f
     assert [str(found) for found in index.folders] == ["memory://bucket/set"], "sub-folders are found by listing"
     assert index.fingerprint == open_shards(folder).fingerprint
     assert source_samples(index, [7]) == source_samples(open_shards(folder), [7])
+
+
+def test_no_thread_of_pyarrow_is_given_a_python_file(
+    in_memory: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a thread may let go of the file when the interpreter is ending, and abort it."""
+    asked: list[tuple[object, dict[str, object]]] = []
+
+    def record(source: object, **options: object) -> pa.Table:
+        asked.append((source, options))
+        return read_table(source, **options)
+
+    remote, local = open_shards(in_memory), open_shards(folder)
+    read_table = pq.read_table
+    monkeypatch.setattr(pq, "read_table", record)
+    assert source_samples(remote, [7]) == source_samples(local, [7])
+    (one, options), (other, _) = asked
+    assert not isinstance(one, Path)
+    assert not options["use_threads"]
+    assert not options["pre_buffer"]
+    assert isinstance(other, Path)
 
 
 def test_an_answer_that_stalls_is_asked_for_again(server: Server, folder: Path) -> None:
