@@ -36,7 +36,7 @@ from prep.software import software_versions
 from prep.tokenizer import ModelFiles, find_model_files, read_fingerprints
 from prep.urls import Location, location_key
 from prep.work import WorkFolder
-from prep.write import WriteTask, write_shard
+from prep.write import SHARD_VERSION, WriteTask, write_shard
 from prep.written import WrittenShards
 from schemas.annotation import ReasonCode
 from schemas.errors import VlprepError
@@ -195,8 +195,8 @@ def _hash(*parts: object) -> str:
 
 
 def _plan_key(key: str, parts: Sequence[ScannedPart], plan: Plan) -> str:
-    """What the shards of a plan depend on: the build, the contents of its parts, and the plan."""
-    digest = xxhash.xxh3_128(key.encode())
+    """What the shards of a plan depend on: the build, the contents of its parts, the plan, and how they are written."""
+    digest = xxhash.xxh3_128(f"{SHARD_VERSION} {key}".encode())
     for part in parts:
         digest.update(table_path(part.path).read_bytes())
     for array in (plan.order, plan.bin_starts, plan.shard_starts):

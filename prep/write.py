@@ -34,6 +34,9 @@ from schemas.bins import shard_name
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
 
+SHARD_VERSION = 2
+"""Changes when shards made by an older version must not be used again: the same bins come to other bytes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WriteTask:

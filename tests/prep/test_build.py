@@ -228,6 +228,25 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     }
 
 
+def test_shards_of_an_older_version_are_written_anew(
+    tmp_path: Path, corpus: tuple[Path, dict[str, str]], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
+    inodes: list[set[int]] = []
+    for version in ("old", "old", "new"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prep.build, "SHARD_VERSION", version)
+            patch.setattr(prep.build, "seal", stop)
+            build(request, SerialEngine())
+        inodes.append({path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")})
+    assert inodes[0] == inodes[1]
+    assert not inodes[1] & inodes[2]
+
+
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def start_build(corpus: Path, out: Path, model: Path, workers: int) -> tuple[list[str], subprocess.Popen[str]]:
     """Start the command in a process; return it with its arguments once it is about to write the second shard."""
     command = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
