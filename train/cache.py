@@ -106,7 +106,8 @@ class BinCache:
                     while written < len(data):
                         written += file.write(data[written:])
                     os.fdatasync(file.fileno())
-                os.replace(temporary, path)
+                with self._locked():  # who lists the folder meanwhile might see neither name
+                    os.replace(temporary, path)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
