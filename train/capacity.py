@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from train.checkpoint import UNIVERSAL_TAG, list_checkpoints
+from train.disk import nearest_existing
 from train.memory import DEVICE, GIB, MOMENTS, Memory, Phase
 from train.plan import Plan
 from train.sizes import Sizes
@@ -170,8 +171,7 @@ def check_disk(folder: Path, plans: Written) -> list[str]:
         folder: of the run; it need not be there.
         plans: what is going to be written.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     what = (
         f"{plans.num_checkpoints} x {plans.checkpoint / GIB:.2f} GiB of checkpoints and {plans.model / GIB:.2f} GiB of "
         "the trained model"

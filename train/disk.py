@@ -39,9 +39,13 @@ def writing(folder: Path) -> Iterator[None]:
         raise _cannot_write(folder, "a write failed") from error
 
 
+def nearest_existing(place: Path) -> Path:
+    """The place itself, or the closest folder above it that is there."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+
+
 def _cannot_write(place: Path, reason: str) -> VlprepError:
-    existing = next((path for path in (place, *place.absolute().parents) if path.exists()), Path("/"))
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(place)).free
     return VlprepError(
         f"{place} cannot be written ({reason}; {free / 1e9:.2f} GB are free there). Make room or mend that, and start "
         "the same command again: what was complete before is as it was."

@@ -35,6 +35,7 @@ from train import budget, checkpoint, engine, optim
 from train.arguments import TrainArguments
 from train.capacity import check_device, check_disk, check_held, check_host, device_bytes, host_bytes, written
 from train.cost import read_config
+from train.disk import nearest_existing
 from train.engine import Ranks
 from train.loop import build_model, describe
 from train.memory import GIB, Memory
@@ -115,7 +116,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--output_dir {folder} cannot be written ({existing} cannot). Give another one.")
 

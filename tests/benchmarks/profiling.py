@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -48,36 +49,30 @@ _GROUPS = (
 LIBRARIES = ("Pillow, libjpeg", "FFmpeg (decord, PyAV)", "tokenizer")
 
 
-def _write_pages(folder: Path) -> Path:
-    turns = [{"from": "human", "value": "<image>\nWhat does it say?"}, {"from": "gpt", "value": "Nothing of note."}]
-    pages = write_pages(folder, _NUM_PAGES)
-    path = folder / "annotations.jsonl"
-    path.write_text("".join(json.dumps({"image": page.name, "conversations": turns}) + "\n" for page in pages))
+def _annotate(media: Sequence[Path], kind: str, question: str, answer: str) -> Path:
+    """Write annotations beside media: one exchange about each."""
+    turns = [{"from": "human", "value": f"<{kind}>\n{question}"}, {"from": "gpt", "value": answer}]
+    path = media[0].with_name("annotations.jsonl")
+    path.write_text("".join(json.dumps({kind: file.name, "conversations": turns}) + "\n" for file in media))
     return path
+
+
+def _write_pages(folder: Path) -> Path:
+    return _annotate(write_pages(folder, _NUM_PAGES), "image", "What does it say?", "Nothing of note.")
 
 
 def _write_large_pictures(folder: Path) -> Path:
     """Pictures of 4 megapixels, as scanned pages and telephones have them."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    drawn = photograph(rng, *_LARGE)
-    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A photograph."}]
-    lines = []
-    for number in range(_NUM_LARGE):
-        shifted = np.roll(drawn, (37 * number, 101 * number), axis=(0, 1))
-        Image.fromarray(shifted).save(folder / f"{number}.jpg", quality=90)
-        lines.append(json.dumps({"image": f"{number}.jpg", "conversations": turns}))
-    path = folder / "annotations.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    drawn = photograph(np.random.default_rng(0), *_LARGE)
+    paths = [folder / f"{number}.jpg" for number in range(_NUM_LARGE)]
+    for number, path in enumerate(paths):
+        Image.fromarray(np.roll(drawn, (37 * number, 101 * number), axis=(0, 1))).save(path, quality=90)
+    return _annotate(paths, "image", "What is this?", "A photograph.")
 
 
 def _write_clips(folder: Path) -> Path:
-    turns = [{"from": "human", "value": "<video>\nWhat happens?"}, {"from": "gpt", "value": "The camera moves."}]
-    clips = write_clips(folder, _NUM_CLIPS)
-    path = folder / "annotations.jsonl"
-    path.write_text("".join(json.dumps({"video": clip.name, "conversations": turns}) + "\n" for clip in clips))
-    return path
+    return _annotate(write_clips(folder, _NUM_CLIPS), "video", "What happens?", "The camera moves.")
 
 
 def _write_texts(folder: Path) -> Path:

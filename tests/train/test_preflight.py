@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.train.synthetic import make_bins, write_shards
 from train.engine import Ranks
 from train.flags import parse_arguments
 from train.index import open_shards
+from train.plan import Plan
 from train.preflight import MAX_PROBLEMS_SHOWN, check_folder, explain, room_for, run_largest
 from train.reader import BinReader
 
@@ -76,12 +79,12 @@ def test_a_loss_that_is_no_number_is_found(shards: Path, tiny_checkpoint: Path, 
 def have_no_memory() -> None:
     """Make the second rank see a host without memory."""
     if os.environ["RANK"] == "1":
-        train.preflight.host_bytes = lambda: 0
+        mock.patch.object(train.preflight, "host_bytes", return_value=0).start()
 
 
 def have_no_disk() -> None:
     """Make ranks see a full disk."""
-    shutil.disk_usage = lambda path: SimpleNamespace(free=0)  # type: ignore[assignment]
+    mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=0)).start()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_a_pass_beside_the_gradients_of_another_is_looked_at_and_no_step_is_done
         recipe=SimpleNamespace(accumulation=accumulation),
         shape=SimpleNamespace(window_size=112),
     )
-    assert run_largest(running, plan, BinReader(index), [3]) == []  # type: ignore[arg-type]
+    assert run_largest(running, cast(Plan, plan), BinReader(index), [3]) == []
     once = ["forward", "backward"]
     assert running.asked == (once if accumulation == 1 else [*once, "step", *once])
 
