@@ -1,4 +1,5 @@
-"""What is built and trained is enough to learn to see: the whole way on one kind of question, in about a minute.
+"""What is built and trained is enough to learn to see: the whole way on one kind of question, in a minute or two of two
+processors.
 
 ``python -m tests.benchmarks.learning`` does it with shapes, counts and chart values too, and for longer.
 """
