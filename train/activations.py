@@ -9,7 +9,7 @@ Cost: none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -22,8 +22,6 @@ from train.sizes import Sizes
 VISION_ANGLES, ANGLES = "angles of patches", "angles of tokens"
 """Cosines and sines of rotary positions, shared by all layers."""
 
-MASK = "mask of packed samples"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
@@ -33,14 +31,12 @@ class Load:
         num_tokens: tokens.
         num_targets: targets.
         num_patches: patches.
-        is_masked: whether packed samples are kept apart by a mask over all pairs of tokens, as SDPA does.
         is_checkpointed: whether activations are recomputed.
     """
 
     num_tokens: int
     num_targets: int
     num_patches: int
-    is_masked: bool
     is_checkpointed: bool
 
 
@@ -75,7 +71,7 @@ def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     num_layers, phase = (1, Phase.MOMENT) if load.is_checkpointed else (depth, Phase.BACKWARD)
     layers = _term(
         "a layer, recomputed" if load.is_checkpointed else f"{depth} layers",
-        num_layers * _language_layer(sizes, width, is_masked=load.is_masked),
+        num_layers * _language_layer(sizes, width),
         tokens,
         "tokens",
         phase,
@@ -83,12 +79,6 @@ def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     terms = [_term(ANGLES, 2 * width * (hidden // sizes.num_heads), tokens, "tokens")]
     if load.is_checkpointed:
         terms.append(_term(f"inputs of {depth} layers", width * hidden * depth, tokens, "tokens"))
-    if load.is_masked:
-        terms.append(_term(MASK, 1, tokens * tokens, "pairs of tokens"))
-        # Each layer turns it into numbers to add, which live as long as the rest of the layer.
-        added = _term("", width * num_layers, tokens * tokens, "pairs")
-        both = f"{layers.arithmetic} + {added.arithmetic}"
-        layers = replace(layers, num_bytes=layers.num_bytes + added.num_bytes, arithmetic=both)
     terms.append(layers)
     is_trained = optim.LANGUAGE_MODEL in sizes.trained_parts
     last = 4 * hidden + 4 + (width * hidden if is_trained else 0)
@@ -100,21 +90,21 @@ def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     return terms
 
 
-def _language_layer(sizes: Sizes, width: int, *, is_masked: bool) -> int:
+def _language_layer(sizes: Sizes, width: int) -> int:
     """Bytes that a layer of the language model saves for each token.
 
     Two norms save their inputs in float32 and their root; where weights are trained, what they multiply, too. Attention
-    saves queries, keys, values, its output and the sums of its rows; with a mask, keys and values once for each query
-    head. The MLP saves gate, gate after SiLU, the other factor and, where weights are trained, the product. Trained
-    matrices save their inputs.
+    saves queries, keys, values, its output and the sums of its rows. The MLP saves gate, gate after SiLU, the other
+    factor and, where weights are trained, the product. Trained matrices save their inputs; that of the last one of
+    attention is its output once more, joined.
     """
-    hidden, keys = sizes.hidden_size, sizes.hidden_size if is_masked else sizes.key_value_size
+    hidden, keys = sizes.hidden_size, sizes.key_value_size
     norms = 2 * (4 * hidden + 4)
     attention = width * (2 * hidden + 2 * keys) + 4 * sizes.num_heads
     mlp = 3 * width * sizes.intermediate_size
     if optim.LANGUAGE_MODEL in sizes.trained_parts:
         norms += 2 * width * hidden
-        attention += width * hidden
+        attention += 2 * width * hidden
         mlp += width * (hidden + sizes.intermediate_size)
     return norms + attention + mlp
 

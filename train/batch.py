@@ -82,9 +82,9 @@ class MicroBatch:
 
     Attributes:
         input_ids: (1, L) int64.
-        position_ids: (4, 1, L) int64. Row 0 is the position in the sample: its restarts isolate packed samples under
-            SDPA. Rows 1-3 are mRoPE t, h, w.
+        position_ids: (3, 1, L) int64, mRoPE t, h, w.
         cu_seqlens: (S+1,) int32, borders of the samples.
+        lengths: tokens of each sample, known without asking the device.
         max_seqlen: longest sample.
         target_positions: (T,) int64, positions whose next token is trained.
         targets: (T,) int64, those next tokens.
@@ -99,6 +99,7 @@ class MicroBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
+    lengths: tuple[int, ...]
     max_seqlen: int
     target_positions: torch.Tensor
     targets: torch.Tensor
@@ -168,18 +169,16 @@ def build_micro_batch(
         lengths = np.ones(1, dtype=np.int32)
     cu_seqlens = np.zeros(lengths.size + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    position_ids = np.empty((4, 1, input_ids.size), dtype=np.int64)
-    # (L,): counts up from 0 in every sample
-    position_ids[0, 0] = np.arange(input_ids.size) - np.repeat(cu_seqlens[:-1], lengths)
-    np.concatenate(mrope, axis=1, out=position_ids[1:, 0])
+    position_ids = np.concatenate(mrope, axis=1, dtype=np.int64)
     # The first label of a sample is never trained, so a position and its target are always of one sample.
     target_positions = np.flatnonzero(labels[1:] != IGNORE_INDEX)
     if numbers is None:
         numbers = [one.index for one in bins]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids[None]),
-        position_ids=torch.from_numpy(position_ids),
+        position_ids=torch.from_numpy(position_ids[:, None]),
         cu_seqlens=torch.from_numpy(cu_seqlens),
+        lengths=tuple(lengths.tolist()),
         max_seqlen=int(lengths.max()),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(labels[target_positions + 1]),

@@ -29,7 +29,7 @@ from train.cost import read_config
 from train.flags import parse_arguments
 from train.index import ShardIndex, open_shards
 from train.memory import GIB, Memory, Phase, Sharding, state_terms
-from train.model import CHUNK, FLASH_ATTENTION
+from train.model import CHUNK
 from train.recipe import choose_recipe
 from train.sizes import OFFICIAL, Sizes, sizes_of
 
@@ -43,9 +43,7 @@ LoadOf = Callable[[int, Sizes], Load]
 """A number of bins and sizes of a model -> the largest micro-batch of so many bins."""
 
 
-def largest_bins(
-    index: ShardIndex, number: int, sizes: Sizes, *, attention: str, checkpointed: bool, dtype: torch.dtype
-) -> list[int]:
+def largest_bins(index: ShardIndex, number: int, sizes: Sizes, *, checkpointed: bool, dtype: torch.dtype) -> list[int]:
     """The bins that together take most memory, which a rank might get in one forward pass.
 
     What bins take grows with their tokens and patches, and up to a chunk with their targets, at rates that depend on
@@ -56,7 +54,6 @@ def largest_bins(
         index: the bins.
         number: of bins; where there are fewer, a forward pass may hold some of them twice.
         sizes: of the model, as it is trained.
-        attention: attention implementation.
         checkpointed: whether activations are recomputed.
         dtype: what is computed in.
     """
@@ -65,15 +62,14 @@ def largest_bins(
         return [(term.phase, term.num_bytes) for term in activation_terms(sizes, load, dtype)]
 
     def peak(bins: list[int]) -> int:
-        load = load_of_bins(index, bins, attention=attention, checkpointed=checkpointed)
+        load = load_of_bins(index, bins, checkpointed=checkpointed)
         return Memory(tuple(activation_terms(sizes, load, dtype))).peak()
 
-    nothing = Load(num_tokens=0, num_targets=0, num_patches=0, is_masked=False, is_checkpointed=checkpointed)
+    nothing = Load(num_tokens=0, num_targets=0, num_patches=0, is_checkpointed=checkpointed)
     units = (replace(nothing, num_tokens=1), replace(nothing, num_patches=1), replace(nothing, num_targets=1))
     terms = list(zip(*map(rates_of, units)))
     kept = [sum(size for phase, size in unit if phase == Phase.BACKWARD) for unit in zip(*terms)]
-    # A mask grows with the square of the tokens, so that they alone may decide.
-    rates = [(1, 0, 0)]
+    rates = []
     for term in terms:
         if term[0][0] == Phase.MOMENT:
             per_token, per_patch, per_target = (size + moment for size, (_, moment) in zip(kept, term))
@@ -106,26 +102,23 @@ def _first(values: NDArray[np.int64], number: int) -> NDArray[np.int64]:
     return places[np.argsort(-values[places], kind="stable")[:number]]
 
 
-def load_of_bins(index: ShardIndex, bins: list[int], *, attention: str, checkpointed: bool) -> Load:
+def load_of_bins(index: ShardIndex, bins: list[int], *, checkpointed: bool) -> Load:
     """What a micro-batch of these bins holds."""
-    num_samples = int(index.num_samples[bins].sum())
     return Load(
         num_tokens=int(index.num_tokens[bins].sum()),
         num_targets=int(index.num_targets[bins].sum()),
         num_patches=int(index.num_patches[bins].sum()),
-        is_masked=attention != FLASH_ATTENTION and num_samples > 1,
         is_checkpointed=checkpointed,
     )
 
 
-def fullest_load(max_length: int, number: int, *, attention: str, checkpointed: bool) -> Load:
+def fullest_load(max_length: int, number: int, *, checkpointed: bool) -> Load:
     """The most that a micro-batch of ``number`` bins can hold: pictures alone in the vision tower, and all trained."""
     num_tokens = max_length * number
     return Load(
         num_tokens=num_tokens,
         num_targets=num_tokens,
         num_patches=num_tokens * MERGED_PATCHES,
-        is_masked=attention != FLASH_ATTENTION,
         is_checkpointed=checkpointed,
     )
 
@@ -166,19 +159,19 @@ def budget(
     return Memory((*state_terms(sizes, sharding), *activation_terms(sizes, load, dtype)))
 
 
-def loads_of_shards(index: ShardIndex, *, attention: str, checkpointed: bool, dtype: torch.dtype) -> LoadOf:
+def loads_of_shards(index: ShardIndex, *, checkpointed: bool, dtype: torch.dtype) -> LoadOf:
     """The largest micro-batches of some shards."""
 
     def load_of(number: int, sizes: Sizes) -> Load:
-        bins = largest_bins(index, number, sizes, attention=attention, checkpointed=checkpointed, dtype=dtype)
-        return load_of_bins(index, bins, attention=attention, checkpointed=checkpointed)
+        bins = largest_bins(index, number, sizes, checkpointed=checkpointed, dtype=dtype)
+        return load_of_bins(index, bins, checkpointed=checkpointed)
 
     return load_of
 
 
-def loads_of_length(max_length: int, *, attention: str, checkpointed: bool) -> LoadOf:
+def loads_of_length(max_length: int, *, checkpointed: bool) -> LoadOf:
     """The largest micro-batches that there can be of bins of a length."""
-    return lambda number, _: fullest_load(max_length, number, attention=attention, checkpointed=checkpointed)
+    return lambda number, _: fullest_load(max_length, number, checkpointed=checkpointed)
 
 
 def size_table(args: TrainArguments, load_of: LoadOf, *, world: int, dtype: torch.dtype) -> str:
@@ -235,7 +228,7 @@ def main(context: click.Context, world_size: int, max_length: int | None) -> Non
     """Work out the memory of a rank, term by term, and for all official sizes.
 
     Takes the flags of the trainer (--shards, --model_name_or_path, --deepspeed, --tune_mm_vision, ...); a checkpoint
-    may be named by its size (7B). Precision is bfloat16 and attention flash attention, if flags say nothing else.
+    may be named by its size (7B). Precision is bfloat16, if flags say nothing else.
     """
     logging.basicConfig(level=logging.WARNING)
     try:
@@ -263,14 +256,13 @@ def report(flags: list[str], *, world: int, max_length: int | None) -> str:
     if max_length is not None and args.shards:
         raise ConfigError(f"--max-length {max_length} and --shards {args.shards} both say what bins hold: give one.")
     dtype = torch.float16 if args.fp16 else torch.float32 if args.bf16 is False else torch.bfloat16
-    attention = FLASH_ATTENTION if args.attn_implementation == "auto" else args.attn_implementation
     model_config = find_config(args.model_name_or_path)
     number, checkpointed = choose_recipe(args, model_config).per_device, args.gradient_checkpointing
     if max_length is None:
         index = open_shards(args.shards)
-        load_of = loads_of_shards(index, attention=attention, checkpointed=checkpointed, dtype=dtype)
+        load_of = loads_of_shards(index, checkpointed=checkpointed, dtype=dtype)
     else:
-        load_of = loads_of_length(max_length, attention=attention, checkpointed=checkpointed)
+        load_of = loads_of_length(max_length, checkpointed=checkpointed)
     deepspeed = engine.read_deepspeed_config(args.deepspeed)
     sizes = sizes_of(model_config, args)
     load = load_of(number, sizes)

@@ -23,8 +23,8 @@ import torch
 
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
+from train.attention import FLASH_ATTENTION
 from train.deepspeed_file import check_sections
-from train.model import FLASH_ATTENTION
 from train.recipe import Recipe
 
 logger = logging.getLogger(__name__)

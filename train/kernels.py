@@ -21,9 +21,12 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
-from train.model import FLASH_ATTENTION
+from train.attention import FLASH_ATTENTION
 
 logger = logging.getLogger(__name__)
+
+WITHOUT_ATTENTION = ("input_layernorm", "post_attention_layernorm", "norm1", "norm2", "mlp")
+"""Parts of a layer of the language model and of a block of the vision tower."""
 
 
 def check_kernels(args: TrainArguments, device: torch.device, deepspeed: Mapping[str, Any]) -> None:
@@ -78,17 +81,17 @@ def compile_layers(
     """Compile each layer of the language model and each block of the vision tower, for inputs of any length.
 
     They are compiled one by one, in place: layers are alike, so that the first one's code serves all, while the whole
-    model would be compiled anew for every kind of bin. With SDPA the vision tower splits its attention at borders that
-    are known at run time only, which no compiler sees through; there norms and MLPs are compiled.
+    model would be compiled anew for every kind of bin. With SDPA attention is split at borders that are known at run
+    time only, which no compiler sees through; there norms and MLPs are compiled.
 
     Args:
         hf: the model.
         attn_implementation: attention implementation.
         backend: of ``torch.compile``.
     """
-    blocks = list(hf.model.visual.blocks)
+    modules = [*hf.model.language_model.layers, *hf.model.visual.blocks]
     if attn_implementation != FLASH_ATTENTION:
-        blocks = [part for block in blocks for part in (block.norm1, block.norm2, block.mlp)]
-    for module in (*hf.model.language_model.layers, *blocks):
+        modules = [part for layer in modules for name, part in layer.named_children() if name in WITHOUT_ATTENTION]
+    for module in modules:
         module.compile(dynamic=True, backend=backend)
     logger.info("layers are compiled at their first use")

@@ -24,13 +24,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from train.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA
 from train.batch import MicroBatch, VisionBatch
 from train.pixels import pixel_values
 
 CHUNK = 512
 """Rows of logits that exist at a time."""
 
-FLASH_ATTENTION = "flash_attention_2"
+NO_MASK = {"full_attention": None}
+"""By kind of layer: samples are isolated by their lengths, so that transformers has no mask to make."""
 
 
 class TargetHead(nn.Linear):
@@ -101,6 +103,8 @@ class PackedQwen(nn.Module):
     def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, *, attn_implementation: str) -> None:
         super().__init__()
         hf.lm_head = TargetHead.of(hf.lm_head)
+        if attn_implementation == SDPA:
+            hf.model.language_model.set_attn_implementation(BY_SAMPLE)
         self.hf = hf
         self.attn_implementation = attn_implementation
 
@@ -127,7 +131,11 @@ class PackedQwen(nn.Module):
         is_pad = (micro.input_ids == config.image_token_id) | (micro.input_ids == config.video_token_id)
         embeddings = embeddings.masked_scatter(is_pad[..., None], features.to(embeddings.dtype))
         hidden: torch.Tensor = self.hf.model.language_model(
-            inputs_embeds=embeddings, attention_mask=None, use_cache=False, **self._isolation(micro)
+            inputs_embeds=embeddings,
+            attention_mask=NO_MASK,
+            position_ids=micro.position_ids,
+            use_cache=False,
+            **self._isolation(micro),
         ).last_hidden_state
         return hidden[0, micro.target_positions]
 
@@ -150,11 +158,10 @@ class PackedQwen(nn.Module):
         return features
 
     def _isolation(self, micro: MicroBatch) -> dict[str, Any]:
-        """Positions, and what keeps packed samples apart: their borders, or with SDPA the restarts of row 0."""
+        """What keeps packed samples apart in attention: their borders on the device, or their lengths on the host."""
         if self.attn_implementation != FLASH_ATTENTION:
-            return {"position_ids": micro.position_ids}
+            return {"lengths": micro.lengths}
         return {
-            "position_ids": micro.position_ids[1:],
             "cu_seq_lens_q": micro.cu_seqlens,
             "cu_seq_lens_k": micro.cu_seqlens,
             "max_length_q": micro.max_seqlen,

@@ -33,6 +33,7 @@ import torch
 from schemas.errors import ConfigError, VlprepError
 from train import budget, checkpoint, engine, optim
 from train.arguments import TrainArguments
+from train.attention import FLASH_ATTENTION
 from train.capacity import check_device, check_disk, check_held, check_host, device_bytes, host_bytes, written
 from train.cost import read_config
 from train.disk import nearest_existing
@@ -40,7 +41,6 @@ from train.engine import Ranks
 from train.loop import build_model, describe
 from train.memory import GIB, Memory
 from train.metrics import peak_memory_bytes
-from train.model import FLASH_ATTENTION
 from train.parity import compare_packed, read_micro_batch
 from train.plan import Plan, make_plan, read_settings
 from train.reader import BinReader
@@ -71,14 +71,13 @@ def preflight(args: TrainArguments) -> None:
         plan.index,
         plan.recipe.per_device,
         sizes,
-        attention=plan.attention,
         checkpointed=args.gradient_checkpointing,
         dtype=plan.dtype,
     )
     memory = show_memory(plan, sizes, bins)
     if plan.device.type == "cuda" and plan.attention != FLASH_ATTENTION:
         logger.info(
-            "attention is %s: the mask of packed samples grows with the square of a bin, the vision tower waits for "
+            "attention is %s: it is called for each sample and each window by itself, and the vision tower waits for "
             "the device in every layer; flash attention does neither (pip install flash-attn --no-build-isolation)",
             plan.attention,
         )
@@ -161,14 +160,12 @@ def show_memory(plan: Plan, sizes: Sizes, bins: list[int]) -> Memory:
         bins: of the largest micro-batch.
     """
     args, world, checkpointed = plan.args, plan.ranks.world, plan.args.gradient_checkpointing
-    load = budget.load_of_bins(plan.index, bins, attention=plan.attention, checkpointed=checkpointed)
+    load = budget.load_of_bins(plan.index, bins, checkpointed=checkpointed)
     config = read_config(plan.source)
     memory = budget.budget(config, sizes, args, load, deepspeed=plan.deepspeed, world=world, dtype=plan.dtype)
     if plan.ranks.is_first:
         logger.info("memory of a rank:\n%s", memory.format())
-        load_of = budget.loads_of_shards(
-            plan.index, attention=plan.attention, checkpointed=checkpointed, dtype=plan.dtype
-        )
+        load_of = budget.loads_of_shards(plan.index, checkpointed=checkpointed, dtype=plan.dtype)
         table = budget.size_table(args, load_of, world=world, dtype=plan.dtype)
         logger.info(f"{budget.TABLE_TITLE}\n%s", world, table)
     return memory

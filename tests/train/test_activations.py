@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.train.synthetic import as_bin, make_medium, make_sample
 from train import optim
-from train.activations import ANGLES, MASK, VISION_ANGLES, Load, activation_terms
+from train.activations import ANGLES, VISION_ANGLES, Load, activation_terms
 from train.arguments import TrainArguments
 from train.batch import MicroBatch, build_micro_batch
 from train.cost import read_config
@@ -39,17 +39,16 @@ def saved_bytes(model: PackedQwen, micro: MicroBatch) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def kept_bytes(sizes: Sizes, micro: MicroBatch, dtype: torch.dtype, *, checkpointed: bool, masked: bool) -> int:
+def kept_bytes(sizes: Sizes, micro: MicroBatch, dtype: torch.dtype, *, checkpointed: bool) -> int:
     load = Load(
         num_tokens=micro.num_tokens,
         num_targets=micro.targets.numel(),
         num_patches=micro.vision.num_patches,
-        is_masked=masked,
         is_checkpointed=checkpointed,
     )
     terms = activation_terms(sizes, load, dtype)
-    # Planes and mask are no part of the graph; nor are angles where checkpointing holds them.
-    outside = {"pixels, as stored", MASK, *((ANGLES, VISION_ANGLES) if checkpointed else ())}
+    # Planes are no part of the graph; nor are angles where checkpointing holds them.
+    outside = {"pixels, as stored", *((ANGLES, VISION_ANGLES) if checkpointed else ())}
     return sum(term.num_bytes for term in terms if term.phase == Phase.BACKWARD and term.name not in outside)
 
 
@@ -79,18 +78,18 @@ def test_a_token_and_a_patch_keep_what_was_worked_out(
     small, long, wide = one_sample(8, 500), one_sample(8, 900), one_sample(16, 500)
     for other in (long, wide):
         found = saved_bytes(model, other) - saved_bytes(model, small)
-        expected = kept_bytes(sizes, other, dtype, checkpointed=checkpointed, masked=False)
-        expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed, masked=False)
+        expected = kept_bytes(sizes, other, dtype, checkpointed=checkpointed)
+        expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed)
         indices = 9 * (other.num_tokens - small.num_tokens) + 4 * (other.vision.num_patches - small.vision.num_patches)
         assert 0 <= found - expected <= indices
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_packed_samples_keep_a_mask_in_every_layer(
+def test_samples_that_are_packed_keep_no_more_than_their_tokens(
     tiny_checkpoint: Path, dtype: torch.dtype, checkpointed: bool
 ) -> None:
-    """Without flash attention, and none of them where activations are recomputed."""
+    """Nothing grows with the square of a bin."""
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=dtype)
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     args = TrainArguments(shards="shards")
@@ -105,6 +104,6 @@ def test_packed_samples_keep_a_mask_in_every_layer(
     )
     assert (small.num_tokens, large.num_tokens) == (504, 908)
     found = saved_bytes(model, large) - saved_bytes(model, small)
-    expected = kept_bytes(sizes, large, dtype, checkpointed=checkpointed, masked=True)
-    expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed, masked=True)
+    expected = kept_bytes(sizes, large, dtype, checkpointed=checkpointed)
+    expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed)
     assert 0 <= found - expected <= 9 * (large.num_tokens - small.num_tokens)

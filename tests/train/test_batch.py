@@ -34,13 +34,13 @@ def test_two_bins_worked_out_by_hand() -> None:
         ]
     )
     assert micro.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32, 33]]
-    assert micro.position_ids[0].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert micro.position_ids.tolist() == [[[0, 1, 2, 0, 1, 0, 1, 2, 3]]] * 3
     assert micro.cu_seqlens.tolist() == [0, 3, 5, 9]
+    assert micro.lengths == (3, 2, 4)
     assert micro.max_seqlen == 4
     assert micro.target_positions.tolist() == [0, 1, 3, 7]
     assert micro.targets.tolist() == [11, 12, 21, 33]
     assert (micro.bins, micro.num_tokens, micro.num_samples) == ((4, 9), 9, 3)
-    assert micro.position_ids.shape == (4, 1, 9)
     dtypes = {name: getattr(micro, name).dtype for name in ("input_ids", "position_ids", "target_positions", "targets")}
     assert set(dtypes.values()) == {torch.int64}, dtypes
     assert micro.cu_seqlens.dtype == torch.int32
@@ -65,9 +65,7 @@ def test_positions_of_a_bin_with_media_are_those_stored() -> None:
     samples = make_bins(num_bins=4)[3]
     micro = build_micro_batch([as_bin(samples)])
     stored = np.concatenate([sample.position_ids for sample in samples], axis=1)
-    assert np.array_equal(micro.position_ids[1:, 0].numpy(), stored)
-    restarts = np.flatnonzero(micro.position_ids[0, 0].numpy() == 0)
-    assert restarts.tolist() == micro.cu_seqlens[:-1].tolist()
+    assert np.array_equal(micro.position_ids[:, 0].numpy(), stored)
 
 
 def test_media_of_all_bins_stand_in_sequence_order() -> None:
@@ -119,8 +117,9 @@ def test_a_batch_without_media_has_one_dummy_picture(bins: list[Bin]) -> None:
 def test_an_empty_place_is_a_token_without_targets_and_weight() -> None:
     micro = build_micro_batch([])
     assert micro.input_ids.shape == (1, 1)
-    assert micro.position_ids.tolist() == [[[0]]] * 4
+    assert micro.position_ids.tolist() == [[[0]]] * 3
     assert micro.cu_seqlens.tolist() == [0, 1]
+    assert micro.lengths == (1,)
     assert micro.targets.shape == micro.target_positions.shape == (0,)
     assert micro.targets.dtype == micro.target_positions.dtype == torch.int64
     assert (micro.bins, micro.num_tokens, micro.num_samples) == ((), 0, 0)

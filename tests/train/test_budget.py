@@ -14,7 +14,6 @@ from train.activations import activation_terms
 from train.arguments import TrainArguments
 from train.index import ShardIndex, open_shards
 from train.memory import Memory
-from train.model import FLASH_ATTENTION
 from train.sizes import OFFICIAL, Sizes, sizes_of
 
 LONG, LARGE, COSTLY = 0, 1, 2
@@ -49,36 +48,31 @@ def sizes(*, vision: bool) -> Sizes:
     return sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards", tune_mm_vision=vision))
 
 
-def largest(
-    index: ShardIndex, number: int, of: Sizes, *, checkpointed: bool = True, attention: str = "sdpa"
-) -> list[int]:
-    return budget.largest_bins(index, number, of, attention=attention, checkpointed=checkpointed, dtype=torch.bfloat16)
+def largest(index: ShardIndex, number: int, of: Sizes, *, checkpointed: bool = True) -> list[int]:
+    return budget.largest_bins(index, number, of, checkpointed=checkpointed, dtype=torch.bfloat16)
 
 
 def test_the_bin_with_most_operations_is_not_the_largest(few_targets: ShardIndex) -> None:
     assert (int(few_targets.cost().argmax()), int(few_targets.num_tokens.argmax())) == (COSTLY, LONG)
-    assert largest(few_targets, 1, sizes(vision=False), attention=FLASH_ATTENTION) == [LONG]
+    assert largest(few_targets, 1, sizes(vision=False)) == [LONG]
 
 
 def test_patches_count_where_the_vision_tower_is_trained(few_targets: ShardIndex) -> None:
     assert int(few_targets.num_patches.argmax()) == LARGE
-    assert largest(few_targets, 1, sizes(vision=True), attention=FLASH_ATTENTION) == [LARGE]
+    assert largest(few_targets, 1, sizes(vision=True)) == [LARGE]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", FLASH_ATTENTION])
 @pytest.mark.parametrize("vision", [False, True])
-def test_no_other_bins_take_more(
-    index: ShardIndex, vision: bool, attention: str, checkpointed: bool, number: int
-) -> None:
+def test_no_other_bins_take_more(index: ShardIndex, vision: bool, checkpointed: bool, number: int) -> None:
     of = sizes(vision=vision)
 
     def peak(chosen: tuple[int, ...]) -> int:
-        load = budget.load_of_bins(index, list(chosen), attention=attention, checkpointed=checkpointed)
+        load = budget.load_of_bins(index, list(chosen), checkpointed=checkpointed)
         return Memory(tuple(activation_terms(of, load, torch.bfloat16))).peak()
 
-    found = largest(index, number, of, attention=attention, checkpointed=checkpointed)
+    found = largest(index, number, of, checkpointed=checkpointed)
     assert peak(tuple(found)) == max(map(peak, itertools.combinations(range(index.num_bins), number)))
 
 
@@ -94,7 +88,7 @@ def test_the_table_has_the_largest_bins_of_each_size() -> None:
 
     def load_of(number: int, of: Sizes) -> budget.Load:
         asked[of.hidden_size] = number
-        return budget.fullest_load(64, number, attention=FLASH_ATTENTION, checkpointed=True)
+        return budget.fullest_load(64, number, checkpointed=True)
 
     args = TrainArguments(shards="shards")
     table = budget.size_table(args, load_of, world=8, dtype=torch.bfloat16)

@@ -54,11 +54,15 @@ def counted_by_torch(model: PackedQwen, micro: MicroBatch) -> int:
     return counter.get_total_flops()
 
 
+def squares(micro: MicroBatch) -> int:
+    """Pairs of tokens that are of one sample."""
+    return sum(length**2 for length in np.diff(micro.cu_seqlens.numpy()).tolist())
+
+
 def what_runs(model: PackedQwen, micro: MicroBatch) -> float:
-    """What is counted, the masked part of the square of the bin, and ``lm_head`` once more, which is recomputed."""
+    """What is counted, the masked half of each sample's square, and ``lm_head`` once more, which is recomputed."""
     flops = ModelFlops.of(model)
-    own = sum(length**2 for length in np.diff(micro.cu_seqlens.numpy()).tolist())
-    masked = flops.per_squared_length * (2 * micro.num_tokens**2 - own)
+    masked = flops.per_squared_length * squares(micro)
     head = model.hf.lm_head
     return flops.count(micro) + masked + 2 * head.in_features * head.out_features * micro.targets.numel()
 
@@ -92,7 +96,7 @@ def test_adapters_are_counted_where_they_stand(model: PackedQwen, targets: str, 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     micro = packed(*media_and_text())
-    unneeded = 0 if needs_keys else 2 * 64 * micro.num_tokens**2
+    unneeded = 0 if needs_keys else 2 * 64 * squares(micro)
     assert what_runs(model, micro) - unneeded == counted_by_torch(model, micro)
 
 
@@ -106,8 +110,8 @@ def test_activations_that_are_recomputed_do_not_count(model: PackedQwen) -> None
     assert ModelFlops.of(model) == before
     forward = (
         before.per_token / 3 * micro.num_tokens
-        # the whole square, where the count has the causal half
-        + before.per_squared_length / 3 * 2 * micro.num_tokens**2
+        # whole squares, where the count has their causal halves
+        + before.per_squared_length / 3 * 2 * squares(micro)
     )
     # It ends with the last product whose factors are asked for, so the last matrix of each layer does not run again.
     last_matrices = 2 * 64 * 128 * 2 * micro.num_tokens

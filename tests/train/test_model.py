@@ -15,16 +15,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from schemas.bins import Bin
 from tests.train.synthetic import Sample, make_medium, make_sample
 from train import model as model_module
 from train import optim
+from train.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, attend_by_sample
 from train.batch import MicroBatch, build_micro_batch
-from train.model import FLASH_ATTENTION, PackedQwen, TargetHead, checkpoint_activations
+from train.model import NO_MASK, PackedQwen, TargetHead, checkpoint_activations
 from train.pixels import pixel_values
+from train.tiny_model import tiny_config
 
 EVERYTHING = {optim.LANGUAGE_MODEL: 1e-3, optim.MERGER: 1e-3, optim.VISION_TOWER: 1e-3}
 
@@ -129,15 +131,51 @@ def test_a_packed_bin_has_the_loss_and_gradients_of_its_samples_one_by_one(model
 
 
 def test_the_comparison_of_packed_and_separate_samples_would_notice_a_leak(model: PackedQwen) -> None:
-    """Positions that do not restart at the border of a sample let it see the sample before."""
+    """A bin taken for one long sample lets each see the samples before."""
     samples = samples_of_all_kinds()
     batch = micro_batch(*samples)
-    leaking = batch.position_ids.clone()
-    leaking[0, 0] = torch.arange(batch.num_tokens)
     with torch.no_grad():
         separate = sum(model(micro_batch(sample)) for sample in samples)
         assert abs(model(batch) - separate) / separate < 1e-5
-        assert abs(model(replace(batch, position_ids=leaking)) - separate) / separate > 1e-3
+        assert abs(model(replace(batch, lengths=(batch.num_tokens,))) - separate) / separate > 1e-3
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(heads: int) -> None:
+    """Which finds packed samples where positions restart; keys and values may serve several heads."""
+    torch.manual_seed(0)
+    config = tiny_config(64).text_config
+    config.num_key_value_heads = heads
+    layers = Qwen2_5_VLTextModel(config).train()
+    lengths = (5, 1, 9, 2)
+    embeddings = torch.randn(1, sum(lengths), config.hidden_size)
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand(4, 1, -1)
+    found = {}
+    for implementation, isolation in (
+        (SDPA, {"position_ids": positions}),
+        ("eager", {"position_ids": positions}),
+        (BY_SAMPLE, {"position_ids": positions[1:], "attention_mask": NO_MASK, "lengths": lengths}),
+        # By itself it is what transformers would compute.
+        (f"{BY_SAMPLE} without lengths", {"position_ids": positions}),
+    ):
+        layers.set_attn_implementation(implementation.split()[0])
+        states = embeddings.clone().requires_grad_()
+        output = layers(inputs_embeds=states, use_cache=False, **isolation).last_hidden_state
+        output.square().mean().backward()
+        assert states.grad is not None
+        found[implementation] = output.detach(), states.grad
+    for one in found.values():
+        torch.testing.assert_close(one, found["eager"], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_sample_by_sample_drops_the_share_of_weights_that_it_is_told() -> None:
+    """Of equal weights over values of one, and scaled so that their mean stays one."""
+    torch.manual_seed(0)
+    states, values = torch.zeros(1, 2, 600, 8), torch.ones(1, 2, 600, 8)
+    attended, _ = attend_by_sample(nn.Identity(), states, states, values, None, lengths=(400, 200), dropout=0.25)
+    last = attended[0, [399, 599]].mean(dim=-1)
+    assert (last != 1).all()
+    torch.testing.assert_close(last, torch.ones_like(last), rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize("changed", range(4))
@@ -327,7 +365,7 @@ def test_a_frozen_vision_tower_keeps_no_activations(model: PackedQwen, merger: b
 def test_flash_attention_is_given_the_borders_of_samples_and_media(
     model: PackedQwen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With attention over the given borders alone, the loss is that of SDPA over the positions that restart."""
+    """With attention over the given borders alone, the loss is that of SDPA sample by sample."""
     batch = micro_batch(*samples_of_all_kinds())
     calls: list[tuple[int, int]] = []
 

@@ -38,10 +38,8 @@ def plan_of(shards: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def leaking(self: PackedQwen, micro: MicroBatch) -> dict[str, Any]:
-    """Positions that do not restart at the border of a sample, which then sees the one before."""
-    positions = micro.position_ids.clone()
-    positions[0, 0] = torch.arange(micro.num_tokens)
-    return {"position_ids": positions}
+    """The bin as one long sample: each sees the ones before."""
+    return {"lengths": (micro.num_tokens,)}
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd", "jpeg"])

@@ -15,8 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.train.test_model import EVERYTHING, micro_batch, samples_of_all_kinds
 from train import optim
+from train.attention import FLASH_ATTENTION
 from train.batch import MicroBatch, build_micro_batch
-from train.model import FLASH_ATTENTION, PackedQwen, checkpoint_activations
+from train.model import PackedQwen, checkpoint_activations
 
 NEEDS_FLASH_ATTENTION = pytest.mark.skipif(
     not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="no GPU with flash-attn is here"
@@ -92,11 +93,14 @@ def test_no_operation_of_a_forward_and_backward_pass_waits(model: PackedQwen, mo
 
 
 def test_an_operation_that_waits_would_be_noticed(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SDPA looks at the positions to find where samples begin, and at the borders of windows to split at them."""
+    """SDPA looks at the borders of windows to split at them, transformers at positions to find where samples begin."""
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    ids, positions = torch.arange(10, 16)[None], torch.tensor([0, 1, 2, 0, 1, 2]).expand(4, 1, -1)
     with monkeypatch.context() as patch, Waits(patch) as waits, torch.no_grad():
         PackedQwen(hf, attn_implementation="sdpa")(bins()[0])
-    assert {"aten._local_scalar_dense.default", "tolist"} <= set(waits.found)
+        assert set(waits.found) == {"tolist"}
+        hf.model.language_model(input_ids=ids, position_ids=positions, use_cache=False)
+    assert "aten._local_scalar_dense.default" in waits.found
 
 
 @NEEDS_FLASH_ATTENTION
