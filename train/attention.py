@@ -52,14 +52,17 @@ def attend_by_sample(
         (1, L, heads, D), and None in place of the weights, which are not kept.
     """
     if lengths is None:
-        attend = ALL_ATTENTION_FUNCTIONS[SDPA]
-        return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+        others |= {"dropout": dropout, "scaling": scaling}
+        found: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[SDPA](
+            module, query, key, value, attention_mask, **others
+        )
+        return found
     is_grouped = key.shape[1] != query.shape[1]
     parts = [
         functional.scaled_dot_product_attention(
-            *sample, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=is_grouped
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=is_grouped
         ).transpose(1, 2)
-        for sample in zip(*(states.split(lengths, dim=2) for states in (query, key, value)))
+        for q, k, v in zip(*(torch.split(states, list(lengths), dim=2) for states in (query, key, value)))
     ]
     return torch.cat(parts, dim=1), None
 
