@@ -1,7 +1,8 @@
-"""A tiny model learns to see: ``python -m tests.benchmarks.learning`` (see ``--help`` for its length).
+"""A tiny model learns to see: ``python -m tests.benchmarks.learning`` (see ``--help`` for its lessons).
 
 Questions of the demo dataset about one picture (its colour, its shape, how many shapes, a value of a chart), for
-training and, about other pictures, held out. Every answer of a kind comes equally often, so the text of a question says
+training and, about other pictures, held out. To read a chart takes more than its questions: see
+:func:`draw_exercises`. Every answer of a kind comes equally often, so the text of a question says
 nothing about its answer. They go the whole way: ``vlprep build``, then ``train/main.py`` from random weights, vision
 tower included, with the held-out shards as ``--eval_shards``. An answer is right where all its tokens are.
 
@@ -16,23 +17,28 @@ Beside it stand
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from PIL import Image
 
 from prep.demo.chart_questions import CHART_KINDS
+from prep.demo.charts import sample_chart
 from prep.demo.kinds import Draft, Kind, compose, generator
 from prep.demo.media import PNG, encode_picture
 from prep.demo.records import MediaFile, build_record
 from prep.demo.scene_questions import SCENE_KINDS
+from prep.demo.vocabulary import Dialogue, Wording
 from tests.benchmarks.machine import describe_machine
 from train.tiny_model import write_tiny_checkpoint
 
@@ -47,6 +53,15 @@ KINDS: dict[str, Kind[Any]] = {
 """What is asked, by the name of its dataset."""
 
 EXCHANGED = "exchanged"
+
+EXERCISES = {"label": 0.4, "value": 0.15, "column": 0.15, "chart": 0.3}
+"""Sorts of exercises and their shares."""
+
+CUT_SIZE = 56
+"""Side of the pieces that are cut out of charts, in pixels: two merged patches."""
+
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 16, 10, 44, 26
+"""Margins of the plot in a bar or line chart, in pixels: see :mod:`prep.demo.charts`."""
 
 Record = dict[str, Any]
 
@@ -73,6 +88,11 @@ class Lesson:
         text_steps: the same for the text-only baseline, whose bins hold several times as many questions.
         max_length: tokens of a bin.
         learning_rate: peak.
+        vision_rate: peak of the vision tower and the merger; that of all the rest if not given.
+        num_exercises: pictures to learn to read from, beside the questions: see :func:`draw_exercises`.
+        bins: of a rank in each step.
+        num_layers: of the language model.
+        vision_size: width of the vision tower.
     """
 
     kinds: tuple[str, ...] = tuple(KINDS)
@@ -82,6 +102,11 @@ class Lesson:
     text_steps: int = 200
     max_length: int = 1024
     learning_rate: float = 3e-3
+    vision_rate: float | None = None
+    num_exercises: int = 0
+    bins: int = 1
+    num_layers: int = 2
+    vision_size: int = 32
 
 
 def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
@@ -96,12 +121,12 @@ def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
         What came of every kind.
     """
     model = folder / "model"
-    write_tiny_checkpoint(model)
+    write_tiny_checkpoint(model, num_hidden_layers=lesson.num_layers, vision_hidden_size=lesson.vision_size)
     train = {name: draw_questions(name, lesson.num_train, folder, held_out=False) for name in lesson.kinds}
     asked = {name: draw_questions(name, lesson.num_held_out, folder, held_out=True) for name in lesson.kinds}
     everything = [record for records in train.values() for record in records]
     exchanged = {f"{name}_{EXCHANGED}": exchange_pictures(records) for name, records in asked.items()}
-    seen = {"train": everything, **asked, **exchanged}
+    seen = {"train": everything + draw_exercises(lesson.num_exercises, folder), **asked, **exchanged}
     blind = {
         name: [without_picture(record) for record in records]
         for name, records in {"train": everything, **asked}.items()
@@ -132,11 +157,91 @@ def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list
     for number, draft in enumerate(drafts):
         path = f"images/{part}-{name}-{number:05d}.png"
         (folder / path).write_bytes(encode_picture(draft.facts[0].draw(), PNG))
-        file = MediaFile(media_type="image", path=path)
-        record = build_record(draft, [file], identifier=f"{part}-{name}-{number:05d}", kind=name, rng=rng)
-        del record["image" if "image" in record else "images"]
-        records.append({**record, "image": path})
+        records.append(record_of(draft, path, f"{part}-{name}-{number:05d}", name, rng))
     return records
+
+
+def draw_exercises(num: int, folder: Path) -> list[Record]:
+    """Charts in small pieces and whole ones, so that a model learns to read before it is to find what to read.
+
+    A label or a value is cut out of a chart, to be read; of the column of one category, and of a whole chart, all
+    values in it are asked for, one after another.
+    """
+    rng = generator(0, "exercises")
+    (folder / "images").mkdir(exist_ok=True)
+    records: list[Record] = []
+    for number in range(num):
+        chart = sample_chart(rng, ("bar", "line"))
+        picture, sort = chart.draw(), str(rng.choice(list(EXERCISES), p=list(EXERCISES.values())))
+        wording = Wording(
+            language="zh" if rng.random() < 0.2 else "en", sentence=False, variant=int(rng.integers(CUT_SIZE))
+        )
+        column = int(rng.integers(len(chart.values)))
+        x = PLOT_LEFT + (column + 0.5) * (chart.width - PLOT_LEFT - PLOT_RIGHT) / len(chart.values)
+        bottom = chart.height - PLOT_BOTTOM
+        columns = [column]
+        if sort == "label":
+            picture = cut_out(picture, x, bottom + 11, 21, rng)
+        elif sort == "value":
+            y = bottom - (bottom - PLOT_TOP) * chart.values[column] / 90
+            picture = cut_out(picture, x, y - (7 if chart.chart_type == "bar" else 10), 9, rng)
+        elif sort == "column":
+            left = min(max(0, round(x - CUT_SIZE / 2)), chart.width - CUT_SIZE)
+            picture = picture.crop((left, 0, left + CUT_SIZE, chart.height))
+        else:
+            columns = [int(one) for one in rng.permutation(len(chart.values))]
+        if sort in ("label", "value"):
+            read = chart.categories[column] if sort == "label" else str(chart.values[column])
+            noun, noun_zh = {"label": ("word", "文字"), "value": ("number", "数字")}[sort]
+            exchanges = [wording.exchange(wording.say(f"Read the {noun}.", f"请读出{noun_zh}。"), value=read)]
+        else:
+            exchanges = [
+                wording.exchange(
+                    wording.say(
+                        f"What is the value for {chart.categories[one]}?", f"图中{chart.categories[one]}的数值是多少？"
+                    ),
+                    value=str(chart.values[one]),
+                )
+                for one in columns
+            ]
+        draft = Draft(
+            kind=sort,
+            facts=(chart,),
+            dialogue=Dialogue(exchanges=tuple(exchanges)),
+            wording=wording,
+            needs_colour=False,
+            turn_by_turn=False,
+        )
+        path = f"images/exercise-{number:05d}.png"
+        (folder / path).write_bytes(encode_picture(picture, PNG))
+        records.append(record_of(draft, path, f"exercise-{number:05d}", sort, rng))
+    return records
+
+
+def cut_out(picture: Image.Image, x: float, y: float, half: int, rng: np.random.Generator) -> Image.Image:
+    """A square in which a text lies somewhere, whole.
+
+    Args:
+        picture: what to cut from.
+        x: middle of the text.
+        y: the same.
+        half: half of its width; half of its height is 7.
+        rng: where in the square it lies.
+    """
+    corner = []
+    for middle, reach, size in ((x, half, picture.width), (y, 7, picture.height)):
+        first = min(max(0, math.ceil(middle + reach - CUT_SIZE)), size - CUT_SIZE)
+        last = max(first, min(math.floor(middle - reach), size - CUT_SIZE))
+        corner.append(int(rng.integers(first, last + 1)))
+    return picture.crop((corner[0], corner[1], corner[0] + CUT_SIZE, corner[1] + CUT_SIZE))
+
+
+def record_of(draft: Draft[Any], path: str, identifier: str, kind: str, rng: np.random.Generator) -> Record:
+    """The record of a draft about one picture."""
+    file = MediaFile(media_type="image", path=path)
+    record = build_record(draft, [file], identifier=identifier, kind=kind, rng=rng)
+    del record["image" if "image" in record else "images"]
+    return {**record, "image": path}
 
 
 def exchange_pictures(records: Sequence[Record]) -> list[Record]:
@@ -190,7 +295,8 @@ def build(
     registry.write_text("\n".join(lines) + "\n")
     program = [sys.executable, "-c", "from prep.cli import main; main()", "build", ",".join(names)]
     program += ["--registry", str(registry), "--model", str(model), "--out", str(folder / out)]
-    _run([*program, "--max-length", str(lesson.max_length)])
+    # Small pictures stay as they are.
+    _run([*program, "--max-length", str(lesson.max_length), "--min-pixels", str(CUT_SIZE**2)])
 
 
 def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Path, ranks: int) -> dict[str, float]:
@@ -206,11 +312,13 @@ def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Pat
         "learning_rate": lesson.learning_rate,
         "max_steps": steps,
         "gradient_accumulation_steps": 1,
-        "per_device_train_batch_size": 1,
+        "per_device_train_batch_size": lesson.bins,
         "gradient_checkpointing": False,
         "logging_steps": 100,
         "save_steps": 0,
     }
+    if lesson.vision_rate is not None:
+        settings |= {"vision_tower_lr": lesson.vision_rate, "mm_projector_lr": lesson.vision_rate}
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     _run([*launcher, "train/main.py", *flags])
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -224,28 +332,52 @@ def _run(program: Sequence[str]) -> None:
         raise click.ClickException(f"{' '.join(program)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
-@click.command()
-@click.option("--steps", type=click.IntRange(min=1), default=Lesson().steps, show_default=True)
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=Lesson().num_train, show_default=True, help="Of each kind."
+SCENES = Lesson(kinds=("colours", "shapes", "counts"))
+CHARTS = Lesson(
+    kinds=("values",),
+    steps=1500,
+    learning_rate=1.5e-3,
+    vision_rate=4.5e-4,
+    num_exercises=20_000,
+    bins=2,
+    num_layers=3,
+    vision_size=64,
 )
+LESSONS = {"scenes": SCENES, "charts": CHARTS}
+
+
+@click.command()
+@click.argument("lessons", type=click.Choice(list(LESSONS)), nargs=-1)
+@click.option("--steps", type=click.IntRange(min=1), help="Of the optimizer.")
+@click.option("--samples", type=click.IntRange(min=1), help="Questions of each kind to learn from.")
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Each with a core of its own.")
-def main(steps: int, samples: int, ranks: int) -> None:
-    """Train a tiny model from random weights and ask it about pictures that it has not seen."""
+def main(lessons: Sequence[str], steps: int | None, samples: int | None, ranks: int) -> None:
+    """Train a tiny model from random weights and ask it about pictures that it has not seen.
+
+    LESSONS are scenes (colours, shapes, counts) and charts (values); both if not given.
+    """
     click.echo(describe_machine("torch", "transformers", "deepspeed"))
-    lesson = Lesson(steps=steps, num_train=samples)
-    with tempfile.TemporaryDirectory() as name:
-        scores = learn(lesson, Path(name), ranks=ranks)
-    click.echo(
-        f"{lesson.num_train} questions of each kind to learn from, {lesson.num_held_out} held out; {lesson.steps} "
-        f"steps of {ranks} bins of {lesson.max_length} tokens\n"
-    )
-    click.echo(f"{'':<10}{'seeing':>12}{'exchanged':>12}{'text only':>12}{'likeliest':>12}")
+    for name in lessons or LESSONS:
+        lesson = LESSONS[name]
+        lesson = replace(lesson, steps=steps or lesson.steps, num_train=samples or lesson.num_train)
+        with tempfile.TemporaryDirectory() as folder:
+            click.echo(report(lesson, learn(lesson, Path(folder), ranks=ranks), ranks=ranks))
+
+
+def report(lesson: Lesson, scores: dict[str, Scores], *, ranks: int) -> str:
+    """What a lesson took and what came of it, as a table."""
+    lines = [
+        f"\n{lesson.num_train} questions of each kind and {lesson.num_exercises} exercises to learn from, "
+        f"{lesson.num_held_out} questions held out; {lesson.steps} steps of {ranks * lesson.bins} bins of "
+        f"{lesson.max_length} tokens",
+        f"{'':<10}{'seeing':>12}{'exchanged':>12}{'text only':>12}{'likeliest':>12}",
+    ]
     shares = {name: (one.seeing, one.exchanged, one.text_only, one.likeliest) for name, one in scores.items()}
-    # All kinds have as many questions.
-    shares["all"] = tuple(sum(column) / len(scores) for column in zip(*shares.values()))
-    for name, columns in shares.items():
-        click.echo(f"{name:<10}" + "".join(f"{share:>12.1%}" for share in columns))
+    if len(scores) > 1:
+        # All kinds have as many questions.
+        shares["all"] = tuple(sum(column) / len(scores) for column in zip(*shares.values()))
+    lines += [f"{name:<10}" + "".join(f"{share:>12.1%}" for share in columns) for name, columns in shares.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,28 @@
 """What is built and trained is enough to learn to see: the whole way on one kind of question, in a minute or two of two
 processors.
 
-``python -m tests.benchmarks.learning`` does it with shapes, counts and chart values too, and for longer.
+``python -m tests.benchmarks.learning`` does it with shapes and counts, and with the values of charts, for longer.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
+from prep.demo.charts import TOPICS
 from tests.benchmarks.learning import (
+    CUT_SIZE,
+    EXERCISES,
     Lesson,
     Record,
     Scores,
+    cut_out,
+    draw_exercises,
     draw_questions,
     exchange_pictures,
     learn,
@@ -36,6 +45,38 @@ def test_a_tiny_model_learns_colours_from_pixels_alone(scores: Scores) -> None:
 
 def test_with_exchanged_pictures_it_knows_no_more_than_the_text(scores: Scores) -> None:
     assert scores.exchanged <= 0.3
+
+
+@given(st.data())
+def test_what_is_cut_out_has_the_whole_text_in_it(data: st.DataObject) -> None:
+    """A text of white pixels, as far from the border of a black picture as texts of charts are."""
+    width, height = data.draw(st.integers(60, 336)), data.draw(st.integers(60, 252))
+    half = data.draw(st.integers(1, 24))
+    x, y = data.draw(st.integers(half, width - half)), data.draw(st.integers(7, height - 7))
+    picture = Image.new("L", (width, height))
+    picture.paste(255, (x - half, y - 7, x + half, y + 7))
+    cut = cut_out(picture, x, y, half, np.random.default_rng(data.draw(st.integers(0, 9))))
+    assert cut.size == (CUT_SIZE, CUT_SIZE)
+    assert np.count_nonzero(np.asarray(cut)) == 2 * half * 14
+
+
+def test_exercises_ask_for_what_is_in_their_pictures(tmp_path: Path) -> None:
+    records = draw_exercises(40, tmp_path)
+    assert {record["kind"] for record in records} == set(EXERCISES)
+    labels = {label for labels in TOPICS.values() for label in labels}
+    for record in records:
+        turns = record["conversations"]
+        answers = [turn["value"] for turn in turns if turn["from"] == "gpt"]
+        with Image.open(tmp_path / record["image"]) as picture:
+            is_piece = picture.size == (CUT_SIZE, CUT_SIZE)
+            assert picture.width == CUT_SIZE or record["kind"] == "chart"
+        assert is_piece == (record["kind"] in ("label", "value"))
+        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
+        if record["kind"] == "label":
+            assert set(answers) <= labels
+        else:
+            assert {int(answer) % 10 for answer in answers} == {0}
+        assert (len(answers) > 1) == (record["kind"] == "chart")
 
 
 def test_no_question_keeps_its_picture_when_they_are_exchanged(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from schemas.errors import ConfigError
-from train.tiny_model import main, tiny_config, write_tiny_checkpoint
+from train.tiny_model import EDGES, main, patch_cosines, tiny_config, write_tiny_checkpoint
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -146,3 +147,39 @@ def test_command_without_a_vocabulary_is_wrong_use(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert result.output.startswith("error: no tokenizer vocabulary at")
     assert "Traceback" not in result.output
+
+
+def test_patches_are_embedded_by_what_is_drawn_on_them_and_not_by_their_paper() -> None:
+    """Of white paper one number is left, of the size of the others; no filter repeats what another one sees."""
+    filters = patch_cosines(32)
+    assert filters.shape == (32, 3, 2, 14, 14)
+    flat = filters.flatten(1)
+    lengths = flat.norm(dim=1)
+    torch.testing.assert_close(flat @ flat.T, torch.diag(lengths**2), rtol=0, atol=1e-4)
+    seen = (filters * 2.0).sum(dim=(1, 2, 3, 4))
+    assert 1 < seen[0] < 4
+    assert seen[1:].abs().max() < 1e-3
+
+
+def cosine_transform(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The orthonormal DCT-II of each row, by the Fourier transform of the row and its mirror image."""
+    number = values.shape[1]
+    frequencies = np.arange(number)
+    spectrum = np.fft.fft(np.concatenate([values, values[:, ::-1]], axis=1))[:, :number]
+    sums = (spectrum * np.exp(-0.5j * np.pi * frequencies / number)).real / 2
+    return sums * np.sqrt(np.where(frequencies == 0, 1, 2) / number)
+
+
+def test_patches_of_the_tiny_model_see_what_they_would_see_of_jpeg(tiny_vocab_checkpoint: Path) -> None:
+    """The same waves as scipy's transform of a patch, both frames and all channels alike."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vocab_checkpoint)
+    patch = np.random.default_rng(0).normal(size=(14, 14)).astype(np.float32)
+    pixels = torch.from_numpy(patch).expand(1, 3, 2, 14, 14)
+    seen = model.model.visual.patch_embed.proj(pixels).flatten().detach().numpy()
+    coefficients = cosine_transform(cosine_transform(patch).T).T
+    # Sixteen filters of brightness, by frequency: across and down come in turn.
+    scale = EDGES * math.sqrt(3 * 2)
+    for number, (row, column) in ((1, (0, 1)), (2, (1, 0)), (3, (1, 1)), (4, (0, 2)), (5, (2, 0))):
+        expected = coefficients[row, column] * scale * (1 + row + column)
+        np.testing.assert_allclose(seen[number], expected, rtol=1e-4)
+    assert abs(seen[16:]).max() < 1e-3, "grey has no colour"
