@@ -38,7 +38,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
 
 
 def test_a_tiny_model_learns_colours_from_pixels_alone(scores: Scores) -> None:
-    """Random weights before, nine of ten right after; eight colours come equally often, so one of eight by guessing."""
+    """Random weights before, nine of ten right after; five colours come equally often, so one of five by guessing."""
     assert scores.seeing >= 0.9
     assert max(scores.text_only, scores.likeliest) <= 0.3
 
