@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from schemas.errors import ConfigError
 from train.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA
 from train.batch import MicroBatch, VisionBatch
 from train.pixels import pixel_values
@@ -31,7 +32,7 @@ from train.pixels import pixel_values
 CHUNK = 512
 """Rows of logits that exist at a time."""
 
-NO_MASK = {"full_attention": None}
+NO_MASK = {"full_attention": None, "sliding_attention": None}
 """By kind of layer: samples are isolated by their lengths, so that transformers has no mask to make."""
 
 
@@ -98,12 +99,20 @@ class PackedQwen(nn.Module):
     """The Hugging Face model behind the interface of the training loop.
 
     It is wrapped, never subclassed: transformers leaves subclasses without their weights.
+
+    Raises:
+        ConfigError: the language model attends in a sliding window, which SDPA has not. No official checkpoint does.
     """
 
     def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, *, attn_implementation: str) -> None:
         super().__init__()
         hf.lm_head = TargetHead.of(hf.lm_head)
         if attn_implementation == SDPA:
+            if hf.model.language_model.has_sliding_layers:
+                raise ConfigError(
+                    "config.json says use_sliding_window, which needs --attn_implementation flash_attention_2: install "
+                    "flash-attn, or set it to false, as the official checkpoints have it."
+                )
             hf.model.language_model.set_attn_implementation(BY_SAMPLE)
         self.hf = hf
         self.attn_implementation = attn_implementation

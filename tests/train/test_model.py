@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from schemas.bins import Bin
+from schemas.errors import ConfigError
 from tests.train.synthetic import Sample, make_medium, make_sample
 from train import model as model_module
 from train import optim
@@ -120,6 +121,8 @@ def loss_of_each_sample(model: PackedQwen, batch: MicroBatch) -> list[torch.Tens
 
 
 def test_a_packed_bin_has_the_loss_and_gradients_of_its_samples_one_by_one(model: PackedQwen) -> None:
+    """In float64, whose sums over a bin's tokens do not depend on their order as far as is compared."""
+    model.double()
     samples = samples_of_all_kinds()
     num_targets = sum(int((sample.labels != -100).sum()) for sample in samples)
     packed_loss = model(micro_batch(*samples)) / num_targets
@@ -166,6 +169,15 @@ def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(heads: 
         found[implementation] = output.detach(), states.grad
     for one in found.values():
         torch.testing.assert_close(one, found["eager"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sliding_window_is_refused_without_flash_attention() -> None:
+    config = tiny_config(64)
+    config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    hf = Qwen2_5_VLForConditionalGeneration(config)
+    with pytest.raises(ConfigError, match="use_sliding_window, which needs --attn_implementation flash_attention_2"):
+        PackedQwen(hf, attn_implementation="sdpa")
+    assert PackedQwen(hf, attn_implementation=FLASH_ATTENTION).hf is hf
 
 
 def test_attention_sample_by_sample_drops_the_share_of_weights_that_it_is_told() -> None:
