@@ -93,6 +93,7 @@ class Lesson:
         bins: of a rank in each step.
         num_layers: of the language model.
         vision_size: width of the vision tower.
+        cosines: whether patches are embedded by cosines.
     """
 
     kinds: tuple[str, ...] = tuple(KINDS)
@@ -107,6 +108,7 @@ class Lesson:
     bins: int = 1
     num_layers: int = 2
     vision_size: int = 32
+    cosines: bool = False
 
 
 def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
@@ -121,7 +123,9 @@ def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
         What came of every kind.
     """
     model = folder / "model"
-    write_tiny_checkpoint(model, num_hidden_layers=lesson.num_layers, vision_hidden_size=lesson.vision_size)
+    write_tiny_checkpoint(
+        model, num_hidden_layers=lesson.num_layers, vision_hidden_size=lesson.vision_size, cosines=lesson.cosines
+    )
     train = {name: draw_questions(name, lesson.num_train, folder, held_out=False) for name in lesson.kinds}
     asked = {name: draw_questions(name, lesson.num_held_out, folder, held_out=True) for name in lesson.kinds}
     everything = [record for records in train.values() for record in records]
@@ -342,6 +346,7 @@ CHARTS = Lesson(
     bins=2,
     num_layers=3,
     vision_size=64,
+    cosines=True,
 )
 LESSONS = {"scenes": SCENES, "charts": CHARTS}
 

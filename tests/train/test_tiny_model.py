@@ -170,11 +170,12 @@ def cosine_transform(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums * np.sqrt(np.where(frequencies == 0, 1, 2) / number)
 
 
-def test_patches_of_the_tiny_model_see_what_they_would_see_of_jpeg(tiny_vocab_checkpoint: Path) -> None:
-    """The same waves as scipy's transform of a patch, both frames and all channels alike."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vocab_checkpoint)
-    patch = np.random.default_rng(0).normal(size=(14, 14)).astype(np.float32)
-    pixels = torch.from_numpy(patch).expand(1, 3, 2, 14, 14)
+def test_patches_of_a_model_with_cosines_are_seen_as_jpeg_has_them(tmp_path: Path) -> None:
+    """The lowest cosines of a patch that is alike in both frames and all channels."""
+    write_tiny_checkpoint(tmp_path, vocab_size=64, cosines=True)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
+    patch = np.random.default_rng(0).normal(size=(14, 14))
+    pixels = torch.from_numpy(patch.astype(np.float32)).expand(1, 3, 2, 14, 14)
     seen = model.model.visual.patch_embed.proj(pixels).flatten().detach().numpy()
     coefficients = cosine_transform(cosine_transform(patch).T).T
     # Sixteen filters of brightness, by frequency: across and down come in turn.
