@@ -23,7 +23,7 @@ import torch
 
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
-from train.attention import FLASH_ATTENTION
+from train.attention import FLASH_ATTENTION, SDPA
 from train.deepspeed_file import check_sections
 from train.recipe import Recipe
 
@@ -199,7 +199,7 @@ def choose_attention(args: TrainArguments, device: torch.device, dtype: torch.dt
     possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     installed = find_spec("flash_attn") is not None
     if args.attn_implementation == "auto":
-        return FLASH_ATTENTION if possible and installed else "sdpa"
+        return FLASH_ATTENTION if possible and installed else SDPA
     if args.attn_implementation == FLASH_ATTENTION:
         if not possible:
             raise ConfigError(

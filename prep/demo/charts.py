@@ -26,11 +26,16 @@ TOPICS: dict[str, tuple[str, ...]] = {
 }
 
 _SIZES = ((252, 196), (280, 210), (280, 224), (308, 224), (320, 240), (336, 252))
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 16, 10, 44, 26
+"""Margins of the plot in a bar or line chart, in pixels."""
+
 _MIN_CATEGORIES = 3
 _TITLE_SIZE = 15
 _LABEL_SIZE = 12
-_MAX_VALUE = 90
-_BAR_VALUES = tuple(range(10, _MAX_VALUE + 1, 10))
+MAX_VALUE = 90
+"""Of a bar or a point, at the top of the plot."""
+
+_BAR_VALUES = tuple(range(10, MAX_VALUE + 1, 10))
 _PIE_TOTAL = 100
 _PAPER: RGB = (255, 255, 255)
 _GRID: RGB = (215, 215, 220)
@@ -99,7 +104,8 @@ def _paint_title(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
 def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[float, float]]:
     """Title, grid and category labels; returns the point of every value, in pixels of the enlarged canvas."""
     s = SUPERSAMPLING
-    left, right, top, bottom = 16 * s, (chart.width - 10) * s, 44 * s, (chart.height - 26) * s
+    left, right = PLOT_LEFT * s, (chart.width - PLOT_RIGHT) * s
+    top, bottom = PLOT_TOP * s, (chart.height - PLOT_BOTTOM) * s
     _paint_title(draw, chart)
     for part in range(4):
         y = bottom + (top - bottom) * part / 3
@@ -109,7 +115,7 @@ def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[float, fl
     for i, (category, value) in enumerate(zip(chart.categories, chart.values, strict=True)):
         x = left + step * (i + 0.5)
         draw.text((x, bottom + 5 * s), category, fill=INK, font=font(_LABEL_SIZE * s), anchor="ma")
-        points.append((x, bottom + (top - bottom) * value / _MAX_VALUE))
+        points.append((x, bottom + (top - bottom) * value / MAX_VALUE))
     return points
 
 
@@ -130,8 +136,8 @@ def _paint_values(draw: ImageDraw.ImageDraw, chart: Chart, points: list[tuple[fl
 def _paint_bars(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
     s = SUPERSAMPLING
     points = _paint_axes(draw, chart)
-    half = (chart.width - 26) * s / len(points) * 0.32
-    bottom = (chart.height - 26) * s
+    half = (chart.width - PLOT_LEFT - PLOT_RIGHT) * s / len(points) * 0.32
+    bottom = (chart.height - PLOT_BOTTOM) * s
     for (x, y), colour in zip(points, chart.colours, strict=True):
         draw.rectangle((x - half, y, x + half, bottom), fill=COLOUR_RGB[colour], outline=INK, width=s)
     _paint_values(draw, chart, points, gap=2)

@@ -1,10 +1,10 @@
 """A tiny model learns to see: ``python -m tests.benchmarks.learning`` (see ``--help`` for its lessons).
 
 Questions of the demo dataset about one picture (its colour, its shape, how many shapes, a value of a chart), for
-training and, about other pictures, held out. To read a chart takes more than its questions: see
-:func:`draw_exercises`. Every answer of a kind comes equally often, so the text of a question says
-nothing about its answer. They go the whole way: ``vlprep build``, then ``train/main.py`` from random weights, vision
-tower included, with the held-out shards as ``--eval_shards``. An answer is right where all its tokens are.
+training and, about other pictures, held out. Every answer of a kind comes equally often, so the text of a question says
+nothing about its answer. To read a chart takes more than its questions: see :func:`draw_exercises`. They go the whole
+way: ``vlprep build``, then ``train/main.py`` from random weights, vision tower included, with the held-out shards as
+``--eval_shards``. An answer is right where all its tokens are.
 
 Beside it stand
 
@@ -33,12 +33,12 @@ import numpy as np
 from PIL import Image
 
 from prep.demo.chart_questions import CHART_KINDS
-from prep.demo.charts import sample_chart
+from prep.demo.charts import MAX_VALUE, PLOT_BOTTOM, PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, sample_chart
 from prep.demo.kinds import Draft, Kind, compose, generator
 from prep.demo.media import PNG, encode_picture
 from prep.demo.records import MediaFile, build_record
 from prep.demo.scene_questions import SCENE_KINDS
-from prep.demo.vocabulary import Dialogue, Wording
+from prep.demo.vocabulary import Dialogue, Language, Wording
 from tests.benchmarks.machine import describe_machine
 from train.tiny_model import write_tiny_checkpoint
 
@@ -59,9 +59,6 @@ EXERCISES = {"label": 0.4, "value": 0.15, "column": 0.15, "chart": 0.3}
 
 CUT_SIZE = 56
 """Side of the pieces that are cut out of charts, in pixels: two merged patches."""
-
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 16, 10, 44, 26
-"""Margins of the plot in a bar or line chart, in pixels: see :mod:`prep.demo.charts`."""
 
 Record = dict[str, Any]
 
@@ -177,9 +174,8 @@ def draw_exercises(num: int, folder: Path) -> list[Record]:
     for number in range(num):
         chart = sample_chart(rng, ("bar", "line"))
         picture, sort = chart.draw(), str(rng.choice(list(EXERCISES), p=list(EXERCISES.values())))
-        wording = Wording(
-            language="zh" if rng.random() < 0.2 else "en", sentence=False, variant=int(rng.integers(CUT_SIZE))
-        )
+        language: Language = "zh" if rng.random() < 0.2 else "en"
+        wording = Wording(language=language, sentence=False, variant=int(rng.integers(56)))
         column = int(rng.integers(len(chart.values)))
         x = PLOT_LEFT + (column + 0.5) * (chart.width - PLOT_LEFT - PLOT_RIGHT) / len(chart.values)
         bottom = chart.height - PLOT_BOTTOM
@@ -187,7 +183,7 @@ def draw_exercises(num: int, folder: Path) -> list[Record]:
         if sort == "label":
             picture = cut_out(picture, x, bottom + 11, 21, rng)
         elif sort == "value":
-            y = bottom - (bottom - PLOT_TOP) * chart.values[column] / 90
+            y = bottom - (bottom - PLOT_TOP) * chart.values[column] / MAX_VALUE
             picture = cut_out(picture, x, y - (7 if chart.chart_type == "bar" else 10), 9, rng)
         elif sort == "column":
             left = min(max(0, round(x - CUT_SIZE / 2)), chart.width - CUT_SIZE)

@@ -121,8 +121,6 @@ def loss_of_each_sample(model: PackedQwen, batch: MicroBatch) -> list[torch.Tens
 
 
 def test_a_packed_bin_has_the_loss_and_gradients_of_its_samples_one_by_one(model: PackedQwen) -> None:
-    """In float64, whose sums over a bin's tokens do not depend on their order as far as is compared."""
-    model.double()
     samples = samples_of_all_kinds()
     num_targets = sum(int((sample.labels != -100).sum()) for sample in samples)
     packed_loss = model(micro_batch(*samples)) / num_targets
