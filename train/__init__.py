@@ -11,7 +11,7 @@ The way of the data, from the folder of shards to an optimizer step::
 ``plan``         settings, shards and checkpoints that were found to agree
 ``loop``         a plan -> a trained model: the loop, readable top to bottom
 ``engine``       DeepSpeed: ranks, device, configuration, start and end
-``model``        the packed forward pass around the Hugging Face model
+``model``        the packed forward pass around the Hugging Face model; ``attention`` SDPA sample by sample
 ``optim``        parameter groups, freezing; ``schedule`` the learning rates
 ``adapters``     LoRA: layers chosen, adapters put in, written and merged; ``merge`` does the last by itself
 ``kernels``      Liger kernels and compiled layers

@@ -1,8 +1,9 @@
 """Memory that a micro-batch takes: sizes of a model and what the micro-batch holds -> terms of :mod:`train.memory`.
 
 What a backward pass keeps is the sum of the tensors that autograd saves in the layers of transformers 5.23, exact but
-for the kernel of attention: what is said here is of SDPA, flash attention keeps a little less. Adapters are taken for
-trained weights, which is a little too much.
+for the kernel of attention: what is said here is of SDPA, flash attention keeps a little less; keys and values that are
+repeated for every head (:func:`train.attention.has_grouped_kernel`) come on top. Adapters are taken for trained
+weights, which is a little too much.
 
 Cost: none.
 """

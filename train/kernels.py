@@ -25,8 +25,8 @@ from train.attention import FLASH_ATTENTION
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_ATTENTION = ("input_layernorm", "post_attention_layernorm", "norm1", "norm2", "mlp")
-"""Parts of a layer of the language model and of a block of the vision tower."""
+ATTENTION_MODULES = ("self_attn", "attn")
+"""Names of attention in a layer of the language model and in a block of the vision tower."""
 
 
 def check_kernels(args: TrainArguments, device: torch.device, deepspeed: Mapping[str, Any]) -> None:
@@ -78,20 +78,20 @@ def use_liger(hf: Qwen2_5_VLForConditionalGeneration) -> None:
 def compile_layers(
     hf: Qwen2_5_VLForConditionalGeneration, *, attn_implementation: str, backend: str = "inductor"
 ) -> None:
-    """Compile each layer of the language model and each block of the vision tower, for inputs of any length.
+    """Compile the layers of the language model and the blocks of the vision tower, for inputs of any length.
 
     They are compiled one by one, in place: layers are alike, so that the first one's code serves all, while the whole
     model would be compiled anew for every kind of bin. With SDPA attention is split at borders that are known at run
-    time only, which no compiler sees through; there norms and MLPs are compiled.
+    time only, which no compiler sees through; there all their parts but attention are compiled.
 
     Args:
         hf: the model.
-        attn_implementation: attention implementation.
+        attn_implementation: the one that the model has.
         backend: of ``torch.compile``.
     """
     modules = [*hf.model.language_model.layers, *hf.model.visual.blocks]
     if attn_implementation != FLASH_ATTENTION:
-        modules = [part for layer in modules for name, part in layer.named_children() if name in WITHOUT_ATTENTION]
+        modules = [part for layer in modules for name, part in layer.named_children() if name not in ATTENTION_MODULES]
     for module in modules:
         module.compile(dynamic=True, backend=backend)
     logger.info("layers are compiled at their first use")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from schemas.errors import ConfigError, VlprepError
 from train import pretrained
 from train.adapters import CONFIG_FILE, WEIGHTS_FILE, merge_weights
+from train.attention import SDPA
 
 PLAIN: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
@@ -61,7 +62,7 @@ def merge_adapter(adapter: Path, out: Path, *, model: str | None = None) -> Path
     source = pretrained.find_checkpoint(model or config["base_model_name_or_path"])
     check_out(out, adapter, source)
     pretrained.read_shape(source)
-    hf = pretrained.load_model(source, dtype="auto", attn_implementation="sdpa")
+    hf = pretrained.load_model(source, dtype="auto", attn_implementation=SDPA)
     own = {name: weight.detach() for name, weight in hf.named_parameters()}
     weights = merge_weights(own, of_adapters, config["lora_alpha"] / config["r"])
     pretrained.write_checkpoint(out, hf, weights, source=source)

@@ -19,12 +19,13 @@ import warnings
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from schemas.errors import ConfigError
+from schemas.errors import VlprepError
 from train.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA
 from train.batch import MicroBatch, VisionBatch
 from train.pixels import pixel_values
@@ -33,7 +34,7 @@ CHUNK = 512
 """Rows of logits that exist at a time."""
 
 NO_MASK = {"full_attention": None, "sliding_attention": None}
-"""By kind of layer: samples are isolated by their lengths, so that transformers has no mask to make."""
+"""By kind of layer: samples are isolated by their lengths or borders, so that transformers has no mask to make."""
 
 
 class TargetHead(nn.Linear):
@@ -101,21 +102,24 @@ class PackedQwen(nn.Module):
     It is wrapped, never subclassed: transformers leaves subclasses without their weights.
 
     Raises:
-        ConfigError: the language model attends in a sliding window, which SDPA has not. No official checkpoint does.
+        VlprepError: transformers did not take the attention that isolates samples.
     """
 
     def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, *, attn_implementation: str) -> None:
         super().__init__()
+        assert attn_implementation in (SDPA, FLASH_ATTENTION), attn_implementation
         hf.lm_head = TargetHead.of(hf.lm_head)
-        if attn_implementation == SDPA:
-            if hf.model.language_model.has_sliding_layers:
-                raise ConfigError(
-                    "config.json says use_sliding_window, which needs --attn_implementation flash_attention_2: install "
-                    "flash-attn, or set it to false, as the official checkpoints have it."
-                )
-            hf.model.language_model.set_attn_implementation(BY_SAMPLE)
         self.hf = hf
-        self.attn_implementation = attn_implementation
+        self.has_sdpa = attn_implementation == SDPA
+        if self.has_sdpa:
+            language_model = hf.model.language_model
+            language_model.set_attn_implementation(BY_SAMPLE)
+            if language_model.config._attn_implementation != BY_SAMPLE:
+                # transformers itself only warns, and samples would see one another.
+                raise VlprepError(
+                    f"transformers {transformers.__version__} did not take the attention that keeps packed samples "
+                    f"apart. Give --attn_implementation {FLASH_ATTENTION}, or install the version of constraints.txt."
+                )
 
     def forward(self, micro: MicroBatch, *, scores: bool = False) -> torch.Tensor:
         """Cross-entropy of the targets of a micro-batch.
@@ -168,7 +172,7 @@ class PackedQwen(nn.Module):
 
     def _isolation(self, micro: MicroBatch) -> dict[str, Any]:
         """What keeps packed samples apart in attention: their borders on the device, or their lengths on the host."""
-        if self.attn_implementation != FLASH_ATTENTION:
+        if self.has_sdpa:
             return {"lengths": micro.lengths}
         return {
             "cu_seq_lens_q": micro.cu_seqlens,

@@ -19,6 +19,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from train import adapters, optim
 from train.arguments import TrainArguments
+from train.attention import SDPA
 from train.model import PackedQwen
 
 
@@ -119,7 +120,7 @@ def sizes_of(config: Mapping[str, Any], args: TrainArguments) -> Sizes:
         hf = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
         if (chosen := adapters.choose_adapters(args, config)) is not None:
             adapters.add_adapters(hf, chosen, seed=args.seed)
-    model = PackedQwen(hf, attn_implementation="sdpa")
+    model = PackedQwen(hf, attn_implementation=SDPA)
     groups = optim.group_parameters(model, optim.learning_rates(args, 1.0))
     trained = [group for group in groups if group.learning_rate is not None]
     text, vision = hf.config.text_config, hf.config.vision_config

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from schemas.bins import Bin
-from schemas.errors import ConfigError
+from schemas.errors import VlprepError
 from tests.train.synthetic import Sample, make_medium, make_sample
+from train import attention, optim
 from train import model as model_module
-from train import optim
 from train.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, attend_by_sample
 from train.batch import MicroBatch, build_micro_batch
 from train.model import NO_MASK, PackedQwen, TargetHead, checkpoint_activations
@@ -141,9 +142,13 @@ def test_the_comparison_of_packed_and_separate_samples_would_notice_a_leak(model
         assert abs(model(replace(batch, lengths=(batch.num_tokens,))) - separate) / separate > 1e-3
 
 
+@pytest.mark.parametrize("has_grouped_kernel", [True, False])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(heads: int) -> None:
+def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(
+    heads: int, has_grouped_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which finds packed samples where positions restart; keys and values may serve several heads."""
+    monkeypatch.setattr(attention, "has_grouped_kernel", lambda query: has_grouped_kernel)
     torch.manual_seed(0)
     config = tiny_config(64).text_config
     config.num_key_value_heads = heads
@@ -156,10 +161,8 @@ def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(heads: 
         (SDPA, {"position_ids": positions}),
         ("eager", {"position_ids": positions}),
         (BY_SAMPLE, {"position_ids": positions[1:], "attention_mask": NO_MASK, "lengths": lengths}),
-        # By itself it is what transformers would compute.
-        (f"{BY_SAMPLE} without lengths", {"position_ids": positions}),
     ):
-        layers.set_attn_implementation(implementation.split()[0])
+        layers.set_attn_implementation(implementation)
         states = embeddings.clone().requires_grad_()
         output = layers(inputs_embeds=states, use_cache=False, **isolation).last_hidden_state
         output.square().mean().backward()
@@ -169,23 +172,54 @@ def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(heads: 
         torch.testing.assert_close(one, found["eager"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_sliding_window_is_refused_without_flash_attention() -> None:
-    config = tiny_config(64)
-    config.text_config.layer_types = ["full_attention", "sliding_attention"]
-    hf = Qwen2_5_VLForConditionalGeneration(config)
-    with pytest.raises(ConfigError, match="use_sliding_window, which needs --attn_implementation flash_attention_2"):
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "expected"),
+    [
+        ("cpu", torch.float32, None, True),
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float16, (9, 0), True),
+        ("cuda", torch.float16, (7, 5), False),
+        ("cuda", torch.float32, (9, 0), False),
+    ],
+)
+def test_keys_and_values_are_repeated_where_torch_would_fall_back_to_its_slow_kernel(
+    device: str, dtype: torch.dtype, capability: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Source: torch's list of kernels that take ``enable_gqa``; a stand-in for a tensor on such a device."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query: Any = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, device=torch.device(device))
+    assert attention.has_grouped_kernel(query) == expected
+
+
+def test_a_forgotten_length_is_an_error_and_not_a_leak(hf: Qwen2_5_VLForConditionalGeneration) -> None:
+    ids = torch.arange(10, 16)[None]
+    layers = PackedQwen(hf, attn_implementation="sdpa").hf.model.language_model
+    with pytest.raises(TypeError, match="lengths"):
+        layers(input_ids=ids, position_ids=torch.arange(6).expand(3, 1, -1), attention_mask=NO_MASK, use_cache=False)
+
+
+def test_attention_that_transformers_did_not_take_stops_the_run(
+    hf: Qwen2_5_VLForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf.model.language_model, "set_attn_implementation", lambda name: None)
+    with pytest.raises(VlprepError, match="did not take the attention that keeps packed samples apart"):
         PackedQwen(hf, attn_implementation="sdpa")
-    assert PackedQwen(hf, attn_implementation=FLASH_ATTENTION).hf is hf
 
 
 def test_attention_sample_by_sample_drops_the_share_of_weights_that_it_is_told() -> None:
-    """Of equal weights over values of one, and scaled so that their mean stays one."""
+    """Token i of a sample has value i: the last one then gets every weight by itself, all of them equal."""
     torch.manual_seed(0)
-    states, values = torch.zeros(1, 2, 600, 8), torch.ones(1, 2, 600, 8)
-    attended, _ = attend_by_sample(nn.Identity(), states, states, values, None, lengths=(400, 200), dropout=0.25)
-    last = attended[0, [399, 599]].mean(dim=-1)
-    assert (last != 1).all()
-    torch.testing.assert_close(last, torch.ones_like(last), rtol=0, atol=0.2)
+    lengths, dropout = (400, 200), 0.25
+    states = torch.zeros(1, 1, sum(lengths), max(lengths))
+    values = torch.cat([torch.eye(max(lengths))[:length] for length in lengths])[None, None]
+    attended, _ = attend_by_sample(nn.Identity(), states, states, values, None, lengths=lengths, dropout=dropout)
+    for last, length in zip((399, 599), lengths):
+        weights = attended[0, last, 0, :length]
+        kept = weights[weights != 0]
+        torch.testing.assert_close(kept, torch.full_like(kept, 1 / length / (1 - dropout)))
+        # Three standard deviations of a binomial share.
+        spread = math.sqrt(dropout * (1 - dropout) / length)
+        assert 1 - len(kept) / length == pytest.approx(dropout, abs=3 * spread)
 
 
 @pytest.mark.parametrize("changed", range(4))
@@ -409,7 +443,7 @@ def test_flash_attention_is_given_the_borders_of_samples_and_media(
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION, variable_length)
         for config in (model.hf.model.language_model.config, model.hf.model.visual.config):
             monkeypatch.setattr(config, "_attn_implementation_internal", FLASH_ATTENTION)
-        model.attn_implementation = FLASH_ATTENTION
+        model.has_sdpa = False
         found = model(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     vision = batch.vision
