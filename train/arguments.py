@@ -14,7 +14,11 @@ from typing import Any
 from schemas.errors import ConfigError
 
 BY_SIZE = "recommended for the size of the model"
-SCHEDULES = ("cosine", "linear", "constant")
+FLAT = "constant"
+SCHEDULES = ("cosine", "linear", FLAT, "constant_with_warmup")
+WARMUP = 0.03
+"""Recommended share of steps of warm-up, for every schedule but the flat one."""
+
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
 EVALUATIONS = ("no", "steps", "epoch")
 REPORTS = ("none", "tensorboard", "wandb")
@@ -43,7 +47,7 @@ BUILD_TIME_FLAGS = {
 
 UNNEEDED_FLAGS = {
     "per_device_eval_batch_size": "evaluation takes one bin at a time",
-    "save_strategy": "--save_steps says how often checkpoints are saved, 0 for never",
+    "save_strategy": "--save_steps says how often checkpoints are saved, 0: only when told to stop",
     "optim": "the optimizer is AdamW",
 }
 """Upstream flags that have no meaning here, and why."""
@@ -70,7 +74,10 @@ class TrainArguments:
         default=None, metadata=_help("where the run is written (default: runs/ and the run name)")
     )
     run_name: str | None = field(
-        default=None, metadata=_help("name of the run in reports (default: the checkpoint's name)")
+        default=None,
+        metadata=_help(
+            "name of the run in wandb, and of its folder without --output_dir (default: the checkpoint's name)"
+        ),
     )
     seed: int = field(default=0, metadata=_help("decides the order of bins, and how adapters start and drop out"))
 
@@ -142,8 +149,13 @@ class TrainArguments:
             "regular expression (default: all-linear, every linear layer but lm_head)"
         ),
     )
-    lr_scheduler_type: str = field(default="cosine", metadata=_help("course of the rates after warm-up", SCHEDULES))
-    warmup_ratio: float = field(default=0.03, metadata=_help("share of all steps in which the rates rise from 0"))
+    lr_scheduler_type: str = field(
+        default="cosine", metadata=_help("course of the rates after warm-up; constant has none", SCHEDULES)
+    )
+    warmup_ratio: float | None = field(
+        default=None,
+        metadata=_help(f"share of all steps in which the rates rise (default: {WARMUP}; with constant 0)"),
+    )
     weight_decay: float = field(default=0.01, metadata=_help("AdamW decay of matrices; norms and biases have none"))
     max_grad_norm: float = field(default=1.0, metadata=_help("longer gradients are shortened to this norm; 0: never"))
 
@@ -153,7 +165,9 @@ class TrainArguments:
     bf16: bool | None = field(
         default=None, metadata=_help("compute in bfloat16 (default: where the accelerator can; else float32)")
     )
-    fp16: bool = field(default=False, metadata=_help("compute in float16 with loss scaling, where bfloat16 is not had"))
+    fp16: bool | None = field(
+        default=None, metadata=_help("compute in float16 with loss scaling, where bfloat16 is not had")
+    )
     gradient_checkpointing: bool = field(
         default=True, metadata=_help("recompute activations instead of keeping them: less memory, a fifth slower")
     )
@@ -222,6 +236,13 @@ class TrainArguments:
         """Where the run is written."""
         return self.output_dir or Path("runs") / self.name
 
+    @property
+    def warmup(self) -> float:
+        """Share of all steps in which the rates rise: as given, else as recommended for the schedule."""
+        if self.warmup_ratio is not None:
+            return self.warmup_ratio
+        return 0.0 if self.lr_scheduler_type == FLAT else WARMUP
+
     def _check_ranges(self) -> None:
         for item in fields(self):
             number = getattr(self, item.name)
@@ -253,7 +274,7 @@ class TrainArguments:
             _require(value is None or 0 < value < float("inf"), name, value, "more than 0")
         epochs = self.num_train_epochs
         _require(epochs is None or epochs <= MAX_EPOCHS, "num_train_epochs", epochs, f"up to {MAX_EPOCHS}")
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "0 to 1")
+        _require(0 <= self.warmup <= 1, "warmup_ratio", self.warmup, "0 to 1")
         dropout = self.lora_dropout
         _require(dropout is None or 0 <= dropout < 1, "lora_dropout", dropout, "0 to below 1")
         for name in ("weight_decay", "max_grad_norm"):
@@ -288,6 +309,11 @@ class TrainArguments:
                 f"--learning_rate {self.learning_rate:g} has no effect: all that is trained has rates of its own. "
                 "Leave it out."
             )
+        if self.lr_scheduler_type == FLAT and self.warmup > 0:
+            raise ConfigError(
+                f"--warmup_ratio {self.warmup:g} has no effect with --lr_scheduler_type {FLAT}, which has no warm-up: "
+                "leave it out, or give constant_with_warmup."
+            )
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
             value = getattr(self, name)
             if value is not None and not self.lora_enable:
@@ -297,9 +323,17 @@ class TrainArguments:
         if self.eval_steps is not None and self.eval_strategy != "steps":
             raise ConfigError(f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps.")
         if self.save_steps == 0 and self.save_total_limit is not None:
-            raise ConfigError("--save_total_limit has no effect with --save_steps 0, which saves no checkpoints.")
+            raise ConfigError(
+                f"--save_total_limit {self.save_total_limit} is for a run that saves every --save_steps; with "
+                "--save_steps 0 a checkpoint is saved only when told to stop: raise it, or leave the limit out."
+            )
         if self.use_liger_kernel and self.torch_compile:
             raise ConfigError("--use_liger_kernel and --torch_compile both replace the same kernels: give one of them.")
+        if self.run_name is not None and self.output_dir is not None and self.report_to != "wandb":
+            raise ConfigError(
+                f"--run_name {self.run_name} has no effect with --output_dir and --report_to {self.report_to}: it is "
+                "the name in wandb, and of the folder without --output_dir. Leave it out, or give --report_to wandb."
+            )
         if self.bf16 and self.fp16:
             raise ConfigError("--bf16 and --fp16 both say how to compute: give one of them.")
         if self.attn_implementation == "flash_attention_2" and self.bf16 is False and not self.fp16:

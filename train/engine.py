@@ -24,13 +24,12 @@ import torch
 from schemas.errors import ConfigError
 from train.arguments import TrainArguments
 from train.attention import FLASH_ATTENTION, SDPA
-from train.deepspeed_file import check_sections
+from train.deepspeed_file import AUTO, check_sections
 from train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
-AUTO = "auto"
 
 STAGES = (1, 2, 3)
 """ZeRO stages. Without ZeRO (stage 0) DeepSpeed replaces the optimizer in bfloat16 and gives no gradient norm in
@@ -172,18 +171,22 @@ def choose_dtype(args: TrainArguments, config: dict[str, Any], device: torch.dev
     from deepspeed.accelerator import get_accelerator
 
     wanted: dict[str, bool | None] = {}
-    for name, flag in (("bf16", args.bf16), ("fp16", args.fp16 or None)):
+    for name, flag in (("bf16", args.bf16), ("fp16", args.fp16)):
         in_file = _section(config, name).get("enabled", AUTO)
         if flag is not None and in_file not in (AUTO, flag):
             raise _contradiction(args.deepspeed, f"{name}.enabled", in_file, f"--{name}", flag)
         wanted[name] = flag if in_file == AUTO else bool(in_file)
     if wanted["bf16"] and wanted["fp16"]:
         raise ConfigError(
-            f"flags and --deepspeed {args.deepspeed} ask for bf16 and for fp16: give --bf16 False, or leave out --fp16."
+            f"flags and --deepspeed {args.deepspeed} ask for bf16 and for fp16: leave out --bf16 or --fp16, or write "
+            '"auto" for the other one in the file.'
         )
     if wanted["fp16"]:
         if not get_accelerator().is_fp16_supported():
-            raise ConfigError(f"{device.type} cannot compute in float16: leave out --fp16.")
+            raise ConfigError(
+                f"{device.type} cannot compute in float16: leave out --fp16, and fp16.enabled of --deepspeed "
+                f"{args.deepspeed}."
+            )
         return torch.float16
     if wanted["bf16"] is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

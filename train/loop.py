@@ -62,7 +62,7 @@ def train(args: TrainArguments) -> bool:
 
     optimizer = optim.build_optimizer(groups, weight_decay=args.weight_decay)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    warmup = warmup_steps(args.warmup_ratio, plan.num_steps)
+    warmup = warmup_steps(args.warmup, plan.num_steps)
     factor = schedule(args.lr_scheduler_type, warmup_steps=warmup, total_steps=plan.num_steps)
     if plan.is_converted and plan.resume_from is not None:
         checkpoint.convert(plan.resume_from, plan.ranks)
@@ -72,7 +72,12 @@ def train(args: TrainArguments) -> bool:
         checkpoint.load(running, optimizer, plan.resume_from, plan.ranks, is_converted=plan.is_converted)
 
     evaluation = None if plan.eval_index is None else Evaluation(plan)
-    skipped = SkippedSteps(plan.index, max_in_a_row=args.max_skipped_steps, is_first=plan.ranks.is_first)
+    skipped = SkippedSteps(
+        plan.index,
+        max_in_a_row=args.max_skipped_steps,
+        is_first=plan.ranks.is_first,
+        order_command=plan.order_command,
+    )
     window = Window(plan.order, plan.device, flops, peak_tflops=plan.peak_tflops)
     opened = open_log(args, is_first=plan.ranks.is_first, start_step=plan.start_step, num_steps=plan.num_steps)
     is_stopped = False

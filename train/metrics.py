@@ -1,7 +1,8 @@
 """What a run tells about itself: numbers of logged steps -> ``metrics.jsonl``, the screen, TensorBoard or wandb.
 
 Only the first rank writes. ``metrics.jsonl`` has one JSON object a logged step; when a run goes on from a checkpoint,
-lines of later steps, which are trained again, are dropped first, so that the file tells one story.
+lines of later steps, which are trained again, are dropped first, so that the file tells one story. TensorBoard is told
+to forget its numbers of these steps; to wandb, a run that goes on is another one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -160,20 +162,9 @@ class MetricsLog:
         self._bar.update()
 
     def write(self, record: Record) -> None:
-        """Write the record of a step."""
-        loss, norm = record["loss"], record["grad_norm"]
-        used = {"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {"tflops": f"{record['tflops']:.3g}"}
-        self._bar.set_postfix(
-            loss="not finite" if loss is None else f"{loss:.4f}",
-            norm="not finite" if norm is None else f"{norm:.3g}",
-            lr=f"{record['learning_rate']:.2e}",
-            tokens_per_s=f"{record['tokens_per_s']:.0f}",
-            wait=f"{record['data_wait_s'] / record['step_s']:.1%}",
-            efficiency=f"{record['efficiency']:.3f}",
-            padding=f"{record['padding']:.1%}",
-            **used,
-            memory=f"{record['max_memory_bytes'] / 2**30:.1f}GiB",
-        )
+        """Write the record of a step, on the screen in a line of its own: a bar is cut where the screen ends."""
+        if not self._bar.disable:
+            self._bar.write(format_record(record), file=sys.stderr)
         for sink in self._sinks:
             sink.write(record)
 
@@ -185,22 +176,42 @@ def open_log(args: TrainArguments, *, is_first: bool, start_step: int, num_steps
     Args:
         args: the flags; they say where the run is written and to whom it reports.
         is_first: whether this rank writes.
-        start_step: steps done before; lines of later steps in ``metrics.jsonl`` are dropped.
+        start_step: steps done before; what was written of later ones is dropped.
         num_steps: steps of the whole run.
     """
     with ExitStack() as stack:
         sinks: list[Sink] = []
         if is_first:
             args.run_dir.mkdir(parents=True, exist_ok=True)
-            drop_later_steps(args.run_dir / METRICS_FILE, start_step)
             for kind in (_JsonLines, *_REPORTERS[args.report_to]):
-                sinks.append(stack.enter_context(closing(kind(args))))
+                sinks.append(stack.enter_context(closing(kind(args, start_step))))
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not is_first)
         )
         if is_first:  # lines of the log then stand above the bar, not in it
             stack.enter_context(logging_redirect_tqdm())
         yield MetricsLog(bar, sinks)
+
+
+def format_record(record: Record) -> str:
+    """What matters of a record, in a line for a person. Parts that are trained at one rate are not told apart."""
+    loss, norm = record["loss"], record["grad_norm"]
+    rates = {part: f"{rate:.2e}" for part, rate in record["learning_rates"].items()}
+    one_rate = len({*rates.values()}) == 1
+    shown = {
+        "loss": "not finite" if loss is None else f"{loss:.4f}",
+        "norm": "not finite" if norm is None else f"{norm:.3g}",
+        **({"lr": next(iter(rates.values()))} if one_rate else {f"lr_{part}": rate for part, rate in rates.items()}),
+        "tokens_per_s": f"{record['tokens_per_s']:.0f}",
+        "samples_per_s": f"{record['samples_per_s']:.1f}",
+        "targets": str(record["num_targets"]),
+        "padding": f"{record['padding']:.1%}",
+        "wait": f"{record['data_wait_s'] / record['step_s']:.1%}",
+        "efficiency": f"{record['efficiency']:.3f}",
+        **({"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {"tflops": f"{record['tflops']:.3g}"}),
+        "memory": f"{record['max_memory_bytes'] / 2**30:.1f}GiB",
+    }
+    return f"step {record['step']}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def drop_later_steps(path: Path, step: int) -> None:
@@ -255,8 +266,10 @@ def _step_of(line: str) -> float:
 class _JsonLines:
     """``metrics.jsonl``: one JSON object a line, on the disk at once."""
 
-    def __init__(self, args: TrainArguments) -> None:
-        self._file = (args.run_dir / METRICS_FILE).open("a", encoding="utf-8")
+    def __init__(self, args: TrainArguments, start_step: int) -> None:
+        path = args.run_dir / METRICS_FILE
+        drop_later_steps(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -269,10 +282,10 @@ class _JsonLines:
 class _TensorBoard:
     """Event files in the folder of the run."""
 
-    def __init__(self, args: TrainArguments) -> None:
+    def __init__(self, args: TrainArguments, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(args.run_dir))
+        self._writer = SummaryWriter(str(args.run_dir), purge_step=start_step + 1)
 
     def write(self, record: Record) -> None:
         for name, value in flatten(record).items():
@@ -285,7 +298,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """A run of Weights & Biases; its environment variables (project, entity, offline mode) apply."""
 
-    def __init__(self, args: TrainArguments) -> None:
+    def __init__(self, args: TrainArguments, start_step: int) -> None:
         import wandb
 
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
@@ -298,7 +311,7 @@ class _WeightsAndBiases:
         self._run.finish()
 
 
-_REPORTERS: dict[str, tuple[Callable[[TrainArguments], Sink], ...]] = {
+_REPORTERS: dict[str, tuple[Callable[[TrainArguments, int], Sink], ...]] = {
     "none": (),
     "tensorboard": (_TensorBoard,),
     "wandb": (_WeightsAndBiases,),

@@ -25,17 +25,19 @@ _MAX_SAMPLES_SHOWN = 20
 class SkippedSteps:
     """Counts the skipped steps of a run."""
 
-    def __init__(self, index: ShardIndex, *, max_in_a_row: int, is_first: bool) -> None:
+    def __init__(self, index: ShardIndex, *, max_in_a_row: int, is_first: bool, order_command: str) -> None:
         """Begin to count.
 
         Args:
             index: the bins, to name them.
             max_in_a_row: one more stops the run.
             is_first: whether this rank reports.
+            order_command: what shows a step of the run, but for ``--step``.
         """
         self._index = index
         self._max_in_a_row = max_in_a_row
         self._is_first = is_first
+        self._order_command = order_command
         self._in_a_row = 0
         self.total = 0
 
@@ -68,11 +70,12 @@ class SkippedSteps:
                 f"the gradient of step {batch.step + 1} is not finite, though all losses are; bins {list(batch.bins)}"
             )
         if self._is_first:
-            logger.warning("%s; the step is skipped\n%s", found, "\n".join(self._describe(to_blame)))
+            lines = self._describe(to_blame or list(batch.bins))
+            logger.warning("%s; the step is skipped\n%s", found, "\n".join(lines))
         if self._in_a_row > self._max_in_a_row:
             raise VlprepError(
-                f"{found}, the {self._in_a_row}. such step in a row. Lower the learning rate, look at the bins "
-                f"(`python -m train.order --step {batch.step}` names their samples), or raise --max_skipped_steps."
+                f"{found}, the {self._in_a_row}. such step in a row. Lower the learning rate, look at the samples of "
+                f"the bins (`{self._order_command} --step {batch.step}`), or raise --max_skipped_steps."
             )
 
     def _describe(self, bins: list[int]) -> list[str]:

@@ -8,6 +8,7 @@ Cost: opening the shards, the ledgers of those to evaluate on, and parsing ``tok
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from schemas.errors import ConfigError
 from train import checkpoint, engine, optim, pretrained
 from train.adapters import Adapters, choose_adapters
 from train.arguments import TrainArguments
+from train.attention import check_window
 from train.checkpoint import RunState, Setting
 from train.cost import CostModel, read_config
 from train.engine import Ranks
@@ -80,6 +82,30 @@ class Plan:
     is_converted: bool
     start_step: int
 
+    @property
+    def order_command(self) -> str:
+        """What shows a step of this run, but for ``--step``: ``python -m train.order`` with its numbers."""
+        args = self.args
+        numbers: dict[str, object] = {
+            "--shards": args.shards,
+            "--model_name_or_path": self.source,
+            "--global-batch": self.order.global_batch,
+            "--world-size": self.ranks.world,
+            "--accumulation": self.recipe.accumulation,
+            "--seed": args.seed,
+            "--group-steps": args.group_steps,
+        }
+        if self.order.epochs is not None:
+            numbers["--epochs"] = self.order.epochs
+        switches = {
+            "--freeze-llm": not args.tune_mm_llm,
+            "--tune-vision": args.tune_mm_vision,
+            "--lora": self.adapters is not None,
+            "--no-gradient-checkpointing": not args.gradient_checkpointing,
+        }
+        command = ["python", "-m", "train.order", *(str(part) for pair in numbers.items() for part in pair)]
+        return shlex.join([*command, *(name for name, is_on in switches.items() if is_on)])
+
 
 def make_plan(args: TrainArguments) -> Plan:
     """Look at everything that a run depends on, before anything expensive starts.
@@ -106,6 +132,7 @@ def make_plan(args: TrainArguments) -> Plan:
     device = engine.choose_device(ranks)
     dtype = engine.choose_dtype(args, deepspeed, device)
     attention = engine.choose_attention(args, device, dtype)
+    check_window(shape.sliding_window, attention)
     deepspeed = engine.complete_config(
         deepspeed, args, recipe, world=ranks.world, dtype=dtype, hidden_size=shape.hidden_size
     )
@@ -223,7 +250,7 @@ def run_settings(
         "precision": str(dtype).removeprefix("torch."),
         **{f"learning rate of {part}": rate for part, rate in rates.items()},
         "lr_scheduler_type": args.lr_scheduler_type,
-        "warmup_ratio": args.warmup_ratio,
+        "warmup_ratio": args.warmup,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
     }

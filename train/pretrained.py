@@ -40,6 +40,9 @@ COMPANION_FILES = (
 )
 """Files of a checkpoint that training does not change: tokenizer, chat template, processor."""
 
+MAX_SHARD_SIZE = "5GB"
+"""Of a file of weights that is written, as the official checkpoints have it."""
+
 SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
 """What of a file of weights goes into its fingerprint."""
 
@@ -72,10 +75,12 @@ class ModelShape:
     Attributes:
         hidden_size: width of the language model.
         window_size: side of a window of the vision tower's attention, in pixels.
+        sliding_window: tokens that a layer of the language model looks back, where one has such a limit.
     """
 
     hidden_size: int
     window_size: int
+    sliding_window: int | None
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -115,7 +120,11 @@ def read_shape(folder: Path) -> ModelShape:
                 f"{folder / 'config.json'}: {part} has a width of {width} for {heads} heads, which does not divide. "
                 "Download or export the checkpoint again."
             )
-    return ModelShape(hidden_size=text.hidden_size, window_size=vision.window_size)
+    return ModelShape(
+        hidden_size=text.hidden_size,
+        window_size=vision.window_size,
+        sliding_window=text.sliding_window if "sliding_attention" in text.layer_types else None,
+    )
 
 
 def check_fingerprints(folder: Path, fingerprints: Fingerprints, *, shards: str) -> None:
@@ -210,7 +219,7 @@ def write_checkpoint(
     with writing(part):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        model.save_pretrained(part, state_dict=state_dict)
+        model.save_pretrained(part, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
         copy_companions(source, part)
         if out.exists():
             shutil.rmtree(out)

@@ -7,21 +7,25 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from train.arguments import FLAT
+
 
 def schedule(kind: str, *, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then ``cosine`` or ``linear`` decay towards 0, or ``constant``.
+    """Linear warm-up, then ``cosine`` or ``linear`` decay towards 0, or the peak (``constant_with_warmup``).
 
-    Unlike the schedules of transformers, no step is spent at a rate of 0: step 0 has ``1 / warmup_steps``, step
-    ``warmup_steps - 1`` the peak, and 0 would be reached by the step after the last.
+    ``constant`` is the peak in all steps. Names and courses are those of transformers, but no step is spent at a rate
+    of 0: where a schedule of theirs has ``step / warmup_steps``, this one is a step ahead. So step 0 has
+    ``1 / warmup_steps``, step ``warmup_steps - 1`` the peak, and 0 would be reached by the step after the last.
 
     Args:
-        kind: ``cosine``, ``linear`` or ``constant``.
-        warmup_steps: steps in which the factor rises; 0 for none.
+        kind: ``cosine``, ``linear``, ``constant`` or ``constant_with_warmup``.
+        warmup_steps: steps in which the factor rises; 0 for none, as ``constant`` has it.
         total_steps: steps of the run.
 
     Returns:
         A function of the step (counted from 0) that gives the factor, 0 to 1.
     """
+    assert kind != FLAT or not warmup_steps, f"{FLAT} has no warm-up"
     decay = _DECAYS[kind]
 
     def factor(step: int) -> float:
@@ -56,4 +60,9 @@ def _constant(progress: float) -> float:
     return 1.0
 
 
-_DECAYS: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "constant": _constant}
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    FLAT: _constant,
+    "constant_with_warmup": _constant,
+}

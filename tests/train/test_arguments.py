@@ -62,7 +62,10 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ("--max_pixels=1000", "--max_pixels is no flag of the trainer: it was decided when the shards were built"),
         ("--dataset_use mp_doc%50", "make shards DATASET="),
         ("--per_device_eval_batch_size 8", "--per_device_eval_batch_size is no flag of the trainer: evaluation takes"),
-        ("--save_strategy steps", "--save_steps says how often checkpoints are saved, 0 for never. Leave it out."),
+        (
+            "--save_strategy steps",
+            "--save_steps says how often checkpoints are saved, 0: only when told to stop. Leave it out.",
+        ),
         ("stray", "unknown flag stray"),
         ("--max_steps ten", "argument --max_steps: invalid int value: 'ten'"),
         ("--bf16 maybe", "argument --bf16: found 'maybe', allowed: True or False"),
@@ -119,7 +122,26 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
             "--mm_projector_lr 1e-05 has no effect with --tune_mm_mlp False",
         ),
         ("--tune_mm_llm False --mm_projector_lr 1e-5 --learning_rate 1e-5", "--learning_rate 1e-05 has no effect"),
-        ("--save_steps 0 --save_total_limit 2", "--save_total_limit has no effect with --save_steps 0"),
+        (
+            "--save_steps 0 --save_total_limit 2",
+            "--save_total_limit 2 is for a run that saves every --save_steps; with --save_steps 0 a checkpoint is "
+            "saved only when told to stop: raise it, or leave the limit out.",
+        ),
+        (
+            "--lr_scheduler_type constant --warmup_ratio 0.1",
+            "--warmup_ratio 0.1 has no effect with --lr_scheduler_type constant, which has no warm-up: leave it out, "
+            "or give constant_with_warmup.",
+        ),
+        ("--warmup_ratio nan", "--warmup_ratio is nan; allowed: 0 to 1."),
+        (
+            "--run_name first --output_dir runs/x",
+            "--run_name first has no effect with --output_dir and --report_to none: it is the name in wandb, and of "
+            "the folder without --output_dir. Leave it out, or give --report_to wandb.",
+        ),
+        (
+            "--run_name first --output_dir runs/x --report_to tensorboard",
+            "--run_name first has no effect with --output_dir and --report_to tensorboard",
+        ),
         ("--bf16 False --attn_implementation flash_attention_2", "computes in bfloat16 or float16"),
     ],
 )
@@ -128,6 +150,28 @@ def test_what_is_wrong_is_said_in_one_sentence(written: str, message: str) -> No
         parse_arguments([*SHARDS, *written.split()])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_name_of_a_run_is_that_of_its_folder_or_of_a_report() -> None:
+    assert parse_arguments([*SHARDS, "--run_name", "first"]).run_dir == Path("runs/first")
+    named = parse_arguments([*SHARDS, "--run_name", "first", "--output_dir", "x", "--report_to", "wandb"])
+    assert (named.run_dir, named.name) == (Path("x"), "first")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("", 0.03),
+        ("--lr_scheduler_type linear", 0.03),
+        ("--lr_scheduler_type constant_with_warmup", 0.03),
+        ("--lr_scheduler_type constant", 0.0),
+        ("--lr_scheduler_type constant --warmup_ratio 0", 0.0),
+        ("--lr_scheduler_type constant_with_warmup --warmup_ratio 0.2", 0.2),
+        ("--warmup_ratio 0", 0.0),
+    ],
+)
+def test_all_schedules_but_the_flat_one_have_a_warm_up_of_their_own(written: str, expected: float) -> None:
+    assert parse_arguments([*SHARDS, *written.split()]).warmup == expected
 
 
 def test_shards_must_be_given() -> None:
@@ -178,7 +222,7 @@ def test_flags_can_stand_in_a_file_and_those_of_the_command_line_go_first(tmp_pa
         (f"learning_rate = 1{'0' * 400}", "a value of type float is expected."),
         ("config = 'other.toml'", "config cannot stand in a file: remove it."),
         ("max_steps = 0", "--max_steps is 0; allowed: 1 or more."),
-        ("save_steps = 0\nsave_total_limit = 2", "--save_total_limit has no effect with --save_steps 0"),
+        ("save_steps = 0\nsave_total_limit = 2", "--save_total_limit 2 is for a run that saves every --save_steps"),
     ],
 )
 def test_a_file_is_checked_as_the_command_line_is(tmp_path: Path, text: str, message: str) -> None:
@@ -206,6 +250,7 @@ def test_every_flag_is_read_by_something() -> None:
     resolved = {
         "output_dir": "run_dir",
         "run_name": "name",
+        "warmup_ratio": "warmup",
     }
     folder = Path(arguments.__file__).parent
     sources = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "arguments.py")

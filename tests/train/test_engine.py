@@ -183,6 +183,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
         ("--fp16", {"bf16": "auto", "fp16": "auto"}, FP16),
         ("--fp16", {"bf16": False, "fp16": True}, FP16),
         ("", {"fp16": True}, FP16),
+        ("--fp16 False", {"fp16": "auto"}, FP32),
+        ("--fp16 False", {"bf16": "auto", "fp16": False}, FP32),
+        ("--fp16 False", {"bf16": True, "fp16": "auto"}, BF16),
+        ("--fp16 False --bf16", {}, BF16),
+        ("--bf16 False", {"fp16": True}, FP16),
     ],
 )
 def test_precision_is_that_of_the_flag_or_the_file_or_the_device(
@@ -197,8 +202,11 @@ def test_precision_is_that_of_the_flag_or_the_file_or_the_device(
     [
         ("--bf16", {"bf16": False}, "bf16.enabled = False, but --bf16 is True"),
         ("--fp16", {"fp16": False}, "fp16.enabled = False, but --fp16 is True"),
+        ("--fp16 False", {"fp16": True}, "fp16.enabled = True, but --fp16 is False"),
+        ("--fp16 False --bf16", {"fp16": True}, "fp16.enabled = True, but --fp16 is False"),
         ("--fp16", {"bf16": True}, "ask for bf16 and for fp16"),
         ("--bf16", {"fp16": True}, "ask for bf16 and for fp16"),
+        ("", {"bf16": True, "fp16": True}, "ask for bf16 and for fp16"),
     ],
 )
 def test_flags_and_file_must_agree_on_the_precision(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from train import metrics
 from train.arguments import TrainArguments
 from train.batch import build_micro_batch
 from train.flops import ModelFlops
-from train.metrics import Record, Window, drop_later_steps, flatten, open_log, require_reporter
+from train.metrics import Record, Window, drop_later_steps, flatten, format_record, open_log, require_reporter
 from train.order import DataOrder
 from train.stream import StepBatch
 
@@ -151,7 +152,8 @@ def test_a_file_that_is_not_there_has_no_lines_to_drop(tmp_path: Path) -> None:
 
 def record_of(step: int) -> Record:
     speeds = {"tokens_per_s": 10.0, "data_wait_s": 0.1, "step_s": 2.0, "efficiency": 0.9, "padding": 0.1}
-    sizes = {"grad_norm": 0.5, "tflops": 300.0, "mfu": 0.31, "max_memory_bytes": 3 << 30}
+    speeds["samples_per_s"] = 2.5
+    sizes = {"grad_norm": 0.5, "num_targets": 7, "tflops": 300.0, "mfu": 0.31, "max_memory_bytes": 3 << 30}
     return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}, **speeds, **sizes}
 
 
@@ -169,17 +171,40 @@ def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_screen_shows_what_matters(tmp_path: Path, capsys: pytest.CaptureFixture[str], known: bool) -> None:
+def test_the_screen_shows_what_matters(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
     args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
     record = {**record_of(1), "loss": None}
     if not known:
         del record["mfu"]
+    # a bar ends with the screen, the numbers do not
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((40, 24)))
     with open_log(args, is_first=True, start_step=0, num_steps=2) as log:
         log.write(record)
-    shown = capsys.readouterr().err
+    shown = capfd.readouterr().err
+    speeds = ["tokens_per_s=10", "samples_per_s=2.5", "wait=5.0%", "efficiency=0.900", "padding=10.0%"]
     use = "mfu=31.0%" if known else "tflops=300"
-    for part in ("loss=not finite", "norm=0.5", "lr=1.00e-05", "tokens_per_s=10", "wait=5.0%", use, "memory=3.0GiB"):
+    for part in ["step 1", "loss=not finite", "norm=0.5", "lr=1.00e-05", "targets=7", *speeds, use, "memory=3.0GiB"]:
         assert part in shown
+
+
+def test_the_screen_shows_each_rate_where_they_differ_and_one_where_they_do_not() -> None:
+    rates = {"language_model": 2e-7, "merger": 1e-5, "vision_tower": 1e-6}
+    shown = format_record({**record_of(3), "learning_rates": rates})
+    assert shown.startswith("step 3: loss=1.0000, norm=0.5, ")
+    assert ", lr_language_model=2.00e-07, lr_merger=1.00e-05, lr_vision_tower=1.00e-06, " in shown
+    shown = format_record({**record_of(3), "learning_rates": dict.fromkeys(rates, 2e-7)})
+    assert ", lr=2.00e-07, " in shown
+    assert "lr_" not in shown
+
+
+def test_the_other_ranks_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
+    with open_log(args, is_first=False, start_step=0, num_steps=2) as log:
+        log.advance()
+        log.write(record_of(1))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_numbers_of_parts_get_names_of_their_own() -> None:
@@ -207,6 +232,18 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     assert set(events.Tags()["scalars"]) == set(flatten(record_of(1)))
     (loss,) = events.Scalars("loss")
     assert (loss.step, loss.value) == (1, 1.0)
+
+
+def test_tensorboard_forgets_steps_that_are_trained_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="tensorboard")
+    for start_step, losses in ((0, {1: 9.0, 2: 8.0, 3: 7.0}), (2, {4: 6.0})):
+        with open_log(args, is_first=True, start_step=start_step, num_steps=4) as log:
+            for step, loss in losses.items():
+                log.write({**record_of(step), "loss": loss})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (4, 6.0)]
 
 
 def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,12 @@ def test_steps_are_those_of_the_run(
     assert plan.num_steps == 4
     command = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--global-batch", "8"]
     command += ["--world-size", "1", "--accumulation", "4", "--epochs", "1.2", *of_the_order]
+    # What the run itself would say to type.
+    python, m, module, *told = shlex.split(plan.order_command)
+    assert (python, m, module) == ("python", "-m", "train.order") and set(told) >= set(command)
     for step in range(plan.num_steps):
-        done = CliRunner().invoke(main, [*command, "--step", str(step)])
-        assert done.exit_code == 0, done.output
         wanted = list(explain_step(plan.index, plan.order, step, world_size=1, accumulation=4))
-        assert done.output.splitlines() == wanted
+        for flags in (command, told):
+            done = CliRunner().invoke(main, [*flags, "--step", str(step)])
+            assert done.exit_code == 0, done.output
+            assert done.output.splitlines() == wanted

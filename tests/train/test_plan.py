@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from schemas.errors import ConfigError, ShardError
 from schemas.qwen import tokenizer_fingerprint
 from tests.train.synthetic import make_bins, write_shards
 from train import engine, pretrained
+from train.attention import FLASH_ATTENTION
 from train.checkpoint import RunState
 from train.cost import CostModel, read_config
 from train.flags import parse_arguments
@@ -25,6 +27,7 @@ from train.main import main
 from train.order import Grouping
 from train.plan import Plan, make_plan, read_settings
 from train.reader import ReadSettings
+from train.sizes import sizes_of
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +151,36 @@ def test_the_number_of_steps_follows_from_steps_or_epochs(
     assert (plan.resume_from, plan.start_step) == (None, 0)
     steps = sum(1 for _ in open_stream(plan))
     assert steps == num_steps
+
+
+def test_a_sliding_window_is_refused_without_flash_attention(
+    flags: list[str],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    tokenizers_agree: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What slides is a layer of that kind with the window switched on; the memory of one can be worked out anyway."""
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "windowed"))
+    config = json.loads((copy / "config.json").read_bytes())
+    config["text_config"] |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
+    flags = [*flags, "--model_name_or_path", str(copy)]
+
+    def write(use_sliding_window: bool) -> None:
+        config["text_config"]["use_sliding_window"] = use_sliding_window
+        (copy / "config.json").write_text(json.dumps(config))
+
+    write(True)
+    code, line = only_error(flags, capsys)
+    assert code == 2
+    assert "a sliding window of 64 tokens, which needs --attn_implementation flash_attention_2: install" in line
+    args = parse_arguments(flags)
+    assert sizes_of(config, args) == sizes_of(read_config(tiny_checkpoint), args)
+    monkeypatch.setattr(engine, "choose_attention", lambda *_: FLASH_ATTENTION)
+    assert make_plan(args).shape.sliding_window == 64
+    write(False)
+    assert pretrained.read_shape(copy).sliding_window is None
 
 
 def test_a_run_on_a_cpu_computes_in_float32_with_sdpa(flags: list[str], tokenizers_agree: None) -> None:

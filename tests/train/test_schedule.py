@@ -1,17 +1,19 @@
-"""Courses of the learning rate, against values worked out by hand."""
+"""Courses of the learning rate, against values worked out by hand and the schedules of transformers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from transformers import get_scheduler
 
+from train.arguments import SCHEDULES
 from train.schedule import schedule, set_rates, warmup_steps
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
         # cos of 0, 45, 90 and 135 degrees
         ("cosine", [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
@@ -27,6 +29,37 @@ def test_the_rate_is_never_zero_in_the_run_and_stays_zero_after_it(kind: str) ->
     factor = schedule(kind, warmup_steps=3, total_steps=10)
     assert min(factor(step) for step in range(10)) > 0
     assert [factor(step) for step in (10, 11, 99)] == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+def course_of_transformers(kind: str, *, warmup: int, total: int) -> list[float]:
+    """Factors of ``total + 1`` steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    factors = []
+    for _ in range(total + 1):
+        factors += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(("warmup", "total"), [(0, 9), (1, 9), (3, 10), (9, 10)])
+def test_each_schedule_is_that_of_transformers_but_a_step_ahead_in_warm_up(kind: str, warmup: int, total: int) -> None:
+    """So the step at rate 0, with which theirs begin, is left out; after warm-up the same steps have the same rates."""
+    theirs = course_of_transformers(kind, warmup=warmup, total=total)
+    if kind == "constant":
+        warmup = 0
+    factor = schedule(kind, warmup_steps=warmup, total_steps=total)
+    expected = theirs[1 : warmup + 1] + theirs[warmup:total]
+    assert [factor(step) for step in range(total)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_constant_rate_has_no_warm_up() -> None:
+    factor = schedule("constant", warmup_steps=0, total_steps=4)
+    assert [factor(step) for step in range(4)] == [1.0] * 4
+    with pytest.raises(AssertionError, match="constant has no warm-up"):
+        schedule("constant", warmup_steps=1, total_steps=4)
 
 
 def test_without_warm_up_the_first_step_has_the_peak() -> None:

@@ -1,0 +1,84 @@
+"""What a run exports, read again by transformers, gives the logits of the trained engine, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tests.train.launching import as_flags, fingerprint_of, run_ranks
+from tests.train.synthetic import make_bins, write_shards
+from train import loop, pretrained
+from train.batch import build_micro_batch
+from train.index import open_shards
+from train.model import PackedQwen, TargetHead
+from train.plan import Plan
+from train.reader import read_checked_bin
+
+LOGITS = "logits.pt"
+
+
+def give_logits(head: TargetHead, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """In place of numbers of each target: its logits, (V, T) float32."""
+    return functional.linear(rows, head.weight).float().T
+
+
+def logits_of(model: Any, shards: str) -> list[torch.Tensor]:
+    index = open_shards(shards)
+    batches = (build_micro_batch([read_checked_bin(index, number)]) for number in range(index.num_bins))
+    with torch.no_grad():
+        return [model(batch, scores=True) for batch in batches]
+
+
+def note_logits() -> None:
+    """Have a rank write the logits of the engine before the model is exported, in several files."""
+    export = loop.export
+
+    def note_and_export(running: Any, plan: Plan) -> None:
+        running.eval()
+        logits = logits_of(running, plan.args.shards)
+        if plan.ranks.is_first:
+            torch.save(logits, plan.args.run_dir / LOGITS)
+        export(running, plan)
+
+    TargetHead._chunk_scores = give_logits  # type: ignore[method-assign]
+    pretrained.MAX_SHARD_SIZE = "100KB"
+    loop.export = note_and_export
+
+
+@pytest.mark.parametrize(("strategy", "precision"), [("zero3", "float32"), ("zero2", "bfloat16")])
+def test_the_exported_model_has_the_logits_of_the_trained_engine(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, precision: str
+) -> None:
+    shards = write_shards(tmp_path / "shards", make_bins(num_bins=4), tokenizer=fingerprint_of(tiny_checkpoint))
+    settings = {
+        "shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "output_dir": tmp_path / "run",
+        "deepspeed": f"{strategy}.json",
+        "bf16": precision == "bfloat16",
+        "tune_mm_vision": True,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 0,
+    }
+    done = run_ranks(2, *as_flags(settings), prepare=note_logits)
+    assert done.returncode == 0, done.stderr
+    exported = tmp_path / "run" / "final"
+    assert (exported / "model.safetensors.index.json").is_file()
+    assert len(list(exported.glob("model-*-of-*.safetensors"))) > 2
+
+    monkeypatch.setattr(TargetHead, "_chunk_scores", give_logits)
+    found = {}
+    for folder in (exported, tiny_checkpoint):
+        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        assert folder == tiny_checkpoint or hf.dtype == getattr(torch, precision)
+        found[folder] = logits_of(PackedQwen(hf, attn_implementation="sdpa").eval(), str(shards))
+    for engine, again, before in zip(torch.load(tmp_path / "run" / LOGITS), found[exported], found[tiny_checkpoint]):
+        assert engine.shape[0] == 151936 and torch.equal(engine, again)
+        assert (engine - before).abs().max() > 0.1, "training has hardly changed the model: nothing is compared"
