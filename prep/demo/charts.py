@@ -26,16 +26,16 @@ TOPICS: dict[str, tuple[str, ...]] = {
 }
 
 _SIZES = ((252, 196), (280, 210), (280, 224), (308, 224), (320, 240), (336, 252))
-PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 16, 10, 44, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 16, 10, 44, 26
 """Margins of the plot in a bar or line chart, in pixels."""
 
 _MIN_CATEGORIES = 3
 _TITLE_SIZE = 15
 _LABEL_SIZE = 12
-MAX_VALUE = 90
+_MAX_VALUE = 90
 """Of a bar or a point, at the top of the plot."""
 
-_BAR_VALUES = tuple(range(10, MAX_VALUE + 1, 10))
+_BAR_VALUES = tuple(range(10, _MAX_VALUE + 1, 10))
 _PIE_TOTAL = 100
 _PAPER: RGB = (255, 255, 255)
 _GRID: RGB = (215, 215, 220)
@@ -61,6 +61,11 @@ class Chart:
         paint(draw, self)
         return canvas.reduce(SUPERSAMPLING)
 
+    def point(self, column: int) -> tuple[float, float]:
+        """Where the bar of a column ends, or its point lies: x and y in pixels of the picture. Not of a pie."""
+        x, y = _point_on_canvas(self, column)
+        return x / SUPERSAMPLING, y / SUPERSAMPLING
+
 
 def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_TYPES) -> Chart:
     """Draws the facts of a chart: type, topic, which categories, their values and colours."""
@@ -81,6 +86,14 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_
         width=width,
         height=height,
     )
+
+
+def _point_on_canvas(chart: Chart, column: int) -> tuple[float, float]:
+    s = SUPERSAMPLING
+    left, right = _LEFT * s, (chart.width - _RIGHT) * s
+    top, bottom = _TOP * s, (chart.height - _BOTTOM) * s
+    step = (right - left) / len(chart.values)
+    return left + step * (column + 0.5), bottom + (top - bottom) * chart.values[column] / _MAX_VALUE
 
 
 def _heights(rng: np.random.Generator, num: int) -> tuple[int, ...]:
@@ -104,18 +117,17 @@ def _paint_title(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
 def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[float, float]]:
     """Title, grid and category labels; returns the point of every value, in pixels of the enlarged canvas."""
     s = SUPERSAMPLING
-    left, right = PLOT_LEFT * s, (chart.width - PLOT_RIGHT) * s
-    top, bottom = PLOT_TOP * s, (chart.height - PLOT_BOTTOM) * s
+    left, right = _LEFT * s, (chart.width - _RIGHT) * s
+    top, bottom = _TOP * s, (chart.height - _BOTTOM) * s
     _paint_title(draw, chart)
     for part in range(4):
         y = bottom + (top - bottom) * part / 3
         draw.line((left, y, right, y), fill=INK if part == 0 else _GRID, width=s)
-    step = (right - left) / len(chart.values)
     points = []
-    for i, (category, value) in enumerate(zip(chart.categories, chart.values, strict=True)):
-        x = left + step * (i + 0.5)
+    for column, category in enumerate(chart.categories):
+        x, y = _point_on_canvas(chart, column)
         draw.text((x, bottom + 5 * s), category, fill=INK, font=font(_LABEL_SIZE * s), anchor="ma")
-        points.append((x, bottom + (top - bottom) * value / MAX_VALUE))
+        points.append((x, y))
     return points
 
 
@@ -136,8 +148,8 @@ def _paint_values(draw: ImageDraw.ImageDraw, chart: Chart, points: list[tuple[fl
 def _paint_bars(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
     s = SUPERSAMPLING
     points = _paint_axes(draw, chart)
-    half = (chart.width - PLOT_LEFT - PLOT_RIGHT) * s / len(points) * 0.32
-    bottom = (chart.height - PLOT_BOTTOM) * s
+    half = (chart.width - _LEFT - _RIGHT) * s / len(points) * 0.32
+    bottom = (chart.height - _BOTTOM) * s
     for (x, y), colour in zip(points, chart.colours, strict=True):
         draw.rectangle((x - half, y, x + half, bottom), fill=COLOUR_RGB[colour], outline=INK, width=s)
     _paint_values(draw, chart, points, gap=2)

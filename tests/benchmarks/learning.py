@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from prep.demo.chart_questions import CHART_KINDS
-from prep.demo.charts import MAX_VALUE, PLOT_BOTTOM, PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, sample_chart
+from prep.demo.charts import Chart, sample_chart
 from prep.demo.kinds import Draft, Kind, compose, generator
 from prep.demo.media import PNG, encode_picture
 from prep.demo.records import MediaFile, build_record
@@ -60,6 +60,18 @@ EXERCISES = {"label": 0.4, "value": 0.15, "column": 0.15, "chart": 0.3}
 CUT_SIZE = 56
 """Side of the pieces that are cut out of charts, in pixels: two merged patches."""
 
+HALF_HEIGHT = 7
+"""Of the texts beside and below bars and points, in pixels."""
+
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+    "MALLOC_TOP_PAD_": str(2**30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""For glibc: what is freed is kept for the next step, in huge pages. Otherwise the system zeroes the pages of hundreds
+of megabytes of logits (151,936 a target) over and over, up to a third of a step's time."""
+
 Record = dict[str, Any]
 
 
@@ -71,6 +83,15 @@ class Scores:
     exchanged: float
     text_only: float
     likeliest: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a text stands: its middle, and half of its width, in pixels."""
+
+    x: float
+    y: float
+    half_width: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,16 +198,13 @@ def draw_exercises(num: int, folder: Path) -> list[Record]:
         language: Language = "zh" if rng.random() < 0.2 else "en"
         wording = Wording(language=language, sentence=False, variant=int(rng.integers(56)))
         column = int(rng.integers(len(chart.values)))
-        x = PLOT_LEFT + (column + 0.5) * (chart.width - PLOT_LEFT - PLOT_RIGHT) / len(chart.values)
-        bottom = chart.height - PLOT_BOTTOM
         columns = [column]
         if sort == "label":
-            picture = cut_out(picture, x, bottom + 11, 21, rng)
+            picture = cut_out(picture, label_place(chart, column), rng)
         elif sort == "value":
-            y = bottom - (bottom - PLOT_TOP) * chart.values[column] / MAX_VALUE
-            picture = cut_out(picture, x, y - (7 if chart.chart_type == "bar" else 10), 9, rng)
+            picture = cut_out(picture, value_place(chart, column), rng)
         elif sort == "column":
-            left = min(max(0, round(x - CUT_SIZE / 2)), chart.width - CUT_SIZE)
+            left = min(max(0, round(chart.point(column)[0] - CUT_SIZE / 2)), chart.width - CUT_SIZE)
             picture = picture.crop((left, 0, left + CUT_SIZE, chart.height))
         else:
             columns = [int(one) for one in rng.permutation(len(chart.values))]
@@ -218,18 +236,32 @@ def draw_exercises(num: int, folder: Path) -> list[Record]:
     return records
 
 
-def cut_out(picture: Image.Image, x: float, y: float, half: int, rng: np.random.Generator) -> Image.Image:
+def label_place(chart: Chart, column: int) -> Place:
+    """Where the name of a category is written in a bar or line chart."""
+    x, _ = chart.point(column)
+    _, y = replace(chart, values=(0,)).point(0)
+    return Place(x=x, y=y + 13, half_width=21)
+
+
+def value_place(chart: Chart, column: int) -> Place:
+    """Where the value of a category is written in a bar or line chart."""
+    x, y = chart.point(column)
+    return Place(x=x, y=y - (7 if chart.chart_type == "bar" else 10), half_width=9)
+
+
+def cut_out(picture: Image.Image, place: Place, rng: np.random.Generator) -> Image.Image:
     """A square in which a text lies somewhere, whole.
 
     Args:
         picture: what to cut from.
-        x: middle of the text.
-        y: the same.
-        half: half of its width; half of its height is 7.
+        place: of the text.
         rng: where in the square it lies.
     """
     corner = []
-    for middle, reach, size in ((x, half, picture.width), (y, 7, picture.height)):
+    for middle, reach, size in (
+        (place.x, place.half_width, picture.width),
+        (place.y, HALF_HEIGHT, picture.height),
+    ):
         first = min(max(0, math.ceil(middle + reach - CUT_SIZE)), size - CUT_SIZE)
         last = max(first, min(math.floor(middle - reach), size - CUT_SIZE))
         corner.append(int(rng.integers(first, last + 1)))
@@ -326,7 +358,7 @@ def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Pat
 
 
 def _run(program: Sequence[str]) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
     done = subprocess.run(program, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{' '.join(program)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -335,11 +367,11 @@ def _run(program: Sequence[str]) -> None:
 SCENES = Lesson(kinds=("colours", "shapes", "counts"))
 CHARTS = Lesson(
     kinds=("values",),
-    steps=1500,
-    learning_rate=1.5e-3,
-    vision_rate=4.5e-4,
-    num_exercises=20_000,
-    bins=2,
+    steps=2600,
+    learning_rate=2e-3,
+    vision_rate=5e-4,
+    num_exercises=30_000,
+    bins=4,
     num_layers=3,
     vision_size=64,
     cosines=True,
