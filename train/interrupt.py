@@ -9,6 +9,7 @@ Cost: one number that the ranks exchange at the end of each step.
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,12 +21,16 @@ REQUEUE_EXIT_CODE = 85
 """Exit code of a run that was told to stop and can go on. It is ERESTART of Linux, and the code that HTCondor's manual
 takes for it (``checkpoint_exit_code``); shells (from 126 on) and this program (0 to 2) mean nothing else by it."""
 
+SAME_REQUEST_S = 5.0
+"""A signal that comes again within this time is the same request on another way: a process group, a container or a job
+is told to stop as a whole, and a launcher among it tells its ranks once more."""
+
 
 class StopRequest:
-    """Listens for the signals inside a ``with`` block, in the main thread. A second signal has its usual effect."""
+    """Listens for the signals inside a ``with`` block, in the main thread. A second request has its usual effect."""
 
     def __init__(self) -> None:
-        self._received = False
+        self._received_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -40,14 +45,18 @@ class StopRequest:
 
     def is_agreed(self, device: torch.device) -> bool:
         """Whether any rank was told to stop. All ranks call this together and get the same answer."""
-        told = torch.tensor([self._received], dtype=torch.int32, device=device)
+        told = torch.tensor([self._received_at is not None], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
         return bool(told.item())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Nothing is written here: the signal may have come in the middle of writing.
-        self._received = True
-        self._restore()
+        now = time.monotonic()
+        if self._received_at is None:
+            self._received_at = now
+        elif now - self._received_at > SAME_REQUEST_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

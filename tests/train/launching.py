@@ -150,10 +150,17 @@ def torchrun(num_ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
     return launch(*torchrun_command(num_ranks, *flags))
 
 
-def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:
-    """One rank by the launcher of DeepSpeed."""
+def deepspeed_command(num_ranks: int, *flags: str) -> tuple[str, ...]:
+    """Ranks on this machine by ``deepspeed``."""
     launcher = (str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port()))
-    return launch(*launcher, "train/main.py", *flags)
+    # Of processors, unlike GPUs, it takes one where it is not told.
+    number = () if num_ranks == 1 else ("--num_accelerators", str(num_ranks))
+    return (*launcher, *number, "train/main.py", *flags)
+
+
+def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:
+    """One rank by it, to its end."""
+    return launch(*deepspeed_command(1, *flags))
 
 
 def free_port() -> int:

@@ -152,6 +152,47 @@ def test_two_ranks_have_the_losses_and_weights_of_one_with_twice_the_accumulatio
     assert_close_weights(two_ranks, one_rank)
 
 
+@pytest.fixture(scope="module")
+def short_flags(flags: list[str]) -> list[str]:
+    """Of a run whose second and last step has one bin for four places, with a picture and a clip."""
+    settings = dict(zip(flags[::2], flags[1::2]))
+    del settings["--max_steps"], settings["--save_total_limit"]
+    settings.update({"--num_train_epochs": "1.25", "--save_steps": "0"})
+    return [part for setting in settings.items() for part in setting]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(short_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by one rank, one bin a forward pass."""
+    return run_once(tmp_path_factory, "one-by-one", 1, *short_flags, *TIMES_FOUR)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "per_device", "accumulation", "strategy"),
+    [(2, 1, 2, "zero2"), (2, 1, 2, "zero3"), (2, 2, 1, "zero2"), (1, 2, 2, "zero2")],
+)
+def test_losses_and_weights_do_not_depend_on_how_a_step_is_dealt_though_its_places_be_empty(
+    short_flags: list[str],
+    shards: Path,
+    one_by_one: Path,
+    tmp_path: Path,
+    num_ranks: int,
+    per_device: int,
+    accumulation: int,
+    strategy: str,
+) -> None:
+    """To ranks, to forward passes of several bins, and to micro-steps; in the last step a rank of two has no bin."""
+    dealt = ("--per_device_train_batch_size", str(per_device), "--gradient_accumulation_steps", str(accumulation))
+    done = run_ranks(num_ranks, *short_flags, *dealt, *STRATEGIES[strategy], "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    full, short = read_metrics(tmp_path)
+    index = open_shards(shards)
+    assert (full["num_tokens"], full["num_targets"]) == (index.num_tokens.sum(), index.num_targets.sum())
+    assert (short["num_tokens"], short["num_targets"]) == (index.num_tokens[-1], index.num_targets[-1])
+    assert_close_metrics(tmp_path, one_by_one, "loss", "grad_norm", "eval_loss", rel=1e-6)
+    assert_close_weights(tmp_path, one_by_one)
+
+
 def test_the_comparison_of_weights_means_something(one_rank: Path, tiny_checkpoint: Path) -> None:
     """Training moved every tensor a hundred times further than the runs may differ."""
     before = load_file(tiny_checkpoint / "model.safetensors")

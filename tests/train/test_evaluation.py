@@ -52,6 +52,8 @@ def model(tiny_checkpoint: Path) -> PackedQwen:
 def data(model: PackedQwen) -> dict[str, list[list[Sample]]]:
     """Two datasets. Every second sample of the first has the last token that the model itself would say."""
     made = {"a": bins_of(1), "b": bins_of(2)}
+    rng = np.random.default_rng(3)
+    made["b"].append([make_sample(rng, num_targets=2), make_sample(rng, [make_medium(rng, 2, 4)], num_targets=3)])
     for sample in [sample for bins in made["a"] for sample in bins][::2]:
         with torch.no_grad():
             logits, _ = likeliest(model, sample)
@@ -94,7 +96,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ranks(
     flags: list[str], model: PackedQwen, data: dict[str, list[list[Sample]]], tmp_path: Path
 ) -> None:
-    """Six bins on one rank and, with ZeRO-3, on two."""
+    """Seven bins on one rank and, with ZeRO-3, on two, one of which has none in the last pass."""
     often = ("--eval_strategy", "steps", "--eval_steps", "1")
     done = run_ranks(1, *flags, *often, "--gradient_accumulation_steps", "4", "--output_dir", str(tmp_path / "one"))
     assert done.returncode == 0, done.stderr
@@ -110,7 +112,7 @@ def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ra
     assert told.endswith(format_evaluation(last))
     assert f"loss {last['eval_loss']:.4f}, {last['eval_token_accuracy']:.1%} of the tokens and " in told
     assert f"; b: loss {last['eval_datasets']['b']['loss']:.4f}, " in told
-    assert f"to evaluate on: 6 bins with {last['eval_num_samples']} samples of " in done.stderr
+    assert f"to evaluate on: 7 bins with {last['eval_num_samples']} samples of " in done.stderr
     assert "train: 4 bins, share 100 %" in done.stderr
 
     of_all = []

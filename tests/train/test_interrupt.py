@@ -7,7 +7,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from tests.train.launching import (
     REPOSITORY,
     as_flags,
     assert_same_run,
+    deepspeed_command,
     fingerprint_of,
     made_once,
     read_metrics,
@@ -28,7 +31,7 @@ from tests.train.launching import (
 )
 from tests.train.synthetic import make_bins, write_shards
 from train.checkpoint import list_checkpoints, read_state
-from train.interrupt import REQUEUE_EXIT_CODE, SIGNALS, StopRequest
+from train.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
 
 NUM_STEPS = 24
 
@@ -90,22 +93,74 @@ def test_a_run_told_to_stop_saves_and_the_same_command_ends_as_the_unbroken_run(
     assert_same_run(tmp_path, unbroken)
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags: list[str], tmp_path: Path) -> None:
-    command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
-    launcher = subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: has_logged(tmp_path), launcher)
-    ranks = [
-        child for child in psutil.Process(launcher.pid).children(recursive=True) if "train/main.py" in child.cmdline()
-    ]
-    (second,) = [child for child in ranks if child.environ()["RANK"] == "1"]
-    second.send_signal(signal.SIGUSR1)
-    _, errors = launcher.communicate(timeout=240)
-    assert launcher.returncode == 1, "torchrun has a code of its own, and ends the other ranks when one has ended so"
-    assert f"exitcode  : {REQUEUE_EXIT_CODE}" in errors
-    ((step, folder),) = list_checkpoints(tmp_path)
+@contextmanager
+def launched(command: tuple[str, ...], run: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A launcher and its ranks by their numbers, which have logged a step. Whatever goes on in the end is killed."""
+    launcher = subprocess.Popen(
+        command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    started: list[psutil.Process] = [psutil.Process(launcher.pid)]
+    try:
+        wait_until(lambda: has_logged(run), launcher)
+        started += started[0].children(recursive=True)
+        numbers = {process.environ().get("RANK"): process for process in started}
+        yield launcher, [numbers[number] for number in ("0", "1")]
+    finally:
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        launcher.wait()
+
+
+def saved_by_two_ranks(run: Path) -> tuple[int, Path]:
+    """The only checkpoint of a run of two ranks, and its step, after which nothing was trained."""
+    ((step, folder),) = list_checkpoints(run)
     state = read_state(folder)
     assert (state.step, state.ranks) == (step, 2)
     assert sorted(path.name for path in folder.glob("random-*.pt")) == ["random-00000.pt", "random-00001.pt"]
+    assert read_metrics(run)[-1]["step"] == step
+    assert not (run / "final").exists()
+    return step, folder
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_tells_of_it(
+    flags: list[str], tmp_path: Path
+) -> None:
+    command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
+    with launched(command, tmp_path) as (launcher, ranks):
+        ranks[1].send_signal(signal.SIGUSR1)
+        _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 1, "torchrun has a code of its own, and ends the other ranks when one has ended so"
+    assert f"exitcode  : {REQUEUE_EXIT_CODE}" in errors
+    saved_by_two_ranks(tmp_path)
+
+
+def test_deepspeed_ends_with_the_code_of_its_ranks_when_one_was_told_to_stop(flags: list[str], tmp_path: Path) -> None:
+    command = deepspeed_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
+    with launched(command, tmp_path) as (launcher, ranks):
+        ranks[1].send_signal(signal.SIGUSR1)
+        _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == REQUEUE_EXIT_CODE, errors
+    saved_by_two_ranks(tmp_path)
+
+
+def test_torchrun_told_to_stop_lets_its_ranks_save_and_the_same_command_goes_on(
+    flags: list[str], tmp_path: Path
+) -> None:
+    command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "0", "--output_dir", str(tmp_path)]
+    with launched(torchrun_command(2, *command), tmp_path) as (launcher, _):
+        launcher.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == 1, errors
+    step, folder = saved_by_two_ranks(tmp_path)
+    assert f"saved after step {step} of {NUM_STEPS}; the same command goes on" in errors
+
+    done = run_ranks(2, *command)
+
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {folder}" in done.stderr
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, NUM_STEPS + 1))
+    assert (tmp_path / "final").is_dir()
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
@@ -136,7 +191,12 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_has_its_usual_effect(process_group: None, number: signal.Signals) -> None:
+def test_a_second_signal_has_its_usual_effect_unless_it_comes_at_once(
+    process_group: None, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once it is the same request: a launcher passes on what its ranks were told as well."""
+    now = 100.0
+    monkeypatch.setattr("train.interrupt.time", SimpleNamespace(monotonic=lambda: now))
     usual = []
     before = signal.signal(number, lambda *_: usual.append("usual"))
     try:
@@ -144,7 +204,10 @@ def test_a_second_signal_has_its_usual_effect(process_group: None, number: signa
             assert not stop.is_agreed(torch.device("cpu"))
             os.kill(os.getpid(), number)
             assert stop.is_agreed(torch.device("cpu"))
+            now += SAME_REQUEST_S
+            os.kill(os.getpid(), number)
             assert usual == []
+            now += 1
             os.kill(os.getpid(), number)
             assert usual == ["usual"]
         os.kill(os.getpid(), number)
