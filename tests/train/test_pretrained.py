@@ -55,7 +55,7 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_an_error(name: str, monkeypa
 
 
 def test_the_shape_of_a_model_is_read_from_its_configuration(folder: Path) -> None:
-    assert pretrained.read_shape(folder) == ModelShape(hidden_size=64, window_size=112)
+    assert pretrained.read_shape(folder) == ModelShape(hidden_size=64, window_size=112, sliding_window=None)
 
 
 @pytest.mark.parametrize(
