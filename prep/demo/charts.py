@@ -63,8 +63,12 @@ class Chart:
 
     def point(self, column: int) -> tuple[float, float]:
         """Where the bar of a column ends, or its point lies: x and y in pixels of the picture. Not of a pie."""
-        x, y = _point_on_canvas(self, column)
+        x, y = _points_on_canvas(self)[column]
         return x / SUPERSAMPLING, y / SUPERSAMPLING
+
+    def base(self) -> float:
+        """Where bars begin, above the names of the categories: y in pixels of the picture. Not of a pie."""
+        return _plot_on_canvas(self)[3] / SUPERSAMPLING
 
 
 def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_TYPES) -> Chart:
@@ -88,12 +92,20 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_
     )
 
 
-def _point_on_canvas(chart: Chart, column: int) -> tuple[float, float]:
+def _plot_on_canvas(chart: Chart) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the plot, in pixels of the enlarged canvas."""
     s = SUPERSAMPLING
-    left, right = _LEFT * s, (chart.width - _RIGHT) * s
-    top, bottom = _TOP * s, (chart.height - _BOTTOM) * s
+    return _LEFT * s, _TOP * s, (chart.width - _RIGHT) * s, (chart.height - _BOTTOM) * s
+
+
+def _points_on_canvas(chart: Chart) -> list[tuple[float, float]]:
+    """The point of every value, in pixels of the enlarged canvas."""
+    left, top, right, bottom = _plot_on_canvas(chart)
     step = (right - left) / len(chart.values)
-    return left + step * (column + 0.5), bottom + (top - bottom) * chart.values[column] / _MAX_VALUE
+    return [
+        (left + step * (column + 0.5), bottom + (top - bottom) * value / _MAX_VALUE)
+        for column, value in enumerate(chart.values)
+    ]
 
 
 def _heights(rng: np.random.Generator, num: int) -> tuple[int, ...]:
@@ -115,19 +127,16 @@ def _paint_title(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
 
 
 def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[float, float]]:
-    """Title, grid and category labels; returns the point of every value, in pixels of the enlarged canvas."""
+    """Title, grid and category labels; returns the points of the values."""
     s = SUPERSAMPLING
-    left, right = _LEFT * s, (chart.width - _RIGHT) * s
-    top, bottom = _TOP * s, (chart.height - _BOTTOM) * s
+    left, top, right, bottom = _plot_on_canvas(chart)
     _paint_title(draw, chart)
     for part in range(4):
         y = bottom + (top - bottom) * part / 3
         draw.line((left, y, right, y), fill=INK if part == 0 else _GRID, width=s)
-    points = []
-    for column, category in enumerate(chart.categories):
-        x, y = _point_on_canvas(chart, column)
+    points = _points_on_canvas(chart)
+    for (x, _), category in zip(points, chart.categories, strict=True):
         draw.text((x, bottom + 5 * s), category, fill=INK, font=font(_LABEL_SIZE * s), anchor="ma")
-        points.append((x, y))
     return points
 
 
@@ -148,8 +157,8 @@ def _paint_values(draw: ImageDraw.ImageDraw, chart: Chart, points: list[tuple[fl
 def _paint_bars(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
     s = SUPERSAMPLING
     points = _paint_axes(draw, chart)
-    half = (chart.width - _LEFT - _RIGHT) * s / len(points) * 0.32
-    bottom = (chart.height - _BOTTOM) * s
+    left, _, right, bottom = _plot_on_canvas(chart)
+    half = (right - left) / len(points) * 0.32
     for (x, y), colour in zip(points, chart.colours, strict=True):
         draw.rectangle((x - half, y, x + half, bottom), fill=COLOUR_RGB[colour], outline=INK, width=s)
     _paint_values(draw, chart, points, gap=2)

@@ -239,8 +239,7 @@ def draw_exercises(num: int, folder: Path) -> list[Record]:
 def label_place(chart: Chart, column: int) -> Place:
     """Where the name of a category is written in a bar or line chart."""
     x, _ = chart.point(column)
-    _, y = replace(chart, values=(0,)).point(0)
-    return Place(x=x, y=y + 13, half_width=21)
+    return Place(x=x, y=chart.base() + 13, half_width=21)
 
 
 def value_place(chart: Chart, column: int) -> Place:

@@ -45,9 +45,10 @@ def note_logits() -> None:
             torch.save(logits, plan.args.run_dir / LOGITS)
         export(running, plan)
 
-    TargetHead._chunk_scores = give_logits  # type: ignore[method-assign]
-    pretrained.MAX_SHARD_SIZE = "100KB"
-    loop.export = note_and_export
+    patch = pytest.MonkeyPatch()  # a rank ends with its run: nothing is undone
+    patch.setattr(TargetHead, "_chunk_scores", give_logits)
+    patch.setattr(pretrained, "MAX_SHARD_SIZE", "100KB")
+    patch.setattr(loop, "export", note_and_export)
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [("zero3", "float32"), ("zero2", "bfloat16")])
