@@ -122,9 +122,11 @@ def make_plan(args: TrainArguments) -> Plan:
     check_read_flags(args, [index] if eval_index is None else [index, eval_index])
     source = pretrained.find_checkpoint(args.model_name_or_path)
     shape = pretrained.read_shape(source)
-    for shards, opened in ((args.shards, index), (args.eval_shards, eval_index)):
-        if opened is not None:
-            pretrained.check_fingerprints(source, opened.manifests[0].fingerprints, shards=str(shards))
+    prints = index.manifests[0].fingerprints
+    pretrained.check_fingerprints(source, prints, shards=str(args.shards))
+    # Reading a tokenizer takes a second: the same fingerprints are not compared twice.
+    if eval_index is not None and (eval_prints := eval_index.manifests[0].fingerprints) != prints:
+        pretrained.check_fingerprints(source, eval_prints, shards=str(args.eval_shards))
 
     model_config = read_config(source)
     recipe = choose_recipe(args, model_config)

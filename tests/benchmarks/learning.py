@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from prep.demo.records import MediaFile, build_record
 from prep.demo.scene_questions import SCENE_KINDS
 from prep.demo.vocabulary import Dialogue, Language, Wording
 from tests.benchmarks.machine import describe_machine
+from tests.train.launching import ENVIRONMENT
 from train.tiny_model import write_tiny_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,15 +62,6 @@ CUT_SIZE = 56
 
 HALF_HEIGHT = 7
 """Of the texts beside and below bars and points, in pixels."""
-
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-    "MALLOC_TOP_PAD_": str(2**30),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-"""For glibc: what is freed is kept for the next step, in huge pages. Otherwise the system zeroes the pages of hundreds
-of megabytes of logits (151,936 a target) over and over, up to a third of a step's time."""
 
 Record = dict[str, Any]
 
@@ -357,8 +348,7 @@ def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Pat
 
 
 def _run(program: Sequence[str]) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
-    done = subprocess.run(program, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(program, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{' '.join(program)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 

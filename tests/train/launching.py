@@ -32,14 +32,31 @@ from safetensors.torch import load_file
 from schemas.qwen import tokenizer_fingerprint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""For glibc: what is freed is kept for what comes next, in huge pages. Otherwise the system clears the pages of
+hundreds of megabytes of logits (151,936 a target) over and over, almost half of a rank's processor time."""
+
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
 TIMINGS = {"tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "tflops", "max_memory_bytes"}
 """What differs between two runs that are the same."""
 
 LIMIT_S, GRACE_S = 300, 60
 """How long a run may take, and how long the other ranks may go on when one has failed."""
 
-IMPORTED = ("tests.train.launching", "train.main", "train.loop", "train.preflight", "deepspeed", "peft")
+IMPORTED = (
+    "tests.train.launching",
+    "train.main",
+    "train.loop",
+    "train.preflight",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every run imports, and with it all of torch's compiler
+    "peft",
+    "pyarrow.dataset",
+)
 """What ranks are forked with; one that is not installed is left out."""
 
 
