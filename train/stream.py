@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, TimeoutError
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -134,16 +134,20 @@ class BinStream(Iterator[StepBatch]):
         self._order = order
         self._accumulation = accumulation
         self._next_step = start_step
-        self._window_size = window_size
         self._read_timeout_s = read_timeout_s
-        self._pin_device = pin_device
-        self._buffers: Buffers = ReusedBuffers() if pin_device is None else PinnedBuffers()
+        buffers: Buffers = ReusedBuffers() if pin_device is None else PinnedBuffers()
         read = read or ReadSettings()
-        self._reader = BinReader(index, read, self._buffers)
+        self._reader = BinReader(index, read, buffers)
         # Threads that wait for a server take no processor; only so many of them build at a time.
         self._num_threads = max(num_threads, read.connections) if self._reader.is_remote else num_threads
         self._prefetch = max(prefetch, self._num_threads) if self._reader.is_remote else prefetch
-        self._builders = threading.BoundedSemaphore(num_threads)
+        self._builder = _Builder(
+            reader=self._reader,
+            buffers=buffers,
+            window_size=window_size,
+            pin_device=pin_device,
+            at_once=threading.BoundedSemaphore(num_threads),
+        )
         self._plan = _micro_steps(
             index,
             order,
@@ -226,11 +230,11 @@ class BinStream(Iterator[StepBatch]):
         if self._closed:
             return
         if self._workers is None:
-            self._workers = _Workers(self._num_threads, self._pin_device)
+            self._workers = _Workers(self._num_threads, self._builder)
             # A stream that is dropped instead of closed leaves no threads behind either.
             weakref.finalize(self, self._workers.dismiss).atexit = False
         while len(self._under_way) < self._prefetch and (planned := next(self._plan, None)) is not None:
-            self._under_way.append(_Pending(planned, self._workers.submit(self._build, planned)))
+            self._under_way.append(_Pending(planned, self._workers.submit(planned)))
 
     def _take(self) -> MicroBatch:
         """Wait for the next micro-batch; another one takes its place under way."""
@@ -246,21 +250,6 @@ class BinStream(Iterator[StepBatch]):
                 f"{places}: not read within {self._read_timeout_s:g} s. See that the file system answers, or raise "
                 "--read_timeout_s, then resume."
             ) from None
-
-    def _build(self, planned: _Planned) -> MicroBatch:
-        loaded = [self._reader.read(number) for number in planned.bins]
-        with self._builders:
-            batch = build_micro_batch(
-                [one.bin for one in loaded],
-                numbers=planned.bins,
-                where=[str(one.location) for one in loaded],
-                most_targets=planned.most_targets,
-                window_size=self._window_size,
-                memory=[one.buffer for one in loaded],
-                buffers=self._buffers,
-            )
-            # Planes are page-locked already; this copies the small tensors.
-            return batch if self._pin_device is None else batch.pin_memory()
 
 
 class _Planned(NamedTuple):
@@ -296,12 +285,39 @@ class _Pending(NamedTuple):
     batch: Future[MicroBatch]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Builder:
+    """Micro-step -> micro-batch. It knows no stream: what threads work or fail at keeps no dropped stream alive."""
+
+    reader: BinReader
+    buffers: Buffers
+    window_size: int
+    pin_device: torch.device | None
+    at_once: threading.BoundedSemaphore
+
+    def build(self, planned: _Planned) -> MicroBatch:
+        loaded = [self.reader.read(number) for number in planned.bins]
+        with self.at_once:
+            batch = build_micro_batch(
+                [one.bin for one in loaded],
+                numbers=planned.bins,
+                where=[str(one.location) for one in loaded],
+                most_targets=planned.most_targets,
+                window_size=self.window_size,
+                memory=[one.buffer for one in loaded],
+                buffers=self.buffers,
+            )
+            # Planes are page-locked already; this copies the small tensors.
+            return batch if self.pin_device is None else batch.pin_memory()
+
+
 class _Workers:
     """Daemon threads, so that one which hangs in a read cannot keep the program from ending."""
 
-    def __init__(self, count: int, pin_device: torch.device | None) -> None:
-        self._tasks: SimpleQueue[tuple[Future[MicroBatch], Callable[[], MicroBatch]] | None] = SimpleQueue()
-        self._pin_device = pin_device
+    def __init__(self, count: int, builder: _Builder) -> None:
+        self._tasks: SimpleQueue[tuple[Future[MicroBatch], _Planned] | None] = SimpleQueue()
+        self._builder = builder
+        self._dismissed = False
         self._threads: list[threading.Thread] = []
         try:
             for number in range(count):
@@ -315,14 +331,14 @@ class _Workers:
                 "or --read_connections."
             ) from None
 
-    def submit(self, build: Callable[[_Planned], MicroBatch], planned: _Planned) -> Future[MicroBatch]:
+    def submit(self, planned: _Planned) -> Future[MicroBatch]:
         """Let a thread build the micro-batch of a micro-step."""
         future: Future[MicroBatch] = Future()
-        self._tasks.put((future, lambda: build(planned)))
+        self._tasks.put((future, planned))
         return future
 
     def close(self, timeout_s: float) -> None:
-        """End the threads once they are done with what they work at; cancelled work is passed over."""
+        """End the threads once they are done with what they work at; work that waits is passed over."""
         self.dismiss()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
@@ -330,17 +346,18 @@ class _Workers:
 
     def dismiss(self) -> None:
         """Let the threads end by themselves. Whatever runs may be interrupted by this: it waits for nothing."""
+        self._dismissed = True
         for _ in self._threads:
             self._tasks.put(None)
 
     def _run(self) -> None:
-        if self._pin_device is not None:
-            torch.cuda.set_device(self._pin_device)  # pinning would otherwise open a context on the first device
-        while (task := self._tasks.get()) is not None:
-            future, job = task
+        if self._builder.pin_device is not None:
+            torch.cuda.set_device(self._builder.pin_device)  # pinning would otherwise open a context on the first one
+        while (task := self._tasks.get()) is not None and not self._dismissed:
+            future, planned = task
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(job())
+                    future.set_result(self._builder.build(planned))
                 except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread raises it
                     future.set_exception(error)
-            del task, future, job  # an idle thread holds no batch
+            del task, future, planned  # an idle thread holds no batch

@@ -37,10 +37,14 @@ def index(tmp_path: Path, request: pytest.FixtureRequest) -> ShardIndex:
 def no_thread_is_left() -> Iterator[None]:
     """Every test ends with as many threads as it began with."""
     yield
+    wait_for_threads()
+    assert not stream_threads()
+
+
+def wait_for_threads() -> None:
     deadline = time.monotonic() + 5
     while stream_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not stream_threads()
 
 
 def stream_threads() -> list[str]:
@@ -399,6 +403,33 @@ def test_a_stream_that_is_dropped_instead_of_closed_leaves_no_threads(index: Sha
     next(stream)
     assert len(stream_threads()) == 3
     del stream
+
+
+def test_a_dropped_stream_reads_no_more_and_ends_though_its_reads_fail(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    is_dropped = threading.Event()
+
+    def fail(_: BinReader, number: int) -> object:
+        reads.append(number)
+        assert is_dropped.wait(30)
+        raise ShardError("the folder was removed")
+
+    stream = open_stream(index, epochs=None, prefetch=20, num_threads=3)
+    next(stream)
+    while stream_threads_are_busy(stream):
+        time.sleep(0.01)
+    monkeypatch.setattr(BinReader, "read", fail)
+    for _ in range(5):
+        next(stream)
+    while len(reads) < 3:
+        time.sleep(0.01)
+    del stream
+    is_dropped.set()
+    wait_for_threads()
+    assert len(reads) == 3
+    assert not stream_threads()
 
 
 def test_more_threads_than_the_system_allows_are_wrong_use(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
