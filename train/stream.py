@@ -208,11 +208,13 @@ class BinStream(Iterator[StepBatch]):
         )
 
     def close(self) -> None:
-        """Stop the threads and drop what they prepared. The stream has ended then; closing twice does no harm."""
+        """Stop the threads and drop what they prepared. The stream has ended then; closing twice does no harm.
+
+        It is for the thread that takes the steps: one that waits in ``next`` meanwhile would wait in vain.
+        """
         self._closed = True
         self._reader.close()
-        while self._under_way:
-            self._under_way.popleft().batch.cancel()
+        self._under_way.clear()
         if self._workers is not None:
             self._workers.close(_JOIN_S)
             self._workers = None
@@ -296,6 +298,8 @@ class _Builder:
     at_once: threading.BoundedSemaphore
 
     def build(self, planned: _Planned) -> MicroBatch:
+        if self.pin_device is not None:
+            torch.cuda.set_device(self.pin_device)  # pinning would otherwise open a context on the first device
         loaded = [self.reader.read(number) for number in planned.bins]
         with self.at_once:
             batch = build_micro_batch(
@@ -345,19 +349,20 @@ class _Workers:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def dismiss(self) -> None:
-        """Let the threads end by themselves. Whatever runs may be interrupted by this: it waits for nothing."""
+        """Let the threads end by themselves, once they are done with what they work at.
+
+        Whatever runs may be interrupted by this: it waits for nothing. So it does not stop the reader, which has a
+        lock; a thread that waits for a server goes on until its patience ends.
+        """
         self._dismissed = True
         for _ in self._threads:
             self._tasks.put(None)
 
     def _run(self) -> None:
-        if self._builder.pin_device is not None:
-            torch.cuda.set_device(self._builder.pin_device)  # pinning would otherwise open a context on the first one
         while (task := self._tasks.get()) is not None and not self._dismissed:
             future, planned = task
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(self._builder.build(planned))
-                except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread raises it
-                    future.set_exception(error)
+            try:
+                future.set_result(self._builder.build(planned))
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread raises it
+                future.set_exception(error)
             del task, future, planned  # an idle thread holds no batch

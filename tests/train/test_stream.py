@@ -42,8 +42,12 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 def wait_for_threads() -> None:
-    deadline = time.monotonic() + 5
-    while stream_threads() and time.monotonic() < deadline:
+    wait_until(lambda: not stream_threads(), seconds=5)
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
@@ -195,9 +199,7 @@ def test_a_bounded_number_of_bins_is_read_ahead(index: ShardIndex, monkeypatch: 
     reads = counted_reads(monkeypatch)
     with open_stream(index, epochs=None, prefetch=3) as stream:
         next(stream)
-        deadline = time.monotonic() + 5
-        while len(reads) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(reads) >= 5)
         time.sleep(0.1)
         assert len(reads) == 2 + 3
         next(stream)
@@ -209,8 +211,8 @@ def test_what_is_read_ahead_is_handed_out_without_reading(index: ShardIndex, mon
     reads = counted_reads(monkeypatch)
     with open_stream(index, epochs=None, prefetch=4) as stream:
         next(stream)
-        while len(reads) < 6 or stream_threads_are_busy(stream):
-            time.sleep(0.01)
+        wait_until(lambda: len(reads) >= 6)
+        wait_until_ready(stream)
         answers = threading.Event()
 
         def read(reader: BinReader, number: int) -> object:
@@ -224,8 +226,8 @@ def test_what_is_read_ahead_is_handed_out_without_reading(index: ShardIndex, mon
         assert next(stream).data_wait_s > 0.1
 
 
-def stream_threads_are_busy(stream: BinStream) -> bool:
-    return not all(pending.batch.done() for pending in stream._under_way)
+def wait_until_ready(stream: BinStream) -> None:
+    wait_until(lambda: all(pending.batch.done() for pending in stream._under_way))
 
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -418,13 +420,11 @@ def test_a_dropped_stream_reads_no_more_and_ends_though_its_reads_fail(
 
     stream = open_stream(index, epochs=None, prefetch=20, num_threads=3)
     next(stream)
-    while stream_threads_are_busy(stream):
-        time.sleep(0.01)
+    wait_until_ready(stream)
     monkeypatch.setattr(BinReader, "read", fail)
     for _ in range(5):
         next(stream)
-    while len(reads) < 3:
-        time.sleep(0.01)
+    wait_until(lambda: len(reads) == 3)
     del stream
     is_dropped.set()
     wait_for_threads()
@@ -444,6 +444,18 @@ def test_more_threads_than_the_system_allows_are_wrong_use(index: ShardIndex, mo
     monkeypatch.setattr(threading.Thread, "start", start_a_few)
     with pytest.raises(ConfigError, match=r"allows 3 of 7 threads \(can't start new thread\)\. Lower --dataloader"):
         next(open_stream(index, num_threads=7))
+
+
+def test_a_device_that_cannot_be_used_is_told_at_once(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError(f"{device} is busy")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with (
+        open_stream(index, pin_device=torch.device("cuda", 3), read_timeout_s=20) as stream,
+        pytest.raises(RuntimeError, match="cuda:3 is busy"),
+    ):
+        next(stream)
 
 
 def test_a_stream_that_is_never_asked_starts_no_thread(index: ShardIndex) -> None:
