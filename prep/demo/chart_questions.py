@@ -1,5 +1,7 @@
 """What is asked about charts: values, extremes, comparisons, colours, types and titles.
 
+A bar is named by its category or by its colour; its value is then found without reading the name below it.
+
 Every function maps the facts of a chart to a dialogue, or to None where it allows no clear question; ``CHART_KINDS``
 is the list.
 """
@@ -34,6 +36,34 @@ def ask_value(charts: Charts, rng: np.random.Generator, wording: Wording) -> Dia
     )
     sentence = wording.say(f"The value for {category} is {value}.", f"{category}的数值是{value}。")
     return Dialogue(exchanges=(wording.exchange(question, value=str(value), sentence=sentence),))
+
+
+def ask_value_by_colour(charts: Charts, rng: np.random.Generator, wording: Wording) -> Dialogue | None:
+    """The value of the bar of some colour."""
+    chart = charts[0]
+    column = _any_column(chart, rng)
+    value, colour = chart.values[column], chart.colours[column]
+    question = wording.say(
+        (f"What is the value of the {colour} bar?", f"Which value does the {colour} bar have?"),
+        f"{wording.colour(colour)}柱子的数值是多少？",
+    )
+    sentence = wording.say(
+        f"The value of the {colour} bar is {value}.", f"{wording.colour(colour)}柱子的数值是{value}。"
+    )
+    return Dialogue(exchanges=(wording.exchange(question, value=str(value), sentence=sentence),))
+
+
+def ask_category_by_colour(charts: Charts, rng: np.random.Generator, wording: Wording) -> Dialogue | None:
+    """The category whose bar has some colour."""
+    chart = charts[0]
+    column = _any_column(chart, rng)
+    category, colour = chart.categories[column], chart.colours[column]
+    question = wording.say(
+        (f"What does the {colour} bar stand for?", f"Which label does the {colour} bar have?"),
+        f"{wording.colour(colour)}柱子代表什么？",
+    )
+    sentence = wording.say(f"The {colour} bar stands for {category}.", f"{wording.colour(colour)}柱子代表{category}。")
+    return Dialogue(exchanges=(wording.exchange(question, value=category, sentence=sentence),))
 
 
 def ask_extreme(charts: Charts, rng: np.random.Generator, wording: Wording) -> Dialogue | None:
@@ -127,9 +157,13 @@ def _topic(chart: Chart) -> str:
     return chart.title.split(",")[0]
 
 
+def _any_column(chart: Chart, rng: np.random.Generator) -> int:
+    return int(rng.integers(len(chart.values)))
+
+
 def _any_entry(chart: Chart, rng: np.random.Generator) -> tuple[str, int]:
-    i = int(rng.integers(len(chart.values)))
-    return chart.categories[i], chart.values[i]
+    column = _any_column(chart, rng)
+    return chart.categories[column], chart.values[column]
 
 
 def _two_entries(chart: Chart, rng: np.random.Generator) -> tuple[tuple[str, int], tuple[str, int]]:
@@ -141,6 +175,10 @@ def _chart(rng: np.random.Generator) -> Charts:
     return (sample_chart(rng),)
 
 
+def _bars(rng: np.random.Generator) -> Charts:
+    return (sample_chart(rng, ("bar",)),)
+
+
 def _bars_or_line(rng: np.random.Generator) -> Charts:
     return (sample_chart(rng, ("bar", "line")),)
 
@@ -150,6 +188,8 @@ _TENS = tuple(str(value) for value in range(10, 100, 10))
 
 CHART_KINDS: tuple[Kind[Chart], ...] = (
     Kind(name="value", weight=10, sample=_bars_or_line, ask=ask_value, answers=_TENS, needs_colour=False),
+    Kind(name="value_by_colour", weight=5, sample=_bars, ask=ask_value_by_colour, answers=_TENS),
+    Kind(name="category_by_colour", weight=3, sample=_bars, ask=ask_category_by_colour, answers=_CATEGORIES),
     Kind(name="extreme", weight=6, sample=_chart, ask=ask_extreme, answers=_CATEGORIES, needs_colour=False),
     Kind(name="higher", weight=5, sample=_chart, ask=ask_higher, answers=("yes", "no"), needs_colour=False),
     Kind(name="difference", weight=3, sample=_bars_or_line, ask=ask_difference, answers=_TENS, needs_colour=False),

@@ -61,15 +61,6 @@ class Chart:
         paint(draw, self)
         return canvas.reduce(SUPERSAMPLING)
 
-    def point(self, column: int) -> tuple[float, float]:
-        """Where the bar of a column ends, or its point lies: x and y in pixels of the picture. Not of a pie."""
-        x, y = _points_on_canvas(self)[column]
-        return x / SUPERSAMPLING, y / SUPERSAMPLING
-
-    def base(self) -> float:
-        """Where bars begin, above the names of the categories: y in pixels of the picture. Not of a pie."""
-        return _plot_on_canvas(self)[3] / SUPERSAMPLING
-
 
 def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_TYPES) -> Chart:
     """Draws the facts of a chart: type, topic, which categories, their values and colours."""
@@ -98,16 +89,6 @@ def _plot_on_canvas(chart: Chart) -> tuple[int, int, int, int]:
     return _LEFT * s, _TOP * s, (chart.width - _RIGHT) * s, (chart.height - _BOTTOM) * s
 
 
-def _points_on_canvas(chart: Chart) -> list[tuple[float, float]]:
-    """The point of every value, in pixels of the enlarged canvas."""
-    left, top, right, bottom = _plot_on_canvas(chart)
-    step = (right - left) / len(chart.values)
-    return [
-        (left + step * (column + 0.5), bottom + (top - bottom) * value / _MAX_VALUE)
-        for column, value in enumerate(chart.values)
-    ]
-
-
 def _heights(rng: np.random.Generator, num: int) -> tuple[int, ...]:
     return tuple(_BAR_VALUES[i] for i in rng.permutation(len(_BAR_VALUES))[:num])
 
@@ -127,16 +108,19 @@ def _paint_title(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
 
 
 def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[float, float]]:
-    """Title, grid and category labels; returns the points of the values."""
+    """Title, grid and category labels; returns the point of every value, in pixels of the enlarged canvas."""
     s = SUPERSAMPLING
     left, top, right, bottom = _plot_on_canvas(chart)
     _paint_title(draw, chart)
     for part in range(4):
         y = bottom + (top - bottom) * part / 3
         draw.line((left, y, right, y), fill=INK if part == 0 else _GRID, width=s)
-    points = _points_on_canvas(chart)
-    for (x, _), category in zip(points, chart.categories, strict=True):
+    step = (right - left) / len(chart.values)
+    points = []
+    for column, (category, value) in enumerate(zip(chart.categories, chart.values, strict=True)):
+        x = left + step * (column + 0.5)
         draw.text((x, bottom + 5 * s), category, fill=INK, font=font(_LABEL_SIZE * s), anchor="ma")
+        points.append((x, bottom + (top - bottom) * value / _MAX_VALUE))
     return points
 
 

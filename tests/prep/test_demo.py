@@ -302,6 +302,12 @@ def test_answers_about_charts_follow_from_their_values(plans: list[tuple[Plan, P
         for (chart,), question, answer in english_exchanges(plan, "chart/value"):
             category = re.search(r"(?:for|does) (\w+)", question)[1]  # type: ignore[index]
             assert str(dict(zip(chart.categories, chart.values, strict=True))[category]) in answer
+        for (chart,), question, answer in english_exchanges(plan, "chart/value_by_colour"):
+            (colour,) = set(chart.colours) & set(re.findall(r"\w+", question))
+            assert str(dict(zip(chart.colours, chart.values, strict=True))[colour]) in answer
+        for (chart,), question, answer in english_exchanges(plan, "chart/category_by_colour"):
+            (colour,) = set(chart.colours) & set(re.findall(r"\w+", question))
+            assert dict(zip(chart.colours, chart.categories, strict=True))[colour] in answer
         for (chart,), question, answer in english_exchanges(plan, "chart/extreme"):
             best = (max if "highest" in question else min)(zip(chart.values, chart.categories, strict=True))
             assert answer.startswith(best[1])
