@@ -75,7 +75,8 @@ class Plan:
 def plan_demo(seed: int, *, num_train: int, num_held_out: int) -> tuple[Plan, Plan]:
     """Returns the plans of the training part (good records only) and of the held-out part.
 
-    Both ask the same kinds of questions, about different media. Chats of the held-out part do not occur in the other.
+    Both ask the same kinds of questions, where a part has enough annotations for them, about different media. Chats of
+    the held-out part do not occur in the other.
     """
     return _plan_part(seed, num_train, held_out=False), _plan_part(seed, num_held_out, held_out=True)
 
