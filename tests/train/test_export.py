@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -51,7 +53,19 @@ def note_logits() -> None:
     patch.setattr(loop, "export", note_and_export)
 
 
-@pytest.mark.parametrize(("strategy", "precision"), [("zero3", "float32"), ("zero2", "bfloat16")])
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As ranks have: sums of several threads can be others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("strategy", "precision"), [("zero3", "float32"), ("zero2", "bfloat16"), ("zero3", "bfloat16")]
+)
 def test_the_exported_model_has_the_logits_of_the_trained_engine(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, precision: str
 ) -> None:
@@ -75,6 +89,9 @@ def test_the_exported_model_has_the_logits_of_the_trained_engine(
     assert len(list(exported.glob("model-*-of-*.safetensors"))) > 2
 
     monkeypatch.setattr(TargetHead, "_chunk_scores", give_logits)
+    if strategy == "zero3":
+        # Its linear layers add the bias to a product that is rounded already: in bfloat16 that is another number.
+        monkeypatch.setattr(functional, "linear", zero3_linear_wrap)
     found = {}
     for folder in (exported, tiny_checkpoint):
         hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto")
