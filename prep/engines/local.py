@@ -133,8 +133,9 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task:
 def _prepare_worker(parent: int) -> None:
     """End with the parent, or at once when it says so, and keep libraries from starting threads."""
     die_with_parent(parent)
-    # Not an exception: the pool would catch it, and go on with what it had interrupted half way.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    # By the kernel, whatever the worker is at. A handler of Python's could come too late: just before it waits for the
+    # lock of the queue, which is never given back by a worker that ended with it. An exception the pool would catch.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(ONE_THREAD)
 
 

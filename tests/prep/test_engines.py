@@ -234,6 +234,19 @@ def test_a_worker_that_is_killed_between_two_steps_is_replaced(local_engine: Eng
     assert list(local_engine.map(square, [1, 2, 3])) == [1, 4, 9]
 
 
+def sigterm_handler(_: int) -> str:
+    return str(signal.getsignal(signal.SIGTERM))
+
+
+def test_the_kernel_ends_workers_whatever_they_are_at(local_engine: Engine) -> None:
+    """A handler in Python runs too late where a worker is just about to wait for what another one took with it."""
+    assert set(local_engine.map(sigterm_handler, range(4))) == {str(signal.SIG_DFL)}
+    for _ in range(30):
+        results = local_engine.map(square, range(200))
+        assert next(results) == 0
+        results.close()
+
+
 def test_only_workers_are_ended(local_engine: Engine) -> None:
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     other.start()
