@@ -202,8 +202,8 @@ def patch_cosines(number: int) -> torch.Tensor:
 
     With random weights words are hardly learnt. White paper has values near 2 all over, so that a random sum of a
     patch says more of its brightness than of what is drawn on it; and moved by a pixel, the same stroke would give an
-    unrelated sum. On words of a chart, cut out in squares of 56 pixels, a tiny model knew half of 25 words after 25,000
-    of them with cosines; with random weights, none after 30,000.
+    unrelated sum. In a trial on words cut out of charts, a tiny model knew half of 25 words after 25,000 pictures with
+    cosines; with random weights, none after 30,000.
 
     Args:
         number: H, of weights.
