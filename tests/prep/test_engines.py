@@ -240,11 +240,7 @@ def sigterm_handler(_: int) -> str:
 
 def test_the_kernel_ends_workers_whatever_they_are_at(local_engine: Engine) -> None:
     """A handler in Python runs too late where a worker is just about to wait for what another one took with it."""
-    assert set(local_engine.map(sigterm_handler, range(4))) == {str(signal.SIG_DFL)}
-    for _ in range(30):
-        results = local_engine.map(square, range(200))
-        assert next(results) == 0
-        results.close()
+    assert set(local_engine.map(sigterm_handler, range(20))) == {str(signal.SIG_DFL)}
 
 
 def test_only_workers_are_ended(local_engine: Engine) -> None:
