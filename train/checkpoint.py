@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ import torch
 
 from schemas.errors import ConfigError
 from train.disk import writing
-from train.engine import Ranks
+from train.engine import Ranks, wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def remove_unfinished(run_dir: Path) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints of a run with their steps, oldest first."""
-    found = ((_NAME.fullmatch(path.name), path) for path in run_dir.glob("checkpoint-*"))
+    found = ((_NAME.fullmatch(path.name), path) for path in run_dir.glob("checkpoint-*") if path.is_dir())
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -158,7 +159,7 @@ def check_files(folder: Path) -> None:
             f"{folder} is incomplete: {folder / ENGINE_TAG} has {len(of_optimizer)} files of optimizer states and "
             f"{len(states) - len(of_optimizer)} of the model, but {state.ranks} ranks saved it. {_RESUME_FROM_ANOTHER}"
         )
-    for path in (*states, *(folder / f"random-{rank:05d}.pt" for rank in range(state.ranks))):
+    for path in (*states, *(folder / _random_file(rank) for rank in range(state.ranks))):
         # torch writes zip archives, whose directory is at the end
         if not path.is_file() or not zipfile.is_zipfile(path):
             found = "cut short or damaged" if path.is_file() else "missing"
@@ -199,22 +200,47 @@ def save(engine: Any, run_dir: Path, state: RunState, ranks: Ranks, *, keep: int
         with writing(part):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-    torch.distributed.barrier()
+    wait_for_all()
     with writing(part), _without_frozen(engine.module):
         engine.save_checkpoint(str(part), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
-        torch.save(_random_state(engine.device), part / _random_file(ranks))
-    torch.distributed.barrier()
+        torch.save(_random_state(engine.device), part / _random_file(ranks.rank))
+    wait_for_all()
     if ranks.is_first:
+        _check_shared(part, ranks)
         with writing(part):
             (part / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
             _flush(part)
             part.rename(folder)
             _sync(run_dir)
         for _, old in list_checkpoints(run_dir)[: -keep if keep else 0]:
-            shutil.rmtree(old)
+            _remove(old)
         logger.info("checkpoint written to %s", folder)
-    torch.distributed.barrier()
+    wait_for_all()
     return folder
+
+
+def _check_shared(part: Path, ranks: Ranks) -> None:
+    """See that all ranks have written to the same folder.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    missing = [rank for rank in range(ranks.world) if not (part / _random_file(rank)).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{part} has no files of the ranks {missing}, which have just written theirs: it lies on a disk that not "
+            "all machines share. Give an absolute --output_dir that they do."
+        )
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint that newer ones replace. The run does not end where that fails: the new one is complete."""
+    leaving = old.with_name(f"{old.name}.tmp")
+    try:
+        old.rename(leaving)
+        shutil.rmtree(leaving)
+    except OSError as error:
+        logger.warning("%s cannot be removed (%s): remove it by hand", old, error.strerror or error)
 
 
 def load(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks, *, is_converted: bool) -> None:
@@ -235,9 +261,13 @@ def load(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ran
         path, _ = engine.load_checkpoint(
             str(folder), tag=UNIVERSAL_TAG if is_converted else ENGINE_TAG, custom_load_fn=_load_trained
         )
-        random_state = None if is_converted else torch.load(folder / _random_file(ranks), weights_only=True)
+        random_state = None if is_converted else torch.load(folder / _random_file(ranks.rank), weights_only=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"{folder} is incomplete: {error}. Resume from another checkpoint.") from error
+        raise ConfigError(f"{folder} is incomplete: {error}. {_RESUME_FROM_ANOTHER}") from error
+    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise ConfigError(
+            f"{folder} is damaged: a file does not hold what a checkpoint has there ({error}). {_RESUME_FROM_ANOTHER}"
+        ) from error
     if path is None:
         raise ConfigError(f"{folder} holds no state of the engine. Resume from another checkpoint.")
     if random_state is None:  # of other ranks: it stays what it was before
@@ -272,7 +302,7 @@ def convert(folder: Path, ranks: Ranks) -> None:
             raise ConfigError(f"{folder} cannot be dealt out to {ranks.world} ranks: {last}. Resume from another one.")
         _flush(part)
         part.rename(out)
-    torch.distributed.barrier()
+    wait_for_all()
 
 
 @contextmanager
@@ -313,8 +343,8 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def _random_file(ranks: Ranks) -> str:
-    return f"random-{ranks.rank:05d}.pt"
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.pt"
 
 
 def _flush(folder: Path) -> None:

@@ -15,6 +15,8 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ from train.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for what the first one does alone, such as writing a model of 140 GB. Whoever waits for a rank
+that has ended is told at once all the same."""
 
 STAGES = (1, 2, 3)
 """ZeRO stages. Without ZeRO (stage 0) DeepSpeed replaces the optimizer in bfloat16 and gives no gradient norm in
@@ -80,6 +86,11 @@ def read_ranks(local_rank: int) -> Ranks:
             f"the environment does not say which rank this is ({error}): start with `deepspeed` or `torchrun`, which "
             f"set {', '.join(names)}."
         ) from error
+    if not 0 <= rank < world or local < 0:
+        raise ConfigError(
+            f"the environment gives RANK {rank}, WORLD_SIZE {world} and LOCAL_RANK {local}; ranks count from 0 to "
+            "WORLD_SIZE - 1: start with `deepspeed` or `torchrun`, which set them."
+        )
     if local_rank not in (-1, local):
         raise ConfigError(f"--local_rank is {local_rank}, but LOCAL_RANK is {local}: leave the flag to the launcher.")
     return Ranks(rank=rank, local=local, world=world)
@@ -114,6 +125,19 @@ def start(device: torch.device) -> None:
             f"the ranks cannot meet at {place} ({reason}): give the launcher another --master_port, or check its "
             "--master_addr."
         ) from error
+    _patient_group()
+
+
+@cache
+def _patient_group() -> torch.distributed.ProcessGroup | None:
+    """All ranks, with :data:`PATIENCE`; between steps they wait for each other no longer than DeepSpeed lets them."""
+    group: torch.distributed.ProcessGroup | None = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return group
+
+
+def wait_for_all() -> None:
+    """Wait until all ranks have come here, however long one of them needs. All ranks call this together."""
+    torch.distributed.barrier(group=_patient_group())
 
 
 def seed_dropout(seed: int, ranks: Ranks, step: int) -> None:
@@ -124,8 +148,9 @@ def seed_dropout(seed: int, ranks: Ranks, step: int) -> None:
 
 def stop() -> None:
     """Leave the process group, all ranks together."""
-    torch.distributed.barrier()
+    wait_for_all()
     torch.distributed.destroy_process_group()
+    _patient_group.cache_clear()
 
 
 def read_deepspeed_config(name: str) -> dict[str, Any]:

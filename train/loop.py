@@ -27,14 +27,11 @@ from train.interrupt import StopRequest
 from train.metrics import Window, open_log
 from train.model import PackedQwen, checkpoint_activations
 from train.nonfinite import SkippedSteps
-from train.plan import Plan, make_plan, read_settings
+from train.plan import ADAPTER_DIR, FINAL_DIR, Plan, check_same_plan, make_plan, read_settings
 from train.schedule import schedule, set_rates, warmup_steps
 from train.stream import BinStream, StepBatch
 
 logger = logging.getLogger(__name__)
-
-FINAL_DIR, ADAPTER_DIR = "final", "adapter"
-"""Folders of the trained model, and of its adapters alone, inside the folder of the run."""
 
 
 def train(args: TrainArguments) -> bool:
@@ -55,6 +52,7 @@ def train(args: TrainArguments) -> bool:
         if plan.resume_from is not None:
             checkpoint.check_files(plan.resume_from)
     engine.start(plan.device)
+    check_same_plan(plan)
     kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
     model, groups = build_model(plan)
     describe(plan, groups)
@@ -81,39 +79,42 @@ def train(args: TrainArguments) -> bool:
     window = Window(plan.order, plan.device, flops, peak_tflops=plan.peak_tflops)
     opened = open_log(args, is_first=plan.ranks.is_first, start_step=plan.start_step, num_steps=plan.num_steps)
     is_stopped = False
-    with opened as log, open_stream(plan) as stream, StopRequest() as stop:
-        for batch in stream:
-            set_rates(optimizer, peak_rates, factor(batch.step))
-            rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
-            scales_loss = engine.can_lower_scale(running)
-            losses = run_step(running, batch, plan)
-            if running.optimizer.overflow:
-                skipped.note_skipped(batch, losses, scales_loss=scales_loss)
-            else:
-                skipped.note_done()
-            step = batch.step + 1
-            window.add(batch)
-            log.advance()
-            is_stopped = stop.is_agreed(plan.device) and step < plan.num_steps
-            evaluates = evaluation is not None and not is_stopped and is_due(plan, step)
-            if step % args.logging_steps == 0 or step in (plan.start_step + 1, plan.num_steps) or evaluates:
-                record = window.summarise(batch, losses, rates, running.get_global_grad_norm(), skipped.total)
-                with window.paused():
-                    if evaluation is not None and evaluates:
-                        found = evaluation.run(running)
-                        record.update(found)
-                        logger.info("evaluation after step %d: %s", step, format_evaluation(found))
-                log.write(record)
-            if is_stopped or (args.save_steps and step % args.save_steps == 0):
-                with window.paused():
-                    state = RunState(stream=stream.state_dict(), ranks=plan.ranks.world, settings=plan.settings)
-                    checkpoint.save(running, args.run_dir, state, plan.ranks, keep=args.save_total_limit)
-            if is_stopped:
-                logger.info("told to stop: saved after step %d of %d; the same command goes on", step, plan.num_steps)
-                break
-
-    if not is_stopped:
-        export(running, plan)
+    # To the end of the export: what comes too late to stop a run must not end it before its model is written.
+    with StopRequest() as stop:
+        with opened as log, open_stream(plan) as stream:
+            for batch in stream:
+                set_rates(optimizer, peak_rates, factor(batch.step))
+                rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+                scales_loss = engine.can_lower_scale(running)
+                losses = run_step(running, batch, plan)
+                if running.optimizer.overflow:
+                    skipped.note_skipped(batch, losses, scales_loss=scales_loss)
+                else:
+                    skipped.note_done()
+                step = batch.step + 1
+                window.add(batch)
+                log.advance()
+                is_stopped = stop.is_agreed(plan.device) and step < plan.num_steps
+                evaluates = evaluation is not None and not is_stopped and is_due(plan, step)
+                if step % args.logging_steps == 0 or step in (plan.start_step + 1, plan.num_steps) or evaluates:
+                    record = window.summarise(batch, losses, rates, running.get_global_grad_norm(), skipped.total)
+                    with window.paused():
+                        if evaluation is not None and evaluates:
+                            found = evaluation.run(running)
+                            record.update(found)
+                            logger.info("evaluation after step %d: %s", step, format_evaluation(found))
+                    log.write(record)
+                if is_stopped or (args.save_steps and step % args.save_steps == 0):
+                    with window.paused():
+                        state = RunState(stream=stream.state_dict(), ranks=plan.ranks.world, settings=plan.settings)
+                        checkpoint.save(running, args.run_dir, state, plan.ranks, keep=args.save_total_limit)
+                if is_stopped:
+                    logger.info(
+                        "told to stop: saved after step %d of %d; the same command goes on", step, plan.num_steps
+                    )
+                    break
+        if not is_stopped:
+            export(running, plan)
     del kept_for_loading
     engine.stop()
     if run_lock is not None:

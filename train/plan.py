@@ -1,7 +1,7 @@
 """What a run is going to be: flags -> a :class:`Plan`, in which settings, shards and checkpoints were found to agree.
 
 Everything that can be wrong is found here, before the process group starts and weights are loaded: by every rank for
-itself, from the same files, so all ranks come to the same plan.
+itself, from the same files, so all ranks come to the same plan; :func:`check_same_plan` sees that they have.
 
 Cost: opening the shards, the ledgers of those to evaluate on, and parsing ``tokenizer.json`` (0.3 s).
 """
@@ -32,6 +32,9 @@ from train.order import DataOrder, Grouping
 from train.pretrained import ModelShape
 from train.reader import ReadSettings
 from train.recipe import Recipe, choose_recipe
+
+FINAL_DIR, ADAPTER_DIR = "final", "adapter"
+"""Folders of the trained model, and of its adapters alone, inside the folder of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +110,50 @@ class Plan:
         return shlex.join([*command, *(name for name, is_on in switches.items() if is_on)])
 
 
+def check_outputs(run_dir: Path, source: Path) -> None:
+    """See that the trained model can be written, and replaces nothing that it is made from.
+
+    Raises:
+        ConfigError: it cannot, or would.
+    """
+    for out in (run_dir / FINAL_DIR, run_dir / ADAPTER_DIR):
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            found = "a link" if out.is_symlink() else "a file"
+            raise ConfigError(
+                f"{out} is {found}, and the trained model is to lie there: remove it, or give another --output_dir."
+            )
+        if source.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"--model_name_or_path {source} is what this run would replace in the end: give another --output_dir."
+            )
+
+
+def check_same_plan(plan: Plan) -> None:
+    """Compare the plans of the ranks, each of which has looked at shards and checkpoints for itself. All call this.
+
+    Raises:
+        ConfigError: they differ, on all ranks.
+    """
+    mine: dict[str, object] = {
+        **plan.settings,
+        "first step": plan.start_step + 1,
+        "checkpoint to go on from": None if plan.resume_from is None else plan.resume_from.name,
+        "steps": plan.num_steps,
+        "attention": plan.attention,
+    }
+    if plan.resume_from is None:
+        mine["weights to start from (fingerprint)"] = pretrained.weights_fingerprint(plan.source)
+    of_ranks: list[dict[str, object]] = [mine] * plan.ranks.world
+    torch.distributed.all_gather_object(of_ranks, mine)
+    for rank, other in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if other.get(name) != value:
+                raise ConfigError(
+                    f"rank {rank} would train with {name} = {other.get(name)}, but rank 0 with {value}: let all "
+                    "machines see the same --output_dir, shards and checkpoint, with the same packages."
+                )
+
+
 def make_plan(args: TrainArguments) -> Plan:
     """Look at everything that a run depends on, before anything expensive starts.
 
@@ -121,6 +168,7 @@ def make_plan(args: TrainArguments) -> Plan:
     eval_index = None if args.eval_shards is None else open_eval_shards(args.eval_shards)
     check_read_flags(args, [index] if eval_index is None else [index, eval_index])
     source = pretrained.find_checkpoint(args.model_name_or_path)
+    check_outputs(args.run_dir, source)
     shape = pretrained.read_shape(source)
     prints = index.manifests[0].fingerprints
     pretrained.check_fingerprints(source, prints, shards=str(args.shards))

@@ -42,7 +42,7 @@ from train.loop import build_model, describe
 from train.memory import GIB, Memory
 from train.metrics import peak_memory_bytes
 from train.parity import compare_packed, read_micro_batch
-from train.plan import Plan, make_plan, read_settings
+from train.plan import Plan, check_same_plan, make_plan, read_settings
 from train.reader import BinReader
 from train.sizes import Sizes, sizes_of
 
@@ -82,6 +82,7 @@ def preflight(args: TrainArguments) -> None:
             plan.attention,
         )
     engine.start(plan.device)
+    check_same_plan(plan)
     problems = check_host(memory, count_neighbours(plan.ranks), host_bytes())
     if plan.device.type == "cuda":
         problems += check_held(memory, device_bytes(plan.device))

@@ -17,8 +17,8 @@ import msgspec
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import Manifest
 from train.index import open_shards
-from train.loop import FINAL_DIR
 from train.metrics import METRICS_FILE
+from train.plan import FINAL_DIR
 
 
 class LoggedStep(msgspec.Struct, frozen=True):

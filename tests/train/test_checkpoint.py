@@ -12,6 +12,7 @@ import torch
 from schemas.errors import ConfigError
 from train import checkpoint
 from train.checkpoint import RunState, Setting
+from train.engine import Ranks
 
 
 def saved_at(step: int, **settings: Setting) -> RunState:
@@ -131,3 +132,38 @@ def test_a_checkpoint_whose_file_is_cut_short_or_gone_is_refused_before_anything
 def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else(run: Path) -> None:
     checkpoint.remove_unfinished(run)
     assert {path.name for path in run.iterdir()} == {"checkpoint-5", "checkpoint-10", "checkpoint-last", "final"}
+
+
+def test_a_checkpoint_without_the_files_of_a_rank_is_not_called_one(tmp_path: Path) -> None:
+    """Ranks on machines with disks of their own have written elsewhere."""
+    (tmp_path / "random-00000.pt").touch()
+    checkpoint._check_shared(tmp_path, Ranks(rank=0, local=0, world=1))
+    with pytest.raises(ConfigError, match=r"no files of the ranks \[1, 2\].* Give an absolute --output_dir"):
+        checkpoint._check_shared(tmp_path, Ranks(rank=0, local=0, world=3))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_of_and_the_run_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = checkpoint.list_checkpoints(run)[0][1]
+
+    def refuse(path: Path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    checkpoint._remove(old)
+    assert f"{old} cannot be removed (Directory not empty)" in caplog.text
+    assert old not in [path for _, path in checkpoint.list_checkpoints(run)]
+
+
+def test_an_old_checkpoint_is_removed(run: Path) -> None:
+    before = {path.name for path in run.iterdir()}
+    old = checkpoint.list_checkpoints(run)[0][1]
+    checkpoint._remove(old)
+    assert {path.name for path in run.iterdir()} == before - {old.name}
+
+
+def test_a_file_is_no_checkpoint(run: Path) -> None:
+    before = checkpoint.list_checkpoints(run)
+    (run / "checkpoint-77").touch()
+    assert checkpoint.list_checkpoints(run) == before

@@ -287,6 +287,14 @@ def test_the_flag_of_the_launcher_stands_in_for_the_environment(no_launcher: pyt
     assert engine.read_ranks(3) == Ranks(rank=3, local=3, world=4)
 
 
+@pytest.mark.parametrize(("rank", "local"), [("2", "0"), ("-1", "0"), ("0", "-1")])
+def test_a_rank_that_cannot_be_is_an_error(no_launcher: pytest.MonkeyPatch, rank: str, local: str) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": local}.items():
+        no_launcher.setenv(name, value)
+    with pytest.raises(ConfigError, match="ranks count from 0 to WORLD_SIZE - 1"):
+        engine.read_ranks(-1)
+
+
 def test_half_an_environment_is_an_error(no_launcher: pytest.MonkeyPatch) -> None:
     no_launcher.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="start with `deepspeed` or `torchrun`"):

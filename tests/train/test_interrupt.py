@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -30,8 +31,10 @@ from tests.train.launching import (
     torchrun_command,
 )
 from tests.train.synthetic import make_bins, write_shards
+from train import loop
 from train.checkpoint import list_checkpoints, read_state
 from train.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
+from train.plan import Plan
 
 NUM_STEPS = 24
 
@@ -214,3 +217,22 @@ def test_a_second_signal_has_its_usual_effect_unless_it_comes_at_once(
         assert usual == ["usual", "usual"]
     finally:
         signal.signal(number, before)
+
+
+def stop_while_exporting() -> None:
+    """What a scheduler does that wants the machines back when training is just done."""
+    export = loop.export
+
+    def told(running: Any, plan: Plan) -> None:
+        for number in SIGNALS:
+            signal.raise_signal(number)
+        export(running, plan)
+
+    pytest.MonkeyPatch().setattr(loop, "export", told)
+
+
+def test_a_signal_while_the_model_is_written_lets_it_be_written(flags: list[str], tmp_path: Path) -> None:
+    length = ("--max_steps", "2", "--save_steps", "0", "--output_dir", str(tmp_path / "run"))
+    done = run_ranks(2, *flags, *length, prepare=stop_while_exporting)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "final" / "config.json").is_file()

@@ -436,3 +436,25 @@ def test_shards_to_evaluate_on_must_have_their_ledger(
     (held_out / "samples.parquet").unlink()
     with pytest.raises(ShardError, match=r"held-out/samples\.parquet is missing"):
         make_plan(parse_arguments([*flags, "--eval_shards", str(held_out)]))
+
+
+@pytest.mark.parametrize("name", ["final", "adapter"])
+def test_a_trained_model_takes_the_place_of_a_folder_only(
+    flags: list[str], tmp_path: Path, name: str, tokenizers_agree: None
+) -> None:
+    """A link would be found out when training is done."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=f"{name} is a link.*another --output_dir"):
+        make_plan(parse_arguments([*flags, "--output_dir", str(run)]))
+
+
+def test_a_run_does_not_replace_what_it_starts_from(
+    flags: list[str], tiny_checkpoint: Path, tmp_path: Path, tokenizers_agree: None
+) -> None:
+    final = tmp_path / "run" / "final"
+    shutil.copytree(tiny_checkpoint, final)
+    with pytest.raises(ConfigError, match="is what this run would replace"):
+        make_plan(parse_arguments([*flags, "--output_dir", str(final.parent), "--model_name_or_path", str(final)]))
+    make_plan(parse_arguments([*flags, "--output_dir", str(tmp_path / "other"), "--model_name_or_path", str(final)]))

@@ -1,0 +1,67 @@
+"""Ranks that depend on each other outside of the steps: they wait as long as it takes, and make the same run."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+
+from tests.train.launching import as_flags, fingerprint_of, run_ranks
+from tests.train.synthetic import make_bins, write_shards
+from train import engine, loop
+from train.arguments import TrainArguments
+
+
+@pytest.fixture
+def flags(tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
+    write_shards(tmp_path / "shards", make_bins(num_bins=4), tokenizer=fingerprint_of(tiny_checkpoint))
+    settings = {
+        "shards": tmp_path / "shards",
+        "model_name_or_path": tiny_checkpoint,
+        "output_dir": tmp_path / "run",
+        "gradient_accumulation_steps": 1,
+        "save_steps": 1,
+    }
+    return as_flags(settings)
+
+
+def wait_for_the_first() -> None:
+    """The first rank does something alone for longer than ranks wait for each other between steps."""
+
+    def wait(_: TrainArguments) -> bool:
+        engine.start(torch.device("cpu"))
+        time.sleep(6 if os.environ["RANK"] == "0" else 0)
+        engine.wait_for_all()
+        engine.stop()
+        return True
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(deepspeed, "init_distributed", partial(deepspeed.init_distributed, timeout=timedelta(seconds=3)))
+    patch.setattr(loop, "train", wait)
+
+
+def test_ranks_wait_for_what_the_first_one_does_alone(flags: list[str]) -> None:
+    done = run_ranks(2, *flags, prepare=wait_for_the_first)
+    assert done.returncode == 0, done.stderr
+
+
+def see_less_on_the_second() -> None:
+    """The second rank does not see the checkpoint that the first one goes on from."""
+    if os.environ["RANK"] == "1":
+        pytest.MonkeyPatch().setattr("train.checkpoint.choose_checkpoint", lambda *_: None)
+
+
+def test_ranks_that_would_not_make_the_same_run_end_before_it(flags: list[str], tmp_path: Path) -> None:
+    """As on machines that have disks of their own."""
+    assert run_ranks(2, *flags, "--max_steps", "1").returncode == 0
+    done = run_ranks(2, *flags, "--max_steps", "2", prepare=see_less_on_the_second)
+    assert done.returncode == 2
+    for rank in (0, 1):
+        assert f"error (rank {rank}): rank 1 would train with first step = 1, but rank 0 with 2: let" in done.stderr
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
