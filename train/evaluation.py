@@ -124,17 +124,23 @@ def format_evaluation(found: Record) -> str:
     whole = {name.removeprefix("eval_"): value for name, value in found.items() if name != "eval_datasets"}
     parts = {"": whole, **({} if len(found["eval_datasets"]) == 1 else found["eval_datasets"])}
     return "; ".join(
-        f"{f'{name}: ' if name else ''}loss {one['loss']:.4f}, {one['token_accuracy']:.1%} of the tokens and "
+        f"{f'{name}: ' if name else ''}loss {_shown(one['loss'])}, {one['token_accuracy']:.1%} of the tokens and "
         f"{one['exact_match']:.1%} of {one['num_samples']} samples right"
         for name, one in parts.items()
     )
 
 
-def _summarise(results: NDArray[Any]) -> dict[str, float]:
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _summarise(results: NDArray[Any]) -> dict[str, float | None]:
+    """The loss is None where it is no finite number, as that of a step is."""
     num_targets = max(1, int(results["num_targets"].sum()))
+    loss = float(np.add.reduce(results["loss"])) / num_targets
     is_right = results["num_right"] == results["num_targets"]
     return {
-        "loss": float(np.add.reduce(results["loss"])) / num_targets,
+        "loss": loss if math.isfinite(loss) else None,
         "token_accuracy": int(results["num_right"].sum()) / num_targets,
         "exact_match": int(is_right.sum()) / max(1, results.size),
         "num_samples": results.size,

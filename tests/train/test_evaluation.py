@@ -18,6 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from schemas.errors import ShardError
 from tests.train.launching import as_flags, fingerprint_of, made_once, read_metrics, run_ranks
 from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample, write_shards
+from train import evaluation
 from train.batch import build_micro_batch
 from train.evaluation import format_evaluation, is_due, sum_by_sample
 from train.index import open_shards
@@ -183,3 +184,13 @@ def test_when_a_run_evaluates(strategy: str, eval_steps: int | None, expected: l
         order=DataOrder(np.ones(10), seed=0, global_batch=4),
     )
     assert [step for step in range(1, 11) if is_due(plan, step)] == expected
+
+
+def test_a_loss_that_is_no_number_is_left_out_as_that_of_a_step_is() -> None:
+    """``NaN`` in metrics.jsonl would be no JSON."""
+    results = np.zeros(2, dtype=evaluation._RESULT)
+    results["num_targets"], results["num_right"], results["loss"] = 4, (4, 1), (1.0, np.nan)
+    found = evaluation._summarise(results)
+    assert found == {"loss": None, "token_accuracy": 5 / 8, "exact_match": 0.5, "num_samples": 2}
+    whole = {f"eval_{name}": value for name, value in found.items()}
+    assert format_evaluation({**whole, "eval_datasets": {"one": found}}).startswith("loss not finite, 62.5% of the")
