@@ -37,7 +37,7 @@ from train.pretrained import copy_companions
 logger = logging.getLogger(__name__)
 
 DEFAULT_RANK, DEFAULT_ALPHA, DEFAULT_DROPOUT = 64, 128, 0.0
-"""As in the upstream fine-tuning script."""
+"""Rank and alpha are those of the upstream fine-tuning script."""
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but ``lm_head``; the word is peft's."""

@@ -104,6 +104,8 @@ def train(args: TrainArguments) -> bool:
                             record.update(found)
                             logger.info("evaluation after step %d: %s", step, format_evaluation(found))
                     log.write(record)
+                if evaluates:  # that may have taken minutes, and who asks to stop has few
+                    is_stopped = stop.is_agreed(plan.device) and step < plan.num_steps
                 if is_stopped or (args.save_steps and step % args.save_steps == 0):
                     with window.paused():
                         state = RunState(stream=stream.state_dict(), ranks=plan.ranks.world, settings=plan.settings)

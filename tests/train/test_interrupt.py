@@ -33,7 +33,9 @@ from tests.train.launching import (
 from tests.train.synthetic import make_bins, write_shards
 from train import loop
 from train.checkpoint import list_checkpoints, read_state
+from train.evaluation import Evaluation
 from train.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
+from train.metrics import Record
 from train.plan import Plan
 
 NUM_STEPS = 24
@@ -236,3 +238,24 @@ def test_a_signal_while_the_model_is_written_lets_it_be_written(flags: list[str]
     done = run_ranks(2, *flags, *length, prepare=stop_while_exporting)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "final" / "config.json").is_file()
+
+
+def stop_while_evaluating() -> None:
+    """One rank is told to stop while the model is evaluated."""
+    run = Evaluation.run
+
+    def told(evaluation: Evaluation, running: Any) -> Record:
+        if os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+        return run(evaluation, running)
+
+    pytest.MonkeyPatch().setattr(Evaluation, "run", told)
+
+
+def test_a_signal_during_evaluation_stops_right_after_it(flags: list[str], tmp_path: Path) -> None:
+    evaluates = ("--eval_shards", flags[flags.index("--shards") + 1], "--eval_strategy", "steps", "--eval_steps", "2")
+    length = ("--max_steps", "6", "--save_steps", "0", "--output_dir", str(tmp_path / "run"))
+    done = run_ranks(2, *flags, *evaluates, *length, prepare=stop_while_evaluating)
+    assert done.returncode == REQUEUE_EXIT_CODE, done.stderr
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+    assert "eval_loss" in read_metrics(tmp_path / "run")[-1]
