@@ -1,6 +1,6 @@
 """What is asked about charts: values, extremes, comparisons, colours, types and titles.
 
-A bar is named by its category or by its colour; its value is then found without reading the name below it.
+A bar is named by its category or by its colour; its value is then found without reading its name.
 
 Every function maps the facts of a chart to a dialogue, or to None where it allows no clear question; ``CHART_KINDS``
 is the list.

@@ -1,7 +1,9 @@
 """Bar, line and pie charts with labelled values: the facts and the picture.
 
 ``sample_chart`` -> ``Chart`` (facts) -> ``Chart.draw`` (RGB picture). The values are printed on the chart, so every
-answer can be read off. Cost: 0.03 ms for the facts, 2 ms for the picture.
+answer can be read off. Bars and points stand on the grid of the vision tower's patches, with their names and values
+above them: a word has the same patches wherever it stands, so that a tiny model can learn to read in minutes.
+Cost: 0.03 ms for the facts, 2 ms for the picture.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from PIL import Image, ImageDraw
 from prep.demo.kinds import pick
 from prep.demo.shapes import SUPERSAMPLING, font
 from prep.demo.vocabulary import COLOUR_RGB, COLOURS, INK, RGB
+from schemas.qwen import PATCH_SIZE
 
 CHART_TYPES = ("bar", "line", "pie")
 
@@ -25,13 +28,23 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "Books read": ("Ann", "Ben", "Cleo", "Dan", "Eve"),
 }
 
-_SIZES = ((252, 196), (280, 210), (280, 224), (308, 224), (320, 240), (336, 252))
-_LEFT, _RIGHT, _TOP, _BOTTOM = 16, 10, 44, 26
-"""Margins of the plot in a bar or line chart, in pixels."""
+_PIE_SIZES = ((252, 196), (280, 210), (280, 224), (308, 224), (320, 240), (336, 252))
+COLUMN_WIDTH = 4 * PATCH_SIZE
+"""Of a bar or a point with its label, in pixels."""
+
+_MARGIN = PATCH_SIZE
+"""Of the plot, at the left, the right and the bottom of a bar or line chart, in pixels."""
+
+_HEIGHTS = (14 * PATCH_SIZE, 16 * PATCH_SIZE)
+_ROW = PATCH_SIZE
+"""Of text in a label, and of 10 in a value."""
 
 _MIN_CATEGORIES = 3
 _TITLE_SIZE = 15
 _LABEL_SIZE = 12
+_LABEL_GAP = 5
+"""Pixels from a bar or a point to the line that its label stands on."""
+
 _MAX_VALUE = 90
 """Of a bar or a point, at the top of the plot."""
 
@@ -61,6 +74,14 @@ class Chart:
         paint(draw, self)
         return canvas.reduce(SUPERSAMPLING)
 
+    def point(self, column: int) -> tuple[int, int]:
+        """Where a bar ends or a point of a line lies: pixels from the left and from the top."""
+        return _MARGIN + column * COLUMN_WIDTH + COLUMN_WIDTH // 2, self.height_of(self.values[column])
+
+    def height_of(self, value: int) -> int:
+        """Where a value lies in a bar or line chart, in pixels from the top."""
+        return self.height - _MARGIN - _ROW * value // 10
+
 
 def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_TYPES) -> Chart:
     """Draws the facts of a chart: type, topic, which categories, their values and colours."""
@@ -71,7 +92,7 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_
     colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))[:num]]
     if chart_type == "line":
         colours = [colours[0]] * num
-    width, height = _SIZES[int(rng.integers(len(_SIZES)))]
+    width, height = _pie_size(rng) if chart_type == "pie" else _plot_size(rng, num)
     return Chart(
         chart_type=chart_type,
         title=f"{topic}, {int(rng.integers(2001, 2025))}",
@@ -83,10 +104,14 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = CHART_
     )
 
 
-def _plot_on_canvas(chart: Chart) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the plot, in pixels of the enlarged canvas."""
-    s = SUPERSAMPLING
-    return _LEFT * s, _TOP * s, (chart.width - _RIGHT) * s, (chart.height - _BOTTOM) * s
+def _pie_size(rng: np.random.Generator) -> tuple[int, int]:
+    return _PIE_SIZES[int(rng.integers(len(_PIE_SIZES)))]
+
+
+def _plot_size(rng: np.random.Generator, num: int) -> tuple[int, int]:
+    """Width and height of a chart with ``num`` columns; some have room to spare at the right or above the plot."""
+    spare = 2 * PATCH_SIZE * int(rng.integers(2))
+    return 2 * _MARGIN + num * COLUMN_WIDTH + spare, _HEIGHTS[int(rng.integers(len(_HEIGHTS)))]
 
 
 def _heights(rng: np.random.Generator, num: int) -> tuple[int, ...]:
@@ -107,45 +132,41 @@ def _paint_title(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
     draw.text((chart.width * s / 2, 6 * s), chart.title, fill=INK, font=font(_TITLE_SIZE * s), anchor="ma")
 
 
-def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[float, float]]:
-    """Title, grid and category labels; returns the point of every value, in pixels of the enlarged canvas."""
+def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[int, int]]:
+    """Title and grid; returns the point of every value, in pixels of the enlarged canvas."""
     s = SUPERSAMPLING
-    left, top, right, bottom = _plot_on_canvas(chart)
     _paint_title(draw, chart)
-    for part in range(4):
-        y = bottom + (top - bottom) * part / 3
-        draw.line((left, y, right, y), fill=INK if part == 0 else _GRID, width=s)
-    step = (right - left) / len(chart.values)
-    points = []
-    for column, (category, value) in enumerate(zip(chart.categories, chart.values, strict=True)):
-        x = left + step * (column + 0.5)
-        draw.text((x, bottom + 5 * s), category, fill=INK, font=font(_LABEL_SIZE * s), anchor="ma")
-        points.append((x, bottom + (top - bottom) * value / _MAX_VALUE))
-    return points
+    points = [chart.point(column) for column in range(len(chart.values))]
+    right = _MARGIN + len(points) * COLUMN_WIDTH
+    for value in range(0, _MAX_VALUE + 1, 30):
+        y = chart.height_of(value)
+        draw.line((_MARGIN * s, y * s, right * s, y * s), fill=_GRID if value else INK, width=s)
+    return [(x * s, y * s) for x, y in points]
 
 
-def _paint_values(draw: ImageDraw.ImageDraw, chart: Chart, points: list[tuple[float, float]], gap: int) -> None:
+def _paint_labels(draw: ImageDraw.ImageDraw, chart: Chart, points: list[tuple[int, int]]) -> None:
+    """Above every point its value, and above that its name."""
     s = SUPERSAMPLING
-    for (x, y), value in zip(points, chart.values, strict=True):
-        draw.text(
-            (x, y - gap * s),
-            str(value),
-            fill=INK,
-            font=font(_LABEL_SIZE * s),
-            anchor="mb",
-            stroke_width=2 * s,
-            stroke_fill=_PAPER,
-        )
+    for (x, y), category, value in zip(points, chart.categories, chart.values, strict=True):
+        for row, text in enumerate((str(value), category)):
+            draw.text(
+                (x, y - (_LABEL_GAP + row * _ROW) * s),
+                text,
+                fill=INK,
+                font=font(_LABEL_SIZE * s),
+                anchor="ms",
+                stroke_width=2 * s,
+                stroke_fill=_PAPER,
+            )
 
 
 def _paint_bars(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
     s = SUPERSAMPLING
     points = _paint_axes(draw, chart)
-    left, _, right, bottom = _plot_on_canvas(chart)
-    half = (right - left) / len(points) * 0.32
+    bottom, half = chart.height_of(0) * s, COLUMN_WIDTH * s / 3
     for (x, y), colour in zip(points, chart.colours, strict=True):
         draw.rectangle((x - half, y, x + half, bottom), fill=COLOUR_RGB[colour], outline=INK, width=s)
-    _paint_values(draw, chart, points, gap=2)
+    _paint_labels(draw, chart, points)
 
 
 def _paint_line(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
@@ -154,8 +175,8 @@ def _paint_line(draw: ImageDraw.ImageDraw, chart: Chart) -> None:
     colour = COLOUR_RGB[chart.colours[0]]
     draw.line(points, fill=colour, width=3 * s, joint="curve")
     for x, y in points:
-        draw.ellipse((x - 4 * s, y - 4 * s, x + 4 * s, y + 4 * s), fill=colour, outline=INK, width=s)
-    _paint_values(draw, chart, points, gap=5)
+        draw.ellipse((x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s), fill=colour, outline=INK, width=s)
+    _paint_labels(draw, chart, points)
 
 
 def _paint_pie(draw: ImageDraw.ImageDraw, chart: Chart) -> None:

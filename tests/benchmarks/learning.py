@@ -1,10 +1,14 @@
 """A tiny model learns to see: ``python -m tests.benchmarks.learning`` (see ``--help`` for its lessons).
 
 Questions of the demo dataset about one picture (its colour, its shape, how many shapes; the value of a bar that is
-named by its colour, or of a bar or a point that is named by the word below it), for training and, about other pictures,
-held out. Every answer of a kind comes equally often, so the text of a question says nothing about its answer. They go
-the whole way: ``vlprep build``, then ``train/main.py`` from random weights, vision tower included, with the held-out
-shards as ``--eval_shards``. An answer is right where all its tokens are.
+named by its colour, or of a bar or a point that is named by a word), for training and, about other pictures, held out.
+Every answer of a kind comes equally often, so the text of a question says nothing about its answer. They go the whole
+way: ``vlprep build``, then ``train/main.py`` from random weights, vision tower included, with the held-out shards as
+``--eval_shards``. An answer is right where all its tokens are.
+
+To find a word in a chart, a model must be able to read. So the lesson on charts begins with exercises on charts of
+their own: read a word that is cut out; give the value that belongs to a name or a colour, in one or two columns that
+are cut out, then in whole charts. The answer repeats the name before the value: what to look for is what was said last.
 
 Beside it stand
 
@@ -21,18 +25,23 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from PIL import Image
 
 from prep.demo.chart_questions import CHART_KINDS
+from prep.demo.charts import COLUMN_WIDTH, Chart, sample_chart
 from prep.demo.kinds import Draft, Kind, compose, generator
 from prep.demo.media import PNG, encode_picture
 from prep.demo.records import MediaFile, build_record
 from prep.demo.scene_questions import SCENE_KINDS
+from prep.demo.vocabulary import Exchange, Language, Wording
+from schemas.qwen import PATCH_SIZE
 from tests.benchmarks.machine import describe_machine
 from tests.train.launching import ENVIRONMENT
 from train.tiny_model import write_tiny_checkpoint
@@ -49,8 +58,51 @@ KINDS: dict[str, Kind[Any]] = {
 """What is asked, by the name of its dataset."""
 
 EXCHANGED = "exchanged"
+MIN_PIXELS = (4 * PATCH_SIZE) ** 2
+"""No picture is enlarged: the smallest ones are words that are cut out."""
 
 Record = dict[str, Any]
+
+
+def cut_word(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
+    """Read the name of a column: two by two merged tokens about its label, which is a patch off at most."""
+    x, y = chart.point(column)
+    left, top = (int(at + PATCH_SIZE * rng.integers(-1, 2)) for at in (x - 2 * PATCH_SIZE, y - 3 * PATCH_SIZE))
+    exchange = Exchange(question="Read the word.", answer=chart.categories[column], value=chart.categories[column])
+    return exchange, chart.draw().crop((left, top, left + 4 * PATCH_SIZE, top + 4 * PATCH_SIZE))
+
+
+def cut_columns(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
+    """Say the value of a column: that column, most often with a neighbour, without margins."""
+    num = 1 if rng.random() < 0.2 else 2
+    first = min(max(0, column - int(rng.integers(num))), len(chart.values) - num)
+    left, bottom = chart.point(first)[0] - COLUMN_WIDTH // 2, chart.height_of(0)
+    picture = chart.draw().crop((left, bottom - 12 * PATCH_SIZE, left + num * COLUMN_WIDTH, bottom))
+    return _name_and_value(chart, column, rng), picture
+
+
+def whole_chart(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
+    """Say the value of a column of a chart."""
+    return _name_and_value(chart, column, rng), chart.draw()
+
+
+def _name_and_value(chart: Chart, column: int, rng: np.random.Generator) -> Exchange:
+    """Half of the bars are named by their colours; what names the column is said again right before the value."""
+    name, value = chart.categories[column], str(chart.values[column])
+    if chart.chart_type == "bar" and rng.random() < 0.5:
+        language: Language = "zh" if rng.random() < 0.2 else "en"
+        name = Wording(language=language, sentence=False, variant=0).colour(chart.colours[column])
+    return Exchange(question=f"Read {name}.", answer=name + value, value=value)
+
+
+Exercise = Callable[[Chart, int, np.random.Generator], tuple[Exchange, Image.Image]]
+
+EXERCISES: dict[str, Exercise] = {
+    "words": cut_word,
+    "columns": cut_columns,
+    "whole_charts": whole_chart,
+}
+"""What is read about a column of a chart of bars or points before anything is asked, by the name of its dataset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +121,8 @@ class Lesson:
 
     Attributes:
         questions: of each kind to learn from, by keys of :data:`KINDS`.
+        exercises: of each kind to begin with, by keys of :data:`EXERCISES`.
+        exercise_steps: steps of the optimizer for them, at a constant rate.
         num_held_out: questions of each kind to be asked.
         steps: of the optimizer.
         text_steps: the same for the text-only baseline, whose bins hold several times as many questions.
@@ -80,6 +134,8 @@ class Lesson:
     """
 
     questions: Mapping[str, int]
+    exercises: Mapping[str, int] = field(default_factory=dict)
+    exercise_steps: int = 0
     num_held_out: int = 200
     steps: int
     text_steps: int = 200
@@ -114,11 +170,16 @@ def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
         name: [without_picture(record) for record in records]
         for name, records in {"train": everything, **asked}.items()
     }
+    exercises = {name: draw_exercises(name, num, folder) for name, num in lesson.exercises.items()}
+    first_models = {"seeing": model, "text": model}
+    if exercises:
+        build(exercises, tuple(exercises), folder, "seeing", "exercises", lesson, model)
+        first_models["seeing"] = exercise(folder, lesson, model, ranks)
     found: dict[str, dict[str, float]] = {}
     for way, datasets, steps in (("seeing", seen, lesson.steps), ("text", blind, lesson.text_steps)):
         build(datasets, ("train",), folder, way, f"{way}-train", lesson, model)
         build(datasets, tuple(name for name in datasets if name != "train"), folder, way, f"{way}-asked", lesson, model)
-        found[way] = train_and_ask(folder, way, steps, lesson, model, ranks)
+        found[way] = train_and_ask(folder, way, steps, lesson, first_models[way], ranks)
     return {
         name: Scores(
             seeing=found["seeing"][name],
@@ -145,6 +206,23 @@ def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list
         del record["image" if "image" in record else "images"]
         records.append({**record, "image": path})
     return records
+
+
+def draw_exercises(name: str, num: int, folder: Path) -> list[Record]:
+    """Records of one kind of exercise; their pictures lie in ``folder``."""
+    (folder / "images").mkdir(exist_ok=True)
+    return [draw_exercise(name, folder, number) for number in range(num)]
+
+
+def draw_exercise(name: str, folder: Path, number: int) -> Record:
+    """The record of one exercise, on a chart of its own; two of three have bars."""
+    rng = generator(0, f"exercises/{name}/{number}")
+    chart = sample_chart(rng, ("bar", "bar", "line"))
+    exchange, picture = EXERCISES[name](chart, int(rng.integers(len(chart.values))), rng)
+    path = f"images/exercise-{name}-{number:05d}.png"
+    (folder / path).write_bytes(encode_picture(picture, PNG))
+    turns = [("human", f"<image>\n{exchange.question}"), ("gpt", exchange.answer)]
+    return {"id": path, "image": path, "conversations": [{"from": who, "value": text} for who, text in turns]}
 
 
 def exchange_pictures(records: Sequence[Record]) -> list[Record]:
@@ -198,16 +276,31 @@ def build(
     registry.write_text("\n".join(lines) + "\n")
     program = [sys.executable, "-c", "from prep.cli import main; main()", "build", ",".join(names)]
     program += ["--registry", str(registry), "--model", str(model), "--out", str(folder / out)]
-    _run([*program, "--max-length", str(lesson.max_length)])
+    _run([*program, "--max-length", str(lesson.max_length), "--min-pixels", str(MIN_PIXELS)])
+
+
+def exercise(folder: Path, lesson: Lesson, model: Path, ranks: int) -> Path:
+    """Train on the exercises and return where the model lies that knows them."""
+    out = folder / "exercises-run"
+    train(
+        folder / "exercises", out, lesson.exercise_steps, lesson, model, ranks, lr_scheduler_type="constant_with_warmup"
+    )
+    return out / "final"
 
 
 def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Path, ranks: int) -> dict[str, float]:
     """Train on ``<way>-train`` and return the share of right answers of every dataset in ``<way>-asked``."""
     out = folder / f"{way}-run"
+    train(folder / f"{way}-train", out, steps, lesson, model, ranks, eval_shards=folder / f"{way}-asked")
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name: scores["exact_match"] for name, scores in last["eval_datasets"].items()}
+
+
+def train(shards: Path, out: Path, steps: int, lesson: Lesson, model: Path, ranks: int, **more: object) -> None:
+    """Run ``train/main.py``, with some settings more."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     settings: dict[str, object] = {
-        "shards": folder / f"{way}-train",
-        "eval_shards": folder / f"{way}-asked",
+        "shards": shards,
         "model_name_or_path": model,
         "output_dir": out,
         "tune_mm_vision": True,
@@ -218,11 +311,10 @@ def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Pat
         "gradient_checkpointing": False,
         "logging_steps": 100,
         "save_steps": 0,
+        **more,
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     _run([*launcher, "train/main.py", *flags])
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    return {name: scores["exact_match"] for name, scores in last["eval_datasets"].items()}
 
 
 def _run(program: Sequence[str]) -> None:
@@ -233,9 +325,11 @@ def _run(program: Sequence[str]) -> None:
 
 SCENES = Lesson(questions=dict.fromkeys(("colours", "shapes", "counts"), 3000), steps=1500)
 CHARTS = Lesson(
-    questions={"values_by_colour": 60_000, "values_by_name": 12_000},
+    exercises={"words": 5_000, "columns": 36_000, "whole_charts": 28_000},
+    exercise_steps=3200,
+    questions={"values_by_colour": 10_000, "values_by_name": 14_000},
     num_held_out=400,
-    steps=5000,
+    steps=1600,
     text_steps=400,
     learning_rate=1e-3,
     num_layers=3,
@@ -248,11 +342,12 @@ LESSONS = {"scenes": SCENES, "charts": CHARTS}
 @click.command()
 @click.argument("lessons", type=click.Choice(list(LESSONS)), nargs=-1)
 @click.option("--steps", type=click.IntRange(min=1), help="Of the optimizer.")
-@click.option(
-    "--samples", type=click.IntRange(min=1), help="Questions of each kind to learn from, of all kinds as many."
-)
+@click.option("--exercise-steps", type=click.IntRange(min=1), help="The same of the exercises before.")
+@click.option("--samples", type=click.IntRange(min=1), help="Questions and exercises of each kind, of all as many.")
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Each with a core of its own.")
-def main(lessons: Sequence[str], steps: int | None, samples: int | None, ranks: int) -> None:
+def main(
+    lessons: Sequence[str], steps: int | None, exercise_steps: int | None, samples: int | None, ranks: int
+) -> None:
     """Train a tiny model from random weights and ask it about pictures that it has not seen.
 
     LESSONS are scenes (colours, shapes, counts) and charts (values); both if not given.
@@ -260,8 +355,13 @@ def main(lessons: Sequence[str], steps: int | None, samples: int | None, ranks: 
     click.echo(describe_machine("torch", "transformers", "deepspeed"))
     for name in lessons or LESSONS:
         lesson = LESSONS[name]
-        questions = {kind: samples or num for kind, num in lesson.questions.items()}
-        lesson = replace(lesson, steps=steps or lesson.steps, questions=questions)
+        lesson = replace(
+            lesson,
+            steps=steps or lesson.steps,
+            exercise_steps=exercise_steps or lesson.exercise_steps,
+            questions={kind: samples or num for kind, num in lesson.questions.items()},
+            exercises={kind: samples or num for kind, num in lesson.exercises.items()},
+        )
         with tempfile.TemporaryDirectory() as folder:
             click.echo(report(lesson, learn(lesson, Path(folder), ranks=ranks), ranks=ranks))
 
@@ -269,10 +369,13 @@ def main(lessons: Sequence[str], steps: int | None, samples: int | None, ranks: 
 def report(lesson: Lesson, scores: dict[str, Scores], *, ranks: int) -> str:
     """What a lesson took and what came of it, as a table."""
     width = max(len(name) for name in scores) + 2
-    learnt_from = ", ".join(f"{num} {name}" for name, num in lesson.questions.items())
+    learnt_from, begun_with = (
+        ", ".join(f"{num} {name}" for name, num in kinds.items()) for kinds in (lesson.questions, lesson.exercises)
+    )
+    before = f"; before them {lesson.exercise_steps} steps of exercises: {begun_with}" if begun_with else ""
     lines = [
         f"\nquestions to learn from: {learnt_from}; {lesson.num_held_out} of each held out; {lesson.steps} steps of "
-        f"{ranks} bins of {lesson.max_length} tokens",
+        f"{ranks} bins of {lesson.max_length} tokens{before}",
         f"{'':<{width}}{'seeing':>12}{'exchanged':>12}{'text only':>12}{'likeliest':>12}",
     ]
     shares = {name: (one.seeing, one.exchanged, one.text_only, one.likeliest) for name, one in scores.items()}

@@ -26,7 +26,7 @@ from prep.cli import main
 from prep.demo import DemoSummary, write_demo
 from prep.demo.broken import EMPTY_PICTURE, MISSING_PICTURE, TRUNCATED_CLIP, TRUNCATED_PICTURE
 from prep.demo.chart_questions import CHART_KINDS
-from prep.demo.charts import sample_chart
+from prep.demo.charts import COLUMN_WIDTH, sample_chart
 from prep.demo.clip_questions import CLIP_KINDS
 from prep.demo.clips import encode_clip, sample_clip
 from prep.demo.dataset import Plan, plan_demo
@@ -37,6 +37,7 @@ from prep.demo.scene_questions import SCENE_KINDS
 from prep.demo.vocabulary import COLOUR_RGB, RGB
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError
+from schemas.qwen import PATCH_SIZE
 
 ANSWERS = {
     f"{family}/{kind.name}": kind.answers
@@ -276,6 +277,24 @@ def test_bars_are_as_high_as_their_values() -> None:
         assert lefts == sorted(lefts)
         assert np.ptp(per_unit) * max(chart.values) < 0.15 * max(heights)
         assert np.argsort(heights).tolist() == np.argsort(chart.values).tolist()
+
+
+@pytest.mark.parametrize("chart_type", ["bar", "line"])
+def test_names_and_values_stand_above_what_they_belong_to(chart_type: str) -> None:
+    """The value in the row of patches above a point, the name above that: another name changes pixels there alone."""
+    rng = generator(2, "test")
+    for _ in range(20):
+        chart = sample_chart(rng, (chart_type,))
+        column = int(rng.integers(len(chart.values)))
+        x, y = chart.point(column)
+        renamed = replace(chart, categories=(*chart.categories[:column], "ox", *chart.categories[column + 1 :]))
+        changed = (np.asarray(chart.draw()) != np.asarray(renamed.draw())).any(axis=-1)
+        rows, columns = np.nonzero(changed)
+        assert (x % PATCH_SIZE, y % PATCH_SIZE) == (0, 0)
+        assert x - COLUMN_WIDTH / 2 <= columns.min() and columns.max() < x + COLUMN_WIDTH / 2
+        assert y - 2.5 * PATCH_SIZE <= rows.min() and rows.max() < y - PATCH_SIZE
+        of_value = np.asarray(chart.draw())[y - PATCH_SIZE : y - 5, x - PATCH_SIZE : x + PATCH_SIZE]
+        assert (of_value.max(axis=-1) < 128).sum() >= 10
 
 
 def test_slices_are_as_large_as_their_values() -> None:

@@ -6,11 +6,22 @@ processors.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from prep.demo.charts import COLUMN_WIDTH, sample_chart
+from prep.demo.kinds import generator
+from prep.demo.vocabulary import Wording
+from schemas.qwen import PATCH_SIZE
+from tests.benchmarks import learning
 from tests.benchmarks.learning import (
+    EXERCISES,
     Lesson,
     Record,
     Scores,
@@ -62,3 +73,71 @@ def test_the_likeliest_answer_is_that_of_the_same_words() -> None:
     ]
     assert likeliest_answers(train, asked) == 3 / 5
     assert without_picture(asked[0])["conversations"][0]["value"] == "A?"
+
+
+def colour_words(colour: str) -> set[str]:
+    return {Wording(language=language, sentence=False, variant=0).colour(colour) for language in ("en", "zh")}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("words", {(56, 56)}), ("columns", {(56, 168), (112, 168)})])
+def test_what_is_cut_out_shows_the_column_that_is_named(name: str, sizes: set[tuple[int, int]]) -> None:
+    """With its name written otherwise it is another picture, in the place of a name alone."""
+    rng = generator(0, "test")
+    found = set()
+    for number in range(40):
+        chart = sample_chart(rng, ("bar", "line"))
+        column = int(rng.integers(len(chart.values)))
+        exchange, picture = EXERCISES[name](chart, column, generator(number, "cut"))
+        category, value = chart.categories[column], str(chart.values[column])
+        named = {category} if name == "words" else {category, *colour_words(chart.colours[column])}
+        assert exchange.answer in {one + (value if name == "columns" else "") for one in named}
+        assert name == "words" or exchange.answer.removesuffix(value) in exchange.question
+        renamed = replace(chart, categories=(*chart.categories[:column], "ox", *chart.categories[column + 1 :]))
+        other = EXERCISES[name](renamed, column, generator(number, "cut"))[1]
+        rows, columns = np.nonzero((np.asarray(picture) != np.asarray(other)).any(axis=-1))
+        assert rows.size >= 20
+        assert np.ptp(rows) < 1.5 * PATCH_SIZE and np.ptp(columns) < COLUMN_WIDTH
+        found.add(picture.size)
+    assert found == sizes
+
+
+def test_exercises_on_whole_charts_show_them_whole() -> None:
+    chart = sample_chart(generator(1, "test"), ("bar",))
+    exchange, picture = EXERCISES["whole_charts"](chart, 1, generator(1, "cut"))
+    assert exchange.answer.endswith(str(chart.values[1]))
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(chart.draw()))
+
+
+def test_who_sees_begins_with_the_exercises_and_who_reads_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: dict[str, tuple[str, ...]] = {}
+    trained: list[tuple[str, str, int]] = []
+
+    def build(_: object, names: Sequence[str], _folder: Path, _way: str, out: str, *_more: object) -> None:
+        built[out] = tuple(names)
+
+    def train(shards: Path, out: Path, steps: int, _: Lesson, model: Path, *_more: object, **settings: Any) -> None:
+        trained.append((shards.name, model.relative_to(tmp_path).as_posix(), steps))
+        asked = built[settings["eval_shards"].name] if "eval_shards" in settings else ()
+        out.mkdir()
+        scores = {"eval_datasets": {name: {"exact_match": 0.5} for name in asked}}
+        (out / "metrics.jsonl").write_text(json.dumps(scores) + "\n")
+
+    monkeypatch.setattr(learning, "build", build)
+    monkeypatch.setattr(learning, "train", train)
+    lesson = Lesson(
+        questions={"values_by_name": 9},
+        exercises={"words": 2, "columns": 2},
+        exercise_steps=7,
+        num_held_out=9,
+        steps=5,
+        text_steps=3,
+    )
+    assert learn(lesson, tmp_path, ranks=1)["values_by_name"].seeing == 0.5
+    assert built["exercises"] == ("words", "columns")
+    assert trained == [
+        ("exercises", "model", 7),
+        ("seeing-train", "exercises-run/final", 5),
+        ("text-train", "model", 3),
+    ]
