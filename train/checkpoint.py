@@ -240,7 +240,8 @@ def _remove(old: Path) -> None:
         old.rename(leaving)
         shutil.rmtree(leaving)
     except OSError as error:
-        logger.warning("%s cannot be removed (%s): remove it by hand", old, error.strerror or error)
+        place = error.filename or old
+        logger.warning("%s cannot be removed (%s): remove it by hand", place, error.strerror or error)
 
 
 def load(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks, *, is_converted: bool) -> None:

@@ -29,6 +29,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
 }
 
 _PIE_SIZES = ((252, 196), (280, 210), (280, 224), (308, 224), (320, 240), (336, 252))
+
 COLUMN_WIDTH = 4 * PATCH_SIZE
 """Of a bar or a point with its label, in pixels."""
 

@@ -152,7 +152,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_told_of_and_the_run_goes_on
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
     checkpoint._remove(old)
-    assert f"{old} cannot be removed (Directory not empty)" in caplog.text
+    assert f"{old}.tmp cannot be removed (Directory not empty)" in caplog.text
     assert old not in [path for _, path in checkpoint.list_checkpoints(run)]
 
 
