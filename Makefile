@@ -62,7 +62,7 @@ demo: $(ENVIRONMENT) ## the whole way: demo data, shards, training, summary
 	else \
 		set -x; DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 $(DEMO_TRAINING); \
 	fi
-	@$(BIN)/python -m train.summary shards/demo runs/demo
+	@$(BIN)/python -m train.tools.summary shards/demo runs/demo
 
 $(DEMO_DATA): | $(ENVIRONMENT)
 	$(BIN)/vlprep demo $(dir $@)

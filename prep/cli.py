@@ -16,21 +16,21 @@ import click
 import msgspec
 from msgspec import UNSET
 
-from prep.build import BuildRequest, build, read_metrics
+from prep.annotations.registry import DEFAULT_REGISTRY, Registry, find_sources
+from prep.build.pipeline import BuildRequest, build, read_metrics
+from prep.build.summary import build_summary, metrics_summary
 from prep.engines import ENGINES, open_engine
-from prep.reader import open_set
-from prep.registry import DEFAULT_REGISTRY, Registry, find_sources
-from prep.report import write_report
-from prep.show import save_pictures, show
-from prep.summary import build_summary, metrics_summary
-from prep.tokenizer import DEFAULT_MODEL
-from prep.transcript import open_transcriber
-from prep.urls import Location, Url, is_url, parse_location
-from prep.validate import ValidateRequest, validate
-from prep.verify import verify
+from prep.inspect.report import write_report
+from prep.inspect.show import save_pictures, show
+from prep.inspect.transcript import open_transcriber
+from prep.inspect.validate import ValidateRequest, validate
+from prep.inspect.verify import verify
+from prep.samples.tokenizer import DEFAULT_MODEL
+from prep.shards.reader import open_set
 from schemas.errors import ConfigError, VlprepError
 from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
 from schemas.settings import OVERLONG_POLICIES, PACKERS, RESERVED_POLICIES, BuildSettings, MediaSettings
+from storage.urls import Location, Url, is_url, parse_location
 
 P = ParamSpec("P")
 
@@ -350,7 +350,7 @@ def datasets_command(registry: Path) -> None:
 @_guarded
 def demo_command(out: Path, seed: int) -> None:
     """Write the demo dataset to OUT: drawn pages, charts, scenes, clips and chats with checkable answers."""
-    from prep.demo import write_demo
+    from demo import write_demo
 
     _say(str(write_demo(out, seed=seed)))
 

@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def _checkpoint(tmp_path_factory: pytest.TempPathFactory, name: str, vocab_size: int | None) -> Path:
     """Write a tiny checkpoint once a test run, also when several workers ask for it at the same time."""
-    from train.tiny_model import write_tiny_checkpoint
+    from demo.tiny_model import write_tiny_checkpoint
 
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

@@ -16,8 +16,8 @@ from PIL import Image
 
 from schemas.manifest import read_manifest
 from tests.prep.corpus import turn
-from train.index import open_shards
-from train.reader import BinReader
+from train.shards.index import open_shards
+from train.shards.reader import BinReader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VLPREP = [sys.executable, "-c", "from prep.cli import main; main()"]

@@ -17,11 +17,11 @@ from schemas.pixels import PIXELS_MEMBER
 from schemas.tables import BINS_COLUMNS, SAMPLES_COLUMNS
 from tests.format_reader import read_set
 from tests.train.synthetic import as_stored, make_bins, write_shards
-from train.batch import build_micro_batch
-from train.explain import SourceSample, source_samples
-from train.index import open_shards
-from train.pixels import pixel_values
-from train.reader import read_checked_bin
+from train.batches.batch import build_micro_batch
+from train.model.pixels import pixel_values
+from train.order.explain import SourceSample, source_samples
+from train.shards.index import open_shards
+from train.shards.reader import read_checked_bin
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = (REPOSITORY / "docs" / "format.md").read_text()

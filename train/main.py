@@ -13,7 +13,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from schemas.errors import VlprepError
-from train.flags import parse_arguments
+from train.settings.flags import parse_arguments
 
 _INTERRUPTED = 130
 """What shells make of a program that Ctrl-C ended."""
@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
     try:
         # Importing takes seconds, in which Ctrl-C may come as well.
         _configure_output(is_first=rank == 0)
-        from train.interrupt import REQUEUE_EXIT_CODE
-        from train.loop import train
-        from train.preflight import preflight
+        from train.preflight.dry_run import preflight
+        from train.run.interrupt import REQUEUE_EXIT_CODE
+        from train.run.loop import train
 
         if args.dry_run:
             preflight(args)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from prep.processes import ONE_THREAD, die_with_parent, without
+from prep.engines.processes import ONE_THREAD, die_with_parent, without
 from schemas.errors import VlprepError
 
 Task = TypeVar("Task")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import prep
+from prep.engines.processes import ONE_THREAD
 from prep.engines.ray_cluster import import_ray
 from prep.engines.surroundings import Surroundings, differences
-from prep.processes import ONE_THREAD
 from schemas.errors import ConfigError, VlprepError
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,10 @@ import xxhash
 
 import prep
 import schemas
-from prep.files import temporary_path
-from prep.software import environment
+import storage
+from prep.engines.software import environment
 from schemas.errors import ConfigError
+from storage.files import temporary_path
 
 _ENTRIES = 8
 """Entries of a folder that another machine must see there too. An empty mount point exists, but holds none of them."""
@@ -32,7 +33,7 @@ def software() -> dict[str, str]:
     with the same version need not be the same.
     """
     digest = xxhash.xxh3_64()
-    for package in (prep, schemas):
+    for package in (prep, schemas, storage):
         root = Path(package.__path__[0])
         for path in sorted(root.rglob("*.py")):
             digest.update(f"{package.__name__}/{path.relative_to(root).as_posix()}\0".encode())

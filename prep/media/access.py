@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from prep.media.paths import real_folder, resolve_media
 from prep.media.source import MediaSource
-from prep.urls import Location
+from storage.urls import Location
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 Input: media that will be wanted, in order. Output: sources: pictures in memory, clips and large pictures as temporary
 files, of a picture that is only probed its first 128 KiB (all of it where its format keeps what is needed elsewhere).
 Fetched and not yet done with are at most :data:`_MAX_BYTES_AHEAD` bytes, or one larger medium; at most
-:data:`~prep.storage.request.REQUESTS_AT_ONCE` requests are under way.
+:data:`~storage.request.REQUESTS_AT_ONCE` requests are under way.
 
 Cost: two requests a medium (what it is, its bytes), one more for each further 16 MiB.
 """
@@ -21,15 +21,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from prep import storage
+import storage
 from prep.media.access import Wanted, local_media
 from prep.media.paths import check_size, media_url
 from prep.media.source import Beginning, MediaSource
-from prep.storage.request import REQUESTS_AT_ONCE
-from prep.urls import Url
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
 from schemas.errors import ConfigError, MediaError
+from storage.request import REQUESTS_AT_ONCE
+from storage.urls import Url
 
 T = TypeVar("T")
 

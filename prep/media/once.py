@@ -23,9 +23,9 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.files import NO_ROOM
 from prep.media.decode import Facts
 from schemas.errors import MediaError
+from storage.files import NO_ROOM
 
 _MAX_PROBED = 4096
 

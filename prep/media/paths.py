@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prep.media.source import MediaSource
-from prep.urls import Url, is_url, without_secrets
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
+from storage.urls import Url, is_url, without_secrets
 
 _MAX_KEY_BYTES = 1024
 """Longest name that object stores allow."""

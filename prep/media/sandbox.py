@@ -29,13 +29,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.files import naming
+from prep.engines.processes import die_with_parent, without
 from prep.media.decode import Facts, decode, probe
 from prep.media.source import MediaSource
-from prep.processes import die_with_parent, without
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
+from storage.files import naming
 
 _HEADER = struct.Struct("<Q")
 _START_LIMIT_S = 120.0

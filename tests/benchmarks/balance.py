@@ -17,9 +17,9 @@ import numpy as np
 
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.mixture import KINDS, SIZES_OF_3B, PackedMixture, packed_mixture
-from train.cost import CostModel
-from train.order import DataOrder, Grouping
-from train.simulate import mixture_variance
+from train.arithmetic.cost import CostModel
+from train.order.dealing import DataOrder, Grouping
+from train.order.simulate import mixture_variance
 
 MODELS = {
     f"{name}{what}": sizes.in_training(tune_vision=trained, gradient_checkpointing=True)

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import click
 
+from demo.tiny_model import write_tiny_checkpoint
 from schemas.manifest import read_manifest
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.photographs import write_photographs
 from tests.benchmarks.profiling import profile_builds
-from train.tiny_model import write_tiny_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARD_BYTES = 1 << 26
@@ -146,7 +146,7 @@ def _megapixels(path: Path) -> float:
 def main(num_samples: int, rounds: int, pictures: Path | None, reference_python: str | None, profile: bool) -> None:
     """Measure a whole build beside the reference's image processor."""
     click.echo(describe_machine("numpy", "transformers", "tokenizers", "zstandard"))
-    from prep.software import software_versions
+    from prep.engines.software import software_versions
 
     click.echo("software of the build: " + ", ".join(f"{name} {found}" for name, found in software_versions().items()))
     with tempfile.TemporaryDirectory() as name:

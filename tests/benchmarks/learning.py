@@ -34,17 +34,17 @@ import click
 import numpy as np
 from PIL import Image
 
-from prep.demo.chart_questions import CHART_KINDS
-from prep.demo.charts import COLUMN_WIDTH, Chart, sample_chart
-from prep.demo.kinds import Draft, Kind, compose, generator
-from prep.demo.media import PNG, encode_picture
-from prep.demo.records import MediaFile, build_record
-from prep.demo.scene_questions import SCENE_KINDS
-from prep.demo.vocabulary import Exchange, Language, Wording
+from demo.chart_questions import CHART_KINDS
+from demo.charts import COLUMN_WIDTH, Chart, sample_chart
+from demo.kinds import Draft, Kind, compose, generator
+from demo.media import PNG, encode_picture
+from demo.records import MediaFile, build_record
+from demo.scene_questions import SCENE_KINDS
+from demo.tiny_model import write_tiny_checkpoint
+from demo.vocabulary import Exchange, Language, Wording
 from schemas.qwen import PATCH_SIZE
 from tests.benchmarks.machine import describe_machine
 from tests.train.launching import ENVIRONMENT
-from train.tiny_model import write_tiny_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

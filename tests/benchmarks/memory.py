@@ -23,11 +23,11 @@ import click
 import msgspec
 import psutil
 
-from prep.build import METRICS_FILE
-from prep.metrics import BuildMetrics
+from demo.tiny_model import write_tiny_checkpoint
+from prep.build.metrics import BuildMetrics
+from prep.build.pipeline import METRICS_FILE
 from schemas.manifest import read_manifest
 from tests.benchmarks.machine import describe_machine
-from train.tiny_model import write_tiny_checkpoint
 
 _PERIOD_S = 0.5
 _BLOCK = 100_000

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.packing import pack
-from train.cost import CostModel
+from prep.packing.best_fit import pack
+from train.arithmetic.cost import CostModel
 
 KINDS = ("pictures", "documents", "charts", "clips", "text")
 

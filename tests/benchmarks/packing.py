@@ -23,9 +23,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.bin_slack import least_bins
-from prep.packing import LARGE_WINDOW, best_fit_decreasing, best_fit_in_windows, constant_volume, pack
-from prep.two_budgets import singly_in_windows
+from prep.packing.best_fit import LARGE_WINDOW, best_fit_decreasing, best_fit_in_windows, constant_volume, pack
+from prep.packing.bin_slack import least_bins
+from prep.packing.two_budgets import singly_in_windows
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.mixture import draw_mixture
 

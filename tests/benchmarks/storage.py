@@ -28,11 +28,11 @@ import zstandard
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.codecs import PixelEncoder
-from prep.demo import write_demo
+from demo import write_demo
 from prep.media.decode import decode
 from prep.media.source import MediaSource
-from prep.reader import decode_frames, decode_pixels
+from prep.shards.codecs import PixelEncoder
+from prep.shards.reader import decode_frames, decode_pixels
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin
 from schemas.pixels import encode_residuals
 from schemas.qwen import Grid

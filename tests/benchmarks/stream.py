@@ -38,11 +38,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.benchmarks.index import write_many_bins
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.photographs import write_photographs
-from train.index import ShardIndex, open_shards
-from train.order import DataOrder
-from train.reader import ReadSettings
-from train.storage import read_range
-from train.stream import BinStream
+from train.batches.stream import BinStream
+from train.order.dealing import DataOrder
+from train.shards.index import ShardIndex, open_shards
+from train.shards.reader import ReadSettings
+from train.shards.remote import read_range
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODECS = ("raw", "zstd")

@@ -1,10 +1,10 @@
 """How fast records are checked and files are cut: ``python -m tests.benchmarks.validation``.
 
 Records of one exchange as LLaVA's instruction data has them, drawn from a seed -> records a second of
-:func:`prep.validation.parse_record` on one core beside those of ``json.loads`` alone, taken in turns in one run, and
-megabytes a second of indexing an array and JSONL of the same records. The best of several rounds counts, and the
-median stands beside it: other programs on the machine only ever slow a round down. Seconds are of processor time, so
-that waiting for a busy core does not count.
+:func:`prep.annotations.validation.parse_record` on one core beside those of ``json.loads`` alone, taken in turns in
+one run, and megabytes a second of indexing an array and JSONL of the same records. The best of several rounds counts,
+and the median stands beside it: other programs on the machine only ever slow a round down. Seconds are of processor
+time, so that waiting for a busy core does not count.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from statistics import median
 import click
 import numpy as np
 
-from prep.records import index_file
-from prep.validation import parse_record
+from prep.annotations.records import index_file
+from prep.annotations.validation import parse_record
 from tests.benchmarks.machine import describe_machine
 
 _WORDS = (

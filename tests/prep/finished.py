@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from prep.build import BuildRequest, build
+from prep.annotations.registry import find_sources
+from prep.build.pipeline import BuildRequest, build
 from prep.engines import SerialEngine
-from prep.registry import find_sources
 from schemas.settings import BuildSettings
 
 SETTINGS = BuildSettings(max_length=1200, shard_bytes=1_500_000)

@@ -20,16 +20,16 @@ from unittest.mock import patch
 
 from click.testing import CliRunner
 
-import prep.build
-import prep.seal
+import prep.build.pipeline
+import prep.build.seal
 from prep.cli import main as vlprep
 
 STAGES = {
-    "scan": "prep.build.scan_chunk",
-    "write": "prep.build.write_shard",
-    "ledger": "prep.build.Ledger.write",
-    "bins": "prep.build.seal",
-    "manifest": "prep.seal.write_synced",
+    "scan": "prep.build.pipeline.scan_chunk",
+    "write": "prep.build.pipeline.write_shard",
+    "ledger": "prep.build.pipeline.Ledger.write",
+    "bins": "prep.build.pipeline.seal",
+    "manifest": "prep.build.seal.write_synced",
 }
 """What is about to run when the disk runs full."""
 

@@ -197,7 +197,10 @@ def s3_server() -> Iterator[Proxy]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import sys; from moto.server import main; from prep.processes import die_with_parent; die_with_parent(); "
+    code = (
+        "import sys; from moto.server import main; from prep.engines.processes import die_with_parent; "
+        "die_with_parent(); "
+    )
     server = subprocess.Popen(
         [sys.executable, "-c", code + "main(['-H', '127.0.0.1', '-p', sys.argv[1]])", str(port)],
         stdout=subprocess.DEVNULL,

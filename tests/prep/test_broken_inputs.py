@@ -16,10 +16,10 @@ import pytest
 import zstandard
 from click.testing import CliRunner, Result
 
-from prep.build import BuildRequest, build
+from prep.annotations.registry import find_sources
+from prep.build.pipeline import BuildRequest, build
 from prep.cli import main
 from prep.engines import SerialEngine
-from prep.registry import find_sources
 from schemas.annotation import ReasonCode
 from schemas.manifest import read_manifest
 from schemas.settings import BuildSettings, MediaSettings

@@ -24,13 +24,13 @@ import zstandard
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-import prep.build
-from prep.build import METRICS_FILE, BuildRequest, build, read_metrics
+import prep.build.pipeline
+from prep.annotations.registry import find_sources
+from prep.build.pipeline import METRICS_FILE, BuildRequest, build, read_metrics
+from prep.build.scan import scan_chunk
+from prep.build.work import WORK_FOLDER, WorkFolder
+from prep.build.write import write_shard
 from prep.engines import LocalEngine, SerialEngine
-from prep.registry import find_sources
-from prep.scan import scan_chunk
-from prep.work import WORK_FOLDER, WorkFolder
-from prep.write import write_shard
 from schemas.bins import read_bin, shard_name
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import Manifest, read_manifest
@@ -179,8 +179,8 @@ def test_a_finished_build_does_nothing_and_a_damaged_one_is_mended(
     shutil.copytree(built, out)
     request = request_for(corpus[0], out, tiny_checkpoint)
     with monkeypatch.context() as patch:
-        patch.setattr(prep.build, "scan_chunk", None)
-        patch.setattr(prep.build, "write_shard", None)
+        patch.setattr(prep.build.pipeline, "scan_chunk", None)
+        patch.setattr(prep.build.pipeline, "write_shard", None)
         assert build(request, SerialEngine()) == read_manifest(built)
     (out / shard_name(0)).unlink()
     build(request, SerialEngine())
@@ -202,7 +202,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     step: str,
     calls: int,
 ) -> None:
-    monkeypatch.setattr("prep.json_records.CHUNK_RECORDS", 7)
+    monkeypatch.setattr("prep.annotations.json_records.CHUNK_RECORDS", 7)
     request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
     original = {"scan_chunk": scan_chunk, "write_shard": write_shard}[step]
     done = 0
@@ -215,7 +215,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
         return original(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prep.build, step, dying)
+        patch.setattr(prep.build.pipeline, step, dying)
         with pytest.raises(Interrupted):
             build(request, SerialEngine())
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -235,8 +235,8 @@ def test_shards_of_an_older_version_are_written_anew(
     written: list[dict[str, int]] = []
     for version in ("old", "old", "new"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prep.build, "SHARD_VERSION", version)
-            patch.setattr(prep.build, "seal", stop)
+            patch.setattr(prep.build.pipeline, "SHARD_VERSION", version)
+            patch.setattr(prep.build.pipeline, "seal", stop)
             build(request, SerialEngine())
         written.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")})
     assert written[0] == written[1]
@@ -325,7 +325,7 @@ def test_looking_at_media_again_may_be_killed_at_any_moment(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("prep.scan.pq.write_table", killed)
+        patch.setattr("prep.build.scan.pq.write_table", killed)
         with pytest.raises(Interrupted):
             build(replace(request, retry_media=True), SerialEngine())
     (tmp_path / "out" / WORK_FOLDER / "finished").unlink()  # another command has used the folder, say
@@ -348,7 +348,7 @@ def test_annotations_that_change_before_they_are_scanned_are_noticed(
         return scan_chunk(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prep.build, "scan_chunk", late)
+        patch.setattr(prep.build.pipeline, "scan_chunk", late)
         with pytest.raises(ConfigError, match=r"annotations.jsonl changed while it was being read; run the command"):
             build(request, SerialEngine())
     annotations.write_bytes(old)
@@ -417,7 +417,7 @@ def watch_scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             scanned.append(task.file)
         return result
 
-    monkeypatch.setattr(prep.build, "scan_chunk", watched)
+    monkeypatch.setattr(prep.build.pipeline, "scan_chunk", watched)
     return scanned
 
 
@@ -544,7 +544,7 @@ def test_a_medium_that_vanishes_after_the_scan_costs_its_sample_and_nothing_else
         (tmp_path / "in" / "2.png").unlink(missing_ok=True)
         return write_shard(task)
 
-    monkeypatch.setattr(prep.build, "write_shard", vanishing)
+    monkeypatch.setattr(prep.build.pipeline, "write_shard", vanishing)
     counts = build(request, SerialEngine()).counts
     lost = [
         row for row in ledger(tmp_path / "out") if row["codes"] == ["media_missing"] and row["id"].startswith("good")

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 from prep.cli import main
 from prep.engines import SerialEngine
-from prep.progress import progress
-from prep.validate import ValidateRequest, _inputs, _tasks
+from prep.engines.progress import progress
+from prep.inspect.validate import ValidateRequest, _inputs, _tasks
 from schemas.manifest import read_manifest
 from schemas.settings import MediaSettings
 from tests.prep.corpus import write_corpus

@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.build import build
+from prep.build.pipeline import build
+from prep.build.work import WORK_FOLDER
 from prep.cli import main
-from prep.codecs import DRIFT_EVERY, DriftSums, PixelEncoder, require_storable
 from prep.engines import LocalEngine, SerialEngine
-from prep.reader import decode_frames, open_set
-from prep.sample import EncodedSample, Medium
-from prep.shards import ShardWriter
-from prep.show import save_pictures
-from prep.work import WORK_FOLDER
+from prep.inspect.show import save_pictures
+from prep.samples.sample import EncodedSample, Medium
+from prep.shards.codecs import DRIFT_EVERY, DriftSums, PixelEncoder, require_storable
+from prep.shards.reader import decode_frames, open_set
+from prep.shards.writer import ShardWriter
 from schemas.annotation import SampleRef
 from schemas.bins import read_bin
 from schemas.errors import ConfigError, MediaError, ShardError
@@ -336,7 +336,7 @@ def test_a_side_longer_than_a_jpeg_can_have_is_refused_before_it_is_decoded() ->
 def test_a_medium_too_long_for_jpeg_costs_its_samples_alone(
     corpus_file: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prep.codecs.MAX_SIDE", 180)
+    monkeypatch.setattr("prep.shards.codecs.MAX_SIDE", 180)
     manifest = build(request_for(corpus_file, tmp_path / "out", tiny_checkpoint, JPEG), SerialEngine())
     refused = [row for row in ledger(tmp_path / "out") if "media_too_large" in row["codes"]]
     assert 0 < len(refused) == manifest.counts.rejects_by_code["media_too_large"]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prep.build import build
+from prep.build.pipeline import build
 from prep.engines import SerialEngine
 from prep.media import once
 from prep.media.decode import Facts

@@ -22,19 +22,19 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageOps
 
+from demo import DemoSummary, write_demo
+from demo.broken import EMPTY_PICTURE, MISSING_PICTURE, TRUNCATED_CLIP, TRUNCATED_PICTURE
+from demo.chart_questions import CHART_KINDS
+from demo.charts import COLUMN_WIDTH, sample_chart
+from demo.clip_questions import CLIP_KINDS
+from demo.clips import encode_clip, sample_clip
+from demo.dataset import Plan, plan_demo
+from demo.kinds import allocate, balanced, generator
+from demo.page_questions import PAGE_KINDS
+from demo.pages import Table, sample_document
+from demo.scene_questions import SCENE_KINDS
+from demo.vocabulary import COLOUR_RGB, RGB
 from prep.cli import main
-from prep.demo import DemoSummary, write_demo
-from prep.demo.broken import EMPTY_PICTURE, MISSING_PICTURE, TRUNCATED_CLIP, TRUNCATED_PICTURE
-from prep.demo.chart_questions import CHART_KINDS
-from prep.demo.charts import COLUMN_WIDTH, sample_chart
-from prep.demo.clip_questions import CLIP_KINDS
-from prep.demo.clips import encode_clip, sample_clip
-from prep.demo.dataset import Plan, plan_demo
-from prep.demo.kinds import allocate, balanced, generator
-from prep.demo.page_questions import PAGE_KINDS
-from prep.demo.pages import Table, sample_document
-from prep.demo.scene_questions import SCENE_KINDS
-from prep.demo.vocabulary import COLOUR_RGB, RGB
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError
 from schemas.qwen import PATCH_SIZE
@@ -724,7 +724,7 @@ def test_the_same_clip_is_encoded_to_the_same_bytes_every_time(size: tuple[int, 
 
 def test_the_plan_does_not_depend_on_the_hash_seed() -> None:
     code = (
-        "import hashlib; from prep.demo.dataset import plan_demo; plan = plan_demo(0, num_train=60, num_held_out=12);"
+        "import hashlib; from demo.dataset import plan_demo; plan = plan_demo(0, num_train=60, num_held_out=12);"
         "print(hashlib.sha256(repr(plan).encode()).hexdigest())"
     )
     root = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ from click.testing import CliRunner
 
 from prep.cli import main
 from prep.engines import Engine, LocalEngine, SerialEngine, default_workers, open_engine
+from prep.engines.processes import ONE_THREAD
 from prep.engines.surroundings import Surroundings, differences
 from prep.media.sandbox import sandbox
-from prep.processes import ONE_THREAD
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError, MediaError, ShardError, VlprepError
 from tests.prep.alive import alive
@@ -298,7 +298,10 @@ def test_workers_without_work_and_their_decoders_end_with_their_parent(tmp_path:
 
 
 def test_a_process_whose_parent_is_dead_already_ends_at_once() -> None:
-    program = "import os, sys; from prep.processes import die_with_parent; die_with_parent(os.getppid() + 1); print(1)"
+    program = (
+        "import os, sys; from prep.engines.processes import die_with_parent; "
+        "die_with_parent(os.getppid() + 1); print(1)"
+    )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout) == (1, b"")
 

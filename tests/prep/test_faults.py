@@ -23,15 +23,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import prep.build
-from prep.build import build
+import prep.build.pipeline
+from prep.annotations.validation import MAX_MEDIA, parse_record
+from prep.build.pipeline import build
+from prep.build.write import write_shard
 from prep.engines import SerialEngine
 from prep.media import sandbox as sandbox_module
 from prep.media.decode import probe
 from prep.media.sandbox import Sandbox
 from prep.media.source import MediaSource
-from prep.validation import MAX_MEDIA, parse_record
-from prep.write import write_shard
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, shard_name
 from schemas.errors import ConfigError, MediaError
@@ -170,7 +170,7 @@ def changed_after_the_scan(
         return write_shard(task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prep.build, "write_shard", late)
+        patch.setattr(prep.build.pipeline, "write_shard", late)
         return build(request_for(corpus, out, model), SerialEngine())
 
 

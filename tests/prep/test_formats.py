@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from prep.build import BuildRequest, build
+from prep.annotations.registry import find_sources
+from prep.build.pipeline import BuildRequest, build
 from prep.engines import SerialEngine
-from prep.registry import find_sources
 from schemas.manifest import Manifest
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.packed import Packed, assert_same, packed_samples

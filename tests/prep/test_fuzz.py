@@ -14,15 +14,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from prep import json_records
-from prep.build import BuildRequest, build
+from prep.annotations import json_records
+from prep.annotations.records import index_file, read_chunk
+from prep.annotations.registry import find_sources
+from prep.annotations.validation import check_record, media_names, parse_record, read_id
+from prep.build.pipeline import BuildRequest, build
 from prep.engines import SerialEngine
 from prep.media.decode import Facts
 from prep.media.sandbox import Sandbox
 from prep.media.source import MediaSource
-from prep.records import index_file, read_chunk
-from prep.registry import find_sources
-from prep.validation import check_record, media_names, parse_record, read_id
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import MediaError

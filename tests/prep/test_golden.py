@@ -24,13 +24,13 @@ from PIL.ExifTags import Base as ExifTag
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
+from demo.tiny_model import tiny_config
 from schemas.qwen import IM_END, IMAGE_PAD, VIDEO_PAD
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.finished import build_set
 from tests.prep.packed import Packed, packed_samples
 from tests.prep.test_images import MODES, picture, reference_pixel_values
 from tests.prep.test_videos import turn_clip, write_clip
-from train.tiny_model import tiny_config
 
 # Pictures have the default bounds, which `reference_pixel_values` uses; clips small ones, to be quick.
 MEDIA = MediaSettings(video_min_frame_pixels=4 * 784, video_max_frame_pixels=30 * 784)

@@ -19,20 +19,19 @@ from click.testing import CliRunner, Result
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prep import array_scanner, validation
-from prep.array_scanner import ArrayScanner, nesting_depth
-from prep.build import BuildRequest, build
-from prep.chunks import Record
+from prep.annotations import array_scanner, validation
+from prep.annotations.array_scanner import ArrayScanner, nesting_depth
+from prep.annotations.chunks import Record
+from prep.annotations.problems import MAX_OF_A_CODE
+from prep.annotations.records import _unzstd, index_file, read_chunk
+from prep.annotations.registry import Registry, find_sources
+from prep.annotations.validation import MAX_TEXT_CHARACTERS, parse_record
+from prep.build.pipeline import BuildRequest, build
 from prep.cli import main
 from prep.engines import SerialEngine
 from prep.media.sandbox import Sandbox
 from prep.media.source import MediaSource
 from prep.media.videos import MAX_DURATION_S, plan_clip
-from prep.problems import MAX_OF_A_CODE
-from prep.records import _unzstd, index_file, read_chunk
-from prep.registry import Registry, find_sources
-from prep.text import MAX_TEXT_CHARACTERS
-from prep.validation import parse_record
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
 from schemas.errors import ConfigError, MediaError

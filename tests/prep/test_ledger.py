@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import prep.build
-from prep.ledger import _Counts
-from prep.write import WriteTask, write_shard
+import prep.build.pipeline
+from prep.build.ledger import _Counts
+from prep.build.write import WriteTask, write_shard
 from tests.prep.corpus import turn
 from tests.prep.finished import build_set
 
@@ -44,7 +44,7 @@ def test_a_write_task_weighs_17_bytes_a_sample(
         weights[task.part.size] = len(pickle.dumps(task))
         return write_shard(task)
 
-    monkeypatch.setattr(prep.build, "write_shard", weighed)
+    monkeypatch.setattr(prep.build.pipeline, "write_shard", weighed)
     for number in (100, 600):
         annotations = tmp_path / f"{number}.jsonl"
         records = ({"id": f"sample-{place}", "conversations": turn(f"Say {place}.")} for place in range(number))

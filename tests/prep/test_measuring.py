@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import prep.tokenizer
+import prep.samples.tokenizer
 from schemas.manifest import read_manifest
 from schemas.qwen import CONTROL_TOKENS
 from schemas.settings import BuildSettings, MediaSettings
@@ -140,10 +140,10 @@ def only_one_token_each(how: BuildSettings) -> BuildSettings:
 @pytest.fixture(scope="module", autouse=True)
 def fingerprints_once(tiny_checkpoint: Path) -> Any:
     """Read the checkpoint's fingerprints once: they do not change, and take most of the time of a small build."""
-    files = prep.tokenizer.find_model_files(str(tiny_checkpoint))
-    found = prep.tokenizer.read_fingerprints(files)
+    files = prep.samples.tokenizer.find_model_files(str(tiny_checkpoint))
+    found = prep.samples.tokenizer.read_fingerprints(files)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prep.build.read_fingerprints", lambda _: found)
+        patch.setattr("prep.build.pipeline.read_fingerprints", lambda _: found)
         yield
 
 

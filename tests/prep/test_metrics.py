@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prep.metrics import Durations, Timings, merge_timings, timed
+from prep.build.metrics import Durations, Timings, merge_timings, timed
 
 seconds = st.floats(1e-6, 500.0)
 

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from prep.tokenizer import find_model_files, read_fingerprints
+from prep.samples.tokenizer import find_model_files, read_fingerprints
 from schemas.checkpoints import PROCESSOR_FILES, TOKENIZER_FILE
 from schemas.errors import ConfigError
 from schemas.qwen import IMAGE_MEAN

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prep.mrope import position_ids
+from demo.tiny_model import tiny_config
+from prep.samples.mrope import position_ids
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Grid
-from train.tiny_model import tiny_config
 
 
 def sequence(*parts: int | tuple[int, Grid]) -> NDArray[np.int32]:

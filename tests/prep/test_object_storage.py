@@ -21,29 +21,29 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-import prep.build
-from prep import storage
-from prep.build import METRICS_FILE, BuildRequest, build, read_metrics
+import prep.build.pipeline
+import storage
+from prep.annotations.registry import find_sources
+from prep.build.output import open_output
+from prep.build.pipeline import METRICS_FILE, BuildRequest, build, read_metrics
+from prep.build.work import WorkFolder
 from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
+from prep.inspect.validate import ValidateRequest, validate
 from prep.media import fetch
 from prep.media.access import LocalMedia, Wanted, open_media
 from prep.media.decode import Facts, probe
 from prep.media.paths import media_url
 from prep.media.source import HeadTooShortError
-from prep.output import open_output
-from prep.registry import find_sources
-from prep.storage import request as storage_request
-from prep.storage.errors import Verdict, verdict
-from prep.storage.request import Patience
-from prep.urls import Location, Url, names_below_common_folder, parse_location, without_secrets
-from prep.validate import ValidateRequest, validate
-from prep.work import WorkFolder
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, shard_name
 from schemas.errors import ConfigError, MediaError, VlprepError
 from schemas.manifest import read_manifest
 from schemas.settings import BuildSettings, MediaSettings
+from storage import request as storage_request
+from storage.errors import Verdict, verdict
+from storage.request import Patience
+from storage.urls import Location, Url, names_below_common_folder, parse_location, without_secrets
 from tests.prep.corpus import turn
 from tests.prep.finished import SETTINGS
 from tests.prep.s3_server import KINDS, Proxy, s3_server, seeded
@@ -132,8 +132,8 @@ def test_a_finished_build_asks_what_is_there_and_does_nothing(
 ) -> None:
     out = Url("s3://bucket/twice")
     first = build(request_for(out, tiny_checkpoint), SerialEngine())
-    monkeypatch.setattr(prep.build, "scan_chunk", None)
-    monkeypatch.setattr(prep.build, "write_shard", None)
+    monkeypatch.setattr(prep.build.pipeline, "scan_chunk", None)
+    monkeypatch.setattr(prep.build.pipeline, "write_shard", None)
     again = request_for(out, tiny_checkpoint)
     proxy.seen.clear()
     assert build(again, SerialEngine()) == first
@@ -227,14 +227,14 @@ def test_a_fault_in_the_write_step_stops_the_build_too(
     proxy: Proxy, finished: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     request = request_for(tmp_path / "out", tiny_checkpoint)
-    original = prep.build.write_shard
+    original = prep.build.pipeline.write_shard
 
     def unlucky(task: Any) -> Any:
         proxy.rule = lambda method, key, earlier: "error" if key.endswith("clip.mp4") else None
         return original(task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prep.build, "write_shard", unlucky)
+        patch.setattr(prep.build.pipeline, "write_shard", unlucky)
         with pytest.raises(storage.StorageError, match=r"clip\.mp4: no good answer"):
             build(request, SerialEngine())
     proxy.reset()
@@ -611,7 +611,7 @@ def test_verify_show_and_report_read_sets_behind_urls(
 def test_an_upload_that_arrives_damaged_is_made_again(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prep.storage.writing._opaque_tags", set())
+    monkeypatch.setattr("storage.writing._opaque_tags", set())
     path = tmp_path / "file"
     path.write_bytes(os.urandom(20 << 20))
     proxy.rule = lambda method, key, earlier: "damage" if method == "PUT" and earlier == 0 else None
@@ -623,7 +623,7 @@ def test_an_upload_that_arrives_damaged_is_made_again(
 def test_where_etags_are_no_digests_the_first_upload_is_read_back(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prep.storage.writing._opaque_tags", set())
+    monkeypatch.setattr("storage.writing._opaque_tags", set())
     (tmp_path / "file").write_bytes(os.urandom(1000))
     proxy.rule = lambda method, key, earlier: "opaque"
     for name in ("first", "second"):
@@ -653,7 +653,7 @@ def test_a_large_upload_goes_on_where_a_part_of_it_failed(proxy: Proxy, tmp_path
 
 
 def test_downloads_are_whole_or_not_there(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prep.storage.reading.PIECE_BYTES", 1000)
+    monkeypatch.setattr("storage.reading.PIECE_BYTES", 1000)
     data = storage.read(CORPUS / "annotations.jsonl")
     proxy.rule = lambda method, key, earlier: "error" if len(proxy.seen) > 4 else None
     with pytest.raises(storage.StorageError):

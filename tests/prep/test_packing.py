@@ -12,11 +12,11 @@ from binpacking.to_constant_volume import to_constant_volume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prep.packing
-import prep.two_budgets
-from prep.bin_slack import MOST_WORK, largest_first, least_bins, minimum_bin_slack, most_frequent_first
-from prep.packing import best_fit_decreasing, best_fit_in_windows, constant_volume, pack
-from prep.two_budgets import pack_two_budgets
+import prep.packing.best_fit
+import prep.packing.two_budgets
+from prep.packing.best_fit import best_fit_decreasing, best_fit_in_windows, constant_volume, pack
+from prep.packing.bin_slack import MOST_WORK, largest_first, least_bins, minimum_bin_slack, most_frequent_first
+from prep.packing.two_budgets import pack_two_budgets
 from schemas.errors import ConfigError
 from tests.benchmarks.mixture import draw_mixture
 
@@ -119,7 +119,7 @@ def test_both_budgets_hold_and_too_many_patches_stand_alone(problem: TwoBudgetPr
 def test_both_budgets_hold_in_batches_too(problem: TwoBudgetProblem, seed: int) -> None:
     """What packs millions of samples, which small numbers would not reach."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (prep.packing, prep.two_budgets):
+        for module in (prep.packing.best_fit, prep.packing.two_budgets):
             patch.setattr(module, "FEW_SAMPLES", 4)
         check_two_budgets(problem, seed)
 
@@ -224,7 +224,7 @@ def test_what_would_take_long_is_left_to_best_fit_decreasing() -> None:
     lengths = np.random.default_rng(0).integers(20_000, 22_000, 3000)
     assert np.unique(lengths).size * 131_072 > MOST_WORK
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prep.packing, "minimum_bin_slack", None)
+        patch.setattr(prep.packing.best_fit, "minimum_bin_slack", None)
         assert least_bins(lengths, 131_072) < 0.99 * (pack(lengths, 131_072).max() + 1)
         with pytest.raises(TypeError):
             pack(lengths // 32, 4096)
@@ -232,7 +232,7 @@ def test_what_would_take_long_is_left_to_best_fit_decreasing() -> None:
 
 def test_windows_are_tried_where_the_number_of_bins_does_not_rule_them_out() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prep.packing, "best_fit_decreasing", lambda sizes, capacity: np.arange(len(sizes)))
+        patch.setattr(prep.packing.best_fit, "best_fit_decreasing", lambda sizes, capacity: np.arange(len(sizes)))
         assert pack([4, 3, 3, 6, 2, 2], 10).max() == 1
 
 

@@ -21,10 +21,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from prep.build import METRICS_FILE, BuildRequest, build
+from prep.annotations.registry import find_sources
+from prep.build.pipeline import METRICS_FILE, BuildRequest, build
 from prep.cli import main
 from prep.engines import SerialEngine, open_engine
-from prep.registry import find_sources
 from schemas.errors import ConfigError
 from schemas.settings import BuildSettings
 from tests.guides import blocks

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from PIL import Image
 
-from prep.reader import ShardSet, decode_frames, decode_pixels, open_set
+from prep.shards.reader import ShardSet, decode_frames, decode_pixels, open_set
 from schemas.bins import Bin
 from schemas.errors import ConfigError, ShardError
 from schemas.settings import BuildSettings, MediaSettings

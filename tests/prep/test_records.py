@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prep import json_records
-from prep.chunks import Record
-from prep.records import index_file, read_chunk
+from prep.annotations import json_records
+from prep.annotations.chunks import Record
+from prep.annotations.records import index_file, read_chunk
 
 nasty = st.text(alphabet='a"\\{}[],:é\n ', max_size=20)
 values = st.recursive(

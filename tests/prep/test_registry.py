@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prep.registry import Registry, draw, find_sources, parse_expression
+from prep.annotations.registry import Registry, draw, find_sources, parse_expression
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
 

@@ -16,11 +16,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from prep.cli import main
-from prep.reader import open_set
-from prep.report import render_report
-from prep.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
-from prep.report.statistics import gather, notable_bins
-from prep.transcript import Transcriber
+from prep.inspect.report import render_report
+from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
+from prep.inspect.report.statistics import gather, notable_bins
+from prep.inspect.transcript import Transcriber
+from prep.shards.reader import open_set
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep import finished as sets
 from tests.prep.corpus import turn

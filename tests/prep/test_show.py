@@ -13,9 +13,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from prep.cli import main
-from prep.reader import decode_frames, open_set
-from prep.show import render
-from prep.transcript import Span, SpanKind, Transcriber, cached_transcriber, printable
+from prep.inspect.show import render
+from prep.inspect.transcript import Span, SpanKind, Transcriber, cached_transcriber, printable
+from prep.shards.reader import decode_frames, open_set
 from schemas.qwen import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep import finished as sets

@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL
 import pytest
 
-from prep.software import environment, software_versions
+from prep.engines.software import environment, software_versions
 from schemas.errors import ConfigError
 
 SIMD = "12.1.1.post0"

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prep.text import RESERVED, Template, build_templates, expand, num_tokens
-from prep.tokenizer import TextTokenizer
+from prep.annotations.validation import RESERVED
+from prep.samples.text import Template, build_templates, expand, num_tokens
+from prep.samples.tokenizer import TextTokenizer
 from schemas.annotation import Annotation, Turn
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.qwen import CONTROL_TOKENS, IGNORE_INDEX, IM_END, IMAGE_PAD, VIDEO_PAD, Grid

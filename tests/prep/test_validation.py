@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prep.validation import media_names, parse_record, read_id
+from prep.annotations.validation import media_names, parse_record, read_id
 from schemas.annotation import ReasonCode
 
 GOOD: dict[str, Any] = {

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from tests.train.synthetic import as_bin, make_medium, make_sample
-from train import engine, optim, pretrained
-from train.batch import build_micro_batch
-from train.flags import parse_arguments
-from train.model import PackedQwen
-from train.recipe import choose_recipe
+from train.batches.batch import build_micro_batch
+from train.model import optim, pretrained
+from train.model.packed import PackedQwen
+from train.run import engine
+from train.settings.flags import parse_arguments
+from train.settings.recipe import choose_recipe
 
 
 def size(tensors: Iterable[Any]) -> int:

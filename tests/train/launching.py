@@ -50,8 +50,8 @@ LIMIT_S, GRACE_S = 300, 60
 IMPORTED = (
     "tests.train.launching",
     "train.main",
-    "train.loop",
-    "train.preflight",
+    "train.run.loop",
+    "train.preflight.dry_run",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # which every run imports, and with it all of torch's compiler
     "peft",

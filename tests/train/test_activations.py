@@ -11,14 +11,14 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.train.synthetic import as_bin, make_medium, make_sample
-from train import optim
-from train.activations import ANGLES, VISION_ANGLES, Load, activation_terms
-from train.arguments import TrainArguments
-from train.batch import MicroBatch, build_micro_batch
-from train.cost import read_config
-from train.memory import Phase
-from train.model import PackedQwen, checkpoint_activations
-from train.sizes import Sizes, sizes_of
+from train.arithmetic.cost import read_config
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.memory.activations import ANGLES, VISION_ANGLES, Load, activation_terms
+from train.memory.states import Phase
+from train.model import optim
+from train.model.packed import PackedQwen, checkpoint_activations
+from train.model.sizes import Sizes, sizes_of
+from train.settings.arguments import TrainArguments
 
 FROZEN_SETS = [trained for trained in itertools.product((True, False), repeat=3) if any(trained)]
 PARTS = ("llm", "mlp", "vision")

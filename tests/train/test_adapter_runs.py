@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from demo.tiny_model import write_tiny_checkpoint
 from schemas.errors import ConfigError
 from tests.train.launching import (
     as_flags,
@@ -31,15 +32,14 @@ from tests.train.launching import (
     torchrun,
 )
 from tests.train.synthetic import make_bins, write_shards
-from train import merge
-from train.batch import build_micro_batch
-from train.flags import parse_arguments
-from train.index import open_shards
-from train.merge import check_out, merge_adapter
-from train.model import PackedQwen
-from train.plan import make_plan
-from train.reader import read_checked_bin
-from train.tiny_model import write_tiny_checkpoint
+from train.batches.batch import build_micro_batch
+from train.model.packed import PackedQwen
+from train.run.plan import make_plan
+from train.settings.flags import parse_arguments
+from train.shards.index import open_shards
+from train.shards.reader import read_checked_bin
+from train.tools import merge
+from train.tools.merge import check_out, merge_adapter
 
 NUM_STEPS, RANK = 3, 4
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")

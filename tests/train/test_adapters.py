@@ -13,12 +13,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
 from tests.train.test_model import gradients, micro_batch, samples_of_all_kinds
-from train import adapters, optim
-from train.adapters import Adapters, add_adapters, choose_adapters, merge_weights, split_weights
-from train.flags import parse_arguments
-from train.model import PackedQwen, checkpoint_activations
-from train.optim import LANGUAGE_MODEL, MERGER, VISION_TOWER
-from train.recipe import ADAPTER_LEARNING_RATE, choose_recipe
+from train.model import adapters, optim
+from train.model.adapters import Adapters, add_adapters, choose_adapters, merge_weights, split_weights
+from train.model.optim import LANGUAGE_MODEL, MERGER, VISION_TOWER
+from train.model.packed import PackedQwen, checkpoint_activations
+from train.settings.flags import parse_arguments
+from train.settings.recipe import ADAPTER_LEARNING_RATE, choose_recipe
 
 RATES = {LANGUAGE_MODEL: 1e-3, MERGER: 2e-3, VISION_TOWER: 3e-3}
 TINY = {"llm": 14, "mlp": 2, "vision": 20}

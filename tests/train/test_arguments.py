@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import ConfigError
-from train import arguments
-from train.arguments import TrainArguments
-from train.flags import parse_arguments
+from train.settings import arguments
+from train.settings.arguments import TrainArguments
+from train.settings.flags import parse_arguments
 
 SHARDS = ["--shards", "shards/"]
 

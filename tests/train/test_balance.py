@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from schemas.errors import ConfigError
 from tests.benchmarks.mixture import SIZES_OF_3B, PackedMixture, packed_mixture
-from train.cost import CostModel
-from train.mixture import Mixture
-from train.order import DataOrder, Grouping
-from train.simulate import mixture_variance
+from train.arithmetic.cost import CostModel
+from train.order.dealing import DataOrder, Grouping
+from train.order.simulate import mixture_variance
+from train.shards.mixture import Mixture
 
 groupings = st.builds(Grouping, steps=st.integers(2, 5), runs=st.integers(1, 5))
 

@@ -14,8 +14,8 @@ from schemas.bins import Bin
 from schemas.errors import ShardError
 from schemas.qwen import Grid
 from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample
-from train.batch import MicroBatch, build_micro_batch
-from train.pixels import pixel_values
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.model.pixels import pixel_values
 
 
 def text_sample(ids: list[int], trained: list[int]) -> Sample:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
-from train import budget
-from train.activations import activation_terms
-from train.arguments import TrainArguments
-from train.index import ShardIndex, open_shards
-from train.memory import Memory
-from train.sizes import OFFICIAL, Sizes, sizes_of
+from train.memory import budget
+from train.memory.activations import activation_terms
+from train.memory.states import Memory
+from train.model.sizes import OFFICIAL, Sizes, sizes_of
+from train.settings.arguments import TrainArguments
+from train.shards.index import ShardIndex, open_shards
 
 LONG, LARGE, COSTLY = 0, 1, 2
 """Of :func:`bins`: most tokens, most patches, most operations."""

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.synthetic import make_bins, write_shards
-from train.batch import MicroBatch, build_micro_batch
-from train.buffers import PinnedBuffers, ReusedBuffers
-from train.index import open_shards
-from train.order import DataOrder
-from train.reader import BinReader
-from train.stream import BinStream
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.batches.stream import BinStream
+from train.order.dealing import DataOrder
+from train.shards.buffers import PinnedBuffers, ReusedBuffers
+from train.shards.index import open_shards
+from train.shards.reader import BinReader
 
 
 @given(st.lists(st.integers(0, 300_000), min_size=1, max_size=30))

@@ -16,11 +16,11 @@ import pytest
 
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, write_shards
-from train import cache as cache_module
-from train.cache import BinCache, cache_key
-from train.index import ShardIndex, open_shards
-from train.reader import BinReader, ReadSettings, read_checked_bin
-from train.storage import Patience
+from train.shards import cache as cache_module
+from train.shards.cache import BinCache, cache_key
+from train.shards.index import ShardIndex, open_shards
+from train.shards.reader import BinReader, ReadSettings, read_checked_bin
+from train.shards.remote import Patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICK = Patience(attempts=1, first_delay_s=0.0)
@@ -138,7 +138,7 @@ HAMMER = """
 import random, sys
 from pathlib import Path
 from tests.train.test_cache import data_of, key_of
-from train.cache import BinCache
+from train.shards.cache import BinCache
 
 cache, rng = BinCache(Path(sys.argv[1]), int(sys.argv[2])), random.Random(int(sys.argv[3]))
 for turn in range(int(sys.argv[4])):
@@ -209,7 +209,7 @@ def gone(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_range(*args: object, **kwargs: object) -> int:
         raise OSError("the network is unreachable")
 
-    monkeypatch.setattr("train.reader.read_range", read_range)
+    monkeypatch.setattr("train.shards.reader.read_range", read_range)
 
 
 def reader(index: ShardIndex, folder: Path, **changes: object) -> BinReader:

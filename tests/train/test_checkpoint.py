@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError
-from train import checkpoint
-from train.checkpoint import RunState, Setting
-from train.engine import Ranks
+from train.run import checkpoint
+from train.run.checkpoint import RunState, Setting
+from train.run.engine import Ranks
 
 
 def saved_at(step: int, **settings: Setting) -> RunState:
@@ -84,7 +84,7 @@ def test_a_setting_that_a_checkpoint_does_not_know_is_refused() -> None:
 
 
 def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
-    from train.checkpoint import hold
+    from train.run.checkpoint import hold
 
     lock = hold(tmp_path / "run")
     with pytest.raises(ConfigError, match="in use by another run"):

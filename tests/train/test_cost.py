@@ -12,8 +12,8 @@ from transformers import Qwen2_5_VLConfig
 from schemas.errors import ConfigError
 from tests.benchmarks.mixture import SIZES_OF_3B
 from tests.train.synthetic import make_bins, write_shards
-from train.cost import CostModel, read_config
-from train.index import ShardIndex, open_shards
+from train.arithmetic.cost import CostModel, read_config
+from train.shards.index import ShardIndex, open_shards
 
 # The sizes of Qwen2.5-VL-7B-Instruct, as its config.json has them: those of the language model at the top.
 CONFIG_7B = {

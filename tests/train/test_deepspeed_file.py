@@ -10,8 +10,8 @@ from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
 from schemas.errors import ConfigError
-from train import engine
-from train.deepspeed_file import TABLES
+from train.run import engine
+from train.settings.deepspeed_file import TABLES
 
 ZERO2 = {"stage": 2, "reduce_bucket_size": "auto"}
 

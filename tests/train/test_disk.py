@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from schemas.errors import VlprepError
-from train.disk import writing
+from storage.disk import writing
 
 FULL = Path("/dev/full")
 """A device of Linux on which every write fails for want of space."""

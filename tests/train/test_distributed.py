@@ -35,12 +35,12 @@ from tests.train.launching import (
     torchrun,
 )
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
-from train.batch import build_micro_batch
-from train.cost import CostModel, read_config
-from train.index import open_shards
-from train.model import CHUNK, PackedQwen
-from train.order import DataOrder
-from train.reader import read_checked_bin
+from train.arithmetic.cost import CostModel, read_config
+from train.batches.batch import build_micro_batch
+from train.model.packed import CHUNK, PackedQwen
+from train.order.dealing import DataOrder
+from train.shards.index import open_shards
+from train.shards.reader import read_checked_bin
 
 NUM_STEPS = 3
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")

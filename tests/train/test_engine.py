@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError
-from train import engine
-from train.arguments import TrainArguments
-from train.engine import Ranks
-from train.flags import parse_arguments
-from train.recipe import choose_recipe
+from train.run import engine
+from train.run.engine import Ranks
+from train.settings.arguments import TrainArguments
+from train.settings.flags import parse_arguments
+from train.settings.recipe import choose_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -18,13 +18,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from schemas.errors import ShardError
 from tests.train.launching import as_flags, fingerprint_of, made_once, read_metrics, run_ranks
 from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample, write_shards
-from train import evaluation
-from train.batch import build_micro_batch
-from train.evaluation import format_evaluation, is_due, sum_by_sample
-from train.index import open_shards
-from train.ledger import sample_datasets
-from train.model import PackedQwen
-from train.order import DataOrder
+from train.batches.batch import build_micro_batch
+from train.model.packed import PackedQwen
+from train.order.dealing import DataOrder
+from train.run import evaluation
+from train.run.evaluation import format_evaluation, is_due, sum_by_sample
+from train.shards.index import open_shards
+from train.shards.ledger import sample_datasets
 
 
 def bins_of(seed: int) -> list[list[Sample]]:

@@ -14,12 +14,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.train.launching import as_flags, fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
-from train import loop, pretrained
-from train.batch import build_micro_batch
-from train.index import open_shards
-from train.model import PackedQwen, TargetHead
-from train.plan import Plan
-from train.reader import read_checked_bin
+from train.batches.batch import build_micro_batch
+from train.model import pretrained
+from train.model.packed import PackedQwen, TargetHead
+from train.run import loop
+from train.run.plan import Plan
+from train.shards.index import open_shards
+from train.shards.reader import read_checked_bin
 
 LOGITS = "logits.pt"
 

@@ -16,11 +16,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
 from tests.train.synthetic import Sample, as_bin, make_medium, make_sample
-from train import optim
-from train.batch import MicroBatch, build_micro_batch
-from train.cost import CostModel, read_config
-from train.flops import ModelFlops, known_peak, peak_tflops
-from train.model import PackedQwen, checkpoint_activations
+from train.arithmetic.cost import CostModel, read_config
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.model import optim
+from train.model.flops import ModelFlops, known_peak, peak_tflops
+from train.model.packed import PackedQwen, checkpoint_activations
 
 PARTS = (optim.LANGUAGE_MODEL, optim.MERGER, optim.VISION_TOWER)
 FROZEN_SETS = [trained for trained in itertools.product((True, False), repeat=3) if any(trained)]

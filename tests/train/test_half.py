@@ -28,7 +28,7 @@ from tests.train.launching import (
     run_ranks,
 )
 from tests.train.synthetic import make_bins, write_shards
-from train.engine import CONFIGS, can_lower_scale
+from train.run.engine import CONFIGS, can_lower_scale
 
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 

@@ -18,7 +18,7 @@ from schemas.manifest import Fingerprints, encode_manifest, read_manifest
 from schemas.qwen import IMAGE_STD
 from tests.benchmarks.index import write_many_bins
 from tests.train.synthetic import BINS_SCHEMA, make_bins, write_shards, write_table
-from train.index import open_shards
+from train.shards.index import open_shards
 
 
 @pytest.fixture

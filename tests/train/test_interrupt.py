@@ -31,12 +31,12 @@ from tests.train.launching import (
     torchrun_command,
 )
 from tests.train.synthetic import make_bins, write_shards
-from train import loop
-from train.checkpoint import list_checkpoints, read_state
-from train.evaluation import Evaluation
-from train.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
-from train.metrics import Record
-from train.plan import Plan
+from train.run import loop
+from train.run.checkpoint import list_checkpoints, read_state
+from train.run.evaluation import Evaluation
+from train.run.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
+from train.run.metrics import Record
+from train.run.plan import Plan
 
 NUM_STEPS = 24
 
@@ -201,7 +201,7 @@ def test_a_second_signal_has_its_usual_effect_unless_it_comes_at_once(
 ) -> None:
     """At once it is the same request: a launcher passes on what its ranks were told as well."""
     now = 100.0
-    monkeypatch.setattr("train.interrupt.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("train.run.interrupt.time", SimpleNamespace(monotonic=lambda: now))
     usual = []
     before = signal.signal(number, lambda *_: usual.append("usual"))
     try:

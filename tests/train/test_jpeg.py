@@ -13,12 +13,12 @@ import torch
 from schemas.bins import Bin
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import Sample, as_bin, as_stored, jpeg_member, jpeg_of, make_bins, write_shards
-from train.batch import MicroBatch, build_micro_batch
-from train.index import open_shards
-from train.order import DataOrder
-from train.pixels import pixel_values
-from train.reader import BinReader
-from train.stream import BinStream
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.batches.stream import BinStream
+from train.model.pixels import pixel_values
+from train.order.dealing import DataOrder
+from train.shards.index import open_shards
+from train.shards.reader import BinReader
 
 BINS = make_bins(num_bins=8)
 

@@ -20,9 +20,9 @@ from schemas.errors import ConfigError
 from tests.train.launching import as_flags, fingerprint_of, read_metrics, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from tests.train.test_model import EVERYTHING, gradients, micro_batch, samples_of_all_kinds
-from train import kernels, optim
-from train.flags import parse_arguments
-from train.model import PackedQwen, checkpoint_activations
+from train.model import kernels, optim
+from train.model.packed import PackedQwen, checkpoint_activations
+from train.settings.flags import parse_arguments
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prep.demo.charts import COLUMN_WIDTH, sample_chart
-from prep.demo.kinds import generator
-from prep.demo.vocabulary import Wording
+from demo.charts import COLUMN_WIDTH, sample_chart
+from demo.kinds import generator
+from demo.vocabulary import Wording
 from schemas.qwen import PATCH_SIZE
 from tests.benchmarks import learning
 from tests.benchmarks.learning import (

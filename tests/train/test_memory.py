@@ -13,15 +13,17 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.train.launching import launch, made_once
 from tests.train.synthetic import make_bins, write_shards
-from train import adapters, budget, engine, optim
-from train.arguments import TrainArguments
-from train.cost import read_config
-from train.flags import parse_arguments
-from train.index import open_shards
-from train.memory import DEVICE, Memory, Phase, Sharding, Term, state_terms
-from train.model import PackedQwen
-from train.recipe import SIZES, choose_recipe
-from train.sizes import OFFICIAL, sizes_of
+from train.arithmetic.cost import read_config
+from train.memory import budget
+from train.memory.states import DEVICE, Memory, Phase, Sharding, Term, state_terms
+from train.model import adapters, optim
+from train.model.packed import PackedQwen
+from train.model.sizes import OFFICIAL, sizes_of
+from train.run import engine
+from train.settings.arguments import TrainArguments
+from train.settings.flags import parse_arguments
+from train.settings.recipe import SIZES, choose_recipe
+from train.shards.index import open_shards
 
 ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
 

@@ -16,13 +16,13 @@ import torch
 
 from schemas.errors import ConfigError
 from tests.train.synthetic import as_bin, make_sample
-from train import metrics
-from train.arguments import TrainArguments
-from train.batch import build_micro_batch
-from train.flops import ModelFlops
-from train.metrics import Record, Window, drop_later_steps, flatten, format_record, open_log, require_reporter
-from train.order import DataOrder
-from train.stream import StepBatch
+from train.batches.batch import build_micro_batch
+from train.batches.stream import StepBatch
+from train.model.flops import ModelFlops
+from train.order.dealing import DataOrder
+from train.run import metrics
+from train.run.metrics import Record, Window, drop_later_steps, flatten, format_record, open_log, require_reporter
+from train.settings.arguments import TrainArguments
 
 TEN_TOKENS = build_micro_batch([as_bin([make_sample(np.random.default_rng(0), num_text=8)])])
 TEN_TERAFLOPS = ModelFlops(

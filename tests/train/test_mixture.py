@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from schemas.errors import ConfigError
 from tests.train.synthetic import make_bins, write_shards
-from train.index import open_shards
-from train.mixture import Mixture, Source, mix, parse_sources
-from train.order import DataOrder
-from train.stream import BinStream
+from train.batches.stream import BinStream
+from train.order.dealing import DataOrder
+from train.shards.index import open_shards
+from train.shards.mixture import Mixture, Source, mix, parse_sources
 
 mixtures = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=5).map(
     lambda parts: Mixture(

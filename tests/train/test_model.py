@@ -19,16 +19,16 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from demo.tiny_model import tiny_config
 from schemas.bins import Bin
 from schemas.errors import VlprepError
 from tests.train.synthetic import Sample, make_medium, make_sample
-from train import attention, optim
-from train import model as model_module
-from train.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, attend_by_sample
-from train.batch import MicroBatch, build_micro_batch
-from train.model import NO_MASK, PackedQwen, TargetHead, checkpoint_activations
-from train.pixels import pixel_values
-from train.tiny_model import tiny_config
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.model import attention, optim
+from train.model import packed as model_module
+from train.model.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, attend_by_sample
+from train.model.packed import NO_MASK, PackedQwen, TargetHead, checkpoint_activations
+from train.model.pixels import pixel_values
 
 EVERYTHING = {optim.LANGUAGE_MODEL: 1e-3, optim.MERGER: 1e-3, optim.VISION_TOWER: 1e-3}
 

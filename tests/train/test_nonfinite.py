@@ -15,10 +15,10 @@ from transformers import AutoConfig
 from schemas.errors import VlprepError
 from tests.train.launching import as_flags, fingerprint_of, made_once, read_metrics, read_weights, run_ranks
 from tests.train.synthetic import as_bin, make_bins, make_sample, write_shards
-from train.batch import build_micro_batch
-from train.index import ShardIndex, open_shards
-from train.nonfinite import SkippedSteps
-from train.stream import StepBatch
+from train.batches.batch import build_micro_batch
+from train.batches.stream import StepBatch
+from train.run.nonfinite import SkippedSteps
+from train.shards.index import ShardIndex, open_shards
 
 POISON = 9
 """A token that no sample has but the poisoned one."""

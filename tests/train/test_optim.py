@@ -10,9 +10,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
-from train.flags import parse_arguments
-from train.model import PackedQwen
-from train.optim import (
+from train.model.optim import (
     LANGUAGE_MODEL,
     MERGER,
     VISION_TOWER,
@@ -22,7 +20,9 @@ from train.optim import (
     learning_rates,
     part_of,
 )
-from train.recipe import choose_recipe
+from train.model.packed import PackedQwen
+from train.settings.flags import parse_arguments
+from train.settings.recipe import choose_recipe
 
 RATES = {LANGUAGE_MODEL: 1e-3, MERGER: 2e-3, VISION_TOWER: 3e-3}
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, write_shards
-from train.explain import explain_step, source_samples
-from train.index import open_shards
-from train.order import EMPTY, DataOrder, Grouping
+from train.order.dealing import EMPTY, DataOrder, Grouping
+from train.order.explain import explain_step, source_samples
+from train.shards.index import open_shards
 
 sizes = st.integers(1, 60)
 seeds = st.integers(0, 2**63)

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 
 from schemas.qwen import tokenizer_fingerprint
 from tests.train.synthetic import make_bins, write_shards
-from train import engine
-from train.explain import explain_step
-from train.flags import parse_arguments
-from train.order_cli import main
-from train.plan import make_plan
+from train.order.cli import main
+from train.order.explain import explain_step
+from train.run import engine
+from train.run.plan import make_plan
+from train.settings.flags import parse_arguments
 
 
 @pytest.fixture

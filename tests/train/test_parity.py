@@ -14,11 +14,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from schemas.qwen import IMAGE_PAD
 from tests.train.synthetic import make_bins, write_shards
-from train.batch import MicroBatch, build_micro_batch
-from train.index import open_shards
-from train.model import PackedQwen
-from train.parity import bins_to_compare, change_samples, compare_packed, split_samples
-from train.reader import BinReader
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.model.packed import PackedQwen
+from train.preflight.parity import bins_to_compare, change_samples, compare_packed, split_samples
+from train.shards.index import open_shards
+from train.shards.reader import BinReader
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from schemas.bins import Bin
 from tests.train.synthetic import Medium, as_bin, as_stored, make_sample, residuals_of
-from train.batch import VisionBatch, build_micro_batch
-from train.pixels import pixel_values, undo_residuals
+from train.batches.batch import VisionBatch, build_micro_batch
+from train.model.pixels import pixel_values, undo_residuals
 
 PROCESSOR = Qwen2VLImageProcessorPil()
 

@@ -16,18 +16,19 @@ import torch
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import tokenizer_fingerprint
 from tests.train.synthetic import make_bins, write_shards
-from train import engine, pretrained
-from train.attention import FLASH_ATTENTION
-from train.checkpoint import RunState
-from train.cost import CostModel, read_config
-from train.flags import parse_arguments
-from train.index import open_shards
-from train.loop import open_stream
+from train.arithmetic.cost import CostModel, read_config
 from train.main import main
-from train.order import Grouping
-from train.plan import Plan, make_plan, read_settings
-from train.reader import ReadSettings
-from train.sizes import sizes_of
+from train.model import pretrained
+from train.model.attention import FLASH_ATTENTION
+from train.model.sizes import sizes_of
+from train.order.dealing import Grouping
+from train.run import engine
+from train.run.checkpoint import RunState
+from train.run.loop import open_stream
+from train.run.plan import Plan, make_plan, read_settings
+from train.settings.flags import parse_arguments
+from train.shards.index import open_shards
+from train.shards.reader import ReadSettings
 
 
 @pytest.fixture(autouse=True)
@@ -371,7 +372,7 @@ def test_a_read_that_stalls_stops_the_run_after_the_time_given(
 ) -> None:
     plan = make_plan(parse_arguments([*flags, "--read_timeout_s", "0.05"]))
     release = threading.Event()
-    monkeypatch.setattr("train.stream.BinReader.read", lambda reader, number: release.wait())
+    monkeypatch.setattr("train.batches.stream.BinReader.read", lambda reader, number: release.wait())
     with open_stream(plan) as stream:
         with pytest.raises(ShardError, match=r"not read within 0\.05 s"):
             next(stream)
@@ -388,7 +389,7 @@ def test_so_many_forward_passes_are_kept_ready(
 ) -> None:
     """Four threads, four forward passes in a step."""
     seen: dict[str, object] = {}
-    monkeypatch.setattr("train.loop.BinStream", lambda *_, **settings: seen.update(settings))
+    monkeypatch.setattr("train.run.loop.BinStream", lambda *_, **settings: seen.update(settings))
     open_stream(make_plan(parse_arguments([*flags, *given])))
     assert (seen["num_threads"], seen["prefetch"]) == (4, expected)
 

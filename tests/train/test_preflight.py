@@ -14,16 +14,16 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import train.preflight
+import train.preflight.dry_run
 from schemas.errors import ConfigError
 from tests.train.launching import fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
-from train.engine import Ranks
-from train.flags import parse_arguments
-from train.index import open_shards
-from train.plan import Plan
-from train.preflight import MAX_PROBLEMS_SHOWN, check_folder, explain, room_for, run_largest
-from train.reader import BinReader
+from train.preflight.dry_run import MAX_PROBLEMS_SHOWN, check_folder, explain, room_for, run_largest
+from train.run.engine import Ranks
+from train.run.plan import Plan
+from train.settings.flags import parse_arguments
+from train.shards.index import open_shards
+from train.shards.reader import BinReader
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_loss_that_is_no_number_is_found(shards: Path, tiny_checkpoint: Path, 
 def have_no_memory() -> None:
     """Make the second rank see a host without memory."""
     if os.environ["RANK"] == "1":
-        mock.patch.object(train.preflight, "host_bytes", return_value=0).start()
+        mock.patch.object(train.preflight.dry_run, "host_bytes", return_value=0).start()
 
 
 def have_no_disk() -> None:

@@ -16,8 +16,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
 from schemas.qwen import IMAGE_MEAN, IMAGE_STD, tokenizer_fingerprint
-from train import pretrained
-from train.pretrained import ModelShape
+from train.model import pretrained
+from train.model.pretrained import ModelShape
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from demo import qwen_tokenizer
+from demo.qwen_tokenizer import SPLIT_PATTERN, find_tiktoken_file, last_merge, read_ranks
 from schemas.errors import ConfigError
 from schemas.qwen import tokenizer_fingerprint
-from train import qwen_tokenizer
-from train.qwen_tokenizer import SPLIT_PATTERN, find_tiktoken_file, last_merge, read_ranks
 
 ADDED_TOKENS = [
     "<|endoftext|>",

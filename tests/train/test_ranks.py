@@ -14,8 +14,8 @@ import torch
 
 from tests.train.launching import as_flags, fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
-from train import engine, loop
-from train.arguments import TrainArguments
+from train.run import engine, loop
+from train.settings.arguments import TrainArguments
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_ranks_wait_for_what_the_first_one_does_alone(flags: list[str]) -> None:
 def see_less_on_the_second() -> None:
     """The second rank does not see the checkpoint that the first one goes on from."""
     if os.environ["RANK"] == "1":
-        pytest.MonkeyPatch().setattr("train.checkpoint.choose_checkpoint", lambda *_: None)
+        pytest.MonkeyPatch().setattr("train.run.checkpoint.choose_checkpoint", lambda *_: None)
 
 
 def test_ranks_that_would_not_make_the_same_run_end_before_it(flags: list[str], tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from train.flags import parse_arguments
-from train.recipe import Recipe, choose_recipe, size_of
+from train.settings.flags import parse_arguments
+from train.settings.recipe import Recipe, choose_recipe, size_of
 
 CONFIGS = {
     "3B": {"hidden_size": 2048, "num_hidden_layers": 36},

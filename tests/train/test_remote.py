@@ -20,14 +20,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from schemas.errors import ConfigError, ShardError
 from tests.train import http_server
 from tests.train.synthetic import make_bins, write_shards
-from train import storage
-from train.batch import MicroBatch
-from train.explain import source_samples
-from train.index import ShardIndex, open_shards
-from train.order import DataOrder
-from train.reader import BinReader, ReadSettings
-from train.storage import Patience, RemotePath, file_sizes
-from train.stream import BinStream
+from train.batches.batch import MicroBatch
+from train.batches.stream import BinStream
+from train.order.dealing import DataOrder
+from train.order.explain import source_samples
+from train.shards import remote as storage
+from train.shards.index import ShardIndex, open_shards
+from train.shards.reader import BinReader, ReadSettings
+from train.shards.remote import Patience, RemotePath, file_sizes
 
 QUICK = Patience(attempts=3, timeout_s=10.0, first_delay_s=0.01, max_delay_s=0.05)
 BINS = make_bins(num_bins=24)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from train.arguments import SCHEDULES
-from train.schedule import schedule, set_rates, warmup_steps
+from train.run.schedule import schedule, set_rates, warmup_steps
+from train.settings.arguments import SCHEDULES
 
 
 @pytest.mark.parametrize(

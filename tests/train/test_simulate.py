@@ -15,9 +15,9 @@ import pytest
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, write_shards
 from tests.train.test_order import reference_permutation
-from train.index import ShardIndex, open_shards
-from train.order import DataOrder
-from train.simulate import dataset_tokens, mixture_variance, report, simulate
+from train.order.dealing import DataOrder
+from train.order.simulate import dataset_tokens, mixture_variance, report, simulate
+from train.shards.index import ShardIndex, open_shards
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ import torch
 
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
-from train import stream as stream_module
-from train.batch import MicroBatch
-from train.index import ShardIndex, open_shards
-from train.order import DataOrder
-from train.pixels import pixel_values
-from train.reader import BinReader, read_checked_bin
-from train.stream import BinStream
+from train.batches import stream as stream_module
+from train.batches.batch import MicroBatch
+from train.batches.stream import BinStream
+from train.model.pixels import pixel_values
+from train.order.dealing import DataOrder
+from train.shards.index import ShardIndex, open_shards
+from train.shards.reader import BinReader, read_checked_bin
 
 BINS = make_bins(num_bins=10)
 READ = BinReader.read

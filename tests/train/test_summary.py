@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from schemas.errors import ConfigError
 from schemas.manifest import encode_manifest, read_manifest
 from tests.train.synthetic import make_bins, write_shards
-from train.summary import main, read_metrics, summarise
+from train.tools.summary import main, read_metrics, summarise
 
 
 def _write_run(folder: Path, steps: list[tuple[int, float, float]]) -> Path:

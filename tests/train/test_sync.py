@@ -14,10 +14,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.train.test_model import EVERYTHING, micro_batch, samples_of_all_kinds
-from train import optim
-from train.attention import FLASH_ATTENTION
-from train.batch import MicroBatch, build_micro_batch
-from train.model import PackedQwen, checkpoint_activations
+from train.batches.batch import MicroBatch, build_micro_batch
+from train.model import optim
+from train.model.attention import FLASH_ATTENTION
+from train.model.packed import PackedQwen, checkpoint_activations
 
 NEEDS_FLASH_ATTENTION = pytest.mark.skipif(
     not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="no GPU with flash-attn is here"

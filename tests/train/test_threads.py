@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
-from train import batch as batch_module
-from train import storage
-from train import stream as stream_module
-from train.index import BinLocation, ShardIndex, open_shards
-from train.order import DataOrder, Grouping
-from train.reader import BinReader, ReadSettings
-from train.stream import BinStream
+from train.batches import batch as batch_module
+from train.batches import stream as stream_module
+from train.batches.stream import BinStream
+from train.order.dealing import DataOrder, Grouping
+from train.shards import remote as storage
+from train.shards.index import BinLocation, ShardIndex, open_shards
+from train.shards.reader import BinReader, ReadSettings
 
 BINS = make_bins(num_bins=10)
 

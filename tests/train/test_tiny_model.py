@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from demo.tiny_model import EDGES, main, patch_cosines, tiny_config, write_tiny_checkpoint
 from schemas.errors import ConfigError
-from train.tiny_model import EDGES, main, patch_cosines, tiny_config, write_tiny_checkpoint
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

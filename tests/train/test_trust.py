@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from schemas.bins import ARRAY_MEMBERS
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, make_medium, make_sample, write_shards
-from train import storage
-from train.index import ShardIndex, open_shards
 from train.main import main
-from train.reader import VERIFY, BinReader, ReadSettings, read_checked_bin
+from train.shards import remote as storage
+from train.shards.index import ShardIndex, open_shards
+from train.shards.reader import VERIFY, BinReader, ReadSettings, read_checked_bin
 
 NUMBER = 4
 MEMBERS = {
@@ -156,7 +156,7 @@ def test_a_rank_that_waits_for_one_that_stopped_says_so_in_a_sentence(
     def fail(args: object) -> bool:
         raise RuntimeError(says)
 
-    monkeypatch.setattr("train.loop.train", fail)
+    monkeypatch.setattr("train.run.loop.train", fail)
     assert main(["--shards", "set", "--model_name_or_path", "model"]) == 1
     assert capsys.readouterr().err == "error: another rank has ended. Its own message, above or in its log, says why.\n"
     with pytest.raises(RuntimeError):
@@ -172,7 +172,7 @@ def test_ctrl_c_ends_a_run_without_a_traceback(
     def interrupt(args: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("train.loop.train", interrupt)
+    monkeypatch.setattr("train.run.loop.train", interrupt)
     assert main(["--shards", "set", "--model_name_or_path", "model"]) == 130
     assert capsys.readouterr().err == "stopped. The same command goes on from the newest checkpoint.\n"
 

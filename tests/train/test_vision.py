@@ -11,7 +11,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from schemas.errors import ConfigError
 from schemas.qwen import Grid
-from train.vision import vision_inputs
+from train.batches.vision_inputs import vision_inputs
 
 sides = st.integers(1, 14).map(lambda merged: 2 * merged)
 images = st.builds(Grid, st.just(1), sides, sides)

@@ -1,0 +1,252 @@
+"""A tiny random Qwen2.5-VL: seed -> the folder of a complete checkpoint, so that the whole path runs on a laptop.
+
+It has the tokenizer, chat template and processor files of the real checkpoints; only the weights are small (9.9 M
+parameters, 9.7 M of them the tied embeddings) and random. ``python -m train.tiny_model OUT`` writes one.
+
+Cost: about 3 s for the tokenizer and 1 s for 40 MB of weights; with a small vocabulary (for tests that need no
+tokenizer) a tenth of a second and 1 MB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from pathlib import Path
+
+import click
+import torch
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextConfig
+from transformers.utils import logging as transformers_logging
+
+from demo.qwen_tokenizer import PLAIN_ADDED_TOKENS, write_json, write_tokenizer_files
+from schemas import qwen
+from schemas.errors import ConfigError, VlprepError
+
+VOCAB_SIZE = 151936
+"""Rows of the embeddings (a few more than there are tokens). Source: ``config.json`` of Qwen2.5-VL-3B-Instruct."""
+
+NUM_TOKENS = qwen.ENDOFTEXT + len(qwen.CONTROL_TOKENS) + len(PLAIN_ADDED_TOKENS)
+"""Tokens of the real tokenizer: 151,665."""
+
+MIN_VOCAB_SIZE = 64
+
+EMBEDDING_STD = 0.25
+"""Spread of the embeddings, which are also the output layer.
+
+The final norm gives vectors of length sqrt(64) = 8, so logits start with a spread of 8 * 0.25 = 2 and the loss at 12 to
+14, little above that of a guess, log(151936) = 11.9. With the usual 0.02 they start at 0.16, and a few dozen steps
+cannot grow them to the 10 or more that a sure answer needs in so large a vocabulary: on questions about the colour of a
+square, 60 AdamW steps (rate 2e-3) brought the loss to 4.7 with 0.02, to 1.4 with 0.125, to 0.3 with 0.25.
+"""
+
+ADDED_TO_INPUT = ("attn.proj.weight", "o_proj.weight", "down_proj.weight")
+"""Last matrices of attention and MLP, whose outputs are added to what the layer got."""
+
+EDGES, BRIGHTNESS = 0.9, 0.03
+"""Sizes of the cosines of a patch. Frequencies weigh more the higher they are, as they are weaker in pictures. On the
+demo's charts an output has a spread of 4, and mean brightness makes 2."""
+
+
+def tiny_config(
+    vocab_size: int = VOCAB_SIZE, *, num_hidden_layers: int = 2, vision_hidden_size: int = 32
+) -> Qwen2_5_VLConfig:
+    """Configuration of the tiny model: every part of Qwen2.5-VL is there, with window and full attention blocks.
+
+    Args:
+        vocab_size: rows of the embeddings. Below 151,665 the control tokens of the real tokenizer do not fit: the last
+            rows of the vocabulary then stand for them, in the same order (``image_token_id`` is ``vocab_size - 10``).
+        num_hidden_layers: of the language model.
+        vision_hidden_size: width of the vision tower, in heads of 16.
+
+    Returns:
+        A configuration with tied embeddings.
+
+    Raises:
+        ConfigError: the vocabulary is too small to hold the control tokens and some text.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(f"vocab_size is {vocab_size}; allowed: {MIN_VOCAB_SIZE} or more.")
+    shift = min(0, vocab_size - NUM_TOKENS)
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            # the sections share out the 8 rotary frequencies of a head of 16
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": qwen.ENDOFTEXT + shift,
+            "eos_token_id": qwen.IM_END + shift,
+            "pad_token_id": qwen.ENDOFTEXT + shift,
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": vision_hidden_size // 16,
+            "out_hidden_size": 64,
+            "patch_size": qwen.PATCH_SIZE,
+            "spatial_merge_size": qwen.MERGE_SIZE,
+            "temporal_patch_size": qwen.TEMPORAL_PATCH_SIZE,
+            "tokens_per_second": qwen.TOKENS_PER_SECOND,
+            "window_size": 112,
+            "fullatt_block_indexes": [1, 3],
+        },
+        vision_start_token_id=qwen.VISION_START + shift,
+        vision_end_token_id=qwen.VISION_END + shift,
+        image_token_id=qwen.IMAGE_PAD + shift,
+        video_token_id=qwen.VIDEO_PAD + shift,
+        tie_word_embeddings=True,
+    )
+
+
+def write_tiny_checkpoint(
+    out: Path,
+    *,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    num_hidden_layers: int = 2,
+    vision_hidden_size: int = 32,
+    cosines: bool = False,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write a tiny checkpoint that ``from_pretrained`` loads. Same seed, same bytes.
+
+    ``preprocessor_config.json`` is written last: where it stands, the checkpoint is complete.
+
+    Args:
+        out: folder to write to; made if need be, files of the same names are replaced.
+        seed: decides the weights, which are float32.
+        vocab_size: rows of the embeddings, by default those of the real model. With fewer rows than the real tokenizer
+            has tokens, no tokenizer files are written.
+        num_hidden_layers: of the language model.
+        vision_hidden_size: width of the vision tower, in heads of 16.
+        cosines: whether patches are embedded by cosines and layers add less to their inputs, for a model that is to
+            learn to read: see :func:`patch_cosines`.
+        tokenizer: a ``qwen.tiktoken`` file or its folder, by default the one in the ``dashscope`` package.
+
+    Raises:
+        ConfigError: there is no tokenizer vocabulary, or ``vocab_size`` is too small.
+    """
+    config = tiny_config(
+        VOCAB_SIZE if vocab_size is None else vocab_size,
+        num_hidden_layers=num_hidden_layers,
+        vision_hidden_size=vision_hidden_size,
+    )
+    text = config.text_config
+    assert isinstance(text, Qwen2_5_VLTextConfig)
+    out.mkdir(parents=True, exist_ok=True)
+    if text.vocab_size >= NUM_TOKENS:
+        write_tokenizer_files(out, tokenizer)
+    model = _random_model(config, seed, cosines=cosines)
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=[text.eos_token_id, text.bos_token_id],
+        pad_token_id=text.pad_token_id,
+    )
+    model.save_pretrained(out)
+    write_json(out / "preprocessor_config.json", preprocessor_config())
+
+
+def preprocessor_config() -> dict[str, object]:
+    """Contents of ``preprocessor_config.json`` of the Qwen2.5-VL-Instruct checkpoints (all sizes have the same)."""
+    return {
+        "min_pixels": 4 * qwen.FACTOR**2,
+        "max_pixels": 16384 * qwen.FACTOR**2,
+        "patch_size": qwen.PATCH_SIZE,
+        "temporal_patch_size": qwen.TEMPORAL_PATCH_SIZE,
+        "merge_size": qwen.MERGE_SIZE,
+        "image_mean": list(qwen.IMAGE_MEAN),
+        "image_std": list(qwen.IMAGE_STD),
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+
+
+def _random_model(config: Qwen2_5_VLConfig, seed: int, *, cosines: bool) -> Qwen2_5_VLForConditionalGeneration:
+    """A model whose matrices keep the size of their input (spread 1 / sqrt(fan-in)); norms are 1, biases 0.
+
+    The usual spread of 0.02 suits thousands of inputs; with 32 to 128 of them it would shrink every signal tenfold a
+    layer. With cosines, what a layer adds to its input is smaller: all layers together add about as much as they get.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    embeddings = model.get_input_embeddings().weight
+    visual, language_model = model.model.visual, model.model.language_model
+    patches = visual.patch_embed.proj.weight
+    depths = {"visual": len(visual.blocks), "language_model": len(language_model.layers)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            std = EMBEDDING_STD if parameter is embeddings else 1 / math.sqrt(parameter[0].numel())
+            part, _, layer = name.removeprefix("model.").partition(".")
+            if cosines and layer.endswith(ADDED_TO_INPUT):
+                std /= math.sqrt(2 * depths[part])
+            parameter.normal_(0.0, std, generator=generator)
+        if cosines:
+            patches.copy_(patch_cosines(len(patches)))
+    return model
+
+
+def patch_cosines(number: int) -> torch.Tensor:
+    """What a patch can be embedded by: its lowest cosines, half of brightness, half of two differences of colour.
+
+    With random weights words are hardly learnt. White paper has values near 2 all over, so that a random sum of a
+    patch says more of its brightness than of what is drawn on it; and moved by a pixel, the same stroke would give an
+    unrelated sum. In a trial on words cut out of charts, a tiny model knew half of 25 words after 25,000 pictures with
+    cosines; with random weights, none after 30,000.
+
+    Args:
+        number: H, of weights.
+
+    Returns:
+        (H, 3, 2, 14, 14) float32: orthogonal; one has mean brightness, and is small.
+    """
+    side = torch.arange(qwen.PATCH_SIZE)
+    # (frequency, pixel), orthonormal: the DCT-II of JPEG
+    waves = torch.cos(math.pi / qwen.PATCH_SIZE * side[:, None] * (side + 0.5))
+    waves /= waves.norm(dim=1, keepdim=True)
+    frequencies = sorted(
+        itertools.product(range(qwen.PATCH_SIZE), repeat=2), key=lambda pair: (math.hypot(*pair), pair)
+    )
+    channels = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+    channels /= channels.norm(dim=1, keepdim=True)
+    filters = []
+    for channel, count in zip(channels, (number - 2 * (number // 4), number // 4, number // 4)):
+        for row, column in frequencies[:count]:
+            wave = torch.outer(waves[row], waves[column]) * EDGES * (1 + row + column)
+            filters.append(channel[:, None, None, None] * wave.expand(1, qwen.TEMPORAL_PATCH_SIZE, -1, -1))
+    filters[0] *= BRIGHTNESS / EDGES
+    return torch.stack(filters) / math.sqrt(qwen.TEMPORAL_PATCH_SIZE)
+
+
+@click.command(name="python -m train.tiny_model")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides the weights.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="A qwen.tiktoken file or its folder.  [default: the one in the dashscope package]",
+)
+def main(out: Path, seed: int, tokenizer: Path | None) -> None:
+    """Write a tiny random Qwen2.5-VL checkpoint with the real tokenizer and processor files to OUT."""
+    transformers_logging.disable_progress_bar()
+    try:
+        write_tiny_checkpoint(out, seed=seed, tokenizer=tokenizer)
+    except VlprepError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    click.echo(f"{out}: a tiny random Qwen2.5-VL (seed {seed}) with the real tokenizer and processor files")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Parquet: rows as records, also as Hugging Face datasets store them, with pictures inside.
+
+Input: a Parquet file. Output: chunks (ranges of rows within a row group), and the records of a chunk as JSON text. A
+media column holds names, or ``{bytes, path}`` as ``datasets.Image`` stores pictures, or bare bytes; bytes travel
+beside the record under a name of their own (``images[0]``). Memory is bounded by the file's own row groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prep.annotations.chunks import MAX_RECORD_BYTES, Chunk, Record
+from schemas.errors import ConfigError
+
+CHUNK_ROWS = 8192
+"""Most rows in a chunk. A chunk does not cross row groups."""
+
+_MEDIA_COLUMNS = ("image", "images", "video", "videos")
+_TEXT_COLUMNS = ("id", "conversations", "messages", "texts")
+_COLUMNS = (*_TEXT_COLUMNS, *_MEDIA_COLUMNS)
+
+
+def cut(path: Path) -> Iterator[Chunk]:
+    """Cut a file into chunks from its footer alone."""
+    metadata = pq.read_metadata(path)
+    first = 0
+    for group in range(metadata.num_row_groups):
+        behind = first + metadata.row_group(group).num_rows
+        for start in range(first, behind, CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, behind)
+            yield Chunk(
+                kind="rows", start=start, stop=stop, first_line=start + 1, first_record=start, num_records=stop - start
+            )
+        first = behind
+
+
+def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
+    """Yield the rows of a chunk.
+
+    Raises:
+        ConfigError: the file changed since it was cut.
+    """
+    with pq.ParquetFile(path) as file:
+        group, first = _row_group(file.metadata, chunk.start)
+        if group is None or chunk.stop > file.metadata.num_rows:
+            raise ConfigError(f"annotation file {path} changed while it was being read; run the command again.")
+        columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+        # Some writers leave out that bytes are text; msgspec would spell them in base64.
+        has_bytes = any(
+            "binary" in str(file.schema_arrow.field(name).type) for name in columns if name in _TEXT_COLUMNS
+        )
+        number = first
+        for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=columns):
+            if number >= chunk.stop:
+                return
+            for offset in range(max(chunk.start - number, 0), min(chunk.stop - number, len(batch))):
+                yield _record(batch.slice(offset, 1), number + offset, has_bytes)
+            number += len(batch)
+
+
+def _row_group(metadata: Any, row: int) -> tuple[int | None, int]:
+    """The row group that holds ``row``, and its first row."""
+    first = 0
+    for group in range(metadata.num_row_groups):
+        behind = first + metadata.row_group(group).num_rows
+        if row < behind:
+            return group, first
+        first = behind
+    return None, first
+
+
+def _record(batch: pa.RecordBatch, number: int, has_bytes: bool) -> Record:
+    try:
+        (row,) = batch.to_pylist()
+        if has_bytes:
+            row.update({name: _text(row[name]) for name in _TEXT_COLUMNS if name in row})
+    except UnicodeDecodeError as error:
+        return Record(None, number + 1, number, fault=f"text that is not UTF-8: {error.reason}")
+    embedded: dict[str, bytes] = {}
+    for column in _MEDIA_COLUMNS:
+        value = row.get(column)
+        if isinstance(value, list):
+            row[column] = [_named(item, f"{column}[{place}]", embedded) for place, item in enumerate(value)]
+        elif value is not None:
+            row[column] = _named(value, column, embedded)
+    data = msgspec.json.encode(row, enc_hook=str)
+    if len(data) > MAX_RECORD_BYTES:
+        return Record(None, number + 1, number, fault=f"the row has more than {MAX_RECORD_BYTES:,} bytes of text")
+    return Record(data, number + 1, number, embedded)
+
+
+def _text(value: Any) -> Any:
+    """A value with text in the place of bytes."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return {name: _text(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _named(value: Any, place: str, embedded: dict[str, bytes]) -> Any:
+    """The name of a medium; its bytes, if it has any, go to ``embedded``."""
+    path = None
+    if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
+        value, path = value.get("bytes"), value.get("path")
+        if value is None:
+            return path
+    if isinstance(value, (bytes, bytearray)):
+        name = f"{place} {path}" if path else place
+        embedded[name] = bytes(value)
+        return name
+    return value

@@ -1,0 +1,359 @@
+"""Which annotation files and media a build reads, and how much of each dataset.
+
+Input: a registry expression (``mp_doc%50,clevr_mc``) with ``datasets.toml``, or the path of an annotation file.
+Output: a list of :class:`Source`. Also draws the sample of a dataset: a seeded permutation, the same on every
+machine.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+import storage
+from prep.annotations.records import ANNOTATION_SUFFIXES
+from schemas.errors import ConfigError, VlprepError
+from schemas.seeds import seed_for
+from schemas.settings import MediaSettings
+from storage.urls import Location, Url, is_url, names_below_common_folder, parse_location
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_REGISTRY = Path("datasets.toml")
+
+_TERM = re.compile(r"(?P<name>[^%]+?)(?:%(?P<percent>[0-9]+(?:\.[0-9]+)?))?")
+_MAX_PERCENT = 1000
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One dataset of a build.
+
+    Attributes:
+        name: what the ledger calls it.
+        files: annotation files, in order; paths or URLs.
+        file_names: what the ledger calls them: relative to their common folder.
+        media_root: folder or URL that all media lie below.
+        rate: share taken; 1 is all, 2 every annotation twice.
+        media: media settings of this dataset.
+    """
+
+    name: str
+    files: tuple[Location, ...]
+    file_names: tuple[str, ...]
+    media_root: Location
+    rate: Fraction
+    media: MediaSettings
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One table of ``datasets.toml``."""
+
+    annotation_path: str | list[str] = ""
+    media_root: str | None = None
+    data_path: str | None = None
+    sampling_rate: float = 1.0
+    media: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listed:
+    """One line of ``vlprep datasets``: a registered dataset and the state of its files."""
+
+    name: str
+    files: tuple[Location, ...]
+    media_root: Location | None
+    state: str
+
+
+def parse_expression(expression: str) -> list[tuple[str, Fraction]]:
+    """Split ``a%50,b`` into names and shares: [("a", 1/2), ("b", 1)].
+
+    Raises:
+        ConfigError: an empty or repeated name, or a percentage that is not from above 0 to 1000.
+    """
+    terms: list[tuple[str, Fraction]] = []
+    for text in expression.split(","):
+        match = _TERM.fullmatch(text.strip())
+        if match is None:
+            raise ConfigError(f"{text.strip()!r} in {expression!r} is not name or name%percent, such as mp_doc%50.")
+        percent = Fraction(match["percent"] or "100")
+        if not 0 < percent <= _MAX_PERCENT:
+            raise ConfigError(f"{text.strip()!r} takes {match['percent']} %; allowed: above 0, at most {_MAX_PERCENT}.")
+        if match["name"] in [name for name, _ in terms]:
+            raise ConfigError(
+                f"dataset {match['name']!r} appears twice in {expression!r}; name it once, with one share."
+            )
+        terms.append((match["name"], percent / 100))
+    return terms
+
+
+def find_sources(
+    expression: str, *, registry: Path | None, media_root: Location | None, media: MediaSettings
+) -> list[Source]:
+    """Resolve what the user named into datasets with existing files.
+
+    Args:
+        expression: a registry expression, the path of an annotation file, or a URL of one or (by wildcards) several.
+        registry: the registry, or None for ``datasets.toml`` in the working folder.
+        media_root: for annotation files: folder or URL of their media (default: where the file lies).
+        media: settings that a dataset's own table overrides.
+
+    Raises:
+        ConfigError: an unknown dataset, a path that is not set or does not exist; it names file and line to edit.
+        StorageError: a store does not answer.
+    """
+    if is_url(expression):
+        return [_url_source(parse_location(expression), media_root, media)]
+    path = Path(expression)
+    if path.is_file() or ("," not in expression and path.name.endswith(ANNOTATION_SUFFIXES)):
+        return [_file_source(path, media_root, media)]
+    if media_root is not None:
+        raise ConfigError("--media-root goes with an annotation file; a registered dataset has its own media_root.")
+    book = Registry.read(registry or DEFAULT_REGISTRY)
+    return [book.source(name, rate, media) for name, rate in parse_expression(expression)]
+
+
+def _file_source(path: Path, media_root: Location | None, media: MediaSettings) -> Source:
+    if not path.is_file():
+        raise ConfigError(f"annotation file {path} does not exist.")
+    root = media_root if media_root is not None else path.parent
+    check_root(root)
+    return Source(
+        name=_without_suffix(path.name),
+        files=(path,),
+        file_names=(path.name,),
+        media_root=root,
+        rate=Fraction(1),
+        media=media,
+    )
+
+
+def _url_source(place: Location, media_root: Location | None, media: MediaSettings) -> Source:
+    if isinstance(place, Path):
+        return _file_source(place, media_root, media)
+    files = find_files(place)
+    folder = place.parent
+    while _WILDCARD.search(folder.url.partition("://")[2]):
+        folder = folder.parent
+    root = media_root if media_root is not None else folder
+    check_root(root)
+    name = folder.name if place not in files else _without_suffix(place.name)
+    return Source(
+        name=name,
+        files=files,
+        file_names=names_below_common_folder(files),
+        media_root=root,
+        rate=Fraction(1),
+        media=media,
+    )
+
+
+def _without_suffix(name: str) -> str:
+    for suffix in sorted(ANNOTATION_SUFFIXES, key=len, reverse=True):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def find_files(pattern: Url) -> tuple[Url, ...]:
+    """The annotation files that a URL names, which may hold wildcards.
+
+    Raises:
+        ConfigError: there are none.
+        StorageError: the store does not answer.
+    """
+    found = storage.matches(pattern)
+    if not found:
+        raise ConfigError(f"{pattern} matches no file. Check the pattern, the bucket and the endpoint.")
+    return tuple(found)
+
+
+def check_root(root: Location) -> None:
+    """Hold that a media root is there.
+
+    Raises:
+        ConfigError: it is not a folder, or holds nothing, or may not be looked at.
+        StorageError: the store does not answer.
+    """
+    if isinstance(root, Url):
+        storage.check_folder(root)
+    elif not root.is_dir():
+        raise ConfigError(f"media root {root} is not a folder.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registry:
+    """A read ``datasets.toml``."""
+
+    path: Path
+    text: str
+    tables: dict[str, Any]
+
+    @staticmethod
+    def read(path: Path) -> Registry:
+        """Read a registry.
+
+        Raises:
+            ConfigError: it does not exist or is not TOML.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            tables = tomllib.loads(text)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"registry {path} does not exist; name one with --registry, or give the path of an annotation file."
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"registry {path} cannot be read: {error.strerror}.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"registry {path} is not valid TOML: {error}.") from error
+        return Registry(path=path, text=text, tables=tables)
+
+    def source(self, name: str, rate: Fraction, media: MediaSettings) -> Source:
+        """The dataset ``name`` with existing files, ``rate`` times its own sampling rate."""
+        entry = self._entry(name)
+        files = self._files(name, entry)
+        root = self._root(name, entry)
+        try:
+            own = msgspec.convert({**msgspec.to_builtins(media), **entry.media}, MediaSettings)
+        except (msgspec.ValidationError, ConfigError) as error:
+            raise ConfigError(f"{self._place(name, 'media')}: {str(error).rstrip('.')}.") from error
+        return Source(
+            name=name,
+            files=files,
+            file_names=names_below_common_folder(files),
+            media_root=root,
+            rate=rate * Fraction(str(entry.sampling_rate)),
+            media=own,
+        )
+
+    def listed(self) -> list[Listed]:
+        """Every registered dataset and whether its files exist."""
+        rows = []
+        for name in self.tables:
+            try:
+                found = self.source(name, Fraction(1), MediaSettings())
+                rows.append(Listed(name=name, files=found.files, media_root=found.media_root, state="ready"))
+            except VlprepError as error:
+                rows.append(Listed(name=name, files=(), media_root=None, state=str(error)))
+        return rows
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self.tables:
+            if "/" in name or name.endswith(ANNOTATION_SUFFIXES):
+                raise ConfigError(
+                    f"{name} is a path, and paths are not mixed or cut to a share on the command line: there, give one "
+                    f"annotation file (or a URL) and nothing else. To mix datasets or to take a share of one, register "
+                    f"each in {self.path}: a table [name] with annotation_path and media_root."
+                )
+            known = ", ".join(self.tables) or "none"
+            raise ConfigError(
+                f"dataset {name!r} is not registered in {self.path}; registered: {known}. Add a table [{name}] with "
+                "annotation_path and media_root, or give the path of an annotation file."
+            )
+        try:
+            entry = msgspec.convert(self.tables[name], _Entry)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{self._place(name)}: {error}.") from error
+        if entry.media_root is not None and entry.data_path is not None:
+            raise ConfigError(f"{self._place(name, 'data_path')}: media_root and data_path mean the same; give one.")
+        if not 0 < entry.sampling_rate <= _MAX_PERCENT / 100:
+            raise ConfigError(
+                f"{self._place(name, 'sampling_rate')}: sampling_rate is {entry.sampling_rate}; allowed: above 0, at "
+                f"most {_MAX_PERCENT // 100}."
+            )
+        return entry
+
+    def _files(self, name: str, entry: _Entry) -> tuple[Location, ...]:
+        patterns = [entry.annotation_path] if isinstance(entry.annotation_path, str) else entry.annotation_path
+        where = self._place(name, "annotation_path")
+        if not patterns or not all(patterns):
+            raise ConfigError(f'{where}: the path of dataset {name} is not set. Edit that line: annotation_path = "…".')
+        files: list[Location] = []
+        for pattern in patterns:
+            target = self._below(pattern)
+            found = self._matches(pattern, target, where)
+            if not found:
+                raise ConfigError(f"{where}: {target} does not exist. Edit that line, or put the file there.")
+            files.extend(hit for hit in found if hit not in files)
+        return tuple(files)
+
+    def _matches(self, pattern: str, target: Location, where: str) -> list[Location]:
+        """Files that a path, a URL or a glob names, in order. The registry's own folder is no part of a glob."""
+        if isinstance(target, Url):
+            try:
+                return list(find_files(target))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
+        if target.is_file():
+            return [target]
+        whole = os.path.join(glob.escape(str(self.path.parent)), os.path.expanduser(pattern))
+        return [Path(hit) for hit in sorted(glob.glob(whole, recursive=True)) if Path(hit).is_file()]
+
+    def _root(self, name: str, entry: _Entry) -> Location:
+        key = "data_path" if entry.data_path is not None else "media_root"
+        value = entry.data_path if entry.data_path is not None else entry.media_root
+        where = self._place(name, key)
+        if not value:
+            raise ConfigError(f'{where}: the media root of dataset {name} is not set. Edit that line: {key} = "…".')
+        root = self._below(value)
+        if isinstance(root, Url):
+            try:
+                check_root(root)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
+        elif not root.is_dir():
+            raise ConfigError(f"{where}: the media root {root} is not a folder. Edit that line, or make the folder.")
+        return root
+
+    def _below(self, path: str) -> Location:
+        """A URL as it is, a path relative to the registry."""
+        location = parse_location(path)
+        return location if isinstance(location, Url) else self.path.parent / location.expanduser()
+
+    def _place(self, name: str, key: str | None = None) -> str:
+        """``file:line`` of a table, or of a key in it (the table's line where the key is missing)."""
+        header = re.compile(rf"\s*\[\s*[\"']?{re.escape(name)}[\"']?\s*(\]|\.)")
+        lines = self.text.splitlines()
+        table = next((number for number, line in enumerate(lines) if header.match(line)), 0)
+        if key is not None:
+            for number in range(table + 1, len(lines)):
+                if re.match(rf"\s*(\[[^\]]*\.)?{key}\b", lines[number]):
+                    return f"{self.path}:{number + 1}"
+                if lines[number].lstrip().startswith("[") and not header.match(lines[number]):
+                    break
+        return f"{self.path}:{table + 1}"
+
+
+def draw(num_annotations: int, rate: Fraction, *, seed: int, dataset: str) -> NDArray[np.uint16]:
+    """How often each annotation of a dataset is taken.
+
+    Exactly ``floor(num_annotations * rate)`` in all. Whole multiples of the rate take every annotation; the rest goes
+    to the first places of a permutation that depends on seed and dataset alone, so that a smaller share is always a
+    subset.
+
+    Returns:
+        (num_annotations,) uint16.
+    """
+    whole = math.floor(rate)
+    copies = np.full(num_annotations, whole, dtype=np.uint16)
+    extra = math.floor(num_annotations * rate) - whole * num_annotations
+    if extra:
+        generator = np.random.Generator(np.random.PCG64(seed_for(seed, dataset, "draw")))
+        copies[generator.permutation(num_annotations)[:extra]] += 1
+    return copies

@@ -1,0 +1,77 @@
+"""What a build came to, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prep.build.metrics import BuildMetrics
+from schemas.manifest import DatasetStatistics, Drift, Manifest
+from storage.urls import Location
+
+
+def build_summary(manifest: Manifest, out: Location) -> str:
+    """A few lines: packed and rejected, fill, tokens, media, bytes."""
+    counts = manifest.counts
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    lines = [
+        f"{out}: {counts.num_annotations:,} annotations = {counts.num_packed:,} packed + "
+        f"{counts.num_rejected:,} rejected + {counts.num_not_sampled:,} not sampled",
+        *(
+            f"  {code}: {number:,}"
+            for code, number in sorted(counts.rejects_by_code.items(), key=lambda item: -item[1])
+        ),
+        f"{counts.num_bins:,} bins of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
+        f"{counts.num_tokens:,} tokens, {counts.num_targets:,} of them targets",
+        *(_dataset_line(dataset) for dataset in manifest.statistics),
+        f"{counts.num_images:,} images and {counts.num_videos:,} videos, {counts.num_patches:,} patches; "
+        f"{len(manifest.shards):,} shards, {num_bytes / 1e6:,.1f} MB",
+        *drift_lines(manifest),
+    ]
+    if counts.num_rejected:
+        lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file or dataset.")
+    return "\n".join(lines)
+
+
+def drift_lines(manifest: Manifest) -> Iterator[str]:
+    """What a lossy codec did to the pixels; nothing with a lossless one."""
+    if isinstance(drift := manifest.drift, Drift):
+        yield (
+            f"pixels are JPEG of quality {manifest.settings.jpeg_quality}: PSNR {decibels(drift.psnr_db)}, at least "
+            f"{decibels(drift.lowest_psnr_db)} in a frame ({drift.num_frames:,} frames measured, one in "
+            f"{drift.every} of each shard)"
+        )
+
+
+def decibels(psnr_db: float | None) -> str:
+    """A signal-to-noise ratio in words; None is one without noise."""
+    return "infinite" if psnr_db is None else f"{psnr_db:.1f} dB"
+
+
+def _dataset_line(dataset: DatasetStatistics) -> str:
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in dataset.modalities.items()) or "nothing packed"
+    others = "".join(
+        f", {number:,} {what}"
+        for number, what in ((dataset.num_rejected, "rejected"), (dataset.num_not_sampled, "not sampled"))
+        if number
+    )
+    lengths = ""
+    if dataset.tokens is not None:
+        tokens = dataset.tokens
+        lengths = (
+            f"; tokens a sample: mean {tokens.mean:,.0f}, median {tokens.p50:,}, 99 % {tokens.p99:,}, "
+            f"most {tokens.max:,}"
+        )
+    return f"  {dataset.dataset}: {kinds}{others}{lengths}"
+
+
+def metrics_summary(metrics: BuildMetrics) -> str:
+    """Two lines on how long the build took, by stage and by sample."""
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in metrics.stages_s.items())
+    samples = ", ".join(
+        f"{name} {times.mean_s * 1e3:.2f} ({times.p50_s * 1e3:.2f}, {times.p99_s * 1e3:.2f})"
+        for name, times in metrics.samples.items()
+    )
+    return (
+        f"{metrics.num_workers} workers: {stages}\n"
+        f"ms a sample, mean (median, 99 %): {samples or 'nothing was left to do'}"
+    )

@@ -1,0 +1,75 @@
+"""What the shards came to: the rows of ``bins.parquet`` as columns, and the few samples that did not go as planned.
+
+Input: shard results as they arrive, in the order of the shards. Holds 76 bytes a bin, and some hundred for each shard
+and for each sample that failed; the results themselves are not kept.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pyarrow as pa
+
+from prep.build.metrics import Timings, merge_timings
+from prep.build.write import ShardResult
+from prep.shards.codecs import DriftSums
+from prep.shards.tables import arrow_schema
+from schemas.annotation import Problem
+from schemas.bins import shard_name
+from schemas.manifest import StoredShard
+from schemas.tables import BINS_COLUMNS
+
+_ROWS = 1 << 14
+"""Bins that are held as objects before they become a piece of the table."""
+
+
+class WrittenShards:
+    """Sums of the results of all shards.
+
+    Attributes:
+        shards: those that have a file.
+        failed: problem of every sample that failed, by its place in the plan's order.
+        backends: video decoders where another one served than the scan named, likewise.
+        timings: how long samples took.
+        drift: what a lossy codec did to the measured frames; None with a lossless one.
+    """
+
+    def __init__(self) -> None:
+        self.shards: list[StoredShard] = []
+        self.failed: dict[int, Problem] = {}
+        self.backends: dict[int, str] = {}
+        self.timings: Timings = {}
+        self.drift: DriftSums | None = None
+        self._rows: list[dict[str, object]] = []
+        self._tables: list[pa.Table] = []
+
+    def add(self, result: ShardResult) -> None:
+        """Take the result of the next shard."""
+        self.failed.update(result.failed)
+        self.backends.update(result.backends)
+        merge_timings(self.timings, result.timings)
+        if result.drift is not None:
+            self.drift = self.drift or DriftSums()
+            self.drift.add(result.drift)
+        if not result.rows:
+            return
+        self._rows.extend({"shard": result.shard, **msgspec.structs.asdict(row)} for row in result.rows)
+        if len(self._rows) >= _ROWS:
+            self._close_table()
+        self.shards.append(
+            StoredShard(
+                file=shard_name(result.shard),
+                num_bytes=result.num_bytes,
+                sha256=result.sha256,
+                first_bin=result.rows[0].bin,
+                num_bins=len(result.rows),
+            )
+        )
+
+    def bins_table(self) -> pa.Table:
+        """Contents of ``bins.parquet``."""
+        self._close_table()
+        return pa.concat_tables(self._tables).combine_chunks()
+
+    def _close_table(self) -> None:
+        self._tables.append(pa.Table.from_pylist(self._rows, schema=arrow_schema(BINS_COLUMNS)))
+        self._rows.clear()

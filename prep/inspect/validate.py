@@ -1,0 +1,298 @@
+"""``vlprep validate``: checks annotation files without building anything.
+
+Input: files. Output: a :class:`Report` with counts by code and examples, and the rejected records as JSON lines if
+asked for. Runs in parallel over chunks; headers of media are probed, with ``deep`` everything is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO, NamedTuple
+
+import msgspec
+
+from prep.annotations.chunks import Chunk, Record
+from prep.annotations.records import ANNOTATION_SUFFIXES, index_file, is_read_in_place, read_chunk
+from prep.annotations.registry import check_root, find_files, find_sources
+from prep.annotations.validation import check_record, media_names, read_id, record_id
+from prep.engines import Engine
+from prep.engines.progress import progress
+from prep.media.access import MediaAccess, Wanted, open_media
+from prep.samples.sample import check_media, probe_media, wanted_media
+from schemas.annotation import Annotation, Problem, ReasonCode
+from schemas.errors import ConfigError
+from schemas.settings import MediaSettings
+from storage.urls import Location, Url
+
+_EXAMPLES_PER_CODE = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidateRequest:
+    """What to check, and where to write what was found.
+
+    Attributes:
+        files: annotation files, paths or URLs, or names of registered datasets.
+        media_root: folder or URL of all media, or None for the place of each file and what the registry says.
+        registry: the registry, or None for ``datasets.toml`` in the working folder; read where a dataset is named.
+        deep: decode media, not only their headers.
+        rejects: JSON lines of the rejected records, with all their problems.
+        fixed: JSON lines of the valid records, as they were found.
+        reserved: policy for text that spells control tokens.
+        media: settings of media.
+    """
+
+    files: tuple[Location, ...]
+    media_root: Location | None
+    registry: Path | None = None
+    deep: bool
+    rejects: Path | None
+    fixed: Path | None
+    reserved: str
+    media: MediaSettings
+
+
+class Reject(msgspec.Struct, frozen=True, kw_only=True):
+    """One rejected record, as ``--rejects`` writes it: place, all problems, and the record itself (null if not
+    JSON).
+    """
+
+    file: str
+    line: int
+    record: int
+    id: str | None
+    problems: list[Problem]
+    annotation: msgspec.Raw
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """Counts over all records, by code and by modality, with the first examples of each code."""
+
+    num_valid: int = 0
+    num_rejected: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
+    modalities: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, part: ChunkReport) -> None:
+        """Count one chunk."""
+        self.num_valid += part.num_valid
+        self.num_rejected += len(part.rejects)
+        self.modalities.update(part.modalities)
+        for reject in part.rejects:
+            self.codes.update({problem.code.value for problem in reject.problems})
+            for problem in reject.problems:
+                shown = self.examples.setdefault(problem.code.value, [])
+                if len(shown) < _EXAMPLES_PER_CODE:
+                    name = f" (id {reject.id})" if reject.id is not None else ""
+                    shown.append(f"{reject.file}:{reject.line}{name}: {problem.message}")
+
+    def text(self) -> str:
+        """The report for a person."""
+        total = self.num_valid + self.num_rejected
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.modalities.most_common())
+        lines = [
+            f"{total:,} annotations: {self.num_valid:,} valid, {self.num_rejected:,} rejected",
+            f"valid: {kinds or 'none'}",
+        ]
+        for code, number in self.codes.most_common():
+            lines.append(f"{code}: {number:,}")
+            lines.extend(f"  {example}" for example in self.examples[code])
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ChunkTask:
+    file: Location
+    data: Path
+    chunk: Chunk
+    root: Location
+    media: MediaSettings
+    scratch: Path
+    request: ValidateRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkReport:
+    """What became of one chunk."""
+
+    num_valid: int
+    modalities: Counter[str]
+    rejects: list[Reject]
+    valid: list[bytes]
+
+
+def validate(request: ValidateRequest, engine: Engine) -> Report:
+    """Check all files.
+
+    Raises:
+        ConfigError: a file cannot be read, the media root is not a folder, or an output cannot be written.
+        StorageError: a store does not answer.
+    """
+    if isinstance(request.media_root, Path) and not request.media_root.is_dir():
+        raise ConfigError(f"--media-root {request.media_root} is not a folder.")
+    report = Report()
+    with ExitStack() as stack:
+        spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
+        inputs = [found for named in request.files for found in _inputs(request, named)]
+        tasks = list(_tasks(request, inputs, engine, spool))
+        if request.fixed is not None and request.rejects is not None and _is_same(request.fixed, request.rejects):
+            raise ConfigError(f"--fixed and --rejects are both {request.fixed}; give two names.")
+        rejects = stack.enter_context(_output("--rejects", request.rejects, inputs))
+        fixed = stack.enter_context(_output("--fixed", request.fixed, inputs))
+        total = sum(task.chunk.num_records for task in tasks)
+        bar = stack.enter_context(progress("validate", total, "record"))
+        for task, part in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
+            report.add(part)
+            bar.update(task.chunk.num_records)
+            rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in part.rejects)
+            fixed.writelines(record + b"\n" for record in part.valid)
+    return report
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _output(option: str, path: Path | None, inputs: Sequence[_Input]) -> BinaryIO:
+    """The file that an option names, or one that takes everything."""
+    local = [found.file for found in inputs if isinstance(found.file, Path)]
+    if path is not None and path.exists() and any(path.samefile(file) for file in local):
+        raise ConfigError(f"{option} {path} would overwrite the file that is to be checked; give another name.")
+    try:
+        return open(os.devnull if path is None else path, "wb")
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written: {error.strerror}.") from error
+
+
+class _Input(NamedTuple):
+    file: Location
+    root: Location
+    media: MediaSettings
+
+
+def _inputs(request: ValidateRequest, named: Location) -> list[_Input]:
+    """The annotation files that one argument names."""
+    # A folder may have the name of a dataset: of the dataset that lies in it, say.
+    if isinstance(named, Url) or named.name.endswith(ANNOTATION_SUFFIXES) or named.is_file() or len(named.parts) > 1:
+        files = find_files(named) if isinstance(named, Url) else (named,)
+        return [_Input(file, request.media_root or file.parent, request.media) for file in files]
+    if re.search("[%,]", named.name):
+        raise ConfigError(f"{named} is a mixture or a share; every record is checked: name datasets alone, one by one.")
+    [source] = find_sources(str(named), registry=request.registry, media_root=request.media_root, media=request.media)
+    return [_Input(file, source.media_root, source.media) for file in source.files]
+
+
+def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, spool: Path) -> Iterator[_ChunkTask]:
+    files, roots = [found.file for found in inputs], [found.root for found in inputs]
+    for remote in dict.fromkeys(root for root in roots if isinstance(root, Url)):
+        check_root(remote)
+    engine.share(
+        [place for place in (*files, *roots) if isinstance(place, Path)],
+        writes=[] if all(map(is_read_in_place, files)) else [spool],
+    )
+    indexes = engine.map(partial(index_file, spool=spool), files)
+    for place, ((file, root, media), index) in enumerate(zip(inputs, indexes)):
+        for number, chunk in enumerate(index.chunks):
+            # By place: one file may be named twice, or belong to several datasets.
+            scratch = spool / f"media-{place}-{number}"
+            yield _ChunkTask(
+                file=file, data=index.data, chunk=chunk, root=root, media=media, scratch=scratch, request=request
+            )
+
+
+def _check_chunk(task: _ChunkTask) -> ChunkReport:
+    num_valid = 0
+    modalities: Counter[str] = Counter()
+    rejects: list[Reject] = []
+    valid: list[bytes] = []
+    for record, annotation, problems in _checked(task):
+        if annotation is not None and not problems:
+            num_valid += 1
+            modalities[_modality(annotation)] += 1
+            if task.request.fixed is not None:
+                valid.append(_one_line(task, record))
+            continue
+        rejects.append(
+            Reject(
+                file=str(task.file),
+                line=record.line,
+                record=record.number,
+                id=record_id(annotation) or (read_id(record.data) if record.data is not None else None),
+                problems=problems,
+                annotation=_raw(record, problems),
+            )
+        )
+    return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects, valid=valid)
+
+
+class _Checked(NamedTuple):
+    """A record with its annotation, if it has one, and what is wrong with it."""
+
+    record: Record
+    annotation: Annotation | None
+    problems: list[Problem]
+
+
+def _checked(task: _ChunkTask) -> Iterator[_Checked]:
+    """The records of a chunk with all their problems."""
+    read = (
+        _Checked(record, *check_record(record, task.request.reserved)) for record in read_chunk(task.data, task.chunk)
+    )
+    with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:
+        for record, annotation, problems in access.along(read, partial(_wanted, task)):
+            found = _media_problems(task, record, annotation, access) if annotation is not None else []
+            yield _Checked(record, annotation, problems + found)
+
+
+def _wanted(task: _ChunkTask, checked: _Checked) -> list[Wanted]:
+    if checked.annotation is None:
+        return []
+    return wanted_media(checked.annotation, task.root, task.media, checked.record.embedded)
+
+
+def _media_problems(task: _ChunkTask, record: Record, annotation: Annotation, access: MediaAccess) -> list[Problem]:
+    settings = task.media
+    media, problems = probe_media(annotation, task.root, settings, record.embedded, access)
+    if task.request.deep:
+        problems = problems + check_media(media, task.root, settings, record.embedded, access)
+    return problems
+
+
+def _one_line(task: _ChunkTask, record: Record) -> bytes:
+    """A valid record as one line of JSON.
+
+    Raises:
+        ConfigError: media came inside it, which a line of JSON cannot hold.
+    """
+    if record.embedded:
+        raise ConfigError(
+            f"--fixed cannot hold the media inside {task.file}:{record.line}; vlprep build reads the "
+            "Parquet file as it is."
+        )
+    return _compact(record.data or b"")
+
+
+def _raw(record: Record, problems: list[Problem]) -> msgspec.Raw:
+    if record.data is None or any(problem.code is ReasonCode.BAD_JSON for problem in problems):
+        return msgspec.Raw(b"null")
+    return msgspec.Raw(_compact(record.data))
+
+
+def _compact(data: bytes) -> bytes:
+    """JSON text without blanks and line breaks between its tokens, otherwise as it is."""
+    return msgspec.json.format(data, indent=-1)
+
+
+def _modality(annotation: Annotation) -> str:
+    images, videos = media_names(annotation)
+    return " + ".join(kind for kind, names in (("image", images), ("video", videos)) if names) or "text only"

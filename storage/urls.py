@@ -1,0 +1,128 @@
+"""URLs used like paths: what names an annotation file, a media root or an output that is not on a file system here.
+
+A :class:`Url` is text and nothing else: it opens nothing, and it never shows a password or a signature. Names are
+joined to it literally; ``storage`` does the reading and writing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+from urllib.parse import quote, unquote
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:::[A-Za-z][A-Za-z0-9+.-]*)*://")
+_LOCAL = re.compile(r"(?:file|local)://")
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]*")
+_HIDDEN = "***"
+
+
+@dataclass(frozen=True, slots=True, order=True, repr=False)
+class Url:
+    """A place that fsspec knows: ``s3://bucket/images``, ``gs://…``, ``hf://datasets/…``, ``https://…``."""
+
+    url: str
+
+    def __truediv__(self, name: str) -> Url:
+        """The place ``name`` below this one. Over HTTP the name is spelt as URLs want it, and a query stays behind."""
+        base, mark, query = self._parted()
+        return Url(f"{base.rstrip('/')}/{quote(name) if self._is_http else name}{mark}{query}")
+
+    def __str__(self) -> str:
+        return without_secrets(self.url)
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
+
+    @property
+    def protocol(self) -> str:
+        """What stands before ``://``; of a chain the last one."""
+        return self.url.partition("://")[0].rpartition("::")[2]
+
+    @property
+    def root(self) -> str:
+        """Protocol and bucket or host."""
+        protocol, _, rest = self.url.partition("://")
+        return f"{protocol}://{rest.partition('/')[0]}"
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        last = self._parted()[0].rstrip("/").rpartition("/")[2]
+        return unquote(last) if self._is_http else last
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the name, with its dot."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> Url:
+        """The place that this one lies in."""
+        base, mark, query = self._parted()
+        return Url(base.rstrip("/").rpartition("/")[0] + mark + query)
+
+    def below(self, other: str) -> str | None:
+        """The rest of the URL ``other`` if it lies below this one, else None."""
+        start = self._parted()[0].rstrip("/") + "/"
+        if not other.startswith(start):
+            return None
+        rest = other[len(start) :]
+        return unquote(rest.partition("?")[0]) if self._is_http else rest
+
+    @property
+    def _is_http(self) -> bool:
+        return self.protocol in ("http", "https")
+
+    def _parted(self) -> tuple[str, str, str]:
+        """URL, question mark and query; only over HTTP does a question mark begin one."""
+        return self.url.partition("?") if self._is_http else (self.url, "", "")
+
+
+# A union with `|` is no type to ``isinstance`` under Python 3.10 in all places; this one is.
+Location = Union[Path, Url]  # noqa: UP007
+"""Where a file or folder lies: on a file system here, or behind a URL."""
+
+
+def parse_location(text: str) -> Location:
+    """A path, or a URL where the text begins like one; ``file://`` is a path."""
+    if _LOCAL.match(text):
+        return Path(_LOCAL.sub("", text, count=1))
+    return Url(text.rstrip("/")) if is_url(text) else Path(text)
+
+
+def is_url(text: str) -> bool:
+    """Whether a text begins like a URL."""
+    return _URL.match(text) is not None
+
+
+def without_secrets(text: str) -> str:
+    """A text with the passwords and queries (which hold signatures) of the URLs in it hidden."""
+    return _QUERY.sub(rf"\1?{_HIDDEN}", _USER.sub(f"{_HIDDEN}@", text))
+
+
+def location_key(location: Location) -> str:
+    """What tells a place from others: the real path, or the URL without what may change from run to run."""
+    return os.path.realpath(location) if isinstance(location, Path) else str(location)
+
+
+def names_below_common_folder(files: Sequence[Location]) -> tuple[str, ...]:
+    """What files are called in the ledger: their paths below the folder that they share; no folder of this machine and
+    no bucket. Where files are here and elsewhere, those elsewhere are called by their URLs.
+    """
+    local = [file for file in files if isinstance(file, Path)]
+    alike = local if local else files
+    folders = [_posix(file).rpartition("/")[0] or "/" for file in alike]
+    common = os.path.commonpath(folders)
+    alike_kind: type[Path] | type[Url] = Path if local else Url
+    return tuple(os.path.relpath(_posix(file), common) if isinstance(file, alike_kind) else str(file) for file in files)
+
+
+def _posix(file: Location) -> str:
+    return (
+        str(file.absolute()) if isinstance(file, Path) else "/" + without_secrets(file._parted()[0]).replace("://", "/")
+    )

@@ -1,0 +1,137 @@
+"""Files behind URLs: stored and removed.
+
+An upload is there whole or not at all, as object stores have it, and what arrived is compared with the file: its size,
+and its checksum where the store tells one. Cost: one pass over the file for its MD5, one request for each part of
+8 MiB, one for what arrived; 32 MiB of memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage import request
+from storage.errors import DamagedUploadError, NotThereError
+from storage.reading import PIECE_BYTES, Stored, ask, cat
+from storage.request import S3, opened, persist, time_limit
+from storage.urls import Url
+
+_PART_BYTES = 8 << 20
+_PARTS_AT_ONCE = 4
+
+_SLOWEST_BYTES_PER_S = 1 << 18
+"""An upload may take the time limit of a request, and this much longer for its size."""
+
+
+def upload(path: Path, url: Url) -> Stored:
+    """Store a file.
+
+    Raises:
+        NotThereError: there is no such bucket.
+        RefusedError: the credentials are wrong or missing, or may not write there.
+        StorageError: no good answer.
+        OSError: ``path`` cannot be read.
+    """
+    digests = _Digests.of(path)
+
+    def put() -> Stored:
+        system, place = opened(url, uploads=True)
+        limit = time_limit(system, request.PATIENCE.timeout_s + digests.num_bytes / _SLOWEST_BYTES_PER_S)
+        system.put_file(str(path), place, **_options(url), **limit)
+        found, info = ask(url)
+        if found.num_bytes != digests.num_bytes:
+            raise DamagedUploadError(f"{found.num_bytes} of {digests.num_bytes} bytes arrived")
+        _check_digest(path, url, info, digests)
+        return found
+
+    return persist(put, url)
+
+
+def remove(url: Url) -> None:
+    """Remove a file; one that is not there is removed already.
+
+    Raises:
+        RefusedError, StorageError: as :func:`upload`.
+    """
+
+    def delete() -> None:
+        system, place = opened(url)
+        system.rm_file(place, **time_limit(system))
+
+    try:
+        persist(delete, url)
+    except NotThereError:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class _Digests:
+    """What stores may tell of an upload.
+
+    Attributes:
+        num_bytes: size.
+        md5: MD5 in hexadecimal.
+        of_parts: the ETag that S3 gives an upload in parts of :data:`_PART_BYTES`.
+    """
+
+    num_bytes: int
+    md5: str
+    of_parts: str
+
+    @staticmethod
+    def of(path: Path) -> _Digests:
+        whole, parts, num_bytes, num_parts = _md5(), _md5(), 0, 0
+        with path.open("rb") as file:
+            while piece := file.read(_PART_BYTES):
+                whole.update(piece)
+                parts.update(_md5(piece).digest())
+                num_bytes += len(piece)
+                num_parts += 1
+        return _Digests(num_bytes, whole.hexdigest(), f"{parts.hexdigest()}-{num_parts}")
+
+
+def _md5(data: bytes = b"") -> Any:
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+_opaque_tags: set[str] = set()
+"""Buckets whose ETags are no digests of the contents, as with encryption by keys of their own."""
+
+
+def _check_digest(path: Path, url: Url, info: dict[str, Any], digests: _Digests) -> None:
+    """Compare what arrived with the file.
+
+    Raises:
+        DamagedUploadError: it is not the same.
+    """
+    if "md5Hash" in info:
+        if _hexadecimal(info["md5Hash"]) != digests.md5:
+            raise DamagedUploadError("the store has another MD5 than the file")
+    elif url.protocol in S3 and url.root not in _opaque_tags:
+        if str(info.get("ETag", "")).strip('"') in (digests.md5, digests.of_parts):
+            return
+        with path.open("rb") as file:
+            for at in range(0, digests.num_bytes, PIECE_BYTES):
+                piece = file.read(PIECE_BYTES)
+                if cat(url, at, at + len(piece)) != piece:
+                    raise DamagedUploadError(f"other bytes than the file's arrived, from byte {at:,} on")
+        # The contents are right, so the tag is no digest; reading everything back once is enough.
+        _opaque_tags.add(url.root)
+
+
+def _hexadecimal(text: str) -> str:
+    try:
+        return base64.b64decode(text).hex()
+    except binascii.Error:
+        return text
+
+
+def _options(url: Url) -> dict[str, int]:
+    """How a large file is cut."""
+    if url.protocol in S3:
+        return {"chunksize": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}
+    return {"chunksize": _PART_BYTES} if url.protocol in ("gs", "gcs") else {}

@@ -1,0 +1,181 @@
+"""What is trained, and at which rate: a :class:`PackedQwen` -> parameter groups of AdamW.
+
+The model has three parts: language model (with embeddings and ``lm_head``), merger and vision tower. Each is frozen or
+has a learning rate; matrices decay, norms and biases do not. Every parameter belongs to exactly one part; one that
+belongs to none, or a part that is to be trained and has none, is an error. In a model with adapters
+(:mod:`train.model.adapters`) they alone are trained, each at the rate of its part.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+from schemas.errors import ConfigError
+from train.settings.arguments import TrainArguments
+
+logger = logging.getLogger(__name__)
+
+LANGUAGE_MODEL, MERGER, VISION_TOWER = "language_model", "merger", "vision_tower"
+
+PREFIXES = (
+    ("hf.model.visual.merger.", MERGER),
+    ("hf.model.visual.", VISION_TOWER),
+    ("hf.model.language_model.", LANGUAGE_MODEL),
+    ("hf.lm_head.", LANGUAGE_MODEL),
+)
+"""The part that a parameter belongs to, by the first prefix of its name that fits."""
+
+MATRICES = (nn.Linear, nn.Embedding, nn.Conv3d)
+"""Modules whose weights decay. Their biases do not, nor do norms."""
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPSILON = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterGroup:
+    """Parameters of one part that are treated alike. ``learning_rate`` is the peak; None means frozen."""
+
+    part: str
+    is_adapter: bool
+    learning_rate: float | None
+    decays: bool
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Scalars in the group, also where ZeRO-3 leaves only a partition of each on this rank."""
+        return sum(_num_elements(parameter) for parameter in self.parameters)
+
+
+def learning_rates(args: TrainArguments, base: float) -> dict[str, float | None]:
+    """Peak rate of every part; None where it is frozen. ``base`` is that of parts without a rate of their own."""
+    return {
+        LANGUAGE_MODEL: base if args.tune_mm_llm else None,
+        MERGER: (args.mm_projector_lr or base) if args.tune_mm_mlp else None,
+        VISION_TOWER: (args.vision_tower_lr or base) if args.tune_mm_vision else None,
+    }
+
+
+def group_parameters(model: nn.Module, rates: Mapping[str, float | None]) -> list[ParameterGroup]:
+    """Put every parameter into one group, and freeze those of parts without a rate, and those beside adapters.
+
+    Args:
+        model: a :class:`PackedQwen`, or any module with its names. ``requires_grad`` is set on its parameters.
+        rates: peak rate of every part; None freezes it.
+
+    Returns:
+        Groups that are not empty: the parts in the order of ``rates``, each its own weights, then its adapters, with
+        decay, then without.
+
+    Raises:
+        ConfigError: a parameter belongs to no part or is of an unknown kind, or a part with a rate has none to train.
+    """
+    parameters = list(_parameters(model))
+    has_adapters = any(is_adapter(name) for name, _, _ in parameters)
+    found: dict[tuple[str, bool, bool], list[nn.Parameter]] = {
+        (part, adapter, decays): [] for part in rates for adapter in (False, True) for decays in (True, False)
+    }
+    for name, module, parameter in parameters:
+        found[part_of(name), is_adapter(name), _decays(name, module)].append(parameter)
+    groups = [
+        ParameterGroup(
+            part=part,
+            is_adapter=adapter,
+            learning_rate=rates[part] if adapter == has_adapters else None,
+            decays=decays,
+            parameters=tuple(members),
+        )
+        for (part, adapter, decays), members in found.items()
+        if members
+    ]
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.requires_grad_(group.learning_rate is not None)
+    trained = {group.part for group in groups if group.learning_rate is not None}
+    for part, rate in rates.items():
+        if rate is not None and part not in trained:
+            kind = "adapters in" if has_adapters else "parameters of"
+            raise ConfigError(f"{part} is to be trained, but the model has no {kind} it. Give a Qwen2.5-VL checkpoint.")
+    return groups
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, by its name in :class:`PackedQwen`.
+
+    Raises:
+        ConfigError: it belongs to none.
+    """
+    for prefix, part in PREFIXES:
+        if name.startswith(prefix):
+            return part
+    known = ", ".join(prefix for prefix, _ in PREFIXES)
+    raise ConfigError(f"parameter {name} belongs to no part of the model ({known}). Give a Qwen2.5-VL checkpoint.")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its name, is of an adapter and not of the model itself."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def build_optimizer(groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over the groups that are not frozen. Each group of the optimizer is named by its ``part``."""
+    options: list[dict[str, Any]] = [
+        {
+            "params": list(group.parameters),
+            "lr": group.learning_rate,
+            "weight_decay": weight_decay if group.decays else 0.0,
+            "part": group.part,
+        }
+        for group in groups
+        if group.learning_rate is not None
+    ]
+    return torch.optim.AdamW(options, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+
+
+def format_table(groups: Sequence[ParameterGroup], *, weight_decay: float) -> str:
+    """The groups as a table for a person."""
+    head = ("part", "tensors", "parameters", "learning rate", "decay")
+    rows = [
+        (
+            f"{group.part}, adapters" if group.is_adapter else group.part,
+            str(len(group.parameters)),
+            f"{group.num_elements:,}",
+            "frozen" if group.learning_rate is None else f"{group.learning_rate:g}",
+            "-" if group.learning_rate is None else f"{weight_decay if group.decays else 0.0:g}",
+        )
+        for group in groups
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows))
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Every parameter once (a tied one at its first place), with its full name and the module that holds it."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}.{name}", module, parameter
+
+
+def _decays(name: str, module: nn.Module) -> bool:
+    if isinstance(module, MATRICES):
+        return not name.endswith(".bias")
+    if isinstance(module, Qwen2_5_VLRMSNorm):
+        return False
+    raise ConfigError(
+        f"parameter {name} is in a {type(module).__name__}, for which no decay is decided in train/model/optim.py."
+    )
+
+
+def _num_elements(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

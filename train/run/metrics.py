@@ -1,0 +1,318 @@
+"""What a run tells about itself: numbers of logged steps -> ``metrics.jsonl``, the screen, TensorBoard or wandb.
+
+Only the first rank writes. ``metrics.jsonl`` has one JSON object a logged step; when a run goes on from a checkpoint,
+lines of later steps, which are trained again, are dropped first, so that the file tells one story. TensorBoard is told
+to forget its numbers of these steps; to wandb, a run that goes on is another one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from schemas.errors import ConfigError
+from train.batches.stream import StepBatch
+from train.model.flops import ModelFlops
+from train.order.dealing import DataOrder
+from train.settings.arguments import TrainArguments
+
+METRICS_FILE = "metrics.jsonl"
+
+Record = dict[str, Any]
+"""Numbers of one logged step; nested dicts hold one number for each part of the model, or for each dataset."""
+
+
+class Window:
+    """Adds up what happens between two logged steps, and makes the record of a logged step from it."""
+
+    def __init__(self, order: DataOrder, device: torch.device, flops: ModelFlops, *, peak_tflops: float | None) -> None:
+        """Begin a window.
+
+        Args:
+            order: of the bins.
+            device: of this rank.
+            flops: operations of the model.
+            peak_tflops: what the device of a rank can do at most, in 10^12 operations a second; None: not known.
+        """
+        self._order = order
+        self._device = device
+        self._flops = flops
+        self._peak_tflops = peak_tflops
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began = time.perf_counter()
+        self._paused_s = 0.0
+        self._num_steps = self._num_tokens = self._num_samples = 0
+        self._max_tokens = 0
+        self._data_wait_s = self._efficiency = self._num_flops = 0.0
+
+    def add(self, batch: StepBatch) -> None:
+        """One step is done."""
+        self._num_steps += 1
+        self._num_tokens += batch.num_tokens
+        self._max_tokens += batch.max_tokens
+        self._num_samples += batch.num_samples
+        self._data_wait_s += batch.data_wait_s
+        self._efficiency += batch.efficiency
+        self._num_flops += sum(self._flops.count(micro) for micro in batch.micro_batches)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in the ``with`` block counts for no step."""
+        began = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began
+
+    def summarise(
+        self,
+        batch: StepBatch,
+        losses: torch.Tensor,
+        rates: dict[str, float],
+        grad_norm: torch.Tensor | float,
+        num_skipped: int,
+    ) -> Record:
+        """Make the record of the step just done and begin a new window. All ranks call this together.
+
+        Loss, learning rates, gradient norm and counts are those of the step; times and speeds are means over the
+        window, of the slowest rank; padding and efficiency are means over the window; operations are those of a rank,
+        in the mean over ranks. A loss or norm that is not finite is None.
+
+        Args:
+            batch: the step.
+            losses: (A,) float32, cross-entropy summed over the targets of each micro-batch of this rank.
+            rates: learning rate of every trained part in this step.
+            grad_norm: norm of the gradient before clipping.
+            num_skipped: steps skipped so far since the start or resume of the run.
+        """
+        flops = torch.tensor(self._num_flops, dtype=torch.float64, device=losses.device)
+        totals = torch.stack([losses.double().sum(), flops])
+        torch.distributed.all_reduce(totals)
+        step_s = (time.perf_counter() - self._began - self._paused_s) / self._num_steps
+        wait_s = self._data_wait_s / self._num_steps
+        slowest = torch.tensor(
+            [step_s, wait_s, peak_memory_bytes(self._device)], dtype=torch.float64, device=self._device
+        )
+        torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+        step_s, wait_s, memory_bytes = slowest.tolist()
+        loss_sum, num_flops = totals.tolist()
+        tflops = num_flops / torch.distributed.get_world_size() / self._num_steps / step_s / 1e12
+        record: Record = {
+            "step": batch.step + 1,
+            "epoch": self._epoch(batch.step + 1),
+            "loss": _finite(loss_sum / max(1, batch.num_targets)),
+            "learning_rate": next(iter(rates.values())),
+            "learning_rates": rates,
+            "grad_norm": _finite(float(grad_norm)),
+            "tokens_per_s": self._num_tokens / self._num_steps / step_s,
+            "samples_per_s": self._num_samples / self._num_steps / step_s,
+            "num_tokens": batch.num_tokens,
+            "num_targets": batch.num_targets,
+            "padding": 1 - self._num_tokens / self._max_tokens,
+            "efficiency": self._efficiency / self._num_steps,
+            "step_s": step_s,
+            "data_wait_s": wait_s,
+            "tflops": tflops,
+            **({} if self._peak_tflops is None else {"mfu": tflops / self._peak_tflops}),
+            "skipped_steps": num_skipped,
+            "max_memory_bytes": int(memory_bytes),
+        }
+        self._reset()
+        return record
+
+    def _epoch(self, steps_done: int) -> float:
+        """Passes over all bins; the last step of the order may have fewer bins than the others."""
+        passes = steps_done / self._order.steps_per_epoch
+        return round(passes if self._order.epochs is None else min(passes, self._order.epochs), 4)
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, record: Record) -> None:
+        """Take the record of a step."""
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+
+
+class MetricsLog:
+    """Shows progress and hands records to all sinks; on other ranks than the first there are none."""
+
+    def __init__(self, bar: tqdm[NoReturn], sinks: Sequence[Sink]) -> None:
+        self._bar = bar
+        self._sinks = sinks
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def write(self, record: Record) -> None:
+        """Write the record of a step, on the screen in a line of its own: a bar is cut where the screen ends."""
+        if not self._bar.disable:
+            self._bar.write(format_record(record), file=sys.stderr)
+        for sink in self._sinks:
+            sink.write(record)
+
+
+@contextmanager
+def open_log(args: TrainArguments, *, is_first: bool, start_step: int, num_steps: int) -> Iterator[MetricsLog]:
+    """Open the log of a run for as long as the ``with`` block lasts.
+
+    Args:
+        args: the flags; they say where the run is written and to whom it reports.
+        is_first: whether this rank writes.
+        start_step: steps done before; what was written of later ones is dropped.
+        num_steps: steps of the whole run.
+    """
+    with ExitStack() as stack:
+        sinks: list[Sink] = []
+        if is_first:
+            args.run_dir.mkdir(parents=True, exist_ok=True)
+            for kind in (_JsonLines, *_REPORTERS[args.report_to]):
+                sinks.append(stack.enter_context(closing(kind(args, start_step))))
+        bar = stack.enter_context(
+            tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not is_first)
+        )
+        if is_first:  # lines of the log then stand above the bar, not in it
+            stack.enter_context(logging_redirect_tqdm())
+        yield MetricsLog(bar, sinks)
+
+
+def format_record(record: Record) -> str:
+    """What matters of a record, in a line for a person. Parts that are trained at one rate are not told apart."""
+    loss, norm = record["loss"], record["grad_norm"]
+    rates = {part: f"{rate:.2e}" for part, rate in record["learning_rates"].items()}
+    one_rate = len({*rates.values()}) == 1
+    shown = {
+        "loss": "not finite" if loss is None else f"{loss:.4f}",
+        "norm": "not finite" if norm is None else f"{norm:.3g}",
+        **({"lr": next(iter(rates.values()))} if one_rate else {f"lr_{part}": rate for part, rate in rates.items()}),
+        "tokens_per_s": f"{record['tokens_per_s']:.0f}",
+        "samples_per_s": f"{record['samples_per_s']:.1f}",
+        "targets": str(record["num_targets"]),
+        "padding": f"{record['padding']:.1%}",
+        "wait": f"{record['data_wait_s'] / record['step_s']:.1%}",
+        "efficiency": f"{record['efficiency']:.3f}",
+        **({"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {"tflops": f"{record['tflops']:.3g}"}),
+        "memory": f"{record['max_memory_bytes'] / 2**30:.1f}GiB",
+    }
+    return f"step {record['step']}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def drop_later_steps(path: Path, step: int) -> None:
+    """Keep the lines of ``metrics.jsonl`` up to ``step``; an unfinished last line of a killed run goes too."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+    part = path.with_name(f"{path.name}.tmp")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def flatten(record: Record) -> dict[str, float]:
+    """Numbers of a record by one name each: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``; None is left out."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}/{part}": number for part, number in flatten(value).items()})
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this rank has held: of the accelerator, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def require_reporter(report_to: str) -> None:
+    """Check at start that the package which ``--report_to`` names is there.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if report_to != "none" and find_spec(report_to) is None:
+        raise ConfigError(f"--report_to {report_to} needs the {report_to} package: pip install {report_to}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class _JsonLines:
+    """``metrics.jsonl``: one JSON object a line, on the disk at once."""
+
+    def __init__(self, args: TrainArguments, start_step: int) -> None:
+        path = args.run_dir / METRICS_FILE
+        drop_later_steps(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    """Event files in the folder of the run."""
+
+    def __init__(self, args: TrainArguments, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(args.run_dir), purge_step=start_step + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in flatten(record).items():
+            self._writer.add_scalar(name, value, global_step=record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A run of Weights & Biases; its environment variables (project, entity, offline mode) apply."""
+
+    def __init__(self, args: TrainArguments, start_step: int) -> None:
+        import wandb
+
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+        self._run = wandb.init(name=args.name, dir=str(args.run_dir), config=settings)
+
+    def write(self, record: Record) -> None:
+        self._run.log(flatten(record), step=record["step"], commit=True)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_REPORTERS: dict[str, tuple[Callable[[TrainArguments, int], Sink], ...]] = {
+    "none": (),
+    "tensorboard": (_TensorBoard,),
+    "wandb": (_WeightsAndBiases,),
+}

@@ -1,0 +1,347 @@
+"""What a set of shards holds, known at start without opening a shard.
+
+Folders with a manifest, or folders of such folders, local or behind URLs -> :class:`ShardIndex`: one NumPy column for
+each number known about a bin, where its bytes lie, and in what proportions the folders are mixed. Incomplete, damaged
+or mismatched sets stop here.
+
+Cost: reading ``bins.parquet`` (20 to 40 bytes a bin) and asking for the size of every file. 68 bytes a bin are kept; at
+most 180 are needed while the table is read (measured with ten million bins).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from schemas.bins import TAR_BLOCK, shard_name
+from schemas.errors import ConfigError, ShardError
+from schemas.manifest import MANIFEST_FILE, Manifest, decode_manifest, read_manifest
+from schemas.qwen import IMAGE_MEAN, IMAGE_STD
+from schemas.tables import BINS_COLUMNS, BINS_FILE
+from train.arithmetic.cost import CostModel
+from train.shards.mixture import Mixture, Source, mix, parse_sources
+from train.shards.remote import RemotePath, ShardPath, file_sizes, parse_path, read_file, sub_folders
+
+_COPY_OR_BUILD = "Copy the folder again or build the shards again."
+_SEE_THAT_IT_ANSWERS = "See that the file system or server answers and may be read, then start again."
+
+
+class BinLocation(NamedTuple):
+    """Where a bin lies: ``num_bytes`` at ``offset`` of the shard at ``path``; ``local_bin`` is its number there."""
+
+    path: ShardPath
+    offset: int
+    num_bytes: int
+    xxh3: int
+    local_bin: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, bin {self.local_bin} at offset {self.offset}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ShardIndex:
+    """All bins of one or several folders, numbered through in the order of the folders.
+
+    Attributes:
+        folders: the folders with a manifest: sources as named, and inside a source sorted by name.
+        manifests: their manifests.
+        first_bins: (folders + 1,) int64, number of the first bin of every folder, and the number of bins.
+        shard_paths: the shards of all folders.
+        local_bin: (B,) int64, number of the bin in its folder, ascending; numbers may be absent.
+        shard: (B,) int32, position of the bin's shard in ``shard_paths``. This and what follows: one entry a bin.
+        offset: (B,) int64, start of the bin in its shard, in bytes.
+        num_bytes: (B,) int64.
+        xxh3: (B,) uint64, XXH3-64 of those bytes.
+        num_tokens: (B,) int32.
+        num_targets: (B,) int32, labels that are trained.
+        num_samples: (B,) int32.
+        num_patches: (B,) int32.
+        num_images: (B,) int32.
+        num_videos: (B,) int32.
+        sum_squared_lengths: (B,) int64, squares of the samples' lengths, summed.
+        mixture: proportions of the sources, where they were given; else None.
+    """
+
+    folders: tuple[ShardPath, ...]
+    manifests: tuple[Manifest, ...]
+    first_bins: NDArray[np.int64]
+    shard_paths: tuple[ShardPath, ...]
+    local_bin: NDArray[np.int64]
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    num_bytes: NDArray[np.int64]
+    xxh3: NDArray[np.uint64]
+    num_tokens: NDArray[np.int32]
+    num_targets: NDArray[np.int32]
+    num_samples: NDArray[np.int32]
+    num_patches: NDArray[np.int32]
+    num_images: NDArray[np.int32]
+    num_videos: NDArray[np.int32]
+    sum_squared_lengths: NDArray[np.int64]
+    mixture: Mixture | None = None
+
+    @property
+    def num_bins(self) -> int:
+        """Bins of all folders."""
+        return int(self.first_bins[-1])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a folder lies behind a URL."""
+        return any(isinstance(folder, RemotePath) for folder in self.folders)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a bin holds at most."""
+        return max(manifest.settings.max_length for manifest in self.manifests)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Fingerprint of the tokenizer that made the token ids, the same for all folders."""
+        return self.manifests[0].fingerprints.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the bytes of all bins, their numbers and proportions, wherever they lie: 32 hexadecimal digits."""
+        digest = hashlib.sha256()
+        if self.mixture is not None:
+            digest.update(f"{self.mixture.sizes} {self.mixture.quotas}\n".encode())
+        for manifest in self.manifests:
+            files = [*manifest.shards, *(table for table in manifest.tables if table.file == BINS_FILE)]
+            digest.update("".join(f"{stored.file} {stored.sha256}\n" for stored in files).encode() + b"\n")
+        return digest.hexdigest()[:32]
+
+    def shares(self) -> list[float]:
+        """Share of every folder in the bins that steps use; the folders of a source share what it has."""
+        sizes = np.diff(self.first_bins)
+        shares: list[float]
+        if self.mixture is None:
+            shares = (sizes / self.num_bins).tolist()
+            return shares
+        ends, quotas = np.cumsum(self.mixture.sizes), np.array(self.mixture.quotas)
+        # the last folder may be empty
+        source = np.searchsorted(ends[:-1], self.first_bins[:-1], side="right")
+        shares = (quotas[source] / quotas.sum() * sizes / np.array(self.mixture.sizes)[source]).tolist()
+        return shares
+
+    def cost(self, model: CostModel | None = None) -> NDArray[np.float64]:
+        """What every bin costs: (B,) float64, in operations; ``model`` is a forward pass of the 7B if not given."""
+        return (model or CostModel()).bin_flops(
+            num_tokens=self.num_tokens,
+            sum_squared_lengths=self.sum_squared_lengths,
+            num_targets=self.num_targets,
+            num_patches=self.num_patches,
+            num_images=self.num_images,
+            num_videos=self.num_videos,
+        )
+
+    def folder_of(self, number: int) -> int:
+        """Position in ``folders`` of the folder that holds bin ``number``."""
+        if not 0 <= number < self.num_bins:
+            raise IndexError(f"bin {number} of {self.num_bins}")
+        return int(np.searchsorted(self.first_bins, number, side="right")) - 1
+
+    def locate(self, number: int) -> BinLocation:
+        """Where bin ``number`` lies."""
+        if not 0 <= number < self.num_bins:
+            raise IndexError(f"bin {number} of {self.num_bins}")
+        return BinLocation(
+            path=self.shard_paths[self.shard[number]],
+            offset=int(self.offset[number]),
+            num_bytes=int(self.num_bytes[number]),
+            xxh3=int(self.xxh3[number]),
+            local_bin=int(self.local_bin[number]),
+        )
+
+
+def open_shards(shards: str | Path) -> ShardIndex:
+    """Read the manifests and tables of bins of a set of shards, and check them against the files.
+
+    Args:
+        shards: a folder with a manifest, or one whose sub-folders have one; a URL of such a folder; or several of
+            these, separated by commas: ``a,b`` uses all bins alike, ``a:0.7,b:0.3`` gives weights,
+            ``a:2epochs,b:0.5epochs`` says how often each bin is used in an epoch.
+
+    Raises:
+        ShardError: no manifest, no bins, a file that is missing or of another size or content than the manifest says,
+            or folders that were made for different models.
+        ConfigError: the text makes no sense, or a URL cannot be read here.
+    """
+    sources = parse_sources(shards) if isinstance(shards, str) else (Source(path=str(shards)),)
+    of_source = [_find_folders(parse_path(source.path)) for source in sources]
+    folders = [folder for found in of_source for folder in found]
+    manifests = [_read_manifest(folder) for folder in folders]
+    _check_distinct(folders)
+    _check_agreement(folders, manifests)
+    tables: list[dict[str, NDArray[Any]]] = []
+    shard_paths: list[ShardPath] = []
+    for folder, manifest in zip(folders, manifests):
+        _check_files(folder, manifest)
+        columns = _read_bins_table(folder, manifest)
+        columns["shard"] = _shard_of_row(manifest) + np.int32(len(shard_paths))
+        tables.append(columns)
+        shard_paths.extend(folder / shard.file for shard in manifest.shards)
+    sizes = [len(columns["bin"]) for columns in tables]
+    if not sum(sizes):
+        raise ShardError(f"{shards} holds no bins: every annotation was rejected. `vlprep report` shows the reasons.")
+    # One column after the other, so that no more than one of them is there twice.
+    joined = {name: _joined([columns.pop(name) for columns in tables]) for name in BINS_COLUMNS}
+    first_bins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    first_folders = np.cumsum([0, *map(len, of_source)])
+    return ShardIndex(
+        folders=tuple(folders),
+        manifests=tuple(manifests),
+        first_bins=first_bins,
+        local_bin=joined.pop("bin"),
+        shard_paths=tuple(shard_paths),
+        mixture=mix(sources, np.diff(first_bins[first_folders]).tolist()),
+        **joined,
+    )
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _find_folders(path: ShardPath) -> list[ShardPath]:
+    if _holds(path, MANIFEST_FILE):
+        return [path]
+    if isinstance(path, Path) and not path.is_dir():
+        raise ShardError(f"{path} is not a folder. Give the folder that `vlprep build --out` wrote.")
+    try:
+        entries = sub_folders(path)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
+    folders = [entry for entry in entries if _holds(entry, MANIFEST_FILE) or _looks_unfinished(entry)]
+    if not folders:
+        raise ShardError(
+            f"{path} holds no {MANIFEST_FILE}, nor does a folder in it: no complete set of shards. "
+            "Run `make shards DATASET=...` first, or give the folder that holds the manifest."
+        )
+    return folders
+
+
+def _holds(folder: ShardPath, name: str) -> bool:
+    return name in _sizes(folder, [name])
+
+
+def _looks_unfinished(folder: ShardPath) -> bool:
+    """A build that was not sealed: reading its manifest fails, so that it is not left out silently."""
+    if isinstance(folder, RemotePath):
+        return _holds(folder, shard_name(0))
+    return (folder / ".build").is_dir() or next(folder.glob("bins-*.tar"), None) is not None
+
+
+def _read_manifest(folder: ShardPath) -> Manifest:
+    if isinstance(folder, Path):
+        return read_manifest(folder)
+    return decode_manifest(_read(folder / MANIFEST_FILE), where=str(folder / MANIFEST_FILE))
+
+
+def _sizes(folder: ShardPath, names: list[str]) -> dict[str, int]:
+    try:
+        return file_sizes(folder, names)
+    except OSError as error:
+        raise ShardError(f"{folder} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
+
+
+def _read(path: ShardPath) -> bytes:
+    try:
+        return read_file(path)
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing. {_COPY_OR_BUILD}") from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
+
+
+def _check_distinct(folders: list[ShardPath]) -> None:
+    """See that no folder is there twice, by another name, through a link or inside another one."""
+    names: dict[str, ShardPath] = {}
+    for folder in folders:
+        place = str(folder.resolve()) if isinstance(folder, Path) else folder.url
+        if (other := names.setdefault(place, folder)) is not folder:
+            again = "" if str(other) == str(folder) else f", also as {other}"
+            raise ConfigError(
+                f"{folder} is there twice{again}: its bins would be used twice. Name it once; weights or epochs "
+                "(a:2epochs,b:1epochs) say how often bins are used."
+            )
+
+
+def _check_agreement(folders: list[ShardPath], manifests: list[Manifest]) -> None:
+    for folder, manifest in zip(folders, manifests):
+        prints, first = manifest.fingerprints, manifests[0].fingerprints
+        if (prints.image_mean, prints.image_std) != (IMAGE_MEAN, IMAGE_STD):
+            raise ShardError(
+                f"{folder} was made for pixels normalised with mean {prints.image_mean} and deviation "
+                f"{prints.image_std}; Qwen2.5-VL has {IMAGE_MEAN} and {IMAGE_STD}. Build it with --model of that kind."
+            )
+        if prints.tokenizer != first.tokenizer:
+            raise ShardError(
+                f"{folders[0]} and {folder} were made with different tokenizers ({first.tokenizer} and "
+                f"{prints.tokenizer}) and cannot be mixed. Build both with the same --model."
+            )
+
+
+def _check_files(folder: ShardPath, manifest: Manifest) -> None:
+    """Shards and both tables: the ledger, too, is wanted before the end, where a loss is not finite."""
+    files = [*manifest.shards, *manifest.tables]
+    sizes = _sizes(folder, [stored.file for stored in files])
+    for stored in files:
+        path, found = folder / stored.file, sizes.get(stored.file)
+        if found is None:
+            raise ShardError(f"{path} is missing, but the manifest lists it. {_COPY_OR_BUILD}")
+        if found != stored.num_bytes:
+            raise ShardError(f"{path} has {found} bytes, its manifest says {stored.num_bytes}. {_COPY_OR_BUILD}")
+
+
+def _read_bins_table(folder: ShardPath, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    path = folder / BINS_FILE
+    stored = next((table for table in manifest.tables if table.file == BINS_FILE), None)
+    if stored is None:
+        raise ShardError(f"{folder / MANIFEST_FILE} does not list {BINS_FILE}. Build the shards again.")
+    data = _read(path)
+    if hashlib.sha256(data).hexdigest() != stored.sha256:
+        raise ShardError(f"{path} is not the file that its manifest seals (SHA-256 differs). {_COPY_OR_BUILD}")
+    table = pq.read_table(pa.BufferReader(data))
+    del data
+    found = {field.name: str(field.type) for field in table.schema}
+    wrong = [f"{name} is {found.get(name)}" for name, dtype in BINS_COLUMNS.items() if found.get(name) != dtype]
+    if wrong or any(table[name].null_count for name in BINS_COLUMNS):
+        raise ShardError(f"{path}: {', '.join(wrong) or 'a column has nulls'}; expected {BINS_COLUMNS}. Build again.")
+    columns = {name: table[name].to_numpy() for name in BINS_COLUMNS}
+    _check_rows(path, columns, manifest)
+    return columns
+
+
+def _shard_of_row(manifest: Manifest) -> NDArray[np.int32]:
+    """Position in the manifest's list of the shard of every bin."""
+    sizes = [shard.num_bins for shard in manifest.shards]
+    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+
+def _check_rows(path: ShardPath, columns: dict[str, NDArray[Any]], manifest: Manifest) -> None:
+    bins, shard_of_row = columns["bin"], _shard_of_row(manifest)
+    # A number is absent where every sample of a bin turned out to be unusable, and a shard where all its bins are.
+    in_order = len(bins) == len(shard_of_row) and bool((np.diff(bins, prepend=-1) > 0).all())
+    numbers = np.unique(columns["shard"]).tolist()
+    if (
+        not in_order
+        or [shard_name(number) for number in numbers] != [shard.file for shard in manifest.shards]
+        or not np.array_equal(np.searchsorted(numbers, columns["shard"]), shard_of_row)
+    ):
+        raise ShardError(
+            f"{path}: its rows are not the bins that the manifest lists, in order. Build the shards again."
+        )
+    ends = columns["offset"] + columns["num_bytes"]
+    limits = np.array([shard.num_bytes for shard in manifest.shards], dtype=np.int64)[shard_of_row]
+    outside = (columns["offset"] < 0) | (columns["num_bytes"] < TAR_BLOCK) | (ends > limits)
+    if bool(outside.any()):
+        raise ShardError(f"{path}: bin {int(bins[outside.argmax()])} lies outside its shard. Build the shards again.")

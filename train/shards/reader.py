@@ -1,0 +1,245 @@
+"""Reads bins of a set of shards, and trusts nothing: number of a bin -> checked arrays.
+
+One positional read, or one range request, or one read of the local cache; XXH3-64 of what was read; the structure of
+the bin, its counts against the index, and what the trainer relies on inside: no sample is predicted from the one before
+it, and pad tokens fit the media. Every failure names shard, bin and offset.
+
+Cost: one read into a buffer that is used again, with XXH3 taken while the bytes are in the processor's cache; arrays
+are views of the buffer.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, read_bin
+from schemas.errors import ConfigError, ShardError
+from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VIDEO_PAD
+from train.shards.buffers import Buffers, ReusedBuffers
+from train.shards.cache import BinCache, cache_key
+from train.shards.index import BinLocation, ShardIndex
+from train.shards.jpeg import require_pillow
+from train.shards.remote import Patience, RemotePath, read_range
+
+logger = logging.getLogger(__name__)
+
+VERIFY = ("always", "first", "never")
+"""When a reader compares checksums: with every read, with its first read of each bin, or not at all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSettings:
+    """How bins are read.
+
+    Attributes:
+        verify: when checksums are compared, one of ``VERIFY``. Structure and counts of a bin are always checked.
+        connections: range requests of a rank under way at once.
+        patience: with remote shards.
+        cache_dir: folder on a local disk where bins of remote shards are kept; None for no cache.
+        cache_bytes: of all bins kept there.
+    """
+
+    verify: str = "always"
+    connections: int = 16
+    patience: Patience = field(default_factory=Patience)
+    cache_dir: Path | None = None
+    cache_bytes: int = 100 << 30
+
+    def __post_init__(self) -> None:
+        if self.verify not in VERIFY:
+            raise ConfigError(f"verify is {self.verify}; allowed: {', '.join(VERIFY)}.")
+        if self.connections < 1:
+            raise ConfigError(f"connections is {self.connections}; allowed: 1 or more.")
+        if self.cache_bytes < 1:
+            raise ConfigError(f"cache_bytes is {self.cache_bytes}; allowed: 1 or more.")
+
+
+class LoadedBin(NamedTuple):
+    """A bin, its place for messages, and the memory that its arrays are views of."""
+
+    bin: Bin
+    location: BinLocation
+    buffer: torch.Tensor
+
+
+class BinReader:
+    """Reads the bins of an index. Threads may share a reader."""
+
+    def __init__(self, index: ShardIndex, settings: ReadSettings | None = None, buffers: Buffers | None = None) -> None:
+        """Describe a reader; nothing is read yet.
+
+        Args:
+            index: the bins.
+            settings: how they are read.
+            buffers: where they are read to; ordinary memory that is used again if not given.
+
+        Raises:
+            ConfigError: a cache for shards that all lie on a file system, where it would never be used; shards with
+                JPEG pixels without Pillow to decode them.
+        """
+        self._index = index
+        self._settings = settings or ReadSettings()
+        self._buffers = buffers or ReusedBuffers()
+        self._stopped = threading.Event()
+        if any(manifest.settings.pixels == "jpeg" for manifest in index.manifests):
+            require_pillow()
+        self._cache: BinCache | None = None
+        if self._settings.cache_dir is not None:
+            if not self.is_remote:
+                raise ConfigError(
+                    f"the cache {self._settings.cache_dir} has no effect: all shards lie on a file system. "
+                    "Leave it out, or give the URL of the shards."
+                )
+            self._cache = BinCache(self._settings.cache_dir, self._settings.cache_bytes)
+        self._shard_sha256 = [shard.sha256 for manifest in index.manifests for shard in manifest.shards]
+        self._verified = np.zeros(index.num_bins if self._settings.verify == "first" else 0, dtype=np.bool_)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a folder lies behind a URL."""
+        return self._index.is_remote
+
+    def read(self, number: int) -> LoadedBin:
+        """Read bin ``number`` of the index.
+
+        Returns:
+            The bin, with its number in its own folder; the arrays are writable views of one buffer.
+
+        Raises:
+            ShardError: the shard is missing, short or unreadable, its bytes have another checksum, or they are not the
+                bin that the index describes.
+        """
+        location = self._index.locate(number)
+        buffer = self._buffers.take(location.num_bytes)
+        data = buffer.numpy().data
+        cache = self._cache if isinstance(location.path, RemotePath) else None
+        one = None if cache is None else self._read_cached(cache, number, location, data)
+        if one is None:
+            # Into a cache goes nothing unchecked, whatever the settings: damage must not be kept.
+            self._fetch(number, location, data, checked=cache is not None or self._is_checked(number))
+            one = self._parse(number, location, data)
+            if cache is not None:
+                cache.write(self._key(number), data)
+        return LoadedBin(one, location, buffer)
+
+    def close(self) -> None:
+        """Let reads that wait for a server to come back fail at once."""
+        self._stopped.set()
+
+    def _fetch(self, number: int, location: BinLocation, data: memoryview, *, checked: bool) -> None:
+        """Read a bin from its shard; its checksum is taken on the way."""
+        digest = xxhash.xxh3_64() if checked else None
+        try:
+            got = read_range(
+                location.path,
+                location.offset,
+                data,
+                digest=digest,
+                patience=self._settings.patience,
+                stopped=self._stopped,
+            )
+        except OSError as error:
+            missing = "No such file" if isinstance(error, FileNotFoundError) else None
+            if isinstance(location.path, RemotePath):
+                remedy = "See that the server answers and holds the shard, then resume."
+            elif missing:
+                remedy = "Copy the shard again."
+            else:
+                remedy = "See that the file system answers and the shard may be read, then resume."
+            raise ShardError(f"{location}: cannot be read: {missing or error.strerror or error}. {remedy}") from error
+        if got < location.num_bytes:
+            raise ShardError(
+                f"{location}: the shard ends after {got} of the bin's {location.num_bytes} bytes. Copy the shard again."
+            )
+        if digest is not None:
+            self._compare(number, location, digest.intdigest())
+
+    def _read_cached(self, cache: BinCache, number: int, location: BinLocation, data: memoryview) -> Bin | None:
+        """The bin from the cache; None where it is not there, or is damaged there."""
+        if not cache.read(self._key(number), data):
+            return None
+        try:
+            if self._is_checked(number):
+                self._compare(number, location, xxhash.xxh3_64_intdigest(data))
+            return self._parse(number, location, data)
+        except ShardError:
+            logger.warning("%s: its copy in the cache is damaged and fetched again", location)
+            cache.remove(self._key(number))
+            return None
+
+    def _parse(self, number: int, location: BinLocation, data: memoryview) -> Bin:
+        """Arrays of a bin, whose structure and counts are those that the index describes."""
+        where = str(location)
+        one = read_bin(data, location.local_bin, where=where)
+        self._check_counts(number, one, where=where)
+        _check_samples(one, where=where)
+        return one
+
+    def _key(self, number: int) -> str:
+        index = self._index
+        sha256 = self._shard_sha256[index.shard[number]]
+        return cache_key(sha256, int(index.offset[number]), int(index.num_bytes[number]))
+
+    def _is_checked(self, number: int) -> bool:
+        """Whether the settings want the checksum of this read."""
+        verify = self._settings.verify
+        return verify == "always" or (verify == "first" and not self._verified[number])
+
+    def _compare(self, number: int, location: BinLocation, checksum: int) -> None:
+        if checksum != location.xxh3:
+            raise ShardError(
+                f"{location}: checksum is {checksum:016x}, expected {location.xxh3:016x}: its bytes have changed, or "
+                "the shard is of another build. Copy the shard again; `vlprep verify` lists all damage."
+            )
+        if self._settings.verify == "first":
+            self._verified[number] = True
+
+    def _check_counts(self, number: int, one: Bin, *, where: str) -> None:
+        index = self._index
+        counts = {
+            "tokens": (one.input_ids.size, int(index.num_tokens[number])),
+            "targets": (int(np.count_nonzero(one.labels != IGNORE_INDEX)), int(index.num_targets[number])),
+            "samples": (one.cu_seqlens.size - 1, int(index.num_samples[number])),
+            "patches": (sum(t * h * w for t, h, w in one.grid_thw.tolist()), int(index.num_patches[number])),
+            "images": (int(np.count_nonzero(one.media_type == MEDIA_IMAGE)), int(index.num_images[number])),
+            "videos": (int(np.count_nonzero(one.media_type == MEDIA_VIDEO)), int(index.num_videos[number])),
+        }
+        for what, (found, expected) in counts.items():
+            if found != expected:
+                raise ShardError(f"{where}: holds {found} {what}, the index says {expected}. Build the shards again.")
+
+
+def read_checked_bin(index: ShardIndex, number: int) -> Bin:
+    """Read one bin, its checksum included; see :meth:`BinReader.read`."""
+    return BinReader(index).read(number).bin
+
+
+def _check_samples(one: Bin, *, where: str) -> None:
+    grids: list[list[int]] = one.grid_thw.tolist()
+    if any(min(grid) < 1 or grid[1] % MERGE_SIZE or grid[2] % MERGE_SIZE for grid in grids):
+        raise ShardError(
+            f"{where}: grid_thw {grids[:4]} has a grid that is not positive with even rows and columns. "
+            "Build the shards again."
+        )
+    if bool(np.any((one.media_type == MEDIA_IMAGE) & (one.grid_thw[:, 0] != 1))):
+        raise ShardError(f"{where}: grid_thw has an image of several temporal steps. Build the shards again.")
+    trained_first = one.labels[one.cu_seqlens[:-1]] != IGNORE_INDEX
+    if bool(trained_first.any()):
+        raise ShardError(
+            f"{where}: the first label of sample {int(trained_first.argmax())} is not {IGNORE_INDEX}: it would be "
+            "predicted from the sample before it. Build the shards again."
+        )
+    num_pads = int(np.count_nonzero((one.input_ids == IMAGE_PAD) | (one.input_ids == VIDEO_PAD)))
+    expected = sum(t * h * w for t, h, w in grids) // MERGED_PATCHES
+    if num_pads != expected:
+        raise ShardError(
+            f"{where}: {num_pads} media pad tokens in input_ids, but its media have {expected}. Build the shards again."
+        )
