@@ -26,7 +26,7 @@ from prep.annotations.records import read_chunk
 from prep.annotations.validation import check_record, media_names, read_id, record_id
 from prep.build.metrics import Timings, timed
 from prep.media.access import Wanted, open_media
-from prep.media.once import Probed
+from prep.media.caches import ProbeCache
 from prep.samples.sample import Measured, Medium, measure, probe_media, shrink, wanted_media
 from prep.samples.text import build_templates
 from prep.samples.tokenizer import load_tokenizer
@@ -198,7 +198,7 @@ def scan_chunk(task: ScanTask) -> ScanResult:
                 return ScanResult(part, task.chunk.num_records, timings)
             # Its other files will be replaced before the table is; by itself, the table would tell of the wrong ones.
             table_path(part).unlink(missing_ok=True)
-    rows, probed = _Rows(), Probed()
+    rows, probed = _Rows(), ProbeCache()
     accepted: list[tuple[int, int, Annotation, list[Medium]]] = []
     kinds = set[int]()
     with (
@@ -279,7 +279,7 @@ def _checked(task: ScanTask, timings: Timings) -> Iterator[_Checked]:
         yield _Checked(record, taken, annotation, problems)
 
 
-def _wanted(task: ScanTask, probed: Probed, checked: _Checked) -> list[Wanted]:
+def _wanted(task: ScanTask, probed: ProbeCache, checked: _Checked) -> list[Wanted]:
     """The media of a record that are still to be probed."""
     if checked.annotation is None:
         return []

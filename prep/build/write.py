@@ -23,7 +23,7 @@ from prep.build.metrics import Timings, timed
 from prep.build.output import Output
 from prep.build.scan import ScannedPart, StoredSample, mark_stale, media_path, read_sample
 from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted, open_media
-from prep.media.once import Decoded
+from prep.media.caches import FrameCache
 from prep.samples.sample import EncodedSample, MediaPlace, encode, media_key
 from prep.shards.codecs import DriftSums, require_storable
 from prep.shards.writer import BinRow, ShardWriter
@@ -116,7 +116,7 @@ def write_shard(task: WriteTask) -> ShardResult:
     backends: dict[int, str] = {}
     timings: Timings = {}
     with (
-        Decoded(_media_keys(task), task.result.parent) as decoded,
+        FrameCache(_media_keys(task), task.result.parent) as decoded,
         open_media(task.roots, beginnings=False, scratch=_scratch(task)) as access,
         ShardWriter(task.output.folder / name, task.codec, task.jpeg_quality) as writer,
     ):
@@ -178,7 +178,7 @@ def _bins(task: WriteTask, access: MediaAccess) -> Iterator[list[_Planned]]:
         yield [_planned(task, place, access) for place in range(start, stop)]
 
 
-def _wanted(task: WriteTask, decoded: Decoded, samples: list[_Planned]) -> Iterator[Wanted]:
+def _wanted(task: WriteTask, decoded: FrameCache, samples: list[_Planned]) -> Iterator[Wanted]:
     """The media of a bin that are still to be decoded."""
     for _, part, stored, media_place in samples:
         settings = task.media[part.source]

@@ -1,6 +1,6 @@
 """Video decoders behind one small interface: decord, torchcodec, PyAV, in the order in which they are tried.
 
-A backend opens a file and gives a :class:`Clip`; whatever its library raises becomes ``media_unreadable`` with the
+A backend opens a file and gives a :class:`Video`; whatever its library raises becomes ``media_unreadable`` with the
 library's words. A library that is not installed counts as a failure of that backend, named in the message. Each decodes
 on the calling thread alone: the workers of a build already occupy the cores.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 
-class Clip(Protocol):
+class Video(Protocol):
     """An open clip.
 
     Attributes:
@@ -41,7 +41,7 @@ class Clip(Protocol):
     width: int
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Decoded frames (n, H, W, 3) uint8, R G B, at ``indices`` (ascending, without repetition)."""
+        """Decode frames (n, H, W, 3) uint8, R G B, at ``indices`` (ascending, without repetition)."""
         ...
 
 
@@ -67,7 +67,7 @@ def _duration(num_frames: int, rate: float) -> float:
     return num_frames / rate if rate > 0 else math.nan
 
 
-class DecordClip:
+class DecordVideo:
     """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used."""
 
     def __init__(self, source: MediaSource) -> None:
@@ -86,13 +86,13 @@ class DecordClip:
                 self.height, self.width = map(int, self._reader[0].shape[:2])
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """See :class:`Clip`."""
+        """See :class:`Video`."""
         with _failures(self._source, self._error, RuntimeError, AssertionError, ValueError, OSError):
             frames: NDArray[np.uint8] = self._reader.get_batch(list(indices)).asnumpy()
         return frames
 
 
-class TorchcodecClip:
+class TorchcodecVideo:
     """A clip opened by torchcodec (needs torch and FFmpeg's shared libraries)."""
 
     def __init__(self, source: MediaSource) -> None:
@@ -108,13 +108,13 @@ class TorchcodecClip:
             self.height, self.width = map(int, self._decoder[0].shape[:2])
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """See :class:`Clip`."""
+        """See :class:`Video`."""
         with _failures(self._source, RuntimeError, ValueError, OSError, IndexError):
             frames: NDArray[np.uint8] = self._decoder.get_frames_at(list(indices)).data.numpy()
         return frames
 
 
-class PyavClip:
+class PyavVideo:
     """A clip opened by PyAV, which carries its own FFmpeg. Frames are decoded in order up to the last one wanted."""
 
     def __init__(self, source: MediaSource) -> None:
@@ -133,7 +133,7 @@ class PyavClip:
                 self.height, self.width = (0, 0) if shown is None else shown.shape[:2]
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """See :class:`Clip`."""
+        """See :class:`Video`."""
         wanted = set(indices)
         found: list[NDArray[np.uint8]] = []
         with self._opened() as (container, stream):
@@ -170,9 +170,9 @@ def _upright(frame: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.rot90(frame, k=round(rotation / 90) % 4))
 
 
-BACKENDS: dict[str, Callable[[MediaSource], Clip]] = {
-    "decord": DecordClip,
-    "torchcodec": TorchcodecClip,
-    "pyav": PyavClip,
+BACKENDS: dict[str, Callable[[MediaSource], Video]] = {
+    "decord": DecordVideo,
+    "torchcodec": TorchcodecVideo,
+    "pyav": PyavVideo,
 }
 """Backends by the name that the ledger shows, in the order in which they are tried."""

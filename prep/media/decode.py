@@ -1,6 +1,6 @@
 """Probing and decoding of any medium: what the scan and the write step ask for, and what comes back.
 
-Input: a source, its kind, the settings. Output: :class:`Facts` (probe) or facts and frames (decode).
+Input: a source, its kind, the settings. Output: :class:`MediaInfo` (probe) or facts and frames (decode).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from prep.media.images import Allocate, decode_image, new_frames, probe_image
 from prep.media.source import HeadTooShortError, MediaSource
-from prep.media.videos import ClipPlan, decode_video, probe_video
+from prep.media.videos import VideoPlan, decode_video, probe_video
 from schemas.bins import MEDIA_IMAGE
 from schemas.errors import MediaError
 from schemas.qwen import Grid
@@ -20,7 +20,7 @@ from schemas.settings import MediaSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class MediaInfo:
     """What a medium becomes.
 
     Attributes:
@@ -38,8 +38,8 @@ class Facts:
     backend: str | None = None
 
 
-def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Facts:
-    """Facts from the header.
+def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
+    """Probe the header of a medium.
 
     Raises:
         HeadTooShortError: only the beginning of the medium is here, and that is not enough to tell.
@@ -57,16 +57,16 @@ def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Fact
     return facts
 
 
-def _probe(source: MediaSource, media_type: int, settings: MediaSettings) -> Facts:
+def _probe(source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
     if media_type == MEDIA_IMAGE:
-        return Facts(*probe_image(source, settings))
+        return MediaInfo(*probe_image(source, settings))
     return _clip_facts(probe_video(source, settings))
 
 
 def decode(
     source: MediaSource, media_type: int, settings: MediaSettings, allocate: Allocate = new_frames
-) -> tuple[Facts, NDArray[np.uint8]]:
-    """Facts and stored frames (F, 3, H, W) uint8: one frame of an image, two for each temporal step of a video.
+) -> tuple[MediaInfo, NDArray[np.uint8]]:
+    """Decode a medium to stored frames (F, 3, H, W) uint8: one frame of an image, two for each temporal step of a video.
 
     Args:
         source: the file or its bytes.
@@ -79,10 +79,10 @@ def decode(
     """
     if media_type == MEDIA_IMAGE:
         planes, grid, height, width = decode_image(source, settings, allocate)
-        return Facts(grid, height, width), planes[None]
+        return MediaInfo(grid, height, width), planes[None]
     frames, plan = decode_video(source, settings, allocate)
     return _clip_facts(plan), frames
 
 
-def _clip_facts(plan: ClipPlan) -> Facts:
-    return Facts(plan.grid, plan.height, plan.width, plan.second_per_grid_t, plan.backend)
+def _clip_facts(plan: VideoPlan) -> MediaInfo:
+    return MediaInfo(plan.grid, plan.height, plan.width, plan.second_per_grid_t, plan.backend)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.engines.processes import die_with_parent, without
-from prep.media.decode import Facts, decode, probe
+from prep.media.decode import MediaInfo, decode, probe
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
@@ -74,13 +74,15 @@ class Sandbox:
         self._shared: mmap.mmap | None = None
         self._number = 0
 
-    def probe(self, source: MediaSource, media_type: int, settings: MediaSettings) -> Facts:
+    def probe(self, source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
         """As :func:`prep.media.decode.probe`; also raises ``decode_timeout`` and blames a crash on the medium."""
-        facts: Facts
+        facts: MediaInfo
         facts, _ = self._ask(("probe", source, media_type, settings), source, settings)
         return facts
 
-    def decode(self, source: MediaSource, media_type: int, settings: MediaSettings) -> tuple[Facts, NDArray[np.uint8]]:
+    def decode(
+        self, source: MediaSource, media_type: int, settings: MediaSettings
+    ) -> tuple[MediaInfo, NDArray[np.uint8]]:
         """As :func:`prep.media.decode.decode`; also raises ``decode_timeout`` and blames a crash on the medium."""
         facts, shape = self._ask(("decode", source, media_type, settings), source, settings)
         size = int(np.prod(shape))
@@ -228,8 +230,8 @@ def _serve(memory: int) -> None:
 
 def _answer(
     shared: _SharedFrames, kind: str, source: MediaSource, media_type: int, settings: MediaSettings
-) -> tuple[Facts, tuple[int, ...] | None] | MediaError | OSError:
-    """Facts and the shape of what lies in the shared memory, or what went wrong."""
+) -> tuple[MediaInfo, tuple[int, ...] | None] | MediaError | OSError:
+    """Media info and the shape of what lies in the shared memory, or what went wrong."""
     too_large = MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than there is")
     try:
         if kind == "probe":

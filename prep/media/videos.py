@@ -1,6 +1,6 @@
 """Clips: how many frames to take, when, and at what size; and the decoders that deliver them.
 
-Input: a file. Output: a :class:`ClipPlan` (probe: one frame is decoded, for its size) or frames (2·t, 3, H, W) uint8
+Input: a file. Output: a :class:`VideoPlan` (probe: one frame is decoded, for its size) or frames (2·t, 3, H, W) uint8
 (decode). An odd number of frames is made even by repeating the last one, so that every temporal step has two.
 
 decord is tried first; the next backend is tried when one fails, and the ledger says which served.
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.media.backends import BACKENDS, Clip
+from prep.media.backends import BACKENDS, Video
 from prep.media.images import Allocate, frames_shape, image_grid, new_frames, resize_into
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClipPlan:
+class VideoPlan:
     """What will be taken from a clip.
 
     Attributes:
@@ -61,7 +61,7 @@ def frame_indices(total: int, duration_s: float, settings: MediaSettings) -> tup
     return tuple(int(index) for index in np.unique(np.linspace(0, total - 1, wanted, dtype=int)))
 
 
-def plan_clip(clip: Clip, backend: str, settings: MediaSettings) -> ClipPlan:
+def plan_video(clip: Video, backend: str, settings: MediaSettings) -> VideoPlan:
     """Decide frames, size and rate of an open clip.
 
     Raises:
@@ -84,7 +84,7 @@ def plan_clip(clip: Clip, backend: str, settings: MediaSettings) -> ClipPlan:
         min_pixels=settings.video_min_frame_pixels,
         max_pixels=settings.video_max_frame_pixels,
     )
-    return ClipPlan(
+    return VideoPlan(
         grid=Grid(-(-len(indices) // TEMPORAL_PATCH_SIZE), frame.h, frame.w),
         indices=indices,
         height=clip.height,
@@ -94,26 +94,26 @@ def plan_clip(clip: Clip, backend: str, settings: MediaSettings) -> ClipPlan:
     )
 
 
-def probe_video(source: MediaSource, settings: MediaSettings) -> ClipPlan:
+def probe_video(source: MediaSource, settings: MediaSettings) -> VideoPlan:
     """Plan of a clip, from the first backend that can open it.
 
     Raises:
         MediaError: no backend can, or the clip cannot be used.
     """
-    return _first_success(source, lambda clip, backend: plan_clip(clip, backend, settings))
+    return _first_success(source, lambda clip, backend: plan_video(clip, backend, settings))
 
 
 def decode_video(
     source: MediaSource, settings: MediaSettings, allocate: Allocate = new_frames
-) -> tuple[NDArray[np.uint8], ClipPlan]:
+) -> tuple[NDArray[np.uint8], VideoPlan]:
     """Frames (2·t, 3, H, W) uint8 of a clip, resized, and the plan they follow.
 
     Raises:
         MediaError: no backend can decode it.
     """
 
-    def decode(clip: Clip, backend: str) -> tuple[NDArray[np.uint8], ClipPlan]:
-        plan = plan_clip(clip, backend, settings)
+    def decode(clip: Video, backend: str) -> tuple[NDArray[np.uint8], VideoPlan]:
+        plan = plan_video(clip, backend, settings)
         pictures = clip.frames(plan.indices)
         if len(pictures) != len(plan.indices):
             raise MediaError(
@@ -129,12 +129,12 @@ def decode_video(
     return _first_success(source, decode)
 
 
-def _first_success(source: MediaSource, use: Callable[[Clip, str], _T]) -> _T:
+def _first_success(source: MediaSource, use: Callable[[Video, str], _T]) -> _T:
     """Try the backends in order; a clip that is unusable as such (too large, no frames) is not tried again."""
     failures: list[str] = []
-    for name, open_clip in BACKENDS.items():
+    for name, open_video in BACKENDS.items():
         try:
-            return use(open_clip(source), name)
+            return use(open_video(source), name)
         except MediaError as error:
             if error.code is not ReasonCode.MEDIA_UNREADABLE:
                 raise MediaError(error.code, f"{source.name!r}: {error.message}") from error

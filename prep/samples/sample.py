@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from prep.annotations.problems import Problems
 from prep.annotations.validation import media_names
 from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted
-from prep.media.decode import Facts
+from prep.media.decode import MediaInfo
 from prep.media.images import image_grid
-from prep.media.once import Decoded, Probed
+from prep.media.caches import FrameCache, ProbeCache
 from prep.media.paths import embedded_media
 from prep.media.sandbox import sandbox
 from prep.media.source import HeadTooShortError, MediaSource
@@ -178,7 +178,7 @@ def probe_media(
     settings: MediaSettings,
     embedded: Mapping[str, bytes],
     access: MediaAccess = LOCAL_MEDIA,
-    probed: Probed | None = None,
+    probed: ProbeCache | None = None,
 ) -> tuple[list[Medium], list[Problem]]:
     """Look at the headers of all media of a record.
 
@@ -221,7 +221,7 @@ def probe_media(
     return media, problems.listed()
 
 
-def _probe(wanted: Wanted, settings: MediaSettings, access: MediaAccess) -> Facts:
+def _probe(wanted: Wanted, settings: MediaSettings, access: MediaAccess) -> MediaInfo:
     try:
         return sandbox().probe(access.source(wanted), wanted.media_type, settings)
     except HeadTooShortError:
@@ -286,7 +286,7 @@ def media_key(medium: Medium, place: MediaPlace, settings: MediaSettings) -> byt
     return xxhash.xxh3_128_digest(msgspec.msgpack.encode(key))
 
 
-def encode(sample: Measured, place: MediaPlace, settings: MediaSettings, decoded: Decoded) -> EncodedSample:
+def encode(sample: Measured, place: MediaPlace, settings: MediaSettings, decoded: FrameCache) -> EncodedSample:
     """Decode the media of a sample and write out its tokens.
 
     Args:
@@ -314,7 +314,7 @@ def encode(sample: Measured, place: MediaPlace, settings: MediaSettings, decoded
     )
 
 
-def _decode(medium: Medium, place: MediaPlace, settings: MediaSettings) -> tuple[Facts, NDArray[np.uint8]]:
+def _decode(medium: Medium, place: MediaPlace, settings: MediaSettings) -> tuple[MediaInfo, NDArray[np.uint8]]:
     source = place.source(medium, settings.max_source_bytes)
     return sandbox().decode(source, medium.media_type, _settings_for(medium, settings))
 
@@ -323,8 +323,8 @@ def _joined(backends: Iterable[str | None]) -> str | None:
     return ",".join(sorted({backend for backend in backends if backend is not None})) or None
 
 
-def _checked(medium: Medium, found: tuple[Facts, NDArray[np.uint8]]) -> tuple[Facts, NDArray[np.uint8]]:
-    """Facts and stored frames (F, 3, H, W) of a medium, if they are what the scan saw."""
+def _checked(medium: Medium, found: tuple[MediaInfo, NDArray[np.uint8]]) -> tuple[MediaInfo, NDArray[np.uint8]]:
+    """Return media info and stored frames (F, 3, H, W) of a medium if they match what the scan saw."""
     facts, _ = found
     if (facts.grid, facts.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
         raise MediaError(

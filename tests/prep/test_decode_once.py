@@ -17,9 +17,9 @@ from PIL import Image
 
 from prep.build.pipeline import build
 from prep.engines import SerialEngine
-from prep.media import once
-from prep.media.decode import Facts
-from prep.media.once import Decoded, Probed
+from prep.media import caches
+from prep.media.decode import MediaInfo
+from prep.media.caches import FrameCache, ProbeCache
 from prep.media.sandbox import Sandbox
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
@@ -164,12 +164,12 @@ def decoded_once(folder: Path, keys: list[bytes]) -> int:
     """Ask for media whose frames differ by key; returns how many were decoded. A context without a file left over."""
     decodes = 0
 
-    def decode(key: bytes) -> tuple[Facts, np.ndarray[Any, np.dtype[np.uint8]]]:
+    def decode(key: bytes) -> tuple[MediaInfo, np.ndarray[Any, np.dtype[np.uint8]]]:
         nonlocal decodes
         decodes += 1
-        return Facts(Grid(1, 2, 2), 28, 28), np.full((1, 3, 28, 28), key[0], dtype=np.uint8)
+        return MediaInfo(Grid(1, 2, 2), 28, 28), np.full((1, 3, 28, 28), key[0], dtype=np.uint8)
 
-    with Decoded(keys, folder) as decoded:
+    with FrameCache(keys, folder) as decoded:
         for key in keys:
             facts, frames = decoded.get(key, lambda key=key: decode(key))  # type: ignore[misc]
             assert facts.grid == Grid(1, 2, 2)
@@ -180,12 +180,12 @@ def decoded_once(folder: Path, keys: list[bytes]) -> int:
 
 
 def test_a_medium_is_held_no_longer_than_it_is_needed(tmp_path: Path) -> None:
-    with Decoded([b"a", b"a", b"b"], tmp_path) as decoded:
+    with FrameCache([b"a", b"a", b"b"], tmp_path) as decoded:
         assert not decoded.has(b"a")
         for expected in (True, False):
-            decoded.get(b"a", lambda: (Facts(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
+            decoded.get(b"a", lambda: (MediaInfo(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
             assert decoded.has(b"a") is expected
-        decoded.get(b"b", lambda: (Facts(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
+        decoded.get(b"b", lambda: (MediaInfo(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
         assert not decoded.has(b"b")
 
 
@@ -193,20 +193,20 @@ def test_without_room_for_what_comes_again_media_are_decoded_as_often_as_they_ar
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(once.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))  # noqa: SIM115
+        patch.setattr(caches.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))  # noqa: SIM115
         assert decoded_once(tmp_path, [b"a", b"b", b"a", b"b", b"a"]) == 5
     assert decoded_once(tmp_path, [b"a", b"b", b"a", b"b", b"a"]) == 2
 
 
 def test_facts_of_the_media_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(once, "_MAX_PROBED", 3)
-    probed, asked = Probed(), Counter[str]()
+    monkeypatch.setattr(caches, "_MAX_PROBED", 3)
+    probed, asked = ProbeCache(), Counter[str]()
 
-    def probe(name: str) -> Facts:
+    def probe(name: str) -> MediaInfo:
         asked[name] += 1
         if name == "broken":
             raise MediaError(ReasonCode.MEDIA_MISSING, "'broken' does not exist")
-        return Facts(Grid(1, 2, 2), 28, 28)
+        return MediaInfo(Grid(1, 2, 2), 28, 28)
 
     for name in ("a", "b", "broken", "a", "broken", "c", "b", "a", "broken"):
         try:

@@ -20,7 +20,7 @@ from prep.annotations.registry import find_sources
 from prep.annotations.validation import check_record, media_names, parse_record, read_id
 from prep.build.pipeline import BuildRequest, build
 from prep.engines import SerialEngine
-from prep.media.decode import Facts
+from prep.media.decode import MediaInfo
 from prep.media.sandbox import Sandbox
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
@@ -250,7 +250,7 @@ def test_damaged_media_are_used_or_have_a_code(tmp_path: Path, kind: str) -> Non
                 continue
             codes["good"] += 1
             decoded, frames = found
-            assert isinstance(decoded, Facts)
+            assert isinstance(decoded, MediaInfo)
             steps = 2 * decoded.grid.t if media_type == MEDIA_VIDEO else 1
             assert frames.shape == (steps, 3, 14 * decoded.grid.h, 14 * decoded.grid.w)
     finally:

@@ -31,7 +31,7 @@ from prep.cli import main
 from prep.engines import SerialEngine
 from prep.media.sandbox import Sandbox
 from prep.media.source import MediaSource
-from prep.media.videos import MAX_DURATION_S, plan_clip
+from prep.media.videos import MAX_DURATION_S, plan_video
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
 from schemas.errors import ConfigError, MediaError
@@ -270,10 +270,10 @@ class ClaimedClip:
 
 def test_a_clip_that_claims_to_last_for_weeks_has_no_usable_duration() -> None:
     """Its temporal positions, two a second, would leave the range of int32 sooner or later."""
-    assert plan_clip(ClaimedClip(MAX_DURATION_S), "x", SETTINGS).second_per_grid_t == 2 * MAX_DURATION_S / 8
+    assert plan_video(ClaimedClip(MAX_DURATION_S), "x", SETTINGS).second_per_grid_t == 2 * MAX_DURATION_S / 8
     for duration_s in (MAX_DURATION_S * 1.01, float("inf"), float("nan"), 0.0, -1.0):
         with pytest.raises(MediaError) as caught:
-            plan_clip(ClaimedClip(duration_s), "x", SETTINGS)
+            plan_video(ClaimedClip(duration_s), "x", SETTINGS)
         assert caught.value.code is ReasonCode.MEDIA_UNREADABLE
 
 

@@ -32,7 +32,7 @@ from prep.engines import LocalEngine, SerialEngine
 from prep.inspect.validate import ValidateRequest, validate
 from prep.media import fetch
 from prep.media.access import LocalMedia, Wanted, open_media
-from prep.media.decode import Facts, probe
+from prep.media.decode import MediaInfo, probe
 from prep.media.paths import media_url
 from prep.media.source import HeadTooShortError
 from schemas.annotation import ReasonCode
@@ -404,7 +404,7 @@ def _move_exif_behind_the_pixels(path: Path) -> None:
     path.write_bytes(rest[:-12] + chunk + rest[-12:])
 
 
-def outcome(root: Location, name: str, scratch: Path, *, beginnings: bool = True) -> Facts | tuple[ReasonCode, str]:
+def outcome(root: Location, name: str, scratch: Path, *, beginnings: bool = True) -> MediaInfo | tuple[ReasonCode, str]:
     wanted = Wanted(root, name, MEDIA_IMAGE, MediaSettings(max_source_bytes=1_500_000).max_source_bytes)
     try:
         with open_media([root], beginnings=beginnings, scratch=scratch) as access:
@@ -420,7 +420,7 @@ def test_probing_the_beginning_finds_what_probing_the_file_finds(proxy: Proxy, p
     root = Url("s3://bucket/pictures")
     for path in sorted(pictures.iterdir()):
         assert outcome(root, path.name, tmp_path) == outcome(pictures, path.name, tmp_path), path.name
-    assert isinstance(outcome(root, "late.png", tmp_path), Facts)
+    assert isinstance(outcome(root, "late.png", tmp_path), MediaInfo)
     proxy.seen.clear()
     assert outcome(root, "plain.jpg", tmp_path) == outcome(root, "plain.jpg", tmp_path, beginnings=False)
     assert [seen.method for seen in proxy.seen] == ["HEAD", "GET", "HEAD", "GET"]
@@ -436,7 +436,7 @@ def test_names_mean_below_a_url_what_they_mean_below_a_folder(
 ) -> None:
     (pictures / "x").mkdir(exist_ok=True)
     found, expected = outcome(Url("s3://bucket/pictures"), name, tmp_path), outcome(pictures, name, tmp_path)
-    if isinstance(expected, Facts):
+    if isinstance(expected, MediaInfo):
         assert found == expected
     else:
         assert isinstance(found, tuple)

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.media.backends import BACKENDS, PyavClip
+from prep.media.backends import BACKENDS, PyavVideo
 from prep.media.source import MediaSource
 from prep.media.videos import decode_video, frame_indices, probe_video
 from schemas.annotation import ReasonCode
@@ -110,7 +110,7 @@ def test_frames_are_resized_as_pictures_are_with_the_video_bounds(tmp_path: Path
     path = write_clip(tmp_path / "x.mp4", 8, 2, width=320, height=240)
     frames, plan = decode_video(source(path), SETTINGS)
     assert plan.grid.h * plan.grid.w * 196 >= SETTINGS.video_min_frame_pixels
-    original = PyavClip(source(path)).frames([0])[0]
+    original = PyavVideo(source(path)).frames([0])[0]
     expected = Image.fromarray(original).resize((plan.grid.w * 14, plan.grid.h * 14), Image.Resampling.BICUBIC)
     assert (frames[0] == np.asarray(expected).transpose(2, 0, 1)).all()
 
@@ -180,7 +180,7 @@ def test_the_frames_asked_for_are_the_frames_got_in_every_container(tmp_path: Pa
 def test_the_next_backend_serves_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_clip(tmp_path / "x.mp4", 8, 2)
 
-    def broken(source: MediaSource) -> PyavClip:
+    def broken(source: MediaSource) -> PyavVideo:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, "out of order")
 
     monkeypatch.setitem(BACKENDS, "decord", broken)

@@ -2,7 +2,7 @@
 
 A failure is an answer too: a medium that cannot be used is tried once, and fails every sample that uses it.
 
-Memory: :class:`Probed` holds the facts of a few thousand media. :class:`Decoded` holds 16 bytes for each medium that
+Memory: :class:`ProbeCache` holds the facts of a few thousand media. :class:`FrameCache` holds 16 bytes for each medium that
 comes again; their planes lie in a temporary file without a name (at most half of what the shard holds before
 compression), which the kernel keeps in memory as long as there is room. Where the disk has no room for it, a medium is
 decoded as often as it is used.
@@ -23,24 +23,24 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.media.decode import Facts
+from prep.media.decode import MediaInfo
 from schemas.errors import MediaError
 from storage.files import NO_ROOM
 
 _MAX_PROBED = 4096
 
 
-class Probed:
-    """Facts of the media that were probed last, by name and kind."""
+class ProbeCache:
+    """The most recent probe results, by medium and kind."""
 
     def __init__(self) -> None:
-        self._found: OrderedDict[Hashable, Facts | MediaError] = OrderedDict()
+        self._found: OrderedDict[Hashable, MediaInfo | MediaError] = OrderedDict()
 
     def has(self, key: Hashable) -> bool:
         """Whether a medium has been probed already and need not be opened again."""
         return key in self._found
 
-    def get(self, key: Hashable, probe: Callable[[], Facts]) -> Facts:
+    def get(self, key: Hashable, probe: Callable[[], MediaInfo]) -> MediaInfo:
         """What ``probe`` gave for the same key before, or gives now.
 
         Raises:
@@ -59,12 +59,12 @@ class Probed:
 class _Kept:
     """A decoded medium in the temporary file: its facts, where its frames start, and their shape."""
 
-    facts: Facts
+    facts: MediaInfo
     offset: int
     shape: tuple[int, ...]
 
 
-class Decoded:
+class FrameCache:
     """Frames of the media of one shard that come again; a context manager.
 
     Args:
@@ -79,7 +79,7 @@ class Decoded:
         self._file: BinaryIO | None = None
         self._open = ExitStack()
 
-    def __enter__(self) -> Decoded:
+    def __enter__(self) -> FrameCache:
         return self
 
     def __exit__(
@@ -91,7 +91,9 @@ class Decoded:
         """Whether a medium has been decoded already and need not be opened again."""
         return key in self._found
 
-    def get(self, key: bytes, decode: Callable[[], tuple[Facts, NDArray[np.uint8]]]) -> tuple[Facts, NDArray[np.uint8]]:
+    def get(
+        self, key: bytes, decode: Callable[[], tuple[MediaInfo, NDArray[np.uint8]]]
+    ) -> tuple[MediaInfo, NDArray[np.uint8]]:
         """What ``decode`` gave for the same key before, or gives now: facts and frames (F, 3, H, W) uint8.
 
         Raises:
@@ -115,7 +117,7 @@ class Decoded:
                 self._keep(key, *decoded)
         return _answer(decoded)
 
-    def _keep(self, key: bytes, facts: Facts, frames: NDArray[np.uint8]) -> None:
+    def _keep(self, key: bytes, facts: MediaInfo, frames: NDArray[np.uint8]) -> None:
         try:
             self._found[key] = self._write(facts, frames)
         except OSError as error:
@@ -127,7 +129,7 @@ class Decoded:
             self._found.clear()
             self._uses_left.clear()
 
-    def _write(self, facts: Facts, frames: NDArray[np.uint8]) -> _Kept:
+    def _write(self, facts: MediaInfo, frames: NDArray[np.uint8]) -> _Kept:
         if self._file is None:
             file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the stack closes it
             self._file = self._open.enter_context(file)
