@@ -1,11 +1,10 @@
-"""Media that several samples use are looked at once: probed once a chunk of the scan, decoded once a shard.
+"""Caches for media that several samples use: each is probed once per scan chunk and decoded once per shard.
 
-A failure is an answer too: a medium that cannot be used is tried once, and fails every sample that uses it.
+Failures are cached too: a medium that cannot be used is tried once and fails every sample that uses it.
 
-Memory: :class:`ProbeCache` holds the facts of a few thousand media. :class:`FrameCache` holds 16 bytes for each medium that
-comes again; their planes lie in a temporary file without a name (at most half of what the shard holds before
-compression), which the kernel keeps in memory as long as there is room. Where the disk has no room for it, a medium is
-decoded as often as it is used.
+Memory: :class:`ProbeCache` holds the info of at most 4,096 media. :class:`FrameCache` holds 16 bytes per reused medium.
+Its frames lie in an unnamed temporary file, at most half as large as the uncompressed shard, which the kernel keeps in
+memory while there is room. If the disk is full, a medium is decoded each time it is used.
 """
 
 from __future__ import annotations
@@ -31,51 +30,51 @@ _MAX_PROBED = 4096
 
 
 class ProbeCache:
-    """The most recent probe results, by medium and kind."""
+    """Least-recently-used cache of probe results."""
 
     def __init__(self) -> None:
-        self._found: OrderedDict[Hashable, MediaInfo | MediaError] = OrderedDict()
+        self._outcomes: OrderedDict[Hashable, MediaInfo | MediaError] = OrderedDict()
 
     def has(self, key: Hashable) -> bool:
         """Whether a medium has been probed already and need not be opened again."""
-        return key in self._found
+        return key in self._outcomes
 
     def get(self, key: Hashable, probe: Callable[[], MediaInfo]) -> MediaInfo:
-        """What ``probe`` gave for the same key before, or gives now.
+        """Return the cached info of a medium, or call ``probe`` and cache the outcome.
 
         Raises:
-            MediaError: what ``probe`` raised.
+            MediaError: As raised by ``probe``.
         """
-        if key in self._found:
-            self._found.move_to_end(key)
+        if key in self._outcomes:
+            self._outcomes.move_to_end(key)
         else:
-            self._found[key] = _outcome(probe)
-            if len(self._found) > _MAX_PROBED:
-                self._found.popitem(last=False)
-        return _answer(self._found[key])
+            self._outcomes[key] = _capture(probe)
+            if len(self._outcomes) > _MAX_PROBED:
+                self._outcomes.popitem(last=False)
+        return _unwrap(self._outcomes[key])
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """A decoded medium in the temporary file: its facts, where its frames start, and their shape."""
+class _Entry:
+    """A decoded medium in the temporary file: its info, and the offset and shape of its frames."""
 
-    facts: MediaInfo
+    info: MediaInfo
     offset: int
     shape: tuple[int, ...]
 
 
 class FrameCache:
-    """Frames of the media of one shard that come again; a context manager.
+    """Frames of the media that one shard uses more than once. A context manager.
 
     Args:
-        keys: of the media of all samples that will be asked for, each as often as it will be.
-        folder: of the temporary file, which is made when something has to be kept.
+        keys: keys of the media of all samples of the shard, each repeated as often as the medium is used.
+        folder: folder of the temporary file. The file is created when the first medium is cached.
     """
 
     def __init__(self, keys: Iterable[bytes], folder: Path) -> None:
-        self._uses_left = Counter({key: num for key, num in Counter(keys).items() if num > 1})
+        self._uses_left = Counter({key: uses for key, uses in Counter(keys).items() if uses > 1})
         self._folder = folder
-        self._found: dict[bytes, _Kept | MediaError] = {}
+        self._outcomes: dict[bytes, _Entry | MediaError] = {}
         self._file: BinaryIO | None = None
         self._open = ExitStack()
 
@@ -89,47 +88,49 @@ class FrameCache:
 
     def has(self, key: bytes) -> bool:
         """Whether a medium has been decoded already and need not be opened again."""
-        return key in self._found
+        return key in self._outcomes
 
     def get(
         self, key: bytes, decode: Callable[[], tuple[MediaInfo, NDArray[np.uint8]]]
     ) -> tuple[MediaInfo, NDArray[np.uint8]]:
-        """What ``decode`` gave for the same key before, or gives now: facts and frames (F, 3, H, W) uint8.
+        """Return the info and the frames (F, 3, H, W) uint8 of a medium, from the cache or by calling ``decode``.
+
+        The outcome is dropped from the cache with its last use.
 
         Raises:
-            MediaError: what ``decode`` raised.
+            MediaError: As raised by ``decode``.
         """
         if key not in self._uses_left:
             return decode()
         self._uses_left[key] -= 1
         is_last = not self._uses_left[key]
-        found = self._found.pop(key, None) if is_last else self._found.get(key)
+        cached = self._outcomes.pop(key, None) if is_last else self._outcomes.get(key)
         if is_last:
             del self._uses_left[key]
-        if found is not None:
-            kept = _answer(found)
-            return kept.facts, self._read(kept)
-        decoded = _outcome(decode)
+        if cached is not None:
+            entry = _unwrap(cached)
+            return entry.info, self._read(entry)
+        outcome = _capture(decode)
         if not is_last:
-            if isinstance(decoded, MediaError):
-                self._found[key] = decoded
-            else:
-                self._keep(key, *decoded)
-        return _answer(decoded)
+            self._add(key, outcome)
+        return _unwrap(outcome)
 
-    def _keep(self, key: bytes, facts: MediaInfo, frames: NDArray[np.uint8]) -> None:
+    def _add(self, key: bytes, outcome: tuple[MediaInfo, NDArray[np.uint8]] | MediaError) -> None:
+        if isinstance(outcome, MediaError):
+            self._outcomes[key] = outcome
+            return
         try:
-            self._found[key] = self._write(facts, frames)
+            self._outcomes[key] = self._write(*outcome)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            # What room there is belongs to the shard: from now on, a medium is decoded as often as it is used.
+            # Leave the remaining space to the shard. From now on, every use decodes again.
             self._open.close()
             self._file = None
-            self._found.clear()
+            self._outcomes.clear()
             self._uses_left.clear()
 
-    def _write(self, facts: MediaInfo, frames: NDArray[np.uint8]) -> _Kept:
+    def _write(self, info: MediaInfo, frames: NDArray[np.uint8]) -> _Entry:
         if self._file is None:
             file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the stack closes it
             self._file = self._open.enter_context(file)
@@ -137,31 +138,33 @@ class FrameCache:
         rest = np.ascontiguousarray(frames).reshape(-1).data
         while rest:
             rest = rest[self._file.write(rest) :]
-        return _Kept(facts, offset, frames.shape)
+        return _Entry(info, offset, frames.shape)
 
-    def _read(self, kept: _Kept) -> NDArray[np.uint8]:
+    def _read(self, entry: _Entry) -> NDArray[np.uint8]:
         assert self._file is not None
-        frames = np.empty(kept.shape, dtype=np.uint8)
-        rest, offset = frames.reshape(-1).data, kept.offset
+        frames = np.empty(entry.shape, dtype=np.uint8)
+        rest, offset = frames.reshape(-1).data, entry.offset
         while rest:
             num_bytes = os.preadv(self._file.fileno(), [rest], offset)
             if not num_bytes:
-                raise OSError(f"the temporary file of decoded media in {self._folder} ends early")
+                raise OSError(f"the temporary file of decoded media in {self._folder} is shorter than what was written")
             rest, offset = rest[num_bytes:], offset + num_bytes
         return frames
 
 
-_Found = TypeVar("_Found")
+_T = TypeVar("_T")
 
 
-def _outcome(look: Callable[[], _Found]) -> _Found | MediaError:
+def _capture(function: Callable[[], _T]) -> _T | MediaError:
+    """Call ``function`` and return its ``MediaError`` instead of raising it."""
     try:
-        return look()
+        return function()
     except MediaError as error:
         return error
 
 
-def _answer(outcome: _Found | MediaError) -> _Found:
+def _unwrap(outcome: _T | MediaError) -> _T:
+    """Return an outcome, or raise it as a new exception if it is an error."""
     if isinstance(outcome, MediaError):
         raise MediaError(outcome.code, outcome.message)
     return outcome

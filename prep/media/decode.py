@@ -1,6 +1,7 @@
-"""Probing and decoding of any medium: what the scan and the write step ask for, and what comes back.
+"""Probes or decodes a medium of either type, in the calling process.
 
-Input: a source, its kind, the settings. Output: :class:`MediaInfo` (probe) or facts and frames (decode).
+Input: a source, its media type and the media settings. Output: a :class:`MediaInfo`, and when decoding also the stored
+frames. Cost: a probe reads the header of an image, and decodes one frame of a video.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from schemas.settings import MediaSettings
 
 @dataclass(frozen=True, slots=True)
 class MediaInfo:
-    """What a medium becomes.
+    """What the build needs to know about a medium before it decodes the pixels.
 
     Attributes:
-        grid: in patches.
-        height: of the picture or of a frame before resizing, as it is shown, in pixels.
-        width: likewise.
-        second_per_grid_t: seconds that a temporal step of a video stands for; 0 for an image.
-        backend: decoder of a video; None for an image.
+        grid: patches of the stored frames (t, h, w).
+        height: height of the image or of a video frame before resizing, upright, in pixels.
+        width: width, likewise.
+        second_per_grid_t: seconds of video per temporal step. 0 for an image.
+        backend: decoder that served a video. None for an image.
     """
 
     grid: Grid
@@ -39,40 +40,43 @@ class MediaInfo:
 
 
 def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
-    """Probe the header of a medium.
+    """Read the header of a medium.
 
     Raises:
-        HeadTooShortError: only the beginning of the medium is here, and that is not enough to tell.
+        HeadTooShortError: only the beginning of the medium is available, and the header is longer.
         MediaError: the medium cannot be used.
     """
     try:
-        facts = _probe(source, media_type, settings)
+        info = _probe(source, media_type, settings)
     except MediaError as error:
-        # A library may take the missing rest for damage.
+        # A library may report the missing rest as damage.
         if source.beginning is not None and source.beginning.was_left:
             raise HeadTooShortError(source.name) from error
         raise
     if source.beginning is not None and source.beginning.was_left:
         raise HeadTooShortError(source.name)
-    return facts
+    return info
 
 
 def _probe(source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
     if media_type == MEDIA_IMAGE:
         return MediaInfo(*probe_image(source, settings))
-    return _clip_facts(probe_video(source, settings))
+    return _video_info(probe_video(source, settings))
 
 
 def decode(
     source: MediaSource, media_type: int, settings: MediaSettings, allocate: Allocate = new_frames
 ) -> tuple[MediaInfo, NDArray[np.uint8]]:
-    """Decode a medium to stored frames (F, 3, H, W) uint8: one frame of an image, two for each temporal step of a video.
+    """Decode and resize a medium.
 
     Args:
-        source: the file or its bytes.
-        media_type: a picture or a clip.
-        settings: size, rate, limits.
+        source: the encoded bytes.
+        media_type: 0 image, 1 video.
+        settings: sizes, frame rate and limits.
         allocate: makes the array that the frames are written to.
+
+    Returns:
+        The media info, and the stored frames (F, 3, H, W) uint8: one for an image, two per temporal step of a video.
 
     Raises:
         MediaError: the medium cannot be decoded.
@@ -81,8 +85,8 @@ def decode(
         planes, grid, height, width = decode_image(source, settings, allocate)
         return MediaInfo(grid, height, width), planes[None]
     frames, plan = decode_video(source, settings, allocate)
-    return _clip_facts(plan), frames
+    return _video_info(plan), frames
 
 
-def _clip_facts(plan: VideoPlan) -> MediaInfo:
+def _video_info(plan: VideoPlan) -> MediaInfo:
     return MediaInfo(plan.grid, plan.height, plan.width, plan.second_per_grid_t, plan.backend)

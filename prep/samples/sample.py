@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from prep.annotations.problems import Problems
 from prep.annotations.validation import media_names
 from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted
+from prep.media.caches import FrameCache, ProbeCache
 from prep.media.decode import MediaInfo
 from prep.media.images import image_grid
-from prep.media.caches import FrameCache, ProbeCache
 from prep.media.paths import embedded_media
 from prep.media.sandbox import sandbox
 from prep.media.source import HeadTooShortError, MediaSource

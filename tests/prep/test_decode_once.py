@@ -18,8 +18,8 @@ from PIL import Image
 from prep.build.pipeline import build
 from prep.engines import SerialEngine
 from prep.media import caches
-from prep.media.decode import MediaInfo
 from prep.media.caches import FrameCache, ProbeCache
+from prep.media.decode import MediaInfo
 from prep.media.sandbox import Sandbox
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
