@@ -1,8 +1,8 @@
-"""Video decoders behind one small interface: decord, torchcodec, PyAV, in the order in which they are tried.
+"""Video decoders behind one small interface: decord, torchcodec and PyAV, in the order in which they are tried.
 
-A backend opens a file and gives a :class:`Video`; whatever its library raises becomes ``media_unreadable`` with the
-library's words. A library that is not installed counts as a failure of that backend, named in the message. Each decodes
-on the calling thread alone: the workers of a build already occupy the cores.
+Input: a source. Output: an open :class:`Video`. Whatever the library raises becomes ``media_unreadable`` with the
+library's message. A library that is not installed counts as a failure of its backend. Each backend decodes on the
+calling thread alone, because the workers of a build already occupy the cores.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class Video(Protocol):
-    """An open clip.
+    """An open video.
 
     Attributes:
-        num_frames: frames of the video stream.
-        duration_s: length in seconds.
-        height: of a frame as it is shown, in pixels.
-        width: of a frame as it is shown, in pixels.
+        num_frames: frames in the video stream.
+        duration_s: duration in seconds.
+        height: height of an upright frame in pixels.
+        width: width of an upright frame in pixels.
     """
 
     num_frames: int
@@ -41,26 +41,26 @@ class Video(Protocol):
     width: int
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Decode frames (n, H, W, 3) uint8, R G B, at ``indices`` (ascending, without repetition)."""
+        """Decode the frames at ``indices`` (ascending, distinct) to (n, H, W, 3) uint8, R G B."""
         ...
 
 
 @contextmanager
-def _failures(source: MediaSource, *kinds: type[Exception]) -> Iterator[None]:
+def _failures(source: MediaSource, *errors: type[Exception]) -> Iterator[None]:
     """Turn a library's exceptions into ``media_unreadable``."""
     try:
         yield
     except ImportError as error:
-        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"not usable here ({source.explain(error)})") from error
-    except kinds as error:
+        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"not available ({source.explain(error)})") from error
+    except errors as error:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, source.explain(error)) from error
 
 
 def _check_index(source: MediaSource) -> None:
-    """Leave containers without an index to PyAV, which decodes from the start."""
+    """Refuse containers without an index: only PyAV, which decodes from the start, returns the right frames."""
     container = container_of(source)
     if not container.has_index:
-        raise ValueError(f"does not seek exactly in {container.demuxer}")
+        raise ValueError(f"cannot seek exactly in {container.demuxer}")
 
 
 def _duration(num_frames: int, rate: float) -> float:
@@ -68,7 +68,7 @@ def _duration(num_frames: int, rate: float) -> float:
 
 
 class DecordVideo:
-    """A clip opened by decord. Recovered (substituted) frames are an error here, never silently used."""
+    """A video opened by decord. A frame that decord would substitute is an error."""
 
     def __init__(self, source: MediaSource) -> None:
         self._source = source
@@ -93,7 +93,7 @@ class DecordVideo:
 
 
 class TorchcodecVideo:
-    """A clip opened by torchcodec (needs torch and FFmpeg's shared libraries)."""
+    """A video opened by torchcodec, which needs torch and the shared libraries of FFmpeg."""
 
     def __init__(self, source: MediaSource) -> None:
         self._source = source
@@ -115,7 +115,7 @@ class TorchcodecVideo:
 
 
 class PyavVideo:
-    """A clip opened by PyAV, which carries its own FFmpeg. Frames are decoded in order up to the last one wanted."""
+    """A video opened by PyAV, which bundles FFmpeg. Decodes in order up to the last requested frame."""
 
     def __init__(self, source: MediaSource) -> None:
         self._source = source
@@ -129,22 +129,23 @@ class PyavVideo:
                 self.duration_s = _duration(self.num_frames, float(stream.average_rate or 0))
             with self._opened() as (container, stream):
                 first = next(container.decode(stream), None)
-                shown = None if first is None else _upright(_rgb(first), first.rotation)
-                self.height, self.width = (0, 0) if shown is None else shown.shape[:2]
+                upright = None if first is None else _upright(_rgb(first), first.rotation)
+                self.height, self.width = (0, 0) if upright is None else upright.shape[:2]
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
         """See :class:`Video`."""
-        wanted = set(indices)
-        found: list[NDArray[np.uint8]] = []
+        remaining = set(indices)
+        frames: list[NDArray[np.uint8]] = []
         with self._opened() as (container, stream):
             for index, frame in enumerate(container.decode(stream)):
-                if index in wanted:
-                    found.append(_upright(_rgb(frame), frame.rotation))
-                if len(found) == len(wanted):
+                if index in remaining:
+                    frames.append(_upright(_rgb(frame), frame.rotation))
+                    remaining.remove(index)
+                if not remaining:
                     break
-        if not found:
+        if not frames:
             raise MediaError(ReasonCode.MEDIA_UNREADABLE, "no frame could be decoded")
-        return np.stack(found)
+        return np.stack(frames)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -154,10 +155,10 @@ class PyavVideo:
             _failures(self._source, self._error, ValueError, OSError, IndexError),
             av.open(self._source.target(), "r", format=self._demuxer) as container,
         ):
-            # Not the first one: in a file of sound, that may be the picture of its cover.
+            # Not simply the first stream: in an audio file, that may be the cover image.
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream):
-                raise MediaError(ReasonCode.MEDIA_UNREADABLE, "there is no video stream")
+                raise MediaError(ReasonCode.MEDIA_UNREADABLE, "the file has no video stream")
             yield container, stream
 
 
@@ -166,7 +167,7 @@ def _rgb(frame: VideoFrame) -> NDArray[np.uint8]:
 
 
 def _upright(frame: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
-    """Turn a frame (H, W, 3) as the container's display matrix says; ``rotation`` counts degrees counter-clockwise."""
+    """Rotate a frame (H, W, 3) by the container's display matrix (``rotation``: degrees counter-clockwise)."""
     return np.ascontiguousarray(np.rot90(frame, k=round(rotation / 90) % 4))
 
 
@@ -175,4 +176,4 @@ BACKENDS: dict[str, Callable[[MediaSource], Video]] = {
     "torchcodec": TorchcodecVideo,
     "pyav": PyavVideo,
 }
-"""Backends by the name that the ledger shows, in the order in which they are tried."""
+"""Backends by their name in the ledger, in the order in which they are tried."""

@@ -1,9 +1,8 @@
-"""Which container a clip is stored in, told by its first bytes.
+"""Recognises the container of a video by its first bytes.
 
-Input: a source. Output: a :class:`Container`. A video library left to itself also opens files that only name others:
-playlists and concatenation scripts. What they name may lie outside the media root, or on the network. A clip is
-therefore opened only if its first bytes are those of a container that holds the frames itself, and where a library
-can be told, by the demuxer of that container alone.
+Input: a source. Output: a :class:`Container`. Video libraries also open playlists and concatenation scripts, which only
+name other files, perhaps outside the media root or on the network. So a video is opened only if its first bytes are
+those of a container that holds the frames itself, and PyAV is told to use the demuxer of that container alone.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ _HEAD_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A container.
+    """A container format.
 
     Attributes:
-        demuxer: FFmpeg's name of it.
-        has_index: whether frames can be sought exactly. Backends that seek (decord 3.4.0, torchcodec 0.13) return
-            other frames of MPEG streams than asked for, without a word, and fail with other streams.
+        demuxer: name of its FFmpeg demuxer.
+        has_index: whether backends can seek to an exact frame. In MPEG streams, backends that seek (decord 3.4.0,
+            torchcodec 0.13) silently return the wrong frames. In other streams without an index, they fail.
     """
 
     demuxer: str
@@ -55,10 +54,10 @@ _CONTAINERS = {
 
 
 def container_of(source: MediaSource) -> Container:
-    """The container of a clip.
+    """Recognise the container of a video.
 
     Raises:
-        MediaError: ``unsupported_media``: the file does not begin like any of them.
+        MediaError: ``unsupported_media`` if the file does not begin like any known container.
     """
     with source.open() as file:
         head = file.read(_HEAD_BYTES)
@@ -67,6 +66,6 @@ def container_of(source: MediaSource) -> Container:
             return container
     raise MediaError(
         ReasonCode.UNSUPPORTED_MEDIA,
-        "is not a clip in a container that is read: MP4 (MOV, 3GP), Matroska (WebM), AVI, FLV, ASF (WMV), GIF, Ogg, "
-        "MPEG streams and plain H.264 or HEVC; playlists are not followed",
+        "is not a video in a supported container: MP4 (MOV, 3GP), Matroska (WebM), AVI, FLV, ASF (WMV), GIF, Ogg, "
+        "MPEG streams, plain H.264 or HEVC (playlists are not followed)",
     )

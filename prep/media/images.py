@@ -1,8 +1,7 @@
-"""Pictures: probe the header, or decode, orient, convert to RGB and resize.
+"""Images: probe the header, or decode, orient, convert to RGB and resize.
 
-Input: a source. Output: a grid (probe) or planes (3, H, W) uint8 (decode). Probing reads the
-header only, a fraction of a millisecond; decoding and resizing a 1-megapixel JPEG takes about 17 ms, next to all of it
-inside Pillow.
+Input: a source. Output: a grid (probe), or planes (3, H, W) uint8 (decode). Cost: a probe reads only the header, in a
+fraction of a millisecond. Decoding and resizing a 1-megapixel JPEG takes about 17 ms, nearly all of it in Pillow.
 
 The steps are those of the Pillow implementation of the Qwen2-VL image processor (transformers 5.23): EXIF orientation,
 transparency composited onto white, RGB, Pillow bicubic to the size of :func:`smart_resize`.
@@ -28,32 +27,41 @@ from schemas.qwen import PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "QOI")
-"""What Pillow may take a file for, by Pillow's names. Its other readers serve formats that nobody keeps photographs in;
-that of EPS runs Ghostscript."""
+"""Formats that Pillow may open, by Pillow's names. Its other readers serve formats that datasets do not use; that of EPS
+runs Ghostscript."""
 
-_SWAPS_SIDES = (5, 6, 7, 8)
+_SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)
 _MAX_16_BITS = 65535
 _LATE_TEXT_CHUNKS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
+# fmt: off
+_DAMAGE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error,
+)
+# fmt: on
+"""What Pillow's decoders raise for damaged files. They raise nothing narrower."""
 
 Allocate = Callable[[tuple[int, int, int, int]], NDArray[np.uint8]]
-"""Makes the array, of a shape (F, 3, H, W), that decoded frames are written to."""
+"""Returns an array of shape (F, 3, H, W) that decoded frames are written to."""
 
 
 def new_frames(shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """Memory of their own."""
+    """Allocate ordinary memory for decoded frames."""
     return np.empty(shape, dtype=np.uint8)
 
 
 def probe_image(source: MediaSource, settings: MediaSettings) -> tuple[Grid, int, int]:
-    """Grid that the picture will have, and its own height and width, from its header alone.
+    """Read the size of an image from its header.
+
+    Returns:
+        The grid after resizing, and the upright image's own height and width in pixels.
 
     Raises:
-        MediaError: not a picture, too many pixels, or an extreme aspect ratio.
+        MediaError: not an image, too many pixels, or an extreme aspect ratio.
     """
     with _opened(source, settings) as image:
         width, height = image.size
-        if _orientation(image, source) in _SWAPS_SIDES:
+        if _orientation(image, source) in _SIDEWAYS_ORIENTATIONS:
             width, height = height, width
         return _grid(height, width, settings), height, width
 
@@ -61,14 +69,17 @@ def probe_image(source: MediaSource, settings: MediaSettings) -> tuple[Grid, int
 def decode_image(
     source: MediaSource, settings: MediaSettings, allocate: Allocate = new_frames
 ) -> tuple[NDArray[np.uint8], Grid, int, int]:
-    """Planes (3, H, W) uint8 of the picture, R G B, oriented and resized; its grid; its own height and width.
+    """Decode, orient and resize an image.
+
+    Returns:
+        Planes (3, H, W) uint8, R G B; their grid; and the upright image's own height and width in pixels.
 
     Raises:
-        MediaError: as :func:`probe_image`, or the pixels cannot be decoded (truncated or damaged).
+        MediaError: as :func:`probe_image`, or the pixels are truncated or damaged.
     """
     with _opened(source, settings) as image:
         image.load()
-        # In place: otherwise a picture that is upright already would be copied.
+        # In place, because otherwise Pillow copies an image that is upright already.
         ImageOps.exif_transpose(image, in_place=True)
         rgb = to_rgb(image)
         grid = _grid(rgb.height, rgb.width, settings)
@@ -78,12 +89,12 @@ def decode_image(
 
 
 def frames_shape(num_frames: int, grid: Grid) -> tuple[int, int, int, int]:
-    """(F, 3, 14·h, 14·w): so many stored frames of a medium that has this grid."""
+    """Shape (F, 3, 14·h, 14·w) of the stored frames of a medium."""
     return num_frames, 3, grid.h * PATCH_SIZE, grid.w * PATCH_SIZE
 
 
 def resize_into(planes: NDArray[np.uint8], rgb: Image.Image) -> None:
-    """Resize an RGB picture by Pillow bicubic to the size of ``planes`` (3, H, W) uint8, and store it there."""
+    """Resize an RGB image by Pillow bicubic into ``planes`` (3, H, W) uint8."""
     _, height, width = planes.shape
     resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
     for plane, band in zip(planes, resized.split()):
@@ -91,35 +102,35 @@ def resize_into(planes: NDArray[np.uint8], rgb: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; what is transparent is composited onto white.
+    """Convert an image to RGB, compositing transparent pixels onto white.
 
-    A picture that is opaque RGB already is returned itself. Grey of 16 bits is scaled to 8. Pillow's own conversion,
-    which the reference relies on, cuts off everything above 255 and makes such a picture white.
+    Opaque RGB images are returned unchanged. 16-bit grey is scaled to 8 bits. Pillow's own conversion, which the
+    reference relies on, clips everything above 255 and turns such an image white.
 
     Raises:
-        MediaError: ``unsupported_media`` for grey of 32 bits or floating point, whose range is not known.
+        MediaError: ``unsupported_media`` for 32-bit or floating-point grey, whose range is unknown.
     """
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        return _grey_of_16_bits(image).convert("RGB")
+        return _scale_16_bit_grey(image).convert("RGB")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+def _scale_16_bit_grey(image: Image.Image) -> Image.Image:
     levels = np.asarray(image)
     if image.mode == "F" or levels.min() < 0 or levels.max() > _MAX_16_BITS:
         raise MediaError(
             ReasonCode.UNSUPPORTED_MEDIA,
             f"grey levels of mode {image.mode!r} from {levels.min()} to {levels.max()} have no defined white; "
-            "store the picture with 8 or 16 bits",
+            "store the image with 8 or 16 bits",
         )
     return Image.fromarray(np.rint(levels / (_MAX_16_BITS / 255)).astype(np.uint8))
 
 
 def image_grid(height: int, width: int, *, min_pixels: int, max_pixels: int) -> Grid:
-    """Grid of one picture of ``height`` by ``width`` pixels."""
+    """Patch grid of an image of ``height`` by ``width`` pixels after resizing."""
     rows, columns = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
     return Grid(1, rows // PATCH_SIZE, columns // PATCH_SIZE)
 
@@ -130,11 +141,11 @@ def _grid(height: int, width: int, settings: MediaSettings) -> Grid:
 
 @contextmanager
 def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Image]:
-    """Open a picture and turn every way in which Pillow can fail into a reason code."""
+    """Open an image, and turn every way in which Pillow can fail into a reason code."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Pillow holds pictures inside a file (of an animation, say) against its own bound: twice this value.
+            # Pillow checks images inside a file (frames of an animation, say) against twice this value.
             Image.MAX_IMAGE_PIXELS = (settings.max_source_pixels + 1) // 2
             with source.open() as file, Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
@@ -146,37 +157,26 @@ def _opened(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Imag
                     )
                 yield image
     except UnidentifiedImageError as error:
-        if _begins_like_a_picture(source):
+        if _has_image_signature(source):
             raise MediaError(
-                ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} begins like a picture, but its header is damaged"
+                ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} begins like an image, but its header is damaged"
             ) from error
         raise MediaError(
             ReasonCode.UNSUPPORTED_MEDIA,
-            f"{source.name!r} is not a picture in a format that is read: {', '.join(FORMATS)}",
+            f"{source.name!r} is not an image in a supported format: {', '.join(FORMATS)}",
         ) from error
     except Image.DecompressionBombError as error:
         raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r}: {error}") from error
-    # Pillow's decoders raise these, and nothing narrower, for damaged files.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        EOFError,
-        struct.error,
-        OverflowError,
-    ) as error:
+    except _DAMAGE_ERRORS as error:
         raise MediaError(
             ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} cannot be decoded: {source.explain(error)}"
         ) from error
     except MemoryError as error:
-        raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than there is") from error
+        raise MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than is available") from error
 
 
-def _begins_like_a_picture(source: MediaSource) -> bool:
-    """Whether one of Pillow's readers took the first bytes for its own, and failed with what follows."""
+def _has_image_signature(source: MediaSource) -> bool:
+    """Whether one of Pillow's readers accepts the first bytes."""
     with source.open() as file:
         head = file.read(16)
     accepts = [Image.OPEN[name][1] for name in FORMATS if name in Image.OPEN]
@@ -184,10 +184,10 @@ def _begins_like_a_picture(source: MediaSource) -> bool:
 
 
 def _orientation(image: Image.Image, source: MediaSource) -> int:
-    """EXIF orientation (1 to 8) that is still to be applied, without decoding.
+    """Read the EXIF orientation (1 to 8) that is still to be applied, without decoding pixels.
 
-    Pillow applies that of a TIFF itself, and gives its sides as they are afterwards. A PNG may carry EXIF behind its
-    pixels, and ``PngImageFile.getexif`` decodes them to look there; the chunk list tells whether that is needed.
+    Pillow itself applies the orientation of a TIFF and reports its upright size. A PNG may have EXIF after its pixels.
+    ``PngImageFile.getexif`` decodes the pixels to look there, so it is called only if the chunk list shows such EXIF.
     """
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return 1
@@ -200,13 +200,13 @@ def _orientation(image: Image.Image, source: MediaSource) -> int:
 
 def _has_late_text(source: MediaSource) -> bool:
     """Whether a PNG has text or EXIF chunks after its pixel data."""
-    pixels_seen = False
+    has_pixels = False
     with source.open() as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
-            pixels_seen = pixels_seen or kind == b"IDAT"
-            if pixels_seen and kind in _LATE_TEXT_CHUNKS:
+            has_pixels = has_pixels or kind == b"IDAT"
+            if has_pixels and kind in _LATE_TEXT_CHUNKS:
                 return True
             file.seek(length + 4, 1)
     return False

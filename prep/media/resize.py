@@ -1,4 +1,4 @@
-"""The size a picture gets: multiples of 28, pixels within bounds, aspect ratio kept. Pure arithmetic."""
+"""The size of a resized image: multiples of 28, a bounded number of pixels, the aspect ratio kept. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from schemas.qwen import FACTOR, MAX_ASPECT_RATIO
 
 
 def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width after resizing, both multiples of 28.
+    """Compute height and width after resizing, both multiples of 28.
 
     The formula is ``smart_resize`` of the Qwen2-VL image processor (transformers 5.23,
     ``image_processing_qwen2_vl.py``), with its rounding of halves to even.
 
     Args:
-        height: of the picture in pixels, after orientation.
-        width: likewise.
-        min_pixels: least number of pixels of the result.
-        max_pixels: greatest number of pixels of the result.
+        height: height of the upright image in pixels.
+        width: width, likewise.
+        min_pixels: lower bound on the pixels of the result.
+        max_pixels: upper bound on the pixels of the result.
 
     Raises:
         MediaError: ``media_empty`` for a side of 0, ``bad_aspect_ratio`` above 200.
     """
     if min(height, width) < 1:
         raise MediaError(
-            ReasonCode.MEDIA_EMPTY, f"the picture is {width}x{height} pixels; both sides must be 1 or more"
+            ReasonCode.MEDIA_EMPTY, f"the image has {width}x{height} pixels; both sides must be at least 1"
         )
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise MediaError(
             ReasonCode.BAD_ASPECT_RATIO,
-            f"{width}x{height} pixels have an aspect ratio of {ratio:.1f}; at most {MAX_ASPECT_RATIO} is allowed",
+            f"an image of {width}x{height} pixels has an aspect ratio of {ratio:.1f}; the limit is {MAX_ASPECT_RATIO}",
         )
     rows, columns = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
     if rows * columns > max_pixels:

@@ -1,10 +1,12 @@
 """Decodes in a child process with a time limit: a decoder that hangs or crashes costs one medium, not the build.
 
-One child serves one worker. A request goes through a pipe; pixels come back through memory that both share and keep
-mapped: the decoder writes its frames there, so that the way through the child costs a copy (a fraction of a
-millisecond a picture) and about 0.1 ms of messages. A child that does not answer in time is killed, one that died is
-replaced, and the medium that it was busy with gets the blame. One that was killed from outside is asked again first:
-when memory runs out, the kernel picks the decoder before the worker, whatever it is busy with.
+Input: a source, its media type and the media settings. Output: as :mod:`prep.media.decode`. One child serves one
+worker. Requests go through a pipe. The child writes frames into shared memory that both processes keep mapped, so the
+detour costs one copy (a fraction of a millisecond per image) and about 0.1 ms of messages.
+
+A child that exceeds the time limit is killed, a child that crashes is replaced, and the medium at hand is rejected. If
+the child was killed from outside, the request is retried first: when memory runs out, the kernel is told to kill the
+decoder before the worker, whatever medium it is decoding.
 """
 
 from __future__ import annotations
@@ -38,27 +40,27 @@ from schemas.settings import MediaSettings
 from storage.files import naming
 
 _HEADER = struct.Struct("<Q")
-_START_LIMIT_S = 120.0
-"""Time for a child to start (imports on a busy machine); not counted against the medium."""
+_START_TIMEOUT_S = 120.0
+"""Time for a child to start (imports on a busy machine). Not counted against the medium."""
 
-_MEMORY_KEPT = 1 << 26
-"""Shared memory up to this many bytes is kept; what a larger clip needed is given back with the next medium."""
+_MAX_KEPT_BYTES = 1 << 26
+"""Shared memory that is kept between media. What a larger video needs beyond this is freed with the next medium."""
 
-_SHARED = Path("memory shared with the decoder process")
-"""What errors call it. A limit on the size of files counts for it too."""
+_SHARED_MEMORY = Path("memory shared with the decoder process")
+"""Name of the shared memory in errors. A limit on the size of files applies to it too."""
 
-_ATTEMPTS = 2
+_MAX_ATTEMPTS = 2
 
-_FIRST_TO_GO = "500"
-"""Of 1000; what the kernel adds to the share of memory that a process has when it looks for one to kill."""
+_OOM_SCORE_ADJUSTMENT = "500"
+"""Of 1000. The kernel adds it to a process's share of memory when it chooses one to kill."""
 
 
 class _KilledError(Exception):
-    """The child was killed from outside."""
+    """The child was killed from outside (SIGKILL)."""
 
 
 class _NoRoomError(Exception):
-    """Frames do not fit the memory that both share; not an ``OSError``, which would be put down to the medium."""
+    """Frames do not fit into the shared memory. Not an ``OSError``, because that would be blamed on the medium."""
 
     def __init__(self, reason: OSError) -> None:
         super().__init__(str(reason))
@@ -66,30 +68,30 @@ class _NoRoomError(Exception):
 
 
 class Sandbox:
-    """A child process that probes and decodes. Restarted as needed; :meth:`close` ends it."""
+    """A child process that probes and decodes. It is started and restarted as needed, and :meth:`close` ends it."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
         self._memory = -1
         self._shared: mmap.mmap | None = None
-        self._number = 0
+        self._request_id = 0
 
     def probe(self, source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
         """As :func:`prep.media.decode.probe`; also raises ``decode_timeout`` and blames a crash on the medium."""
-        facts: MediaInfo
-        facts, _ = self._ask(("probe", source, media_type, settings), source, settings)
-        return facts
+        info: MediaInfo
+        info, _ = self._request("probe", source, media_type, settings)
+        return info
 
     def decode(
         self, source: MediaSource, media_type: int, settings: MediaSettings
     ) -> tuple[MediaInfo, NDArray[np.uint8]]:
         """As :func:`prep.media.decode.decode`; also raises ``decode_timeout`` and blames a crash on the medium."""
-        facts, shape = self._ask(("decode", source, media_type, settings), source, settings)
+        info, shape = self._request("decode", source, media_type, settings)
         size = int(np.prod(shape))
         if self._shared is None or len(self._shared) != os.fstat(self._memory).st_size:
             self._unmap()
             self._shared = mmap.mmap(self._memory, 0, prot=mmap.PROT_READ)
-        return facts, np.frombuffer(self._shared, dtype=np.uint8, count=size).reshape(shape).copy()
+        return info, np.frombuffer(self._shared, dtype=np.uint8, count=size).reshape(shape).copy()
 
     def close(self) -> None:
         """End the child."""
@@ -108,27 +110,30 @@ class Sandbox:
             self._shared.close()
             self._shared = None
 
-    def _ask(self, request: tuple[Any, ...], source: MediaSource, settings: MediaSettings) -> tuple[Any, Any]:
-        for _ in range(_ATTEMPTS):
+    def _request(self, kind: str, source: MediaSource, media_type: int, settings: MediaSettings) -> tuple[Any, Any]:
+        """Send a request, again if the child is killed. Returns the media info, and the shape of decoded frames."""
+        for _ in range(_MAX_ATTEMPTS):
             with contextlib.suppress(_KilledError):
-                return self._ask_once(request, source, settings)
+                return self._request_once(kind, source, media_type, settings)
         raise MediaError(
             ReasonCode.MEDIA_TOO_LARGE,
-            f"the decoder of {source.name!r} was killed {_ATTEMPTS} times (SIGKILL), as happens when memory runs out; "
-            "run with fewer --workers and --retry-media, or lower max_source_pixels",
+            f"the decoder of {source.name!r} was killed {_MAX_ATTEMPTS} times (SIGKILL), probably because memory ran "
+            "out; run with fewer --workers and --retry-media, or lower max_source_pixels",
         )
 
-    def _ask_once(self, request: tuple[Any, ...], source: MediaSource, settings: MediaSettings) -> tuple[Any, Any]:
+    def _request_once(
+        self, kind: str, source: MediaSource, media_type: int, settings: MediaSettings
+    ) -> tuple[Any, Any]:
         if self._child is not None and self._child.poll() is not None:
-            # It died between two requests (for want of memory, say): the medium at hand is not to blame.
+            # It died between two requests (out of memory, say), so this medium is not to blame.
             self.close()
         child = self._child or self._start()
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            self._number += 1
-            _send(child.stdin, (self._number, *request))
-            number, answer = _receive(child.stdout, time.monotonic() + settings.decode_timeout)
+            self._request_id += 1
+            _send(child.stdin, (self._request_id, kind, source, media_type, settings))
+            request_id, answer = _receive(child.stdout, time.monotonic() + settings.decode_timeout)
         except TimeoutError:
             self.close()
             raise MediaError(
@@ -140,23 +145,22 @@ class Sandbox:
             self.close()
             if code == -signal.SIGKILL:
                 raise _KilledError from None
-            how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-            raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} crashes its decoder ({how})") from None
+            raise _crash_error(source, code) from None
         except BaseException:
-            # Interrupted between question and answer: the next question must not get this one's answer.
+            # Interrupted between request and response: the next request must not receive this response.
             self.close()
             raise
-        if number != self._number:
+        if request_id != self._request_id:
             self.close()
-            raise RuntimeError(f"the decoder process answered request {number}, not {self._number}")
+            raise RuntimeError(f"the decoder process answered request {request_id}, not {self._request_id}")
         if isinstance(answer, (MediaError, OSError)):
             raise answer
-        found: tuple[Any, Any] = answer
-        return found
+        result: tuple[Any, Any] = answer
+        return result
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._memory = os.memfd_create("vlprep-frames")
-        # What stops a build goes to all its processes: a child that obeyed would look like a medium that crashes it.
+        # Signals that stop a build reach all its processes. A child that obeyed them would look like a crash.
         with without(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             child = subprocess.Popen(
                 [sys.executable, "-m", "prep.media.sandbox", str(self._memory)],
@@ -168,11 +172,16 @@ class Sandbox:
         self._child = child
         assert child.stdout is not None
         try:
-            _receive(child.stdout, time.monotonic() + _START_LIMIT_S)
+            _receive(child.stdout, time.monotonic() + _START_TIMEOUT_S)
         except (TimeoutError, EOFError) as error:
             self.close()
             raise RuntimeError("the decoder process did not start") from error
         return child
+
+
+def _crash_error(source: MediaSource, code: int) -> MediaError:
+    cause = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+    return MediaError(ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} crashes its decoder ({cause})")
 
 
 @lru_cache(maxsize=1)
@@ -200,77 +209,77 @@ def _read(pipe: IO[bytes], size: int, deadline: float | None) -> bytes:
     while len(data) < size:
         if deadline is not None and not select.select([descriptor], [], [], max(deadline - time.monotonic(), 0))[0]:
             raise TimeoutError
-        piece = os.read(descriptor, size - len(data))
-        if not piece:
+        received = os.read(descriptor, size - len(data))
+        if not received:
             raise EOFError
-        data += piece
+        data += received
     return bytes(data)
 
 
 def _serve(memory: int) -> None:
-    """The child: answer requests until the pipe closes."""
-    # A child that hangs in a decoder would otherwise outlive a worker that is killed.
+    """Answer requests until the pipe closes. Runs in the child."""
+    # Otherwise a child that hangs in a decoder would outlive a worker that is killed.
     die_with_parent()
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT)
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    # What decoders print goes nowhere: neither into the answers nor between the lines of the progress.
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    # Discard what decoders print: it must reach neither the answers nor the progress bar.
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
+        os.dup2(null, descriptor)
     shared = _SharedFrames(memory)
     _send(answers, "ready")
     while True:
         try:
-            number, *request = _receive(requests)
+            request_id, *request = _receive(requests)
         except EOFError:
             return
-        _send(answers, (number, _answer(shared, *request)))
+        _send(answers, (request_id, _answer(shared, *request)))
 
 
 def _answer(
     shared: _SharedFrames, kind: str, source: MediaSource, media_type: int, settings: MediaSettings
 ) -> tuple[MediaInfo, tuple[int, ...] | None] | MediaError | OSError:
-    """Media info and the shape of what lies in the shared memory, or what went wrong."""
-    too_large = MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than there is")
+    """Probe or decode: returns the info and the shape of the frames in shared memory, or the error."""
+    too_large = MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than is available")
     try:
         if kind == "probe":
             return probe(source, media_type, settings), None
-        facts, frames = decode(source, media_type, settings, shared.allocate)
+        info, frames = decode(source, media_type, settings, shared.allocate)
     except MediaError as error:
         return error
     except MemoryError:
         return too_large
     except _NoRoomError as error:
         return too_large if error.reason.errno == errno.ENOMEM else error.reason
-    return facts, frames.shape
+    return info, frames.shape
 
 
 class _SharedFrames:
-    """The child's end of the memory that both share; stays mapped from one medium to the next."""
+    """The child's mapping of the shared memory, kept from one medium to the next."""
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
         self._mapped: mmap.mmap | None = None
 
     def allocate(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-        """An array at the start of the memory, which those before are no longer needed for.
+        """Return an array at the start of the shared memory. Earlier arrays are overwritten.
 
         Raises:
-            _NoRoomError: there is no room for it.
+            _NoRoomError: not enough memory.
         """
-        needed = math.prod(shape)
-        size = max(needed, min(_MEMORY_KEPT, len(self._mapped or b"")))
+        num_bytes = math.prod(shape)
+        size = max(num_bytes, min(_MAX_KEPT_BYTES, len(self._mapped or b"")))
         if self._mapped is None or len(self._mapped) != size:
-            # Unmapped with the last array in it: an error on its way here may still hold one.
+            # Drop the mapping instead of closing it: an exception in flight may still hold an array in it.
             self._mapped = None
             try:
-                with naming(_SHARED):
+                with naming(_SHARED_MEMORY):
                     os.ftruncate(self._memory, size)
                     self._mapped = mmap.mmap(self._memory, size)
             except OSError as error:
                 raise _NoRoomError(error) from error
-        return np.frombuffer(self._mapped, dtype=np.uint8, count=needed).reshape(shape)
+        return np.frombuffer(self._mapped, dtype=np.uint8, count=num_bytes).reshape(shape)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the encoded bytes of a medium are: a file, a run of bytes inside a file, memory, or the beginning in memory."""
+"""The encoded bytes of a medium: a file, a span of a file, bytes in memory, or only the first bytes in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class HeadTooShortError(MediaError):
-    """A header that goes on behind the beginning of the medium that is here; never goes to the ledger."""
+    """The header is longer than the bytes that were fetched. Callers fetch the medium again, so no ledger shows it."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(ReasonCode.MEDIA_UNREADABLE, f"the header of {name!r} is longer than what was fetched of it")
+        super().__init__(
+            ReasonCode.MEDIA_UNREADABLE, f"the header of {name!r} is longer than the bytes that were fetched"
+        )
         self.name = name
 
     def __reduce__(self) -> tuple[type[HeadTooShortError], tuple[str]]:
@@ -27,12 +29,12 @@ class HeadTooShortError(MediaError):
 
 
 class Beginning:
-    """The first bytes of a medium that is stored elsewhere.
+    """The first bytes of a remote medium.
 
     Attributes:
         data: the bytes.
-        num_bytes: size of the whole medium.
-        was_left: whether a reader wanted what lies behind them.
+        num_bytes: size of the complete medium.
+        was_left: whether a reader tried to read past ``data``.
     """
 
     def __init__(self, data: bytes, num_bytes: int) -> None:
@@ -43,14 +45,14 @@ class Beginning:
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """A medium before decoding.
+    """A medium before decoding. Exactly one of ``path``, ``data`` and ``beginning`` is set.
 
     Attributes:
-        name: what messages call it: the name in the annotation.
-        path: file that holds it; None if it is in memory.
-        span: first byte and size of it in the file, or None for the whole file.
-        data: its bytes, if it is in memory.
-        beginning: its first bytes, where only these are here; enough to probe most pictures, nothing else.
+        name: name in the annotation, used in messages.
+        path: file that holds the medium.
+        span: offset and size of the medium in the file, in bytes. None for the complete file.
+        data: the complete medium in memory.
+        beginning: only the first bytes, which are enough to probe most images and nothing else.
     """
 
     name: str
@@ -60,9 +62,9 @@ class MediaSource:
     beginning: Beginning | None = None
 
     def open(self) -> BinaryIO:
-        """Open it for reading, positioned at its start.
+        """Open the medium for reading, positioned at its start.
 
-        Reading behind the beginning of a medium of which only that is here raises :class:`HeadTooShortError`.
+        If only the first bytes are available, reading past them raises :class:`HeadTooShortError`.
         """
         if self.data is not None:
             return io.BytesIO(self.data)
@@ -78,9 +80,9 @@ class MediaSource:
             return io.BytesIO(file.read(self.span[1]))
 
     def explain(self, error: Exception) -> str:
-        """The first line of what a library says, without what differs from run to run or names this machine.
+        """Reduce a library's error to its first line, without anything that differs between runs or machines.
 
-        decord starts its messages with the time of day and a source file; some name the path or an address in memory.
+        decord starts its messages with the time of day and a source file. Others contain the path or a memory address.
         """
         text = str(error).strip() or type(error).__name__
         text = _PREFIX.sub("", text.splitlines()[0])
@@ -89,12 +91,12 @@ class MediaSource:
         return _ADDRESS.sub("", text)[:200]
 
     def target(self) -> str | BinaryIO:
-        """What video libraries open: the path of a file of its own, else an open file."""
+        """What a video library should open: the path if the medium is a complete file, otherwise an open file."""
         return str(self.path) if self.path is not None and self.span is None else self.open()
 
 
 class _BeginningFile(io.BytesIO):
-    """A file as long as the medium, of which the first bytes can be read."""
+    """A file as long as the medium, of which only the first bytes can be read."""
 
     def __init__(self, name: str, beginning: Beginning) -> None:
         super().__init__(beginning.data)
@@ -102,8 +104,8 @@ class _BeginningFile(io.BytesIO):
         self._beginning = beginning
 
     def read(self, size: int | None = -1, /) -> bytes:
-        at, whole = self.tell(), self._beginning.num_bytes
-        self._require(whole if size is None or size < 0 else min(at + size, whole))
+        end = self._beginning.num_bytes
+        self._require(end if size is None or size < 0 else min(self.tell() + size, end))
         return super().read(size)
 
     def readinto(self, buffer: Any, /) -> int:
@@ -122,7 +124,7 @@ class _BeginningFile(io.BytesIO):
         return super().seek(offset, whence)
 
     def _require(self, stop: int) -> None:
-        """Hold that all bytes before ``stop`` are here."""
+        """Check that all bytes before ``stop`` are available."""
         if stop > len(self._beginning.data) and self.tell() < self._beginning.num_bytes:
             self._beginning.was_left = True
             raise HeadTooShortError(self._name)

@@ -1,9 +1,9 @@
-"""Clips: how many frames to take, when, and at what size; and the decoders that deliver them.
+"""Videos: which frames to sample, at what size, and their pixels.
 
-Input: a file. Output: a :class:`VideoPlan` (probe: one frame is decoded, for its size) or frames (2·t, 3, H, W) uint8
-(decode). An odd number of frames is made even by repeating the last one, so that every temporal step has two.
+Input: a source. Output: a :class:`VideoPlan` (probe), or frames (2·t, 3, H, W) uint8 (decode). A probe decodes one
+frame to learn its size. A temporal step has two frames, so an odd count repeats the last frame.
 
-decord is tried first; the next backend is tried when one fails, and the ledger says which served.
+decord is tried first. When a backend fails, the next one is tried. The ledger records which backend served.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from schemas.qwen import TEMPORAL_PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
 
 MAX_DURATION_S = 7 * 24 * 3600
-"""A clip that claims to be longer has a damaged header; its temporal positions could leave the range of int32."""
+"""Longest accepted duration. A longer one means a damaged header, and its temporal positions could overflow int32."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoPlan:
-    """What will be taken from a clip.
+    """The frames that are sampled from a video, and their size.
 
     Attributes:
-        grid: in patches; ``2 * grid.t`` frames are stored.
-        indices: frames to decode, ascending; one fewer than stored where the last is repeated.
-        height: of a frame before resizing, in pixels.
-        width: likewise.
-        second_per_grid_t: seconds of the clip that one temporal step stands for.
-        backend: name of the decoder that opened the clip.
+        grid: patches (t, h, w). ``2 * grid.t`` frames are stored.
+        indices: frames to decode, ascending. One fewer than stored if the last frame is repeated.
+        height: height of a frame before resizing, in pixels.
+        width: width, likewise.
+        second_per_grid_t: seconds of video per temporal step.
+        backend: name of the decoder that opened the video.
     """
 
     grid: Grid
@@ -52,85 +52,91 @@ class VideoPlan:
 
 
 def frame_indices(total: int, duration_s: float, settings: MediaSettings) -> tuple[int, ...]:
-    """Frames to sample: one for each ``base_interval`` seconds, within bounds, evenly spread over the whole clip.
+    """Choose the frames to sample: one per ``base_interval`` seconds, within bounds, spread evenly over the video.
 
-    ``unique(linspace(0, total - 1, n, dtype=int))`` with ``n = clamp(round(duration / base_interval), min, max)``: a
-    clip with fewer frames than ``n`` gives each frame once.
+    ``unique(linspace(0, total - 1, n, dtype=int))`` with ``n = clamp(round(duration / base_interval), min, max)``, as
+    in the upstream fine-tuning code. A video with fewer than ``n`` frames yields each frame once.
     """
-    wanted = min(max(round(duration_s / settings.base_interval), settings.video_min_frames), settings.video_max_frames)
-    return tuple(int(index) for index in np.unique(np.linspace(0, total - 1, wanted, dtype=int)))
+    count = min(max(round(duration_s / settings.base_interval), settings.video_min_frames), settings.video_max_frames)
+    return tuple(int(index) for index in np.unique(np.linspace(0, total - 1, count, dtype=int)))
 
 
-def plan_video(clip: Video, backend: str, settings: MediaSettings) -> VideoPlan:
-    """Decide frames, size and rate of an open clip.
+def plan_video(video: Video, backend: str, settings: MediaSettings) -> VideoPlan:
+    """Choose the frames, the size and the rate of an open video.
 
     Raises:
         MediaError: no frames, no duration, too many pixels, or an extreme aspect ratio.
     """
-    if clip.num_frames < 1:
-        raise MediaError(ReasonCode.MEDIA_EMPTY, "the clip has no frames")
-    if not 0 < clip.duration_s <= MAX_DURATION_S:
-        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"the clip has no usable duration (found {clip.duration_s} s)")
-    if clip.height * clip.width > settings.max_source_pixels:
+    if video.num_frames < 1:
+        raise MediaError(ReasonCode.MEDIA_EMPTY, "the video has no frames")
+    if not 0 < video.duration_s <= MAX_DURATION_S:
+        raise MediaError(
+            ReasonCode.MEDIA_UNREADABLE,
+            f"the video lasts {video.duration_s} s; it must last more than 0 s and at most {MAX_DURATION_S:,} s",
+        )
+    if video.height * video.width > settings.max_source_pixels:
         raise MediaError(
             ReasonCode.MEDIA_TOO_LARGE,
-            f"frames of {clip.width}x{clip.height} pixels; at most {settings.max_source_pixels:,} pixels are decoded "
-            "(max_source_pixels)",
+            f"its frames have {video.width}x{video.height} pixels; at most {settings.max_source_pixels:,} pixels are "
+            "decoded (max_source_pixels)",
         )
-    indices = frame_indices(clip.num_frames, clip.duration_s, settings)
+    indices = frame_indices(video.num_frames, video.duration_s, settings)
     frame = image_grid(
-        clip.height,
-        clip.width,
+        video.height,
+        video.width,
         min_pixels=settings.video_min_frame_pixels,
         max_pixels=settings.video_max_frame_pixels,
     )
     return VideoPlan(
         grid=Grid(-(-len(indices) // TEMPORAL_PATCH_SIZE), frame.h, frame.w),
         indices=indices,
-        height=clip.height,
-        width=clip.width,
-        second_per_grid_t=TEMPORAL_PATCH_SIZE * clip.duration_s / len(indices),
+        height=video.height,
+        width=video.width,
+        second_per_grid_t=TEMPORAL_PATCH_SIZE * video.duration_s / len(indices),
         backend=backend,
     )
 
 
 def probe_video(source: MediaSource, settings: MediaSettings) -> VideoPlan:
-    """Plan of a clip, from the first backend that can open it.
+    """Plan a video with the first backend that can open it.
 
     Raises:
-        MediaError: no backend can, or the clip cannot be used.
+        MediaError: no backend can open it, or the video cannot be used.
     """
-    return _first_success(source, lambda clip, backend: plan_video(clip, backend, settings))
+    return _first_success(source, lambda video, backend: plan_video(video, backend, settings))
 
 
 def decode_video(
     source: MediaSource, settings: MediaSettings, allocate: Allocate = new_frames
 ) -> tuple[NDArray[np.uint8], VideoPlan]:
-    """Frames (2·t, 3, H, W) uint8 of a clip, resized, and the plan they follow.
+    """Decode and resize the sampled frames of a video with the first backend that can.
+
+    Returns:
+        Frames (2·t, 3, H, W) uint8, and the plan that they follow.
 
     Raises:
-        MediaError: no backend can decode it.
+        MediaError: no backend can decode it, or the video cannot be used.
     """
 
-    def decode(clip: Video, backend: str) -> tuple[NDArray[np.uint8], VideoPlan]:
-        plan = plan_video(clip, backend, settings)
-        pictures = clip.frames(plan.indices)
-        if len(pictures) != len(plan.indices):
+    def decode(video: Video, backend: str) -> tuple[NDArray[np.uint8], VideoPlan]:
+        plan = plan_video(video, backend, settings)
+        decoded = video.frames(plan.indices)  # (n, H, W, 3)
+        if len(decoded) != len(plan.indices):
             raise MediaError(
-                ReasonCode.MEDIA_UNREADABLE, f"{len(pictures)} of {len(plan.indices)} frames could be decoded"
+                ReasonCode.MEDIA_UNREADABLE, f"only {len(decoded)} of {len(plan.indices)} frames could be decoded"
             )
-        frames = allocate(frames_shape(TEMPORAL_PATCH_SIZE * plan.grid.t, plan.grid))
-        for planes, picture in zip(frames, pictures):
-            resize_into(planes, Image.fromarray(picture))
-        # A last step that lacks its second frame repeats the first.
-        frames[len(pictures) :] = frames[len(pictures) - 1]
+        frames = allocate(frames_shape(TEMPORAL_PATCH_SIZE * plan.grid.t, plan.grid))  # (2·t, 3, H', W')
+        for planes, frame in zip(frames, decoded):
+            resize_into(planes, Image.fromarray(frame))
+        # An odd count leaves the last temporal step with one frame: repeat it.
+        frames[len(decoded) :] = frames[len(decoded) - 1]
         return frames, plan
 
     return _first_success(source, decode)
 
 
 def _first_success(source: MediaSource, use: Callable[[Video, str], _T]) -> _T:
-    """Try the backends in order; a clip that is unusable as such (too large, no frames) is not tried again."""
+    """Try the backends in order. A video that no backend could use (too large, no frames) is not tried again."""
     failures: list[str] = []
     for name, open_video in BACKENDS.items():
         try:

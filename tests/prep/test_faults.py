@@ -266,7 +266,7 @@ def test_a_decoder_that_runs_out_of_memory_says_so_and_decodes_the_next_medium(b
     with pytest.raises(MediaError) as caught:
         box.decode(large, MEDIA_IMAGE, settings)
     assert caught.value.code is ReasonCode.MEDIA_TOO_LARGE
-    assert caught.value.message == "'large.png' needs more memory than there is"
+    assert caught.value.message == "'large.png' needs more memory than is available"
     assert box.decode(small, MEDIA_IMAGE, settings)[0] == probe(small, MEDIA_IMAGE, settings)
 
 

@@ -76,7 +76,7 @@ def test_pixels_are_those_of_the_last_medium_while_the_shared_memory_grows_and_s
         (SETTINGS, (other, kind)), (large, (picture_of_few, kind)), (SETTINGS, (picture_of_few, kind)), (SETTINGS, clip)
     ]:  # fmt: skip
         frames = decode(source, media_type, settings)[1]
-        assert (frames.nbytes > sandbox_module._MEMORY_KEPT) == (settings is large)
+        assert (frames.nbytes > sandbox_module._MAX_KEPT_BYTES) == (settings is large)
         assert (box.decode(source, media_type, settings)[1] == frames).all()
         with pytest.raises(MediaError, match="cannot be decoded"):
             box.decode(cut, kind, SETTINGS)
