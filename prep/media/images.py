@@ -27,8 +27,8 @@ from schemas.qwen import PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "QOI")
-"""Formats that Pillow may open, by Pillow's names. Its other readers serve formats that datasets do not use; that of EPS
-runs Ghostscript."""
+"""Formats that Pillow may open, by Pillow's names. Its other readers serve formats that datasets do not use. The EPS
+reader runs Ghostscript."""
 
 _SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)
 _MAX_16_BITS = 65535

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from tests.prep.corpus import turn
-from tests.prep.test_images import picture
-from tests.prep.test_videos import write_clip
+from tests.prep.test_images import random_image
+from tests.prep.test_videos import write_video
 
 MAX_SOURCE_BYTES = 1_000_000
 """Bound of media files that goes with the folder."""
@@ -316,7 +316,7 @@ def _png(width: int, height: int) -> bytes:
 def encoded(kind: str, width: int = 90, height: int = 60) -> bytes:
     """A picture as the bytes of a file."""
     out = io.BytesIO()
-    picture(width, height).save(out, kind)
+    random_image(width, height).save(out, kind)
     return out.getvalue()
 
 
@@ -333,8 +333,8 @@ def _sound() -> bytes:
 
 
 def _write_media(root: Path) -> None:
-    png, mp4 = encoded("PNG"), write_clip(root / "clip.mp4", 12, 2).read_bytes()
-    mkv = write_clip(root / "clip.mkv", 12, 2, codec="libx264").read_bytes()
+    png, mp4 = encoded("PNG"), write_video(root / "clip.mp4", 12, 2).read_bytes()
+    mkv = write_video(root / "clip.mkv", 12, 2, codec="libx264").read_bytes()
     (root.parent / "secret.png").write_bytes(png)
     (root.parent / "secret.mp4").write_bytes(mp4)
     (root / "sub").mkdir()
@@ -352,7 +352,7 @@ def _write_media(root: Path) -> None:
         os.truncate(root / name, MAX_SOURCE_BYTES + 1)
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 0xFF
-    write_clip(root / "wide.mp4", 4, 2, width=4032, height=16)
+    write_video(root / "wide.mp4", 4, 2, width=4032, height=16)
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:6\n#EXTINF:6,\n{root.parent}/secret.mp4\n#EXT-X-ENDLIST\n".encode()
     files = {
         "good.png": png,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.prep.test_videos import write_clip
+from tests.prep.test_videos import write_video
 
 
 def turn(question: str, answer: str = "An answer.") -> list[dict[str, str]]:
@@ -27,7 +27,7 @@ def write_corpus(folder: Path, num_good: int = 24) -> tuple[Path, dict[str, str]
     (folder / "cut.jpg").write_bytes(b"")
     Image.fromarray(rng.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:1500])
-    write_clip(folder / "clip.mp4", 12, 2)
+    write_video(folder / "clip.mp4", 12, 2)
     good: list[dict[str, Any]] = []
     for number in range(num_good):
         name = f"{number % 6}.png"

@@ -24,7 +24,7 @@ from schemas.annotation import ReasonCode
 from schemas.manifest import read_manifest
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.broken import GOOD, MAX_LENGTH, MAX_SOURCE_BYTES, BrokenFolder, video, write_broken
-from tests.prep.test_videos import write_clip
+from tests.prep.test_videos import write_video
 
 SETTINGS = BuildSettings(max_length=MAX_LENGTH, media=MediaSettings(max_source_bytes=MAX_SOURCE_BYTES))
 SLOW_S = 1e-6
@@ -46,7 +46,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> BrokenFolder:
 def built(broken: BrokenFolder, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     """One build of the whole folder, and of a clip that takes longer than its dataset allows."""
     folder = tmp_path_factory.mktemp("built")
-    write_clip(folder / "clip.mp4", 12, 2)
+    write_video(folder / "clip.mp4", 12, 2)
     (folder / "slow.jsonl").write_text(json.dumps(video("clip.mp4")) + "\n")
     files = [str(path) for path in broken.files]
     (folder / "datasets.toml").write_text(
@@ -148,7 +148,7 @@ def test_validate_looks_into_parquet(broken: BrokenFolder) -> None:
 
 
 def test_validate_with_too_short_a_time_says_so(tmp_path: Path) -> None:
-    write_clip(tmp_path / "clip.mp4", 12, 2)
+    write_video(tmp_path / "clip.mp4", 12, 2)
     (tmp_path / "a.jsonl").write_text(json.dumps(video("clip.mp4")) + "\n")
     result = run("validate", tmp_path / "a.jsonl", "--workers", 1, "--decode-timeout", f"{SLOW_S:f}")
     assert result.exit_code == 1

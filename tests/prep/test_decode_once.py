@@ -29,7 +29,7 @@ from schemas.settings import BuildSettings
 from tests.prep.corpus import turn
 from tests.prep.packed import packed_samples
 from tests.prep.test_build import contents, ledger, leftovers, request_for
-from tests.prep.test_videos import write_clip
+from tests.prep.test_videos import write_video
 
 
 class Requests:
@@ -61,7 +61,7 @@ def write_corpus(folder: Path, *, share: bool, num: int = 12) -> Path:
     Image.fromarray(colours).resize((150, 220)).save(folder / "picture.png")
     Image.fromarray(colours).resize((300, 300)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:700])
-    write_clip(folder / "clip.mp4", 12, 2)
+    write_video(folder / "clip.mp4", 12, 2)
 
     def medium(name: str, number: int) -> str:
         if share:

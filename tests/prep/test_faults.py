@@ -40,7 +40,7 @@ from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.corpus import turn, write_corpus
 from tests.prep.full_disk import STAGES
 from tests.prep.test_build import SETTINGS, contents, ledger, leftovers, replace_settings, request_for
-from tests.prep.test_images import picture
+from tests.prep.test_images import random_image
 from tests.prep.test_sandbox import replace_child
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def test_a_limit_on_the_size_of_files_stops_the_build_which_goes_on_without_it(
     tiny_checkpoint: Path, tmp_path: Path, limit: int, place: str
 ) -> None:
     """The same without mounting anything."""
-    picture(120, 120).save(tmp_path / "a.png")
+    random_image(120, 120).save(tmp_path / "a.png")
     record = json.dumps({"image": "a.png", "conversations": turn("<image>")})
     (tmp_path / "a.jsonl").write_text(f"{record}\n" * 30)
     out = tmp_path / "out"
@@ -191,7 +191,7 @@ def test_a_medium_replaced_by_one_of_another_size_is_rejected_until_it_is_scanne
     out = tmp_path / "out"
 
     def replaced() -> None:
-        picture(500, 300).save(own_corpus.parent / "2.png")
+        random_image(500, 300).save(own_corpus.parent / "2.png")
 
     manifest = changed_after_the_scan(monkeypatch, own_corpus, out, tiny_checkpoint, replaced)
     hit = using(own_corpus, "2.png")
@@ -214,7 +214,7 @@ def test_a_medium_replaced_by_one_of_the_same_size_is_built_as_it_is_when_it_is_
     """The bytes are those of a build that sees the new picture only."""
     path = own_corpus.parent / "2.png"
     with Image.open(path) as old:
-        other = picture(old.width, old.height, seed=7)
+        other = random_image(old.width, old.height, seed=7)
     manifest = changed_after_the_scan(
         monkeypatch, own_corpus, tmp_path / "out", tiny_checkpoint, lambda: other.save(path)
     )
@@ -257,7 +257,7 @@ def box() -> Iterator[Sandbox]:
 
 def test_a_decoder_that_runs_out_of_memory_says_so_and_decodes_the_next_medium(box: Sandbox, tmp_path: Path) -> None:
     Image.new("RGB", (9000, 9000)).save(tmp_path / "large.png")
-    picture(300, 200).save(tmp_path / "small.png")
+    random_image(300, 200).save(tmp_path / "small.png")
     large, small = (MediaSource(name, tmp_path / name) for name in ("large.png", "small.png"))
     settings = MediaSettings()
     child = box._start()
@@ -288,7 +288,7 @@ KILLED = (
 def test_a_decoder_that_is_killed_from_outside_is_asked_again_before_the_medium_gets_the_blame(
     box: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool
 ) -> None:
-    picture(300, 200).save(tmp_path / "x.png")
+    random_image(300, 200).save(tmp_path / "x.png")
     source, settings = MediaSource("x.png", tmp_path / "x.png"), MediaSettings()
     replace_child(monkeypatch, KILLED.format(mark=str(tmp_path / "mark"), always=always))
     if not always:
@@ -302,7 +302,7 @@ def test_a_decoder_that_is_killed_from_outside_is_asked_again_before_the_medium_
 
 def test_the_decoder_is_what_the_kernel_kills_first_when_memory_runs_out(box: Sandbox) -> None:
     child = box._start()
-    assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == int(sandbox_module._FIRST_TO_GO)
+    assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == int(sandbox_module._OOM_SCORE_ADJUSTMENT)
 
 
 def test_a_worker_that_is_killed_is_reported_and_the_build_goes_on(

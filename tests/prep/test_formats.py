@@ -25,8 +25,8 @@ from prep.engines import SerialEngine
 from schemas.manifest import Manifest
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.packed import Packed, assert_same, packed_samples
-from tests.prep.test_images import picture
-from tests.prep.test_videos import write_clip
+from tests.prep.test_images import random_image
+from tests.prep.test_videos import write_video
 
 SETTINGS = BuildSettings(
     media=MediaSettings(max_pixels=40 * 784, video_min_frame_pixels=4 * 784, video_max_frame_pixels=12 * 784),
@@ -152,11 +152,11 @@ SPELLINGS: dict[str, Callable[[Record], Record]] = {
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     (folder / "sub").mkdir()
-    picture(120, 90, seed=1).save(folder / "a.png")
-    picture(60, 200, seed=2).save(folder / "b.jpg")
-    picture(90, 90, "RGBA", seed=3).save(folder / "sub" / "c.webp", lossless=True)
-    write_clip(folder / "v.mp4", 12, 2)
-    write_clip(folder / "w.mp4", 5, 1)
+    random_image(120, 90, seed=1).save(folder / "a.png")
+    random_image(60, 200, seed=2).save(folder / "b.jpg")
+    random_image(90, 90, "RGBA", seed=3).save(folder / "sub" / "c.webp", lossless=True)
+    write_video(folder / "v.mp4", 12, 2)
+    write_video(folder / "w.mp4", 5, 1)
     return folder
 
 

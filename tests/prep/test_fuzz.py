@@ -30,8 +30,8 @@ from schemas.manifest import read_manifest
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.broken import encoded
 from tests.prep.corpus import turn
-from tests.prep.test_images import picture
-from tests.prep.test_videos import write_clip
+from tests.prep.test_images import random_image
+from tests.prep.test_videos import write_video
 
 Rng = np.random.Generator
 
@@ -187,13 +187,13 @@ def damaged(rng: Rng, data: bytes) -> bytes:
 
 
 def clip(codec: str, name: str, folder: Path) -> bytes:
-    return write_clip(folder / name, 6, 2, width=32, height=32, codec=codec).read_bytes()
+    return write_video(folder / name, 6, 2, width=32, height=32, codec=codec).read_bytes()
 
 
 def animated(kind: str) -> Callable[[Path], bytes]:
     def make(folder: Path) -> bytes:
         out = io.BytesIO()
-        picture(40, 30).save(out, kind, save_all=True, append_images=[picture(40, 30, seed=1)])
+        random_image(40, 30).save(out, kind, save_all=True, append_images=[random_image(40, 30, seed=1)])
         return out.getvalue()
 
     return make

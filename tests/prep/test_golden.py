@@ -29,8 +29,8 @@ from schemas.qwen import IM_END, IMAGE_PAD, VIDEO_PAD
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.finished import build_set
 from tests.prep.packed import Packed, packed_samples
-from tests.prep.test_images import MODES, picture, reference_pixel_values
-from tests.prep.test_videos import turn_clip, write_clip
+from tests.prep.test_images import MODES, random_image, reference_pixel_values
+from tests.prep.test_videos import rotate_video, write_video
 
 # Pictures have the default bounds, which `reference_pixel_values` uses; clips small ones, to be quick.
 MEDIA = MediaSettings(video_min_frame_pixels=4 * 784, video_max_frame_pixels=30 * 784)
@@ -89,21 +89,21 @@ def write_media(folder: Path) -> dict[str, Case]:
     for mode in MODES:
         for width, height in SIZES:
             name = f"{mode}-{width}x{height}.{'tif' if mode == 'CMYK' else 'png'}"
-            picture(width, height, mode, seed=len(cases)).save(folder / name)
+            random_image(width, height, mode, seed=len(cases)).save(folder / name)
             cases[f"picture {name}"] = asked(name)
     for orientation in range(1, 9):
         for kind in ("jpg", "png", "webp", "tif"):
             name = f"turned-{orientation}.{kind}"
             exif = Image.Exif()
             exif[ExifTag.Orientation] = orientation
-            picture(300, 120, seed=orientation).save(folder / name, exif=exif)
+            random_image(300, 120, seed=orientation).save(folder / name, exif=exif)
             cases[f"picture {name}"] = asked(name)
-    picture(120, 90, seed=9).convert("P", palette=Image.Palette.ADAPTIVE, colors=9).save(
+    random_image(120, 90, seed=9).convert("P", palette=Image.Palette.ADAPTIVE, colors=9).save(
         folder / "hole.png", transparency=2
     )
     cases["picture hole.png"] = asked("hole.png")
     for kind in ("jpg", "webp", "gif", "bmp", "jp2"):
-        picture(250, 130, seed=3).save(folder / f"kind.{kind}")
+        random_image(250, 130, seed=3).save(folder / f"kind.{kind}")
         cases[f"picture kind.{kind}"] = asked(f"kind.{kind}")
     a, b, c = "RGB-28x28.png", "turned-6.jpg", "RGBA-1x1.png"
     for language, (question, answer) in LANGUAGES.items():
@@ -126,12 +126,12 @@ def write_media(folder: Path) -> dict[str, Case]:
         images=(b, a, c),
     )
     for name, (num_frames, fps) in CLIPS.items():
-        write_clip(folder / f"{name}.mp4", num_frames, fps, width=64 + 10 * len(name), height=48)
+        write_video(folder / f"{name}.mp4", num_frames, fps, width=64 + 10 * len(name), height=48)
         cases[f"clip {name}"] = Case(
             [("human", "<video>\nWhat happens?"), ("gpt", "It gets brighter.")], videos=(f"{name}.mp4",)
         )
-    write_clip(folder / "turned.mp4", 20, 1, width=96, height=64)
-    turn_clip(folder / "turned.mp4", 90)
+    write_video(folder / "turned.mp4", 20, 1, width=96, height=64)
+    rotate_video(folder / "turned.mp4", 90)
     cases["clip turned"] = Case([("human", "Look: <video>"), ("gpt", "Up.")], videos=("turned.mp4",))
     cases["clips and pictures"] = Case(
         [

@@ -38,7 +38,7 @@ from schemas.errors import ConfigError, MediaError
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.corpus import turn
 from tests.prep.packed import packed_samples
-from tests.prep.test_images import picture
+from tests.prep.test_images import random_image
 
 SETTINGS = MediaSettings()
 
@@ -241,7 +241,7 @@ def test_depth_in_a_field_that_nobody_reads_has_a_bound_of_its_own() -> None:
 
 
 def test_a_decoder_that_died_before_it_was_asked_is_not_held_against_the_medium(tmp_path: Path) -> None:
-    picture(40, 30).save(tmp_path / "x.png")
+    random_image(40, 30).save(tmp_path / "x.png")
     source = MediaSource("x.png", tmp_path / "x.png")
     box = Sandbox()
     try:
@@ -299,7 +299,7 @@ def test_validate_does_not_write_over_what_it_reads(tmp_path: Path, option: str)
 
 
 def test_deep_validation_decodes_the_good_media_of_a_record_with_bad_ones(tmp_path: Path) -> None:
-    picture(300, 200).save(tmp_path / "cut.png")
+    random_image(300, 200).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
     record = {"images": ["none.png", "cut.png"], "conversations": turn("<image><image>")}
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
@@ -332,7 +332,7 @@ def test_datasets_that_share_their_annotations_keep_their_own_media(tmp_path: Pa
     text = ""
     for name, size in (("small", (56, 56)), ("large", (280, 280))):
         (tmp_path / name).mkdir()
-        picture(*size).save(tmp_path / name / "a.png")
+        random_image(*size).save(tmp_path / name / "a.png")
         (tmp_path / name / "a.jsonl").write_text(record)
         text += f'[{name}]\nannotation_path = "{name}/a.jsonl"\nmedia_root = "{name}"\n'
     (tmp_path / "datasets.toml").write_text(text)

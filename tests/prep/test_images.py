@@ -1,4 +1,4 @@
-"""Pictures: planes equal the reference processor's, headers promise what decoding gives, bad files have codes."""
+"""Images: planes equal the reference processor's, probing agrees with decoding, and bad files have reason codes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ SIZES = [(28, 28), (1, 1), (640, 480), (333, 777), (57, 2000), (1500, 1400), (19
 MODES = ["RGB", "L", "RGBA", "P", "CMYK", "LA", "1"]
 
 
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Smooth colours with some noise, in any mode; RGBA and LA are transparent in places."""
+def random_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Smooth colours with some noise, in any mode. RGBA and LA are transparent in places."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 4), dtype=np.uint8), "RGBA").resize(
         (width, height), Image.Resampling.BICUBIC
@@ -56,7 +56,7 @@ def reference_pixel_values(image: Image.Image) -> tuple[np.ndarray, list[int]]:
     if Version(transformers.__version__) < Version("5.23") and (
         "A" in image.getbands() or image.info.get("transparency") is not None
     ):
-        # Older versions drop transparency; what Python 3.10 gets is one of them.
+        # Older versions, such as the one for Python 3.10, drop transparency.
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     out = processor(images=[image], return_tensors="np")
     return out["pixel_values"], out["image_grid_thw"][0].tolist()
@@ -65,6 +65,7 @@ def reference_pixel_values(image: Image.Image) -> tuple[np.ndarray, list[int]]:
 def planes_of_pixel_values(pixel_values: np.ndarray, grid: list[int]) -> np.ndarray:
     """Undo patchify and normalisation of the reference: (N, 1176) float32 -> (3, H, W) uint8."""
     _, h, w = grid
+    # (h/2, w/2, 2, 2, channel, frame, 14, 14): merge blocks first, then the 2x2 patches of a block.
     patches = pixel_values.reshape(h // 2, w // 2, 2, 2, 3, 2, 14, 14)
     assert (patches[:, :, :, :, :, 0] == patches[:, :, :, :, :, 1]).all()
     planes = patches[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, 14 * h, 14 * w)
@@ -77,7 +78,7 @@ def planes_of_pixel_values(pixel_values: np.ndarray, grid: list[int]) -> np.ndar
 @pytest.mark.parametrize("size", SIZES)
 def test_planes_equal_those_of_the_reference_processor(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    picture(*size, mode).save(path)
+    random_image(*size, mode).save(path)
     with Image.open(path) as image:
         pixel_values, grid = reference_pixel_values(image)
     planes = decode_image(source(path), SETTINGS)[0]
@@ -88,18 +89,18 @@ def test_planes_equal_those_of_the_reference_processor(tmp_path: Path, mode: str
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "late.png"])
-def test_exif_orientation_is_applied_and_known_to_the_probe(tmp_path: Path, orientation: int, kind: str) -> None:
+def test_exif_orientation_is_applied_by_decode_and_probe(tmp_path: Path, orientation: int, kind: str) -> None:
     path = tmp_path / f"x.{kind}"
     exif = Image.Exif()
     exif[ExifTag.Orientation] = orientation
     if kind == "late.png":
-        # EXIF behind the pixels, where Pillow finds it only after decoding them.
-        picture(300, 120).save(path)
+        # EXIF after the pixels, where Pillow finds it only by decoding them.
+        random_image(300, 120).save(path)
         content, chunk = path.read_bytes(), b"eXIf" + exif.tobytes()[6:]
         late = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
         path.write_bytes(content[:-12] + late + content[-12:])
     else:
-        picture(300, 120).save(path, exif=exif)
+        random_image(300, 120).save(path, exif=exif)
     with Image.open(path) as image:
         image.load()
         pixel_values, grid = reference_pixel_values(image)
@@ -109,14 +110,14 @@ def test_exif_orientation_is_applied_and_known_to_the_probe(tmp_path: Path, orie
 
 
 def test_a_palette_with_a_transparent_colour_is_composited_onto_white(tmp_path: Path) -> None:
-    image = picture(64, 64).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    image = random_image(64, 64).convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
     image.save(tmp_path / "x.png", transparency=3)
     with Image.open(tmp_path / "x.png") as opened:
         pixel_values, grid = reference_pixel_values(opened)
     assert (decode_image(source(tmp_path / "x.png"), SETTINGS)[0] == planes_of_pixel_values(pixel_values, grid)).all()
 
 
-def test_grey_of_16_bits_is_scaled_not_cut_off(tmp_path: Path) -> None:
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     levels = np.linspace(0, 65535, 112 * 112).reshape(112, 112).astype(np.uint16)
     for name in ("x.png", "x.tif"):
         Image.fromarray(levels).save(tmp_path / name)
@@ -125,7 +126,7 @@ def test_grey_of_16_bits_is_scaled_not_cut_off(tmp_path: Path) -> None:
         assert (planes[1] == planes[0]).all()
 
 
-def test_grey_without_a_defined_white_is_refused(tmp_path: Path) -> None:
+def test_grey_without_a_defined_white_is_rejected(tmp_path: Path) -> None:
     Image.fromarray(np.full((112, 112), 0.5, dtype=np.float32)).save(tmp_path / "x.tif")
     assert code_of(tmp_path / "x.tif") is ReasonCode.UNSUPPORTED_MEDIA
     Image.fromarray(np.full((112, 112), 70000, dtype=np.int32)).save(tmp_path / "y.tif")
@@ -133,8 +134,8 @@ def test_grey_without_a_defined_white_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp"])
-def test_an_animated_picture_is_its_first_frame(tmp_path: Path, kind: str) -> None:
-    first, second = picture(112, 112, seed=1), picture(112, 112, seed=2)
+def test_an_animated_image_is_its_first_frame(tmp_path: Path, kind: str) -> None:
+    first, second = random_image(112, 112, seed=1), random_image(112, 112, seed=2)
     options = {"lossless": True} if kind == "webp" else {}
     first.save(tmp_path / f"x.{kind}", save_all=True, append_images=[second], **options)
     first.save(tmp_path / f"one.{kind}", **options)
@@ -145,7 +146,7 @@ def test_an_animated_picture_is_its_first_frame(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize("kind", ["webp", "avif", "tif", "bmp", "gif", "jp2"])
 def test_other_formats_decode_as_pillow_decodes_them(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"x.{kind}"
-    picture(250, 130).save(path)
+    random_image(250, 130).save(path)
     with Image.open(path) as image:
         pixel_values, grid = reference_pixel_values(image)
     assert list(probe_image(source(path), SETTINGS)[0]) == grid
@@ -154,7 +155,7 @@ def test_other_formats_decode_as_pillow_decodes_them(tmp_path: Path, kind: str) 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.integers(0, 64))
-def test_sizes_equal_the_reference(height: int, width: int, low: int, more: int) -> None:
+def test_sizes_equal_those_of_the_reference(height: int, width: int, low: int, more: int) -> None:
     bounds = {"min_pixels": low * 784, "max_pixels": (low + more) * 784}
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(MediaError) as caught:
@@ -171,26 +172,26 @@ def code_of(path: Path, settings: MediaSettings = SETTINGS) -> ReasonCode:
     return caught.value.code
 
 
-def test_a_truncated_picture_is_unreadable(tmp_path: Path) -> None:
+def test_a_truncated_image_is_unreadable(tmp_path: Path) -> None:
     for kind in ("jpg", "png", "webp"):
         path = tmp_path / f"x.{kind}"
-        picture(300, 200).save(path)
+        random_image(300, 200).save(path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert code_of(path) is ReasonCode.MEDIA_UNREADABLE
 
 
-def test_text_that_calls_itself_a_picture_is_unsupported(tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_text("not a picture")
+def test_text_named_as_an_image_is_unsupported(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text("not an image")
     assert code_of(tmp_path / "x.jpg") is ReasonCode.UNSUPPORTED_MEDIA
 
 
-def test_too_many_pixels_are_refused_by_the_header(tmp_path: Path) -> None:
-    picture(100, 100).save(tmp_path / "x.png")
+def test_too_many_pixels_are_rejected_from_the_header(tmp_path: Path) -> None:
+    random_image(100, 100).save(tmp_path / "x.png")
     assert code_of(tmp_path / "x.png", MediaSettings(max_source_pixels=9999)) is ReasonCode.MEDIA_TOO_LARGE
 
 
-def test_an_extreme_aspect_ratio_is_refused(tmp_path: Path) -> None:
-    picture(201, 1).save(tmp_path / "x.png")
+def test_an_extreme_aspect_ratio_is_rejected(tmp_path: Path) -> None:
+    random_image(201, 1).save(tmp_path / "x.png")
     assert code_of(tmp_path / "x.png") is ReasonCode.BAD_ASPECT_RATIO
 
 
@@ -229,11 +230,11 @@ def root(tmp_path: Path) -> Path:
         "Zu\u0308g.png",
     ],
 )
-def test_names_that_stay_inside_the_root_are_found(root: Path, name: str) -> None:
+def test_names_inside_the_root_resolve(root: Path, name: str) -> None:
     assert resolve_media(root, name, max_bytes=10).open().read() == b"x"
 
 
-def test_an_absolute_path_inside_the_root_is_found(root: Path) -> None:
+def test_an_absolute_path_inside_the_root_resolves(root: Path) -> None:
     assert resolve_media(root, str(root / "a.png"), max_bytes=10).path == root / "a.png"
 
 
@@ -270,13 +271,13 @@ def test_an_absolute_path_inside_the_root_is_found(root: Path) -> None:
         ("sub", "unsupported_media"),
     ],
 )
-def test_names_that_leave_the_root_or_name_no_file_have_a_code(root: Path, name: str, code: str) -> None:
+def test_names_outside_the_root_or_of_no_file_have_a_reason_code(root: Path, name: str, code: str) -> None:
     with pytest.raises(MediaError) as caught:
         resolve_media(root, name, max_bytes=10)
     assert caught.value.code.value == code
 
 
-def test_a_root_may_be_relative_a_link_or_the_root_of_the_file_system(
+def test_a_root_may_be_relative_or_a_link_or_the_root_of_the_file_system(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "there").symlink_to(root)
@@ -290,8 +291,8 @@ def test_a_root_may_be_relative_a_link_or_the_root_of_the_file_system(
         resolve_media(Path("sub"), "in.png", max_bytes=10)  # a link to root/a.png
 
 
-def test_every_task_looks_anew_where_folders_lie(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that became a link to outside, and a relative root in another working folder."""
+def test_every_task_resolves_folders_again(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may have become a link to outside, or a relative root may have another working folder."""
     (root / "sub" / "b.png").write_bytes(b"x")
     with open_media([root], beginnings=False, scratch=tmp_path) as access:
         assert access.source(Wanted(root, "sub/b.png", 0, 10)).path == root / "sub" / "b.png"

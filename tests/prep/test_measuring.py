@@ -23,8 +23,8 @@ from schemas.qwen import CONTROL_TOKENS
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.finished import build_set
 from tests.prep.packed import Packed, packed_samples
-from tests.prep.test_images import picture
-from tests.prep.test_videos import write_clip
+from tests.prep.test_images import random_image
+from tests.prep.test_videos import write_video
 
 Record = dict[str, Any]
 
@@ -42,9 +42,9 @@ TOO_LONG = "too_long"
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measuring")
     for number, (name, (width, height)) in enumerate(PICTURES.items()):
-        picture(width, height, "RGBA" if number % 2 else "RGB", seed=number).save(folder / name)
+        random_image(width, height, "RGBA" if number % 2 else "RGB", seed=number).save(folder / name)
     for number, (name, (frames, fps)) in enumerate(CLIPS.items()):
-        write_clip(folder / name, frames, fps, width=64 + 30 * number, height=150 - 20 * number)
+        write_video(folder / name, frames, fps, width=64 + 30 * number, height=150 - 20 * number)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The decoder process: same results as without it, and what hangs or crashes costs one medium."""
+"""The decoder process gives the results of this process, and a decoder that hangs or crashes costs one medium."""
 
 from __future__ import annotations
 
@@ -22,58 +22,60 @@ from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
 from tests.prep.alive import alive
-from tests.prep.test_images import picture
-from tests.prep.test_videos import write_clip
+from tests.prep.test_images import random_image
+from tests.prep.test_videos import write_video
 
 SETTINGS = MediaSettings()
 
 
 @pytest.fixture
 def box() -> Iterator[Sandbox]:
-    found = Sandbox()
-    yield found
-    found.close()
+    sandbox = Sandbox()
+    yield sandbox
+    sandbox.close()
 
 
 @pytest.fixture
 def media(tmp_path: Path) -> list[tuple[MediaSource, int]]:
-    picture(300, 200).save(tmp_path / "x.png")
-    picture(900, 700, seed=1).save(tmp_path / "y.jpg")
-    write_clip(tmp_path / "z.mp4", 12, 2)
+    random_image(300, 200).save(tmp_path / "x.png")
+    random_image(900, 700, seed=1).save(tmp_path / "y.jpg")
+    write_video(tmp_path / "z.mp4", 12, 2)
     kinds = {"x.png": MEDIA_IMAGE, "z.mp4": MEDIA_VIDEO, "y.jpg": MEDIA_IMAGE}
     return [(MediaSource(name, tmp_path / name), kind) for name, kind in kinds.items()]
 
 
-def test_probes_and_frames_equal_those_of_this_process(box: Sandbox, media: list[tuple[MediaSource, int]]) -> None:
+def test_probes_and_frames_equal_those_of_the_calling_process(
+    box: Sandbox, media: list[tuple[MediaSource, int]]
+) -> None:
     for source, kind in media * 2:
-        facts, frames = decode(source, kind, SETTINGS)
-        assert box.probe(source, kind, SETTINGS) == probe(source, kind, SETTINGS) == facts
-        found, pixels = box.decode(source, kind, SETTINGS)
-        assert found == facts
-        assert (pixels == frames).all()
+        info, frames = decode(source, kind, SETTINGS)
+        assert box.probe(source, kind, SETTINGS) == probe(source, kind, SETTINGS) == info
+        sandbox_info, sandbox_frames = box.decode(source, kind, SETTINGS)
+        assert sandbox_info == info
+        assert (sandbox_frames == frames).all()
 
 
-def test_media_inside_another_file_decode_as_files_do(
+def test_media_inside_another_file_decode_like_files(
     box: Sandbox, media: list[tuple[MediaSource, int]], tmp_path: Path
 ) -> None:
     for source, kind in media:
         content = source.open().read()
         (tmp_path / "blob").write_bytes(b"before" + content + b"after")
         inside = MediaSource(source.name, tmp_path / "blob", span=(6, len(content)))
-        for found in (inside, MediaSource(source.name, data=content)):
-            assert (box.decode(found, kind, SETTINGS)[1] == decode(source, kind, SETTINGS)[1]).all()
+        for embedded in (inside, MediaSource(source.name, data=content)):
+            assert (box.decode(embedded, kind, SETTINGS)[1] == decode(source, kind, SETTINGS)[1]).all()
 
 
-def test_pixels_are_those_of_the_last_medium_while_the_shared_memory_grows_and_shrinks(
+def test_frames_are_right_while_the_shared_memory_grows_and_shrinks(
     box: Sandbox, media: list[tuple[MediaSource, int]], tmp_path: Path
 ) -> None:
-    """More than is kept, then less; what is decoded but for a part lies in between, and errors too."""
+    """A medium larger than the kept memory, then smaller ones, with a truncated image after each."""
     large = MediaSettings(min_pixels=23_000_000, max_pixels=24_000_000)
-    (picture_of_few, kind), clip, (other, _) = media
+    (small, kind), video, (other, _) = media
     (tmp_path / "cut.jpg").write_bytes(other.open().read()[:-2000])
     cut = MediaSource("cut.jpg", tmp_path / "cut.jpg")
     for settings, (source, media_type) in [
-        (SETTINGS, (other, kind)), (large, (picture_of_few, kind)), (SETTINGS, (picture_of_few, kind)), (SETTINGS, clip)
+        (SETTINGS, (other, kind)), (large, (small, kind)), (SETTINGS, (small, kind)), (SETTINGS, video)
     ]:  # fmt: skip
         frames = decode(source, media_type, settings)[1]
         assert (frames.nbytes > sandbox_module._MAX_KEPT_BYTES) == (settings is large)
@@ -82,7 +84,7 @@ def test_pixels_are_those_of_the_last_medium_while_the_shared_memory_grows_and_s
             box.decode(cut, kind, SETTINGS)
 
 
-def test_frames_of_a_decoder_that_failed_may_outlive_the_memory_of_the_next() -> None:
+def test_frames_of_a_failed_decode_may_outlive_the_next_mapping() -> None:
     memory = os.memfd_create("frames")
     shared = sandbox_module._SharedFrames(memory)
     held = shared.allocate((1, 3, 28, 28))
@@ -96,26 +98,26 @@ def test_frames_of_a_decoder_that_failed_may_outlive_the_memory_of_the_next() ->
     os.close(memory)
 
 
-@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOSPC])
-def test_too_little_memory_is_put_down_to_the_medium_and_a_full_machine_is_not(
-    media: list[tuple[MediaSource, int]], monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.ENOSPC])
+def test_too_little_memory_is_blamed_on_the_medium_and_a_full_machine_is_not(
+    media: list[tuple[MediaSource, int]], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "ftruncate", full)
     for source, kind in media:
         answer = sandbox_module._answer(sandbox_module._SharedFrames(-1), "decode", source, kind, SETTINGS)
-        if number == errno.ENOMEM:
+        if code == errno.ENOMEM:
             assert isinstance(answer, MediaError)
             assert answer.code is ReasonCode.MEDIA_TOO_LARGE
         else:
             assert isinstance(answer, OSError)
-            assert (answer.errno, answer.filename) == (number, "memory shared with the decoder process")
+            assert (answer.errno, answer.filename) == (code, "memory shared with the decoder process")
 
 
-def test_errors_come_back_with_their_code(box: Sandbox, tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_text("no picture")
+def test_errors_keep_their_reason_code(box: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("not an image")
     with pytest.raises(MediaError) as caught:
         box.probe(MediaSource("x.png", tmp_path / "x.png"), MEDIA_IMAGE, SETTINGS)
     assert caught.value.code is ReasonCode.UNSUPPORTED_MEDIA
@@ -128,7 +130,7 @@ CRASHING = (
 
 
 def replace_child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """Let the next child run ``program`` instead of the module."""
+    """Make the next child run ``program`` instead of the sandbox module."""
     real = subprocess.Popen
 
     def popen(command: list[str], **options: object) -> subprocess.Popen[bytes]:
@@ -180,7 +182,7 @@ def test_a_child_dies_with_its_worker(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_what_stops_all_processes_of_a_build_does_not_look_like_a_medium_that_crashes_its_decoder(
+def test_a_signal_to_all_processes_of_a_build_is_not_blamed_on_the_medium(
     box: Sandbox, media: list[tuple[MediaSource, int]], kind: signal.Signals
 ) -> None:
     (first, media_type), _, _ = media
@@ -191,7 +193,7 @@ def test_what_stops_all_processes_of_a_build_does_not_look_like_a_medium_that_cr
     assert alive(child.pid)
 
 
-def test_an_interrupt_between_question_and_answer_does_not_shift_the_answers(
+def test_an_interrupt_between_request_and_response_does_not_shift_the_responses(
     box: Sandbox, media: list[tuple[MediaSource, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (first, kind), _, (other, _) = media

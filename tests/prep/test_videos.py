@@ -1,4 +1,4 @@
-"""Clips: which frames are taken, at what rate and size; damaged and odd files."""
+"""Videos: which frames are sampled, at what rate and size, and what happens with damaged and unusual files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = MediaSettings()
 INSTALLED = {"decord", "pyav"} | ({"torchcodec"} if find_spec("torchcodec") else set())
 
 
-def write_clip(
+def write_video(
     path: Path,
     num_frames: int,
     fps: int,
@@ -34,24 +34,23 @@ def write_clip(
     height: int = 48,
     codec: str = "mpeg4",
     container: str | None = None,
-    stamps_ms: list[int] | None = None,
+    timestamps_ms: list[int] | None = None,
 ) -> Path:
-    """A clip whose frames can be told apart: frame k is grey of brightness 20 + 3k, with a white corner at the top
-    left.
+    """Write a video whose frame k is grey of brightness 20 + 3k, with a white corner at the top left.
 
-    ``stamps_ms`` gives every frame a time of its own instead of ``fps``.
+    ``timestamps_ms`` sets the time of every frame instead of ``fps``.
     """
     with av.open(str(path), "w", format=container) as file:
         stream = file.add_stream(codec, rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        if stamps_ms is not None:
+        if timestamps_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        for number in range(num_frames):
-            pixels = np.full((height, width, 3), 20 + 3 * number, dtype=np.uint8)
+        for index in range(num_frames):
+            pixels = np.full((height, width, 3), 20 + 3 * index, dtype=np.uint8)
             pixels[: height // 4, : width // 4] = 255
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            if stamps_ms is not None:
-                frame.pts, frame.time_base = stamps_ms[number], Fraction(1, 1000)
+            if timestamps_ms is not None:
+                frame.pts, frame.time_base = timestamps_ms[index], Fraction(1, 1000)
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
     return path
@@ -62,8 +61,8 @@ def brightness_of(frames: NDArray[np.uint8]) -> list[float]:
     return [float(frame[frame.shape[0] // 2 :, frame.shape[1] // 2 :].mean()) for frame in frames]
 
 
-def turn_clip(path: Path, degrees: int) -> None:
-    """Write a rotation (clockwise, as players show it) into the display matrix of an MP4 file."""
+def rotate_video(path: Path, degrees: int) -> None:
+    """Write a clockwise rotation into the display matrix of an MP4 file."""
     a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
     data = bytearray(path.read_bytes())
     # tkhd, version 0: 4 bytes of name, 4 of version and flags, 5 fields, 8 reserved, 8 of layer, group and volume
@@ -83,16 +82,16 @@ def source(path: Path) -> MediaSource:
         (100, 1.0, [0, 33, 66, 99]),  # at least 4
         (1000, 400.0, [0, 142, 285, 428, 570, 713, 856, 999]),  # at most 8
         (500, 20.0, [0, 124, 249, 374, 499]),  # 5 frames
-        (2, 1.0, [0, 1]),  # fewer than asked for: each once
+        (2, 1.0, [0, 1]),  # fewer frames than the minimum: each once
         (1, 0.04, [0]),
     ],
 )
-def test_frames_are_spread_evenly_one_for_each_interval(total: int, duration_s: float, expected: list[int]) -> None:
+def test_frames_are_spread_evenly_with_one_per_interval(total: int, duration_s: float, expected: list[int]) -> None:
     assert list(frame_indices(total, duration_s, SETTINGS)) == expected
 
 
-def test_an_odd_number_of_frames_repeats_the_last_and_keeps_the_true_rate(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "x.mp4", 50, 5)  # 10 s
+def test_an_odd_frame_count_repeats_the_last_frame_and_keeps_the_true_rate(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.mp4", 50, 5)  # 10 s
     settings = MediaSettings(base_interval=2.0)  # 5 frames: 0, 12, 24, 36, 49
     frames, plan = decode_video(source(path), settings)
     assert plan.indices == (0, 12, 24, 36, 49)
@@ -106,8 +105,8 @@ def test_an_odd_number_of_frames_repeats_the_last_and_keeps_the_true_rate(tmp_pa
     assert probe_video(source(path), settings) == plan
 
 
-def test_frames_are_resized_as_pictures_are_with_the_video_bounds(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "x.mp4", 8, 2, width=320, height=240)
+def test_frames_are_resized_like_images_with_the_video_bounds(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.mp4", 8, 2, width=320, height=240)
     frames, plan = decode_video(source(path), SETTINGS)
     assert plan.grid.h * plan.grid.w * 196 >= SETTINGS.video_min_frame_pixels
     original = PyavVideo(source(path)).frames([0])[0]
@@ -116,20 +115,20 @@ def test_frames_are_resized_as_pictures_are_with_the_video_bounds(tmp_path: Path
 
 
 def test_backends_agree_on_count_duration_size_and_frames(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "x.mp4", 30, 10)
-    clips = {name: open_clip(source(path)) for name, open_clip in BACKENDS.items() if name in INSTALLED}
-    facts = {(clip.num_frames, clip.duration_s, clip.height, clip.width) for clip in clips.values()}
-    assert facts == {(30, 3.0, 48, 64)}
-    pictures = [clip.frames([0, 7, 29]) for clip in clips.values()]
-    assert all((picture == pictures[0]).all() for picture in pictures)
+    path = write_video(tmp_path / "x.mp4", 30, 10)
+    videos = [open_video(source(path)) for name, open_video in BACKENDS.items() if name in INSTALLED]
+    headers = {(video.num_frames, video.duration_s, video.height, video.width) for video in videos}
+    assert headers == {(30, 3.0, 48, 64)}
+    first, *others = (video.frames([0, 7, 29]) for video in videos)
+    assert all((frames == first).all() for frames in others)
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 @pytest.mark.parametrize("size", [(64, 48), (320, 240)])
-def test_a_rotated_clip_is_shown_upright(tmp_path: Path, degrees: int, size: tuple[int, int]) -> None:
-    """The white corner at the top left goes clockwise: top right, bottom right, bottom left."""
-    path = write_clip(tmp_path / "x.mp4", 8, 2, width=size[0], height=size[1])
-    turn_clip(path, degrees)
+def test_a_rotated_video_is_decoded_upright(tmp_path: Path, degrees: int, size: tuple[int, int]) -> None:
+    """The white corner at the top left moves clockwise: top right, bottom right, bottom left."""
+    path = write_video(tmp_path / "x.mp4", 8, 2, width=size[0], height=size[1])
+    rotate_video(path, degrees)
     frames, plan = decode_video(source(path), SETTINGS)
     assert (plan.height, plan.width) == (size if degrees != 180 else size[::-1])
     assert (plan.grid.h > plan.grid.w) == (degrees != 180)
@@ -138,16 +137,16 @@ def test_a_rotated_clip_is_shown_upright(tmp_path: Path, degrees: int, size: tup
 
 
 def test_a_variable_frame_rate_uses_the_real_duration(tmp_path: Path) -> None:
-    """Ten frames a tenth of a second apart, then ten half a second apart: 5.7 s with the average rate."""
-    stamps = [100 * k for k in range(10)] + [1000 + 500 * k for k in range(10)]
-    path = write_clip(tmp_path / "x.mp4", 20, 5, stamps_ms=stamps)
+    """Ten frames 0.1 s apart and ten frames 0.5 s apart last 5.7 s at the average rate."""
+    timestamps = [100 * k for k in range(10)] + [1000 + 500 * k for k in range(10)]
+    path = write_video(tmp_path / "x.mp4", 20, 5, timestamps_ms=timestamps)
     plan = probe_video(source(path), SETTINGS)
     assert plan.indices == (0, 6, 12, 19)
     assert plan.second_per_grid_t == pytest.approx(2 * 5.7 / 4, abs=0.2)
 
 
-def test_a_stream_without_frame_count_and_duration_is_counted(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "x.h264", 20, 25, codec="libx264", container="h264")
+def test_frames_of_a_stream_without_frame_count_and_duration_are_counted(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.h264", 20, 25, codec="libx264", container="h264")
     frames, plan = decode_video(source(path), SETTINGS)
     assert plan.backend == "pyav"
     assert plan.indices == (0, 6, 12, 19)
@@ -169,19 +168,19 @@ def test_a_stream_without_frame_count_and_duration_is_counted(tmp_path: Path) ->
         ("x.ts", "libx264"),
     ],
 )
-def test_the_frames_asked_for_are_the_frames_got_in_every_container(tmp_path: Path, name: str, codec: str) -> None:
-    path = write_clip(tmp_path / name, 40, 10, codec=codec)
+def test_every_container_returns_the_requested_frames(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_video(tmp_path / name, 40, 10, codec=codec)
     frames, plan = decode_video(source(path), SETTINGS)
     expected = [20 + 3 * index for index in plan.indices]
     assert plan.indices == (0, 13, 26, 39)
     assert brightness_of(frames.transpose(0, 2, 3, 1)) == pytest.approx(expected, abs=4)
 
 
-def test_the_next_backend_serves_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_clip(tmp_path / "x.mp4", 8, 2)
+def test_the_next_backend_is_tried_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "x.mp4", 8, 2)
 
     def broken(source: MediaSource) -> PyavVideo:
-        raise MediaError(ReasonCode.MEDIA_UNREADABLE, "out of order")
+        raise MediaError(ReasonCode.MEDIA_UNREADABLE, "broken")
 
     monkeypatch.setitem(BACKENDS, "decord", broken)
     monkeypatch.setitem(BACKENDS, "torchcodec", broken)
@@ -189,8 +188,8 @@ def test_the_next_backend_serves_when_one_fails(tmp_path: Path, monkeypatch: pyt
     assert plan.backend == "pyav"
 
 
-def test_a_damaged_clip_is_unreadable_and_names_every_backend(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "x.mp4", 30, 10)
+def test_a_damaged_video_is_unreadable_and_the_message_names_every_backend(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.mp4", 30, 10)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(MediaError) as caught:
         decode_video(source(path), SETTINGS)
@@ -198,32 +197,32 @@ def test_a_damaged_clip_is_unreadable_and_names_every_backend(tmp_path: Path) ->
     assert all(name in caught.value.message for name in BACKENDS)
 
 
-def test_a_picture_where_a_clip_should_be_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_an_image_or_a_text_is_not_accepted_as_a_video(tmp_path: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "x.jpg")
-    (tmp_path / "x.mp4").write_text("not a clip")
+    (tmp_path / "x.mp4").write_text("not a video")
     for name in ("x.jpg", "x.mp4"):
         with pytest.raises(MediaError) as caught:
             probe_video(source(tmp_path / name), SETTINGS)
         assert caught.value.code is ReasonCode.UNSUPPORTED_MEDIA
 
 
-def test_frames_larger_than_the_limit_are_refused_before_sampling(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "x.mp4", 8, 2)
+def test_frames_larger_than_the_limit_are_rejected_before_sampling(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.mp4", 8, 2)
     with pytest.raises(MediaError) as caught:
         probe_video(source(path), MediaSettings(max_source_pixels=64 * 48 - 1))
     assert caught.value.code is ReasonCode.MEDIA_TOO_LARGE
 
 
-def test_real_clips_are_sampled_over_their_whole_length(qwen_demo: Path) -> None:
+def test_a_real_video_is_sampled_over_its_full_length(qwen_demo: Path) -> None:
     plan = probe_video(source(qwen_demo / "videos" / "v_TpB_zMG3XBA.mp4"), SETTINGS)
     assert plan.indices == (0, 70, 140, 210, 280, 350, 420, 490)  # 491 frames at 3 per second
     assert plan.second_per_grid_t == pytest.approx(2 * (491 / 3) / 8)
     assert plan.grid == (4, 26, 44)
 
 
-def test_messages_name_neither_paths_nor_times(tmp_path: Path) -> None:
-    """The ledger keeps them, and its bytes must be the same on another machine and on another day."""
-    path = write_clip(tmp_path / "x.mp4", 30, 10)
+def test_messages_contain_neither_paths_nor_times(tmp_path: Path) -> None:
+    """The ledger stores messages, and its bytes must be the same on any machine and on any day."""
+    path = write_video(tmp_path / "x.mp4", 30, 10)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(MediaError) as caught:
         decode_video(source(path), SETTINGS)
