@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import click
-import msgspec
 from msgspec import UNSET
 
 from prep.annotations.registry import DEFAULT_REGISTRY, Registry, find_sources
@@ -28,8 +27,8 @@ from prep.inspect.verify import verify
 from prep.samples.tokenizer import DEFAULT_MODEL
 from prep.shards.reader import open_set
 from schemas.errors import ConfigError, VlprepError
-from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
-from schemas.settings import OVERLONG_POLICIES, PACKERS, RESERVED_POLICIES, BuildSettings, MediaSettings
+from schemas.setting import setting_fields
+from schemas.settings import BuildSettings, MediaSettings
 from storage.urls import Location, Url, is_url, parse_location
 
 P = ParamSpec("P")
@@ -67,8 +66,6 @@ _NOT_FOR_OUTPUT = {
     "memory": "this command's memory ends with it, and no worker sees it",
 }
 """Kinds of URL that shards cannot be written to, and why."""
-
-_MEDIA = msgspec.structs.asdict(MediaSettings())
 
 
 def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
@@ -143,14 +140,35 @@ def main(debug: bool) -> None:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
-def _media_options(command: Callable[P, None]) -> Callable[P, None]:
-    """Options for every field of :class:`MediaSettings`."""
-    for name, default in reversed(_MEDIA.items()):
-        option = click.option(
-            f"--{name.replace('_', '-')}", name, type=type(default), default=default, show_default=True, metavar="N"
-        )
-        command = option(command)
-    return command
+def _setting_options(settings_class: type, *names: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Options for the declared fields of a settings class: all of them, or those named."""
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        fields = setting_fields(settings_class)
+        for field in [fields[name] for name in reversed(names or tuple(fields))]:
+            choices = field.setting.choices
+            option = click.option(
+                f"--{field.name.replace('_', '-')}",
+                field.name,
+                type=click.Choice(choices) if choices else field.kind,
+                default=None if field.default is UNSET else field.default,
+                help=field.help_text(),
+            )
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _media_settings(options: dict[str, Any]) -> MediaSettings:
+    """The values of the options that ``_setting_options(MediaSettings)`` adds."""
+    return MediaSettings(**{name: options[name] for name in setting_fields(MediaSettings)})
+
+
+def _build_settings(options: dict[str, Any]) -> BuildSettings:
+    """The same for the options of all settings of a build."""
+    values = {name: options[name] for name in setting_fields(BuildSettings) if options[name] is not None}
+    return BuildSettings(media=_media_settings(options), **values)
 
 
 def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
@@ -190,44 +208,13 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
     help="With an annotation file: folder or URL of its media.  [default: where it lies]",
 )
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
-@click.option("--max-length", type=int, default=4096, show_default=True, help="Tokens that a bin holds at most.")
-@click.option(
-    "--max-patches",
-    type=int,
-    help="Vision patches that a bin holds at most; a sample that alone has more gets a bin of its own.  "
-    "[default: no limit]",
-)
-@click.option("--packer", type=click.Choice(PACKERS), default="bfd", show_default=True)
-@click.option("--pixels", type=click.Choice(CODECS), default="zstd", show_default=True, help="Codec of the pixels.")
-@click.option(
-    "--jpeg-quality",
-    type=int,
-    help=f"With --pixels jpeg: {JPEG_QUALITIES[0]} to {JPEG_QUALITIES[1]}.  [default: {DEFAULT_JPEG_QUALITY}]",
-)
-@click.option(
-    "--reserved",
-    type=click.Choice(RESERVED_POLICIES),
-    default="reject",
-    show_default=True,
-    help="What to do with text that spells a control token.",
-)
-@click.option(
-    "--overlong",
-    type=click.Choice(OVERLONG_POLICIES),
-    default="reject",
-    show_default=True,
-    help="What to do with a sample longer than --max-length: reject it, or shrink its media until it fits.",
-)
-@click.option(
-    "--shard-bytes", type=int, default=1 << 29, show_default=True, help="Size that closes a shard, uncompressed."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds sampling and shuffling.")
+@_setting_options(BuildSettings)
 @click.option(
     "--max-rejected", type=_Share(), default="100%", show_default=True, help="Fail above this share of rejects."
 )
 @click.option("--retry-media", is_flag=True, help="Look again at media that an earlier run could not use.")
 @_engine_options
-@_media_options
+@_setting_options(MediaSettings)
 @_guarded
 def build_command(
     datasets: str,
@@ -236,21 +223,12 @@ def build_command(
     registry: Path | None,
     media_root: Location | None,
     model: str,
-    max_length: int,
-    max_patches: int | None,
-    packer: str,
-    pixels: str,
-    jpeg_quality: int | None,
-    reserved: str,
-    overlong: str,
-    shard_bytes: int,
-    seed: int,
     max_rejected: Fraction,
     retry_media: bool,
     workers: int | None,
     engine: str,
     ray_address: str | None,
-    **media: float,
+    **settings_options: Any,
 ) -> None:
     """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc), or the path or URL of an
     annotation file.
@@ -261,18 +239,7 @@ def build_command(
         raise ConfigError(
             f"--out {out}: {_NOT_FOR_OUTPUT[out.protocol]}. Give a folder, or a URL such as s3://bucket/shards."
         )
-    settings = BuildSettings(
-        media=MediaSettings(**media),  # type: ignore[arg-type]
-        max_length=max_length,
-        max_patches=max_patches,
-        packer=packer,
-        pixels=pixels,
-        jpeg_quality=UNSET if jpeg_quality is None else jpeg_quality,
-        reserved=reserved,
-        overlong=overlong,
-        seed=seed,
-        shard_bytes=shard_bytes,
-    )
+    settings = _build_settings(settings_options)
     sources = find_sources(datasets, registry=registry, media_root=media_root, media=settings.media)
     request = BuildRequest(
         sources=tuple(sources),
@@ -298,9 +265,9 @@ def build_command(
 @click.option("--deep", is_flag=True, help="Decode every medium, not only its header.")
 @click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object a line.")
 @click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object a line.")
-@click.option("--reserved", type=click.Choice(RESERVED_POLICIES), default="reject", show_default=True)
+@_setting_options(BuildSettings, "reserved")
 @_engine_options
-@_media_options
+@_setting_options(MediaSettings)
 @_guarded
 def validate_command(
     files: tuple[Location, ...],
@@ -313,7 +280,7 @@ def validate_command(
     workers: int | None,
     engine: str,
     ray_address: str | None,
-    **media: float,
+    **media_options: Any,
 ) -> int:
     """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 when there are
     problems.
@@ -326,7 +293,7 @@ def validate_command(
         rejects=rejects,
         fixed=fixed,
         reserved=reserved,
-        media=MediaSettings(**media),  # type: ignore[arg-type]
+        media=_media_settings(media_options),
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         report = validate(request, workforce)

@@ -13,6 +13,8 @@ import msgspec
 
 from schemas.annotation import Annotation, MessagesAnnotation, Problem, SampleRef, TextsAnnotation
 from schemas.manifest import Manifest
+from schemas.setting import setting_fields
+from schemas.settings import BuildSettings, MediaSettings
 
 FOLDER = Path(__file__).parent / "json"
 
@@ -28,8 +30,12 @@ def json_schemas() -> dict[str, bytes]:
     spellings, definitions = msgspec.json.schema_components(
         (Annotation, MessagesAnnotation, TextsAnnotation), ref_template="#/$defs/{name}"
     )
-    schemas = {"annotation": {"anyOf": list(spellings), "$defs": definitions}}
+    schemas: dict[str, dict[str, Any]] = {"annotation": {"anyOf": list(spellings), "$defs": definitions}}
     schemas |= {name: msgspec.json.schema(kind) for name, kind in _TYPES.items()}
+    for settings_class in (BuildSettings, MediaSettings):
+        properties = schemas["manifest"]["$defs"][settings_class.__name__]["properties"]
+        for name, field in setting_fields(settings_class).items():
+            properties[name]["description"] = field.setting.help
     return {f"{name}.schema.json": _encoded(schema) for name, schema in schemas.items()}
 
 

@@ -1,132 +1,132 @@
-"""The settings of a build: one immutable value, checked when made, echoed in the manifest.
+"""The settings of a build: an immutable value, checked when it is made and recorded in the manifest.
 
-Defaults are those of the upstream fine-tuning framework. Pixels are counted per picture or per frame; one token of a
-picture stands for 28 by 28 pixels.
+Defaults are those of the upstream fine-tuning framework. Pixels are counted per image or per video frame. One token of
+an image stands for 28 x 28 pixels.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Annotated
 
 import msgspec
 
 from schemas.errors import ConfigError
 from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
+from schemas.setting import Setting, check_settings
 
 TOKEN_PIXELS = 28 * 28
+PACKERS = ("bfd", "binpacking")
+RESERVED_POLICIES = ("reject", "escape")
+OVERLONG_POLICIES = ("reject", "shrink")
+
+_FIX = " Change it on the command line."
+_FIX_MEDIA = " Change it on the command line or in datasets.toml."
 
 
-def _require(condition: bool, name: str, found: object, allowed: str, where: str = "on the command line") -> None:
-    if not condition:
-        raise ConfigError(f"setting {name} is {found}; allowed: {allowed}. Change it {where}.")
-
-
-_require_of_media = partial(_require, where="on the command line or in datasets.toml")
+def _spell(name: str) -> str:
+    return f"setting {name}"
 
 
 class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How pictures and clips become pixels.
+    """How images and videos become pixels. A dataset can override each field in ``datasets.toml``."""
 
-    Attributes:
-        min_pixels: a picture is enlarged to at least this many pixels.
-        max_pixels: a picture is reduced to at most this many pixels.
-        video_min_frame_pixels: as ``min_pixels``, for a frame of a clip.
-        video_max_frame_pixels: as ``max_pixels``, for a frame of a clip.
-        video_min_frames: fewest frames sampled from a clip.
-        video_max_frames: most frames sampled from a clip.
-        base_interval: seconds of a clip for one sampled frame.
-        max_source_pixels: a medium with more pixels (per picture or frame) in its header is not decoded.
-        max_source_bytes: a media file larger than this is not opened.
-        decode_timeout: seconds after which the decoder of a medium is stopped.
-    """
-
-    min_pixels: int = 16 * TOKEN_PIXELS
-    max_pixels: int = 576 * TOKEN_PIXELS
-    video_min_frame_pixels: int = 256 * TOKEN_PIXELS
-    video_max_frame_pixels: int = 1664 * TOKEN_PIXELS
-    video_min_frames: int = 4
-    video_max_frames: int = 8
-    base_interval: float = 4.0
-    max_source_pixels: int = 178_956_970
-    max_source_bytes: int = 1 << 32
-    decode_timeout: float = 60.0
+    min_pixels: Annotated[int, Setting("Images with fewer pixels are enlarged.", unit="pixels", low=TOKEN_PIXELS)] = (
+        16 * TOKEN_PIXELS
+    )
+    max_pixels: Annotated[int, Setting("Images with more pixels are reduced.", unit="pixels", low=TOKEN_PIXELS)] = (
+        576 * TOKEN_PIXELS
+    )
+    video_min_frame_pixels: Annotated[
+        int, Setting("Video frames with fewer pixels are enlarged.", unit="pixels", low=TOKEN_PIXELS)
+    ] = 256 * TOKEN_PIXELS
+    video_max_frame_pixels: Annotated[
+        int, Setting("Video frames with more pixels are reduced.", unit="pixels", low=TOKEN_PIXELS)
+    ] = 1664 * TOKEN_PIXELS
+    video_min_frames: Annotated[
+        int, Setting("Minimum number of frames sampled from a video.", unit="frames", low=1)
+    ] = 4
+    video_max_frames: Annotated[
+        int, Setting("Maximum number of frames sampled from a video.", unit="frames", low=1)
+    ] = 8
+    base_interval: Annotated[float, Setting("Time between two sampled frames.", unit="seconds", above=0)] = 4.0
+    max_source_pixels: Annotated[
+        int,
+        Setting("Images and frames whose header promises more pixels are rejected undecoded.", unit="pixels", low=1),
+    ] = 178_956_970
+    max_source_bytes: Annotated[
+        int, Setting("Media files larger than this are rejected unopened.", unit="bytes", low=1)
+    ] = 1 << 32
+    decode_timeout: Annotated[
+        float, Setting("A decoder that takes longer for an image or video is stopped.", unit="seconds", above=0)
+    ] = 60.0
 
     def __post_init__(self) -> None:
-        for low, high in (("min_pixels", "max_pixels"), ("video_min_frame_pixels", "video_max_frame_pixels")):
-            least, most = int(getattr(self, low)), int(getattr(self, high))
-            _require_of_media(least >= TOKEN_PIXELS, low, least, f"at least {TOKEN_PIXELS} (one token of 28x28 pixels)")
-            _require_of_media(most >= least, high, most, f"at least {low} ({least})")
-        _require_of_media(self.video_min_frames >= 1, "video_min_frames", self.video_min_frames, "1 or more")
-        _require_of_media(
-            self.video_max_frames >= self.video_min_frames,
-            "video_max_frames",
-            self.video_max_frames,
-            f"at least video_min_frames ({self.video_min_frames})",
-        )
-        _require_of_media(
-            0 < self.base_interval < float("inf"), "base_interval", self.base_interval, "a positive number of seconds"
-        )
-        _require_of_media(self.max_source_pixels >= 1, "max_source_pixels", self.max_source_pixels, "1 or more")
-        _require_of_media(self.max_source_bytes >= 1, "max_source_bytes", self.max_source_bytes, "1 or more")
-        _require_of_media(
-            0 < self.decode_timeout < float("inf"),
-            "decode_timeout",
-            self.decode_timeout,
-            "a positive number of seconds",
-        )
+        check_settings(self, spell=_spell, fix=_FIX_MEDIA)
+        for low, high in (
+            ("min_pixels", "max_pixels"),
+            ("video_min_frame_pixels", "video_max_frame_pixels"),
+            ("video_min_frames", "video_max_frames"),
+        ):
+            least, most = getattr(self, low), getattr(self, high)
+            if most < least:
+                raise ConfigError(f"{_spell(high)} is {most}; allowed: at least {low} ({least}).{_FIX_MEDIA}")
 
 
 class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything besides the inputs that decides the bytes of a set of shards.
 
-    Attributes:
-        media: how pictures and clips become pixels, unless a dataset overrides it.
-        max_length: tokens that a bin holds at most; a longer sample is rejected as ``too_long``.
-        max_patches: vision patches that a bin holds at most (one medium-rich sample more than that still gets a bin of
-            its own), or None for no second budget.
-        packer: ``bfd`` (best-fit-decreasing over the histogram of lengths) or ``binpacking``.
-        pixels: codec of the pixel planes.
-        jpeg_quality: on libjpeg's scale, 95 unless given; there with the codec ``jpeg`` alone.
-        reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
-        overlong: what to do with a sample longer than ``max_length``: ``reject``, or ``shrink`` its media until it
-            fits.
-        seed: seeds sampling and the shuffle of samples and bins.
-        shard_bytes: a shard is closed once its bins hold about this many bytes (before compression).
+    ``media`` holds for the datasets that do not override it. ``jpeg_quality`` exists with the codec ``jpeg`` only.
     """
 
     media: MediaSettings = MediaSettings()
-    max_length: int = 4096
-    max_patches: int | None = None
-    packer: str = "bfd"
-    pixels: str = "zstd"
-    jpeg_quality: int | msgspec.UnsetType = msgspec.UNSET
-    reserved: str = "reject"
-    overlong: str = "reject"
-    seed: int = 0
-    shard_bytes: int = 1 << 29
+    max_length: Annotated[
+        int, Setting("Capacity of a bin. Longer samples are rejected as too_long.", unit="tokens", low=32)
+    ] = 4096
+    max_patches: Annotated[
+        int | None,
+        Setting(
+            "Capacity of a bin in vision patches. A sample that exceeds it gets a bin of its own.",
+            unit="patches",
+            low=4,
+            unset="no limit",
+        ),
+    ] = None
+    packer: Annotated[
+        str,
+        Setting(
+            "How samples are packed: best-fit-decreasing, or the binpacking package for comparison.", choices=PACKERS
+        ),
+    ] = "bfd"
+    pixels: Annotated[str, Setting("Codec of the pixel planes; jpeg is lossy.", choices=CODECS)] = "zstd"
+    jpeg_quality: Annotated[
+        int | msgspec.UnsetType,
+        Setting(
+            "With --pixels jpeg: quality on libjpeg's scale.",
+            low=JPEG_QUALITIES[0],
+            high=JPEG_QUALITIES[1],
+            unset=str(DEFAULT_JPEG_QUALITY),
+        ),
+    ] = msgspec.UNSET
+    reserved: Annotated[
+        str, Setting("What to do with text that spells a control token.", choices=RESERVED_POLICIES)
+    ] = "reject"
+    overlong: Annotated[
+        str,
+        Setting(
+            "What to do with a sample longer than --max-length: reject it, or shrink its media until it fits.",
+            choices=OVERLONG_POLICIES,
+        ),
+    ] = "reject"
+    seed: Annotated[int, Setting("Seeds the sampling and the shuffle of samples and bins.", low=0)] = 0
+    shard_bytes: Annotated[
+        int,
+        Setting("A shard is closed when its bins reach this size, uncompressed.", unit="bytes", low=1, high=2**62 - 1),
+    ] = 1 << 29
 
     def __post_init__(self) -> None:
-        _require(self.max_length >= 32, "max_length", self.max_length, "32 or more tokens")
-        _require(
-            self.max_patches is None or self.max_patches >= 4, "max_patches", self.max_patches, "4 or more patches"
-        )
-        _require(self.packer in PACKERS, "packer", self.packer, " or ".join(PACKERS))
-        _require(self.pixels in CODECS, "pixels", self.pixels, " or ".join(CODECS))
-        if self.pixels != "jpeg":
-            _require(
-                self.jpeg_quality is msgspec.UNSET, "jpeg_quality", self.jpeg_quality, "none, unless pixels is jpeg"
-            )
-        elif self.jpeg_quality is msgspec.UNSET:
+        check_settings(self, spell=_spell, fix=_FIX)
+        if self.pixels != "jpeg" and self.jpeg_quality is not msgspec.UNSET:
+            given = f"{_spell('jpeg_quality')} is {self.jpeg_quality}, but pixels is {self.pixels}"
+            raise ConfigError(f"{given}. Leave it out, or choose --pixels jpeg.")
+        if self.pixels == "jpeg" and self.jpeg_quality is msgspec.UNSET:
             msgspec.structs.force_setattr(self, "jpeg_quality", DEFAULT_JPEG_QUALITY)
-        else:
-            least, most = JPEG_QUALITIES
-            _require(least <= self.jpeg_quality <= most, "jpeg_quality", self.jpeg_quality, f"{least} to {most}")
-        _require(self.reserved in RESERVED_POLICIES, "reserved", self.reserved, " or ".join(RESERVED_POLICIES))
-        _require(self.overlong in OVERLONG_POLICIES, "overlong", self.overlong, " or ".join(OVERLONG_POLICIES))
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
-        _require(1 <= self.shard_bytes < 2**62, "shard_bytes", self.shard_bytes, "1 to 2^62 - 1")
-
-
-PACKERS = ("bfd", "binpacking")
-RESERVED_POLICIES = ("reject", "escape")
-OVERLONG_POLICIES = ("reject", "shrink")

@@ -293,8 +293,11 @@ def test_the_drift_is_printed_by_build_verify_and_report(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--jpeg-quality", 90), "setting jpeg_quality is 90; allowed: none, unless pixels is jpeg"),
-        (("--pixels", "raw", "--jpeg-quality", 95), "allowed: none, unless pixels is jpeg"),
+        (
+            ("--jpeg-quality", 90),
+            "setting jpeg_quality is 90, but pixels is zstd. Leave it out, or choose --pixels jpeg.",
+        ),
+        (("--pixels", "raw", "--jpeg-quality", 95), "setting jpeg_quality is 95, but pixels is raw."),
         (("--pixels", "jpeg", "--jpeg-quality", 0), "setting jpeg_quality is 0; allowed: 1 to 100"),
         (("--pixels", "jpeg", "--jpeg-quality", 101), "setting jpeg_quality is 101; allowed: 1 to 100"),
     ],

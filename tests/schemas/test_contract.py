@@ -132,8 +132,8 @@ def test_a_manifest_that_cannot_be_used_says_why(data: bytes, message: str) -> N
         (MediaSettings, {"video_max_frames": 1}, "video_max_frames"),
         (MediaSettings, {"base_interval": float("nan")}, "base_interval"),
         (BuildSettings, {"max_length": 5}, "max_length is 5"),
-        (BuildSettings, {"packer": "x"}, "bfd or binpacking"),
-        (BuildSettings, {"pixels": "png"}, "zstd or raw"),
+        (BuildSettings, {"packer": "x"}, "packer is x; allowed: bfd, binpacking"),
+        (BuildSettings, {"pixels": "png"}, "pixels is png; allowed: zstd, raw, jpeg"),
         (BuildSettings, {"seed": -1}, "seed"),
     ],
 )
