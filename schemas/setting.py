@@ -138,7 +138,7 @@ def check_settings(settings: Any, *, spell: Callable[[str], str], fix: str) -> N
     Raises:
         ConfigError: a value is out of bounds or no choice.
     """
-    for field in setting_fields(type(settings)).values():
+    for field in setting_fields(settings.__class__).values():
         value = getattr(settings, field.name)
         if value is None or value is UNSET or field.setting.allows(value):
             continue

@@ -1,22 +1,23 @@
-"""Flags: upstream names, one sentence for whatever is wrong, and none that nothing reads."""
+"""Flags: upstream names, one sentence for each mistake, and no flag without a reader."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import train
 from schemas.errors import ConfigError
-from train.settings import arguments
 from train.settings.arguments import TrainArguments
-from train.settings.flags import parse_arguments
+from train.settings.flags import FIELDS, parse_arguments
 
 SHARDS = ["--shards", "shards/"]
 
 
-def test_shards_are_all_that_must_be_given() -> None:
+def test_only_shards_are_required() -> None:
     args = parse_arguments(SHARDS)
     assert args.model_name_or_path == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert args.run_dir == Path("runs/Qwen2.5-VL-3B-Instruct")
@@ -40,7 +41,7 @@ def test_flags_of_an_upstream_launch_script_are_understood() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"),
+    ("written", "expected"),
     [
         (["--bf16"], True),
         (["--bf16", "True"], True),
@@ -49,8 +50,8 @@ def test_flags_of_an_upstream_launch_script_are_understood() -> None:
         ([], None),
     ],
 )
-def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool | None) -> None:
-    assert parse_arguments([*SHARDS, *written]).bf16 is meant
+def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: bool | None) -> None:
+    assert parse_arguments([*SHARDS, *written]).bf16 is expected
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,15 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ("--per_device_eval_batch_size 8", "--per_device_eval_batch_size is no flag of the trainer: evaluation takes"),
         (
             "--save_strategy steps",
-            "--save_steps says how often checkpoints are saved, 0: only when told to stop. Leave it out.",
+            "--save_steps says how often to save, 0 only when the run is asked to stop. Leave it out.",
         ),
         ("stray", "unknown flag stray"),
         ("--max_steps ten", "argument --max_steps: invalid int value: 'ten'"),
         ("--bf16 maybe", "argument --bf16: found 'maybe', allowed: True or False"),
-        ("--lr_scheduler_type wavy", "argument --lr_scheduler_type: invalid choice: 'wavy'"),
+        (
+            "--lr_scheduler_type wavy",
+            "--lr_scheduler_type is wavy; allowed: cosine, linear, constant, constant_with_warmup.",
+        ),
         ("--max_steps 0", "--max_steps is 0; allowed: 1 or more."),
         (
             "--seed 99999999999999999999999999",
@@ -79,13 +83,13 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
             "--save_steps 9223372036854775808",
             "--save_steps is 9223372036854775808; allowed: up to 9223372036854775807.",
         ),
-        ("--num_train_epochs 1e300", "--num_train_epochs is 1e+300; allowed: up to 1000000."),
-        ("--dataloader_num_workers 5000", "--dataloader_num_workers is 5000; allowed: 1 to 1024."),
+        ("--num_train_epochs 1e300", "--num_train_epochs is 1e+300; allowed: more than 0, up to 1000000."),
+        ("--dataloader_num_workers 5000", "--dataloader_num_workers is 5000; allowed: 1 to 1024 threads."),
         ("--lora_enable --lora_r 100000", "--lora_r is 100000; allowed: 1 to 8192."),
         ("--output_dir=", "argument --output_dir: is empty: give a value, or leave the flag out"),
         ("--model_name_or_path=", "argument --model_name_or_path: is empty"),
         ("--resume=", "argument --resume: is empty"),
-        ("--num_train_epochs 0", "--num_train_epochs is 0.0; allowed: more than 0."),
+        ("--num_train_epochs 0", "--num_train_epochs is 0.0; allowed: more than 0, up to 1000000."),
         ("--num_train_epochs nan", "--num_train_epochs is nan"),
         ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0"),
@@ -101,21 +105,21 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ("--save_steps -1", "--save_steps is -1"),
         ("--save_total_limit 0", "--save_total_limit is 0"),
         ("--seed -1", "--seed is -1"),
-        ("--group_steps 0", "--group_steps is 0; allowed: 1 or more."),
-        ("--read_connections 0", "--read_connections is 0; allowed: 1 or more."),
-        ("--cache_dir c --cache_bytes 0", "--cache_bytes is 0; allowed: 1 or more."),
+        ("--group_steps 0", "--group_steps is 0; allowed: 1 or more steps."),
+        ("--read_connections 0", "--read_connections is 0; allowed: 1 or more requests."),
+        ("--cache_dir c --cache_bytes 0", "--cache_bytes is 0; allowed: 1 or more bytes."),
         ("--cache_bytes 10", "--cache_bytes has no effect without --cache_dir"),
-        ("--read_timeout_s 0", "--read_timeout_s is 0.0; allowed: more than 0."),
+        ("--read_timeout_s 0", "--read_timeout_s is 0.0; allowed: more than 0 seconds."),
         ("--dataloader_prefetch_factor 0", "--dataloader_prefetch_factor is 0"),
-        ("--peak_tflops 0", "--peak_tflops is 0.0; allowed: more than 0."),
-        ("--max_skipped_steps -1", "--max_skipped_steps is -1; allowed: 0 or more."),
+        ("--peak_tflops 0", "--peak_tflops is 0.0; allowed: more than 0 TFLOPS."),
+        ("--max_skipped_steps -1", "--max_skipped_steps is -1; allowed: 0 or more steps."),
         ("--eval_strategy steps", "--eval_strategy steps has nothing to evaluate on: give --eval_shards."),
-        ("--eval_shards e --eval_strategy never", "argument --eval_strategy: invalid choice: 'never'"),
+        ("--eval_shards e --eval_strategy never", "--eval_strategy is never; allowed: no, steps, epoch."),
         ("--eval_shards e --eval_steps 5", "--eval_steps 5 has no effect without --eval_strategy steps."),
-        ("--eval_shards e --eval_strategy steps --eval_steps 0", "--eval_steps is 0; allowed: 1 or more."),
+        ("--eval_shards e --eval_strategy steps --eval_steps 0", "--eval_steps is 0; allowed: 1 or more steps."),
         ("--bf16 --fp16", "--bf16 and --fp16 both say how to compute"),
         ("--max_steps 10 --num_train_epochs 1", "both say how long to train"),
-        ("--tune_mm_llm False --tune_mm_mlp False", "nothing is to be trained"),
+        ("--tune_mm_llm False --tune_mm_mlp False", "nothing is trained"),
         ("--vision_tower_lr 1e-6", "--vision_tower_lr 1e-06 has no effect with --tune_mm_vision False"),
         (
             "--tune_mm_mlp False --mm_projector_lr 1e-5",
@@ -124,8 +128,8 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ("--tune_mm_llm False --mm_projector_lr 1e-5 --learning_rate 1e-5", "--learning_rate 1e-05 has no effect"),
         (
             "--save_steps 0 --save_total_limit 2",
-            "--save_total_limit 2 is for a run that saves every --save_steps; with --save_steps 0 a checkpoint is "
-            "saved only when told to stop: raise it, or leave the limit out.",
+            "--save_total_limit 2 has no effect with --save_steps 0, which saves only when the run is asked to stop: "
+            "raise --save_steps, or leave the limit out.",
         ),
         (
             "--lr_scheduler_type constant --warmup_ratio 0.1",
@@ -145,14 +149,14 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], meant: bool
         ("--bf16 False --attn_implementation flash_attention_2", "computes in bfloat16 or float16"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(written: str, message: str) -> None:
+def test_a_mistake_is_explained_in_one_sentence(written: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments([*SHARDS, *written.split()])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_the_name_of_a_run_is_that_of_its_folder_or_of_a_report() -> None:
+def test_the_run_name_names_the_folder_or_the_report() -> None:
     assert parse_arguments([*SHARDS, "--run_name", "first"]).run_dir == Path("runs/first")
     named = parse_arguments([*SHARDS, "--run_name", "first", "--output_dir", "x", "--report_to", "wandb"])
     assert (named.run_dir, named.name) == (Path("x"), "first")
@@ -170,27 +174,27 @@ def test_the_name_of_a_run_is_that_of_its_folder_or_of_a_report() -> None:
         ("--warmup_ratio 0", 0.0),
     ],
 )
-def test_all_schedules_but_the_flat_one_have_a_warm_up_of_their_own(written: str, expected: float) -> None:
+def test_every_schedule_but_the_flat_one_has_a_default_warm_up(written: str, expected: float) -> None:
     assert parse_arguments([*SHARDS, *written.split()]).warmup == expected
 
 
-def test_shards_must_be_given() -> None:
+def test_missing_shards_are_an_error() -> None:
     with pytest.raises(ConfigError, match="--shards"):
         parse_arguments([])
 
 
-def test_values_of_the_choices_are_checked_without_the_parser_too() -> None:
+def test_choices_are_checked_without_the_parser() -> None:
     with pytest.raises(ConfigError, match="--report_to is mlflow; allowed: none, tensorboard, wandb"):
         TrainArguments(shards="shards/", report_to="mlflow")
 
 
-def test_flags_can_stand_in_a_file_and_those_of_the_command_line_go_first(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_flags_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
         """
         shards = "a:0.7,b:0.3"
         output_dir = "runs/x"
-        learning_rate = 1      # a whole number will do
+        learning_rate = 1      # an integer is fine for a float
         max_steps = 10
         bf16 = true
         tune_mm_vision = true
@@ -214,18 +218,18 @@ def test_flags_can_stand_in_a_file_and_those_of_the_command_line_go_first(tmp_pa
         ("bf16 = 1", "bf16 is 1; a value of type bool is expected."),
         ("learning_rate = '1e-5'", "learning_rate is '1e-5'; a value of type float is expected."),
         ("output_dir = 3", "output_dir is 3; a value of type text is expected."),
-        ("local_rank = 0", "local_rank cannot stand in a file: remove it."),
+        ("local_rank = 0", "local_rank is not allowed in a file: remove it."),
         ("[training]\nmax_steps = 1", "has a table [training]: write flags without tables, one line each."),
         ("max_steps = ", "is not valid TOML"),
         ("output_dir = ''", "output_dir is '': give a value, or remove the line."),
         ('shards = "a\\u0000b"', "shards is 'a\\x00b': give a value, or remove the line."),
         (f"learning_rate = 1{'0' * 400}", "a value of type float is expected."),
-        ("config = 'other.toml'", "config cannot stand in a file: remove it."),
+        ("config = 'other.toml'", "config is not allowed in a file: remove it."),
         ("max_steps = 0", "--max_steps is 0; allowed: 1 or more."),
-        ("save_steps = 0\nsave_total_limit = 2", "--save_total_limit 2 is for a run that saves every --save_steps"),
+        ("save_steps = 0\nsave_total_limit = 2", "--save_total_limit 2 has no effect with --save_steps 0"),
     ],
 )
-def test_a_file_is_checked_as_the_command_line_is(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_is_checked_like_the_command_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -233,7 +237,7 @@ def test_a_file_is_checked_as_the_command_line_is(tmp_path: Path, text: str, mes
     assert message in str(caught.value)
 
 
-def test_a_file_of_flags_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_of_flags_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.toml cannot be read: No such file"):
         parse_arguments([*SHARDS, "--config", str(tmp_path / "no.toml")])
 
@@ -246,17 +250,21 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"--{item.name}" in text for item in fields(TrainArguments))
 
 
-def test_every_flag_is_read_by_something() -> None:
-    resolved = {
-        "output_dir": "run_dir",
-        "run_name": "name",
-        "warmup_ratio": "warmup",
-    }
-    folder = Path(arguments.__file__).parent
-    sources = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "arguments.py")
-    unread = [
-        item.name
-        for item in fields(TrainArguments)
-        if not re.search(rf"\bargs\.{resolved.get(item.name, item.name)}\b", sources)
-    ]
+def test_every_flag_is_read_outside_the_settings() -> None:
+    properties = {"output_dir": "run_dir", "run_name": "name", "warmup_ratio": "warmup"}
+    package = Path(train.__file__).parent
+    sources = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "arguments.py")
+    unread = [name for name in FIELDS if not re.search(rf"\bargs\.{properties.get(name, name)}\b", sources)]
     assert unread == []
+
+
+def test_every_field_is_a_declared_setting_whose_help_is_a_sentence() -> None:
+    assert list(FIELDS) == [item.name for item in fields(TrainArguments)]
+    assert all(field.setting.help.endswith(".") for field in FIELDS.values())
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"vlprep, version {importlib.metadata.version('vlprep')}\n"

@@ -1,339 +1,316 @@
-"""Settings of a run: one immutable :class:`TrainArguments`, checked when made. ``flags`` reads them.
+"""Settings of a run: an immutable :class:`TrainArguments`, checked when it is made and read by ``flags``.
 
-Names and meaning follow the upstream fine-tuning scripts, so that a launch script can move over. Each flag is one field
-of the dataclass; a setting that would be ignored, or that contradicts another one, is an error.
+Names and meaning follow the upstream fine-tuning scripts, so that a launch script can move over. Each flag is a field
+of the dataclass. A setting that would be ignored, or that contradicts another one, is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from schemas.errors import ConfigError
+from schemas.setting import Setting, check_settings
 
 BY_SIZE = "recommended for the size of the model"
 FLAT = "constant"
 SCHEDULES = ("cosine", "linear", FLAT, "constant_with_warmup")
 WARMUP = 0.03
-"""Recommended share of steps of warm-up, for every schedule but the flat one."""
+"""Recommended share of steps for the warm-up of every schedule but the flat one."""
 
-ATTENTIONS = ("auto", "sdpa", "flash_attention_2")
-EVALUATIONS = ("no", "steps", "epoch")
-REPORTS = ("none", "tensorboard", "wandb")
-RESUME_AUTO, RESUME_NONE = "auto", "none"
-MAX_INT = 2**63 - 1
-"""Whole numbers of flags go into checkpoints and arrays of 64 bits."""
-
-MAX_THREADS, MAX_EPOCHS = 1024, 10**6
-MAX_RANK = 8192
-"""Of adapters: no matrix of the largest model has a higher one."""
-
-BUILD_TIME_FLAGS = {
-    "dataset_use": "make shards DATASET=name%50",
-    "data_flatten": "bins are always packed and isolated",
-    "data_packing": "bins are always packed and isolated",
-    "model_max_length": "vlprep build --max-length",
-    "max_pixels": "media settings of vlprep build",
-    "min_pixels": "media settings of vlprep build",
-    "video_max_frames": "media settings of vlprep build",
-    "video_min_frames": "media settings of vlprep build",
-    "video_max_frame_pixels": "media settings of vlprep build",
-    "video_min_frame_pixels": "media settings of vlprep build",
-    "base_interval": "media settings of vlprep build",
-}
-"""Upstream flags that are decided when shards are built, and where."""
-
-UNNEEDED_FLAGS = {
-    "per_device_eval_batch_size": "evaluation takes one bin at a time",
-    "save_strategy": "--save_steps says how often checkpoints are saved, 0: only when told to stop",
-    "optim": "the optimizer is AdamW",
-}
-"""Upstream flags that have no meaning here, and why."""
-
-
-def _help(text: str, choices: Sequence[str] | None = None) -> dict[str, Any]:
-    return {"help": text, "choices": choices}
+MAX_LORA_RANK = 8192
+"""No matrix of the largest model has a higher rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainArguments:
-    """All settings of a run. The help text of a field is the help text of its flag."""
+    """All settings of a run. A field that is None takes the default that its declaration names."""
 
-    shards: str = field(
-        metadata=_help(
-            "folder with a manifest, or one whose sub-folders have one, or a URL; several are mixed: a,b or by weight "
-            "a:0.7,b:0.3 or by epochs a:2epochs,b:1epochs"
-        )
-    )
-    model_name_or_path: str = field(
-        default="Qwen/Qwen2.5-VL-3B-Instruct", metadata=_help("checkpoint: a folder or a hub id")
-    )
-    output_dir: Path | None = field(
-        default=None, metadata=_help("where the run is written (default: runs/ and the run name)")
-    )
-    run_name: str | None = field(
-        default=None,
-        metadata=_help(
-            "name of the run in wandb, and of its folder without --output_dir (default: the checkpoint's name)"
+    shards: Annotated[
+        str,
+        Setting(
+            "Folder with a manifest, or with sub-folders that have one, or a URL. Several are mixed: a,b or by weight "
+            "a:0.7,b:0.3 or by epochs a:2epochs,b:1epochs."
         ),
+    ]
+    model_name_or_path: Annotated[str, Setting("Checkpoint to start from: a folder or a hub id.")] = (
+        "Qwen/Qwen2.5-VL-3B-Instruct"
     )
-    seed: int = field(default=0, metadata=_help("decides the order of bins, and how adapters start and drop out"))
-
-    max_steps: int | None = field(default=None, metadata=_help("optimizer steps (instead of --num_train_epochs)"))
-    num_train_epochs: float | None = field(default=None, metadata=_help(f"passes over all bins (default: {BY_SIZE})"))
-    per_device_train_batch_size: int | None = field(
-        default=None,
-        metadata=_help(f"bins of one rank in one forward pass; a bin packs many samples (default: {BY_SIZE})"),
-    )
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata=_help(f"forward passes of one rank in an optimizer step (default: {BY_SIZE})")
-    )
-    group_steps: int = field(
-        default=1,
-        metadata=_help(
-            "let similar bins of so many steps meet in the same steps: ranks wait less, the mixture varies more; 1: off"
+    output_dir: Annotated[Path | None, Setting("Folder of the run.", unset="runs/ and the run name")] = None
+    run_name: Annotated[
+        str | None,
+        Setting(
+            "Name of the run in wandb, and of its folder without --output_dir.", unset="name of the checkpoint folder"
         ),
-    )
+    ] = None
+    seed: Annotated[int, Setting("Seeds the order of bins, and the start and dropout of adapters.", low=0)] = 0
 
-    verify: str = field(
-        default="always", metadata=_help("compare checksums of bins: always (with every read), first, or never")
+    max_steps: Annotated[
+        int | None, Setting("Optimizer steps, instead of --num_train_epochs.", low=1, unset="by epochs")
+    ] = None
+    num_train_epochs: Annotated[float | None, Setting("Passes over all bins.", above=0, high=10**6, unset=BY_SIZE)] = (
+        None
     )
-    dataloader_num_workers: int = field(default=4, metadata=_help("threads of a rank that read and decompress bins"))
-    dataloader_prefetch_factor: int | None = field(
-        default=None,
-        metadata=_help("forward passes kept ready for each thread (default: so many that two steps are ready)"),
-    )
-    read_timeout_s: float = field(
-        default=600.0, metadata=_help("data of a forward pass that takes longer stop the run instead of hanging it")
-    )
-    read_connections: int | None = field(
-        default=None, metadata=_help("remote shards: requests of a rank under way at once (default: 16)")
-    )
-    cache_dir: Path | None = field(
-        default=None, metadata=_help("remote shards: folder of a local disk that keeps bins, shared by ranks of a node")
-    )
-    cache_bytes: int | None = field(default=None, metadata=_help("most bytes of --cache_dir (default: 100 GiB)"))
-
-    tune_mm_llm: bool = field(default=True, metadata=_help("train the language model with embeddings and lm_head"))
-    tune_mm_mlp: bool = field(default=True, metadata=_help("train the merger between vision tower and language model"))
-    tune_mm_vision: bool = field(default=False, metadata=_help("train the vision tower"))
-    learning_rate: float | None = field(
-        default=None, metadata=_help(f"peak rate of all modules without their own (default: {BY_SIZE})")
-    )
-    mm_projector_lr: float | None = field(
-        default=None, metadata=_help("peak rate of the merger (default: --learning_rate)")
-    )
-    vision_tower_lr: float | None = field(
-        default=None, metadata=_help("peak rate of the vision tower (default: --learning_rate)")
-    )
-    lora_enable: bool = field(
-        default=False,
-        metadata=_help(
-            "LoRA: the parts that --tune_mm_* names are tuned by adapters beside their linear layers; all weights of "
-            "the model itself are frozen"
+    per_device_train_batch_size: Annotated[
+        int | None,
+        Setting("Bins of a rank in a forward pass. A bin packs many samples.", unit="bins", low=1, unset=BY_SIZE),
+    ] = None
+    gradient_accumulation_steps: Annotated[
+        int | None, Setting("Forward passes of a rank in an optimizer step.", low=1, unset=BY_SIZE)
+    ] = None
+    group_steps: Annotated[
+        int,
+        Setting(
+            "Bins of similar cost within a window of this many steps share a step. Ranks wait less, and the mixture "
+            "varies more. 1 turns it off.",
+            unit="steps",
+            low=1,
         ),
-    )
-    lora_r: int | None = field(default=None, metadata=_help("rank of the adapters (default: 64)"))
-    lora_alpha: int | None = field(
-        default=None, metadata=_help("adapters count alpha / r times (default: 128, twice the default rank)")
-    )
-    lora_dropout: float | None = field(
-        default=None, metadata=_help("share of an adapter's inputs dropped in training (default: 0)")
-    )
-    lora_target_modules: str | None = field(
-        default=None,
-        metadata=_help(
-            "layers that get adapters, by the ends of their names: q_proj,v_proj or self_attn.q_proj, each may be a "
-            "regular expression (default: all-linear, every linear layer but lm_head)"
-        ),
-    )
-    lr_scheduler_type: str = field(
-        default="cosine", metadata=_help("course of the rates after warm-up; constant has none", SCHEDULES)
-    )
-    warmup_ratio: float | None = field(
-        default=None,
-        metadata=_help(f"share of all steps in which the rates rise (default: {WARMUP}; with constant 0)"),
-    )
-    weight_decay: float = field(default=0.01, metadata=_help("AdamW decay of matrices; norms and biases have none"))
-    max_grad_norm: float = field(default=1.0, metadata=_help("longer gradients are shortened to this norm; 0: never"))
+    ] = 1
 
-    deepspeed: str = field(
-        default="zero2.json", metadata=_help("DeepSpeed configuration: a file, or a name in train/settings/configs")
-    )
-    bf16: bool | None = field(
-        default=None, metadata=_help("compute in bfloat16 (default: where the accelerator can; else float32)")
-    )
-    fp16: bool | None = field(
-        default=None, metadata=_help("compute in float16 with loss scaling, where bfloat16 is not had")
-    )
-    gradient_checkpointing: bool = field(
-        default=True, metadata=_help("recompute activations instead of keeping them: less memory, a fifth slower")
-    )
-    use_liger_kernel: bool = field(
-        default=False, metadata=_help("compute norms, MLPs and rotary embeddings with Liger kernels; needs a GPU")
-    )
-    torch_compile: bool = field(
-        default=False,
-        metadata=_help("compile layers with torch.compile: slow first steps, then faster; not with ZeRO-3"),
-    )
-    attn_implementation: str = field(
-        default="auto", metadata=_help("auto: flash_attention_2 where it is installed, else sdpa", ATTENTIONS)
-    )
+    verify: Annotated[
+        str, Setting("When to compare checksums of bins: always (with every read), first (once a bin), or never.")
+    ] = "always"
+    dataloader_num_workers: Annotated[
+        int, Setting("Threads of a rank that read and decompress bins.", unit="threads", low=1, high=1024)
+    ] = 4
+    dataloader_prefetch_factor: Annotated[
+        int | None,
+        Setting("Forward passes to prefetch for each thread.", low=1, unset="enough for two steps"),
+    ] = None
+    read_timeout_s: Annotated[
+        float,
+        Setting("The run stops when the data of a forward pass take longer to read.", unit="seconds", above=0),
+    ] = 600.0
+    read_connections: Annotated[
+        int | None, Setting("Remote shards: concurrent requests of a rank.", unit="requests", low=1, unset="16")
+    ] = None
+    cache_dir: Annotated[
+        Path | None,
+        Setting("Remote shards: folder on a local disk that caches bins. Ranks of a node share it.", unset="no cache"),
+    ] = None
+    cache_bytes: Annotated[
+        int | None, Setting("Maximum size of --cache_dir.", unit="bytes", low=1, unset="100 GiB")
+    ] = None
 
-    logging_steps: int = field(
-        default=10, metadata=_help("steps between two lines of metrics.jsonl; first and last step always have one")
+    tune_mm_llm: Annotated[bool, Setting("Train the language model with embeddings and lm_head.")] = True
+    tune_mm_mlp: Annotated[bool, Setting("Train the merger between vision tower and language model.")] = True
+    tune_mm_vision: Annotated[bool, Setting("Train the vision tower.")] = False
+    learning_rate: Annotated[
+        float | None, Setting("Peak rate of all modules without a rate of their own.", above=0, unset=BY_SIZE)
+    ] = None
+    mm_projector_lr: Annotated[float | None, Setting("Peak rate of the merger.", above=0, unset="--learning_rate")] = (
+        None
     )
-    peak_tflops: float | None = field(
-        default=None,
-        metadata=_help("10^12 operations a second of the accelerator, which MFU refers to (default: as its name says)"),
-    )
-    report_to: str = field(default="none", metadata=_help("where metrics go besides metrics.jsonl", REPORTS))
-    eval_shards: str | None = field(
-        default=None, metadata=_help("folders or URLs to evaluate on, after the last step and as --eval_strategy says")
-    )
-    eval_strategy: str = field(default="no", metadata=_help("when to evaluate before the end as well", EVALUATIONS))
-    eval_steps: int | None = field(
-        default=None, metadata=_help("steps between two evaluations with --eval_strategy steps (default: 1000)")
-    )
-    max_skipped_steps: int = field(
-        default=3,
-        metadata=_help("steps in a row that may be skipped for a loss or gradient of NaN or infinity; one more stops"),
-    )
-    save_steps: int = field(
-        default=500, metadata=_help("steps between two checkpoints to resume from; 0: only when told to stop")
-    )
-    save_total_limit: int | None = field(default=None, metadata=_help("keep so many newest checkpoints (default: all)"))
-    resume: str = field(
-        default=RESUME_AUTO,
-        metadata=_help(
-            "auto: go on from the newest checkpoint of the output folder; none: start anew; or a checkpoint"
+    vision_tower_lr: Annotated[
+        float | None, Setting("Peak rate of the vision tower.", above=0, unset="--learning_rate")
+    ] = None
+    lora_enable: Annotated[
+        bool,
+        Setting(
+            "LoRA: train adapters beside the linear layers of the parts that --tune_mm_* names. All weights of the "
+            "model itself are frozen."
         ),
-    )
+    ] = False
+    lora_r: Annotated[int | None, Setting("Rank of the adapters.", low=1, high=MAX_LORA_RANK, unset="64")] = None
+    lora_alpha: Annotated[
+        int | None,
+        Setting("Adapters are scaled by alpha / r.", low=1, unset="128, twice the default rank"),
+    ] = None
+    lora_dropout: Annotated[
+        float | None, Setting("Share of an adapter's inputs dropped in training.", low=0, below=1, unset="0")
+    ] = None
+    lora_target_modules: Annotated[
+        str | None,
+        Setting(
+            "Layers that get adapters, by the ends of their names: q_proj,v_proj or self_attn.q_proj. Each may be a "
+            "regular expression.",
+            unset="all-linear, every linear layer but lm_head",
+        ),
+    ] = None
+    lr_scheduler_type: Annotated[
+        str, Setting("Schedule of the rates after the warm-up; constant has no warm-up.", choices=SCHEDULES)
+    ] = "cosine"
+    warmup_ratio: Annotated[
+        float | None,
+        Setting("Share of all steps in which the rates rise.", low=0, high=1, unset=f"{WARMUP}, with constant 0"),
+    ] = None
+    weight_decay: Annotated[float, Setting("AdamW decay of matrices. Norms and biases have none.", low=0)] = 0.01
+    max_grad_norm: Annotated[
+        float, Setting("Gradients with a larger norm are clipped to it. 0 turns clipping off.", low=0)
+    ] = 1.0
 
-    dry_run: bool = field(
-        default=False,
-        metadata=_help(
-            "show the memory of a rank, run the largest bin, compare packed samples with the same alone, and stop; "
-            "nothing is trained or written"
-        ),
+    deepspeed: Annotated[str, Setting("DeepSpeed configuration: a file, or a name in train/settings/configs.")] = (
+        "zero2.json"
     )
-    local_rank: int = field(default=-1, metadata=_help("appended by the deepspeed launcher"))
-    debug: bool = field(default=False, metadata=_help("show tracebacks of errors"))
+    bf16: Annotated[bool | None, Setting("Compute in bfloat16.", unset="where the accelerator can; else float32")] = (
+        None
+    )
+    fp16: Annotated[
+        bool | None, Setting("Compute in float16 with loss scaling, on accelerators without bfloat16.", unset="False")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, Setting("Recompute activations instead of keeping them: less memory, a fifth slower.")
+    ] = True
+    use_liger_kernel: Annotated[
+        bool, Setting("Compute norms, MLPs and rotary embeddings with Liger kernels. Needs a GPU.")
+    ] = False
+    torch_compile: Annotated[
+        bool, Setting("Compile layers with torch.compile: slow first steps, then faster. Not with ZeRO-3.")
+    ] = False
+    attn_implementation: Annotated[
+        str,
+        Setting(
+            "Attention; auto takes flash_attention_2 where it is installed, else sdpa.",
+            choices=("auto", "sdpa", "flash_attention_2"),
+        ),
+    ] = "auto"
+
+    logging_steps: Annotated[
+        int,
+        Setting("Steps between two lines of metrics.jsonl. First and last step always have one.", unit="steps", low=1),
+    ] = 10
+    peak_tflops: Annotated[
+        float | None,
+        Setting(
+            "Peak of the accelerator, which MFU refers to.",
+            unit="TFLOPS",
+            above=0,
+            unset="known by the accelerator's name",
+        ),
+    ] = None
+    report_to: Annotated[
+        str, Setting("Where metrics go besides metrics.jsonl.", choices=("none", "tensorboard", "wandb"))
+    ] = "none"
+    eval_shards: Annotated[
+        str | None,
+        Setting(
+            "Folders or URLs to evaluate on, after the last step and as --eval_strategy says.", unset="no evaluation"
+        ),
+    ] = None
+    eval_strategy: Annotated[
+        str, Setting("When to evaluate before the end as well.", choices=("no", "steps", "epoch"))
+    ] = "no"
+    eval_steps: Annotated[
+        int | None,
+        Setting("Steps between two evaluations with --eval_strategy steps.", unit="steps", low=1, unset="1000"),
+    ] = None
+    max_skipped_steps: Annotated[
+        int,
+        Setting(
+            "Consecutive steps that may be skipped for a NaN or infinite loss or gradient. One more stops the run.",
+            unit="steps",
+            low=0,
+        ),
+    ] = 3
+    save_steps: Annotated[
+        int,
+        Setting("Steps between two checkpoints. 0 saves only when the run is asked to stop.", unit="steps", low=0),
+    ] = 500
+    save_total_limit: Annotated[
+        int | None, Setting("Checkpoints to keep, newest first.", unit="checkpoints", low=1, unset="all")
+    ] = None
+    resume: Annotated[
+        str,
+        Setting("auto resumes from the newest checkpoint of the run folder, none starts over, or name a checkpoint."),
+    ] = "auto"
+
+    dry_run: Annotated[
+        bool,
+        Setting(
+            "Show the memory of a rank, run the largest bins, compare packed samples with single ones, and stop. "
+            "Nothing is trained or written."
+        ),
+    ] = False
+    local_rank: Annotated[int, Setting("Appended by the deepspeed launcher.")] = -1
+    debug: Annotated[bool, Setting("Show tracebacks of errors.")] = False
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        self._check_contradictions()
+        check_settings(self, spell="--{}".format, fix="")
+        self._check_what_is_trained()
+        self._check_schedule()
+        self._check_adapters()
+        self._check_evaluation_and_saving()
+        self._check_computation()
 
     @property
     def name(self) -> str:
-        """Name of the run: as given, or that of the checkpoint."""
+        """Name of the run; by default that of the checkpoint."""
         return self.run_name or Path(self.model_name_or_path).resolve().name
 
     @property
     def run_dir(self) -> Path:
-        """Where the run is written."""
+        """Folder of the run."""
         return self.output_dir or Path("runs") / self.name
 
     @property
     def warmup(self) -> float:
-        """Share of all steps in which the rates rise: as given, else as recommended for the schedule."""
+        """Share of all steps in which the rates rise; by default as recommended for the schedule."""
         if self.warmup_ratio is not None:
             return self.warmup_ratio
         return 0.0 if self.lr_scheduler_type == FLAT else WARMUP
 
-    def _check_ranges(self) -> None:
-        for item in fields(self):
-            number = getattr(self, item.name)
-            _require(type(number) is not int or number <= MAX_INT, item.name, number, f"up to {MAX_INT}")
-        for name, most in (("dataloader_num_workers", MAX_THREADS), ("lora_r", MAX_RANK)):
-            number = getattr(self, name)
-            _require(number is None or number <= most, name, number, f"1 to {most}")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
-        for name in (
-            "max_steps",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "group_steps",
-            "dataloader_num_workers",
-            "dataloader_prefetch_factor",
-            "read_connections",
-            "cache_bytes",
-            "logging_steps",
-            "save_total_limit",
-            "eval_steps",
-            "lora_r",
-            "lora_alpha",
-        ):
-            count = getattr(self, name)
-            _require(count is None or count >= 1, name, count, "1 or more")
-        positive = ("num_train_epochs", "read_timeout_s", "learning_rate", "mm_projector_lr", "vision_tower_lr")
-        for name in (*positive, "peak_tflops"):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < float("inf"), name, value, "more than 0")
-        epochs = self.num_train_epochs
-        _require(epochs is None or epochs <= MAX_EPOCHS, "num_train_epochs", epochs, f"up to {MAX_EPOCHS}")
-        _require(0 <= self.warmup <= 1, "warmup_ratio", self.warmup, "0 to 1")
-        dropout = self.lora_dropout
-        _require(dropout is None or 0 <= dropout < 1, "lora_dropout", dropout, "0 to below 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
-        for name in ("save_steps", "max_skipped_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name, choices in (
-            ("lr_scheduler_type", SCHEDULES),
-            ("attn_implementation", ATTENTIONS),
-            ("report_to", REPORTS),
-            ("eval_strategy", EVALUATIONS),
-        ):
-            _require(getattr(self, name) in choices, name, getattr(self, name), ", ".join(choices))
+    @property
+    def uses_base_rate(self) -> bool:
+        """Whether a trained part has no rate of its own, so that ``learning_rate`` applies."""
+        return (
+            self.tune_mm_llm
+            or (self.tune_mm_mlp and self.mm_projector_lr is None)
+            or (self.tune_mm_vision and self.vision_tower_lr is None)
+        )
 
-    def _check_contradictions(self) -> None:
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            raise ConfigError("--max_steps and --num_train_epochs both say how long to train: give one of them.")
+    def _check_what_is_trained(self) -> None:
         if not (self.tune_mm_llm or self.tune_mm_mlp or self.tune_mm_vision):
             raise ConfigError(
-                "nothing is to be trained: at least one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision must be True."
+                "nothing is trained: at least one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision must be True."
             )
-        own_rates = (
+        for rate_flag, rate, tune_flag, is_tuned in (
             ("mm_projector_lr", self.mm_projector_lr, "tune_mm_mlp", self.tune_mm_mlp),
             ("vision_tower_lr", self.vision_tower_lr, "tune_mm_vision", self.tune_mm_vision),
-        )
-        for rate_flag, rate, tune_flag, tuned in own_rates:
-            if rate is not None and not tuned:
+        ):
+            if rate is not None and not is_tuned:
                 raise ConfigError(f"--{rate_flag} {rate:g} has no effect with --{tune_flag} False: change one of them.")
-        needs_base = self.tune_mm_llm or any(rate is None and tuned for _, rate, _, tuned in own_rates)
-        if self.learning_rate is not None and not needs_base:
+        if self.learning_rate is not None and not self.uses_base_rate:
             raise ConfigError(
-                f"--learning_rate {self.learning_rate:g} has no effect: all that is trained has rates of its own. "
+                f"--learning_rate {self.learning_rate:g} has no effect: every trained part has a rate of its own. "
                 "Leave it out."
             )
+
+    def _check_schedule(self) -> None:
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ConfigError("--max_steps and --num_train_epochs both say how long to train: give one of them.")
         if self.lr_scheduler_type == FLAT and self.warmup > 0:
             raise ConfigError(
                 f"--warmup_ratio {self.warmup:g} has no effect with --lr_scheduler_type {FLAT}, which has no warm-up: "
                 "leave it out, or give constant_with_warmup."
             )
+
+    def _check_adapters(self) -> None:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
             value = getattr(self, name)
             if value is not None and not self.lora_enable:
                 raise ConfigError(f"--{name} {value} has no effect without --lora_enable.")
+
+    def _check_evaluation_and_saving(self) -> None:
         if self.eval_strategy != "no" and self.eval_shards is None:
             raise ConfigError(f"--eval_strategy {self.eval_strategy} has nothing to evaluate on: give --eval_shards.")
         if self.eval_steps is not None and self.eval_strategy != "steps":
             raise ConfigError(f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps.")
         if self.save_steps == 0 and self.save_total_limit is not None:
             raise ConfigError(
-                f"--save_total_limit {self.save_total_limit} is for a run that saves every --save_steps; with "
-                "--save_steps 0 a checkpoint is saved only when told to stop: raise it, or leave the limit out."
+                f"--save_total_limit {self.save_total_limit} has no effect with --save_steps 0, which saves only when "
+                "the run is asked to stop: raise --save_steps, or leave the limit out."
             )
-        if self.use_liger_kernel and self.torch_compile:
-            raise ConfigError("--use_liger_kernel and --torch_compile both replace the same kernels: give one of them.")
         if self.run_name is not None and self.output_dir is not None and self.report_to != "wandb":
             raise ConfigError(
                 f"--run_name {self.run_name} has no effect with --output_dir and --report_to {self.report_to}: it is "
                 "the name in wandb, and of the folder without --output_dir. Leave it out, or give --report_to wandb."
             )
+
+    def _check_computation(self) -> None:
+        if self.use_liger_kernel and self.torch_compile:
+            raise ConfigError("--use_liger_kernel and --torch_compile both replace the same kernels: give one of them.")
         if self.bf16 and self.fp16:
             raise ConfigError("--bf16 and --fp16 both say how to compute: give one of them.")
         if self.attn_implementation == "flash_attention_2" and self.bf16 is False and not self.fp16:
@@ -342,8 +319,3 @@ class TrainArguments:
             )
         if self.cache_bytes is not None and self.cache_dir is None:
             raise ConfigError("--cache_bytes has no effect without --cache_dir: give the folder, or leave it out.")
-
-
-def _require(condition: bool, name: str, found: object, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"--{name} is {found}; allowed: {allowed}.")
