@@ -1,71 +1,10 @@
 """``vlprep report``: one self-contained HTML page about a set of shards.
 
-Input: a finished set, and the tokenizer that made it where it is at hand. Output: the page, the same bytes for the same
-set. Cost: one pass over the tables, and the decoding of a few bins.
+In: a finished set, and the tokenizer that made it if it is available. Out: the page, with equal bytes for equal sets.
+``statistics`` reads the numbers from the tables, ``charts`` and ``samples`` draw them and a few bins as HTML, ``page``
+lays everything out, and ``writer`` writes the file. Cost: one pass over the tables, and decoding a few bins.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
-from prep.inspect.report.page import render_page
-from prep.inspect.report.samples import bin_section
-from prep.inspect.report.statistics import gather, notable_bins
-from prep.inspect.transcript import Transcriber, cached_transcriber, open_transcriber
-from prep.samples.tokenizer import DEFAULT_MODEL
-from prep.shards.reader import ShardSet, open_set
-from schemas.errors import ConfigError
-from storage.files import write_synced
-from storage.urls import Location
+from prep.inspect.report.writer import render_report, write_report
 
 __all__ = ["render_report", "write_report"]
-
-_MAX_BINS = 3
-
-
-def write_report(folder: Location, out: Path, model: str | None) -> int:
-    """Write the page about a set of shards.
-
-    Args:
-        folder: of the set, or its URL.
-        out: file to write.
-        model: checkpoint folder or hub id of the tokenizer. None: the default one if it made these shards and the hub's
-            cache has it; otherwise the page has no texts, and says so.
-
-    Returns:
-        Bytes of the page.
-
-    Raises:
-        ShardError: the set is incomplete or damaged.
-        ConfigError: ``model`` is not the checkpoint of the build, or ``out`` cannot be written.
-    """
-    shards = open_set(folder)
-    if model is not None:
-        transcriber = open_transcriber(model, shards.manifest)
-    else:
-        transcriber = cached_transcriber(DEFAULT_MODEL, shards.manifest) or Transcriber(None)
-    # A folder's name may hold bytes that are not text.
-    page = render_report(shards, transcriber).encode(errors="replace")
-    try:
-        write_synced(out, page)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
-    return len(page)
-
-
-def render_report(shards: ShardSet, transcriber: Transcriber) -> str:
-    """The page as HTML text.
-
-    Args:
-        shards: the set.
-        transcriber: reads the token ids; one without a tokenizer tells the number of tokens instead of the text.
-
-    Raises:
-        ShardError: a table or a shard is damaged.
-    """
-    bins = [bin_section(shards, number, reason, transcriber) for number, reason in notable_bins(shards, _MAX_BINS)]
-    note = "A few bins, in the order in which the model reads them, with small copies of their pictures."
-    if not transcriber.reads_text:
-        note += " Their texts are missing: the tokenizer that made them is not at hand. Give --model its checkpoint."
-    name = shards.folder.resolve().name if isinstance(shards.folder, Path) else shards.folder.name
-    return render_page(name, shards.manifest, gather(shards), bins, note)
