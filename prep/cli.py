@@ -16,7 +16,8 @@ import click
 from msgspec import UNSET
 
 from prep.annotations.registry import DEFAULT_REGISTRY, Registry, find_sources
-from prep.build.pipeline import BuildRequest, build, read_metrics
+from prep.build.metrics import read_metrics
+from prep.build.pipeline import BuildRequest, build
 from prep.build.summary import build_summary, metrics_summary
 from prep.engines import ENGINES, open_engine
 from prep.inspect.report import write_report

@@ -14,6 +14,13 @@ from schemas.errors import MEND_SHARDS, ConfigError, ShardError
 from schemas.settings import BuildSettings, MediaSettings
 
 MANIFEST_FILE = "manifest.json"
+
+METRICS_FILE = "build_metrics.json"
+"""Counts and times of the run that finished the build. Times differ from run to run, so it is not part of the set."""
+
+WORK_FOLDER = ".build"
+"""What a build keeps beside its shards."""
+
 FORMAT_VERSION = 1
 
 

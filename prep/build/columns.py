@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prep.build.scan import ScannedPart, table_path
+from prep.build.parts import ScannedPart, table_path
 
 _COLUMNS = {
     "num_tokens": np.int32,

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan
-from prep.build.scan import ScannedPart, table_path
 from prep.build.written import WrittenShards
 from prep.shards.tables import arrow_schema
 from schemas.annotation import Problem, ReasonCode

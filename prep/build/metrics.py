@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import msgspec
 
-from schemas.manifest import Counts, DatasetStatistics
+import storage
+from schemas.errors import VlprepError
+from schemas.manifest import METRICS_FILE, Counts, DatasetStatistics
+from storage.urls import Location
 
 _SHORTEST_S = 1e-6
 _BINS_PER_DECADE = 20
@@ -113,3 +117,13 @@ class BuildMetrics(msgspec.Struct, frozen=True, kw_only=True):
     samples: dict[str, DurationSummary]
     counts: Counts
     datasets: list[DatasetStatistics]
+
+
+def read_metrics(out: Location) -> BuildMetrics | None:
+    """Read the ``build_metrics.json`` of a finished build; None if it is missing, unreadable or damaged."""
+    try:
+        path = out / METRICS_FILE
+        data = path.read_bytes() if isinstance(path, Path) else storage.read(path)
+        return msgspec.json.decode(data, type=BuildMetrics)
+    except (OSError, VlprepError, msgspec.MsgspecError):
+        return None

@@ -26,8 +26,9 @@ from prep.build.columns import SampleColumns, count_rejects, read_columns
 from prep.build.ledger import Ledger
 from prep.build.metrics import BuildMetrics, Timings, merge_timings
 from prep.build.output import Output
+from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan, make_plan
-from prep.build.scan import ScannedPart, ScanTask, scan_chunk, table_path
+from prep.build.scan import ScanTask, scan_chunk
 from prep.build.seal import seal
 from prep.build.work import WorkFolder
 from prep.build.write import SHARD_VERSION, WriteTask, write_shard
@@ -40,6 +41,7 @@ from schemas.annotation import ReasonCode
 from schemas.errors import VlprepError
 from schemas.manifest import (
     MANIFEST_FILE,
+    METRICS_FILE,
     Fingerprints,
     InputDataset,
     InputFile,
@@ -51,9 +53,6 @@ from storage.files import naming, write_synced
 from storage.urls import Location, location_key
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "build_metrics.json"
-"""Counts and times of the run that finished the build; not part of the set, since times differ from run to run."""
 
 _WHY = (
     "`vlprep validate` on the annotation file or dataset says what is wrong with each record; too_long depends on "
@@ -82,16 +81,6 @@ class BuildRequest:
     max_rejected: Fraction
     retry_media: bool = False
     work_dir: Path | None = None
-
-
-def read_metrics(out: Location) -> BuildMetrics | None:
-    """Read the ``build_metrics.json`` of a finished build; None where it cannot be had or is damaged."""
-    try:
-        path = out / METRICS_FILE
-        data = path.read_bytes() if isinstance(path, Path) else storage.read(path)
-        return msgspec.json.decode(data, type=BuildMetrics)
-    except (OSError, VlprepError, msgspec.MsgspecError):
-        return None
 
 
 class _Clock:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from prep.build.metrics import BuildMetrics
-from schemas.manifest import DatasetStatistics, Drift, Manifest
+from prep.shards.drift import drift_lines
+from schemas.manifest import DatasetStatistics, Manifest
 from storage.urls import Location
 
 
@@ -30,21 +29,6 @@ def build_summary(manifest: Manifest, out: Location) -> str:
     if counts.num_rejected:
         lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file or dataset.")
     return "\n".join(lines)
-
-
-def drift_lines(manifest: Manifest) -> Iterator[str]:
-    """What a lossy codec did to the pixels; nothing with a lossless one."""
-    if isinstance(drift := manifest.drift, Drift):
-        yield (
-            f"pixels are JPEG of quality {manifest.settings.jpeg_quality}: PSNR {decibels(drift.psnr_db)}, at least "
-            f"{decibels(drift.lowest_psnr_db)} in a frame ({drift.num_frames:,} frames measured, one in "
-            f"{drift.every} of each shard)"
-        )
-
-
-def decibels(psnr_db: float | None) -> str:
-    """A signal-to-noise ratio in words; None is one without noise."""
-    return "infinite" if psnr_db is None else f"{psnr_db:.1f} dB"
 
 
 def _dataset_line(dataset: DatasetStatistics) -> str:

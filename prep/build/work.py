@@ -36,11 +36,9 @@ import storage
 from prep.annotations.records import FileIndex, index_file
 from prep.build.output import FolderOutput, Output, open_output
 from schemas.errors import ConfigError, VlprepError
-from schemas.manifest import MANIFEST_FILE, Manifest, decode_manifest, encode_manifest
+from schemas.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, decode_manifest, encode_manifest
 from storage.files import write_synced
 from storage.urls import Location
-
-WORK_FOLDER = ".build"
 
 _SHARD = re.compile(r"bins-\d{5,}\.tar")
 _TEMPORARY = re.compile(r"\.(bins-\d{5,}\.tar|manifest\.json|build_metrics\.json|mark)(\.[0-9a-f]{16})?\.tmp")

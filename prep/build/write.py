@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from prep.build.metrics import Timings, timed
 from prep.build.output import Output
-from prep.build.scan import ScannedPart, StoredSample, mark_stale, media_path, read_sample
+from prep.build.parts import ScannedPart, StoredSample, mark_stale, media_path, read_sample
 from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted, open_media
 from prep.media.caches import FrameCache
 from prep.samples.sample import EncodedSample, MediaPlace, encode, media_key
-from prep.shards.codecs import DriftSums, require_storable
+from prep.shards.codecs import require_storable
+from prep.shards.drift import DriftSums
 from prep.shards.writer import BinRow, ShardWriter
 from schemas.annotation import Problem, SampleRef
 from schemas.bins import shard_name

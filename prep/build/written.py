@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from prep.build.metrics import Timings, merge_timings
 from prep.build.write import ShardResult
-from prep.shards.codecs import DriftSums
+from prep.shards.drift import DriftSums
 from prep.shards.tables import arrow_schema
 from schemas.annotation import Problem
 from schemas.bins import shard_name

@@ -13,7 +13,6 @@ import io
 import struct
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
@@ -21,11 +20,11 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from prep.samples.sample import Medium
+from prep.shards.drift import DRIFT_EVERY, DriftSums
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.jpeg import MAX_SIDE, join_streams
-from schemas.manifest import Drift
-from schemas.pixels import encode_residuals, psnr
+from schemas.pixels import encode_residuals
 from schemas.qwen import PATCH_SIZE
 
 # Residuals want entropy coding, not matches: strategy "fast" with long minimum matches, a tiny hash table, and a window
@@ -34,50 +33,8 @@ _ZSTD = zstandard.ZstdCompressionParameters.from_level(
     1, min_match=7, hash_log=6, window_log=17, strategy=zstandard.STRATEGY_FAST, write_content_size=True
 )
 
-DRIFT_EVERY = 31
-"""One stored frame in so many of each shard is decoded again: a prime, so that clips of a fixed number of frames are
-not measured at the same frame every time. Measuring a frame takes twice the time of encoding it."""
-
 DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
 """What Pillow raises for damaged streams, and nothing narrower."""
-
-
-class DriftSums(msgspec.Struct, kw_only=True):
-    """What the measured frames of a shard, or of several, add up to: ``squared_error`` is exact."""
-
-    num_frames: int = 0
-    num_values: int = 0
-    squared_error: int = 0
-    highest_mean: float = 0.0
-
-    def measure(self, original: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> None:
-        """Take one frame (3, H, W) uint8 as it was and as it comes back."""
-        error = 0
-        for before, after in zip(original, decoded):
-            difference = np.subtract(before, after, dtype=np.int16)
-            error += int(np.square(difference, dtype=np.int32).sum(dtype=np.int64))
-        self.num_frames += 1
-        self.num_values += original.size
-        self.squared_error += error
-        self.highest_mean = max(self.highest_mean, error / original.size)
-
-    def add(self, other: DriftSums) -> None:
-        """Take what was measured elsewhere."""
-        self.num_frames += other.num_frames
-        self.num_values += other.num_values
-        self.squared_error += other.squared_error
-        self.highest_mean = max(self.highest_mean, other.highest_mean)
-
-    def drift(self) -> Drift:
-        """As the manifest has it."""
-        mean = self.squared_error / max(1, self.num_values)
-        return Drift(
-            every=DRIFT_EVERY,
-            num_frames=self.num_frames,
-            mean_squared_error=mean,
-            psnr_db=psnr(mean),
-            lowest_psnr_db=psnr(self.highest_mean),
-        )
 
 
 class PixelEncoder:

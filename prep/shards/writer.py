@@ -20,7 +20,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from prep.samples.sample import EncodedSample
-from prep.shards.codecs import DriftSums, PixelEncoder
+from prep.shards.codecs import PixelEncoder
+from prep.shards.drift import DriftSums
 from schemas.annotation import SampleRef
 from schemas.bins import ARRAY_MEMBERS, MEDIA_VIDEO, SAMPLES_MEMBER, TAR_BLOCK, bin_key
 from schemas.pixels import PIXELS_MEMBER

@@ -26,14 +26,15 @@ from transformers import Qwen2VLImageProcessorPil
 
 import prep.build.pipeline
 from prep.annotations.registry import find_sources
-from prep.build.pipeline import METRICS_FILE, BuildRequest, build, read_metrics
+from prep.build.metrics import read_metrics
+from prep.build.pipeline import BuildRequest, build
 from prep.build.scan import scan_chunk
-from prep.build.work import WORK_FOLDER, WorkFolder
+from prep.build.work import WorkFolder
 from prep.build.write import write_shard
 from prep.engines import LocalEngine, SerialEngine
 from schemas.bins import read_bin, shard_name
 from schemas.errors import ConfigError, VlprepError
-from schemas.manifest import Manifest, read_manifest
+from schemas.manifest import METRICS_FILE, WORK_FOLDER, Manifest, read_manifest
 from schemas.pixels import decode_residuals
 from schemas.settings import BuildSettings
 from tests.prep.corpus import turn, write_corpus
@@ -325,7 +326,7 @@ def test_looking_at_media_again_may_be_killed_at_any_moment(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("prep.build.scan.pq.write_table", killed)
+        patch.setattr("prep.build.parts.pq.write_table", killed)
         with pytest.raises(Interrupted):
             build(replace(request, retry_media=True), SerialEngine())
     (tmp_path / "out" / WORK_FOLDER / "finished").unlink()  # another command has used the folder, say

@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prep.build.pipeline import build
-from prep.build.work import WORK_FOLDER
 from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
 from prep.inspect.show import save_pictures
 from prep.samples.sample import EncodedSample, Medium
-from prep.shards.codecs import DRIFT_EVERY, DriftSums, PixelEncoder, require_storable
+from prep.shards.codecs import PixelEncoder, require_storable
+from prep.shards.drift import DRIFT_EVERY, DriftSums
 from prep.shards.reader import decode_frames, open_set
 from prep.shards.writer import ShardWriter
 from schemas.annotation import SampleRef
 from schemas.bins import read_bin
 from schemas.errors import ConfigError, MediaError, ShardError
-from schemas.manifest import read_manifest
+from schemas.manifest import WORK_FOLDER, read_manifest
 from schemas.qwen import Grid
 from schemas.settings import BuildSettings
 from tests.prep import finished as sets

@@ -24,8 +24,9 @@ from PIL import Image
 import prep.build.pipeline
 import storage
 from prep.annotations.registry import find_sources
+from prep.build.metrics import read_metrics
 from prep.build.output import open_output
-from prep.build.pipeline import METRICS_FILE, BuildRequest, build, read_metrics
+from prep.build.pipeline import BuildRequest, build
 from prep.build.work import WorkFolder
 from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
@@ -38,7 +39,7 @@ from prep.media.source import HeadTooShortError
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, shard_name
 from schemas.errors import ConfigError, MediaError, VlprepError
-from schemas.manifest import read_manifest
+from schemas.manifest import METRICS_FILE, read_manifest
 from schemas.settings import BuildSettings, MediaSettings
 from storage import request as storage_request
 from storage.errors import Verdict, verdict

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prep.build.columns import read_columns
+from prep.build.parts import PART_SCHEMA, ScannedPart, table_path
 from prep.build.plan import BYTES_PER_TOKEN, Plan, make_plan
-from prep.build.scan import PART_SCHEMA, ScannedPart, table_path
 from schemas.settings import BuildSettings
 from tests.benchmarks.mixture import KINDS, draw_mixture
 

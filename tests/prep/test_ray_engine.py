@@ -22,10 +22,11 @@ import yaml
 from click.testing import CliRunner
 
 from prep.annotations.registry import find_sources
-from prep.build.pipeline import METRICS_FILE, BuildRequest, build
+from prep.build.pipeline import BuildRequest, build
 from prep.cli import main
 from prep.engines import SerialEngine, open_engine
 from schemas.errors import ConfigError
+from schemas.manifest import METRICS_FILE
 from schemas.settings import BuildSettings
 from tests.guides import blocks
 from tests.prep.corpus import write_corpus

@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prep.build.work import WORK_FOLDER
 from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
 from prep.inspect.verify import verify
@@ -24,7 +23,7 @@ from prep.inspect.verify.positions import is_sampled_evenly, position_problem
 from prep.inspect.verify.statistics import distribution
 from prep.samples.mrope import position_ids
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
-from schemas.manifest import Distribution
+from schemas.manifest import WORK_FOLDER, Distribution
 from schemas.qwen import IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Grid
 from schemas.settings import BuildSettings
 from tests.prep import finished as sets

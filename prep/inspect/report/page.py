@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.build.summary import decibels
 from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
 from prep.inspect.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.inspect.report.style import STYLE
 from prep.inspect.transcript import printable
+from prep.shards.drift import decibels
 from schemas.manifest import Distribution, Drift, Manifest
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

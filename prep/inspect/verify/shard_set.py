@@ -18,9 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import storage
-from prep.build.pipeline import METRICS_FILE
-from prep.build.summary import drift_lines
-from prep.build.work import WORK_FOLDER
 from prep.engines import Engine
 from prep.engines.progress import progress
 from prep.inspect.verify.drift import check_drift
@@ -28,9 +25,10 @@ from prep.inspect.verify.findings import Finding, damaged, unreadable
 from prep.inspect.verify.shard import ShardOutcome, ShardTask, check_shard, file_digest
 from prep.inspect.verify.statistics import check_modalities, check_statistics
 from prep.inspect.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
+from prep.shards.drift import drift_lines
 from prep.shards.reader import LedgerRow, bin_rows, open_manifest, read_table
 from schemas.errors import ShardError
-from schemas.manifest import MANIFEST_FILE, Manifest, StoredFile
+from schemas.manifest import MANIFEST_FILE, METRICS_FILE, WORK_FOLDER, Manifest, StoredFile
 from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED
 from storage.urls import Location
 

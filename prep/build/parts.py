@@ -1,0 +1,190 @@
+"""Parts: the files that the scan leaves for the steps after it.
+
+A *part* holds one chunk of records. It is up to four files in the scan folder that share one name:
+
+====================  ======================================================================================
+``<key>.parquet``     one row a record (:data:`PART_SCHEMA`): what the plan and the ledger need
+``<key>.samples``     measured samples back to back (MessagePack): what the write step reads, by offset
+``<key>.media``       encoded media that came inside the records
+``<key>.stale``       empty: a medium failed to decode, so ``--retry-media`` scans the chunk again
+====================  ======================================================================================
+
+The table is written last: a part whose table exists is complete. A file that stays empty is not kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prep.samples.sample import Measured
+from schemas.annotation import Problem, ReasonCode
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
+from storage.files import naming, temporary_path
+
+PART_VERSION = 4
+"""Part of every key. Increase it when parts of an older version must not be reused."""
+
+PART_SCHEMA = pa.schema(
+    [
+        ("record", pa.int64()),
+        ("line", pa.int64()),
+        ("copies", pa.uint16()),
+        ("id", pa.string()),
+        ("codes", pa.list_(pa.string())),
+        ("message", pa.string()),
+        ("sample_offset", pa.int64()),
+        ("sample_bytes", pa.int32()),
+        ("num_tokens", pa.int32()),
+        ("num_targets", pa.int32()),
+        ("num_patches", pa.int32()),
+        ("num_images", pa.int32()),
+        ("num_videos", pa.int32()),
+        ("pixel_bytes", pa.int64()),
+        ("video_backend", pa.string()),
+    ]
+)
+"""Columns of the table. ``record`` counts within the file. Without a sample, ``sample_bytes`` is 0 and the sizes are
+null."""
+
+_EMPTY_ROW: dict[str, object] = {**dict.fromkeys(PART_SCHEMA.names), "codes": [], "sample_offset": 0, "sample_bytes": 0}
+
+_MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScannedPart:
+    """One part and the records that it holds.
+
+    Attributes:
+        path: of the part, without suffix.
+        source: index of the dataset.
+        file: name of the annotation file in the ledger.
+        record_base: index of the file's first annotation within the dataset.
+    """
+
+    path: Path
+    source: int
+    file: str
+    record_base: int
+
+
+class StoredSample(msgspec.Struct, frozen=True, array_like=True):
+    """A measured sample as a part stores it, with the index (within the file) and the id of its record."""
+
+    record: int
+    id: str | None
+    measured: Measured
+
+
+_sample_decoder = msgspec.msgpack.Decoder(StoredSample)
+
+
+class PartRows:
+    """The table of a part while it is being filled, one row a record."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, object]] = []
+
+    def add(self, *, record: int, line: int, copies: int, id: str | None) -> int:
+        """Add a row without a sample; returns its index."""
+        self._rows.append({**_EMPTY_ROW, "record": record, "line": line, "copies": copies, "id": id})
+        return len(self._rows) - 1
+
+    def reject(self, row: int, problems: list[Problem]) -> None:
+        """Record why a row has no sample."""
+        codes = list(dict.fromkeys(problem.code.value for problem in problems))
+        self._rows[row].update(codes=codes, message="; ".join(problem.message for problem in problems))
+
+    def accept(self, row: int, sample: Measured, offset: int, num_bytes: int) -> None:
+        """Record the sizes of a row's sample, and which bytes of the samples file hold it."""
+        self._rows[row].update(
+            sample_offset=offset,
+            sample_bytes=num_bytes,
+            num_tokens=sample.num_tokens,
+            num_targets=sample.num_targets,
+            num_patches=sample.num_patches,
+            num_images=sample.num_media(MEDIA_IMAGE),
+            num_videos=sample.num_media(MEDIA_VIDEO),
+            pixel_bytes=sample.pixel_bytes,
+            video_backend=sample.video_backend,
+        )
+
+    def write(self, part: Path) -> None:
+        """Write the table. This completes the part, and it is no longer stale."""
+        columns = {name: [row[name] for row in self._rows] for name in PART_SCHEMA.names}
+        with part_file(part.parent, lambda: table_path(part)) as file:
+            pq.write_table(pa.table(columns, schema=PART_SCHEMA), file, compression="zstd")
+        _stale_path(part).unlink(missing_ok=True)
+
+
+def table_path(part: Path) -> Path:
+    """The file with the rows of a part."""
+    return part.with_name(part.name + ".parquet")
+
+
+def samples_path(part: Path) -> Path:
+    """The file with the measured samples of a part."""
+    return part.with_name(part.name + ".samples")
+
+
+def media_path(part: Path) -> Path:
+    """The file with the media that came inside the records of a part."""
+    return part.with_name(part.name + ".media")
+
+
+def _stale_path(part: Path) -> Path:
+    return part.with_name(part.name + ".stale")
+
+
+def mark_stale(part: Path) -> None:
+    """Note that a medium of a part failed to decode, so that ``retry_media`` scans the chunk again."""
+    if not _stale_path(part).exists():
+        _stale_path(part).touch()
+
+
+def has_media_rejects(part: Path) -> bool:
+    """Whether the scan or the write step rejected a record of a part for its media."""
+    if _stale_path(part).exists():
+        return True
+    codes = pq.read_table(table_path(part), columns=["codes"]).column("codes").combine_chunks().flatten()
+    return not _MEDIA_CODES.isdisjoint(codes.to_pylist())
+
+
+def read_sample(part: Path, offset: int, num_bytes: int) -> StoredSample:
+    """Read one measured sample of a part.
+
+    Args:
+        part: path without suffix.
+        offset: first byte in the samples file.
+        num_bytes: size.
+    """
+    file = os.open(samples_path(part), os.O_RDONLY)
+    try:
+        return _sample_decoder.decode(os.pread(file, num_bytes, offset))
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def part_file(folder: Path, path: Callable[[], Path]) -> Iterator[BinaryIO]:
+    """Open a new file in ``folder`` that moves to ``path()`` once it is complete. An empty one is removed instead.
+
+    The path is asked for last, because the name of a part depends on what its records turn out to hold.
+    """
+    temporary = temporary_path(folder / "part")
+    with naming(temporary), temporary.open("wb") as file:
+        yield file
+        is_empty = file.tell() == 0
+    if is_empty:
+        temporary.unlink()
+    else:
+        temporary.replace(path())
