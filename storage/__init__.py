@@ -1,8 +1,8 @@
-"""Files behind URLs (S3, GCS, the Hugging Face hub, HTTP and what else fsspec knows).
+"""Bytes anywhere: paths, and URLs of S3, GCS, the Hugging Face hub, HTTP and whatever else fsspec knows.
 
-Every request has a time limit and is made again after growing, random pauses when it fails in a way that may pass
-(:mod:`~storage.request`, :mod:`~storage.errors`); an answer that another attempt would not change is a clear
-error at once. :mod:`~storage.reading` and :mod:`~storage.writing` are what the rest of the preparation uses.
+In: a :data:`~storage.urls.Location`. Out: sizes, ranges, listings and uploads, or one clear error. Every request has a
+timeout and is retried after growing, random pauses if it fails in a way that may pass (:mod:`~storage.request`,
+:mod:`~storage.errors`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from storage.reading import (
     Stored,
     check_folder,
     download,
+    file_sizes,
     in_parallel,
     listing,
     local_copy,
     matches,
     open_file,
     read,
+    read_into,
     read_range,
     stat,
+    sub_folders,
 )
 from storage.writing import remove, upload
 
@@ -31,14 +34,17 @@ __all__ = [
     "Stored",
     "check_folder",
     "download",
+    "file_sizes",
     "in_parallel",
     "listing",
     "local_copy",
     "matches",
     "open_file",
     "read",
+    "read_into",
     "read_range",
     "remove",
     "stat",
+    "sub_folders",
     "upload",
 ]

@@ -1,7 +1,7 @@
-"""What went wrong with a URL, and whether asking again helps.
+"""What went wrong with a URL, and whether a retry helps.
 
-Every system behind fsspec raises errors of its own; they are told apart by the HTTP status and the code of the store
-where there is one, else by their kind. Input: an exception. Output: a :class:`Verdict`, and a sentence for a person.
+Every file system behind fsspec raises its own errors. They are classified by HTTP status and by the store's error code
+where there is one, else by type. Input: an exception. Output: a :class:`Verdict`, and a sentence for a person.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from enum import Enum
 
 from schemas.errors import ConfigError, VlprepError
-from storage.urls import Url, without_secrets
+from storage.urls import without_secrets
 
 _TRANSIENT_STATUS = frozenset({408, 409, 416, 425, 429, 499})
-"""Statuses below 500 that another attempt may change; 416 comes when a file shrinks between two requests."""
+"""Statuses below 500 that a retry may change; 416 is the answer when a file shrinks between two requests."""
 
 _FINAL_STATUS = frozenset({501, 505})
-_BROKEN_OFF = frozenset({"ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"})
-"""Names of the errors about an answer that ended too early; aiohttp gives it the status of a bad request."""
+_BROKEN_ANSWER = frozenset(
+    {"BadHttpMessage", "ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError"}
+)
+"""Names of the errors about an answer that ended too early or is not HTTP; aiohttp reports it as a bad request."""
 
 _TRANSIENT_CODES = frozenset(
     {
@@ -39,11 +41,10 @@ _TRANSIENT_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
-"""Codes of S3 that another attempt may change, whatever their status: a body that was damaged on its way counts as a
-bad request."""
+"""Codes of S3 that a retry may change, whatever their status: S3 calls a body damaged in transit a bad request."""
 
 _NETWORK = frozenset({"TimeoutError", "ClientError"})
-"""Names of asyncio's and aiohttp's errors that are not among the errors of the operating system."""
+"""Names of errors of asyncio and aiohttp that are no OSError."""
 
 _CREDENTIALS = frozenset(
     {
@@ -78,14 +79,14 @@ _WRONG_USE = frozenset(
         "HFValidationError",
     }
 )
-"""Names of the errors about a request that cannot be made as it is written."""
+"""Names of the errors about an invalid request."""
 
 _FINAL_KINDS = (TypeError, AttributeError, NotImplementedError, ImportError)
 _FINAL_ERRNO = frozenset({errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.ENOSYS, errno.EROFS})
 
 
 class StorageError(VlprepError):
-    """A store that does not answer, however often it is asked. Nothing is lost: the same command goes on."""
+    """A store that does not answer, however often the request is retried. Nothing is lost: the same command resumes."""
 
 
 class NotThereError(ConfigError):
@@ -97,11 +98,11 @@ class FolderError(NotThereError):
 
 
 class RefusedError(ConfigError):
-    """A store that does not let these credentials do what is asked, or cannot do it."""
+    """A store that refuses these credentials, or does not support the request."""
 
 
 class ShortReadError(OSError):
-    """An answer with fewer bytes than were asked for."""
+    """An answer with fewer bytes than requested."""
 
 
 class DamagedUploadError(OSError):
@@ -109,7 +110,7 @@ class DamagedUploadError(OSError):
 
 
 class Verdict(Enum):
-    """What an error means for the request: the first is worth another attempt."""
+    """What an error means for the request. Only the first is retried."""
 
     TRANSIENT = "transient"
     MISSING = "missing"
@@ -118,32 +119,32 @@ class Verdict(Enum):
 
 
 def verdict(error: BaseException) -> Verdict:
-    """Whether another attempt could succeed, and if not, why."""
+    """Whether a retry could succeed, and if not, why."""
     if isinstance(error, (NotThereError, FileNotFoundError)):
-        # Over HTTP every failure looks like a missing file; its cause tells.
+        # fsspec reports every failure over HTTP as a missing file; the cause tells them apart.
         cause = error.__cause__
         of_cause = verdict(cause) if cause is not None and _is_of_network(cause) else Verdict.MISSING
         return Verdict.MISSING if of_cause is Verdict.FINAL else of_cause
-    names = {kind.__name__ for found in _chain(error) for kind in type(found).__mro__}
+    names = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
     if isinstance(error, (PermissionError, RefusedError)) or not names.isdisjoint(_CREDENTIALS):
         return Verdict.REFUSED
-    if not names.isdisjoint(_BROKEN_OFF):
+    if not names.isdisjoint(_BROKEN_ANSWER):
         return Verdict.TRANSIENT
     if not names.isdisjoint(_WRONG_USE):
         return Verdict.FINAL
-    for found in _chain(error):
-        if _code(found) in _TRANSIENT_CODES:
+    for link in _chain(error):
+        if _code(link) in _TRANSIENT_CODES:
             return Verdict.TRANSIENT
-        status = _status(found)
+        status = _status(link)
         if status is not None:
             return _of_status(status)
     if isinstance(error, (ShortReadError, DamagedUploadError, TimeoutError)):
         return Verdict.TRANSIENT
     if isinstance(error, OSError) and str(error).startswith("Forbidden"):
-        # So gcsfs says 403.
+        # gcsfs reports 403 this way.
         return Verdict.REFUSED
     if isinstance(error, ValueError):
-        # An answer that was cut reads as damaged JSON; else it is a request that cannot be.
+        # A truncated answer reads as damaged JSON; any other ValueError is about the request.
         return Verdict.TRANSIENT if isinstance(error, json.JSONDecodeError) else Verdict.FINAL
     if isinstance(error, _FINAL_KINDS) or (isinstance(error, OSError) and error.errno in _FINAL_ERRNO):
         return Verdict.FINAL
@@ -164,48 +165,48 @@ def _of_status(status: int) -> Verdict:
 
 
 def says_no_bucket(error: BaseException) -> bool:
-    """Whether a store says that not only the file is missing but its bucket."""
-    return any(
-        _code(found) == "NoSuchBucket" or "bucket does not exist" in str(found).lower() for found in _chain(error)
-    )
+    """Whether a store reports that not only the file but its bucket is missing."""
+    return any(_code(link) == "NoSuchBucket" or "bucket does not exist" in str(link).lower() for link in _chain(error))
 
 
-def explained(error: Exception, url: Url, how_long: str) -> VlprepError:
+def explained(error: Exception, where: object, duration: str) -> VlprepError:
     """The error that says what, where and how to mend it.
 
     Args:
-        error: the last one.
-        url: what was asked for.
-        how_long: attempts and time, in words.
+        error: of the last attempt.
+        where: what the messages name.
+        duration: attempts and time, in words.
     """
     if isinstance(error, VlprepError):
         return error
     words = describe(error)
-    found = verdict(error)
-    if found is Verdict.MISSING:
-        reason = f" ({words})" if any(map(_code, _chain(error))) else ""
-        return NotThereError(f"{url} does not exist{reason}. Check bucket, path and endpoint.")
-    if found is Verdict.REFUSED:
-        return RefusedError(
-            f"{url}: the store refuses access ({words}). Check that the credentials are there, have not expired, and "
-            "may list and read (for --out also write and delete) there; docs/object_storage.md says where they are "
-            "looked for."
-        )
-    if found is Verdict.FINAL:
-        return RefusedError(
-            f"{url}: the store cannot do what was asked ({words}). Check the URL, the endpoint, and whether temporary "
-            "credentials have expired."
-        )
-    return StorageError(
-        f"{url}: no good answer in {how_long}, the last: {words}. Nothing is lost; run the same command again to go on."
-    )
+    match verdict(error):
+        case Verdict.MISSING:
+            reason = f" ({words})" if any(map(_code, _chain(error))) else ""
+            return NotThereError(f"{where} does not exist{reason}. Check bucket, path and endpoint.")
+        case Verdict.REFUSED:
+            return RefusedError(
+                f"{where}: the store refuses access ({words}). Check that the credentials exist, have not expired, "
+                "and may list and read (for --out also write and delete) there; docs/object_storage.md lists where "
+                "they are read from."
+            )
+        case Verdict.FINAL:
+            return RefusedError(
+                f"{where}: the store cannot do what was asked ({words}). Check the URL, the endpoint, and whether "
+                "temporary credentials have expired."
+            )
+        case Verdict.TRANSIENT:
+            return StorageError(
+                f"{where}: no good answer in {duration}, the last: {words}. Nothing is lost; run the same command "
+                "again to resume."
+            )
 
 
 def describe(error: BaseException) -> str:
-    """The first line of what a library says, with the store's own code, without passwords and signatures."""
+    """The first line of a library's message, with the store's error code, without passwords and signatures."""
     text = str(error).strip().splitlines()
     said = text[0] if text else ""
-    code = next((code for found in _chain(error) if (code := _code(found)) and code not in said), "")
+    code = next((code for link in _chain(error) if (code := _code(link)) and code not in said), "")
     name = type(error).__name__
     if not said and "Timeout" in name:
         said = "no complete answer in time"
@@ -214,11 +215,11 @@ def describe(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__
+    """An error and the errors that it was raised from."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
 
 
 def _response(error: BaseException) -> object:
@@ -226,7 +227,7 @@ def _response(error: BaseException) -> object:
 
 
 def _code(error: BaseException) -> str:
-    """The code that botocore found in the answer."""
+    """The error code that botocore read from the answer."""
     response = _response(error)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
@@ -235,7 +236,9 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status: in botocore's response, as httpx's response, or an attribute of aiohttp's and gcsfs's errors."""
     response = _response(error)
     if isinstance(response, dict):
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        found = getattr(response, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
-    return int(found) if isinstance(found, (int, str)) and str(found).isdigit() else None
+        status = (
+            getattr(response, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
+        )
+    return int(status) if isinstance(status, (int, str)) and str(status).isdigit() else None

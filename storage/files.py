@@ -1,4 +1,4 @@
-"""Writing files so that a name that is there can be trusted."""
+"""Writing files atomically, so that a file with its final name is complete."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
-"""Errors of the system for want of room, or of leave, to write."""
+"""Errors of the operating system for lack of space, or of permission to write."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error for want of room name the file that is being written: the system names it when it is opened only."""
+    """Make an error for lack of space name the file being written. The system names it only when opening fails."""
     try:
         yield
     except OSError as error:
@@ -25,15 +25,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def temporary_path(path: Path) -> Path:
-    """A name beside ``path`` for what will be renamed to it: ``.{name}.{16 hexadecimal digits}.tmp``.
+    """A name next to ``path`` for a file that will be renamed to it: ``.{name}.{16 hexadecimal digits}.tmp``.
 
-    Two attempts of one task may run at the same time, in two processes or on two machines, so each has its own.
+    It is unique: two attempts of one task may run at the same time, in two processes or on two machines.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, sync, rename, sync of the folder."""
+    """Write a file completely or not at all: temporary name, sync, rename, sync of the folder."""
     temporary = temporary_path(path)
     with naming(path), temporary.open("wb") as file:
         file.write(data)

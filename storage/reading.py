@@ -1,13 +1,18 @@
-"""Files behind URLs: what they are, their bytes, what a folder holds.
+"""Files on this machine and behind URLs: their size and identity, their bytes, and what a folder holds.
 
-Every answer is held against the size that the store tells. Large files travel in pieces, so that a fault costs one
-piece. Cost: one request for what a file is (:func:`stat`), one for a range, one for each :data:`PIECE_BYTES` of a
-download.
+Every answer is checked against the size that the store reports. Large files are downloaded in pieces, so that a fault
+repeats one piece. Local files are read by position, not mapped: a map of a file that is then truncated kills the
+process.
+
+Cost: one request for size and identity (:func:`stat`), one for a range, one for each :data:`PIECE_BYTES` of a download.
+A local range is one system call, or with a digest one for each half MiB, while its bytes are in the processor's cache.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
+from urllib.parse import unquote
 
-from storage import request
+from schemas.errors import VlprepError
 from storage.errors import (
     FolderError,
+    NotThereError,
     RefusedError,
     ShortReadError,
     StorageError,
@@ -28,49 +35,74 @@ from storage.errors import (
     verdict,
 )
 from storage.files import naming, temporary_path
-from storage.request import REQUESTS_AT_ONCE, opened, persist, time_limit
+from storage.request import MAX_REQUESTS, RetryPolicy, file_system, retry, time_limit
 from storage.urls import Location, Url
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 PIECE_BYTES = 16 << 20
-"""Most bytes that are asked for at once."""
+"""Most bytes of a download that are requested at once."""
 
-_MAX_FETCHES = 3
-"""So often a file that changes while it is being read is fetched."""
+_DIGEST_BYTES = 1 << 19
+"""Bytes of a local file read at once where a digest follows: they are then still in the processor's cache."""
 
-_LISTING_TIMES = 10
-"""A listing may take so many times the limit of a request: it is many requests."""
+_MAX_DOWNLOADS = 3
+"""Attempts to download a file that changes meanwhile."""
+
+_LISTING_FACTOR = 10
+"""A listing is many requests and may take this many times the timeout of one."""
 
 _TAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "Content-MD5", "Digest", "checksum")
 _TIMES = ("LastModified", "last_modified", "Last-Modified", "updated", "modified", "mtime", "created")
-"""What systems behind fsspec tell of the contents of a file, and of its time; the first that is told is used."""
+"""Fields in which fsspec reports the identity of a file's contents, or its time; the first one present counts."""
+
+
+class Digest(Protocol):
+    """A checksum that is updated piece by piece."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Add the next bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A file as its store knows it: size in bytes, and what changes with its contents (an ETag, a generation, a hash,
-    or its time of change; empty where the store tells nothing).
+    """A file as its store knows it.
+
+    Attributes:
+        num_bytes: size.
+        tag: changes with the contents: an ETag, a generation, a hash, or the time of the last change. Empty where the
+            store reports none.
     """
 
     num_bytes: int
     tag: str
 
 
-def stat(url: Url, stopped: threading.Event | None = None) -> Stored:
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a listing says of a file or folder; ``stored`` is None for folders, and where the store reports no size."""
+
+    name: str
+    is_folder: bool
+    stored: Stored | None
+
+
+def stat(url: Url, stop_event: threading.Event | None = None) -> Stored:
     """Size and identity of a file.
 
     Args:
         url: of the file.
-        stopped: once set, no further attempt is made.
+        stop_event: once set, no further attempt is made.
 
     Raises:
         NotThereError: it does not exist; :class:`FolderError` if it is a folder.
-        RefusedError: the credentials are wrong or missing, or the store does not tell sizes.
-        StorageError: no answer.
+        RefusedError: the credentials are wrong or missing, or the store does not report sizes.
+        StorageError: the store does not answer.
     """
-    return persist(lambda: ask(url)[0], url, stopped)
+    return retry(lambda: ask(url)[0], url, stop_event=stop_event)
 
 
 def read(url: Url) -> bytes:
@@ -82,27 +114,87 @@ def read(url: Url) -> bytes:
     return read_range(url, 0, stat(url).num_bytes)
 
 
-def read_range(url: Url, start: int, stop: int, stopped: threading.Event | None = None) -> bytes:
+def read_range(url: Url, start: int, stop: int, stop_event: threading.Event | None = None) -> bytes:
     """The bytes from ``start`` up to ``stop``, which must exist.
 
     Args:
         url: of the file.
         start: first byte.
         stop: byte behind the last one.
-        stopped: once set, no further attempt is made.
+        stop_event: once set, no further attempt is made.
 
     Raises:
         VlprepError: as :func:`stat`.
     """
     parts = [
-        persist(partial(cat, url, at, min(at + PIECE_BYTES, stop)), url, stopped)
+        retry(partial(cat, url, at, min(at + PIECE_BYTES, stop)), url, stop_event=stop_event)
         for at in range(start, stop, PIECE_BYTES)
     ]
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def download(url: Url, path: Path, stopped: threading.Event | None = None) -> Stored:
-    """Fetch a file to ``path``, whole or not at all. A file that changes meanwhile is fetched again.
+def read_into(
+    location: Location,
+    offset: int,
+    out: memoryview,
+    *,
+    digest: Digest | None = None,
+    where: object = None,
+    policy: RetryPolicy | None = None,
+    stop_event: threading.Event | None = None,
+) -> int:
+    """Fill ``out`` with the bytes from ``offset`` on.
+
+    Args:
+        location: of the file.
+        offset: first byte.
+        out: where the bytes go.
+        digest: updated with all bytes read, once and in order.
+        where: what messages name instead of the URL.
+        policy: of retries, behind a URL.
+        stop_event: once set, no further attempt is made.
+
+    Returns:
+        Bytes read; fewer than ``out`` holds if the file ends.
+
+    Raises:
+        OSError: a local file does not exist, or cannot be read.
+        VlprepError: as :func:`stat`.
+    """
+    if isinstance(location, Path):
+        return _read_local(location, offset, out, digest)
+
+    def attempt() -> bytes:
+        try:
+            return cat(location, offset, offset + len(out), policy)
+        except ShortReadError:
+            end = ask(location, policy)[0].num_bytes
+            if end >= offset + len(out):
+                raise
+            return cat(location, offset, end, policy) if end > offset else b""
+
+    data = retry(attempt, where or location, policy=policy, stop_event=stop_event)
+    out[: len(data)] = data
+    if digest is not None:
+        digest.update(out[: len(data)])
+    return len(data)
+
+
+def _read_local(path: Path, offset: int, out: memoryview, digest: Digest | None) -> int:
+    got, at_once = 0, len(out) if digest is None else _DIGEST_BYTES
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while got < len(out) and (count := os.preadv(descriptor, [out[got : got + at_once]], offset + got)):
+            if digest is not None:
+                digest.update(out[got : got + count])
+            got += count
+    finally:
+        os.close(descriptor)
+    return got
+
+
+def download(url: Url, path: Path, stop_event: threading.Event | None = None) -> Stored:
+    """Download a file to ``path``, completely or not at all. A file that changes meanwhile is downloaded again.
 
     Raises:
         VlprepError: as :func:`stat`.
@@ -110,14 +202,14 @@ def download(url: Url, path: Path, stopped: threading.Event | None = None) -> St
     """
     temporary = temporary_path(path)
     try:
-        for _ in range(_MAX_FETCHES):
-            found = stat(url, stopped)
+        for _ in range(_MAX_DOWNLOADS):
+            stored = stat(url, stop_event)
             with naming(path), temporary.open("wb") as file:
-                for at in range(0, found.num_bytes, PIECE_BYTES):
-                    file.write(read_range(url, at, min(at + PIECE_BYTES, found.num_bytes), stopped))
-            if found.num_bytes <= PIECE_BYTES or stat(url, stopped) == found:
+                for at in range(0, stored.num_bytes, PIECE_BYTES):
+                    file.write(read_range(url, at, min(at + PIECE_BYTES, stored.num_bytes), stop_event))
+            if stored.num_bytes <= PIECE_BYTES or stat(url, stop_event) == stored:
                 temporary.replace(path)
-                return found
+                return stored
     finally:
         temporary.unlink(missing_ok=True)
     raise StorageError(f"{url} changes while it is being read. Run the command again when it is complete.")
@@ -141,6 +233,28 @@ def local_copy(location: Location, folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
+def entries(folder: Url) -> list[Entry]:
+    """The files and folders directly in a folder; none where the folder does not exist.
+
+    Raises:
+        NotThereError: the bucket does not exist.
+        VlprepError: as :func:`stat`.
+    """
+
+    def attempt() -> list[dict[str, Any]]:
+        system, path = file_system(folder)
+        try:
+            infos: list[dict[str, Any]] = system.ls(path, detail=True, **time_limit(system, factor=_LISTING_FACTOR))
+        except FileNotFoundError as error:
+            # A folder of an object store exists as soon as it holds something; a bucket exists or not.
+            if verdict(error) is not Verdict.MISSING or says_no_bucket(error):
+                raise
+            return []
+        return infos
+
+    return [_entry(info, folder) for info in retry(attempt, folder)]
+
+
 def listing(folder: Url) -> dict[str, Stored]:
     """The files directly in a folder, by name; none where the folder does not exist.
 
@@ -148,19 +262,54 @@ def listing(folder: Url) -> dict[str, Stored]:
         NotThereError: the bucket does not exist.
         VlprepError: as :func:`stat`.
     """
+    files = [entry for entry in entries(folder) if not entry.is_folder]
+    return {entry.name: entry.stored or _no_size(folder / entry.name) for entry in files}
 
-    def entries() -> dict[str, Stored]:
-        system, place = opened(folder)
+
+def file_sizes(folder: Location, names: Iterable[str]) -> dict[str, int]:
+    """Sizes of files of a folder in bytes; files that do not exist are left out.
+
+    One listing reports all sizes where the store has listings. The other files are asked for one by one.
+
+    Raises:
+        OSError: a local size cannot be read.
+        VlprepError: as :func:`stat`.
+    """
+    if isinstance(folder, Path):
+        return {name: size for name in names if (size := _local_size(folder / name)) is not None}
+    names = list(names)
+    sizes: dict[str, int] = {}
+    if len(names) > 1:
         try:
-            found = system.ls(place, detail=True, **_long_limit(system))
-        except FileNotFoundError as error:
-            # A folder of an object store is there as soon as it holds something; a bucket is there or not.
-            if verdict(error) is not Verdict.MISSING or says_no_bucket(error):
-                raise
-            found = []
-        return {_name(info["name"]): _as_stored(info, folder) for info in found if info["type"] == "file"}
+            sizes = {entry.name: entry.stored.num_bytes for entry in entries(folder) if entry.stored is not None}
+        except VlprepError as error:
+            logger.debug("%s cannot be listed: %s", folder, error)
+    missing = [name for name in names if name not in sizes]
+    answers = in_parallel(lambda name: _size_or_none(folder / name), missing)
+    return sizes | {name: size for name, size in zip(missing, answers) if size is not None}
 
-    return persist(entries, folder)
+
+def sub_folders(folder: Location) -> list[Location]:
+    """Folders inside a folder, sorted by name, without hidden ones; none where the store has no listings.
+
+    Raises:
+        OSError: a local folder cannot be read, or a link in it is broken, so that its target would be left out.
+        VlprepError: as :func:`stat`.
+    """
+    folders: list[Location]
+    if isinstance(folder, Path):
+        paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        for path in paths:
+            if path.is_symlink() and not os.path.exists(path):
+                raise OSError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+        folders = [path for path in paths if path.is_dir()]
+    else:
+        try:
+            names = [entry.name for entry in entries(folder) if entry.is_folder]
+        except NotThereError:
+            names = []
+        folders = [folder / name for name in names if not name.startswith(".")]
+    return sorted(folders, key=lambda found: found.name)
 
 
 def matches(pattern: Url) -> list[Url]:
@@ -169,32 +318,32 @@ def matches(pattern: Url) -> list[Url]:
     Raises:
         VlprepError: as :func:`stat`; a pattern that names nothing gives an empty list.
     """
-    system, place = opened(pattern)
-    if not any(sign in place for sign in "*?[") or pattern.protocol in ("http", "https"):
+    system, path = file_system(pattern)
+    if not any(sign in path for sign in "*?[") or pattern.is_http:
         stat(pattern)
         return [pattern]
 
-    def named() -> list[Url]:
-        found = system.glob(place, detail=True, **_long_limit(system))
-        return sorted(Url(system.unstrip_protocol(name)) for name, info in found.items() if info["type"] == "file")
+    def attempt() -> list[Url]:
+        infos = system.glob(path, detail=True, **time_limit(system, factor=_LISTING_FACTOR))
+        return sorted(Url(system.unstrip_protocol(name)) for name, info in infos.items() if info["type"] == "file")
 
-    return persist(named, pattern)
+    return retry(attempt, pattern)
 
 
 def check_folder(folder: Url) -> None:
-    """Look whether a folder can be seen and holds anything. Over HTTP there are no folders to look at.
+    """Check that a folder is visible and holds anything. HTTP has no folders to look at.
 
     Raises:
         NotThereError: it holds nothing, or does not exist.
         RefusedError, StorageError: as :func:`stat`.
     """
-    system, place = opened(folder)
-    if folder.protocol not in ("http", "https"):
-        persist(lambda: system.info(place, **time_limit(system)), folder)
+    system, path = file_system(folder)
+    if not folder.is_http:
+        retry(lambda: system.info(path, **time_limit(system)), folder)
 
 
 def open_file(url: Url) -> BinaryIO:
-    """A readable file of which a part is wanted: what is read is asked for.
+    """A readable file whose parts are requested as they are read.
 
     Raises:
         VlprepError: as :func:`stat`.
@@ -203,26 +352,28 @@ def open_file(url: Url) -> BinaryIO:
 
 
 def in_parallel(function: Callable[[T], U], items: Iterable[T]) -> list[U]:
-    """Results of a function that waits for a store, in order; :data:`REQUESTS_AT_ONCE` of them at the same time."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="store") as pool:
+    """Results of a function that waits for a store, in order; :data:`MAX_REQUESTS` of them run at the same time."""
+    with ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="store") as pool:
         return list(pool.map(function, items))
 
 
-def ask(url: Url) -> tuple[Stored, dict[str, Any]]:
-    """What the store tells of a file, as it says it too; one attempt."""
-    system, place = opened(url)
-    info: dict[str, Any] = system.info(place, **time_limit(system))
+def ask(url: Url, policy: RetryPolicy | None = None) -> tuple[Stored, dict[str, Any]]:
+    """Size and identity of a file, and all that the store reports of it; one attempt."""
+    system, path = file_system(url, policy)
+    info: dict[str, Any] = system.info(path, **time_limit(system, policy))
     if info.get("type") == "directory":
         raise FolderError(f"{url} is a folder, not a file.")
-    return _as_stored(info, url), info
+    return _stored(info) or _no_size(url), info
 
 
-def cat(url: Url, start: int, stop: int) -> bytes:
+def cat(url: Url, start: int, stop: int, policy: RetryPolicy | None = None) -> bytes:
     """A range of a file; one attempt."""
-    system, place = opened(url)
-    data: bytes = system.cat_file(place, start=start, end=stop, **time_limit(system))
+    system, path = file_system(url, policy)
+    data: bytes = system.cat_file(path, start=start, end=stop, **time_limit(system, policy))
     if len(data) > stop - start:
-        raise RefusedError(f"{url}: {len(data)} bytes came for a range of {stop - start}; the server has no ranges.")
+        raise NotImplementedError(
+            f"{len(data)} bytes came for a range of {stop - start}; the server does not support range requests"
+        )
     if len(data) < stop - start:
         raise ShortReadError(f"the answer ended after {len(data)} of {stop - start} bytes")
     return data
@@ -257,16 +408,32 @@ class _RangeFile(io.RawIOBase):
         return got
 
 
-def _as_stored(info: dict[str, Any], url: Url) -> Stored:
+def _stored(info: dict[str, Any]) -> Stored | None:
     if info.get("size") is None:
-        raise RefusedError(f"{url}: the store does not tell how large it is; copy it to a store that does.")
-    told = (f"{name}={info[name]}" for name in (*_TAGS, *_TIMES) if info.get(name) not in (None, ""))
-    return Stored(int(info["size"]), next(told, ""))
+        return None
+    tags = (f"{name}={info[name]}" for name in (*_TAGS, *_TIMES) if info.get(name) not in (None, ""))
+    return Stored(int(info["size"]), next(tags, ""))
 
 
-def _name(place: str) -> str:
-    return place.rstrip("/").rpartition("/")[2]
+def _no_size(url: Url) -> Stored:
+    raise RefusedError(f"{url}: the store does not report its size; copy it to a store that does.")
 
 
-def _long_limit(system: Any) -> dict[str, float]:
-    return time_limit(system, request.PATIENCE.timeout_s * _LISTING_TIMES)
+def _entry(info: dict[str, Any], folder: Url) -> Entry:
+    is_folder = info["type"] == "directory"
+    name = info["name"].rstrip("/").rpartition("/")[2]
+    return Entry(unquote(name) if folder.is_http else name, is_folder, None if is_folder else _stored(info))
+
+
+def _size_or_none(url: Url) -> int | None:
+    try:
+        return stat(url).num_bytes
+    except NotThereError:
+        return None
+
+
+def _local_size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None

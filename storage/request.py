@@ -1,7 +1,7 @@
-"""One request to a store, made again until it succeeds, a final answer comes, or patience is at its end.
+"""One request to a store, retried until it succeeds, gets a final answer, or the retry policy ends.
 
-fsspec's own thread does not survive a fork; the workers of a build are started afresh, and each makes its connections
-by itself. Threads share them.
+fsspec's own thread does not survive a fork. The workers of a build are therefore spawned, and each opens its own
+connections, which its threads share.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ T = TypeVar("T")
 
 S3 = ("s3", "s3a")
 
-REQUESTS_AT_ONCE = 16
-"""Requests that one process has under way at the same time."""
+MAX_REQUESTS = 16
+"""Requests that one process has in flight at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
-    """How long a store is asked.
+class RetryPolicy:
+    """How long a request is retried.
 
     Attributes:
         attempts: requests before giving up.
-        timeout_s: after which a request without a complete answer counts as failed.
-        first_delay_s: pause after the first failure, doubled with each further one; a random part of up to as much is
-            added, so that workers do not come back all at once.
-        max_delay_s: longest pause.
+        timeout_s: a request without a complete answer after this time counts as failed.
+        first_delay_s: pause after the first failure. It doubles with each further failure. Up to as much again is
+            added at random, so that workers do not retry in step.
+        max_delay_s: longest pause, without the random part.
     """
 
     attempts: int = 7
@@ -47,48 +47,65 @@ class Patience:
     first_delay_s: float = 0.5
     max_delay_s: float = 20.0
 
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or not self.timeout_s > 0 or self.first_delay_s < 0 or self.max_delay_s < 0:
+            raise ConfigError(
+                f"retries with {self.attempts} attempts of {self.timeout_s} s and pauses of {self.first_delay_s} to "
+                f"{self.max_delay_s} s; allowed: 1 or more attempts, a positive timeout, pauses of 0 or more."
+            )
 
-PATIENCE = Patience()
+
+DEFAULT_POLICY = RetryPolicy()
 
 
-def persist(call: Callable[[], T], url: Url, stopped: threading.Event | None = None) -> T:
-    """What ``call`` returns once it succeeds.
+def retry(
+    call: Callable[[], T],
+    where: object,
+    *,
+    policy: RetryPolicy | None = None,
+    stop_event: threading.Event | None = None,
+) -> T:
+    """Call until the call succeeds.
 
     Args:
         call: makes one attempt.
-        url: what it asks for, for messages.
-        stopped: once set, no further attempt is made.
+        where: what the messages name: a URL, or a place inside the file.
+        policy: :data:`DEFAULT_POLICY` if not given.
+        stop_event: once set, no further attempt is made.
 
     Raises:
         NotThereError, RefusedError: the store's answer is final.
-        StorageError: no good answer in all attempts.
+        StorageError: no attempt succeeded.
     """
-    patience = PATIENCE
-    stopped = stopped or threading.Event()
-    began = time.monotonic()
+    policy = policy or DEFAULT_POLICY
+    stop_event = stop_event or threading.Event()
+    start = time.monotonic()
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
-        stop=tenacity.stop_any(tenacity.stop_after_attempt(patience.attempts), tenacity.stop_when_event_set(stopped)),
-        wait=tenacity.wait_exponential(multiplier=patience.first_delay_s, max=patience.max_delay_s)
-        + tenacity.wait_random(0, patience.first_delay_s),
-        sleep=tenacity.sleep_using_event(stopped),
-        before_sleep=lambda state: _log_failure(url, state),
+        retry=tenacity.retry_if_exception(_is_transient),
+        stop=tenacity.stop_any(tenacity.stop_after_attempt(policy.attempts), tenacity.stop_when_event_set(stop_event)),
+        wait=tenacity.wait_exponential(multiplier=policy.first_delay_s, max=policy.max_delay_s)
+        + tenacity.wait_random(0, policy.first_delay_s),
+        sleep=tenacity.sleep_using_event(stop_event),
+        before_sleep=lambda state: _log_failure(where, state),
         reraise=True,
     )
     try:
         return retrying(call)
-    except Exception as error:  # every system behind fsspec raises errors of its own
+    except Exception as error:  # every file system behind fsspec raises its own errors
         attempts = retrying.statistics.get("attempt_number", 1)
-        raise explained(error, url, f"{attempts} attempts over {time.monotonic() - began:.0f} s") from error
+        plural = "" if attempts == 1 else "s"
+        duration = f"{attempts} attempt{plural} over {time.monotonic() - start:.0f} s"
+        raise explained(error, where, duration) from error
 
 
-def opened(url: Url, *, uploads: bool = False) -> tuple[Any, str]:
-    """The fsspec system behind a URL, and what it calls the place.
+def file_system(url: Url, policy: RetryPolicy | None = None, *, uploads: bool = False) -> tuple[Any, str]:
+    """The fsspec file system behind a URL, and the path that it knows the URL by.
 
     Args:
-        url: the place.
-        uploads: whether requests are made again inside the system too, so that one part of a large upload that fails
-            does not cost the others.
+        url: a file or folder.
+        policy: its timeout applies to the connections.
+        uploads: whether the file system retries by itself too, so that one failed part of a large upload does not
+            repeat the others.
 
     Raises:
         ConfigError: fsspec does not know the protocol, or its package is not installed.
@@ -97,32 +114,39 @@ def opened(url: Url, *, uploads: bool = False) -> tuple[Any, str]:
 
     try:
         if "::" in url.url.partition("://")[0]:
-            system, place = fsspec.core.url_to_fs(url.url)
-            return system, place
-        with _opening:
-            system = _system(url.root, PATIENCE.timeout_s, uploads)
+            system, path = fsspec.core.url_to_fs(url.url)
+            return system, path
+        with _open_lock:
+            system = _system(url.root, (policy or DEFAULT_POLICY).timeout_s, uploads)
     except ImportError as error:
         raise ConfigError(
             f"{url} needs a package that is not installed: pip install {_package(url.protocol)} ({error})."
         ) from error
     except ValueError as error:
         raise ConfigError(
-            f"{url} cannot be used: {error}. Give a path, or a URL of a kind that fsspec knows."
+            f"{url} cannot be used: {error}. Give a path, or a URL with a protocol that fsspec knows."
         ) from error
     return system, system._strip_protocol(url.url)
 
 
-def time_limit(system: Any, limit_s: float | None = None) -> dict[str, float]:
-    """Argument that makes an asynchronous system give up on a request; others have limits of their own."""
-    return {"timeout": limit_s or PATIENCE.timeout_s} if system.async_impl else {}
+def time_limit(system: Any, policy: RetryPolicy | None = None, *, factor: float = 1.0, plus_s: float = 0.0) -> Any:
+    """Argument that makes an asynchronous file system abandon a request. Others have their own limits.
+
+    Args:
+        system: of :func:`file_system`.
+        policy: gives the timeout.
+        factor: multiplies it, for calls that make many requests.
+        plus_s: added to it, for calls that send much.
+    """
+    return {"timeout": (policy or DEFAULT_POLICY).timeout_s * factor + plus_s} if system.async_impl else {}
 
 
-_opening = threading.Lock()
+_open_lock = threading.Lock()
 
 
 @lru_cache(maxsize=256)
 def _system(root: str, timeout_s: float, uploads: bool) -> Any:
-    """One system a bucket or host for all threads; fsspec by itself makes one a thread, with connections of its own."""
+    """One file system per bucket or host for all threads. fsspec would make one per thread, each with its own pool."""
     import fsspec.config
     import fsspec.core
 
@@ -131,7 +155,7 @@ def _system(root: str, timeout_s: float, uploads: bool) -> Any:
         connection = {
             "connect_timeout": min(10.0, timeout_s),
             "read_timeout": timeout_s,
-            "max_pool_connections": 2 * REQUESTS_AT_ONCE,
+            "max_pool_connections": 2 * MAX_REQUESTS,
             "retries": {"mode": "standard", "total_max_attempts": 3 if uploads else 1},
         }
         options["config_kwargs"] = {**connection, **fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
@@ -142,7 +166,7 @@ def _system(root: str, timeout_s: float, uploads: bool) -> Any:
 
 
 def _package(protocol: str) -> str:
-    """What pip installs for a protocol."""
+    """The package that pip installs for a protocol."""
     from fsspec.registry import known_implementations
 
     if protocol in ("http", "https"):
@@ -150,11 +174,11 @@ def _package(protocol: str) -> str:
     return str(known_implementations[protocol]["class"]).partition(".")[0]
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     return isinstance(error, Exception) and verdict(error) is Verdict.TRANSIENT
 
 
-def _log_failure(url: Url, state: tenacity.RetryCallState) -> None:
+def _log_failure(where: object, state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome is not None else None
     if error is not None:
-        logger.debug("%s: attempt %d failed: %s", url, state.attempt_number, describe(error))
+        logger.debug("%s: attempt %d failed: %s", where, state.attempt_number, describe(error))

@@ -1,7 +1,7 @@
-"""URLs used like paths: what names an annotation file, a media root or an output that is not on a file system here.
+"""URLs used like paths: an annotation file, a media root or a set of shards that is not on a file system here.
 
-A :class:`Url` is text and nothing else: it opens nothing, and it never shows a password or a signature. Names are
-joined to it literally; ``storage`` does the reading and writing.
+A :class:`Url` is text. It opens nothing, and its ``str`` and ``repr`` never show a password or a signature. Names are
+joined to it literally, in front of a query.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from urllib.parse import quote, unquote
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:::[A-Za-z][A-Za-z0-9+.-]*)*://")
 _LOCAL = re.compile(r"(?:file|local)://")
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_USER = re.compile(r"(?<=://)[^/\s]+@")  # a password may hold "@" itself
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]*")
 _HIDDEN = "***"
 
 
 @dataclass(frozen=True, slots=True, order=True, repr=False)
 class Url:
-    """A place that fsspec knows: ``s3://bucket/images``, ``gs://…``, ``hf://datasets/…``, ``https://…``."""
+    """A file or folder that fsspec knows: ``s3://bucket/images``, ``gs://…``, ``hf://datasets/…``, ``https://…``."""
 
     url: str
 
     def __truediv__(self, name: str) -> Url:
-        """The place ``name`` below this one. Over HTTP the name is spelt as URLs want it, and a query stays behind."""
+        """The URL of ``name`` inside this one. Over HTTP the name is quoted, and a query stays at the end."""
         base, mark, query = self._parted()
-        return Url(f"{base.rstrip('/')}/{quote(name) if self._is_http else name}{mark}{query}")
+        return Url(f"{base.rstrip('/')}/{quote(name) if self.is_http else name}{mark}{query}")
 
     def __str__(self) -> str:
         return without_secrets(self.url)
@@ -40,7 +40,7 @@ class Url:
 
     @property
     def protocol(self) -> str:
-        """What stands before ``://``; of a chain the last one."""
+        """What precedes ``://``; the last one of a chain."""
         return self.url.partition("://")[0].rpartition("::")[2]
 
     @property
@@ -53,7 +53,7 @@ class Url:
     def name(self) -> str:
         """Last part of the path."""
         last = self._parted()[0].rstrip("/").rpartition("/")[2]
-        return unquote(last) if self._is_http else last
+        return unquote(last) if self.is_http else last
 
     @property
     def suffix(self) -> str:
@@ -62,57 +62,59 @@ class Url:
 
     @property
     def parent(self) -> Url:
-        """The place that this one lies in."""
+        """The folder that holds this one."""
         base, mark, query = self._parted()
         return Url(base.rstrip("/").rpartition("/")[0] + mark + query)
 
     def below(self, other: str) -> str | None:
-        """The rest of the URL ``other`` if it lies below this one, else None."""
+        """The path of the URL ``other`` relative to this one, or None if it lies outside."""
         start = self._parted()[0].rstrip("/") + "/"
         if not other.startswith(start):
             return None
         rest = other[len(start) :]
-        return unquote(rest.partition("?")[0]) if self._is_http else rest
+        return unquote(rest.partition("?")[0]) if self.is_http else rest
 
     @property
-    def _is_http(self) -> bool:
+    def is_http(self) -> bool:
+        """Whether it follows the rules of web addresses: names are quoted, a query may follow, there are no folders."""
         return self.protocol in ("http", "https")
 
     def _parted(self) -> tuple[str, str, str]:
         """URL, question mark and query; only over HTTP does a question mark begin one."""
-        return self.url.partition("?") if self._is_http else (self.url, "", "")
+        return self.url.partition("?") if self.is_http else (self.url, "", "")
 
 
 # A union with `|` is no type to ``isinstance`` under Python 3.10 in all places; this one is.
 Location = Union[Path, Url]  # noqa: UP007
-"""Where a file or folder lies: on a file system here, or behind a URL."""
+"""A file or folder: a path on a file system here, or a URL."""
 
 
 def parse_location(text: str) -> Location:
-    """A path, or a URL where the text begins like one; ``file://`` is a path."""
+    """A path, or a URL if the text starts like one; ``file://`` is a path."""
     if _LOCAL.match(text):
         return Path(_LOCAL.sub("", text, count=1))
     return Url(text.rstrip("/")) if is_url(text) else Path(text)
 
 
 def is_url(text: str) -> bool:
-    """Whether a text begins like a URL."""
+    """Whether a text starts like a URL."""
     return _URL.match(text) is not None
 
 
 def without_secrets(text: str) -> str:
-    """A text with the passwords and queries (which hold signatures) of the URLs in it hidden."""
+    """The text with the passwords and queries (which hold signatures) of all URLs in it hidden."""
     return _QUERY.sub(rf"\1?{_HIDDEN}", _USER.sub(f"{_HIDDEN}@", text))
 
 
 def location_key(location: Location) -> str:
-    """What tells a place from others: the real path, or the URL without what may change from run to run."""
+    """Identifies a location: the real path, or the URL without what may change from run to run."""
     return os.path.realpath(location) if isinstance(location, Path) else str(location)
 
 
 def names_below_common_folder(files: Sequence[Location]) -> tuple[str, ...]:
-    """What files are called in the ledger: their paths below the folder that they share; no folder of this machine and
-    no bucket. Where files are here and elsewhere, those elsewhere are called by their URLs.
+    """Names of files in the ledger: paths below their common folder, without folders of this machine or buckets.
+
+    If some files are local and others are not, the others are named by their URLs.
     """
     local = [file for file in files if isinstance(file, Path)]
     alike = local if local else files

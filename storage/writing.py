@@ -1,8 +1,8 @@
-"""Files behind URLs: stored and removed.
+"""Uploading and removing files behind URLs.
 
-An upload is there whole or not at all, as object stores have it, and what arrived is compared with the file: its size,
-and its checksum where the store tells one. Cost: one pass over the file for its MD5, one request for each part of
-8 MiB, one for what arrived; 32 MiB of memory.
+An upload appears completely or not at all, as object stores guarantee, and is then compared with the file: by size, and
+by checksum where the store reports one. Cost: one pass over the file for its MD5, one request for each part of 8 MiB,
+one for the comparison; 32 MiB of memory.
 """
 
 from __future__ import annotations
@@ -14,63 +14,62 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage import request
 from storage.errors import DamagedUploadError, NotThereError
 from storage.reading import PIECE_BYTES, Stored, ask, cat
-from storage.request import S3, opened, persist, time_limit
+from storage.request import S3, file_system, retry, time_limit
 from storage.urls import Url
 
 _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
 
 _SLOWEST_BYTES_PER_S = 1 << 18
-"""An upload may take the time limit of a request, and this much longer for its size."""
+"""An upload may take the timeout of a request, and the time for its bytes at this rate."""
 
 
 def upload(path: Path, url: Url) -> Stored:
     """Store a file.
 
     Raises:
-        NotThereError: there is no such bucket.
+        NotThereError: the bucket does not exist.
         RefusedError: the credentials are wrong or missing, or may not write there.
-        StorageError: no good answer.
+        StorageError: the store does not answer.
         OSError: ``path`` cannot be read.
     """
     digests = _Digests.of(path)
 
     def put() -> Stored:
-        system, place = opened(url, uploads=True)
-        limit = time_limit(system, request.PATIENCE.timeout_s + digests.num_bytes / _SLOWEST_BYTES_PER_S)
-        system.put_file(str(path), place, **_options(url), **limit)
-        found, info = ask(url)
-        if found.num_bytes != digests.num_bytes:
-            raise DamagedUploadError(f"{found.num_bytes} of {digests.num_bytes} bytes arrived")
+        system, remote_path = file_system(url, uploads=True)
+        limit = time_limit(system, plus_s=digests.num_bytes / _SLOWEST_BYTES_PER_S)
+        system.put_file(str(path), remote_path, **_options(url), **limit)
+        stored, info = ask(url)
+        if stored.num_bytes != digests.num_bytes:
+            raise DamagedUploadError(f"{stored.num_bytes} of {digests.num_bytes} bytes arrived")
         _check_digest(path, url, info, digests)
-        return found
+        return stored
 
-    return persist(put, url)
+    return retry(put, url)
 
 
 def remove(url: Url) -> None:
-    """Remove a file; one that is not there is removed already.
+    """Remove a file, if it exists.
 
     Raises:
         RefusedError, StorageError: as :func:`upload`.
     """
 
     def delete() -> None:
-        system, place = opened(url)
-        system.rm_file(place, **time_limit(system))
+        system, path = file_system(url)
+        system.rm_file(path, **time_limit(system))
 
     try:
-        persist(delete, url)
+        retry(delete, url)
     except NotThereError:
         return
 
 
 @dataclass(frozen=True, slots=True)
 class _Digests:
-    """What stores may tell of an upload.
+    """What stores may report of an upload.
 
     Attributes:
         num_bytes: size.
@@ -84,14 +83,14 @@ class _Digests:
 
     @staticmethod
     def of(path: Path) -> _Digests:
-        whole, parts, num_bytes, num_parts = _md5(), _md5(), 0, 0
+        of_file, of_parts, num_bytes, num_parts = _md5(), _md5(), 0, 0
         with path.open("rb") as file:
             while piece := file.read(_PART_BYTES):
-                whole.update(piece)
-                parts.update(_md5(piece).digest())
+                of_file.update(piece)
+                of_parts.update(_md5(piece).digest())
                 num_bytes += len(piece)
                 num_parts += 1
-        return _Digests(num_bytes, whole.hexdigest(), f"{parts.hexdigest()}-{num_parts}")
+        return _Digests(num_bytes, of_file.hexdigest(), f"{of_parts.hexdigest()}-{num_parts}")
 
 
 def _md5(data: bytes = b"") -> Any:
@@ -99,14 +98,14 @@ def _md5(data: bytes = b"") -> Any:
 
 
 _opaque_tags: set[str] = set()
-"""Buckets whose ETags are no digests of the contents, as with encryption by keys of their own."""
+"""Buckets whose ETags are not digests of the contents, as with customer-managed encryption."""
 
 
 def _check_digest(path: Path, url: Url, info: dict[str, Any], digests: _Digests) -> None:
-    """Compare what arrived with the file.
+    """Compare the upload with the file.
 
     Raises:
-        DamagedUploadError: it is not the same.
+        DamagedUploadError: they differ.
     """
     if "md5Hash" in info:
         if _hexadecimal(info["md5Hash"]) != digests.md5:
@@ -131,7 +130,7 @@ def _hexadecimal(text: str) -> str:
 
 
 def _options(url: Url) -> dict[str, int]:
-    """How a large file is cut."""
+    """How a large file is split into parts."""
     if url.protocol in S3:
         return {"chunksize": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}
     return {"chunksize": _PART_BYTES} if url.protocol in ("gs", "gcs") else {}

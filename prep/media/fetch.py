@@ -3,7 +3,7 @@
 Input: media that will be wanted, in order. Output: sources: pictures in memory, clips and large pictures as temporary
 files, of a picture that is only probed its first 128 KiB (all of it where its format keeps what is needed elsewhere).
 Fetched and not yet done with are at most :data:`_MAX_BYTES_AHEAD` bytes, or one larger medium; at most
-:data:`~storage.request.REQUESTS_AT_ONCE` requests are under way.
+:data:`~storage.request.MAX_REQUESTS` requests are under way.
 
 Cost: two requests a medium (what it is, its bytes), one more for each further 16 MiB.
 """
@@ -28,7 +28,7 @@ from prep.media.source import Beginning, MediaSource
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
 from schemas.errors import ConfigError, MediaError
-from storage.request import REQUESTS_AT_ONCE
+from storage.request import MAX_REQUESTS
 from storage.urls import Url
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class RemoteMedia:
         self._waiting: queue.SimpleQueue[_Fetched | None] = queue.SimpleQueue()
         self._num_threads = 0
         self._num_files = itertools.count()
-        self._stopped = threading.Event()
+        self._stop_event = threading.Event()
         self._changed = threading.Condition()
         self._held_bytes = 0
 
@@ -99,7 +99,7 @@ class RemoteMedia:
     def __exit__(self, *_error: object) -> None:
         """Stop the threads after their present requests, and remove the temporary files."""
         with self._changed:
-            self._stopped.set()
+            self._stop_event.set()
             self._changed.notify_all()
         for _ in range(self._num_threads):
             self._waiting.put(None)
@@ -140,7 +140,7 @@ class RemoteMedia:
             return source
         url = media_url(wanted.root, wanted.name)
         start = source.beginning
-        rest = storage.read_range(url, len(start.data), start.num_bytes, self._stopped)
+        rest = storage.read_range(url, len(start.data), start.num_bytes, self._stop_event)
         return MediaSource(wanted.name, data=start.data + rest)
 
     def _ahead(self, wanted: Wanted) -> _Fetched:
@@ -148,7 +148,7 @@ class RemoteMedia:
         job = self._fetched.get(wanted)
         if job is None:
             job = self._fetched[wanted] = _Fetched(wanted)
-            if self._num_threads < REQUESTS_AT_ONCE:
+            if self._num_threads < MAX_REQUESTS:
                 self._num_threads += 1
                 # Not a pool: its threads would be waited for at exit, a stalled request to its end.
                 threading.Thread(target=self._work, name="media-fetch", daemon=True).start()
@@ -188,7 +188,7 @@ class RemoteMedia:
         assert isinstance(wanted.root, Url)
         url = media_url(wanted.root, wanted.name)
         try:
-            stored = storage.stat(url, self._stopped)
+            stored = storage.stat(url, self._stop_event)
             check_size(wanted.name, stored.num_bytes, wanted.max_bytes)
             size = stored.num_bytes
             if wanted.media_type == MEDIA_IMAGE and self._beginnings:
@@ -196,10 +196,10 @@ class RemoteMedia:
             elif wanted.media_type != MEDIA_IMAGE or size > _IN_MEMORY_BYTES:
                 return self._to_file(job, url, size)
             self._hold(job, size)
-            data = storage.read_range(url, 0, size, self._stopped)
+            data = storage.read_range(url, 0, size, self._stop_event)
             if size < stored.num_bytes and _KEPT_ELSEWHERE.match(data) and stored.num_bytes <= _IN_MEMORY_BYTES:
                 self._hold(job, stored.num_bytes - size)
-                data += storage.read_range(url, size, stored.num_bytes, self._stopped)
+                data += storage.read_range(url, size, stored.num_bytes, self._stop_event)
         except ConfigError as error:
             raise _of_medium(wanted, error) from error
         if len(data) < stored.num_bytes:
@@ -211,7 +211,7 @@ class RemoteMedia:
         self._scratch.mkdir(parents=True, exist_ok=True)
         # Video libraries look at the ending.
         path = self._scratch / f"{next(self._num_files)}{url.suffix}"
-        storage.download(url, path, self._stopped)
+        storage.download(url, path, self._stop_event)
         with self._changed:
             job.path = path
             if not job.is_dropped:
@@ -224,11 +224,11 @@ class RemoteMedia:
 
         def may_go_on() -> bool:
             has_room = self._held_bytes + num_bytes <= _MAX_BYTES_AHEAD
-            return has_room or job.is_awaited or job.is_dropped or self._stopped.is_set()
+            return has_room or job.is_awaited or job.is_dropped or self._stop_event.is_set()
 
         with self._changed:
             self._changed.wait_for(may_go_on)
-            if job.is_dropped or self._stopped.is_set():
+            if job.is_dropped or self._stop_event.is_set():
                 raise _StoppedError
             job.num_bytes += num_bytes
             self._held_bytes += num_bytes

@@ -32,6 +32,7 @@ import torch
 import webdataset
 import zstandard
 from PIL import Image, ImageOps
+from train.shards.remote import read_range
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -42,7 +43,6 @@ from train.batches.stream import BinStream
 from train.order.dealing import DataOrder
 from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import ReadSettings
-from train.shards.remote import read_range
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODECS = ("raw", "zstd")

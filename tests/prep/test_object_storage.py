@@ -43,7 +43,7 @@ from schemas.manifest import METRICS_FILE, read_manifest
 from schemas.settings import BuildSettings, MediaSettings
 from storage import request as storage_request
 from storage.errors import Verdict, verdict
-from storage.request import Patience
+from storage.request import RetryPolicy
 from storage.urls import Location, Url, names_below_common_folder, parse_location, without_secrets
 from tests.prep.corpus import turn
 from tests.prep.finished import SETTINGS
@@ -51,7 +51,7 @@ from tests.prep.s3_server import KINDS, Proxy, s3_server, seeded
 
 REPOSITORY = Path(__file__).parents[2]
 CORPUS = Url("s3://bucket/corpus")
-QUICK = Patience(attempts=6, timeout_s=20, first_delay_s=0.01, max_delay_s=0.05)
+QUICK = RetryPolicy(attempts=6, timeout_s=20, first_delay_s=0.01, max_delay_s=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def running(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture
 def proxy(running: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """The server, behaving well and with nothing asked yet; patience is short."""
-    monkeypatch.setattr(storage_request, "PATIENCE", QUICK)
+    monkeypatch.setattr(storage_request, "DEFAULT_POLICY", QUICK)
     running.reset()
     yield running
     running.reset()
@@ -267,7 +267,7 @@ def test_credentials_that_expire_stop_the_build_and_a_single_refusal_costs_one_s
 
 
 def test_a_silent_server_ends_in_an_error(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(storage_request, "PATIENCE", Patience(attempts=2, timeout_s=0.3, first_delay_s=0.01))
+    monkeypatch.setattr(storage_request, "DEFAULT_POLICY", RetryPolicy(attempts=2, timeout_s=0.3, first_delay_s=0.01))
     proxy.rule = lambda method, key, earlier: "stall"
     path = tmp_path / "file"
     path.write_bytes(b"x" * 1000)

@@ -5,7 +5,8 @@ well): ``/plain/...``; ``/slow/...`` after 0.2 s; ``/flaky/...`` with an error f
 ``/broken/...`` with an error always; ``/cut/...`` with the connection closed in the middle of the first answer;
 ``/short/...`` with a complete answer that has too few bytes, the first time; ``/stall/...`` with half an answer, the
 first time, and then silence; ``/silent/...`` so always; ``/whole/...`` with the whole file whatever the range;
-``/sizeless/...`` without a length; ``/refused/...`` with 403;
+``/sizeless/...`` without a length; ``/refused/...`` with 403; ``/signed/...`` with 403, tables too, unless the query
+is ``?X-Amz-Signature=SECRET``;
 ``/garbled/...`` with something that is not HTTP. ``/stats`` counts requests and how many were answered at once.
 """
 
@@ -38,7 +39,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/stats":
             return self.send(200, json.dumps(STATS).encode())
-        behaviour, _, name = self.path.lstrip("/").partition("/")
+        location, _, query = self.path.partition("?")
+        behaviour, _, name = location.lstrip("/").partition("/")
+        if behaviour == "signed" and query != "X-Amz-Signature=SECRET":
+            return self.send(403, b"")
         path = FOLDER / name
         if not path.is_file():
             return self.send(404, b"")

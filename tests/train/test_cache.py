@@ -15,15 +15,15 @@ import fsspec
 import pytest
 
 from schemas.errors import ConfigError, ShardError
+from storage.request import RetryPolicy
 from tests.train.synthetic import make_bins, write_shards
 from train.shards import cache as cache_module
 from train.shards.cache import BinCache, cache_key
 from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import BinReader, ReadSettings, read_checked_bin
-from train.shards.remote import Patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-QUICK = Patience(attempts=1, first_delay_s=0.0)
+QUICK = RetryPolicy(attempts=1, first_delay_s=0.0)
 
 
 def key_of(number: int) -> str:
@@ -206,14 +206,14 @@ def remote(tmp_path: Path) -> Iterator[ShardIndex]:
 def gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is no more: only the cache can answer."""
 
-    def read_range(*args: object, **kwargs: object) -> int:
+    def read_into(*args: object, **kwargs: object) -> int:
         raise OSError("the network is unreachable")
 
-    monkeypatch.setattr("train.shards.reader.read_range", read_range)
+    monkeypatch.setattr("train.shards.reader.read_into", read_into)
 
 
 def reader(index: ShardIndex, folder: Path, **changes: object) -> BinReader:
-    return BinReader(index, ReadSettings(cache_dir=folder, patience=QUICK, **changes))  # type: ignore[arg-type]
+    return BinReader(index, ReadSettings(cache_dir=folder, retry_policy=QUICK, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verify", ["always", "first", "never"])

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage import reading as storage
 from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
 from train.batches import batch as batch_module
 from train.batches import stream as stream_module
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder, Grouping
-from train.shards import remote as storage
 from train.shards.index import BinLocation, ShardIndex, open_shards
 from train.shards.reader import BinReader, ReadSettings
 
@@ -107,12 +107,12 @@ def test_the_python_that_a_bin_takes_does_not_grow_with_its_tokens(tmp_path: Pat
         return lines_of_batch(tmp_path / name, [make_sample(rng, media, num_text, num_targets)], codec)
 
     few, few_bytes = lines("few", num_text=20, num_targets=15, side=4)
-    assert few_bytes < storage._PIECE_BYTES
+    assert few_bytes < storage._DIGEST_BYTES
     assert lines("words", num_text=20_000, num_targets=15_000, side=4)[0] == few
     many, many_bytes = lines("pixels", num_text=20, num_targets=15, side=48)
-    assert many_bytes > 3 * storage._PIECE_BYTES
+    assert many_bytes > 3 * storage._DIGEST_BYTES
     lines_of_a_turn = 4
-    assert 0 < many - few <= lines_of_a_turn * (many_bytes // storage._PIECE_BYTES)
+    assert 0 < many - few <= lines_of_a_turn * (many_bytes // storage._DIGEST_BYTES)
 
 
 @pytest.fixture(scope="module")

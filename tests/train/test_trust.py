@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from schemas.bins import ARRAY_MEMBERS
 from schemas.errors import ConfigError, ShardError
+from storage import reading as storage
 from tests.train.synthetic import make_bins, make_medium, make_sample, write_shards
 from train.main import main
-from train.shards import remote as storage
 from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import VERIFY, BinReader, ReadSettings, read_checked_bin
 
@@ -124,7 +124,7 @@ def test_a_shard_cut_short_after_the_start_stops(made: Path, tmp_path: Path, ver
     with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset \d+: the shard ends after 100 of the bin's"):
         read(index, verify)
     location.path.unlink()
-    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset \d+: cannot be read: No such file"):
+    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset \d+: the shard does not exist"):
         read(index, verify)
 
 
@@ -205,11 +205,11 @@ def test_a_link_that_leads_nowhere_is_not_left_out(made: Path, tmp_path: Path) -
     """What it stood for would be missing from the run without a word."""
     copy_of(made, tmp_path)
     (tmp_path / "mp_doc").symlink_to("/mnt/not/mounted")
-    with pytest.raises(ShardError, match=r"mp_doc is a link to /mnt/not/mounted, which is not there"):
+    with pytest.raises(ShardError, match=r"mp_doc is a link to /mnt/not/mounted, which does not exist"):
         open_shards(tmp_path)
     (tmp_path / "mp_doc").unlink()
     (tmp_path / "mp_doc").symlink_to("mp_doc")
-    with pytest.raises(ShardError, match="mp_doc is a link to mp_doc, which is not there"):
+    with pytest.raises(ShardError, match="mp_doc is a link to mp_doc, which does not exist"):
         open_shards(tmp_path)
     with pytest.raises(ShardError, match="Too many levels of symbolic links"):
         open_shards(tmp_path / "mp_doc")
@@ -254,7 +254,7 @@ def test_a_shard_that_may_not_be_read_is_told_from_one_that_is_missing(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(storage.os, "open", refuse)
-    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset .*: cannot be read: Permission denied\. See that"):
+    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset .*: cannot be read: Permission denied\. Check that"):
         read(index, "always")
 
 
@@ -307,7 +307,7 @@ def test_an_image_of_several_temporal_steps_stops(made: Path, tmp_path: Path) ->
 def test_a_checksum_taken_in_pieces_is_that_of_the_whole_bin(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(storage, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(storage, "_DIGEST_BYTES", piece_bytes)
     index = copy_of(made, tmp_path, "raw")
     read(index, "always")
     location = index.locate(NUMBER)
@@ -328,9 +328,9 @@ def test_a_digest_is_given_the_bytes_that_were_read_once_and_in_order(
     with tempfile.NamedTemporaryFile() as file, pytest.MonkeyPatch.context() as monkeypatch:
         file.write(content)
         file.flush()
-        monkeypatch.setattr(storage, "_PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(storage, "_DIGEST_BYTES", piece_bytes)
         digest, out = hashlib.sha256(), bytearray(length)
-        got = storage.read_range(Path(file.name), offset, memoryview(out), digest=digest)
+        got = storage.read_into(Path(file.name), offset, memoryview(out), digest=digest)
     expected = content[offset : offset + length]
     assert bytes(out[:got]) == expected
     assert digest.digest() == hashlib.sha256(expected).digest()

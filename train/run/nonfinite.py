@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from schemas.errors import ShardError, VlprepError
+from schemas.errors import VlprepError
 from train.batches.batch import MicroBatch
 from train.batches.stream import StepBatch
 from train.order.explain import source_samples
@@ -81,7 +81,7 @@ class SkippedSteps:
     def _describe(self, bins: list[int]) -> list[str]:
         try:
             samples = source_samples(self._index, bins)
-        except ShardError as error:
+        except VlprepError as error:
             return [f"  their samples are not known: {error}"]
         lines = [
             f"  bin {number}: {sample.dataset} {sample.file}:{sample.line} record {sample.record} id {sample.id}"

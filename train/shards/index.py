@@ -20,14 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+import storage
 from schemas.bins import TAR_BLOCK, shard_name
 from schemas.errors import ConfigError, ShardError
 from schemas.manifest import MANIFEST_FILE, Manifest, decode_manifest, read_manifest
 from schemas.qwen import IMAGE_MEAN, IMAGE_STD
 from schemas.tables import BINS_COLUMNS, BINS_FILE
+from storage.urls import Location, Url, location_key, parse_location, without_secrets
 from train.arithmetic.cost import CostModel
 from train.shards.mixture import Mixture, Source, mix, parse_sources
-from train.shards.remote import RemotePath, ShardPath, file_sizes, parse_path, read_file, sub_folders
 
 _COPY_OR_BUILD = "Copy the folder again or build the shards again."
 _SEE_THAT_IT_ANSWERS = "See that the file system or server answers and may be read, then start again."
@@ -36,7 +37,7 @@ _SEE_THAT_IT_ANSWERS = "See that the file system or server answers and may be re
 class BinLocation(NamedTuple):
     """Where a bin lies: ``num_bytes`` at ``offset`` of the shard at ``path``; ``local_bin`` is its number there."""
 
-    path: ShardPath
+    path: Location
     offset: int
     num_bytes: int
     xxh3: int
@@ -70,10 +71,10 @@ class ShardIndex:
         mixture: proportions of the sources, where they were given; else None.
     """
 
-    folders: tuple[ShardPath, ...]
+    folders: tuple[Location, ...]
     manifests: tuple[Manifest, ...]
     first_bins: NDArray[np.int64]
-    shard_paths: tuple[ShardPath, ...]
+    shard_paths: tuple[Location, ...]
     local_bin: NDArray[np.int64]
     shard: NDArray[np.int32]
     offset: NDArray[np.int64]
@@ -96,7 +97,7 @@ class ShardIndex:
     @property
     def is_remote(self) -> bool:
         """Whether a folder lies behind a URL."""
-        return any(isinstance(folder, RemotePath) for folder in self.folders)
+        return any(isinstance(folder, Url) for folder in self.folders)
 
     @property
     def max_length(self) -> int:
@@ -176,13 +177,13 @@ def open_shards(shards: str | Path) -> ShardIndex:
         ConfigError: the text makes no sense, or a URL cannot be read here.
     """
     sources = parse_sources(shards) if isinstance(shards, str) else (Source(path=str(shards)),)
-    of_source = [_find_folders(parse_path(source.path)) for source in sources]
+    of_source = [_find_folders(_parse_folder(source.path)) for source in sources]
     folders = [folder for found in of_source for folder in found]
     manifests = [_read_manifest(folder) for folder in folders]
     _check_distinct(folders)
     _check_agreement(folders, manifests)
     tables: list[dict[str, NDArray[Any]]] = []
-    shard_paths: list[ShardPath] = []
+    shard_paths: list[Location] = []
     for folder, manifest in zip(folders, manifests):
         _check_files(folder, manifest)
         columns = _read_bins_table(folder, manifest)
@@ -191,7 +192,10 @@ def open_shards(shards: str | Path) -> ShardIndex:
         shard_paths.extend(folder / shard.file for shard in manifest.shards)
     sizes = [len(columns["bin"]) for columns in tables]
     if not sum(sizes):
-        raise ShardError(f"{shards} holds no bins: every annotation was rejected. `vlprep report` shows the reasons.")
+        raise ShardError(
+            f"{without_secrets(str(shards))} holds no bins: every annotation was rejected. "
+            "`vlprep report` shows the reasons."
+        )
     # One column after the other, so that no more than one of them is there twice.
     joined = {name: _joined([columns.pop(name) for columns in tables]) for name in BINS_COLUMNS}
     first_bins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -211,13 +215,20 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _find_folders(path: ShardPath) -> list[ShardPath]:
+def _parse_folder(text: str) -> Location:
+    _, mark, rest = text.partition("://")
+    if not (rest.strip("/") if mark else text.strip()):
+        raise ConfigError(f"{text!r} names no folder. Give one that `vlprep build --out` wrote, or its URL.")
+    return parse_location(text)
+
+
+def _find_folders(path: Location) -> list[Location]:
     if _holds(path, MANIFEST_FILE):
         return [path]
     if isinstance(path, Path) and not path.is_dir():
         raise ShardError(f"{path} is not a folder. Give the folder that `vlprep build --out` wrote.")
     try:
-        entries = sub_folders(path)
+        entries = storage.sub_folders(path)
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
     folders = [entry for entry in entries if _holds(entry, MANIFEST_FILE) or _looks_unfinished(entry)]
@@ -229,45 +240,44 @@ def _find_folders(path: ShardPath) -> list[ShardPath]:
     return folders
 
 
-def _holds(folder: ShardPath, name: str) -> bool:
+def _holds(folder: Location, name: str) -> bool:
     return name in _sizes(folder, [name])
 
 
-def _looks_unfinished(folder: ShardPath) -> bool:
+def _looks_unfinished(folder: Location) -> bool:
     """A build that was not sealed: reading its manifest fails, so that it is not left out silently."""
-    if isinstance(folder, RemotePath):
+    if isinstance(folder, Url):
         return _holds(folder, shard_name(0))
     return (folder / ".build").is_dir() or next(folder.glob("bins-*.tar"), None) is not None
 
 
-def _read_manifest(folder: ShardPath) -> Manifest:
+def _read_manifest(folder: Location) -> Manifest:
     if isinstance(folder, Path):
         return read_manifest(folder)
     return decode_manifest(_read(folder / MANIFEST_FILE), where=str(folder / MANIFEST_FILE))
 
 
-def _sizes(folder: ShardPath, names: list[str]) -> dict[str, int]:
+def _sizes(folder: Location, names: list[str]) -> dict[str, int]:
     try:
-        return file_sizes(folder, names)
+        return storage.file_sizes(folder, names)
     except OSError as error:
         raise ShardError(f"{folder} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
 
 
-def _read(path: ShardPath) -> bytes:
+def _read(path: Location) -> bytes:
     try:
-        return read_file(path)
-    except FileNotFoundError:
+        return path.read_bytes() if isinstance(path, Path) else storage.read(path)
+    except (FileNotFoundError, storage.NotThereError):
         raise ShardError(f"{path} is missing. {_COPY_OR_BUILD}") from None
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
 
 
-def _check_distinct(folders: list[ShardPath]) -> None:
+def _check_distinct(folders: list[Location]) -> None:
     """See that no folder is there twice, by another name, through a link or inside another one."""
-    names: dict[str, ShardPath] = {}
+    names: dict[str, Location] = {}
     for folder in folders:
-        place = str(folder.resolve()) if isinstance(folder, Path) else folder.url
-        if (other := names.setdefault(place, folder)) is not folder:
+        if (other := names.setdefault(location_key(folder), folder)) is not folder:
             again = "" if str(other) == str(folder) else f", also as {other}"
             raise ConfigError(
                 f"{folder} is there twice{again}: its bins would be used twice. Name it once; weights or epochs "
@@ -275,7 +285,7 @@ def _check_distinct(folders: list[ShardPath]) -> None:
             )
 
 
-def _check_agreement(folders: list[ShardPath], manifests: list[Manifest]) -> None:
+def _check_agreement(folders: list[Location], manifests: list[Manifest]) -> None:
     for folder, manifest in zip(folders, manifests):
         prints, first = manifest.fingerprints, manifests[0].fingerprints
         if (prints.image_mean, prints.image_std) != (IMAGE_MEAN, IMAGE_STD):
@@ -290,7 +300,7 @@ def _check_agreement(folders: list[ShardPath], manifests: list[Manifest]) -> Non
             )
 
 
-def _check_files(folder: ShardPath, manifest: Manifest) -> None:
+def _check_files(folder: Location, manifest: Manifest) -> None:
     """Shards and both tables: the ledger, too, is wanted before the end, where a loss is not finite."""
     files = [*manifest.shards, *manifest.tables]
     sizes = _sizes(folder, [stored.file for stored in files])
@@ -302,7 +312,7 @@ def _check_files(folder: ShardPath, manifest: Manifest) -> None:
             raise ShardError(f"{path} has {found} bytes, its manifest says {stored.num_bytes}. {_COPY_OR_BUILD}")
 
 
-def _read_bins_table(folder: ShardPath, manifest: Manifest) -> dict[str, NDArray[Any]]:
+def _read_bins_table(folder: Location, manifest: Manifest) -> dict[str, NDArray[Any]]:
     path = folder / BINS_FILE
     stored = next((table for table in manifest.tables if table.file == BINS_FILE), None)
     if stored is None:
@@ -327,7 +337,7 @@ def _shard_of_row(manifest: Manifest) -> NDArray[np.int32]:
     return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
-def _check_rows(path: ShardPath, columns: dict[str, NDArray[Any]], manifest: Manifest) -> None:
+def _check_rows(path: Location, columns: dict[str, NDArray[Any]], manifest: Manifest) -> None:
     bins, shard_of_row = columns["bin"], _shard_of_row(manifest)
     # A number is absent where every sample of a bin turned out to be unusable, and a shard where all its bins are.
     in_order = len(bins) == len(shard_of_row) and bool((np.diff(bins, prepend=-1) > 0).all())

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+import storage
 from schemas.errors import ShardError
 from schemas.tables import SAMPLES_FILE, STATUS_PACKED
+from storage.urls import Location
 from train.shards.index import ShardIndex
-from train.shards.remote import ShardPath, open_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,7 +33,7 @@ class SampleDatasets:
     of_sample: NDArray[np.int32]
 
 
-def read_ledger(folder: ShardPath, columns: list[str], filters: list[tuple[str, str, object]]) -> pa.Table:
+def read_ledger(folder: Location, columns: list[str], filters: list[tuple[str, str, object]]) -> pa.Table:
     """Rows and columns of the ledger of one set of shards.
 
     Args:
@@ -47,11 +48,11 @@ def read_ledger(folder: ShardPath, columns: list[str], filters: list[tuple[str, 
     try:
         if isinstance(path, Path):
             return pq.read_table(path, columns=columns, filters=filters)
-        with open_file(path) as file:
+        with storage.open_file(path) as file:
             # Threads of pyarrow let go of a Python file some time after the call; where the interpreter ends just
             # then, it aborts (apache/arrow, issue 34314).
             return pq.read_table(file, columns=columns, filters=filters, use_threads=False, pre_buffer=False)
-    except FileNotFoundError:
+    except (FileNotFoundError, storage.NotThereError):
         raise ShardError(f"{path} is missing. Copy the folder again or build it again.") from None
     except (OSError, pa.ArrowException) as error:
         raise ShardError(f"{path} cannot be read: {error}. Copy the folder again.") from error

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.errors import ConfigError
+from storage.urls import without_secrets
 
 _SHARE = re.compile(r"(?P<path>.+):(?P<number>\d+(\.\d*)?|\.\d+)(?P<unit>epochs?)?")
 _HOST_ONLY = re.compile(r"[a-z0-9+.-]+://[^/]*", re.IGNORECASE)
@@ -51,15 +52,19 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     """
     if _is_there(text):
         return (Source(path=text),)
-    sources = tuple(_parse_source(part.strip(), text) for part in text.split(","))
+    shown = without_secrets(text)
+    sources = tuple(_parse_source(part.strip(), shown) for part in text.split(","))
     paths = [source.path.rstrip("/") for source in sources]
     for path in paths:
         if paths.count(path) > 1:
-            raise ConfigError(f"--shards {text} names {path} twice. Name it once, with the weight or epochs you want.")
+            raise ConfigError(
+                f"--shards {shown} names {without_secrets(path)} twice. Name it once, with the weight or epochs you "
+                "want."
+            )
     kinds = {(source.weight is None, source.epochs is None) for source in sources}
     if len(kinds) > 1:
         raise ConfigError(
-            f"--shards {text} gives weights or epochs to a part of the folders. Give weights to all (a:0.7,b:0.3), "
+            f"--shards {shown} gives weights or epochs to a part of the folders. Give weights to all (a:0.7,b:0.3), "
             "epochs to all (a:2epochs,b:0.5epochs), or nothing to any."
         )
     return sources
@@ -72,15 +77,16 @@ def _is_there(text: str) -> bool:
         return False
 
 
-def _parse_source(part: str, text: str) -> Source:
+def _parse_source(part: str, shown: str) -> Source:
     found = _SHARE.fullmatch(part)
     if found is None or (_HOST_ONLY.fullmatch(found["path"]) and not found["unit"]):  # http://host:8000 has a port
         if not part:
-            raise ConfigError(f"--shards {text!r} has an empty part. Separate folders by single commas.")
+            raise ConfigError(f"--shards {shown!r} has an empty part. Separate folders by single commas.")
         return Source(path=part)
     number = Fraction(found["number"])
     if number <= 0:
-        raise ConfigError(f"--shards {text} gives {found['path']} the share 0. Leave that folder out.")
+        folder = without_secrets(found["path"])
+        raise ConfigError(f"--shards {shown} gives {folder} the share 0. Leave that folder out.")
     if found["unit"]:
         return Source(path=found["path"], epochs=number)
     return Source(path=found["path"], weight=number)
@@ -158,7 +164,8 @@ def mix(sources: Sequence[Source], sizes: Sequence[int]) -> Mixture | None:
     """
     for source, size in zip(sources, sizes):
         if not size and (source.weight or source.epochs):
-            raise ConfigError(f"{source.path} holds no bins and cannot have a share of the mixture. Leave it out.")
+            folder = without_secrets(source.path)
+            raise ConfigError(f"{folder} holds no bins and cannot have a share of the mixture. Leave it out.")
     if all(source.weight is not None for source in sources):
         weights = [Fraction(source.weight or 0) for source in sources]
         scale = math.lcm(*(weight.denominator for weight in weights))

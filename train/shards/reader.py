@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +20,17 @@ import numpy as np
 import torch
 import xxhash
 
+import storage
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, read_bin
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VIDEO_PAD
+from storage.reading import read_into
+from storage.request import DEFAULT_POLICY, RetryPolicy
+from storage.urls import Url
 from train.shards.buffers import Buffers, ReusedBuffers
 from train.shards.cache import BinCache, cache_key
 from train.shards.index import BinLocation, ShardIndex
 from train.shards.jpeg import require_pillow
-from train.shards.remote import Patience, RemotePath, read_range
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +45,14 @@ class ReadSettings:
     Attributes:
         verify: when checksums are compared, one of ``VERIFY``. Structure and counts of a bin are always checked.
         connections: range requests of a rank under way at once.
-        patience: with remote shards.
+        retry_policy: of remote shards.
         cache_dir: folder on a local disk where bins of remote shards are kept; None for no cache.
         cache_bytes: of all bins kept there.
     """
 
     verify: str = "always"
     connections: int = 16
-    patience: Patience = field(default_factory=Patience)
+    retry_policy: RetryPolicy = DEFAULT_POLICY
     cache_dir: Path | None = None
     cache_bytes: int = 100 << 30
 
@@ -88,7 +91,7 @@ class BinReader:
         self._index = index
         self._settings = settings or ReadSettings()
         self._buffers = buffers or ReusedBuffers()
-        self._stopped = threading.Event()
+        self._stop_event = threading.Event()
         if any(manifest.settings.pixels == "jpeg" for manifest in index.manifests):
             require_pillow()
         self._cache: BinCache | None = None
@@ -120,7 +123,7 @@ class BinReader:
         location = self._index.locate(number)
         buffer = self._buffers.take(location.num_bytes)
         data = buffer.numpy().data
-        cache = self._cache if isinstance(location.path, RemotePath) else None
+        cache = self._cache if isinstance(location.path, Url) else None
         one = None if cache is None else self._read_cached(cache, number, location, data)
         if one is None:
             # Into a cache goes nothing unchecked, whatever the settings: damage must not be kept.
@@ -132,29 +135,28 @@ class BinReader:
 
     def close(self) -> None:
         """Let reads that wait for a server to come back fail at once."""
-        self._stopped.set()
+        self._stop_event.set()
 
     def _fetch(self, number: int, location: BinLocation, data: memoryview, *, checked: bool) -> None:
         """Read a bin from its shard; its checksum is taken on the way."""
         digest = xxhash.xxh3_64() if checked else None
         try:
-            got = read_range(
+            got = read_into(
                 location.path,
                 location.offset,
                 data,
                 digest=digest,
-                patience=self._settings.patience,
-                stopped=self._stopped,
+                where=location,
+                policy=self._settings.retry_policy,
+                stop_event=self._stop_event,
             )
+        except (FileNotFoundError, storage.NotThereError) as error:
+            raise ShardError(f"{location}: the shard does not exist. Copy it again, then resume.") from error
         except OSError as error:
-            missing = "No such file" if isinstance(error, FileNotFoundError) else None
-            if isinstance(location.path, RemotePath):
-                remedy = "See that the server answers and holds the shard, then resume."
-            elif missing:
-                remedy = "Copy the shard again."
-            else:
-                remedy = "See that the file system answers and the shard may be read, then resume."
-            raise ShardError(f"{location}: cannot be read: {missing or error.strerror or error}. {remedy}") from error
+            raise ShardError(
+                f"{location}: cannot be read: {error.strerror or error}. Check that the file system answers and the "
+                "shard may be read, then resume."
+            ) from error
         if got < location.num_bytes:
             raise ShardError(
                 f"{location}: the shard ends after {got} of the bin's {location.num_bytes} bytes. Copy the shard again."
