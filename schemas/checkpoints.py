@@ -1,4 +1,4 @@
-"""What a checkpoint says of its image processor, wherever the file is that says so.
+"""JSON files of a checkpoint: its ``config.json``, and its image processor, whichever file describes that.
 
 transformers 5 saves a processor as ``processor_config.json``, with the image processor inside; the published
 checkpoints, and image processors saved by themselves, have ``preprocessor_config.json``. Where both are there, the
@@ -7,8 +7,9 @@ first counts, as it does for transformers.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,6 +19,7 @@ from schemas.qwen import IMAGE_MEAN, IMAGE_STD, MERGE_SIZE, PATCH_SIZE, TEMPORAL
 _T = TypeVar("_T")
 
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -33,6 +35,22 @@ class ImageProcessor(msgspec.Struct, kw_only=True, frozen=True):
 
 class _ProcessorFile(msgspec.Struct):
     image_processor: ImageProcessor | None = None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Contents of the ``config.json`` of a checkpoint.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or not a JSON object.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Give the folder of a complete checkpoint.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not a JSON object. Give the folder of a complete checkpoint.")
+    return config
 
 
 def processor_file(folder: Path) -> Path:

@@ -16,15 +16,16 @@ import click
 import numpy as np
 
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.mixture import KINDS, SIZES_OF_3B, PackedMixture, packed_mixture
+from tests.benchmarks.mixture import KINDS, PackedMixture, packed_mixture
 from train.arithmetic.cost import CostModel
+from train.arithmetic.dimensions import OFFICIAL
 from train.order.dealing import DataOrder, Grouping
 from train.order.simulate import mixture_variance
 
 MODELS = {
-    f"{name}{what}": sizes.in_training(tune_vision=trained, gradient_checkpointing=True)
-    for what, trained in (("", True), (", frozen tower", False))
-    for name, sizes in (("3B", SIZES_OF_3B), ("7B", CostModel()))
+    f"{name}{suffix}": CostModel.of(OFFICIAL[name]).in_training(tune_vision=trained, gradient_checkpointing=True)
+    for suffix, trained in (("", True), (", frozen tower", False))
+    for name in ("3B", "7B")
 }
 WINDOWS = (None, 2, 4, 8)
 MAX_PATCHES = 12_288

@@ -12,12 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.packing.best_fit import pack
-from train.arithmetic.cost import CostModel
 
 KINDS = ("pictures", "documents", "charts", "clips", "text")
-
-SIZES_OF_3B = CostModel(hidden_size=2048, num_layers=36, intermediate_size=11008, key_value_size=256, vocab_size=151936)
-"""Qwen2.5-VL-3B-Instruct; the vision tower is that of the 7B."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from schemas.checkpoints import read_config
 from tests.train.synthetic import as_bin, make_medium, make_sample
-from train.arithmetic.cost import read_config
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.memory.activations import ANGLES, VISION_ANGLES, Load, activation_terms
 from train.memory.states import Phase

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import ConfigError
-from tests.benchmarks.mixture import SIZES_OF_3B, PackedMixture, packed_mixture
+from tests.benchmarks.mixture import PackedMixture, packed_mixture
 from train.arithmetic.cost import CostModel
+from train.arithmetic.dimensions import OFFICIAL
 from train.order.dealing import DataOrder, Grouping
 from train.order.simulate import mixture_variance
 from train.shards.mixture import Mixture
+
+MODEL_3B, MODEL_7B = (CostModel.of(OFFICIAL[size]) for size in ("3B", "7B"))
 
 groupings = st.builds(Grouping, steps=st.integers(2, 5), runs=st.integers(1, 5))
 
@@ -165,7 +168,7 @@ def measured(
     return float(efficiencies[0]), float(efficiencies[1]), variances[0], variances[1]
 
 
-@pytest.mark.parametrize("model", [CostModel(), SIZES_OF_3B], ids=["7B", "3B"])
+@pytest.mark.parametrize("model", [MODEL_7B, MODEL_3B], ids=["7B", "3B"])
 def test_a_budget_of_patches_and_sorting_the_random_batch_are_enough_for_64_ranks(model: CostModel) -> None:
     """A mixture of pictures, pages, charts, clips and text; dealt at random, ranks idle for a tenth of the time."""
     random, sorted_alone, _, _ = measured(model, None, max_patches=None)
@@ -189,8 +192,8 @@ def test_the_default_leaves_the_mixture_of_a_step_as_random_as_a_random_deal() -
 
 def test_grouping_balances_better_and_makes_the_mixture_vary_more() -> None:
     """So it is off by default: what it adds to a budget and sorting costs a multiple of the variance."""
-    _, plain, _, random_variance = measured(SIZES_OF_3B, None)
-    _, grouped, variance, _ = measured(SIZES_OF_3B, Grouping(steps=4, runs=4))
+    _, plain, _, random_variance = measured(MODEL_3B, None)
+    _, grouped, variance, _ = measured(MODEL_3B, Grouping(steps=4, runs=4))
     assert plain < 0.985 < grouped
     assert variance > 2 * random_variance
 

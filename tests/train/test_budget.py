@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
+from train.arithmetic.dimensions import OFFICIAL
 from train.memory import budget
 from train.memory.activations import activation_terms
 from train.memory.states import Memory
-from train.model.sizes import OFFICIAL, Sizes, sizes_of
+from train.model.sizes import Sizes, sizes_of
 from train.settings.arguments import TrainArguments
 from train.shards.index import ShardIndex, open_shards
 
@@ -87,7 +88,7 @@ def test_the_table_has_the_largest_bins_of_each_size() -> None:
     asked: dict[int, int] = {}
 
     def load_of(number: int, of: Sizes) -> budget.Load:
-        asked[of.hidden_size] = number
+        asked[of.dims.hidden_size] = number
         return budget.fullest_load(64, number, checkpointed=True)
 
     args = TrainArguments(shards="shards")

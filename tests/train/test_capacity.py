@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from train.arithmetic.dimensions import OFFICIAL
 from train.memory import capacity
 from train.memory.capacity import Written, check_device, check_disk, check_held, check_host, host_bytes, written
 from train.memory.states import DEVICE, GIB, MOMENTS, Memory, Phase, Term
-from train.model.sizes import OFFICIAL, sizes_of
+from train.model.sizes import sizes_of
 from train.settings.arguments import TrainArguments
 
 

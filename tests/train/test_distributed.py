@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from schemas.checkpoints import read_config
 from tests.train.launching import (
     alone,
     as_flags,
@@ -35,7 +36,7 @@ from tests.train.launching import (
     torchrun,
 )
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
-from train.arithmetic.cost import CostModel, read_config
+from train.arithmetic.cost import CostModel
 from train.batches.batch import build_micro_batch
 from train.model.packed import CHUNK, PackedQwen
 from train.order.dealing import DataOrder
@@ -116,7 +117,7 @@ def test_in_every_micro_step_one_rank_has_text_and_the_other_a_picture_and_a_cli
     shards: Path, tiny_checkpoint: Path
 ) -> None:
     index = open_shards(shards)
-    costs = CostModel.of_training(read_config(tiny_checkpoint), gradient_checkpointing=True)
+    costs = CostModel.of(read_config(tiny_checkpoint)).in_training(gradient_checkpointing=True)
     order = DataOrder(index.cost(costs), seed=0, global_batch=4)
     for step in range(NUM_STEPS):
         bins = order.bins_of_step(step, world_size=2, accumulation=2, per_device=1)[..., 0]

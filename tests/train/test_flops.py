@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from schemas.checkpoints import read_config
 from schemas.errors import ConfigError
 from tests.train.synthetic import Sample, as_bin, make_medium, make_sample
-from train.arithmetic.cost import CostModel, read_config
+from train.arithmetic.cost import CostModel
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.model import optim
 from train.model.flops import ModelFlops, known_peak, peak_tflops
@@ -147,7 +148,7 @@ def test_the_estimate_that_balances_ranks_agrees(model: PackedQwen, tiny_checkpo
         "num_videos": 1,
     }
     columns = {name: np.array([value]) for name, value in counts.items()}
-    estimate = CostModel.of_training(read_config(tiny_checkpoint)).bin_flops(**columns)
+    estimate = CostModel.of(read_config(tiny_checkpoint)).in_training().bin_flops(**columns)
     counted = ModelFlops.of(model).count(micro)
     # The estimate has a gradient of the pixels, which nobody asks for.
     assert estimate[0] - counted == pytest.approx(2 * 1176 * 32 * 512)

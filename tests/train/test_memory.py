@@ -9,58 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import Qwen2_5_VLForConditionalGeneration
 
+from schemas.checkpoints import read_config
 from tests.train.launching import launch, made_once
 from tests.train.synthetic import make_bins, write_shards
-from train.arithmetic.cost import read_config
+from train.arithmetic.dimensions import OFFICIAL
 from train.memory import budget
 from train.memory.states import DEVICE, Memory, Phase, Sharding, Term, state_terms
-from train.model import adapters, optim
-from train.model.packed import PackedQwen
-from train.model.sizes import OFFICIAL, sizes_of
+from train.model.sizes import sizes_of
 from train.run import engine
 from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
-from train.settings.recipe import SIZES, choose_recipe
+from train.settings.recipe import choose_recipe
 from train.shards.index import open_shards
 
 ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [("3B", 3_754_622_976), ("7B", 8_292_166_656), ("32B", 33_452_718_336), ("72B", 73_410_777_344)],
-)
-def test_official_sizes_have_the_official_numbers_of_parameters(size: str, expected: int) -> None:
-    """Those that the index files of the weights add up to: 3.75, 8.29, 33.45 and 73.41 billion."""
-    sizes = sizes_of(OFFICIAL[size], ARGS)
-    assert sizes.num_parameters == sizes.num_trained == expected
-
-
-def test_the_recommended_settings_know_the_official_sizes() -> None:
-    found = {(config["hidden_size"], config["num_hidden_layers"]): size for size, config in OFFICIAL.items()}
-    assert found == SIZES
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_sizes_without_weights_are_those_of_the_model_in_training(tiny_checkpoint: Path, lora: bool) -> None:
-    args = TrainArguments(shards="shards", lora_enable=lora)
-    config = read_config(tiny_checkpoint)
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
-    if lora:
-        chosen = adapters.choose_adapters(args, config)
-        assert chosen is not None
-        adapters.add_adapters(hf, chosen, seed=0)
-    model = PackedQwen(hf, attn_implementation="sdpa")
-    groups = optim.group_parameters(model, optim.learning_rates(args, 1.0))
-    sizes = sizes_of(config, args)
-    assert sizes.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert sizes.num_trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert sizes.largest_group == max(group.num_elements for group in groups if group.learning_rate is not None)
-    assert sizes.largest_module == 151936 * 64
-    assert sizes.num_in_small(64) == sum(p.numel() for p in model.parameters() if p.numel() <= 64)
-    assert (sizes.num_trained < sizes.num_parameters / 2) == lora
 
 
 def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 64) -> Sharding:

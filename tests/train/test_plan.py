@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import tokenizer_fingerprint
 from tests.train.synthetic import make_bins, write_shards
-from train.arithmetic.cost import CostModel, read_config
+from train.arithmetic.cost import CostModel
 from train.main import main
 from train.model import pretrained
 from train.model.attention import FLASH_ATTENTION
@@ -271,7 +272,7 @@ def test_bins_are_dealt_by_the_costs_of_the_model_that_is_trained(flags: list[st
     plan = make_plan(
         parse_arguments([*flags, "--tune_mm_llm", "False", "--tune_mm_vision", "--gradient_checkpointing", "False"])
     )
-    expected = plan.index.cost(CostModel.of_training(read_config(plan.source), **trained))
+    expected = plan.index.cost(CostModel.of(read_config(plan.source)).in_training(**trained))
     np.testing.assert_array_equal(plan.order.cost, expected)
     assert not np.array_equal(plan.order.cost, make_plan(parse_arguments(flags)).order.cost)
 

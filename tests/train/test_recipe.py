@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from train.arithmetic.dimensions import official_size
 from train.settings.flags import parse_arguments
-from train.settings.recipe import Recipe, choose_recipe, size_of
+from train.settings.recipe import Recipe, choose_recipe
 
 CONFIGS = {
     "3B": {"hidden_size": 2048, "num_hidden_layers": 36},
@@ -31,12 +32,12 @@ def test_every_official_size_has_its_recommended_settings(
 ) -> None:
     """Sizes of the language model stand at the top of older files, and in ``text_config`` of newer ones."""
     config = {"text_config": CONFIGS[size]} if nested else CONFIGS[size]
-    assert size_of(config) == size
+    assert official_size(config) == size
     assert recipe(config) == expected
 
 
 def test_another_size_has_one_bin_and_four_micro_steps() -> None:
-    assert size_of({"hidden_size": 64, "num_hidden_layers": 2}) is None
+    assert official_size({"hidden_size": 64, "num_hidden_layers": 2}) is None
     assert recipe({}) == (2e-7, 1, 4, 3.0)
 
 

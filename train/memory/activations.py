@@ -47,7 +47,7 @@ def activation_terms(sizes: Sizes, load: Load, dtype: torch.dtype) -> list[Term]
 
 
 def _vision_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
-    hidden, depth, patches = sizes.vision_hidden_size, sizes.vision_depth, load.num_patches
+    hidden, depth, patches = sizes.dims.vision_hidden_size, sizes.dims.vision_depth, load.num_patches
     terms = [
         _term("pixels, as stored", PATCH_DIM, patches, "patches"),
         _term("pixels, on their way", (4 + 2 * width) * PATCH_DIM, patches, "patches", Phase.MOMENT),
@@ -55,7 +55,7 @@ def _vision_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     if optim.VISION_TOWER in sizes.trained_parts:
         block = _vision_block(sizes, width)
         terms.append(_term("pixels", width * PATCH_DIM, patches, "patches"))
-        terms.append(_term(VISION_ANGLES, 2 * 4 * (hidden // sizes.vision_num_heads), patches, "patches"))
+        terms.append(_term(VISION_ANGLES, 2 * 4 * (hidden // sizes.dims.vision_num_heads), patches, "patches"))
         if load.is_checkpointed:
             terms.append(_term(f"inputs of {depth} blocks", width * hidden * depth, patches, "patches"))
             terms.append(_term("a block, recomputed", block, patches, "patches", Phase.MOMENT))
@@ -68,7 +68,7 @@ def _vision_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
 
 
 def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
-    hidden, depth, tokens = sizes.hidden_size, sizes.num_layers, load.num_tokens
+    hidden, depth, tokens = sizes.dims.hidden_size, sizes.dims.num_layers, load.num_tokens
     num_layers, phase = (1, Phase.MOMENT) if load.is_checkpointed else (depth, Phase.BACKWARD)
     layers = _term(
         "a layer, recomputed" if load.is_checkpointed else f"{depth} layers",
@@ -77,7 +77,7 @@ def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
         "tokens",
         phase,
     )
-    terms = [_term(ANGLES, 2 * width * (hidden // sizes.num_heads), tokens, "tokens")]
+    terms = [_term(ANGLES, 2 * width * (hidden // sizes.dims.num_heads), tokens, "tokens")]
     if load.is_checkpointed:
         terms.append(_term(f"inputs of {depth} layers", width * hidden * depth, tokens, "tokens"))
     terms.append(layers)
@@ -87,7 +87,7 @@ def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     # Of a chunk: logits, the same in float32, their logarithms, and gradients of all three.
     logits = 12 if width == 4 else 12 + 2 * width
     rows = min(CHUNK, load.num_targets)
-    terms.append(_term("a chunk of logits", logits * sizes.vocab_size, rows, "targets", Phase.MOMENT))
+    terms.append(_term("a chunk of logits", logits * sizes.dims.vocab_size, rows, "targets", Phase.MOMENT))
     return terms
 
 
@@ -99,14 +99,14 @@ def _language_layer(sizes: Sizes, width: int) -> int:
     factor and, where weights are trained, the product. Trained matrices save their inputs; that of the last one of
     attention is its output once more, joined.
     """
-    hidden, keys = sizes.hidden_size, sizes.key_value_size
+    hidden, keys = sizes.dims.hidden_size, sizes.dims.key_value_size
     norms = 2 * (4 * hidden + 4)
-    attention = width * (2 * hidden + 2 * keys) + 4 * sizes.num_heads
-    mlp = 3 * width * sizes.intermediate_size
+    attention = width * (2 * hidden + 2 * keys) + 4 * sizes.dims.num_heads
+    mlp = 3 * width * sizes.dims.intermediate_size
     if optim.LANGUAGE_MODEL in sizes.trained_parts:
         norms += 2 * width * hidden
         attention += 2 * width * hidden
-        mlp += width * (hidden + sizes.intermediate_size)
+        mlp += width * (hidden + sizes.dims.intermediate_size)
     return norms + attention + mlp
 
 
@@ -116,13 +116,17 @@ def _vision_block(sizes: Sizes, width: int) -> int:
     Values are a part of the output of ``qkv``, which is kept with them; the outputs of the windows are kept once alone
     and once joined.
     """
-    hidden = sizes.vision_hidden_size
-    return width * (11 * hidden + 4 * sizes.vision_intermediate_size) + 8 * (hidden + 1) + 4 * sizes.vision_num_heads
+    hidden = sizes.dims.vision_hidden_size
+    return (
+        width * (11 * hidden + 4 * sizes.dims.vision_intermediate_size)
+        + 8 * (hidden + 1)
+        + 4 * sizes.dims.vision_num_heads
+    )
 
 
 def _merger(sizes: Sizes, width: int) -> int:
     """Bytes that the merger saves for each patch: what its norm needs, and the inputs of its matrices and GELU."""
-    hidden = sizes.vision_hidden_size
+    hidden = sizes.dims.vision_hidden_size
     saved = width * hidden
     if optim.VISION_TOWER in sizes.trained_parts:
         saved += 4 * hidden + 4

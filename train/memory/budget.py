@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
 from schemas.qwen import MERGED_PATCHES
-from train.arithmetic.cost import read_config
+from train.arithmetic.dimensions import OFFICIAL
 from train.memory.activations import Load, activation_terms
 from train.memory.states import GIB, Memory, Phase, Sharding, state_terms
 from train.model import pretrained
 from train.model.packed import CHUNK
-from train.model.sizes import OFFICIAL, Sizes, sizes_of
+from train.model.sizes import Sizes, sizes_of
 from train.run import engine
 from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
@@ -154,7 +155,7 @@ def budget(
         choose_recipe(args, model_config),
         world=world,
         dtype=dtype,
-        hidden_size=sizes.hidden_size,
+        hidden_size=sizes.dims.hidden_size,
     )
     sharding = Sharding.of(complete, world=world, dtype=dtype)
     return Memory((*state_terms(sizes, sharding), *activation_terms(sizes, load, dtype)))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import click
 
+from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
-from train.arithmetic.cost import CostModel, read_config
+from train.arithmetic.cost import CostModel
 from train.order.dealing import DataOrder, Grouping
 from train.order.explain import explain_step
 from train.order.simulate import NUM_STEPS, report, simulate
@@ -91,10 +92,7 @@ def main(
             "uses_adapters": lora,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        if model is None:
-            cost_model = CostModel().in_training(**trained)
-        else:
-            cost_model = CostModel.of_training(read_config(model), **trained)
+        cost_model = (CostModel() if model is None else CostModel.of(read_config(model))).in_training(**trained)
         order = DataOrder(
             index.cost(cost_model),
             seed=seed,

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
 from storage.disk import nearest_existing
-from train.arithmetic.cost import read_config
 from train.memory import budget
 from train.memory.capacity import check_device, check_disk, check_held, check_host, device_bytes, host_bytes, written
 from train.memory.states import GIB, Memory

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from schemas.checkpoints import read_config
 from schemas.errors import ConfigError
-from train.arithmetic.cost import CostModel, read_config
+from train.arithmetic.cost import CostModel
 from train.model import optim, pretrained
 from train.model.adapters import Adapters, choose_adapters
 from train.model.attention import check_window
@@ -195,8 +196,7 @@ def make_plan(args: TrainArguments) -> Plan:
     state = None if resume_from is None else checkpoint.read_state(resume_from)
     if resume_from is not None and state is not None:
         checkpoint.check_settings(resume_from, state, settings)
-    cost_model = CostModel.of_training(
-        model_config,
+    cost_model = CostModel.of(model_config).in_training(
         tune_llm=args.tune_mm_llm,
         tune_vision=args.tune_mm_vision,
         uses_adapters=adapters is not None,

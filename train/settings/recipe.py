@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from train.arithmetic.dimensions import official_size
 from train.settings.arguments import TrainArguments
 
 
@@ -41,18 +42,8 @@ PRESETS = {
 OTHER = Recipe(learning_rate=2e-7, per_device=1, accumulation=4, epochs=3.0)
 """For a model of any other size."""
 
-SIZES = {(2048, 36): "3B", (3584, 28): "7B", (5120, 64): "32B", (8192, 80): "72B"}
-"""Width and number of layers of the language model -> official size."""
-
-
 ADAPTER_LEARNING_RATE = 1e-4
 """For LoRA at any size: adapters start from zero and want rates far above those of trained weights."""
-
-
-def size_of(config: Mapping[str, Any]) -> str | None:
-    """The official size that a ``config.json`` describes; None for any other model."""
-    text = config.get("text_config") or config
-    return SIZES.get((text.get("hidden_size", 0), text.get("num_hidden_layers", 0)))
 
 
 def choose_recipe(args: TrainArguments, config: Mapping[str, Any]) -> Recipe:
@@ -62,7 +53,7 @@ def choose_recipe(args: TrainArguments, config: Mapping[str, Any]) -> Recipe:
         args: the flags.
         config: contents of the ``config.json`` of the checkpoint.
     """
-    size = size_of(config)
+    size = official_size(config)
     preset = OTHER if size is None else PRESETS[size]
     return Recipe(
         learning_rate=_first(args.learning_rate, ADAPTER_LEARNING_RATE if args.lora_enable else preset.learning_rate),
