@@ -1,122 +1,131 @@
-"""The demo dataset as a plan: which annotations a seed gives, their media as facts and how each picture is stored.
+"""The demo dataset as a plan: which annotations a seed gives, the facts of their media, and how images are stored.
 
-seed, number of annotations -> ``Plan`` for the training part and the held-out part. Pure: nothing is drawn, no file is
-touched. Cost: under a second for 500 annotations.
+seed, number of annotations -> ``Planned`` annotations; ``Planned`` and the paths of its media -> a record. Pure:
+nothing is drawn, no file is touched. Cost: under a second for 500 annotations.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
-from demo.chart_questions import CHART_KINDS
-from demo.charts import Chart
+import numpy as np
+
 from demo.chats import CHAT_KINDS
-from demo.clip_questions import CLIP_KINDS
-from demo.clips import Clip
-from demo.kinds import Draft, Kind, allocate, compose, generator
-from demo.media import (
-    GREY_JPEG,
-    GREY_PNG,
-    JPEG,
-    PALETTE_PNG,
-    PNG,
-    TRANSPARENT_PNG,
-    TURNED_JPEG,
-    WEBP,
-    Encoding,
-)
-from demo.page_questions import PAGE_KINDS
-from demo.pages import Page
-from demo.scene_questions import SCENE_KINDS
-from demo.scenes import Scene
+from demo.drawing import JPEG, PNG, TURNED_JPEG, Encoding
+from demo.kinds import Draft, Kind, M, allocate, compose, generator
+from demo.pages import PAGE_KINDS, Page
+from demo.scenes import SCENE_KINDS, Scene
+from demo.videos import VIDEO_KINDS, Video
+from demo.wording import Wording
 
-Medium = Scene | Chart | Page | Clip
-M = TypeVar("M")
+Medium = Scene | Page | Video
+Record = dict[str, str | list[str] | list[dict[str, str]]]
 
-_SHARES = {"scene": 51, "chart": 14, "page": 12, "clip": 5, "chat": 18}
-_ENCODINGS: dict[str, tuple[Encoding, ...]] = {
-    "scene": (PNG, JPEG, GREY_PNG, JPEG, WEBP, PNG, PALETTE_PNG, JPEG, GREY_JPEG, JPEG, TRANSPARENT_PNG),
-    "chart": (PNG, JPEG, PALETTE_PNG, GREY_PNG, WEBP),
-    "page": (PNG, GREY_JPEG, JPEG, GREY_PNG),
-    "clip": (PNG,),
+_SHARES = {"scene": 60, "page": 14, "video": 6, "chat": 20}
+_KINDS: dict[str, Sequence[Kind[Any]]] = {
+    "scene": SCENE_KINDS,
+    "page": PAGE_KINDS,
+    "video": VIDEO_KINDS,
+    "chat": CHAT_KINDS,
 }
+_ENCODINGS = (
+    *(PNG, JPEG, Encoding("PNG", "L"), Encoding("WEBP")),
+    *(Encoding("PNG", "P"), Encoding("JPEG", "L"), Encoding("PNG", "RGBA")),
+)
 _TURNED_KIND = "left_or_right"
-"""The first picture of this kind is stored on its side: who ignores EXIF takes up and down for left and right."""
+"""The first image of this kind is stored on its side: without its EXIF orientation, up and down look left and right."""
+
+_START_SHARE, _END_SHARE = 0.55, 0.25
+_PLAIN_FIELD_SHARE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """An annotation of the plan: its family ("scene", "chart", …) and draft."""
+    """An annotation of the plan. ``family`` is "scene", "page", "video" or "chat"."""
 
     family: str
     draft: Draft[Medium]
+    encoding: Encoding
 
     @property
     def kind(self) -> str:
-        """The family and the kind, as the record's ``kind`` has them: "scene/count"."""
+        """The family and the kind, as in the record's ``kind``: "scene/count"."""
         return f"{self.family}/{self.draft.kind}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One part of the dataset: its annotations in order, and how the pictures of each set of facts are stored."""
+def plan_demo(seed: int, count: int, *, held_out: bool) -> list[Planned]:
+    """Returns the annotations of the training part (good records only) or of the held-out part.
 
-    annotations: tuple[Planned, ...]
-    encodings: Mapping[tuple[Medium, ...], Encoding]
-
-    def counts(self) -> dict[str, int]:
-        """Returns how many annotations of each kind there are, by name."""
-        return dict(sorted(Counter(annotation.kind for annotation in self.annotations).items()))
-
-
-def plan_demo(seed: int, *, num_train: int, num_held_out: int) -> tuple[Plan, Plan]:
-    """Returns the plans of the training part (good records only) and of the held-out part.
-
-    Both ask the same kinds of questions, where a part has enough annotations for them, about different media. Chats of
-    the held-out part do not occur in the other.
+    Both parts ask the same kinds of questions, as far as a part has enough annotations, about different media. No chat
+    occurs in both.
     """
-    return _plan_part(seed, num_train, held_out=False), _plan_part(seed, num_held_out, held_out=True)
-
-
-def _plan_part(seed: int, num: int, *, held_out: bool) -> Plan:
     part = "heldout" if held_out else "train"
-    counts = dict(zip(_SHARES, allocate(num, list(_SHARES.values())), strict=True))
-
-    def drafts(family: str, kinds: Sequence[Kind[M]]) -> list[Draft[M]]:
-        return compose(kinds, counts[family], generator(seed, f"{part}/{family}"), held_out=held_out)
-
-    scenes = drafts("scene", SCENE_KINDS)
-    charts = drafts("chart", CHART_KINDS)
-    pages = drafts("page", PAGE_KINDS)
-    clips = drafts("clip", CLIP_KINDS)
-    chats = drafts("chat", CHAT_KINDS)
-    by_family: dict[str, Sequence[Draft[Medium]]] = {
-        "scene": scenes,
-        "chart": charts,
-        "page": pages,
-        "clip": clips,
-        "chat": chats,
-    }
-    encodings: dict[tuple[Medium, ...], Encoding] = {}
-    for family, patterns in _ENCODINGS.items():
-        encodings |= _choose_encodings(by_family[family], patterns)
-    planned = [Planned(family=family, draft=draft) for family, chosen in by_family.items() for draft in chosen]
-    shuffled = generator(seed, f"{part}/order").permutation(len(planned))
-    return Plan(annotations=tuple(planned[i] for i in shuffled), encodings=encodings)
+    counts = dict(zip(_SHARES, allocate(count, list(_SHARES.values())), strict=True))
+    planned: list[Planned] = []
+    for family, kinds in _KINDS.items():
+        drafts = compose(kinds, counts[family], generator(seed, f"{part}/{family}"), held_out=held_out)
+        turned = next((draft for draft in drafts if draft.kind == _TURNED_KIND), None)
+        for i, draft in enumerate(drafts):
+            encoding = TURNED_JPEG if draft is turned else _ENCODINGS[i % len(_ENCODINGS)]
+            if draft.needs_colour and encoding.mode == "L":
+                encoding = PNG
+            planned.append(Planned(family=family, draft=draft, encoding=encoding))
+    return [planned[i] for i in generator(seed, f"{part}/order").permutation(len(planned))]
 
 
-def _choose_encodings(
-    drafts: Sequence[Draft[Medium]], patterns: tuple[Encoding, ...]
-) -> dict[tuple[Medium, ...], Encoding]:
-    """Goes round the patterns; media of which a colour is asked are never stored grey."""
-    coloured = {draft.facts for draft in drafts if draft.needs_colour}
-    chosen: dict[tuple[Medium, ...], Encoding] = {}
-    for draft in drafts:
-        if draft.facts not in chosen:
-            encoding = patterns[len(chosen) % len(patterns)]
-            chosen[draft.facts] = PNG if encoding.mode == "L" and draft.facts in coloured else encoding
-    turned = next((draft.facts for draft in drafts if draft.kind == _TURNED_KIND), None)
-    return chosen if turned is None else chosen | {turned: TURNED_JPEG}
+def build_record(
+    draft: Draft[M], paths: Sequence[str], *, identifier: str, kind: str, rng: np.random.Generator
+) -> Record:
+    """Returns the record of a draft, with variations that real datasets have.
+
+    Tags stand at the start, at the end or in the middle of the text. Paths stand under ``image``, ``images``, ``video``
+    or ``videos``, as strings or lists.
+
+    Args:
+        draft: What is said.
+        paths: The path of the file of each of ``draft.facts``, relative to the media root; ``.mp4`` is a video.
+        identifier: The record's ``id``.
+        kind: The record's ``kind``, a field of our own that readers of annotations ignore.
+        rng: Picks the positions of tags and the fields of paths.
+    """
+    record: Record = {"id": identifier, "kind": kind}
+    types = ["video" if path.endswith(".mp4") else "image" for path in paths]
+    for media_type in ("image", "video"):
+        of_type = [path for path, its_type in zip(paths, types, strict=True) if its_type == media_type]
+        if of_type:
+            field, value = _media_field(media_type, of_type, rng)
+            record[field] = value
+    turns = [] if draft.system is None else [{"from": "system", "value": draft.system}]
+    for i, exchange in enumerate(draft.exchanges):
+        shown = types[i : i + 1] if draft.turn_by_turn else types if i == 0 else []
+        text = _with_tags(exchange.question, [f"<{media_type}>" for media_type in shown], draft.wording, rng)
+        turns += [{"from": "human", "value": text}, {"from": "gpt", "value": exchange.answer}]
+    record["conversations"] = turns
+    return record
+
+
+def _media_field(media_type: str, paths: list[str], rng: np.random.Generator) -> tuple[str, str | list[str]]:
+    plain = rng.random() < _PLAIN_FIELD_SHARE
+    if len(paths) == 1:
+        if plain:
+            return media_type, paths[0]
+        return (media_type, paths) if rng.random() < 0.5 else (f"{media_type}s", paths)
+    return (f"{media_type}s", paths) if plain else (media_type, paths)
+
+
+def _with_tags(question: str, tags: Sequence[str], wording: Wording, rng: np.random.Generator) -> str:
+    if not tags:
+        return question
+    where = rng.random()
+    if where < _START_SHARE:
+        return ("\n" if rng.random() < 0.5 else "").join(tags) + f"\n{question}"
+    if where < _START_SHARE + _END_SHARE:
+        return f"{question}\n" + "".join(tags)
+    if len(tags) == 1:
+        return wording.say(
+            (f"Look at this: {tags[0]} {question}", f"Here is something to look at. {tags[0]} Now tell me: {question}"),
+            (f"请看：{tags[0]}{question}", f"请先看这里。{tags[0]}请回答：{question}"),
+        )
+    return "\n".join([*(f"{i}: {tag}" for i, tag in enumerate(tags, start=1)), question])

@@ -1,10 +1,10 @@
-"""Kinds of annotation, and how facts are found whose answers come out balanced.
+"""Kinds of annotations with balanced answers.
 
-A kind is a question that can be asked about many facts. ``compose`` takes kinds with weights and returns so many
-drafts, every answer of a kind equally often: the answer is drawn first, then facts are sampled until the question
-about them has it. So the question's text says nothing about its answer, and only who looks at the media can know.
+A kind is one question about many possible media. ``compose`` draws the answer first, then samples the facts of media
+until the question about them has that answer. Every answer of a kind is therefore equally frequent, the text of the
+question does not reveal it, and only the media do.
 
-Cost: about 10 to 100 samples of facts per draft, 10-30 microseconds each; nothing is drawn here.
+Cost: 10 to 100 samples of facts per draft, 10-30 microseconds each. Nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from demo.vocabulary import Dialogue, Wording
+from demo.wording import Exchange, Wording
 
 M = TypeVar("M")
 M_co = TypeVar("M_co", covariant=True)
@@ -32,34 +32,35 @@ class Kind(Generic[M]):
     """A kind of annotation over media of type ``M``.
 
     Attributes:
-        name: Short and stable; the annotation's ``kind`` is ``family/name``.
-        weight: How many drafts of this kind, relative to the others of the family.
+        name: Short and stable. The annotation's ``kind`` is ``family/name``.
+        weight: Number of drafts relative to the other kinds of the family.
         sample: Draws the facts of all media of one annotation.
-        ask: Words the dialogue about these facts, or returns None where they allow no clear question.
-        answers: The values to give equally often; empty where every annotation has its own answer.
-        needs_colour: Whether a grey copy of the picture would hide the answer.
-        turn_by_turn: Whether medium i comes with question i, instead of all media with the first.
-        shares_media: Whether it asks again about media made for another kind of the family.
+        ask: Returns the exchanges about these facts, or none if the facts allow no clear question.
+        answers: First answers, all equally frequent. Empty if every annotation has its own answer.
+        needs_colour: Whether a gray copy of the image would hide the answer.
+        turn_by_turn: Whether medium i comes with question i. By default all media come with the first question.
+        system: The system message in English and Chinese.
     """
 
     name: str
     weight: int
     sample: Callable[[np.random.Generator], tuple[M, ...]]
-    ask: Callable[[tuple[M, ...], np.random.Generator, Wording], Dialogue | None]
+    ask: Callable[[tuple[M, ...], np.random.Generator, Wording], tuple[Exchange, ...]]
     answers: tuple[str, ...] = ()
     needs_colour: bool = True
     turn_by_turn: bool = False
-    shares_media: bool = False
+    system: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft(Generic[M_co]):
-    """An annotation before its media are drawn: the facts and what is said about them; the rest is as in ``Kind``."""
+    """An annotation before its media are drawn: its kind, the facts, and what is said about them."""
 
     kind: str
     facts: tuple[M_co, ...]
-    dialogue: Dialogue
+    exchanges: tuple[Exchange, ...]
     wording: Wording
+    system: str | None
     needs_colour: bool
     turn_by_turn: bool
 
@@ -71,45 +72,44 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """Returns one of the options, each as likely."""
+    """Returns one of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
-def allocate(num: int, weights: Sequence[int]) -> list[int]:
-    """Divides ``num`` by weights (largest remainders), one for each first where there are enough."""
-    base = 1 if num >= len(weights) else 0
-    left = num - base * len(weights)
+def sample_names(rng: np.random.Generator, names: Sequence[str], count: int) -> list[str]:
+    """Returns ``count`` different names in random order."""
+    return [names[i] for i in rng.permutation(len(names))[:count]]
+
+
+def allocate(count: int, weights: Sequence[int]) -> list[int]:
+    """Divides ``count`` by weights (largest remainders), with one for each weight if there are enough."""
+    base = 1 if count >= len(weights) else 0
+    left = count - base * len(weights)
     exact = [left * weight / sum(weights) for weight in weights]
     counts = [base + int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: (int(exact[i]) - exact[i], -weights[i], i))
-    for i in by_remainder[: num - sum(counts)]:
+    for i in by_remainder[: count - sum(counts)]:
         counts[i] += 1
     return counts
 
 
-def balanced(rng: np.random.Generator, answers: Sequence[str], num: int) -> list[str]:
-    """Returns ``num`` answers in random order, each as often as the others (the rest of the division: once more)."""
-    whole, rest = divmod(num, len(answers))
-    chosen = list(answers) * whole + [answers[i] for i in rng.permutation(len(answers))[:rest]]
-    return [chosen[i] for i in rng.permutation(num)]
+def balanced(rng: np.random.Generator, answers: Sequence[str], count: int) -> list[str]:
+    """Returns ``count`` answers in random order. The counts of any two answers differ by at most one."""
+    quotient, rest = divmod(count, len(answers))
+    chosen = list(answers) * quotient + [answers[i] for i in rng.permutation(len(answers))[:rest]]
+    return [chosen[i] for i in rng.permutation(count)]
 
 
-def compose(kinds: Sequence[Kind[M]], num: int, rng: np.random.Generator, *, held_out: bool) -> list[Draft[M]]:
-    """Returns ``num`` drafts of these kinds in random order.
+def compose(kinds: Sequence[Kind[M]], count: int, rng: np.random.Generator, *, held_out: bool) -> list[Draft[M]]:
+    """Returns ``count`` drafts of these kinds in random order.
 
-    Args:
-        kinds: The kinds of one family; those that share media come after those whose media they ask about.
-        num: How many drafts.
-        rng: The only source of randomness.
-        held_out: For which part of the dataset. Media differ anyway, but a question without a medium belongs to one
-            part only, by a hash of its text.
+    A question without media belongs to the training part or to the held-out part, depending on a hash of its text.
+    Media differ between the parts anyway.
     """
     drafts: list[Draft[M]] = []
-    for kind, count in zip(kinds, allocate(num, [kind.weight for kind in kinds]), strict=True):
-        targets: list[str | None] = list(balanced(rng, kind.answers, count)) if kind.answers else [None] * count
-        hosts = [drafts[i] for i in rng.permutation(len(drafts))] if kind.shares_media else []
-        for target in targets:
-            drafts.append(_draft(kind, target, rng, hosts, held_out=held_out))
+    for kind, share in zip(kinds, allocate(count, [kind.weight for kind in kinds]), strict=True):
+        targets: list[str | None] = list(balanced(rng, kind.answers, share)) if kind.answers else [None] * share
+        drafts += [_draft(kind, target, rng, held_out=held_out) for target in targets]
     return [drafts[i] for i in rng.permutation(len(drafts))]
 
 
@@ -117,26 +117,25 @@ def _is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] % _HELD_OUT_ONE_IN == 0
 
 
-def _draft(
-    kind: Kind[M], target: str | None, rng: np.random.Generator, hosts: list[Draft[M]], *, held_out: bool
-) -> Draft[M]:
+def _draft(kind: Kind[M], target: str | None, rng: np.random.Generator, *, held_out: bool) -> Draft[M]:
     wording = Wording(
         language="zh" if rng.random() < _CHINESE_SHARE else "en",
         sentence=bool(rng.random() < _SENTENCE_SHARE),
         variant=int(rng.integers(60)),
     )
     for _ in range(_MAX_TRIES):
-        facts = hosts.pop().facts if hosts else kind.sample(rng)
-        dialogue = kind.ask(facts, rng, wording)
-        if dialogue is None or (target is not None and dialogue.value != target):
+        facts = kind.sample(rng)
+        exchanges = kind.ask(facts, rng, wording)
+        if not exchanges or (target is not None and exchanges[0].value != target):
             continue
-        if not facts and _is_held_out(dialogue.exchanges[0].question) != held_out:
+        if not facts and _is_held_out(exchanges[0].question) != held_out:
             continue
         return Draft(
             kind=kind.name,
             facts=facts,
-            dialogue=dialogue,
+            exchanges=exchanges,
             wording=wording,
+            system=None if kind.system is None else wording.say(*kind.system),
             needs_colour=kind.needs_colour,
             turn_by_turn=kind.turn_by_turn,
         )

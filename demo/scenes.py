@@ -1,7 +1,8 @@
-"""Scenes of coloured shapes: the facts, how they are drawn at random, and the picture.
+"""Images of coloured shapes, and questions about their colours, shapes, numbers and positions.
 
-``sample_scene`` -> ``Scene`` (facts) -> ``Scene.draw`` (RGB picture). Every shape keeps to a cell of a grid of its own,
-so none touches another and every count can be checked by eye. Cost: 0.05 ms for the facts, 1 ms for the picture.
+``sample_scene`` -> ``Scene`` (facts) -> ``Scene.draw`` (RGB image). Every shape stays in its own cell of a grid, so no
+two touch and every count can be checked by eye. Each ``ask_*`` maps facts to exchanges, or to none if the scene allows
+no clear question. Its generator only picks which shape to ask about. Cost: 0.05 ms for the facts, 1 ms for the image.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from demo.kinds import pick
-from demo.shapes import Figure, draw_figures
-from demo.vocabulary import COLOURS, RGB, SHAPES
+from demo.drawing import BACKGROUNDS, RGB, Figure, draw_figures
+from demo.kinds import Kind, pick, sample_names
+from demo.wording import COLOURS, SHAPES, Exchange, Wording
 
-_BACKGROUNDS: tuple[RGB, ...] = ((255, 255, 255), (236, 236, 236), (250, 244, 230), (228, 238, 246))
+Scenes = tuple["Scene", ...]
+
 _SMALL_SIDES = (112, 128, 140, 160, 168, 180, 196, 200, 224, 240, 252, 280)
 _LARGE_SIDES = (300, 320, 336, 392, 448)
 _LARGE_SHARE = 0.08
@@ -26,7 +28,7 @@ _MAX_TILT_DEG = 15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """Shapes on a plain background; ``figures`` never overlap and lie inside the ``width`` x ``height`` pixels."""
+    """Shapes on a plain background. ``figures`` never overlap and lie inside the ``width`` x ``height`` pixels."""
 
     width: int
     height: int
@@ -34,12 +36,8 @@ class Scene:
     figures: tuple[Figure, ...]
 
     def draw(self) -> Image.Image:
-        """Returns the RGB picture."""
+        """Returns the RGB image."""
         return draw_figures(self.width, self.height, self.background, self.figures)
-
-    def count(self, *, colour: str | None = None, shape: str | None = None) -> int:
-        """Returns how many figures have this colour and this shape (None: any)."""
-        return len(self.select(colour=colour, shape=shape))
 
     def select(self, *, colour: str | None = None, shape: str | None = None) -> list[Figure]:
         """Returns the figures of this colour and this shape (None: any)."""
@@ -47,24 +45,24 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, *, min_shapes: int = 1, max_shapes: int = 6, max_colours: int = 3) -> Scene:
-    """Draws the facts of a scene: how many shapes, of which colours, where.
+    """Draws the facts of a scene: how many shapes, in which colours, at which positions.
 
     Args:
         rng: The only source of randomness.
-        min_shapes: Fewest shapes, at least 1.
-        max_shapes: Most shapes, at most 9.
-        max_colours: Most different colours; few, so that several shapes often share one.
+        min_shapes: At least 1.
+        max_shapes: At most 9.
+        max_colours: Bound on the different colours. With few of them, several shapes often share one.
     """
-    num = int(rng.integers(min_shapes, max_shapes + 1))
-    cells_a_side = 1 if num == 1 else 2 if num <= 3 else 3
+    count = int(rng.integers(min_shapes, max_shapes + 1))
+    cells_a_side = 1 if count == 1 else 2 if count <= 3 else 3
     width, height = _side(rng, cells_a_side), _side(rng, cells_a_side)
-    colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))[:max_colours]]
+    colours = sample_names(rng, COLOURS, max_colours)
     cell_width, cell_height = width / cells_a_side, height / cells_a_side
-    room = min(cell_width, cell_height) / 2 - _CELL_MARGIN
+    max_radius = min(cell_width, cell_height) / 2 - _CELL_MARGIN
     figures = []
-    for cell in rng.permutation(cells_a_side**2)[:num]:
+    for cell in rng.permutation(cells_a_side**2)[:count]:
         row, column = divmod(int(cell), cells_a_side)
-        radius = room * (0.68 + 0.27 * rng.random())
+        radius = max_radius * (0.68 + 0.27 * rng.random())
         slack_x = cell_width / 2 - _CELL_MARGIN - radius
         slack_y = cell_height / 2 - _CELL_MARGIN - radius
         figures.append(
@@ -77,7 +75,7 @@ def sample_scene(rng: np.random.Generator, *, min_shapes: int = 1, max_shapes: i
                 angle_deg=float(rng.integers(-_MAX_TILT_DEG, _MAX_TILT_DEG + 1)),
             )
         )
-    background = _BACKGROUNDS[int(rng.integers(len(_BACKGROUNDS)))]
+    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     return Scene(width=width, height=height, background=background, figures=tuple(figures))
 
 
@@ -85,3 +83,116 @@ def _side(rng: np.random.Generator, cells_a_side: int) -> int:
     sides = _LARGE_SIDES if rng.random() < _LARGE_SHARE else _SMALL_SIDES
     fitting = [side for side in sides if side >= _MIN_CELL * cells_a_side]
     return fitting[int(rng.integers(len(fitting)))]
+
+
+def ask_colour(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """The colour of the only shape."""
+    colour = scenes[0].figures[0].colour
+    question = wording.say(
+        ("What colour is the shape?", "Which colour does the shape have?"),
+        ("图中的形状是什么颜色？", "这个图形是什么颜色的？"),
+    )
+    sentence = wording.say(f"The shape is {colour}.", f"图中的形状是{wording.word(colour)}。")
+    return (wording.ask(question, colour, sentence=sentence),)
+
+
+def ask_shape(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """The shape of the only figure."""
+    shape = scenes[0].figures[0].shape
+    question = wording.say(("What shape is in the picture?", "Which shape do you see?"), "图中是什么形状？")
+    sentence = wording.say(f"There is a {shape} in the picture.", f"图中是一个{wording.word(shape)}。")
+    return (wording.ask(question, shape, sentence=sentence),)
+
+
+def ask_count(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """How many figures there are."""
+    count = len(scenes[0].figures)
+    question = wording.say(
+        ("How many shapes are there?", "How many shapes are in the picture?"),
+        ("图中有几个图形？", "一共有多少个图形？"),
+    )
+    en = "There is 1 shape in the picture." if count == 1 else f"There are {count} shapes in the picture."
+    return (wording.ask(question, count, sentence=wording.say(en, f"图中有{count}个图形。")),)
+
+
+def ask_colour_of(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """The colour of the only figure of some shape, among others."""
+    shape = pick(rng, SHAPES)
+    figures = scenes[0].select(shape=shape)
+    if len(figures) != 1:
+        return ()
+    colour, name = figures[0].colour, wording.word(shape)
+    question = wording.say((f"What colour is the {name}?", f"Which colour is the {name}?"), f"{name}是什么颜色？")
+    sentence = wording.say(f"The {name} is {colour}.", f"{name}是{wording.word(colour)}。")
+    return (wording.ask(question, colour, sentence=sentence),)
+
+
+def ask_left_or_right(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """Whether some figure is left or right of another; each is the only one of its colour and shape."""
+    one, other = (scenes[0].figures[i] for i in rng.permutation(len(scenes[0].figures))[:2])
+    unique = all(len(scenes[0].select(colour=f.colour, shape=f.shape)) == 1 for f in (one, other))
+    if not unique or abs(one.x - other.x) < one.radius + other.radius:
+        return ()
+    a, b = (wording.thing(figure.colour, figure.shape) for figure in (one, other))
+    question = wording.say(f"Is the {a} left or right of the {b}?", f"{a}在{b}的左边还是右边？")
+    return (wording.ask(question, "left" if one.x < other.x else "right"),)
+
+
+def ask_two_in_turn(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """The colour of one figure, then, with a second image, that of another."""
+    first, second = (scene.figures[0].colour for scene in scenes)
+    return (
+        wording.ask(wording.say("What colour is the shape?", "图中的形状是什么颜色？"), first),
+        wording.ask(wording.say("And in this image?", "那么这张图呢？"), second),
+    )
+
+
+def ask_conversation(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """The number of figures, then two questions that depend on the turns before."""
+    left, second = sorted(scenes[0].figures, key=lambda figure: figure.x)[:2]
+    if second.x - left.x < max(left.radius, second.radius):
+        return ()
+    return (
+        *ask_count(scenes, rng, wording),
+        wording.ask(wording.say("What colour is the leftmost one?", "最左边的那个是什么颜色？"), left.colour),
+        wording.ask(wording.say("And what shape is it?", "它是什么形状？"), left.shape),
+    )
+
+
+def _single(rng: np.random.Generator) -> Scenes:
+    return (sample_scene(rng, max_shapes=1),)
+
+
+def _colourful(rng: np.random.Generator) -> Scenes:
+    return (sample_scene(rng, min_shapes=2, max_shapes=4, max_colours=len(COLOURS)),)
+
+
+def _several(rng: np.random.Generator) -> Scenes:
+    return (sample_scene(rng, min_shapes=2, max_shapes=5),)
+
+
+_NUMBERS = ("1", "2", "3", "4", "5")
+
+SCENE_KINDS: tuple[Kind[Scene], ...] = (
+    Kind(name="colour", weight=12, sample=_single, ask=ask_colour, answers=COLOURS),
+    Kind(name="shape", weight=8, sample=_single, ask=ask_shape, answers=SHAPES, needs_colour=False),
+    Kind(
+        name="count",
+        weight=12,
+        sample=lambda rng: (sample_scene(rng, max_shapes=5),),
+        ask=ask_count,
+        answers=_NUMBERS,
+        needs_colour=False,
+    ),
+    Kind(name="colour_of", weight=12, sample=_colourful, ask=ask_colour_of, answers=COLOURS),
+    Kind(name="left_or_right", weight=10, sample=_colourful, ask=ask_left_or_right, answers=("left", "right")),
+    Kind(
+        name="two_in_turn",
+        weight=6,
+        sample=lambda rng: _single(rng) + _single(rng),
+        ask=ask_two_in_turn,
+        answers=COLOURS,
+        turn_by_turn=True,
+    ),
+    Kind(name="conversation", weight=8, sample=_several, ask=ask_conversation, answers=_NUMBERS[1:]),
+)

@@ -1,130 +1,68 @@
-"""Draws, encodes and writes the demo dataset.
+"""Draws, encodes and writes the demo dataset, with a few records that are broken on purpose.
 
-seed -> a folder with ``annotations.jsonl``, ``heldout.jsonl``, ``images/`` and ``videos/``. The annotation files are
-written last, so that their presence means complete. Cost: about 4 s on one core and 4 MB on disk for the default of 400
-annotations.
+seed -> a folder with ``annotations.jsonl``, ``heldout.jsonl``, ``images/`` and ``videos/``. The training file is
+written last: if it exists, the folder is complete. Cost: about 4 s on one core and 4 MB on disk for 400 annotations.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.broken import EMPTY_PICTURE, TRUNCATED_CLIP, TRUNCATED_PICTURE, BrokenLine, broken_lines, truncate
-from demo.clips import Clip, encode_clip, require_av, sample_clip
-from demo.dataset import Medium, Plan, plan_demo
+from demo.dataset import Medium, Planned, build_record, plan_demo
+from demo.drawing import JPEG, PNG, Encoding, encode_image
 from demo.kinds import generator
-from demo.media import JPEG, PNG, encode_picture
-from demo.records import MediaFile, build_record
 from demo.scenes import sample_scene
+from demo.videos import Video, encode_video, require_av, sample_video
+from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
-TRAIN_FILE = "annotations.jsonl"
-HELD_OUT_FILE = "heldout.jsonl"
 MIN_ANNOTATIONS = 40
 _HELD_OUT_DIVISOR = 5
-_SPARE_PICTURE = "images/broken-spare.png"
+
+SPARE_IMAGE = "images/broken-spare.png"
+"""An intact image, for the broken records whose fault lies elsewhere."""
+MISSING_IMAGE = "images/broken-missing.png"
+TRUNCATED_IMAGE = "images/broken-truncated.jpg"
+EMPTY_IMAGE = "images/broken-empty.png"
+TRUNCATED_VIDEO = "videos/broken-truncated.mp4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSummary:
-    """What was written.
-
-    Attributes:
-        train: Good records of the training file by kind ("scene/count").
-        held_out: Records of the held-out file by kind.
-        broken: Broken lines of the training file by the reason code they must be rejected with.
-        num_images: Picture files, damaged ones included.
-        num_videos: Clip files, damaged ones included.
-        media_bytes: Size of all of them.
-    """
+    """Number of records: good ones by kind ("scene/count"), broken ones by the reason code of their rejection."""
 
     train: Mapping[str, int]
     held_out: Mapping[str, int]
     broken: Mapping[str, int]
-    num_images: int
-    num_videos: int
-    media_bytes: int
-
-    @property
-    def num_annotations(self) -> int:
-        """Lines of the training file, broken ones included."""
-        return sum(self.train.values()) + sum(self.broken.values())
-
-    @property
-    def num_held_out(self) -> int:
-        """Lines of the held-out file."""
-        return sum(self.held_out.values())
 
     def __str__(self) -> str:
-        """A few lines for a person: how much there is of everything."""
-        families: Counter[str] = Counter()
-        for kind, count in self.train.items():
-            families[kind.split("/")[0]] += count
-        good = ", ".join(f"{count} {family}" for family, count in families.items())
-        broken = ", ".join(f"{count} {code}" for code, count in self.broken.items())
-        return (
-            f"{self.num_annotations} annotations for training: {good}; broken on purpose: {broken}\n"
-            f"{self.num_held_out} annotations held out\n"
-            f"{self.num_images} pictures and {self.num_videos} clips, {self.media_bytes / 1e6:.1f} MB"
+        """Three lines for a person."""
+        lines = {"training": self.train, "held out": self.held_out, "broken on purpose": self.broken}
+        return "\n".join(
+            f"{sum(counts.values())} annotations {part}: {', '.join(f'{n} {name}' for name, n in counts.items())}"
+            for part, counts in lines.items()
         )
 
 
-class _MediaFolder:
-    """The media written so far: the same facts are drawn and stored once, however many annotations use them."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._files: dict[tuple[Medium, ...], tuple[MediaFile, ...]] = {}
-        self._num_sets: Counter[str] = Counter()
-        self.sizes: dict[str, int] = {}
-
-    def write(self, path: str, content: bytes) -> None:
-        (self._root / path).write_bytes(content)
-        self.sizes[path] = len(content)
-
-    def files_of(self, facts: tuple[Medium, ...], plan: Plan, prefix: str) -> tuple[MediaFile, ...]:
-        """Returns the files of these media, drawing and writing them when they are new."""
-        if facts not in self._files:
-            stem = f"{prefix}-{self._num_sets[prefix]:05d}"
-            self._num_sets[prefix] += 1
-            names = [stem] if len(facts) == 1 else [f"{stem}-{i}" for i in range(1, len(facts) + 1)]
-            files = [self._draw(medium, plan, facts, name) for medium, name in zip(facts, names, strict=True)]
-            self._files[facts] = tuple(files)
-        return self._files[facts]
-
-    def _draw(self, medium: Medium, plan: Plan, facts: tuple[Medium, ...], name: str) -> MediaFile:
-        if isinstance(medium, Clip):
-            file = MediaFile(media_type="video", path=f"videos/{name}.mp4")
-            self.write(file.path, encode_clip(medium))
-            return file
-        encoding = plan.encodings[facts]
-        file = MediaFile(media_type="image", path=f"images/{name}{encoding.suffix}")
-        self.write(file.path, encode_picture(medium.draw(), encoding))
-        return file
-
-
 def write_demo(out: Path, *, seed: int = 0, num_annotations: int = 400) -> DemoSummary:
-    """Writes the demo dataset; the same seed gives the same annotations and the same pixels.
+    """Writes the demo dataset. The same seed gives the same annotations and the same pixels.
 
     Files of the same names in ``out`` are replaced, others left alone. All paths in the annotations are relative to
-    ``out``. The bytes of the media depend on the versions of Pillow and PyAV too.
+    ``out``. The bytes of the media also depend on the versions of Pillow and PyAV.
 
     Args:
-        out: The folder to write to; it is made if need be.
+        out: Output folder, created if missing.
         seed: Any integer.
-        num_annotations: Lines of the training file, the broken ones included, at least 40; the held-out file gets a
-            fifth as many.
+        num_annotations: Lines of the training file, broken ones included, at least 40. The held-out file has a fifth
+            as many.
 
     Raises:
-        ConfigError: If PyAV is not installed, ``out`` cannot be made, or ``num_annotations`` is too small.
+        ConfigError: If PyAV is not installed, ``out`` cannot be created, or ``num_annotations`` is too small.
     """
     require_av()
     if num_annotations < MIN_ANNOTATIONS:
@@ -133,71 +71,92 @@ def write_demo(out: Path, *, seed: int = 0, num_annotations: int = 400) -> DemoS
         for folder in ("images", "videos"):
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{out}: cannot be made a folder for the demo dataset: {error.strerror}") from error
+        raise ConfigError(f"{out}: cannot create this folder for the demo dataset: {error.strerror}") from error
 
-    broken = broken_lines(_SPARE_PICTURE)
-    train, held_out = plan_demo(
-        seed, num_train=num_annotations - len(broken), num_held_out=num_annotations // _HELD_OUT_DIVISOR
+    broken = broken_lines()
+    train = plan_demo(seed, num_annotations - len(broken), held_out=False)
+    held_out = plan_demo(seed, num_annotations // _HELD_OUT_DIVISOR, held_out=True)
+    train_lines = _write_part(out, train, seed, "")
+    held_out_lines = _write_part(out, held_out, seed, "heldout-")
+    _write_damaged_media(out, seed)
+    positions = generator(seed, "broken/positions").permutation(num_annotations)[: len(broken)]
+    for position, (_, line) in zip(sorted(map(int, positions)), broken, strict=True):
+        train_lines.insert(position, line)
+    _write_lines(out / "heldout.jsonl", held_out_lines)
+    _write_lines(out / "annotations.jsonl", train_lines)
+    return DemoSummary(
+        train=dict(sorted(Counter(planned.kind for planned in train).items())),
+        held_out=dict(sorted(Counter(planned.kind for planned in held_out).items())),
+        broken=dict(sorted(Counter(code.value for code, _ in broken).items())),
     )
-    media = _MediaFolder(out)
-    train_lines = _write_part(train, media, seed, "")
-    held_out_lines = _write_part(held_out, media, seed, "heldout-")
-    _write_damaged_media(media, seed)
-    _write_lines(out / HELD_OUT_FILE, held_out_lines)
-    _write_lines(out / TRAIN_FILE, _scatter(train_lines, broken, seed))
-
-    summary = DemoSummary(
-        train=train.counts(),
-        held_out=held_out.counts(),
-        broken=dict(sorted(Counter(line.code.value for line in broken).items())),
-        num_images=sum(path.startswith("images/") for path in media.sizes),
-        num_videos=sum(path.startswith("videos/") for path in media.sizes),
-        media_bytes=sum(media.sizes.values()),
-    )
-    logger.info("%s: %d annotations, %d held out", out, summary.num_annotations, summary.num_held_out)
-    return summary
 
 
-def _write_part(plan: Plan, media: _MediaFolder, seed: int, prefix: str) -> list[str]:
-    """Draws and writes the media of one part; returns the lines of its annotation file."""
+def _write_part(out: Path, plan: Sequence[Planned], seed: int, prefix: str) -> list[str]:
+    """Draws and writes the media of one part. Returns the lines of its annotation file."""
     rng = generator(seed, f"{prefix}records")
-    numbers: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     lines = []
-    for planned in plan.annotations:
-        stem = f"{prefix}{planned.family}"
-        record = build_record(
-            planned.draft,
-            media.files_of(planned.draft.facts, plan, stem) if planned.draft.facts else (),
-            identifier=f"demo-{stem}-{numbers[stem]:05d}",
-            kind=planned.kind,
-            rng=rng,
-        )
-        numbers[stem] += 1
+    for planned in plan:
+        name = f"{prefix}{planned.family}-{counts[planned.family]:05d}"
+        counts[planned.family] += 1
+        paths = [
+            _write_medium(out, f"{name}-{i}", medium, planned.encoding)
+            for i, medium in enumerate(planned.draft.facts, start=1)
+        ]
+        record = build_record(planned.draft, paths, identifier=f"demo-{name}", kind=planned.kind, rng=rng)
         lines.append(json.dumps(record, ensure_ascii=False))
     return lines
 
 
-def _write_damaged_media(media: _MediaFolder, seed: int) -> None:
+def _write_medium(out: Path, name: str, medium: Medium, encoding: Encoding) -> str:
+    """Returns the path of the file, relative to ``out``."""
+    if isinstance(medium, Video):
+        path, content = f"videos/{name}.mp4", encode_video(medium)
+    else:
+        path, content = f"images/{name}.{encoding.format.lower()}", encode_image(medium.draw(), encoding)
+    (out / path).write_bytes(content)
+    return path
+
+
+def _write_damaged_media(out: Path, seed: int) -> None:
     rng = generator(seed, "broken")
-    scene = sample_scene(rng, min_shapes=4)
-    media.write(_SPARE_PICTURE, encode_picture(scene.draw(), PNG))
-    media.write(TRUNCATED_PICTURE, truncate(encode_picture(scene.draw(), JPEG)))
-    media.write(TRUNCATED_CLIP, truncate(encode_clip(sample_clip(rng))))
-    media.write(EMPTY_PICTURE, b"")
+    image = sample_scene(rng, min_shapes=4).draw()
+    jpeg, video = encode_image(image, JPEG), encode_video(sample_video(rng))
+    (out / SPARE_IMAGE).write_bytes(encode_image(image, PNG))
+    # An interrupted copy leaves the first part of a file.
+    (out / TRUNCATED_IMAGE).write_bytes(jpeg[: len(jpeg) // 2])
+    (out / TRUNCATED_VIDEO).write_bytes(video[: len(video) // 2])
+    (out / EMPTY_IMAGE).write_bytes(b"")
 
 
-def _scatter(lines: list[str], broken: list[BrokenLine], seed: int) -> list[str]:
-    """Puts the broken lines between the good ones, at places that the seed chooses."""
-    num = len(lines) + len(broken)
-    places = sorted(int(place) for place in generator(seed, "broken/places").permutation(num)[: len(broken)])
-    scattered = list(lines)
-    for place, line in zip(places, broken, strict=True):
-        scattered.insert(place, line.text)
-    return scattered
+def broken_lines() -> list[tuple[ReasonCode, str]]:
+    """Returns lines that cannot become samples, each with one fault and the reason code of its rejection."""
+    colour = [("human", "<image>\nWhat colour is the shape?"), ("gpt", "red")]
+    motion = [("human", "<video>\nWhat moves?"), ("gpt", "a star")]
+    twice = [colour[0], ("human", "Well?"), colour[1]]
+    token = [("human", "What does <|im_start|> mean?"), ("gpt", "The start of a turn.")]
+    faults: Sequence[tuple[ReasonCode, list[tuple[str, str]], dict[str, str | list[str]]]] = (
+        (ReasonCode.MEDIA_MISSING, colour, {"image": MISSING_IMAGE}),
+        (ReasonCode.MEDIA_UNREADABLE, colour, {"image": TRUNCATED_IMAGE}),
+        (ReasonCode.MEDIA_EMPTY, colour, {"image": EMPTY_IMAGE}),
+        (ReasonCode.MEDIA_UNREADABLE, motion, {"video": TRUNCATED_VIDEO}),
+        (ReasonCode.MEDIA_OUTSIDE_ROOT, colour, {"image": f"../{SPARE_IMAGE}"}),
+        (ReasonCode.TAG_MISMATCH, colour, {"images": [SPARE_IMAGE, SPARE_IMAGE]}),
+        (ReasonCode.BAD_TURN_ORDER, twice, {"image": SPARE_IMAGE}),
+        (ReasonCode.RESERVED_TOKEN, token, {}),
+    )
+    lines: list[tuple[ReasonCode, str]] = []
+    for code, turns, media in faults:
+        conversations = [{"from": role, "value": value} for role, value in turns]
+        record = {"id": f"demo-broken-{len(lines):05d}", "kind": f"broken/{code.value}", **media}
+        lines.append((code, json.dumps(record | {"conversations": conversations})))
+    lines.append((ReasonCode.NOT_AN_OBJECT, '"a string where a record should be"'))
+    lines.append((ReasonCode.BAD_JSON, '{"id": "demo-broken-00009", "conversations": [{"from": "human", "va'))
+    return lines
 
 
-def _write_lines(path: Path, lines: list[str]) -> None:
-    """Writes the file under another name first, so that it is there whole or not at all."""
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes under a temporary name first: the file is complete or does not exist."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
     os.replace(temporary, path)

@@ -34,15 +34,14 @@ import click
 import numpy as np
 from PIL import Image
 
-from demo.chart_questions import CHART_KINDS
-from demo.charts import COLUMN_WIDTH, Chart, sample_chart
+from demo.dataset import build_record
+from demo.drawing import PNG, encode_image
 from demo.kinds import Draft, Kind, compose, generator
-from demo.media import PNG, encode_picture
-from demo.records import MediaFile, build_record
-from demo.scene_questions import SCENE_KINDS
+from demo.scenes import SCENE_KINDS
 from demo.tiny_model import write_tiny_checkpoint
-from demo.vocabulary import Exchange, Language, Wording
+from demo.wording import Exchange, Language, Wording
 from schemas.qwen import PATCH_SIZE
+from tests.benchmarks.charts import CHART_KINDS, COLUMN_WIDTH, Chart, sample_chart
 from tests.benchmarks.machine import describe_machine
 from tests.train.launching import ENVIRONMENT
 
@@ -91,7 +90,7 @@ def _name_and_value(chart: Chart, column: int, rng: np.random.Generator) -> Exch
     name, value = chart.categories[column], str(chart.values[column])
     if chart.chart_type == "bar" and rng.random() < 0.5:
         language: Language = "zh" if rng.random() < 0.2 else "en"
-        name = Wording(language=language, sentence=False, variant=0).colour(chart.colours[column])
+        name = Wording(language=language).word(chart.colours[column])
     return Exchange(question=f"Read {name}.", answer=name + value, value=value)
 
 
@@ -200,9 +199,8 @@ def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list
     records: list[Record] = []
     for number, draft in enumerate(drafts):
         path = f"images/{part}-{name}-{number:05d}.png"
-        (folder / path).write_bytes(encode_picture(draft.facts[0].draw(), PNG))
-        file = MediaFile(media_type="image", path=path)
-        record = build_record(draft, [file], identifier=f"{part}-{name}-{number:05d}", kind=name, rng=rng)
+        (folder / path).write_bytes(encode_image(draft.facts[0].draw(), PNG))
+        record = build_record(draft, [path], identifier=f"{part}-{name}-{number:05d}", kind=name, rng=rng)
         del record["image" if "image" in record else "images"]
         records.append({**record, "image": path})
     return records
@@ -220,7 +218,7 @@ def draw_exercise(name: str, folder: Path, number: int) -> Record:
     chart = sample_chart(rng, ("bar", "bar", "line"))
     exchange, picture = EXERCISES[name](chart, int(rng.integers(len(chart.values))), rng)
     path = f"images/exercise-{name}-{number:05d}.png"
-    (folder / path).write_bytes(encode_picture(picture, PNG))
+    (folder / path).write_bytes(encode_image(picture, PNG))
     turns = [("human", f"<image>\n{exchange.question}"), ("gpt", exchange.answer)]
     return {"id": path, "image": path, "conversations": [{"from": who, "value": text} for who, text in turns]}
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demo.charts import COLUMN_WIDTH, sample_chart
 from demo.kinds import generator
-from demo.vocabulary import Wording
+from demo.wording import Language, Wording
 from schemas.qwen import PATCH_SIZE
 from tests.benchmarks import learning
+from tests.benchmarks.charts import COLUMN_WIDTH, sample_chart
 from tests.benchmarks.learning import (
     EXERCISES,
     Lesson,
@@ -76,7 +76,8 @@ def test_the_likeliest_answer_is_that_of_the_same_words() -> None:
 
 
 def colour_words(colour: str) -> set[str]:
-    return {Wording(language=language, sentence=False, variant=0).colour(colour) for language in ("en", "zh")}
+    languages: tuple[Language, ...] = ("en", "zh")
+    return {Wording(language=language).word(colour) for language in languages}
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("words", {(56, 56)}), ("columns", {(56, 168), (112, 168)})])

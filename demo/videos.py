@@ -1,0 +1,173 @@
+"""Short videos of one shape that moves or changes, and questions about them.
+
+``sample_video`` -> ``Video`` (facts) -> ``Video.frame`` (RGB images) -> ``encode_video`` (an MP4 file). A move or a
+change of size takes the whole video, and a change of colour happens half way, so 4 frames from first to last show it.
+Cost: about 1.5 ms a frame for drawing and encoding.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+from demo.drawing import Figure, draw_figures
+from demo.kinds import Kind, pick, sample_names
+from demo.scenes import Scene, sample_scene
+from demo.wording import COLOURS, SHAPES, Exchange, Wording
+from schemas.errors import ConfigError
+
+Media = tuple["Video | Scene", ...]
+
+EVENTS = ("moves", "changes colour", "grows", "shrinks")
+STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+_SIZES = ((224, 224), (240, 240), (256, 192), (320, 240))
+_LENGTHS = ((2, 24), (3, 15), (4, 12), (5, 12), (6, 10), (8, 8), (10, 6), (12, 5), (16, 4), (20, 4))
+"""Pairs of seconds and frames per second. Longer videos have fewer, so that none has more than 80 frames."""
+_EDGE_GAP = 6
+_SMALL = 0.45
+_X264_OPTIONS = {"preset": "veryfast", "crf": "20", "threads": "1", "x264-params": "cpu-independent=1"}
+"""One thread, and only algorithms that are the same on every processor. With those that x264 picks for the processor at
+hand, the same frames occasionally gave different bytes, even on one machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """A video of ``duration_s * fps`` frames, in which the figure ``start`` becomes ``end``."""
+
+    width: int
+    height: int
+    duration_s: int
+    fps: int
+    event: str
+    direction: str
+    start: Figure
+    end: Figure
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames in the file."""
+        return self.duration_s * self.fps
+
+    def frame(self, index: int) -> Image.Image:
+        """Returns frame ``index`` as an RGB image, as drawn (the codec changes it slightly)."""
+        progress = index / (self.num_frames - 1)
+        figure = replace(
+            self.start if progress < 0.5 else self.end,
+            x=self.start.x + (self.end.x - self.start.x) * progress,
+            y=self.start.y + (self.end.y - self.start.y) * progress,
+            radius=self.start.radius + (self.end.radius - self.start.radius) * progress,
+        )
+        return draw_figures(self.width, self.height, (255, 255, 255), [figure])
+
+
+def sample_video(rng: np.random.Generator, *, events: tuple[str, ...] = EVENTS) -> Video:
+    """Draws the facts of a video: a shape to which one of ``events`` happens."""
+    width, height = _SIZES[int(rng.integers(len(_SIZES)))]
+    duration_s, fps = _LENGTHS[int(rng.integers(len(_LENGTHS)))]
+    event, direction = pick(rng, events), ""
+    colour, other_colour = sample_names(rng, COLOURS, 2)
+    radius = round(min(width, height) * (0.14 + 0.07 * rng.random()), 1)
+    start = end = Figure(shape=pick(rng, SHAPES), colour=colour, x=width / 2, y=height / 2, radius=radius)
+    if event == "moves":
+        direction = pick(rng, tuple(STEPS))
+        dx, dy = (step * (side / 2 - radius - _EDGE_GAP) for step, side in zip(STEPS[direction], (width, height)))
+        start, end = replace(start, x=start.x - dx, y=start.y - dy), replace(end, x=end.x + dx, y=end.y + dy)
+    elif event == "changes colour":
+        end = replace(end, colour=other_colour)
+    elif event == "grows":
+        start = replace(start, radius=radius * _SMALL)
+    else:
+        end = replace(end, radius=radius * _SMALL)
+    names = {"event": event, "direction": direction}
+    return Video(width=width, height=height, duration_s=duration_s, fps=fps, start=start, end=end, **names)
+
+
+def require_av() -> ModuleType:
+    """Returns PyAV, which encodes the videos.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigError(
+            "the demo dataset needs PyAV to encode its videos; install it with: pip install av"
+        ) from error
+    return av
+
+
+def encode_video(video: Video) -> bytes:
+    """Returns the video as an MP4 file: H.264 if PyAV has an encoder for it, else MPEG-4 part 2.
+
+    The bytes depend only on the facts and the versions of the libraries.
+
+    Raises:
+        ConfigError: If PyAV is not installed.
+    """
+    av = require_av()
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+        if "libx264" in av.codecs_available:
+            stream = container.add_stream("libx264", rate=video.fps, options=_X264_OPTIONS)
+        else:
+            stream = container.add_stream("mpeg4", rate=video.fps, options={"qscale": "3", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
+        stream.time_base = Fraction(1, video.fps)
+        for index in range(video.num_frames):
+            frame = av.VideoFrame.from_image(video.frame(index))
+            frame.pts, frame.time_base = index, Fraction(1, video.fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def ask_direction(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """Which way the shape moves."""
+    question = wording.say("Does the shape move left, right, up or down?", "图形往哪边移动？")
+    return (wording.ask(question, _video(media).direction),)
+
+
+def ask_event(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """What happens to the shape."""
+    return (wording.ask(wording.say("What does the shape do?", "视频中的图形发生了什么？"), _video(media).event),)
+
+
+def ask_same_colour(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """Whether the shapes of a video and an image have the same colour."""
+    scene = media[1]
+    assert isinstance(scene, Scene), "the image comes second"
+    question = wording.say(
+        "Do the shapes in the video and in the image have the same colour?",
+        "视频和图片中的图形颜色相同吗？请回答是或否。",
+    )
+    return (wording.ask(question, "yes" if scene.figures[0].colour == _video(media).start.colour else "no"),)
+
+
+def _video(media: Media) -> Video:
+    video = media[0]
+    assert isinstance(video, Video), "the video comes first"
+    return video
+
+
+def _moving(rng: np.random.Generator) -> Media:
+    return (sample_video(rng, events=("moves",)),)
+
+
+VIDEO_KINDS: tuple[Kind[Video | Scene], ...] = (
+    Kind(name="direction", weight=4, sample=_moving, ask=ask_direction, answers=tuple(STEPS)),
+    Kind(name="event", weight=4, sample=lambda rng: (sample_video(rng),), ask=ask_event, answers=EVENTS),
+    Kind(
+        name="same_colour",
+        weight=2,
+        sample=lambda rng: (*_moving(rng), sample_scene(rng, max_shapes=1)),
+        ask=ask_same_colour,
+        answers=("yes", "no"),
+    ),
+)
