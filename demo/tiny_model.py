@@ -45,7 +45,7 @@ ADDED_TO_INPUT = ("attn.proj.weight", "o_proj.weight", "down_proj.weight")
 
 EDGES, BRIGHTNESS = 0.9, 0.03
 """Sizes of the cosines of a patch. Frequencies weigh more the higher they are, as they are weaker in pictures. On the
-demo's charts an output has a spread of 4, and mean brightness makes 2."""
+charts of the learning benchmark an output has a spread of 4, and mean brightness makes 2."""
 
 
 def tiny_config(

@@ -317,7 +317,7 @@ def datasets_command(registry: Path) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @_guarded
 def demo_command(out: Path, seed: int) -> None:
-    """Write the demo dataset to OUT: drawn pages, charts, scenes, clips and chats with checkable answers."""
+    """Write the demo dataset to OUT: scenes, document pages, videos and chats with checkable answers."""
     from demo import write_demo
 
     _say(str(write_demo(out, seed=seed)))

@@ -5,7 +5,7 @@ and for file formats that others store pictures in: bytes a token, time to encod
 encoding as a share of decoding and resizing. Then the size of the same planes by other lossless codings than ``zstd``.
 
 The sets: generated photographs of about a megapixel, document pages of 2.2 megapixels, a clip of 640×360, the drawn
-pages and charts of the demo and the clips of the folder of real media, where that lies beside the repository (both so
+pages of the demo and the clips of the folder of real media, where that lies beside the repository (both so
 small that next to nothing is to be decoded); ``--pictures`` adds a folder of your own. Contenders take turns; each
 figure is the best of several rounds (two for the slow file formats) in seconds of processor time, so that other work
 on the machine disturbs it little. Takes two to three minutes.
@@ -332,7 +332,7 @@ def corpora_of(folder: Path, pictures: Path | None, num_photographs: int) -> lis
         read("generated photographs", sorted((folder / "photographs").glob("*.jpg"))),
         read("document pages", write_pages(folder / "pages", num_photographs)),
         read("clips", write_clips(folder / "clips", 1)),
-        read("small drawn pages and charts", drawn[-num_photographs:]),
+        read("small drawn pages", drawn[-num_photographs:]),
     ]
     if pictures is not None:
         own = sorted(path for path in pictures.iterdir() if path.suffix.lower() in PICTURES)
