@@ -265,14 +265,14 @@ def test_an_adapter_is_not_merged_into_another_model(zero3: Path, tiny_vocab_che
     weights = load_file(adapter / "adapter_model.safetensors")
     name = next(name for name in weights if ".lora_B." in name)
     save_file({**weights, name: torch.zeros(7, RANK)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match="is no adapter of a layer of this model"):
+    with pytest.raises(ConfigError, match="does not match a layer of this model"):
         merge_adapter(adapter, tmp_path / "out")
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ConfigError, match="has use_dora True: that is no plain LoRA adapter"):
+    with pytest.raises(ConfigError, match="has use_dora True, so it is not a plain LoRA adapter"):
         merge_adapter(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="Give the folder of an adapter"):
+    with pytest.raises(ConfigError, match="Pass the folder of an adapter"):
         merge_adapter(tiny_vocab_checkpoint, tmp_path / "out")
 
 
@@ -285,10 +285,10 @@ def test_merging_replaces_an_earlier_model_and_nothing_else(tmp_path: Path) -> N
     for path in (run / "final" / "config.json", source / "config.json", other / "thesis.tex", file):
         path.write_bytes(b"")
     for out in (run, adapter, source, tmp_path, run / "final" / ".." / ".." / "run"):
-        with pytest.raises(ConfigError, match="would replace what is merged"):
+        with pytest.raises(ConfigError, match="would overwrite an input of the merge"):
             check_out(out, adapter, source)
     for out in (run / "checkpoint-2" / "..", other, file):
-        with pytest.raises(ConfigError, match=r"would replace what is merged|holds no model, so it is not replaced"):
+        with pytest.raises(ConfigError, match=r"would overwrite an input of the merge|holds no model, so it is not overwritten"):
             check_out(out, adapter, source)
     for out in (run / "final", tmp_path / "empty", tmp_path / "new"):
         check_out(out, adapter, source)

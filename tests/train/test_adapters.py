@@ -68,12 +68,12 @@ def test_layers_of_the_tuned_parts_are_chosen_by_the_ends_of_their_names(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--lora_target_modules", "q_prj,mlp.0"), "q_prj is no linear layer of language_model, merger; allowed: "),
+        (("--lora_target_modules", "q_prj,mlp.0"), "q_prj matches no linear layer of language_model, merger; allowed: "),
         ((*LLM_ALONE, "--lora_target_modules", "qkv"), "qkv is in vision_tower, which is frozen"),
-        ((*LLM_ALONE, "--lora_target_modules", "lm_head"), "lm_head can have no adapter"),
-        ((*LLM_ALONE, "--lora_target_modules", "q_proj,("), "is no regular expression"),
-        ((*LLM_ALONE, "--lora_target_modules", "embed_tokens"), "embed_tokens is no linear layer of language_model"),
-        (("--lora_target_modules", "q_proj"), "merger is to be tuned, but --lora_target_modules q_proj names none"),
+        ((*LLM_ALONE, "--lora_target_modules", "lm_head"), "lm_head cannot have an adapter"),
+        ((*LLM_ALONE, "--lora_target_modules", "q_proj,("), "is not a valid regular expression"),
+        ((*LLM_ALONE, "--lora_target_modules", "embed_tokens"), "embed_tokens matches no linear layer of language_model"),
+        (("--lora_target_modules", "q_proj"), "merger is tuned, but --lora_target_modules q_proj matches none"),
     ],
 )
 def test_a_name_that_fits_nothing_is_an_error(
@@ -151,7 +151,7 @@ def test_a_part_to_be_trained_without_an_adapter_is_an_error(
 ) -> None:
     add_adapters(hf, chosen(tiny_vocab_checkpoint, *LLM_ALONE), seed=0)
     model = PackedQwen(hf, attn_implementation="sdpa")
-    with pytest.raises(ConfigError, match="merger is to be trained, but the model has no adapters in it"):
+    with pytest.raises(ConfigError, match="merger has a learning rate, but the model has no adapters in it"):
         optim.group_parameters(model, {**RATES, VISION_TOWER: None})
 
 
@@ -261,11 +261,11 @@ def test_merging_adds_the_scaled_product_in_float32_and_rounds_once() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("base_model.model.layer.lora_B.weight", (3, 1), "layer is no adapter of a layer of this model"),
-        ("base_model.model.layer.lora_A.weight", (2, 2), "layer is no adapter of a layer of this model"),
-        ("base_model.model.layer.lora_A.weight", (2,), "layer is no adapter of a layer of this model"),
-        ("base_model.model.other.lora_A.weight", (1, 2), "other is no adapter of a layer of this model"),
-        ("base_model.model.layer.lora_magnitude_vector", (1,), "which is no matrix of LoRA: merge it with peft"),
+        ("base_model.model.layer.lora_B.weight", (3, 1), "layer does not match a layer of this model"),
+        ("base_model.model.layer.lora_A.weight", (2, 2), "layer does not match a layer of this model"),
+        ("base_model.model.layer.lora_A.weight", (2,), "layer does not match a layer of this model"),
+        ("base_model.model.other.lora_A.weight", (1, 2), "other does not match a layer of this model"),
+        ("base_model.model.layer.lora_magnitude_vector", (1,), "which is not a LoRA matrix: merge it with peft"),
     ],
 )
 def test_an_adapter_of_another_model_or_kind_is_not_merged(name: str, shape: tuple[int, ...], message: str) -> None:

@@ -137,7 +137,7 @@ def test_moving_a_batch_moves_every_tensor() -> None:
 def test_numbers_of_a_mix_replace_those_of_the_folders() -> None:
     bins = [as_bin([text_sample([10, 11], [1])], index=3)]
     assert build_micro_batch(bins).bins == (3,)
-    assert build_micro_batch(bins, numbers=[17]).bins == (17,)
+    assert build_micro_batch(bins, bin_ids=[17]).bins == (17,)
 
 
 def test_the_window_size_of_the_model_is_used() -> None:

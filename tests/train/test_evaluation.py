@@ -146,7 +146,7 @@ def expected_of(samples: list[tuple[float, list[bool]]]) -> dict[str, Any]:
 def test_scores_are_summed_by_sample_as_worked_out_by_hand() -> None:
     rng = np.random.default_rng(0)
     bin_ = as_bin([make_sample(rng, num_targets=2), make_sample(rng, num_targets=1), make_sample(rng, num_targets=3)])
-    micro = build_micro_batch([bin_], numbers=[7])
+    micro = build_micro_batch([bin_], bin_ids=[7])
     scores = np.array([[0.5, 1.5, 4.0, 1.0, 2.0, 3.0], [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]])
     assert sum_by_sample(micro, scores).tolist() == [(7, 0, 2, 1, 2.0), (7, 1, 1, 1, 4.0), (7, 2, 3, 3, 6.0)]
     assert sum_by_sample(build_micro_batch([]), np.zeros((2, 0))).size == 0

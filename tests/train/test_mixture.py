@@ -170,7 +170,7 @@ def test_folders_keep_their_proportions_on_the_way_to_the_trainer(tmp_path: Path
         for batch in stream:
             assert sum(number < 3 for number in batch.bins) == 6
     forgotten = DataOrder(index.cost(), seed=0, global_batch=8)
-    with pytest.raises(ConfigError, match="Make the order with the mixture of the index"):
+    with pytest.raises(ConfigError, match="Create the order with the mixture of the index"):
         BinStream(index, forgotten, rank=0, world_size=1, accumulation=8, per_device=1)
 
 
@@ -179,7 +179,7 @@ def test_a_mixture_of_nonsense_is_wrong_use() -> None:
         mix(parse_sources("a:1,b:2"), [0, 4])
     with pytest.raises(ConfigError, match="Give weights of fewer digits"):
         mix(parse_sources("a:0.1234567890123,b:0.7"), [4, 4])
-    with pytest.raises(ConfigError, match="the mixture is of 8 bins, the costs of 9"):
+    with pytest.raises(ConfigError, match="the mixture covers 8 bins, but there are costs of 9"):
         DataOrder(np.ones(9), seed=0, global_batch=1, mixture=Mixture(sizes=(4, 4), quotas=(1, 1), places_per_epoch=8))
 
 

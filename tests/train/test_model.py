@@ -202,7 +202,7 @@ def test_attention_that_transformers_did_not_take_stops_the_run(
     hf: Qwen2_5_VLForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hf.model.language_model, "set_attn_implementation", lambda name: None)
-    with pytest.raises(VlprepError, match="did not take the attention that keeps packed samples apart"):
+    with pytest.raises(VlprepError, match="did not accept the attention that isolates packed samples"):
         PackedQwen(hf, attn_implementation="sdpa")
 
 
@@ -275,9 +275,9 @@ def test_the_loss_in_chunks_is_the_cross_entropy_of_all_logits(
     torch.testing.assert_close(torch.autograd.grad(found, [states, head.weight]), expected_grads)
 
 
-@pytest.mark.parametrize(("num_targets", "most_targets"), [(0, 0), (0, 9), (3, 4), (3, 5), (8, 17), (9, 9)])
-def test_ranks_take_as_many_chunks_as_the_one_with_most_targets(
-    monkeypatch: pytest.MonkeyPatch, num_targets: int, most_targets: int
+@pytest.mark.parametrize(("num_targets", "max_targets"), [(0, 0), (0, 9), (3, 4), (3, 5), (8, 17), (9, 9)])
+def test_ranks_take_as_many_chunks_as_the_one_with_max_targets(
+    monkeypatch: pytest.MonkeyPatch, num_targets: int, max_targets: int
 ) -> None:
     monkeypatch.setattr(model_module, "CHUNK", 4)
     torch.manual_seed(0)
@@ -294,8 +294,8 @@ def test_ranks_take_as_many_chunks_as_the_one_with_most_targets(
     alone = head(states, targets)
     expected = torch.autograd.grad(alone, [states, head.weight])
     sizes.clear()
-    found = head(states, targets, most_targets=most_targets)
-    assert len(sizes) == max(1, math.ceil(most_targets / 4))
+    found = head(states, targets, max_targets=max_targets)
+    assert len(sizes) == max(1, math.ceil(max_targets / 4))
     assert sum(sizes) == num_targets
     assert torch.equal(found, alone)
     assert all(map(torch.equal, torch.autograd.grad(found, [states, head.weight]), expected))
@@ -443,7 +443,7 @@ def test_flash_attention_is_given_the_borders_of_samples_and_media(
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION, variable_length)
         for config in (model.hf.model.language_model.config, model.hf.model.visual.config):
             monkeypatch.setattr(config, "_attn_implementation_internal", FLASH_ATTENTION)
-        model.has_sdpa = False
+        model.uses_sdpa = False
         found = model(batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     vision = batch.vision

@@ -115,7 +115,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 def step_of(*numbers: int) -> StepBatch:
     rng = np.random.default_rng(0)
-    micro_batches = tuple(build_micro_batch([as_bin([make_sample(rng)])], numbers=[number]) for number in numbers)
+    micro_batches = tuple(build_micro_batch([as_bin([make_sample(rng)])], bin_ids=[number]) for number in numbers)
     return StepBatch(
         step=4,
         micro_batches=micro_batches,

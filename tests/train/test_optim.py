@@ -125,7 +125,7 @@ def test_a_parameter_of_an_unknown_kind_of_module_is_an_error(model: PackedQwen)
 
 def test_a_part_that_is_to_be_trained_and_has_no_parameters_is_an_error(model: PackedQwen) -> None:
     del model.hf.model.visual.merger
-    with pytest.raises(ConfigError, match="merger is to be trained, but the model has no parameters of it"):
+    with pytest.raises(ConfigError, match="merger has a learning rate, but the model has no parameters in it"):
         group_parameters(model, RATES)
 
 

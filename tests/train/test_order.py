@@ -222,8 +222,8 @@ def test_any_step_of_ten_million_bins_is_at_hand() -> None:
         ({"global_batch": 0}, "global batch is 0"),
         ({"epochs": 0.0}, "number of epochs is 0"),
         ({"epochs": math.inf}, "number of epochs is inf"),
-        ({"global_batch": 10**9}, "1000000000 bins are drawn at once, .* Lower"),
-        ({"grouping": Grouping(steps=10**12, runs=1)}, "2000000000000 bins are drawn at once, 2 for each step"),
+        ({"global_batch": 10**9}, "1000000000 bins are drawn at a time, .* Lower"),
+        ({"grouping": Grouping(steps=10**12, runs=1)}, "2000000000000 bins are drawn at a time, 2 for each step"),
     ],
 )
 def test_an_order_of_nonsense_is_wrong_use(changes: dict[str, object], message: str) -> None:

@@ -56,7 +56,7 @@ def test_samples_of_a_bin_have_the_same_losses_alone(
 def test_a_sample_that_sees_its_neighbour_is_found(
     model: PackedQwen, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PackedQwen, "_isolation", leaking)
+    monkeypatch.setattr(PackedQwen, "_sample_boundaries", leaking)
     plan = plan_of(shards)
     problems = compare_packed(model, plan, BinReader(plan.index))
     assert sum("alone, more than 0.0001 apart" in problem for problem in problems) == 5
@@ -113,7 +113,7 @@ def test_kernels_that_never_give_the_same_twice_are_not_taken_for_a_leak(
 
     monkeypatch.setattr(PackedQwen, "forward", noisy)
     assert compare_packed(model.bfloat16(), plan, BinReader(plan.index)) == []
-    monkeypatch.setattr(PackedQwen, "_isolation", leaking)
+    monkeypatch.setattr(PackedQwen, "_sample_boundaries", leaking)
     problems = compare_packed(model, plan, BinReader(plan.index))
     assert any("where its neighbours in the bin are others" in problem for problem in problems)
 

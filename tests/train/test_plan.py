@@ -86,7 +86,7 @@ def test_a_checkpoint_without_a_tokenizer_is_wrong_use(
     (bare / "tokenizer.json").unlink()
     code, line = only_error([*flags, "--model_name_or_path", str(bare)], capsys)
     assert code == 2
-    assert "tokenizer.json cannot be read" in line
+    assert "cannot read " in line and "tokenizer.json" in line
 
 
 def test_an_unknown_flag_is_wrong_use(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +321,7 @@ def test_a_state_of_another_order_is_refused(flags: list[str], saved: Path) -> N
     state = msgspec.json.decode((saved / "state.json").read_bytes())
     state["stream"]["num_bins"] = 9
     (saved / "state.json").write_bytes(msgspec.json.encode(state))
-    with pytest.raises(ConfigError, match=rf"{saved}: the state of the stream is of another order \(num_bins 9, now 8"):
+    with pytest.raises(ConfigError, match=rf"{saved}: the saved stream belongs to another order \(num_bins 9, now 8"):
         make_plan(parse_arguments(flags))
 
 
@@ -422,7 +422,7 @@ def test_shards_to_evaluate_on_take_no_weights(flags: list[str], shards: Path, t
 
 def test_shards_to_evaluate_on_must_be_of_the_same_tokenizer(flags: list[str], tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", make_bins(num_bins=2), tokenizer="f" * 32)
-    with pytest.raises(ConfigError, match=f"is not the one that {other} was made with"):
+    with pytest.raises(ConfigError, match=f"differs from the one that {other} was built with"):
         make_plan(parse_arguments([*flags, "--eval_shards", str(other)]))
 
 

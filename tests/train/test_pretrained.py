@@ -50,7 +50,7 @@ def test_a_folder_is_taken_as_it_is(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["no/such-model", "no/such/folder", "/no/such/folder"])
 def test_what_is_neither_a_folder_nor_on_the_hub_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=f"--model_name_or_path {name} is not a folder, and no model of that name"):
+    with pytest.raises(ConfigError, match=f"--model_name_or_path {name} is not a folder, and could not be downloaded"):
         pretrained.find_checkpoint(name)
 
 
@@ -61,19 +61,19 @@ def test_the_shape_of_a_model_is_read_from_its_configuration(folder: Path) -> No
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda config: config.update(image_token_id=7), "image_token_id is 7, but shards are made for 151655"),
+        (lambda config: config.update(image_token_id=7), "image_token_id is 7, but shards require 151655"),
         (lambda config: config["vision_config"].update(patch_size=16), "vision_config.patch_size is 16"),
         (lambda config: config["vision_config"].update(tokens_per_second=4), "tokens_per_second is 4"),
         (
             lambda config: config["text_config"].update(hidden_size="wide"),
-            "is not the folder of a checkpoint: Validation",
+            "is not a checkpoint folder: Validation",
         ),
         (
             lambda config: config["text_config"].update(num_attention_heads=3),
-            "text_config has a width of 64 for 3 heads",
+            "text_config has a width of 64, which is not divisible by its 3 heads",
         ),
-        (lambda config: config["vision_config"].update(num_heads=0), "vision_config has a width of 32 for 0 heads"),
-        (lambda config: config.update(model_type="qwen2_vl"), "holds a model of type qwen2_vl; give a Qwen2.5-VL"),
+        (lambda config: config["vision_config"].update(num_heads=0), "vision_config has a width of 32, which is not divisible by its 0 heads"),
+        (lambda config: config.update(model_type="qwen2_vl"), "holds a model of type qwen2_vl; use a Qwen2.5-VL"),
     ],
 )
 def test_a_model_that_the_shards_are_not_made_for_is_an_error(
@@ -86,7 +86,7 @@ def test_a_model_that_the_shards_are_not_made_for_is_an_error(
 
 
 def test_a_folder_without_a_configuration_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not the folder of a checkpoint"):
+    with pytest.raises(ConfigError, match="is not a checkpoint folder"):
         pretrained.read_shape(tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_another_tokenizer_is_an_error_that_names_both_and_the_remedy(folder: Pa
 @pytest.mark.parametrize("name", ["image_mean", "image_std"])
 def test_another_normalisation_is_an_error(folder: Path, fingerprints: Fingerprints, name: str) -> None:
     edit_json(folder / "preprocessor_config.json", lambda value: value.update({name: [0.5, 0.5, 0.5]}))
-    with pytest.raises(ConfigError, match=rf"{name} of .* is \[0.5, 0.5, 0.5\], but shards/ was made with \[0\."):
+    with pytest.raises(ConfigError, match=rf"{name} of .* is \[0.5, 0.5, 0.5\], but shards/ was built with \[0\."):
         pretrained.check_fingerprints(folder, fingerprints, shards="shards/")
 
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_without_tokenizer_or_processor_is_an_error(
     folder: Path, fingerprints: Fingerprints, name: str
 ) -> None:
     (folder / name).unlink()
-    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(No such file or directory\)"):
+    with pytest.raises(ConfigError, match=rf"cannot read .*{name} \(No such file or directory\)"):
         pretrained.check_fingerprints(folder, fingerprints, shards="shards/")
 
 
@@ -139,7 +139,7 @@ def test_a_weight_that_is_missing_is_an_error_and_not_a_random_one(folder: Path)
 
 def test_weights_of_other_shapes_than_the_configuration_says_are_an_error(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config["text_config"].update(intermediate_size=136))
-    with pytest.raises(ConfigError, match=f"the weights of {folder} have not the shapes that its config.json says"):
+    with pytest.raises(ConfigError, match=f"{folder}: weight shapes do not match config.json"):
         load(folder)
 
 
@@ -156,7 +156,7 @@ def test_weights_that_cannot_be_read_are_an_error(folder: Path, contents: bytes 
     (folder / "model.safetensors").unlink()
     if contents is not None:
         (folder / "model.safetensors").write_bytes(contents)
-    with pytest.raises(ConfigError, match=f"the weights of {folder} cannot be loaded"):
+    with pytest.raises(ConfigError, match=f"cannot load the weights of {folder}"):
         load(folder)
 
 

@@ -29,13 +29,13 @@ def test_one_epoch_in_one_step_is_the_whole_set(index: ShardIndex) -> None:
     order = DataOrder(index.cost(), seed=0, global_batch=16, epochs=1)
     found = simulate(index, order, world_size=4, accumulation=4)
     assert found.num_steps == 1
-    assert found.bytes_per_step == found.most_bytes == index.num_bytes.sum()
-    assert found.tokens_per_step == index.num_tokens.sum()
-    assert found.targets_per_step == index.num_targets.sum()
+    assert found.step.num_bytes == found.max_bytes == index.num_bytes.sum()
+    assert found.step.num_tokens == index.num_tokens.sum()
+    assert found.step.num_targets == index.num_targets.sum()
     # four ranks, four micro-steps: by hand from the sorted costs
     runs = np.sort(order.cost).reshape(4, 4)
     assert found.efficiency == pytest.approx((runs.mean(axis=1) / runs.max(axis=1)).mean())
-    assert found.lowest_efficiency == pytest.approx((runs.mean(axis=1) / runs.max(axis=1)).min())
+    assert found.min_efficiency == pytest.approx((runs.mean(axis=1) / runs.max(axis=1)).min())
     assert found.random_efficiency < found.efficiency
 
 
@@ -44,10 +44,10 @@ def test_sizes_of_a_step_are_those_of_whole_steps(index: ShardIndex) -> None:
     order = DataOrder(index.cost(), seed=0, global_batch=12, epochs=1)
     found = simulate(index, order, world_size=3, accumulation=4)
     assert found.num_steps == 2
-    assert found.bytes_per_step == found.most_bytes == index.num_bytes[order.global_bins(0)].sum()
-    assert found.tokens_per_step == index.num_tokens[order.global_bins(0)].sum()
+    assert found.step.num_bytes == found.max_bytes == index.num_bytes[order.global_bins(0)].sum()
+    assert found.step.num_tokens == index.num_tokens[order.global_bins(0)].sum()
     short = DataOrder(index.cost(), seed=0, global_batch=32, epochs=1)
-    assert simulate(index, short, world_size=2, accumulation=4).bytes_per_step == index.num_bytes.sum()
+    assert simulate(index, short, world_size=2, accumulation=4).step.num_bytes == index.num_bytes.sum()
 
 
 def test_tokens_of_datasets_are_those_of_the_ledger(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_tokens_are_counted_for_the_right_bins_where_numbers_are_absent(tmp_path
     pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
     with_gaps = dataclasses.replace(index, local_bin=np.array([0, 2, 5]))
     assert dataset_tokens(with_gaps)[:, 0].tolist() == index.num_tokens.tolist()
-    with pytest.raises(ShardError, match=r"samples\.parquet names bin 5, which is not there"):
+    with pytest.raises(ShardError, match=r"samples\.parquet names bin 5, which does not exist"):
         dataset_tokens(index)
 
 
@@ -100,7 +100,7 @@ def test_a_report_says_bandwidth_and_length_of_an_epoch(index: ShardIndex) -> No
     tokens, num_bytes = int(index.num_tokens.sum()), int(index.num_bytes.sum())
     text = "\n".join(report(index, order, found, world_size=4, accumulation=4, tokens_per_s=tokens * 10**6))
     assert f"a step: {tokens:,} tokens" in text
-    assert f"{num_bytes:,.1f} MB/s, {num_bytes / 4:,.1f} MB/s a rank" in text
+    assert f"{num_bytes:,.1f} MB/s, {num_bytes / 4:,.1f} MB/s per rank" in text
     assert f"an epoch: 16 bins of 16 in the shards, 1.00 steps, {tokens:,} tokens" in text
     assert text.endswith("3 steps in all")
     with pytest.raises(ConfigError, match="not a multiple of 3 ranks"):
@@ -186,7 +186,7 @@ def test_what_the_command_line_says_follows_from_the_table_of_bins_alone(tmp_pat
         f"efficiency: mean {mean(efficiencies):.4f}, lowest {min(efficiencies):.4f} (",
         f"a step: {mean(tokens):,.0f} tokens, {mean(targets):,.0f} of them targets, "
         f"{mean(num_bytes) / 1e6:,.1f} MB on average and {max(num_bytes) / 1e6:,.1f} MB at most",
-        f"bandwidth at 5,000,000 tokens/s: {mb_per_s:,.1f} MB/s, {mb_per_s / 4:,.1f} MB/s a rank; a step every ",
+        f"bandwidth at 5,000,000 tokens/s: {mb_per_s:,.1f} MB/s, {mb_per_s / 4:,.1f} MB/s per rank; a step every ",
         f"an epoch: 130 bins of 130 in the shards, 5.42 steps, {total:,} tokens, {total / 5e6:.1f} s; 17 steps in all",
     ):
         assert said in done.stdout, said

@@ -16,7 +16,7 @@ import torch
 
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
-from train.batches import stream as stream_module
+from train.batches import workers as workers_module
 from train.batches.batch import MicroBatch
 from train.batches.stream import BinStream
 from train.model.pixels import pixel_values
@@ -130,7 +130,7 @@ def test_every_rank_knows_the_most_targets_of_a_micro_step(index: ShardIndex) ->
         for batches in zip(*ranks):
             for micro_batches in zip(*(batch.micro_batches for batch in batches)):
                 most = max(micro.targets.numel() for micro in micro_batches)
-                assert {micro.most_targets for micro in micro_batches} == {most}
+                assert {micro.max_targets for micro in micro_batches} == {most}
 
 
 def test_the_efficiency_of_a_step_follows_from_the_costs_of_its_ranks(index: ShardIndex) -> None:
@@ -227,7 +227,7 @@ def test_what_is_read_ahead_is_handed_out_without_reading(index: ShardIndex, mon
 
 
 def wait_until_ready(stream: BinStream) -> None:
-    wait_until(lambda: all(pending.batch.done() for pending in stream._under_way))
+    wait_until(lambda: all(pending.batch.done() for pending in stream._pending))
 
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -364,7 +364,7 @@ def test_a_grid_of_odd_rows_stops(tmp_path: Path) -> None:
 def test_a_read_that_stalls_raises_and_names_what_stalls(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr(BinReader, "read", lambda reader, number: released.wait(30))
-    monkeypatch.setattr(stream_module, "_JOIN_S", 0.1)
+    monkeypatch.setattr(workers_module, "JOIN_TIMEOUT_S", 0.1)
     stream = open_stream(index, read_timeout_s=0.2)
     began = time.monotonic()
     with pytest.raises(ShardError, match=r"bin \d at offset \d+: not read within 0\.2 s"):
@@ -482,7 +482,7 @@ def test_a_stream_of_nonsense_is_wrong_use(index: ShardIndex, changes: dict[str,
 
 def test_an_order_over_other_bins_is_wrong_use(index: ShardIndex) -> None:
     order = DataOrder(np.ones(3), seed=0, global_batch=1)
-    with pytest.raises(ConfigError, match="over 3 bins, the shards hold 10"):
+    with pytest.raises(ConfigError, match="over 3 bins, but the shards hold 10"):
         BinStream(index, order, rank=0, world_size=1, accumulation=1, per_device=1)
 
 

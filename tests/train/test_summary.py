@@ -60,21 +60,21 @@ def test_counts_of_mixed_folders_are_added(tmp_path: Path) -> None:
     lines = summarise(tmp_path / "shards", run).splitlines()
     assert lines[0].endswith("60 samples packed into 20 bins, 50.0% filled")
     assert lines[1] == "rejected  3 (bad_json 3)"
-    assert lines[2] == "training  1 steps at 5 tokens/s, loss 3.000 -> 3.000"
+    assert lines[2] == "training  1 step at 5 tokens/s, loss 3.000 -> 3.000"
 
 
 def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", make_bins(num_bins=2))
     run = _write_run(tmp_path / "run", [(1, 3.0, 5.0)])
     (run / "final").rmdir()
-    with pytest.raises(ConfigError, match="did not end"):
+    with pytest.raises(ConfigError, match="is not finished"):
         summarise(shards, run)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read"),
+        (None, "cannot read"),
         ("", "is empty"),
         ('{"step": 1, "loss": 2.0, "tokens_per_s": 3.0}\n{"step": 2', ":2 is not a logged step"),
         (

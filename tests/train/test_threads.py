@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from storage import reading as storage
 from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
 from train.batches import batch as batch_module
-from train.batches import stream as stream_module
+from train.batches import workers as workers_module
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder, Grouping
 from train.shards.index import BinLocation, ShardIndex, open_shards
@@ -49,7 +49,7 @@ def test_reading_decoding_borders_windows_and_rotary_positions_are_work_of_the_t
 
     for owner, name in (
         (BinReader, "read"),
-        (stream_module, "build_micro_batch"),  # borders of the samples and target positions
+        (workers_module, "build_micro_batch"),  # borders of the samples and target positions
         (batch_module, "vision_inputs"),  # windows, rotary positions, borders of the frames
         (batch_module, decode),
     ):
@@ -91,7 +91,7 @@ def lines_of_batch(folder: Path, samples: list[Sample], codec: str) -> tuple[int
 
     def work() -> None:
         loaded = reader.read(0)
-        stream_module.build_micro_batch([loaded.bin], memory=[loaded.buffer])
+        workers_module.build_micro_batch([loaded.bin], memory=[loaded.buffer])
 
     work()
     return lines_of_python(work), int(index.num_bytes[0])

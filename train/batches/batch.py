@@ -1,19 +1,20 @@
-"""What one forward pass needs, built on the CPU from one or several bins.
+"""The input of one forward pass, built on the CPU from one or several bins.
 
-Checked bins (arrays as stored) -> :class:`MicroBatch` (tensors, ready for the copy to the device). Everything that
-would make the forward pass wait for the device is computed here: borders of the samples, target positions, inputs of
-the vision tower. Pixels stay what they are on disk, uint8 planes or their residuals: one byte a value crosses to the
-device. JPEG alone is decoded here, in the thread that builds the batch.
+Checked bins (arrays as stored) -> :class:`MicroBatch` (tensors, ready to copy to the device). Everything that would
+make the forward pass wait for the device is computed here: sample boundaries, target positions, inputs of the vision
+tower. Pixels stay as stored, uint8 planes or their residuals, so one byte per value is copied to the device. Only JPEG
+is decoded here, in the thread that builds the batch.
 
-Cost: decompression of the pixels (1.1-1.8 GB/s of output on one core; 0.3 GB/s for JPEG, none for raw planes) and a few
-passes over the tokens. Raw planes of a single bin are a view of the bytes read; all other planes go to a buffer that is
-used again.
+Cost: decompressing the pixels (1.1-1.8 GB/s of output on one core; 0.3 GB/s for JPEG, nothing for raw planes) and a
+few passes over the tokens. Raw planes of a single bin are a view of the bytes read; all other planes go to a reused
+buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,24 +33,24 @@ Medium = tuple[Grid, int]
 """Grid and media type (0 image, 1 video)."""
 
 DUMMY_MEDIUM: Medium = (Grid(1, 2, 2), MEDIA_IMAGE)
-"""Stands in where a micro-batch has no media, so that every rank calls the vision tower exactly once."""
+"""The medium of a micro-batch without media, so that every rank calls the vision tower exactly once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionBatch:
-    """Media of a micro-batch, in sequence order. N patches, including those of a dummy image.
+    """Media of a micro-batch in sequence order: N patches, including those of a dummy image.
 
     Attributes:
         planes: (B,) uint8, all stored frames of all media, each frame planar (3, 14 h, 14 w).
         residuals: whether ``planes`` holds residuals that are still to be undone.
-        media: grid and media type of every medium; one dummy image (1, 2, 2) of zeros where there are no media. Its
-            output row has no place in the sequence and is not used.
-        position_ids: (N, 2) int64, as are all that follow: see :class:`train.batches.vision_inputs.VisionInputs`.
+        media: grid and media type of every medium. Without media, one dummy image (1, 2, 2) of zeros, whose output row
+            is not used by the sequence.
+        position_ids: (N, 2) int64. This and the following: see :class:`train.batches.vision_inputs.VisionInputs`.
         cu_seqlens: (F+1,) int32.
-        max_seqlen: longest segment of full attention.
+        max_seqlen: patches of the longest segment of full attention.
         window_index: (N/4,) int64.
         cu_window_seqlens: (W+1,) int32.
-        max_window_seqlen: longest window.
+        max_window_seqlen: patches of the longest window.
         num_patches: N, rows of ``pixel_values``.
     """
 
@@ -64,36 +65,36 @@ class VisionBatch:
     max_window_seqlen: int
     num_patches: int
 
-    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> VisionBatch:
-        """The same batch with ``move`` applied to its tensors."""
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> VisionBatch:
+        """Return the batch with ``function`` applied to its tensors."""
         return replace(
             self,
-            planes=move(self.planes),
-            position_ids=move(self.position_ids),
-            cu_seqlens=move(self.cu_seqlens),
-            window_index=move(self.window_index),
-            cu_window_seqlens=move(self.cu_window_seqlens),
+            planes=function(self.planes),
+            position_ids=function(self.position_ids),
+            cu_seqlens=function(self.cu_seqlens),
+            window_index=function(self.window_index),
+            cu_window_seqlens=function(self.cu_window_seqlens),
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Everything a forward pass needs. L tokens of S samples one after the other, T targets.
+    """Everything a forward pass needs: L tokens of S concatenated samples, T targets.
 
     Attributes:
         input_ids: (1, L) int64.
         position_ids: (3, 1, L) int64, mRoPE t, h, w.
-        cu_seqlens: (S+1,) int32, borders of the samples.
+        cu_seqlens: (S+1,) int32, sample boundaries.
         lengths: tokens of each sample, known without asking the device.
-        max_seqlen: longest sample.
+        max_seqlen: tokens of the longest sample.
         target_positions: (T,) int64, positions whose next token is trained.
         targets: (T,) int64, those next tokens.
-        most_targets: T of the rank that has most in this micro-step; all ranks take as many chunks of logits.
+        max_targets: largest T of any rank in this micro-step, which decides how many chunks of logits all ranks run.
         vision: the media.
-        bins: numbers of the bins in the set of shards; empty for an empty place of the order, which is one token
-            without targets.
-        num_tokens: tokens that come from bins: L, or 0 for an empty place.
-        num_samples: samples that come from bins: S, or 0 for an empty place.
+        bins: ids of the bins in the shard index. Empty for an empty position of the order, which is one token without
+            targets.
+        num_tokens: tokens that come from bins: L, or 0 for an empty position.
+        num_samples: samples that come from bins: S, or 0 for an empty position.
     """
 
     input_ids: torch.Tensor
@@ -103,39 +104,39 @@ class MicroBatch:
     max_seqlen: int
     target_positions: torch.Tensor
     targets: torch.Tensor
-    most_targets: int
+    max_targets: int
     vision: VisionBatch
     bins: tuple[int, ...]
     num_tokens: int
     num_samples: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
-        """The same batch with its tensors on ``device``; copies from pinned memory can run ``non_blocking``."""
+        """Return the batch with its tensors on ``device``; copies from pinned memory can be ``non_blocking``."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MicroBatch:
-        """The same batch with its tensors in page-locked memory (needs an accelerator)."""
+        """Return the batch with its tensors in page-locked memory (needs an accelerator)."""
         return self.map(torch.Tensor.pin_memory)
 
-    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        """The same batch with ``move`` applied to its tensors, those of ``vision`` included."""
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """Return the batch with ``function`` applied to its tensors, including those of ``vision``."""
         return replace(
             self,
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            cu_seqlens=move(self.cu_seqlens),
-            target_positions=move(self.target_positions),
-            targets=move(self.targets),
-            vision=self.vision.map(move),
+            input_ids=function(self.input_ids),
+            position_ids=function(self.position_ids),
+            cu_seqlens=function(self.cu_seqlens),
+            target_positions=function(self.target_positions),
+            targets=function(self.targets),
+            vision=self.vision.map(function),
         )
 
 
 def build_micro_batch(
     bins: Sequence[Bin],
     *,
-    numbers: Sequence[int] | None = None,
+    bin_ids: Sequence[int] | None = None,
     where: Sequence[str] | None = None,
-    most_targets: int = 0,
+    max_targets: int = 0,
     window_size: int = WINDOW_SIZE,
     memory: Sequence[torch.Tensor] | None = None,
     buffers: Buffers | None = None,
@@ -143,50 +144,69 @@ def build_micro_batch(
     """Concatenate bins along the sequence.
 
     Args:
-        bins: the bins (none for an empty place of the order); no sample's first label is trained.
-        numbers: their numbers in a mixed set of shards; the numbers in their own folders if not given.
-        where: how to name the place of each in messages; ``bin N`` if not given.
-        most_targets: of the ranks that take part in the micro-step; no other rank if not given.
+        bins: the bins; none for an empty position of the order. The first label of every sample is untrained.
+        bin_ids: ids of the bins in the shard index; default: their ids in their own folders.
+        where: location of each bin for error messages; default ``bin N``.
+        max_targets: largest number of targets of any rank in this micro-step; default: that of these bins.
         window_size: ``vision_config.window_size`` of the model, in pixels.
-        memory: the uint8 tensors that the arrays of the bins are views of, if they are: raw planes of a single bin are
-            then a part of its tensor, and page-locked if that is.
-        buffers: where other planes go; fresh memory if not given.
+        memory: the uint8 tensors of which the arrays of the bins are views, if any. Raw planes of a single bin are then
+            a slice of its tensor, page-locked if the tensor is.
+        buffers: source of memory for all other planes; default: fresh memory.
 
     Raises:
-        ShardError: pixels do not decompress or decode, or have another size than the media need.
+        ShardError: pixels do not decompress or decode, or their size does not match the media.
         ConfigError: ``window_size`` is not a positive multiple of 28.
     """
-    places = where if where is not None else [f"bin {one.index}" for one in bins]
-    if bins:
-        input_ids = np.concatenate([one.input_ids for one in bins], dtype=np.int64)
-        labels = np.concatenate([one.labels for one in bins], dtype=np.int64)
-        mrope = [one.position_ids for one in bins]
-        lengths = np.concatenate([np.diff(one.cu_seqlens) for one in bins])
-    else:
-        input_ids = np.zeros(1, dtype=np.int64)  # token 0 exists in every vocabulary
-        labels = np.full(1, IGNORE_INDEX, dtype=np.int64)
-        mrope = [np.zeros((3, 1), dtype=np.int32)]
-        lengths = np.ones(1, dtype=np.int32)
-    cu_seqlens = np.zeros(lengths.size + 1, dtype=np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
-    position_ids = np.concatenate(mrope, axis=1, dtype=np.int64)
-    # The first label of a sample is never trained, so a position and its target are always of one sample.
-    target_positions = np.flatnonzero(labels[1:] != IGNORE_INDEX)
-    if numbers is None:
-        numbers = [one.index for one in bins]
+    tokens = _concatenate(bins) if bins else _empty_position()
+    # lengths (S,) -> cu_seqlens (S+1,)
+    cu_seqlens = np.zeros(tokens.lengths.size + 1, dtype=np.int32)
+    np.cumsum(tokens.lengths, out=cu_seqlens[1:])
+    # labels (L,) -> target_positions (T,). Position p predicts token p + 1. The first label of a sample is never
+    # trained, so p and p + 1 always belong to the same sample.
+    target_positions = np.flatnonzero(tokens.labels[1:] != IGNORE_INDEX)
+    if where is None:
+        where = [f"bin {bin_.index}" for bin_ in bins]
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids[None]),
-        position_ids=torch.from_numpy(position_ids[:, None]),
+        input_ids=torch.from_numpy(tokens.input_ids[None]),
+        position_ids=torch.from_numpy(tokens.position_ids[:, None]),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        lengths=tuple(lengths.tolist()),
-        max_seqlen=int(lengths.max()),
+        lengths=tuple(tokens.lengths.tolist()),
+        max_seqlen=int(tokens.lengths.max()),
         target_positions=torch.from_numpy(target_positions),
-        targets=torch.from_numpy(labels[target_positions + 1]),
-        most_targets=max(most_targets, target_positions.size),
-        vision=_vision_batch(bins, places, window_size, memory, buffers),
-        bins=tuple(numbers),
-        num_tokens=input_ids.size if bins else 0,
-        num_samples=lengths.size if bins else 0,
+        targets=torch.from_numpy(tokens.labels[target_positions + 1]),
+        max_targets=max(max_targets, target_positions.size),
+        vision=_vision_batch(bins, where, window_size, memory, buffers),
+        bins=tuple(bin_ids) if bin_ids is not None else tuple(bin_.index for bin_ in bins),
+        num_tokens=tokens.input_ids.size if bins else 0,
+        num_samples=tokens.lengths.size if bins else 0,
+    )
+
+
+class _Tokens(NamedTuple):
+    """Concatenated tokens: input_ids (L,), labels (L,), position_ids (3, L), tokens of each sample (S,)."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+
+
+def _concatenate(bins: Sequence[Bin]) -> _Tokens:
+    return _Tokens(
+        input_ids=np.concatenate([bin_.input_ids for bin_ in bins], dtype=np.int64),
+        labels=np.concatenate([bin_.labels for bin_ in bins], dtype=np.int64),
+        position_ids=np.concatenate([bin_.position_ids for bin_ in bins], axis=1, dtype=np.int64),
+        lengths=np.concatenate([np.diff(bin_.cu_seqlens) for bin_ in bins]),
+    )
+
+
+def _empty_position() -> _Tokens:
+    """One token without a target; token 0 exists in every vocabulary."""
+    return _Tokens(
+        input_ids=np.zeros(1, dtype=np.int64),
+        labels=np.full(1, IGNORE_INDEX, dtype=np.int64),
+        position_ids=np.zeros((3, 1), dtype=np.int64),
+        lengths=np.ones(1, dtype=np.int32),
     )
 
 
@@ -197,7 +217,7 @@ def _vision_batch(
     memory: Sequence[torch.Tensor] | None,
     buffers: Buffers | None,
 ) -> VisionBatch:
-    media = tuple(medium for one in bins for medium in one.grids())
+    media = tuple(medium for bin_ in bins for medium in bin_.grids())
     if media:
         planes, residuals = _planes(bins, where, memory, buffers)
     else:
@@ -221,8 +241,11 @@ def _vision_batch(
 def _planes(
     bins: Sequence[Bin], where: Sequence[str], memory: Sequence[torch.Tensor] | None, buffers: Buffers | None
 ) -> tuple[torch.Tensor, bool]:
-    """Planes of all bins, and whether they are residuals. Bins of several codecs meet as residuals, the cheaper way."""
-    residuals = any(one.codec == "zstd" for one in bins)
+    """Planes of all bins (B,) uint8, and whether they are residuals.
+
+    Bins of mixed codecs are all brought to residuals: encoding planes is cheaper on the CPU than undoing residuals.
+    """
+    residuals = any(bin_.codec == "zstd" for bin_ in bins)
     if len(bins) == 1 and bins[0].codec == "raw":
         pixels = bins[0].pixels
         _require_size(pixels.size, bins[0].num_pixel_bytes, where[0])
@@ -231,45 +254,47 @@ def _planes(
             return memory[0][start : start + pixels.size], False
         if pixels.flags.writeable:
             return torch.from_numpy(pixels), False
-    sizes = [one.num_pixel_bytes for one in bins]
+    sizes = [bin_.num_pixel_bytes for bin_ in bins]
     planes = torch.empty(sum(sizes), dtype=torch.uint8) if buffers is None else buffers.take(sum(sizes))
     parts = np.split(planes.numpy(), np.cumsum(sizes)[:-1])
-    for one, place, part in zip(bins, where, parts):
-        if one.codec == "zstd":
-            _decompress(one.pixels, part, place)
+    for bin_, location, part in zip(bins, where, parts):
+        if bin_.codec == "zstd":
+            _decompress(bin_.pixels, part, location)
             continue
-        if one.codec == "jpeg":
-            decode_jpegs(one, part, place)
+        if bin_.codec == "jpeg":
+            decode_jpegs(bin_, part, location)
         else:
-            _require_size(one.pixels.size, part.size, place)
-            part[:] = one.pixels
+            _require_size(bin_.pixels.size, part.size, location)
+            part[:] = bin_.pixels
         if residuals:
-            _encode_in_place(part, one.grids())
+            _encode_in_place(part, bin_.grids())
     return planes, residuals
 
 
 def _decompress(pixels: NDArray[np.uint8], out: NDArray[np.uint8], where: str) -> None:
+    """Decompress one zstd frame into ``out``, which it must fill exactly."""
     target = out.data
-    filled = 0
+    num_bytes = 0
     try:
         with zstandard.ZstdDecompressor().stream_reader(pixels.data) as reader:
-            while filled < out.size and (count := reader.readinto(target[filled:])):
-                filled += count
-            excess = len(reader.read(1))
+            while num_bytes < out.size and (count := reader.readinto(target[num_bytes:])):
+                num_bytes += count
+            num_excess = len(reader.read(1))
     except zstandard.ZstdError as error:
         raise ShardError(f"{where}: its pixels do not decompress: {error}. Build the shards again.") from error
-    _require_size(filled + excess, out.size, where)
+    _require_size(num_bytes + num_excess, out.size, where)
 
 
-def _require_size(found: int, expected: int, where: str) -> None:
-    if found != expected:
-        more = "at least " if found > expected else ""
+def _require_size(num_bytes: int, expected: int, where: str) -> None:
+    if num_bytes != expected:
+        at_least = "at least " if num_bytes > expected else ""
         raise ShardError(
-            f"{where}: its pixels have {more}{found} bytes, its media need {expected}. Build the shards again."
+            f"{where}: its pixels have {at_least}{num_bytes} bytes, its media need {expected}. Build the shards again."
         )
 
 
 def _encode_in_place(planes: NDArray[np.uint8], media: Sequence[Medium]) -> None:
+    """Replace the planes (B,) of all frames by their residuals."""
     start = 0
     for grid, media_type in media:
         shape = frame_shape(grid)

@@ -1,10 +1,11 @@
 """Inputs of the vision tower that depend on the grids alone, computed on the CPU ahead of the forward pass.
 
-Grids of all media in sequence order -> rotary positions, borders of attention, order of patches in windows. The
-transformers model computes the same from ``grid_thw`` with a Python loop and several waits for the device; given these
-tensors it does neither (``Qwen2_5_VisionTransformerPretrainedModel.forward`` of transformers 5.23, ``grid_thw=None``).
+Grids of all media in sequence order -> rotary positions, attention boundaries and window order of the patches.
+transformers computes the same from ``grid_thw``, with a Python loop and several synchronisations with the device; it
+skips both when given these tensors (``Qwen2_5_VisionTransformerPretrainedModel.forward`` of transformers 5.23 with
+``grid_thw=None``).
 
-Cost: one concatenation for each output; the part of a medium depends on its rows and columns only and is cached.
+Cost: one concatenation per output. The layout of a frame depends on its rows and columns only and is cached.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ WINDOW_SIZE = 112
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionInputs:
-    """What the vision tower needs besides pixels. N patches, in the processor's merge-block order.
+    """What the vision tower needs besides pixels, for N patches in the processor's merge-block order.
 
     Attributes:
         position_ids: (N, 2) int64, row and column of every patch.
-        cu_seqlens: (F+1,) int32, borders of full attention: one segment for each temporal step of each medium.
-        max_seqlen: longest such segment.
+        cu_seqlens: (F+1,) int32, boundaries of full attention: one segment per temporal step of each medium.
+        max_seqlen: patches of the longest such segment.
         window_index: (N/4,) int64, merged patches in the order of their windows.
-        cu_window_seqlens: (W+1,) int32, borders of window attention in patches; no window is empty.
-        max_window_seqlen: longest window.
+        cu_window_seqlens: (W+1,) int32, boundaries of window attention in patches; no window is empty.
+        max_window_seqlen: patches of the longest window.
     """
 
     position_ids: NDArray[np.int64]
@@ -45,9 +46,9 @@ class VisionInputs:
 
 
 def vision_inputs(grids: Sequence[Grid], *, window_size: int = WINDOW_SIZE) -> VisionInputs:
-    """Compute the inputs of the vision tower for media that follow one another.
+    """Compute the inputs of the vision tower for concatenated media.
 
-    Equal to ``get_vision_position_ids``, ``get_vision_attention_seqlens`` and ``get_vision_window_index`` of
+    They equal ``get_vision_position_ids``, ``get_vision_cu_seqlens`` and ``get_vision_window_index`` of
     ``transformers.vision_utils`` (5.23).
 
     Args:
@@ -63,29 +64,29 @@ def vision_inputs(grids: Sequence[Grid], *, window_size: int = WINDOW_SIZE) -> V
     windows: list[NDArray[np.int64]] = []
     window_lengths: list[NDArray[np.int32]] = []
     step_lengths: list[int] = []
-    merged_before = 0
+    num_merged = 0
     for grid in grids:
         layout = _frame_layout(grid.h, grid.w, window_size // FACTOR)
         for _ in range(grid.t):
             positions.append(layout.position_ids)
-            windows.append(layout.window_index + merged_before)
+            windows.append(layout.window_index + num_merged)
             window_lengths.append(layout.window_lengths)
             step_lengths.append(grid.h * grid.w)
-            merged_before += layout.window_index.size
+            num_merged += layout.window_index.size
     all_window_lengths = np.concatenate(window_lengths)
     return VisionInputs(
         position_ids=np.concatenate(positions),
-        cu_seqlens=_borders(np.array(step_lengths, dtype=np.int32)),
+        cu_seqlens=_boundaries(np.array(step_lengths, dtype=np.int32)),
         max_seqlen=max(step_lengths),
         window_index=np.concatenate(windows),
-        cu_window_seqlens=_borders(all_window_lengths),
+        cu_window_seqlens=_boundaries(all_window_lengths),
         max_window_seqlen=int(all_window_lengths.max()),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _FrameLayout:
-    """Positions (h*w, 2), window order (h*w/4,) and lengths of the windows in patches, of one temporal step."""
+    """One temporal step of h x w patches: positions (h*w, 2), window order (h*w/4,), patches per window (W,)."""
 
     position_ids: NDArray[np.int64]
     window_index: NDArray[np.int64]
@@ -94,27 +95,32 @@ class _FrameLayout:
 
 @lru_cache(maxsize=1024)
 def _frame_layout(height: int, width: int, window: int) -> _FrameLayout:
+    """Lay out one temporal step; sizes in patches, ``window`` in merged patches."""
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     blocks = (height // MERGE_SIZE, MERGE_SIZE, width // MERGE_SIZE, MERGE_SIZE)
-    # (h, w) -> (block row, block column, row in block, column in block)
-    in_blocks = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, columns)]
+    # (h, w) -> (block row, row in block, block column, column in block)
+    #        -> (block row, block column, row in block, column in block) -> (h * w,)
+    merge_block_order = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, columns)]
 
+    # (h/2, w/2): row and column of every merged patch
     merged_rows, merged_columns = np.meshgrid(
         np.arange(height // MERGE_SIZE), np.arange(width // MERGE_SIZE), indexing="ij"
     )
     windows_across = -(-(width // MERGE_SIZE) // window)
-    window_of = (merged_rows // window * windows_across + merged_columns // window).ravel()
+    # (h/2 * w/2,): window of every merged patch
+    window_of_patch = (merged_rows // window * windows_across + merged_columns // window).ravel()
     layout = _FrameLayout(
-        position_ids=np.stack(in_blocks, axis=-1).astype(np.int64),
-        window_index=np.argsort(window_of, kind="stable").astype(np.int64),
-        window_lengths=(np.bincount(window_of) * MERGED_PATCHES).astype(np.int32),
+        position_ids=np.stack(merge_block_order, axis=-1).astype(np.int64),
+        window_index=np.argsort(window_of_patch, kind="stable").astype(np.int64),
+        window_lengths=(np.bincount(window_of_patch) * MERGED_PATCHES).astype(np.int32),
     )
     for array in (layout.position_ids, layout.window_index, layout.window_lengths):
         array.flags.writeable = False  # shared by all callers of the cache
     return layout
 
 
-def _borders(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-    borders = np.zeros(lengths.size + 1, dtype=np.int32)
-    np.cumsum(lengths, out=borders[1:])
-    return borders
+def _boundaries(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Lengths (K,) -> cumulative boundaries (K+1,), starting at 0."""
+    boundaries = np.zeros(lengths.size + 1, dtype=np.int32)
+    np.cumsum(lengths, out=boundaries[1:])
+    return boundaries

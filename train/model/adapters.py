@@ -1,13 +1,12 @@
-"""LoRA: small trained matrices beside frozen weights (:mod:`peft`), chosen, put in, written and merged.
+"""LoRA: small trained matrices beside frozen weights (:mod:`peft`): choosing, injecting, writing and merging them.
 
-Flags and the names of a model's layers -> :class:`Adapters`, before weights are loaded; a model -> the same with
-adapters in those layers; weights after training -> an adapter in the format of peft, or whole weights with the adapters
-added in.
+Before weights are loaded: settings and the layer names of a model -> :class:`Adapters`. Then: a model -> the model with
+adapters in those layers. After training: its weights -> an adapter in peft's format, or merged weights.
 
 A layer ``W`` becomes ``W + (alpha / r) B A`` with ``A`` (r, in) random and ``B`` (out, r) zero, so training starts from
-the model as it was (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+the original model (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-Cost: r (in + out) parameters a layer; merging takes one product of the two matrices a layer, on the CPU.
+Cost: r (in + out) parameters per layer; merging multiplies the two matrices of each layer on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import hashlib
 import logging
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,38 +27,37 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
-from storage.disk import writing
 from train.model import optim
-from train.model.pretrained import copy_companions
+from train.model.pretrained import copy_companions, replacing
 from train.settings.arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RANK, DEFAULT_ALPHA, DEFAULT_DROPOUT = 64, 128, 0.0
-"""Rank and alpha are those of the upstream fine-tuning script."""
+"""Rank and alpha of the upstream fine-tuning script."""
 
 ALL_LINEAR = "all-linear"
-"""Every linear layer but ``lm_head``; the word is peft's."""
+"""Every linear layer except ``lm_head``; peft uses the same word."""
 
 HEAD = "lm_head"
-NAME = "default"
-"""What peft calls the only adapter of a model."""
+ADAPTER_NAME = "default"
+"""peft's name of a model's only adapter."""
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FILE_PREFIX = "base_model.model."
-"""What stands before the name of a layer in a file of peft."""
+"""Prefix of layer names in an adapter file of peft."""
 
 _A, _B, _BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapters:
-    """Which layers get adapters, and of what kind.
+    """Which layers get adapters, and their settings.
 
     Attributes:
-        rank: rank of the product of the two matrices.
-        alpha: the product is multiplied by ``alpha / rank``.
-        dropout: share of the inputs of an adapter that is dropped in training.
+        rank: rank r of the update.
+        alpha: the update is scaled by ``alpha / rank``.
+        dropout: dropout probability of an adapter's inputs.
         modules: names of the layers in the Hugging Face model.
     """
 
@@ -71,11 +68,11 @@ class Adapters:
 
     @property
     def scaling(self) -> float:
-        """What the product of the two matrices is multiplied by."""
+        """Factor of the update."""
         return self.alpha / self.rank
 
     def describe(self) -> str:
-        """All of it in one line, for comparing runs."""
+        """Describe the adapters in one line, to compare runs."""
         digest = hashlib.sha256("\n".join(self.modules).encode()).hexdigest()[:16]
         return (
             f"r {self.rank}, alpha {self.alpha}, dropout {self.dropout:g}, {len(self.modules)} layers (sha256 {digest})"
@@ -83,16 +80,16 @@ class Adapters:
 
 
 def choose_adapters(args: TrainArguments, config: Mapping[str, Any]) -> Adapters | None:
-    """What the flags ask for; None without ``--lora_enable``.
+    """Return the adapters that the settings define; None without ``--lora_enable``.
 
-    The parts that ``--tune_mm_*`` names get adapters, and none of the model's own weights are trained.
+    The parts selected by ``--tune_mm_*`` get adapters; the model's own weights are all frozen.
 
     Args:
-        args: the flags.
-        config: contents of the ``config.json`` of the checkpoint.
+        args: settings of the run.
+        config: contents of the checkpoint's ``config.json``.
 
     Raises:
-        ConfigError: peft is not installed, or ``--lora_target_modules`` names nothing in a part that is to be tuned.
+        ConfigError: peft is not installed, or ``--lora_target_modules`` matches nothing in a tuned part.
     """
     if not args.lora_enable:
         return None
@@ -107,17 +104,17 @@ def choose_adapters(args: TrainArguments, config: Mapping[str, Any]) -> Adapters
 
 
 def require_peft() -> None:
-    """Check that peft is there.
+    """Check that peft is installed.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not installed.
     """
     if find_spec("peft") is None:
         raise ConfigError("LoRA needs the peft package: pip install peft")
 
 
 def linear_layers(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the linear layers that can have adapters, each with its part of the model; no weights are made."""
+    """Map every linear layer that can have an adapter, by name, to its part of the model. No weights are allocated."""
     with torch.device("meta"):
         hf = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(dict(config)))
     return {
@@ -127,145 +124,147 @@ def linear_layers(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def choose_modules(layers: Mapping[str, str], wanted: str | None, tuned: set[str]) -> tuple[str, ...]:
-    """Layers of the tuned parts whose names end as wanted.
+def choose_modules(layers: Mapping[str, str], targets: str | None, tuned: set[str]) -> tuple[str, ...]:
+    """Select the layers of the tuned parts whose names end in one of the targets.
 
     Args:
         layers: name of every linear layer -> its part.
-        wanted: names separated by commas, as ``q_proj,v_proj`` or ``self_attn.q_proj``; each may be a regular
-            expression. None or ``all-linear``: every layer.
+        targets: names separated by commas, like ``q_proj,v_proj`` or ``self_attn.q_proj``; each may be a regular
+            expression. None or ``all-linear`` selects every layer.
         tuned: the parts that get adapters.
 
     Returns:
         Names of layers, in the order of the model.
 
     Raises:
-        ConfigError: a name fits no layer of these parts, or a part has no layer that fits.
+        ConfigError: a target matches no layer of these parts, or a part has no matching layer.
     """
     eligible = [name for name, part in layers.items() if part in tuned]
-    if wanted in (None, ALL_LINEAR):
+    if targets in (None, ALL_LINEAR):
         return tuple(eligible)
-    assert wanted is not None
+    assert targets is not None
     chosen: set[str] = set()
-    for item in wanted.split(","):
+    for target in targets.split(","):
         try:
-            pattern = re.compile(rf"(.*\.)?({item.strip()})")
+            pattern = re.compile(rf"(.*\.)?({target.strip()})")
         except re.error as error:
-            raise ConfigError(f"--lora_target_modules: {item!r} is no regular expression ({error}).") from error
-        found = {name for name in eligible if pattern.fullmatch(name)}
-        if not found:
-            raise ConfigError(_explain_no_match(item, pattern, layers, tuned))
-        chosen |= found
+            raise ConfigError(
+                f"--lora_target_modules: {target!r} is not a valid regular expression ({error})."
+            ) from error
+        matches = {name for name in eligible if pattern.fullmatch(name)}
+        if not matches:
+            raise ConfigError(_explain_no_match(target, pattern, layers, tuned))
+        chosen |= matches
     for part in sorted(tuned):
         if not any(layers[name] == part for name in chosen):
             raise ConfigError(
-                f"{part} is to be tuned, but --lora_target_modules {wanted} names none of its layers "
-                f"({_endings(layers, {part})}): name some, or freeze it with its --tune_mm flag."
+                f"{part} is tuned, but --lora_target_modules {targets} matches none of its layers "
+                f"({_endings(layers, {part})}): add one of them, or freeze the part with its --tune_mm flag."
             )
     return tuple(name for name in eligible if name in chosen)
 
 
 def add_adapters(hf: Qwen2_5_VLForConditionalGeneration, adapters: Adapters, *, seed: int) -> None:
-    """Put adapters into a model, in its dtype; the same ones for a seed on any rank and at any ZeRO stage.
+    """Inject adapters into a model, in its dtype. They depend on the seed only, not on the rank or the ZeRO stage.
 
     Args:
-        hf: the model, in place; its weights may be partitioned.
-        adapters: which.
-        seed: decides the random matrices.
+        hf: the model, modified in place; its weights may be partitioned.
+        adapters: layers and settings.
+        seed: seed of the random matrices.
     """
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(_peft_config(adapters), hf, adapter_name=NAME)
+    inject_adapter_in_model(_peft_config(adapters), hf, adapter_name=ADAPTER_NAME)
     for name, parameter in hf.named_parameters():
         if not optim.is_adapter(name):
             continue
         parameter.data = parameter.data.to(hf.dtype)
-        if name.endswith(f".lora_A.{NAME}.weight"):
+        if name.endswith(f".lora_A.{ADAPTER_NAME}.weight"):
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            bound = 1 / math.sqrt(parameter.shape[1])  # what peft draws from, with a generator of its own
+            # peft's distribution, but from a seeded generator per matrix
+            bound = 1 / math.sqrt(parameter.shape[1])
             parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights of a model with adapters, by their names in it -> those of the model alone, and those of the adapters.
+    """Split the weights of a model with adapters.
 
     Returns:
-        The first by their names in the model without adapters, the second by their names in a file of peft.
+        The model's own weights, by their names in the model without adapters; and the adapter weights, by their names
+        in an adapter file of peft.
     """
     own = {name.replace(_BASE, "."): weight for name, weight in weights.items() if not optim.is_adapter(name)}
-    of_adapters = {
-        f"{FILE_PREFIX}{name.replace(f'.{NAME}.', '.')}": weight
+    adapter_weights = {
+        f"{FILE_PREFIX}{name.replace(f'.{ADAPTER_NAME}.', '.')}": weight
         for name, weight in weights.items()
         if optim.is_adapter(name)
     }
-    return own, of_adapters
+    return own, adapter_weights
 
 
 def merge_weights(
-    own: Mapping[str, torch.Tensor], of_adapters: Mapping[str, torch.Tensor], scaling: float
+    own: Mapping[str, torch.Tensor], adapter_weights: Mapping[str, torch.Tensor], scaling: float
 ) -> dict[str, torch.Tensor]:
-    """Weights with the adapters added in: sums are made in float32 and rounded once to the dtype of the weight.
+    """Add adapters to the weights of their model, in float32, rounding once to the dtype of the weight.
 
     Args:
         own: weights of the model, by name.
-        of_adapters: those of its adapters, by their names in a file of peft.
+        adapter_weights: weights of the adapters, by their names in an adapter file of peft.
         scaling: see :class:`Adapters`.
 
+    Returns:
+        The weights of the model, by name.
+
     Raises:
-        ConfigError: an adapter is not of this model, or there is something else than pairs of matrices.
+        ConfigError: an adapter does not belong to this model, or is not a pair of LoRA matrices.
     """
-    merged, rest = dict(own), dict(of_adapters)
-    for name in of_adapters:
+    merged, remaining = dict(own), dict(adapter_weights)
+    for name in adapter_weights:
         if not name.endswith(_A):
             continue
         stem = name.removesuffix(_A)
         target = f"{stem.removeprefix(FILE_PREFIX)}.weight"
-        first, second = rest.pop(name), rest.pop(f"{stem}{_B}", None)
+        a, b = remaining.pop(name), remaining.pop(f"{stem}{_B}", None)
         weight = own.get(target)
-        if second is None or weight is None or not _is_pair(first, second, weight):
-            raise ConfigError(f"{stem} is no adapter of a layer of this model: give the model that it was trained for.")
-        merged[target] = (weight.float() + scaling * (second.float() @ first.float())).to(weight.dtype)
-    if rest:
-        raise ConfigError(f"the adapter holds {next(iter(rest))}, which is no matrix of LoRA: merge it with peft.")
+        if b is None or weight is None or not _fits(a, b, weight):
+            raise ConfigError(f"{stem} does not match a layer of this model: use the model that it was trained for.")
+        # weight (out, in) + b (out, r) @ a (r, in)
+        merged[target] = (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+    if remaining:
+        raise ConfigError(f"the adapter holds {next(iter(remaining))}, which is not a LoRA matrix: merge it with peft.")
     return merged
 
 
-def _is_pair(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product of two matrices has the shape of a weight."""
-    are_matrices = first.dim() == second.dim() == 2 and second.shape[1] == first.shape[0]
-    return are_matrices and weight.shape == (second.shape[0], first.shape[1])
+def _fits(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product of ``b`` and ``a`` exists and has the shape of ``weight``."""
+    can_multiply = a.dim() == b.dim() == 2 and b.shape[1] == a.shape[0]
+    return can_multiply and weight.shape == (b.shape[0], a.shape[1])
 
 
 def write_adapter(
-    out: Path, of_adapters: Mapping[str, torch.Tensor], adapters: Adapters, *, model: str, source: Path
+    out: Path, adapter_weights: Mapping[str, torch.Tensor], adapters: Adapters, *, model: str, source: Path
 ) -> None:
-    """Write the adapters alone, as peft does: ``PeftModel.from_pretrained(model, out)`` loads them.
+    """Write the adapters in peft's format: ``PeftModel.from_pretrained(model, out)`` loads them.
 
     Args:
-        out: the folder to write; what was there before is replaced when the new one is complete.
-        of_adapters: the matrices on the CPU, by their names in a file of peft.
-        adapters: which.
-        model: the checkpoint that they are for, as a user of the adapter is to find it.
-        source: folder of that checkpoint, whose tokenizer and processor files are copied.
+        out: the folder to write. Its previous contents are replaced once the new ones are complete.
+        adapter_weights: the matrices on the CPU, by their names in an adapter file of peft.
+        adapters: layers and settings.
+        model: name or path of the base checkpoint, as recorded for users of the adapter.
+        source: folder of the base checkpoint, whose tokenizer and processor files are copied.
 
     Raises:
-        VlprepError: it cannot be written.
+        VlprepError: the folder cannot be written.
     """
-    part = out.with_name(f"{out.name}.tmp")
     config = _peft_config(adapters)
     config.base_model_name_or_path = model
     config.inference_mode = True
-    config.target_modules = list(adapters.modules)  # peft makes it a set, whose order changes from run to run
-    with writing(part):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        config.save_pretrained(str(part))
-        save_file(dict(of_adapters), part / WEIGHTS_FILE, metadata={"format": "pt"})
-        copy_companions(source, part)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
+    config.target_modules = list(adapters.modules)  # peft makes it a set, whose order varies between runs
+    with replacing(out) as folder:
+        config.save_pretrained(str(folder))
+        save_file(dict(adapter_weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        copy_companions(source, folder)
     logger.info("adapter written to %s", out)
 
 
@@ -282,20 +281,20 @@ def _peft_config(adapters: Adapters) -> Any:
     )
 
 
-def _explain_no_match(item: str, pattern: re.Pattern[str], layers: Mapping[str, str], tuned: set[str]) -> str:
+def _explain_no_match(target: str, pattern: re.Pattern[str], layers: Mapping[str, str], tuned: set[str]) -> str:
     elsewhere = sorted({part for name, part in layers.items() if pattern.fullmatch(name)})
     where = ", ".join(sorted(tuned))
     if elsewhere:
         return (
-            f"--lora_target_modules: {item} is in {', '.join(elsewhere)}, which is frozen: tune it with its --tune_mm "
-            "flag, or leave the name out."
+            f"--lora_target_modules: {target} is in {', '.join(elsewhere)}, which is frozen: tune it with its "
+            "--tune_mm flag, or drop the name."
         )
     if pattern.fullmatch(HEAD):
-        return f"--lora_target_modules: {HEAD} can have no adapter, since it may be tied to the embeddings."
-    return f"--lora_target_modules: {item} is no linear layer of {where}; allowed: {_endings(layers, tuned)}."
+        return f"--lora_target_modules: {HEAD} cannot have an adapter, because it may be tied to the embeddings."
+    return f"--lora_target_modules: {target} matches no linear layer of {where}; allowed: {_endings(layers, tuned)}."
 
 
 def _endings(layers: Mapping[str, str], parts: set[str]) -> str:
-    """How layers of these parts are called, without the numbers of blocks before."""
+    """Names of the layers of these parts, without the block numbers before them."""
     names = [re.split(r"\.\d+\.", name)[-1] for name, part in layers.items() if part in parts]
     return ", ".join(dict.fromkeys(name.removeprefix("model.visual.") for name in names))

@@ -1,11 +1,11 @@
-"""Attention of packed samples without flash attention: SDPA, called once for each sample.
+"""Attention over packed samples without flash-attn: SDPA, one call per sample.
 
-A mask over all pairs of tokens would keep samples apart as well, and is what transformers makes of positions that
-restart: its memory and the operations grow with the square of the bin, and with a mask SDPA has no fast kernel. Sample
-by sample nothing is computed across borders, so that nothing can leak, and each call is plain causal attention.
+transformers would instead build a mask over all pairs of tokens from the restarting positions. Its memory and compute
+grow with the square of the bin, and SDPA has no fast kernel for a mask. Sample by sample, nothing is computed across
+boundaries, so nothing can leak, and each call is plain causal attention.
 
-Cost: one call a sample and layer. On GPUs where SDPA has no fast kernel for grouped heads (in float32, or older than
-Ampere), keys and values are repeated for every head first.
+Cost: one call per sample and layer. On GPUs without a fast SDPA kernel for grouped-query attention (float32, or older
+than Ampere), keys and values are first repeated for every head.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from schemas.errors import ConfigError
 SDPA = "sdpa"
 FLASH_ATTENTION = "flash_attention_2"
 BY_SAMPLE = "sdpa_by_sample"
-"""The name under which transformers finds :func:`attend_by_sample`."""
+"""The name under which :func:`attend_by_sample` is registered with transformers."""
 
 AMPERE = (8, 0)
-"""Compute capability from which on SDPA has flash attention, which takes grouped heads as they are."""
+"""Lowest compute capability with a flash-attention kernel in SDPA, which supports grouped-query attention."""
 
 
 def check_window(window: int | None, attn_implementation: str) -> None:
-    """See that attention can keep to the sliding window of a language model.
+    """Check that the attention implementation supports the sliding window of the language model.
 
     Args:
-        window: tokens; None, as in the official checkpoints, where there is no window.
+        window: tokens; None if the model has no window, like the official checkpoints.
         attn_implementation: attention implementation.
 
     Raises:
-        ConfigError: there is a window, which SDPA has not.
+        ConfigError: the model has a window and the implementation is SDPA.
     """
     if window is not None and attn_implementation == SDPA:
         raise ConfigError(
-            f"the checkpoint attends in a sliding window of {window} tokens, which needs --attn_implementation "
-            f"{FLASH_ATTENTION}: install flash-attn, or set use_sliding_window in its config.json to false, as the "
-            "official checkpoints have it."
+            f"the checkpoint uses a sliding window of {window} tokens, which needs --attn_implementation "
+            f"{FLASH_ATTENTION}: install flash-attn, or set use_sliding_window to false in its config.json, as in the "
+            "official checkpoints."
         )
 
 
@@ -56,40 +56,42 @@ def attend_by_sample(
     lengths: tuple[int, ...],
     dropout: float = 0.0,
     scaling: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each of the samples that follow one another.
+    """Causal attention within each of several concatenated samples.
 
     Args:
-        module: the attention layer that calls.
+        module: the attention layer.
         query: (1, heads, L, D).
         key: (1, key-value heads, L, D).
         value: (1, key-value heads, L, D).
-        attention_mask: there is none.
-        lengths: tokens of each sample, which sum to L.
-        dropout: share of the weights that are dropped.
-        scaling: of the products; 1 / sqrt(D) if not given.
-        others: what else transformers hands to attention functions.
+        attention_mask: always None.
+        lengths: tokens of each sample; they sum to L.
+        dropout: probability of dropping an attention weight.
+        scaling: factor of the dot products; default 1 / sqrt(D).
+        kwargs: further arguments of transformers attention functions; unused.
 
     Returns:
-        (1, L, heads, D), and None in place of the weights, which are not kept.
+        (1, L, heads, D), and None in place of the attention weights.
     """
     is_grouped = key.shape[1] != query.shape[1]
     if is_grouped and not has_grouped_kernel(query):
-        # Without a kernel of their own torch would fall back to one that keeps the weights of all pairs of tokens.
+        # torch would otherwise fall back to the math kernel, which stores the weights of all pairs of tokens.
+        # (1, key-value heads, L, D) -> (1, heads, L, D)
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
         is_grouped = False
-    parts = [
+    # per sample: (1, heads, length, D) -> (1, length, heads, D)
+    outputs = [
         functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=is_grouped
         ).transpose(1, 2)
         for q, k, v in zip(*(torch.split(states, list(lengths), dim=2) for states in (query, key, value)))
     ]
-    return torch.cat(parts, dim=1), None
+    return torch.cat(outputs, dim=1), None
 
 
 def has_grouped_kernel(query: torch.Tensor) -> bool:
-    """Whether SDPA has a fast kernel for fewer key-value heads than heads: flash attention, and that of CPUs."""
+    """Whether SDPA has a fast kernel for grouped-query attention: flash attention on a GPU, or the CPU kernel."""
     if not query.is_cuda:
         return True
     return query.dtype != torch.float32 and torch.cuda.get_device_capability(query.device) >= AMPERE

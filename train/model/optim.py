@@ -1,9 +1,9 @@
-"""What is trained, and at which rate: a :class:`PackedQwen` -> parameter groups of AdamW.
+"""What is trained, and at which learning rate: a :class:`PackedQwen` -> parameter groups of AdamW.
 
 The model has three parts: language model (with embeddings and ``lm_head``), merger and vision tower. Each is frozen or
-has a learning rate; matrices decay, norms and biases do not. Every parameter belongs to exactly one part; one that
-belongs to none, or a part that is to be trained and has none, is an error. In a model with adapters
-(:mod:`train.model.adapters`) they alone are trained, each at the rate of its part.
+has a learning rate. Weight decay applies to matrices, not to norms and biases. Every parameter belongs to exactly one
+part; a parameter that belongs to none is an error, and so is a part to train without parameters. In a model with
+adapters (:mod:`train.model.adapters`) only these are trained, each at the rate of its part.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PREFIXES = (
     ("hf.model.language_model.", LANGUAGE_MODEL),
     ("hf.lm_head.", LANGUAGE_MODEL),
 )
-"""The part that a parameter belongs to, by the first prefix of its name that fits."""
+"""The part of a parameter, by the first matching prefix of its name."""
 
 MATRICES = (nn.Linear, nn.Embedding, nn.Conv3d)
-"""Modules whose weights decay. Their biases do not, nor do norms."""
+"""Modules whose weights decay. Biases and norms do not decay."""
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
@@ -41,7 +41,15 @@ ADAM_EPSILON = 1e-8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterGroup:
-    """Parameters of one part that are treated alike. ``learning_rate`` is the peak; None means frozen."""
+    """Parameters of one part with the same settings.
+
+    Attributes:
+        part: part of the model.
+        is_adapter: whether the parameters are adapters rather than the model's own.
+        learning_rate: peak learning rate; None if frozen.
+        decays: whether weight decay applies.
+        parameters: the parameters.
+    """
 
     part: str
     is_adapter: bool
@@ -51,12 +59,12 @@ class ParameterGroup:
 
     @property
     def num_elements(self) -> int:
-        """Scalars in the group, also where ZeRO-3 leaves only a partition of each on this rank."""
+        """Scalars in the group, also if ZeRO-3 keeps only a partition of each parameter on this rank."""
         return sum(_num_elements(parameter) for parameter in self.parameters)
 
 
 def learning_rates(args: TrainArguments, base: float) -> dict[str, float | None]:
-    """Peak rate of every part; None where it is frozen. ``base`` is that of parts without a rate of their own."""
+    """Return the peak learning rate of every part, None if frozen; ``base`` is the rate of parts without their own."""
     return {
         LANGUAGE_MODEL: base if args.tune_mm_llm else None,
         MERGER: (args.mm_projector_lr or base) if args.tune_mm_mlp else None,
@@ -65,50 +73,58 @@ def learning_rates(args: TrainArguments, base: float) -> dict[str, float | None]
 
 
 def group_parameters(model: nn.Module, rates: Mapping[str, float | None]) -> list[ParameterGroup]:
-    """Put every parameter into one group, and freeze those of parts without a rate, and those beside adapters.
+    """Assign every parameter to one group, and freeze parts without a rate.
+
+    In a model with adapters, the model's own weights are frozen too.
 
     Args:
         model: a :class:`PackedQwen`, or any module with its names. ``requires_grad`` is set on its parameters.
         rates: peak rate of every part; None freezes it.
 
     Returns:
-        Groups that are not empty: the parts in the order of ``rates``, each its own weights, then its adapters, with
-        decay, then without.
+        Non-empty groups, by part in the order of ``rates``, within it own weights before adapters, within them
+        parameters with decay before those without.
 
     Raises:
-        ConfigError: a parameter belongs to no part or is of an unknown kind, or a part with a rate has none to train.
+        ConfigError: a parameter belongs to no part or to an unknown kind of module, or a part with a rate has no
+            parameters to train.
     """
     parameters = list(_parameters(model))
     has_adapters = any(is_adapter(name) for name, _, _ in parameters)
-    found: dict[tuple[str, bool, bool], list[nn.Parameter]] = {
+    members: dict[tuple[str, bool, bool], list[nn.Parameter]] = {
         (part, adapter, decays): [] for part in rates for adapter in (False, True) for decays in (True, False)
     }
     for name, module, parameter in parameters:
-        found[part_of(name), is_adapter(name), _decays(name, module)].append(parameter)
+        members[part_of(name), is_adapter(name), _decays(name, module)].append(parameter)
     groups = [
         ParameterGroup(
             part=part,
             is_adapter=adapter,
             learning_rate=rates[part] if adapter == has_adapters else None,
             decays=decays,
-            parameters=tuple(members),
+            parameters=tuple(group),
         )
-        for (part, adapter, decays), members in found.items()
-        if members
+        for (part, adapter, decays), group in members.items()
+        if group
     ]
     for group in groups:
         for parameter in group.parameters:
             parameter.requires_grad_(group.learning_rate is not None)
-    trained = {group.part for group in groups if group.learning_rate is not None}
-    for part, rate in rates.items():
-        if rate is not None and part not in trained:
-            kind = "adapters in" if has_adapters else "parameters of"
-            raise ConfigError(f"{part} is to be trained, but the model has no {kind} it. Give a Qwen2.5-VL checkpoint.")
+    _check_all_trained(groups, rates, "adapters" if has_adapters else "parameters")
     return groups
 
 
+def _check_all_trained(groups: Sequence[ParameterGroup], rates: Mapping[str, float | None], kind: str) -> None:
+    trained = {group.part for group in groups if group.learning_rate is not None}
+    for part, rate in rates.items():
+        if rate is not None and part not in trained:
+            raise ConfigError(
+                f"{part} has a learning rate, but the model has no {kind} in it. Use a Qwen2.5-VL checkpoint."
+            )
+
+
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, by its name in :class:`PackedQwen`.
+    """Return the part of the model that a parameter belongs to, by its name in :class:`PackedQwen`.
 
     Raises:
         ConfigError: it belongs to none.
@@ -117,16 +133,16 @@ def part_of(name: str) -> str:
         if name.startswith(prefix):
             return part
     known = ", ".join(prefix for prefix, _ in PREFIXES)
-    raise ConfigError(f"parameter {name} belongs to no part of the model ({known}). Give a Qwen2.5-VL checkpoint.")
+    raise ConfigError(f"parameter {name} belongs to no part of the model ({known}). Use a Qwen2.5-VL checkpoint.")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter, by its name, is of an adapter and not of the model itself."""
+    """Whether a parameter, by its name, belongs to an adapter rather than to the model itself."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the groups that are not frozen. Each group of the optimizer is named by its ``part``."""
+    """Create AdamW over the groups that are not frozen. Each optimizer group carries its ``part``."""
     options: list[dict[str, Any]] = [
         {
             "params": list(group.parameters),
@@ -141,7 +157,7 @@ def build_optimizer(groups: Sequence[ParameterGroup], *, weight_decay: float) ->
 
 
 def format_table(groups: Sequence[ParameterGroup], *, weight_decay: float) -> str:
-    """The groups as a table for a person."""
+    """Format the groups as a table."""
     head = ("part", "tensors", "parameters", "learning rate", "decay")
     rows = [
         (
@@ -158,7 +174,7 @@ def format_table(groups: Sequence[ParameterGroup], *, weight_decay: float) -> st
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Every parameter once (a tied one at its first place), with its full name and the module that holds it."""
+    """Yield every parameter once, with its full name and its module; a tied one under its first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -173,7 +189,7 @@ def _decays(name: str, module: nn.Module) -> bool:
     if isinstance(module, Qwen2_5_VLRMSNorm):
         return False
     raise ConfigError(
-        f"parameter {name} is in a {type(module).__name__}, for which no decay is decided in train/model/optim.py."
+        f"parameter {name} is in a {type(module).__name__}, for which train/model/optim.py defines no weight decay."
     )
 
 

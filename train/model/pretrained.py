@@ -1,15 +1,17 @@
-"""Checkpoints in the Hugging Face layout: found, compared with the shards, loaded, and written after training.
+"""Checkpoints in the Hugging Face layout: finding, comparing with the shards, loading, and writing them.
 
 A folder or hub id -> configuration and model; a trained model -> a folder that ``from_pretrained`` loads, with
 tokenizer and processor files beside the weights.
 
-Cost: that of reading and writing the weights; ``tokenizer.json`` (7 MB) is parsed once, 0.3 s.
+Cost: reading and writing the weights; ``tokenizer.json`` (7 MB) is parsed once, 0.3 s.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,19 +43,19 @@ COMPANION_FILES = (
 """Files of a checkpoint that training does not change: tokenizer, chat template, processor."""
 
 MAX_SHARD_SIZE = "5GB"
-"""Of a file of weights that is written, as the official checkpoints have it."""
+"""Largest weights file written, as in the official checkpoints."""
 
 SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
-"""What of a file of weights goes into its fingerprint."""
+"""How much of a weights file its fingerprint covers."""
 
 HUB_FILES = (*COMPANION_FILES, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def find_checkpoint(name_or_path: str) -> Path:
-    """Folder of a checkpoint; a hub id is downloaded into the cache of ``huggingface_hub`` first.
+    """Return the folder of a checkpoint, downloading a hub id into the cache of ``huggingface_hub`` first.
 
     Raises:
-        ConfigError: it is neither a folder nor a model that can be downloaded.
+        ConfigError: the name is neither a folder nor a model that can be downloaded.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -63,19 +65,19 @@ def find_checkpoint(name_or_path: str) -> Path:
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"--model_name_or_path {name_or_path} is not a folder, and no model of that name can be had from the hub "
-            f"({reason}). Give the folder of a checkpoint."
+            f"--model_name_or_path {name_or_path} is not a folder, and could not be downloaded from the hub "
+            f"({reason}). Pass the folder of a checkpoint."
         ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """What the trainer needs to know of a configuration.
+    """What the trainer needs to know of a model configuration.
 
     Attributes:
         hidden_size: width of the language model.
-        window_size: side of a window of the vision tower's attention, in pixels.
-        sliding_window: tokens that a layer of the language model looks back, where one has such a limit.
+        window_size: side of an attention window of the vision tower, in pixels.
+        sliding_window: tokens of the sliding attention window of the language model; None if it has none.
     """
 
     hidden_size: int
@@ -84,42 +86,23 @@ class ModelShape:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Read ``config.json`` and compare it with what the shards rely on.
+    """Read ``config.json`` and compare it with the assumptions of the shards.
 
     Raises:
-        ConfigError: there is none, or the model is not Qwen2.5-VL with the usual geometry and control tokens.
+        ConfigError: the file is missing, or the model is not Qwen2.5-VL with the expected geometry and control tokens.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{folder} is not the folder of a checkpoint: {reason[:300]}") from error
+        raise ConfigError(f"{folder} is not a checkpoint folder: {reason[:300]}") from error
     if not isinstance(config, Qwen2_5_VLConfig):
         raise ConfigError(
-            f"{folder} holds a model of type {config.model_type}; give a Qwen2.5-VL checkpoint (qwen2_5_vl)."
+            f"{folder} holds a model of type {config.model_type}; use a Qwen2.5-VL checkpoint (qwen2_5_vl)."
         )
-    vision: Any = config.vision_config
+    _check_geometry(folder / "config.json", config)
     text: Any = config.text_config
-    facts = {
-        "image_token_id": (config.image_token_id, qwen.IMAGE_PAD),
-        "video_token_id": (config.video_token_id, qwen.VIDEO_PAD),
-        "vision_config.patch_size": (vision.patch_size, qwen.PATCH_SIZE),
-        "vision_config.spatial_merge_size": (vision.spatial_merge_size, qwen.MERGE_SIZE),
-        "vision_config.temporal_patch_size": (vision.temporal_patch_size, qwen.TEMPORAL_PATCH_SIZE),
-        "vision_config.tokens_per_second": (vision.tokens_per_second, qwen.TOKENS_PER_SECOND),
-    }
-    for name, (found, expected) in facts.items():
-        if found != expected:
-            raise ConfigError(f"{folder / 'config.json'}: {name} is {found}, but shards are made for {expected}.")
-    for part, width, heads in (
-        ("text_config", text.hidden_size, text.num_attention_heads),
-        ("vision_config", vision.hidden_size, vision.num_heads),
-    ):
-        if heads < 1 or width % heads:
-            raise ConfigError(
-                f"{folder / 'config.json'}: {part} has a width of {width} for {heads} heads, which does not divide. "
-                "Download or export the checkpoint again."
-            )
+    vision: Any = config.vision_config
     return ModelShape(
         hidden_size=text.hidden_size,
         window_size=vision.window_size,
@@ -127,62 +110,87 @@ def read_shape(folder: Path) -> ModelShape:
     )
 
 
+def _check_geometry(path: Path, config: Qwen2_5_VLConfig) -> None:
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    required = {
+        "image_token_id": (config.image_token_id, qwen.IMAGE_PAD),
+        "video_token_id": (config.video_token_id, qwen.VIDEO_PAD),
+        "vision_config.patch_size": (vision.patch_size, qwen.PATCH_SIZE),
+        "vision_config.spatial_merge_size": (vision.spatial_merge_size, qwen.MERGE_SIZE),
+        "vision_config.temporal_patch_size": (vision.temporal_patch_size, qwen.TEMPORAL_PATCH_SIZE),
+        "vision_config.tokens_per_second": (vision.tokens_per_second, qwen.TOKENS_PER_SECOND),
+    }
+    for name, (value, expected) in required.items():
+        if value != expected:
+            raise ConfigError(f"{path}: {name} is {value}, but shards require {expected}. Use a Qwen2.5-VL checkpoint.")
+    for part, width, heads in (
+        ("text_config", text.hidden_size, text.num_attention_heads),
+        ("vision_config", vision.hidden_size, vision.num_heads),
+    ):
+        if heads < 1 or width % heads:
+            raise ConfigError(
+                f"{path}: {part} has a width of {width}, which is not divisible by its {heads} heads. "
+                "Download or export the checkpoint again."
+            )
+
+
 def check_fingerprints(folder: Path, fingerprints: Fingerprints, *, shards: str) -> None:
-    """Compare tokenizer and normalisation of a checkpoint with those that shards were made with.
+    """Compare the tokenizer and image normalisation of a checkpoint with those of the shards.
 
     Args:
         folder: the checkpoint.
-        fingerprints: of the manifest.
-        shards: what to call the shards in messages.
+        fingerprints: fingerprints in the manifest.
+        shards: name of the shards in messages.
 
     Raises:
-        ConfigError: they differ, or the checkpoint has no tokenizer or no file that describes its processor.
+        ConfigError: they differ, or the checkpoint has no tokenizer or no processor configuration.
     """
-    remedy = f"Build the shards again with --model {folder}, or train the checkpoint that they were made for."
+    remedy = f"Build the shards again with --model {folder}, or train the checkpoint that they were built for."
     path = folder / TOKENIZER_FILE
     tokenizer = qwen.tokenizer_fingerprint(_read(path), where=str(path))
     if tokenizer != fingerprints.tokenizer:
         raise ConfigError(
-            f"the tokenizer of {folder} is not the one that {shards} was made with (fingerprint {tokenizer}, in the "
-            f"manifest {fingerprints.tokenizer}): token ids would mean other text. {remedy}"
+            f"the tokenizer of {folder} differs from the one that {shards} was built with (fingerprint {tokenizer}, "
+            f"manifest {fingerprints.tokenizer}), so token ids would mean other text. {remedy}"
         )
     path = processor_file(folder)
     processor = image_processor(_read(path), where=str(path))
-    for name, found, expected in (
+    for name, value, expected in (
         ("image_mean", processor.image_mean, fingerprints.image_mean),
         ("image_std", processor.image_std, fingerprints.image_std),
     ):
-        if found != tuple(expected):
+        if value != tuple(expected):
             raise ConfigError(
-                f"{name} of {path} is {list(found)}, but {shards} was made with {list(expected)}. {remedy}"
+                f"{name} of {path} is {list(value)}, but {shards} was built with {list(expected)}. {remedy}"
             )
 
 
 def load_model(
     folder: Path, *, dtype: torch.dtype | Literal["auto"], attn_implementation: str
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Load the weights; under ZeRO-3 (a living ``HfDeepSpeedConfig``) each rank keeps its partition only.
+    """Load the weights; under ZeRO-3 (while an ``HfDeepSpeedConfig`` is alive) each rank keeps its partition only.
 
     Args:
         folder: the checkpoint.
-        dtype: of the weights in memory; ``auto`` is that of the checkpoint.
+        dtype: dtype of the weights in memory; ``auto`` keeps that of the checkpoint.
         attn_implementation: attention implementation.
 
     Raises:
-        ConfigError: the weights are not exactly those of the configuration, or cannot be read.
+        ConfigError: the weights cannot be read, or do not match the configuration exactly.
     """
     try:
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"the weights of {folder} cannot be loaded: {error}") from error
+        raise ConfigError(f"cannot load the weights of {folder}: {error}") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ConfigError(
-            f"the weights of {folder} have not the shapes that its config.json says (the report above lists them). "
-            "Download or export it again."
+            f"{folder}: weight shapes do not match config.json (the report above lists them). Download or export the "
+            "checkpoint again."
         ) from error
     model: Qwen2_5_VLForConditionalGeneration
     model, info = loaded
@@ -191,7 +199,7 @@ def load_model(
             shown = ", ".join(sorted(map(str, keys))[:3])
             raise ConfigError(
                 f"{folder} is not a complete Qwen2.5-VL checkpoint: {len(keys)} {kind.replace('_', ' ')} ({shown}). "
-                "Training would start from random weights. Download or export it again."
+                "Training would start from random weights. Download or export the checkpoint again."
             )
     return model
 
@@ -201,30 +209,39 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint that ``from_pretrained`` loads: sharded safetensors, configuration, companion files.
 
-    It is written beside ``out`` and renamed when complete; what was at ``out`` before is replaced.
-
     Args:
-        out: the folder to write.
+        out: the folder to write. Its previous contents are replaced once the new ones are complete.
         model: the model, for its configuration and the names of its weights.
         state_dict: the weights on the CPU, by their names in ``model``.
         source: checkpoint whose tokenizer and processor files are copied.
 
     Raises:
-        VlprepError: it cannot be written.
+        VlprepError: the folder cannot be written.
     """
-    part = out.with_name(f"{out.name}.tmp")
-    # Loading under ZeRO-3 notes down renamings that it did not need; undoing them would give names that nobody knows.
-    # Without the note, transformers uses the names of the official checkpoints.
+    # Loading under ZeRO-3 records renamings that it did not perform, and saving would undo them into unknown names.
+    # Without the record, transformers writes the names of the official checkpoints.
     model.__dict__.pop("_weight_conversions", None)
-    with writing(part):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        model.save_pretrained(part, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
-        copy_companions(source, part)
+    with replacing(out) as folder:
+        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
+        copy_companions(source, folder)
+    logger.info("model written to %s", out)
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``out`` that replaces it once the block completes.
+
+    Raises:
+        VlprepError: the folder cannot be written.
+    """
+    folder = out.with_name(f"{out.name}.tmp")
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
         if out.exists():
             shutil.rmtree(out)
-        part.rename(out)
-    logger.info("model written to %s", out)
+        folder.rename(out)
 
 
 def copy_companions(source: Path, out: Path) -> None:
@@ -235,18 +252,18 @@ def copy_companions(source: Path, out: Path) -> None:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """XXH3-128 over names, sizes and samples of the weights of a checkpoint.
+    """Hash the names, sizes and some blocks of the weights files of a checkpoint with XXH3-128.
 
-    It tells whether frozen weights are those that a run began with. Sixteen blocks of each file are read, not all of
-    it: training, however short, changes most numbers.
+    The fingerprint shows whether frozen weights are those that a run started with. Sixteen blocks per file suffice,
+    because even short training changes most weights.
     """
     digest = xxhash.xxh3_128()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
-            for number in range(SAMPLED_BLOCKS):
-                file.seek(number * max(0, size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(block * max(0, size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
                 digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
 
@@ -256,6 +273,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be read ({error.strerror}), but shards and checkpoint are compared by it. Give a complete "
-            "checkpoint."
+            f"cannot read {path} ({error.strerror}), which is needed to compare the checkpoint with the shards. Use a "
+            "complete checkpoint."
         ) from error

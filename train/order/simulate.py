@@ -1,8 +1,8 @@
-"""What a run will ask of ranks, storage and network, told from the index before it starts.
+"""What a run will demand of ranks, storage and network, computed from the index before it starts.
 
-An index and an order -> a :class:`Simulation`: how evenly ranks are loaded in the micro-steps, beside a random deal of
-the same bins; bytes, pixels and tokens of a step; how much the mixture of datasets varies from step to step, beside
-steps drawn at random. No bin is read.
+An index and an order -> a :class:`Simulation`: how evenly ranks are loaded in the micro-steps, compared with dealing
+the same bins at random; bytes, pixels and tokens per step; how much the composition of a step in datasets varies,
+compared with steps drawn at random. No bin is read.
 
 Cost: the order of the simulated steps, a fraction of a millisecond each, and one pass over the ledgers.
 """
@@ -24,37 +24,48 @@ from train.shards.index import ShardIndex
 from train.shards.ledger import read_ledger
 
 NUM_STEPS = 200
-"""Steps simulated unless told otherwise."""
+"""Default number of simulated steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMeans:
+    """Sizes of a full step over all ranks, averaged over the simulated steps.
+
+    Attributes:
+        num_bytes: bytes read.
+        plane_bytes: bytes of decoded pixels, an upper bound: the index does not separate the patches of images from
+            those of videos in a bin that has both.
+        num_tokens: tokens.
+        num_targets: targets.
+    """
+
+    num_bytes: float
+    plane_bytes: float
+    num_tokens: float
+    num_targets: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Simulation:
-    """What was found. Efficiency is mean cost over highest cost of the ranks in a micro-step.
+    """The result. Efficiency is the mean cost of the ranks in a micro-step relative to the highest.
 
     Attributes:
-        num_steps: steps looked at.
+        num_steps: simulated steps.
         efficiency: mean over their micro-steps.
-        lowest_efficiency: of a micro-step.
+        min_efficiency: lowest of a micro-step.
         random_efficiency: mean, had the same bins been dealt at random.
-        bytes_per_step: mean over whole steps, of all ranks.
-        most_bytes: of a step.
-        planes_per_step: bytes of decoded pixels, mean over whole steps, of all ranks; at most so many: the index does
-            not tell the pictures of a bin from its videos.
-        tokens_per_step: mean over whole steps, of all ranks.
-        targets_per_step: mean over whole steps, of all ranks.
+        step: mean sizes of a step.
+        max_bytes: bytes of the largest step.
         mixture_variance: variance, from step to step, of the datasets' shares of the tokens, summed over datasets.
         random_mixture_variance: the same for steps whose bins are drawn at random in the same proportions.
     """
 
     num_steps: int
     efficiency: float
-    lowest_efficiency: float
+    min_efficiency: float
     random_efficiency: float
-    bytes_per_step: float
-    most_bytes: int
-    planes_per_step: float
-    tokens_per_step: float
-    targets_per_step: float
+    step: StepMeans
+    max_bytes: int
     mixture_variance: float
     random_mixture_variance: float
 
@@ -62,14 +73,14 @@ class Simulation:
 def simulate(
     index: ShardIndex, order: DataOrder, *, world_size: int, accumulation: int, num_steps: int = NUM_STEPS
 ) -> Simulation:
-    """Look at the first steps of a run.
+    """Simulate the first steps of a run.
 
     Args:
         index: the set of shards.
-        order: over its bins.
+        order: an order of its bins.
         world_size: number of ranks.
-        accumulation: micro-steps of a step.
-        num_steps: steps to look at, fewer where the order ends before.
+        accumulation: micro-steps per step.
+        num_steps: steps to simulate, fewer if the order ends earlier.
 
     Raises:
         ConfigError: the global batch is not a multiple of ranks times micro-steps.
@@ -78,50 +89,66 @@ def simulate(
     per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
     num_steps = min(num_steps, order.num_steps or num_steps)
     rng = np.random.Generator(np.random.PCG64(order.seed))
-    # (steps, A, W, P)
-    places = np.stack(
+    # (S, A, W, P), and the same bins per step as (S, K)
+    dealt = np.stack(
         [
             order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
             for step in range(num_steps)
         ]
     )
-    flat = places.reshape(num_steps, -1)
-    at_random = rng.permuted(flat, axis=1).reshape(places.shape)
-    efficiency = _efficiency(order, places)
-    # Sizes are those of whole steps; the short one at the end of an order is no example, unless it is the only one.
-    whole = (flat != EMPTY).sum(axis=1) == order.global_batch
-    steps = flat[whole] if whole.any() else flat
-    in_steps = steps != EMPTY
-    num_bytes = (index.num_bytes[steps] * in_steps).sum(axis=1)
+    steps = dealt.reshape(num_steps, -1)
+    dealt_at_random = rng.permuted(steps, axis=1).reshape(dealt.shape)
+    efficiency = _efficiency(order, dealt)
     composition = dataset_tokens(index)
+    drawn_at_random = _draw_at_random(order, rng, max(num_steps, NUM_STEPS))
+    step_means, max_bytes = _step_sizes(index, order, steps)
     return Simulation(
         num_steps=num_steps,
         efficiency=float(efficiency.mean()),
-        lowest_efficiency=float(efficiency.min()),
-        random_efficiency=float(_efficiency(order, at_random).mean()),
-        bytes_per_step=float(num_bytes.mean()),
-        most_bytes=int(num_bytes.max()),
-        planes_per_step=float((_plane_bytes(index)[steps] * in_steps).sum(axis=1).mean()),
-        tokens_per_step=float((index.num_tokens[steps] * in_steps).sum(axis=1).mean()),
-        targets_per_step=float((index.num_targets[steps] * in_steps).sum(axis=1).mean()),
-        mixture_variance=mixture_variance(composition, flat),
-        random_mixture_variance=mixture_variance(composition, _drawn_at_random(order, rng, max(num_steps, NUM_STEPS))),
+        min_efficiency=float(efficiency.min()),
+        random_efficiency=float(_efficiency(order, dealt_at_random).mean()),
+        step=step_means,
+        max_bytes=max_bytes,
+        mixture_variance=mixture_variance(composition, steps),
+        random_mixture_variance=mixture_variance(composition, drawn_at_random),
     )
 
 
+def _step_sizes(index: ShardIndex, order: DataOrder, steps: NDArray[np.int64]) -> tuple[StepMeans, int]:
+    """Mean sizes of steps (S, K), and the bytes of the largest.
+
+    A short step at the end of an order is not representative, so it counts only if there is no full one.
+    """
+    is_full = (steps != EMPTY).sum(axis=1) == order.global_batch
+    if is_full.any():
+        steps = steps[is_full]
+    # (S, K) -> (S,)
+    totals = {
+        name: np.where(steps != EMPTY, column[steps], 0).sum(axis=1)
+        for name, column in (
+            ("num_bytes", index.num_bytes),
+            ("plane_bytes", _plane_bytes(index)),
+            ("num_tokens", index.num_tokens),
+            ("num_targets", index.num_targets),
+        )
+    }
+    means = StepMeans(**{name: float(total.mean()) for name, total in totals.items()})
+    return means, int(totals["num_bytes"].max())
+
+
 def _plane_bytes(index: ShardIndex) -> NDArray[np.int64]:
-    """(bins,) bytes of decoded pixels at most: a patch of a picture is one frame of 14 by 14 pixels, of a video two."""
+    """Upper bound (num_bins,) of decoded bytes: an image patch is one frame of 14 x 14 pixels, a video patch two."""
     frames = np.where(index.num_videos > 0, TEMPORAL_PATCH_SIZE, 1)
     return index.num_patches.astype(np.int64) * frames * (PATCH_DIM // TEMPORAL_PATCH_SIZE)
 
 
 def dataset_tokens(index: ShardIndex) -> NDArray[np.int64]:
-    """Tokens of every dataset in every bin, from the ledgers: (bins, datasets) int64.
+    """Count the tokens of every dataset in every bin from the ledgers: (num_bins, num_datasets) int64.
 
     Raises:
-        ShardError: a ledger is missing or names a bin that is not there.
+        ShardError: a ledger is missing or names a bin that does not exist.
     """
-    parts: list[tuple[NDArray[np.int64], list[str], NDArray[np.int64]]] = []
+    tables: list[tuple[NDArray[np.int64], list[str], NDArray[np.int64]]] = []
     for folder, first, end in zip(index.folders, index.first_bins.tolist(), index.first_bins.tolist()[1:]):
         ledger = read_ledger(folder, ["bin", "dataset", "num_tokens"], [("status", "=", STATUS_PACKED)])
         summed = ledger.group_by(["bin", "dataset"]).aggregate([("num_tokens", "sum")])
@@ -129,15 +156,15 @@ def dataset_tokens(index: ShardIndex) -> NDArray[np.int64]:
         unknown = np.setdiff1d(bins, known)
         if unknown.size:
             raise ShardError(
-                f"{folder / SAMPLES_FILE} names bin {unknown[0]}, which is not there. Copy the folder again."
+                f"{folder / SAMPLES_FILE} names bin {unknown[0]}, which does not exist. Copy the folder again."
             )
-        numbers = first + np.searchsorted(known, bins)
-        parts.append((numbers, summed["dataset"].to_pylist(), summed["num_tokens_sum"].to_numpy()))
-    names = sorted({name for _, of_rows, _ in parts for name in of_rows})
-    columns = {name: number for number, name in enumerate(names)}
-    tokens = np.zeros((index.num_bins, max(1, len(names))), dtype=np.int64)
-    for bins, of_rows, counts in parts:
-        tokens[bins, [columns[name] for name in of_rows]] = counts
+        bin_ids = first + np.searchsorted(known, bins)
+        tables.append((bin_ids, summed["dataset"].to_pylist(), summed["num_tokens_sum"].to_numpy()))
+    datasets = sorted({dataset for _, column, _ in tables for dataset in column})
+    column_of = {dataset: column for column, dataset in enumerate(datasets)}
+    tokens = np.zeros((index.num_bins, max(1, len(datasets))), dtype=np.int64)
+    for bin_ids, names, counts in tables:
+        tokens[bin_ids, [column_of[name] for name in names]] = counts
     return tokens
 
 
@@ -145,63 +172,69 @@ def mixture_variance(composition: NDArray[np.int64], steps: NDArray[np.int64]) -
     """Variance of the datasets' shares of the tokens of a step, summed over datasets.
 
     Args:
-        composition: (bins, D) int64, tokens of every dataset in every bin.
-        steps: (S, K) int64, the bins of steps; -1 marks an empty place.
+        composition: (num_bins, D) int64, tokens of every dataset in every bin.
+        steps: (S, K) int64, the bins of steps. Steps with an empty position are left out.
     """
-    whole = steps[(steps != EMPTY).all(axis=1)]
-    if len(whole) < 2:
+    full = steps[(steps != EMPTY).all(axis=1)]
+    if len(full) < 2:
         return 0.0
-    tokens = composition[whole].sum(axis=1)
+    # (S, K, D) -> (S, D)
+    tokens = composition[full].sum(axis=1)
     shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
     return float(shares.var(axis=0, ddof=1).sum())
 
 
 def report(
-    index: ShardIndex, order: DataOrder, found: Simulation, *, world_size: int, accumulation: int, tokens_per_s: float
+    index: ShardIndex, order: DataOrder, result: Simulation, *, world_size: int, accumulation: int, tokens_per_s: float
 ) -> Iterator[str]:
     """Describe a simulation, line by line, for a run that trains ``tokens_per_s`` over all ranks."""
-    steps = f"{order.num_steps:,} steps in all" if order.num_steps else "no end"
-    bandwidth = found.bytes_per_step / found.tokens_per_step * tokens_per_s
-    epoch_tokens = _epoch_tokens(index, order)
     yield (
-        f"{found.num_steps} steps of {order.global_batch} bins, {world_size} ranks, {accumulation} micro-steps, "
+        f"{result.num_steps} steps of {order.global_batch} bins, {world_size} ranks, {accumulation} micro-steps, "
         f"seed {order.seed}"
     )
     yield (
-        f"efficiency: mean {found.efficiency:.4f}, lowest {found.lowest_efficiency:.4f} (mean cost over the ranks / "
-        f"highest, in each micro-step); bins dealt at random {found.random_efficiency:.4f}"
+        f"efficiency: mean {result.efficiency:.4f}, lowest {result.min_efficiency:.4f} (mean cost of the ranks / "
+        f"highest, per micro-step); bins dealt at random {result.random_efficiency:.4f}"
     )
-    if found.random_mixture_variance:
+    if result.random_mixture_variance:
         yield (
             "mixture of datasets: its variance from step to step is "
-            f"{found.mixture_variance / found.random_mixture_variance:.2f} of that of bins drawn at random (standard "
-            f"deviations {found.mixture_variance**0.5:.4f} and {found.random_mixture_variance**0.5:.4f})"
+            f"{result.mixture_variance / result.random_mixture_variance:.2f} of that of bins drawn at random (standard "
+            f"deviations {result.mixture_variance**0.5:.4f} and {result.random_mixture_variance**0.5:.4f})"
         )
     else:
-        yield "mixture of datasets: there is one dataset, so it never varies"
+        yield "mixture of datasets: constant, there is only one dataset"
+    yield from _report_sizes(index, result, world_size=world_size, tokens_per_s=tokens_per_s)
+    num_steps = f"{order.num_steps:,} steps in all" if order.num_steps else "no end"
+    epoch_tokens = _epoch_tokens(index, order)
     yield (
-        f"a step: {found.tokens_per_step:,.0f} tokens, {found.targets_per_step:,.0f} of them targets, "
-        f"{_mb(found.bytes_per_step)} on average and {_mb(found.most_bytes)} at most"
+        f"an epoch: {order.bins_per_epoch:,} bins of {index.num_bins:,} in the shards, "
+        f"{order.steps_per_epoch:,.2f} steps, {epoch_tokens:,.0f} tokens, "
+        f"{_duration(epoch_tokens / tokens_per_s)}; {num_steps}"
+    )
+
+
+def _report_sizes(index: ShardIndex, result: Simulation, *, world_size: int, tokens_per_s: float) -> Iterator[str]:
+    step = result.step
+    steps_per_s = tokens_per_s / step.num_tokens
+    yield (
+        f"a step: {step.num_tokens:,.0f} tokens, {step.num_targets:,.0f} of them targets, "
+        f"{_mb(step.num_bytes)} on average and {_mb(result.max_bytes)} at most"
     )
     codecs = ", ".join(sorted({manifest.settings.pixels for manifest in index.manifests}))
-    planes = found.planes_per_step / found.tokens_per_step * tokens_per_s
     yield (
-        f"pixels ({codecs}): at most {_mb(found.planes_per_step)} a step when decoded, {_mb(planes / world_size)}/s a "
-        "rank"
+        f"pixels ({codecs}): at most {_mb(step.plane_bytes)} per step when decoded, "
+        f"{_mb(step.plane_bytes * steps_per_s / world_size)}/s per rank"
     )
+    bandwidth = step.num_bytes * steps_per_s
     yield (
-        f"bandwidth at {tokens_per_s:,.0f} tokens/s: {_mb(bandwidth)}/s, {_mb(bandwidth / world_size)}/s a rank; "
-        f"a step every {found.tokens_per_step / tokens_per_s:.2f} s"
-    )
-    yield (
-        f"an epoch: {order.places_per_epoch:,} bins of {index.num_bins:,} in the shards, "
-        f"{order.steps_per_epoch:,.2f} steps, {epoch_tokens:,.0f} tokens, "
-        f"{_duration(epoch_tokens / tokens_per_s)}; {steps}"
+        f"bandwidth at {tokens_per_s:,.0f} tokens/s: {_mb(bandwidth)}/s, {_mb(bandwidth / world_size)}/s per rank; "
+        f"a step every {1 / steps_per_s:.2f} s"
     )
 
 
 def _epoch_tokens(index: ShardIndex, order: DataOrder) -> float:
-    """Tokens of an epoch; with a mixture, those of its sources' average bins."""
+    """Tokens of an epoch; for a mixture, computed from the mean bin of each source."""
     mixture = order.mixture
     if mixture is None:
         return float(index.num_tokens.sum(dtype=np.int64))
@@ -210,17 +243,18 @@ def _epoch_tokens(index: ShardIndex, order: DataOrder) -> float:
     return float((totals / mixture.sizes * shares).sum() * mixture.places_per_epoch)
 
 
-def _efficiency(order: DataOrder, places: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(S, A, W, P) bins -> (S, A) mean over highest cost of the ranks; 1 where no rank has a bin."""
-    load = np.where(places == EMPTY, 0.0, order.cost[places]).sum(axis=3)
+def _efficiency(order: DataOrder, dealt: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Bins (S, A, W, P) -> (S, A), mean cost of the ranks relative to the highest; 1 if no rank has a bin."""
+    # (S, A, W, P) -> (S, A, W)
+    load = np.where(dealt == EMPTY, 0.0, order.cost[dealt]).sum(axis=3)
     highest: NDArray[np.float64] = load.max(axis=2)
     efficiency = np.ones_like(highest)
     np.divide(load.mean(axis=2), highest, out=efficiency, where=highest > 0)
     return efficiency
 
 
-def _drawn_at_random(order: DataOrder, rng: np.random.Generator, num_steps: int) -> NDArray[np.int64]:
-    """Steps (S, K) whose bins are drawn one by one, in the proportions of the mixture."""
+def _draw_at_random(order: DataOrder, rng: np.random.Generator, num_steps: int) -> NDArray[np.int64]:
+    """Draw the bins of steps (S, K) independently, in the proportions of the mixture."""
     shape = (num_steps, order.global_batch)
     if order.mixture is None:
         return rng.integers(0, order.num_bins, shape)

@@ -45,7 +45,7 @@ def read_micro_batch(plan: Plan, reader: BinReader, bins: Sequence[int]) -> Micr
     loaded = [reader.read(number) for number in bins]
     return build_micro_batch(
         [one.bin for one in loaded],
-        numbers=bins,
+        bin_ids=bins,
         where=[str(one.location) for one in loaded],
         window_size=plan.shape.window_size,
     )

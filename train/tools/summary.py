@@ -1,8 +1,8 @@
-"""What a run came to, in four lines: a folder of shards and the folder of a run -> a text.
+"""The results of a run in four lines: a folder of shards and a run folder -> a text.
 
-``python -m train.tools.summary SHARDS RUN`` ends ``make demo``.
+``python -m train.tools.summary SHARDS RUN`` is the last step of ``make demo``.
 
-Cost: the manifests and ``metrics.jsonl``; most of its seconds go into importing the trainer.
+Cost: reading the manifests and ``metrics.jsonl``; most of its few seconds are spent importing the trainer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from train.shards.index import open_shards
 
 
 class LoggedStep(msgspec.Struct, frozen=True):
-    """What the summary reads of a line of ``metrics.jsonl``; it has more fields."""
+    """The fields of a line of ``metrics.jsonl`` that the summary uses."""
 
     step: int
     loss: float | None
@@ -30,54 +30,57 @@ class LoggedStep(msgspec.Struct, frozen=True):
 
 
 def summarise(shards: Path, run: Path) -> str:
-    """Samples packed and rejected, fill, speed, first and last loss, where the model lies.
+    """Summarise samples packed and rejected, fill, speed, first and last loss, and the path of the model.
 
     Args:
-        shards: a folder with a manifest, or one whose sub-folders have one.
-        run: ``--output_dir`` of a finished training.
+        shards: a folder with a manifest, or one whose sub-folders have manifests.
+        run: ``--output_dir`` of a finished run.
 
     Returns:
-        Four lines, without a newline at the end.
+        Four lines, without a trailing newline.
 
     Raises:
         ShardError: the shards are incomplete.
-        ConfigError: the run has no metrics, or did not end.
+        ConfigError: the run has no metrics, or is not finished.
     """
     manifests = open_shards(shards).manifests
     steps = read_metrics(run / METRICS_FILE)
     final = run / FINAL_DIR
     if not final.is_dir():
-        raise ConfigError(f"{run} has no trained model ({final} is missing): the training did not end. Start it again.")
+        raise ConfigError(f"{run} has no trained model ({final} is missing): the run is not finished. Resume it.")
     losses = [step.loss for step in steps if step.loss is not None] or [float("nan")]
-    # the first window holds the warm-up of the process
+    # The first logged step includes the warm-up of the process.
     speed = statistics.median(step.tokens_per_s for step in steps[1:] or steps)
     rows = [
         ("shards", f"{shards}: {_packed(manifests)}"),
         ("rejected", _rejected(manifests)),
-        ("training", f"{steps[-1].step} steps at {speed:,.0f} tokens/s, loss {losses[0]:.3f} -> {losses[-1]:.3f}"),
+        (
+            "training",
+            f"{_count(steps[-1].step, 'step')} at {speed:,.0f} tokens/s, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
+        ),
         ("model", str(final)),
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in rows)
 
 
 def read_metrics(path: Path) -> list[LoggedStep]:
-    """Read the logged steps of a run, at least one.
+    """Read the logged steps of a run; there is at least one.
 
     Raises:
-        ConfigError: there is no such file, it is empty, or a line is damaged.
+        ConfigError: the file is missing or empty, or a line is damaged.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): give the --output_dir of a training.") from error
+        raise ConfigError(f"cannot read {path} ({error.strerror}): pass the --output_dir of a run.") from error
     steps = []
-    for number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         try:
             steps.append(msgspec.json.decode(line, type=LoggedStep))
         except msgspec.MsgspecError as error:
-            raise ConfigError(f"{path}:{number} is not a logged step: {error}.") from error
+            raise ConfigError(f"{path}:{line_number} is not a logged step: {error}.") from error
     if not steps:
-        raise ConfigError(f"{path} is empty: the training did not end its first step. Start it again.")
+        raise ConfigError(f"{path} is empty: the run has not logged a step yet. Resume it.")
     return steps
 
 
@@ -86,7 +89,7 @@ def _packed(manifests: tuple[Manifest, ...]) -> str:
     num_bins = sum(manifest.counts.num_bins for manifest in manifests)
     num_tokens = sum(manifest.counts.num_tokens for manifest in manifests)
     capacity = sum(manifest.counts.num_bins * manifest.settings.max_length for manifest in manifests)
-    return f"{num_packed:,} samples packed into {num_bins:,} bins, {num_tokens / capacity:.1%} filled"
+    return f"{_count(num_packed, 'sample')} packed into {_count(num_bins, 'bin')}, {num_tokens / capacity:.1%} filled"
 
 
 def _rejected(manifests: tuple[Manifest, ...]) -> str:
@@ -95,16 +98,20 @@ def _rejected(manifests: tuple[Manifest, ...]) -> str:
     for manifest in manifests:
         codes.update(manifest.counts.rejects_by_code)
     reasons = ", ".join(
-        f"{code} {number:,}" for code, number in sorted(codes.items(), key=lambda item: (-item[1], item[0]))
+        f"{code} {count:,}" for code, count in sorted(codes.items(), key=lambda item: (-item[1], item[0]))
     )
     return f"{num_rejected:,}" + (f" ({reasons})" if reasons else "")
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @click.command(name="python -m train.tools.summary")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
 def main(shards: Path, run: Path) -> None:
-    """Print what a training of SHARDS, written to RUN (its --output_dir), came to."""
+    """Print the results of training on SHARDS; RUN is the --output_dir of the run."""
     try:
         click.echo(summarise(shards, run))
     except VlprepError as error:
