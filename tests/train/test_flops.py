@@ -1,4 +1,4 @@
-"""Operations are counted as torch counts those that run, less what is masked or computed twice."""
+"""FLOPs are those that torch counts, less what is masked or computed twice."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def packed(*samples: Sample) -> MicroBatch:
 
 
 def media_and_text() -> list[Sample]:
-    """A picture of several windows, text alone, and a clip between pictures."""
+    """An image of several windows, text alone, and a video between images."""
     rng = np.random.default_rng(0)
-    clip = [make_medium(rng, 4, 2), make_medium(rng, 6, 10, steps=2), make_medium(rng, 2, 2)]
-    return [make_sample(rng, [make_medium(rng, 10, 12)]), make_sample(rng, num_text=20), make_sample(rng, clip)]
+    video = [make_medium(rng, 4, 2), make_medium(rng, 6, 10, steps=2), make_medium(rng, 2, 2)]
+    return [make_sample(rng, [make_medium(rng, 10, 12)]), make_sample(rng, num_text=20), make_sample(rng, video)]
 
 
 def freeze(model: PackedQwen, trained: tuple[bool, ...]) -> None:
@@ -49,19 +49,19 @@ def freeze(model: PackedQwen, trained: tuple[bool, ...]) -> None:
 
 
 def counted_by_torch(model: PackedQwen, micro: MicroBatch) -> int:
-    """Of a forward and a backward pass, attention as the products of matrices that it is made of."""
+    """FLOPs of a forward and a backward pass. Attention runs as plain matrix products, so that torch counts them."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(micro).backward()
     return counter.get_total_flops()
 
 
 def squares(micro: MicroBatch) -> int:
-    """Pairs of tokens that are of one sample."""
+    """Number of token pairs within samples."""
     return sum(length**2 for length in np.diff(micro.cu_seqlens.numpy()).tolist())
 
 
-def what_runs(model: PackedQwen, micro: MicroBatch) -> float:
-    """What is counted, the masked half of each sample's square, and ``lm_head`` once more, which is recomputed."""
+def executed(model: PackedQwen, micro: MicroBatch) -> float:
+    """The count, plus the masked half of each sample's square, plus ``lm_head`` once more, which is recomputed."""
     flops = ModelFlops.of(model)
     masked = flops.per_squared_length * squares(micro)
     head = model.hf.lm_head
@@ -69,28 +69,28 @@ def what_runs(model: PackedQwen, micro: MicroBatch) -> float:
 
 
 @pytest.mark.parametrize("trained", FROZEN_SETS)
-def test_whatever_is_frozen_the_count_is_that_of_torch(model: PackedQwen, trained: tuple[bool, ...]) -> None:
+def test_the_count_equals_that_of_torch_whatever_is_frozen(model: PackedQwen, trained: tuple[bool, ...]) -> None:
     freeze(model, trained)
     micro = packed(*media_and_text())
-    assert what_runs(model, micro) == counted_by_torch(model, micro)
+    assert executed(model, micro) == counted_by_torch(model, micro)
 
 
-def test_text_alone_runs_the_vision_tower_on_its_dummy_picture(model: PackedQwen) -> None:
+def test_text_alone_runs_the_vision_tower_on_its_dummy_image(model: PackedQwen) -> None:
     freeze(model, (True, True, True))
     micro = packed(*media_and_text()[1:2])
     assert micro.vision.num_patches == 4
-    assert what_runs(model, micro) == counted_by_torch(model, micro)
+    assert executed(model, micro) == counted_by_torch(model, micro)
 
 
 @pytest.mark.parametrize(
     ("targets", "needs_keys"),
     [("q_proj k_proj v_proj", True), ("q_proj v_proj", False), ("o_proj down_proj", True), ("qkv q_proj proj", True)],
 )
-def test_adapters_are_counted_where_they_stand(model: PackedQwen, targets: str, needs_keys: bool) -> None:
-    """Frozen weights have no gradients, nor has anything before the first adapter.
+def test_adapters_are_counted_at_their_matrix(model: PackedQwen, targets: str, needs_keys: bool) -> None:
+    """Frozen weights have no gradients, nor does anything before the first adapter.
 
-    Attention of separate products also leaves out the gradient of the keys where the first layer does not need it; the
-    kernels that real runs use make it along with the others.
+    Attention as separate products also skips the gradient of the keys if the first layer does not need it; the fused
+    kernels of real runs always compute it.
     """
     config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets.split())
     peft.inject_adapter_in_model(config, model.hf)
@@ -98,11 +98,11 @@ def test_adapters_are_counted_where_they_stand(model: PackedQwen, targets: str, 
         parameter.requires_grad_("lora_" in name)
     micro = packed(*media_and_text())
     unneeded = 0 if needs_keys else 2 * 64 * squares(micro)
-    assert what_runs(model, micro) - unneeded == counted_by_torch(model, micro)
+    assert executed(model, micro) - unneeded == counted_by_torch(model, micro)
 
 
-def test_activations_that_are_recomputed_do_not_count(model: PackedQwen) -> None:
-    """With checkpointing torch counts the layers' forward pass once more; the count stays what it is."""
+def test_recomputation_does_not_count(model: PackedQwen) -> None:
+    """With checkpointing torch counts the forward pass of the layers once more; the count stays the same."""
     freeze(model, (True, True, False))
     micro = packed(*media_and_text())
     before = ModelFlops.of(model)
@@ -111,15 +111,15 @@ def test_activations_that_are_recomputed_do_not_count(model: PackedQwen) -> None
     assert ModelFlops.of(model) == before
     forward = (
         before.per_token / 3 * micro.num_tokens
-        # whole squares, where the count has their causal halves
+        # full squares, of which the count has the causal half
         + before.per_squared_length / 3 * 2 * squares(micro)
     )
-    # It ends with the last product whose factors are asked for, so the last matrix of each layer does not run again.
+    # Recomputation ends with the last product whose factors are needed: the last matrix of a layer does not run again.
     last_matrices = 2 * 64 * 128 * 2 * micro.num_tokens
     assert counted_by_torch(model, micro) - unchecked == forward - last_matrices
 
 
-def test_packing_costs_no_more_than_the_samples_alone(model: PackedQwen) -> None:
+def test_a_packed_bin_costs_as_much_as_its_samples_alone(model: PackedQwen) -> None:
     freeze(model, (True, True, True))
     flops = ModelFlops.of(model)
     samples = media_and_text()
@@ -129,13 +129,13 @@ def test_packing_costs_no_more_than_the_samples_alone(model: PackedQwen) -> None
     assert flops.count(packed(*samples)) == alone - dummy
 
 
-def test_an_empty_place_of_the_order_asks_for_nothing(model: PackedQwen) -> None:
+def test_an_empty_slot_of_the_order_costs_nothing(model: PackedQwen) -> None:
     freeze(model, (True, True, True))
     assert ModelFlops.of(model).count(build_micro_batch([])) == 0.0
 
 
-def test_the_estimate_that_balances_ranks_agrees(model: PackedQwen, tiny_checkpoint: Path) -> None:
-    """A clip of four steps whose frames are whole windows: there the estimate from the index is exact."""
+def test_the_cost_estimate_from_the_index_agrees(model: PackedQwen, tiny_checkpoint: Path) -> None:
+    """The estimate is exact for a video of four steps whose frames consist of full windows."""
     freeze(model, (True, True, True))
     rng = np.random.default_rng(0)
     micro = packed(make_sample(rng, [make_medium(rng, 8, 16, steps=4)], num_targets=5))
@@ -150,14 +150,14 @@ def test_the_estimate_that_balances_ranks_agrees(model: PackedQwen, tiny_checkpo
     columns = {name: np.array([value]) for name, value in counts.items()}
     estimate = CostModel.of(read_config(tiny_checkpoint)).in_training().bin_flops(**columns)
     counted = ModelFlops.of(model).count(micro)
-    # The estimate has a gradient of the pixels, which nobody asks for.
+    # The estimate includes the gradient of the pixels, which nothing needs.
     assert estimate[0] - counted == pytest.approx(2 * 1176 * 32 * 512)
 
 
-def test_a_matrix_without_a_place_is_an_error(model: PackedQwen) -> None:
+def test_a_matrix_missing_from_the_table_is_an_error(model: PackedQwen) -> None:
     freeze(model, (True, True, True))
     model.hf.extra = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match=r"hf\.extra.* has no place in the order of computation"):
+    with pytest.raises(ConfigError, match=r"hf\.extra.* is not in the table of weights"):
         ModelFlops.of(model)
 
 
@@ -180,7 +180,7 @@ def test_a_matrix_without_a_place_is_an_error(model: PackedQwen) -> None:
         ("NVIDIA A1000 Laptop GPU", None),
     ],
 )
-def test_a_device_is_known_by_the_name_that_torch_gives_it(name: str, expected: float | None) -> None:
+def test_the_peak_is_looked_up_by_the_name_that_torch_gives_a_device(name: str, expected: float | None) -> None:
     assert known_peak(name) == expected
 
 

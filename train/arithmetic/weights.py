@@ -55,6 +55,10 @@ class Kind(enum.Enum):
     NORM = "norm"
 
 
+ATTENTION_STEP = 1
+"""Step of the matrices that make queries, keys and values, in a block and in a layer."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
     """A weight of the model, or the same weight of all its layers.

@@ -1,24 +1,26 @@
-"""Operations of the steps that ran, and what the device could do: what the model FLOPs utilisation (MFU) is made of.
+"""FLOPs of the steps that ran, and the peak of the device: what model FLOPs utilisation (MFU) is made of.
 
-A :class:`PackedQwen` with its frozen parameters -> :class:`ModelFlops`; a micro-batch -> its operations. A
-multiplication with an addition counts 2. What counts is what the model asks for, however it is computed:
+A :class:`PackedQwen` with its frozen parameters -> :class:`ModelFlops`; a micro-batch -> its FLOPs. A multiplication
+with its addition counts 2. What the model requires counts, however it is computed:
 
-- every matrix in the forward pass; in the backward pass once for the gradient of its input, where anything before it is
-  trained, and once for that of its weight, where that is trained;
-- attention inside each sample, causal half, and inside each window and frame of the vision tower;
+- every matrix in the forward pass; in the backward pass once for the gradient of its input, if anything before it is
+  trained, and once for the gradient of its weight, if that is trained;
+- attention within each sample (the causal half), and within each window and frame of the vision tower;
 - ``lm_head`` on target positions only;
-- nothing for what is computed a second time to save memory, nor for norms and activation functions.
+- nothing for recomputation, norms and activation functions.
 
-The order of computation decides what lies before a matrix, and each matrix is looked at alone: so a model with adapters
-is counted like one with frozen parts. Where ``cost`` estimates from the index what a bin will take, recomputation
-included, this counts exactly what a micro-batch held.
+The table of weights (:mod:`train.arithmetic.weights`) says what comes before a matrix. Matrices are counted one by one,
+so adapters and frozen parts need no special case. :mod:`train.arithmetic.cost` estimates from the index what a bin will
+take, recomputation included; this module counts exactly what a micro-batch held.
 
-Cost: a walk over the modules at start; three sums over a few hundred borders for each micro-batch.
+Cost: a walk over the modules at start; three sums over a few hundred boundaries per micro-batch.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,34 +28,16 @@ from torch import nn
 
 from schemas.errors import ConfigError
 from schemas.qwen import MERGED_PATCHES
+from train.arithmetic.dimensions import Dimensions
+from train.arithmetic.weights import ATTENTION_STEP, Stage, Unit, Weight, attention_flops, weight_table
 from train.batches.batch import MicroBatch
 from train.model.packed import PackedQwen
 
-Place = tuple[int, int, int, int]
-"""Where a module stands in the order of computation: part, layer, position in the layer, after an adapter's first."""
+Position = tuple[Stage, int, int, bool]
+"""Where a module stands in the order of computation: stage, layer, step in the layer, whether it is the second matrix
+of an adapter, which multiplies the output of the first."""
 
-_LAYER_POSITIONS = {
-    **dict.fromkeys(("norm1", "input_layernorm"), 0),
-    **dict.fromkeys(("attn.qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 1),
-    **dict.fromkeys(("attn.proj", "self_attn.o_proj"), 2),
-    **dict.fromkeys(("norm2", "post_attention_layernorm"), 3),
-    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), 4),
-    "mlp.down_proj": 5,
-}
-_PATCH_EMBED, _BLOCKS, _MERGER, _EMBEDDINGS, _LAYERS, _NORM, _HEAD = range(7)
-_PARTS = (
-    (re.compile(r"\bvisual\.patch_embed\b"), _PATCH_EMBED),
-    (re.compile(r"\bvisual\.blocks\.(?P<layer>\d+)\.(?P<place>\w+(\.\w+)?)"), _BLOCKS),
-    (re.compile(r"\bvisual\.merger\.(?P<place>ln_q|mlp\.\d)"), _MERGER),
-    (re.compile(r"\blanguage_model\.embed_tokens\b"), _EMBEDDINGS),
-    (re.compile(r"\blanguage_model\.layers\.(?P<layer>\d+)\.(?P<place>\w+(\.\w+)?)"), _LAYERS),
-    (re.compile(r"\blanguage_model\.norm\b"), _NORM),
-    (re.compile(r"\blm_head\b"), _HEAD),
-)
-_QUERIES = re.compile(r"\b(q_proj|qkv)(\.base_layer)?$")
-"""Matrices that tell the width of an attention: one in each layer, with or without an adapter around it."""
-
-_MERGER_POSITIONS = {"ln_q": 0, "mlp.0": 1, "mlp.2": 2}
+_LAYER_INDEX = re.compile(r"\d+")
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -77,23 +61,25 @@ PEAK_TFLOPS = {
     "MI325X": 1307.4,
     "MI300X": 1307.4,
 }
-"""Most operations a second of a device in bfloat16 or float16 with float32 sums, without sparsity, in 10^12. Words that
-the name of the device has; of several entries the longer one counts. Source: data sheets of NVIDIA and AMD (those that
-give figures with sparsity: half of them)."""
+"""Peak dense FLOPs per second of a device in bfloat16 or float16 with float32 accumulation, in 10^12.
+
+Keys are words in the name of the device; the longest matching key counts. Source: data sheets of NVIDIA and AMD (half
+of the figures that are given with sparsity).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFlops:
-    """Operations of a training step, forward and backward, for each unit of work.
+    """FLOPs of a training step, forward and backward, per unit of work.
 
     Attributes:
-        per_patch: matrices of the vision tower, for each patch.
-        per_merged_patch: matrices of the merger, for each row of four patches.
-        per_token: matrices of the language model, for each token.
-        per_target: ``lm_head``, for each target.
-        per_squared_length: causal attention of the language model, for each square of a sample's length.
-        per_squared_window: attention of the vision tower in windows, for each square of a window's patches.
-        per_squared_frame: its full attention, for each square of a temporal step's patches.
+        per_patch: matrices of the vision tower, per patch.
+        per_merged_patch: matrices of the merger, per row of four patches.
+        per_token: matrices of the language model, per token.
+        per_target: ``lm_head``, per target.
+        per_squared_length: causal attention of the language model, per squared length of a sample.
+        per_squared_window: attention of the vision tower within windows, per squared number of a window's patches.
+        per_squared_frame: its full attention, per squared number of a temporal step's patches.
     """
 
     per_patch: float
@@ -106,46 +92,42 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: PackedQwen) -> ModelFlops:
-        """Count those of a model, whose parameters are frozen as they are going to be. Partitioned ones may be.
+        """Count the FLOPs of a model whose parameters are frozen as in training. They may be partitioned (ZeRO-3).
 
         Raises:
-            ConfigError: a matrix has no place in the order of computation.
+            ConfigError: the table of weights does not have a module.
         """
-        trained = [_place_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        dims = Dimensions.of(model.hf.config.to_dict())
+        rows = weight_table(dims)
+        trained = (_position(name, rows) for name, parameter in model.named_parameters() if parameter.requires_grad)
         first_trained = min(trained)
-        matrices: dict[int, float] = dict.fromkeys((_PATCH_EMBED, _BLOCKS, _MERGER, _LAYERS, _HEAD), 0.0)
-        language_attention = window_attention = frame_attention = 0.0
-        frames = set(model.hf.model.visual.fullatt_block_indexes)
+        matrices: Counter[Unit] = Counter()
         for name, module in model.named_modules():
-            if not isinstance(module, (nn.Linear, nn.Conv3d)):
-                continue
-            place = _place_of(name)
-            passes = 1 + int(first_trained < place) + int(module.weight.requires_grad)
-            matrices[place[0]] += 2 * _num_weights(module) * passes
-            if isinstance(module, nn.Linear) and _QUERIES.search(name):
-                part, layer, position, _ = place
-                # Attention has no weights of its own: forward 1, and gradients of both factors of both products.
-                passes = 3 if first_trained <= (part, layer, position, 1) else 1
-                if part == _LAYERS:
-                    language_attention += 2 * module.out_features * passes
-                elif layer in frames:
-                    frame_attention += 4 * module.in_features * passes
-                else:
-                    window_attention += 4 * module.in_features * passes
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                position = _position(name, rows)
+                passes = 1 + int(first_trained < position) + int(module.weight.requires_grad)
+                matrices[position[0].unit] += 2 * _num_weights(module) * passes
+
+        def attention(stage: Stage, layers: Iterable[int]) -> float:
+            # Attention has no weights of its own: forward 1, and gradients of both factors of both products 2.
+            needs_gradients = [first_trained <= (stage, layer, ATTENTION_STEP, True) for layer in layers]
+            return float(attention_flops(dims, stage) * sum(3 if needed else 1 for needed in needs_gradients))
+
+        full_blocks = set(model.hf.model.visual.fullatt_block_indexes)
         return cls(
-            per_patch=matrices[_PATCH_EMBED] + matrices[_BLOCKS],
-            per_merged_patch=matrices[_MERGER],
-            per_token=matrices[_LAYERS],
-            per_target=matrices[_HEAD],
-            per_squared_length=language_attention,
-            per_squared_window=window_attention,
-            per_squared_frame=frame_attention,
+            per_patch=float(matrices[Unit.PATCH]),
+            per_merged_patch=float(matrices[Unit.MERGED_PATCH]),
+            per_token=float(matrices[Unit.TOKEN]),
+            per_target=float(matrices[Unit.TARGET]),
+            per_squared_length=attention(Stage.LAYERS, range(dims.num_layers)),
+            per_squared_window=attention(Stage.BLOCKS, set(range(dims.vision_depth)) - full_blocks),
+            per_squared_frame=attention(Stage.BLOCKS, full_blocks),
         )
 
     def count(self, micro: MicroBatch) -> float:
-        """Operations of a micro-batch on the CPU; an empty place of the order asks for none.
+        """FLOPs of a micro-batch on the CPU; 0 for an empty slot of the order.
 
-        A micro-batch without media includes its dummy picture of four patches.
+        A micro-batch without media includes its dummy image of four patches.
         """
         if not micro.bins:
             return 0.0
@@ -162,44 +144,38 @@ class ModelFlops:
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """What the device of this rank can do at most, in 10^12 operations a second; None where that is not known."""
+    """Peak of the device of this rank in 10^12 FLOPs per second; None if it is unknown."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     return known_peak(torch.cuda.get_device_name(device))
 
 
 def known_peak(name: str) -> float | None:
-    """The entry of :data:`PEAK_TFLOPS` that fits a name such as ``NVIDIA H100 80GB HBM3``, if any."""
+    """The entry of :data:`PEAK_TFLOPS` that matches a name such as ``NVIDIA H100 80GB HBM3``, if any."""
     words = re.split(r"[^0-9A-Za-z]+", name)
-    fitting = [known for known in PEAK_TFLOPS if set(known.split()) <= set(words)]
-    return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
+    matching = [key for key in PEAK_TFLOPS if set(key.split()) <= set(words)]
+    return PEAK_TFLOPS[max(matching, key=len)] if matching else None
 
 
-def _place_of(name: str) -> Place:
-    for pattern, part in _PARTS:
-        match = pattern.search(name)
-        if match is None:
-            continue
-        found = match.groupdict()
-        layer = int(found.get("layer", 0))
-        # The second matrix of an adapter works on the output of the first.
-        after_first = int("lora_B" in name)
-        if "place" not in found:
-            return part, 0, 0, after_first
-        positions = _MERGER_POSITIONS if part == _MERGER else _LAYER_POSITIONS
-        place = found["place"]
-        position = positions.get(place, positions.get(place.partition(".")[0]))
-        if position is not None:
-            return part, layer, position, after_first
-    raise ConfigError(f"{name} has no place in the order of computation known to train/model/flops.py.")
+def _position(name: str, rows: Sequence[Weight]) -> Position:
+    """Position of a module or parameter, by its name in :class:`PackedQwen`; adapters stand where their matrix does."""
+    path = f"{name.removeprefix('hf.')}."
+    for row in rows:
+        # "model.visual.blocks.{}.attn.qkv" -> "model.visual.blocks.", ".attn.qkv."
+        prefix, _, suffix = f"{row.name}.".partition("{}")
+        index = _LAYER_INDEX.match(path, len(prefix)) if suffix else None
+        layer = int(index[0]) if index else 0
+        if path.startswith(f"{row.name.format(layer)}."):
+            return row.stage, layer, row.step, ".lora_B." in path
+    raise ConfigError(f"{name} is not in the table of weights (train/arithmetic/weights.py): add it there.")
 
 
 def _num_weights(module: nn.Linear | nn.Conv3d) -> int:
-    """Elements of the weight, also where ZeRO-3 leaves only a partition of it."""
+    """Elements of the weight, including those that ZeRO-3 keeps on other ranks."""
     weight = module.weight
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 
-def _sum_squares(borders: torch.Tensor) -> int:
-    lengths = torch.diff(borders.long())
+def _sum_squares(boundaries: torch.Tensor) -> int:
+    lengths = torch.diff(boundaries.long())
     return int((lengths * lengths).sum())
