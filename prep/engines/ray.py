@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 from prep.engines.local import default_workers
 from prep.engines.ray_cluster import connect, import_ray
 from prep.engines.ray_nodes import RayNodes, task_options
-from prep.engines.surroundings import Surroundings
+from prep.engines.requirements import WorkerRequirements
 from schemas.errors import VlprepError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class RayEngine:
     def __init__(self, *, workers: int | None = None, address: str | None = None) -> None:
         self._workers = workers
         self._address = address
-        self._surroundings: Surroundings | None = None
+        self._requirements: WorkerRequirements | None = None
         self._cluster: str | None = None
         self._nodes: RayNodes | None = None
 
@@ -64,14 +64,14 @@ class RayEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._surroundings is not None:
-            self._surroundings.clear()
+        if self._requirements is not None:
+            self._requirements.clear()
         self._disconnect()
 
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
         """See :class:`~prep.engines.Engine`."""
-        self._surroundings = self._surroundings or Surroundings()
-        if self._surroundings.share(reads, writes):
+        self._requirements = self._requirements or WorkerRequirements()
+        if self._requirements.share(reads, writes):
             # Those that were asked before have not been asked for this.
             self._nodes = None
 
@@ -125,8 +125,8 @@ class RayEngine:
         if self._cluster is None:
             self._cluster = connect(self._address, self._workers or default_workers())
         if self._nodes is None:
-            self._surroundings = self._surroundings or Surroundings()
-            self._nodes = RayNodes(self._cluster, self._surroundings)
+            self._requirements = self._requirements or WorkerRequirements()
+            self._nodes = RayNodes(self._cluster, self._requirements)
             self._nodes.await_some()
         return self._nodes
 

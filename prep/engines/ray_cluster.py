@@ -1,6 +1,7 @@
-"""Connecting to a Ray cluster: one that is named, one that is found, or a new one on this machine.
+"""Connects to a Ray cluster: at a given address, one of this machine, or a new one.
 
-Ray waits minutes for an address where no cluster is, so every address is first spoken to here, for a few seconds.
+At an address without a cluster, ``ray.init`` waits for minutes, and Ray's own check (``GcsClient``) ends the process.
+So each address is first checked here, for a few seconds.
 """
 
 from __future__ import annotations
@@ -21,13 +22,9 @@ from schemas.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _ADDRESS = re.compile(r"(?P<client>ray://)?(?P<host>[^/\s]+):(?P<port>[0-9]{1,5})")
-_ANSWER_LIMIT_S = 10.0
+_CHECK_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 256 << 20
-"""Of a cluster that is started here. Only tasks and results go through it, never media or shards."""
-
-# What an HTTP/2 connection begins with, which is what a cluster speaks: a greeting and empty settings (RFC 9113, 3.4).
-_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-_SETTINGS_FRAME = 4
+"""Object store of a new cluster. Only tasks and results pass through it, never media or shards."""
 
 
 def import_ray() -> ModuleType:
@@ -36,9 +33,10 @@ def import_ray() -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    # Ray would announce a future default for GPUs, of which no task here wants any.
+    # Otherwise Ray warns about a future default for GPUs, which no task here uses.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
+        import grpc  # noqa: F401  (a dependency of ray[client], used to check addresses)
         import ray
     except ImportError as error:
         raise ConfigError(
@@ -52,22 +50,22 @@ def connect(address: str | None, num_cpus: int) -> str:
     """Connect this process to a cluster.
 
     Args:
-        address: ``auto``, ``local`` (a new one), ``host:port`` or ``ray://host:port``; None for the cluster of
-            ``RAY_ADDRESS`` or of this machine, or else a new one.
-        num_cpus: tasks at the same time of a new one.
+        address: ``auto``, ``local`` (a new cluster), ``host:port`` or ``ray://host:port``. None for the cluster of
+            ``RAY_ADDRESS``, or the one of this machine, or a new one.
+        num_cpus: tasks that a new cluster runs at the same time.
 
     Returns:
-        What to call the cluster in messages.
+        The name of the cluster in messages.
 
     Raises:
-        ConfigError: there is no cluster at the address, or not one that this process can use.
+        ConfigError: no cluster answers at the address, or this process cannot use it.
     """
     ray = import_ray()
     address = address or os.environ.get("RAY_ADDRESS") or _last_cluster() or "local"
     if address == "auto":
         address = _last_cluster() or "auto"
     if address not in ("auto", "local"):
-        _greet(address)
+        _require_cluster(address)
     options = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
         with _own_signals():
@@ -80,57 +78,63 @@ def connect(address: str | None, num_cpus: int) -> str:
             )
     except ConnectionError as error:
         raise ConfigError(
-            f"no Ray cluster can be used at {address}: {_first_line(error)}. `ray start --head` prints host:port; the "
-            "port for ray:// is another one, 10001 as a rule. Without --ray-address a new cluster is started here."
+            f"cannot connect to a Ray cluster at {address}: {_first_line(error)}. `ray start --head` prints host:port. "
+            "ray:// has its own port, usually 10001. Without --ray-address a new cluster starts on this machine."
         ) from error
     except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        # Another version of Ray or Python, or no token for it.
+        # Its Ray or Python has another version, or the token is missing.
         raise ConfigError(f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}.") from error
     return "this machine" if address == "local" else address
 
 
 def _last_cluster() -> str | None:
-    """Address of the cluster that `ray start` started last on this machine, if it still answers."""
+    """Address of the latest cluster that `ray start` started on this machine, if it still answers."""
     note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     try:
         address = note.read_text().strip()
-        _greet(address)
+        _require_cluster(address)
     except (OSError, ConfigError):
         return None
     return address
 
 
-def _greet(address: str) -> None:
-    """Hold that something at an address speaks HTTP/2.
+def _require_cluster(address: str) -> None:
+    """Check within seconds that a cluster answers at an address.
 
     Raises:
         ConfigError: it is not an address, nothing answers there, or something else does.
     """
+    import grpc
+
     parts = _ADDRESS.fullmatch(address)
     if parts is None:
         raise ConfigError(
             f"--ray-address {address} is not auto, local, host:port or ray://host:port. `ray start --head` prints it."
         )
     try:
-        with socket.create_connection((parts["host"].strip("[]"), int(parts["port"])), _ANSWER_LIMIT_S) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") != "0":
-                return
-            connection.settimeout(_ANSWER_LIMIT_S)
-            connection.sendall(_GREETING)
-            answer = connection.recv(4)
+        socket.create_connection((parts["host"].strip("[]"), int(parts["port"])), _CHECK_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(
             f"no Ray cluster answers at {address} ({reason}). Is it running (`ray status` there), and is the port the "
             "one that `ray start --head` printed?"
         ) from error
-    if answer[3:] != bytes([_SETTINGS_FRAME]):
-        raise ConfigError(f"what answers at {address} is not a Ray cluster. `ray start --head` prints the address.")
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    target = f"{parts['host']}:{parts['port']}"
+    try:
+        # A cluster speaks gRPC. Like Ray, do not go through the proxy of the environment.
+        with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            grpc.channel_ready_future(channel).result(timeout=_CHECK_TIMEOUT_S)
+    except grpc.FutureTimeoutError as error:
+        raise ConfigError(
+            f"the server at {address} is not a Ray cluster. `ray start --head` prints the address."
+        ) from error
 
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep this process's answers to signals: Ray puts its own in their place."""
+    """Restore this process's signal handlers, which Ray replaces."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

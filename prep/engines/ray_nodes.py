@@ -16,7 +16,7 @@ from typing import Any
 import prep
 from prep.engines.processes import ONE_THREAD
 from prep.engines.ray_cluster import import_ray
-from prep.engines.surroundings import Surroundings, differences
+from prep.engines.requirements import WorkerRequirements, unmet
 from schemas.errors import ConfigError, VlprepError
 
 logger = logging.getLogger(__name__)
@@ -37,16 +37,16 @@ class _Node:
 
 
 class RayNodes:
-    """Which nodes get work. They are asked for what ``surroundings`` held when they were first seen.
+    """Which nodes get work. They are asked for what ``requirements`` held when they were first seen.
 
     Args:
         cluster: what to call the cluster in messages.
-        surroundings: what a node must see.
+        requirements: what a node must see.
     """
 
-    def __init__(self, cluster: str, surroundings: Surroundings) -> None:
+    def __init__(self, cluster: str, requirements: WorkerRequirements) -> None:
         self._cluster = cluster
-        self._surroundings = surroundings
+        self._requirements = requirements
         self._usable: dict[str, _Node] = {}
         self._asked: dict[Any, tuple[str, _Node]] = {}
         self._refused: dict[str, str] = {}
@@ -152,8 +152,8 @@ class RayNodes:
             self._refuse(identity, node, [f"it has less memory than a task needs ({TASK_MEMORY_BYTES >> 20} MiB)"])
             return
         strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(identity, soft=False)
-        task = ray.remote(differences).options(num_cpus=0, scheduling_strategy=strategy, **_common_options())
-        self._asked[task.remote(self._surroundings)] = (identity, node)
+        task = ray.remote(unmet).options(num_cpus=0, scheduling_strategy=strategy, **_common_options())
+        self._asked[task.remote(self._requirements)] = (identity, node)
 
     def _refuse(self, identity: str, node: _Node, lacks: list[str]) -> None:
         self._refused[identity] = f"node {node.name}: {'; '.join(lacks)}"

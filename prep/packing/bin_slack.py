@@ -24,14 +24,14 @@ Counts = dict[int, int]
 Run = tuple[int, int, int]
 """First bin, number of bins, samples of one size in each."""
 
-MOST_WORK = 1 << 24
+MAX_WORK = 1 << 24
 """Distinct sizes times capacity, up to which packing by slack is a matter of seconds: 4096 sizes in bins of 4096."""
 
 _FEW = 64
 """Sizes that are tried before all are; nearly always enough to fill a bin to the last token."""
 
 
-def least_bins(sizes: NDArray[np.int64], capacity: int) -> int:
+def min_bins(sizes: NDArray[np.int64], capacity: int) -> int:
     """A number of bins that no packing can do without.
 
     The bound L2 of S. Martello and P. Toth, "Knapsack Problems", 1990, chapter 8: for every threshold up to half a bin,

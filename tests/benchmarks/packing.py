@@ -1,13 +1,12 @@
 """Packers side by side: fill, speed and memory. ``python -m tests.benchmarks.packing``.
 
-Lengths drawn from several distributions -> for every packer, how full its bins are (of the binding budget, whatever
-the shape of the samples allows), samples a second, and the peak of its memory above that of its inputs. Each runs in a
-process of its own, in turns. Packers that place one sample at a time are slow, so all run on a sample; the project's
-own also runs on ten million. *At most* is the fill of as few bins as can be proved necessary.
+For several distributions of lengths and every packer: the fill of the binding budget, samples per second, and peak
+memory beyond the inputs. Each packer runs in its own process. Packers that place one sample at a time are slow, so all
+run on a subset; the project's own also runs on ten million samples. *At most* is the fill at the lower bound on bins.
 
-The contenders: *best fit decreasing* and *binpacking* in windows as upstream tools use them, *first fit* in windows
-(whatever comes first, into the first bin that has room), and *next fit* (a bin is closed by the first sample that does
-not fit: concatenating and cutting at borders).
+The other packers: *best fit decreasing* and *binpacking* in windows, as upstream tools use them; *first fit* in windows
+(each sample goes into the first bin that has room); and *next fit* (the first sample that does not fit closes the bin,
+which is concatenating and cutting at boundaries).
 """
 
 from __future__ import annotations
@@ -23,13 +22,16 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.packing.best_fit import LARGE_WINDOW, best_fit_decreasing, best_fit_in_windows, constant_volume, pack
-from prep.packing.bin_slack import least_bins
+from prep.packing.best_fit import best_fit_decreasing, constant_volume, pack
+from prep.packing.bin_slack import min_bins
 from prep.packing.two_budgets import singly_in_windows
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.mixture import draw_mixture
 
 MAX_LENGTH = 4096
+LARGE_WINDOW = 1000
+"""Samples in a window of best-fit-decreasing and first fit."""
+
 BUDGETS = (8192, 11_700, 12_288, 13_000, 14_000)
 
 Ints = NDArray[np.int64]
@@ -48,7 +50,7 @@ def _text(draw: Callable[[np.random.Generator, int], NDArray[np.generic]], num: 
 
 
 DISTRIBUTIONS: dict[str, Callable[[int], Samples]] = {
-    "mixture of pictures, documents, charts, clips, text": _mixture,
+    "mixture of images, documents, charts, videos, text": _mixture,
     "chats: lognormal, median 330": partial(_text, lambda rng, num: rng.lognormal(np.log(330), 1.0, num).clip(20)),
     "chats and long documents, half each": partial(
         _text,
@@ -60,6 +62,17 @@ DISTRIBUTIONS: dict[str, Callable[[int], Samples]] = {
     "narrow, none short: normal, 420 +- 90": partial(_text, lambda rng, num: rng.normal(420, 90, num).clip(60, 700)),
     "narrower: normal, 620 +- 60": partial(_text, lambda rng, num: rng.normal(620, 60, num).clip(300, 900)),
 }
+
+
+def best_fit_in_windows(lengths: Ints, capacity: int) -> Ints:
+    """Best-fit-decreasing over consecutive windows of 1000 samples."""
+    bins = np.empty(lengths.size, dtype=np.int64)
+    num_bins = 0
+    for start in range(0, lengths.size, LARGE_WINDOW):
+        window = best_fit_decreasing(lengths[start : start + LARGE_WINDOW], capacity)
+        bins[start : start + LARGE_WINDOW] = num_bins + window
+        num_bins += int(window.max()) + 1
+    return bins
 
 
 def _first_fit(lengths: Ints, patches: Ints, max_patches: int) -> Ints:
@@ -105,13 +118,13 @@ ONE_BUDGET: dict[str, Packer] = {
 }
 
 TWO_BUDGETS: dict[str, Packer] = {
-    "vlprep": lambda lengths, patches, most: pack(lengths, MAX_LENGTH, num_patches=patches, max_patches=most),
-    "best fit decreasing of both, windows of 1000": lambda lengths, patches, most: singly_in_windows(
-        (lengths, patches), (MAX_LENGTH, most)
+    "vlprep": lambda lengths, patches, budget: pack(lengths, MAX_LENGTH, num_patches=patches, max_patches=budget),
+    "best fit decreasing of both, windows of 1000": lambda lengths, patches, budget: singly_in_windows(
+        (lengths, patches), (MAX_LENGTH, budget)
     ),
     "best fit decreasing of the larger share": _one_size,
-    "binpacking of the larger share, windows of 256": lambda lengths, patches, most: pack(
-        lengths, MAX_LENGTH, num_patches=patches, max_patches=most, packer="binpacking"
+    "binpacking of the larger share, windows of 256": lambda lengths, patches, budget: pack(
+        lengths, MAX_LENGTH, num_patches=patches, max_patches=budget, packer="binpacking"
     ),
     "first fit of both, windows of 1000": _first_fit,
     "next fit of both": _next_fit,
@@ -150,9 +163,7 @@ def _compare(distribution: str, packers: Sequence[str], num: int, max_patches: i
         fits = patches <= max_patches
         lengths, patches = lengths[fits], patches[fits]
     budgets = f"{MAX_LENGTH} tokens" + (f" and {max_patches:,} patches" if max_patches else "")
-    possible = (
-        "" if max_patches else f"; fill at most {lengths.sum() / MAX_LENGTH / least_bins(lengths, MAX_LENGTH):.4f}"
-    )
+    possible = "" if max_patches else f"; fill at most {lengths.sum() / MAX_LENGTH / min_bins(lengths, MAX_LENGTH):.4f}"
     click.echo(f"{distribution}; {num:,} samples, bins of {budgets}{possible}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.npy"

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from prep.cli import main
 from prep.engines import Engine, LocalEngine, SerialEngine, default_workers, open_engine
 from prep.engines.processes import ONE_THREAD
-from prep.engines.surroundings import Surroundings, differences
+from prep.engines.requirements import WorkerRequirements, unmet
 from prep.media.sandbox import sandbox
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError, MediaError, ShardError, VlprepError
@@ -351,24 +351,24 @@ def test_ray_that_is_not_installed_is_one_sentence(corpus_file: Path, monkeypatc
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Iterator[tuple[Surroundings, Path]]:
+def shared(tmp_path: Path) -> Iterator[tuple[WorkerRequirements, Path]]:
     """A folder that is read, a file in it, and a folder that is written, as another machine is to see them."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.png").write_bytes(b"picture")
     (tmp_path / "out").mkdir()
-    wanted = Surroundings()
+    wanted = WorkerRequirements()
     wanted.share([tmp_path / "media", tmp_path / "media" / "a.png"], [tmp_path / "out"])
     yield wanted, tmp_path
     wanted.clear()
     assert not any((tmp_path / "out").glob(".*"))
 
 
-def test_a_machine_that_sees_the_same_lacks_nothing(shared: tuple[Surroundings, Path]) -> None:
-    assert differences(shared[0]) == []
+def test_a_machine_that_sees_the_same_lacks_nothing(shared: tuple[WorkerRequirements, Path]) -> None:
+    assert unmet(shared[0]) == []
     assert len(list((shared[1] / "out").iterdir())) == 1  # the mark alone: what was written as a trial is gone
 
 
-def test_paths_that_were_shared_before_are_not_shared_again(shared: tuple[Surroundings, Path]) -> None:
+def test_paths_that_were_shared_before_are_not_shared_again(shared: tuple[WorkerRequirements, Path]) -> None:
     wanted, folder = shared
     assert not wanted.share([folder / "media"], [folder / "out"])
     (folder / "more").mkdir()
@@ -377,23 +377,23 @@ def test_paths_that_were_shared_before_are_not_shared_again(shared: tuple[Surrou
 
 def test_a_path_that_is_not_there_cannot_be_shared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none cannot be used: No such file or directory"):
-        Surroundings().share([tmp_path / "none"], [])
+        WorkerRequirements().share([tmp_path / "none"], [])
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("empty mount", "the folder {0}/media is another one there: it holds no a.png"),
+        ("empty mount", "the folder {0}/media is a different one there: it has no a.png"),
         ("no mount", "it does not see the folder {0}/media (No such file or directory)"),
         ("older copy", "the file {0}/media/a.png has 3 bytes there, not 7"),
-        ("other output", "it does not see the folder {0}/out, which tasks write into, or not the same one"),
-        ("copied output", "the folder {0}/out, which tasks write into, is another one there"),
+        ("other output", "it does not see the folder {0}/out, which tasks write into, or sees a different one"),
+        ("copied output", "the folder {0}/out, which tasks write into, is a different one there"),
         ("other package", "numpy is {1} there, 0.1 here"),
         ("package here only", "av is not installed there, 1.0 here"),
     ],
 )
 def test_what_a_machine_lacks_is_named_with_its_path(
-    shared: tuple[Surroundings, Path], change: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    shared: tuple[WorkerRequirements, Path], change: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, folder = shared
     (mark,) = map(Path, wanted.marks)
@@ -413,6 +413,6 @@ def test_what_a_machine_lacks_is_named_with_its_path(
         wanted.software = {**found, "numpy": "0.1"}
     if change == "package here only":
         wanted.software = {**found, "av": "1.0"}
-        monkeypatch.setattr("prep.engines.surroundings.software", lambda: {k: v for k, v in found.items() if k != "av"})
-    lacks = differences(wanted)
+        monkeypatch.setattr("prep.engines.requirements.software", lambda: {k: v for k, v in found.items() if k != "av"})
+    lacks = unmet(wanted)
     assert lacks[-1].startswith(expected.format(folder, found["numpy"]))

@@ -8,17 +8,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import xxhash
-from binpacking.to_constant_volume import to_constant_volume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prep.packing.best_fit
 import prep.packing.two_budgets
-from prep.packing.best_fit import best_fit_decreasing, best_fit_in_windows, constant_volume, pack
-from prep.packing.bin_slack import MOST_WORK, largest_first, least_bins, minimum_bin_slack, most_frequent_first
+from prep.packing.best_fit import best_fit_decreasing, constant_volume, pack
+from prep.packing.bin_slack import MAX_WORK, largest_first, min_bins, minimum_bin_slack, most_frequent_first
 from prep.packing.two_budgets import pack_two_budgets
 from schemas.errors import ConfigError
 from tests.benchmarks.mixture import draw_mixture
+from tests.benchmarks.packing import DISTRIBUTIONS, MAX_LENGTH, best_fit_in_windows
 
 problems = st.integers(1, 64).flatmap(
     lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), min_size=1, max_size=120))
@@ -139,12 +139,12 @@ def test_two_budgets_need_no_more_bins_than_single_samples_or_one_size_for_both(
 
 @given(problem=problems, seed=st.integers(0, 5))
 @settings(deadline=None)
-def test_no_more_bins_than_the_window_packers(problem: tuple[int, list[int]], seed: int) -> None:
+def test_bins_are_no_fewer_than_possible_and_no_more_than_best_fit_needs(
+    problem: tuple[int, list[int]], seed: int
+) -> None:
     capacity, sizes = problem
     num_bins = int(pack(sizes, capacity, seed=seed).max()) + 1
     assert num_bins >= -(-sum(sizes) // capacity)
-    assert num_bins <= pack(sizes, capacity, packer="binpacking", seed=seed).max() + 1
-    assert num_bins <= sum(1 for found in to_constant_volume(sizes, capacity) if found)
     assert num_bins <= len(plain_best_fit_decreasing(sizes, capacity))
 
 
@@ -168,15 +168,15 @@ def fewest_bins(sizes: list[int], capacity: int) -> int:
 def test_the_lower_bound_is_one(problem: tuple[int, list[int]]) -> None:
     capacity, sizes = problem
     if sizes:
-        found = least_bins(np.asarray(sizes), capacity)
+        found = min_bins(np.asarray(sizes), capacity)
         assert -(-sum(sizes) // capacity) <= found <= fewest_bins(sizes, capacity)
         assert found >= sum(2 * size > capacity for size in sizes)
 
 
 def test_the_lower_bound_counts_what_fits_beside_nothing() -> None:
     """Three samples of 6 in bins of 10 take one each, and none of the three of 5 fits beside one of them."""
-    assert least_bins(np.asarray([6, 6, 6, 5, 5, 5]), 10) == 5
-    assert least_bins(np.asarray([6, 6, 6, 4, 4, 4]), 10) == 3
+    assert min_bins(np.asarray([6, 6, 6, 5, 5, 5]), 10) == 5
+    assert min_bins(np.asarray([6, 6, 6, 4, 4, 4]), 10) == 3
 
 
 @pytest.mark.parametrize("preferred", [largest_first, most_frequent_first])
@@ -210,30 +210,36 @@ def test_narrow_lengths_fill_bins_too() -> None:
     rng = np.random.default_rng(0)
     for mean, spread in ((420, 90), (620, 60)):
         lengths = rng.normal(mean, spread, 40_000).astype(np.int64).clip(60, 900)
-        least = least_bins(lengths, 4096)
+        least = min_bins(lengths, 4096)
         assert least / (pack(lengths, 4096).max() + 1) >= 0.995
         assert least / (best_fit_decreasing(lengths, 4096).max() + 1) < 0.995
 
 
 def test_an_enormous_bin_takes_no_memory_of_its_size() -> None:
     assert pack([5, 6, 7, 1_000_000], 10**12).tolist() == [0, 0, 0, 0]
-    assert least_bins(np.asarray([3, 4]), 10**12) == 1
+    assert min_bins(np.asarray([3, 4]), 10**12) == 1
 
 
 def test_what_would_take_long_is_left_to_best_fit_decreasing() -> None:
     lengths = np.random.default_rng(0).integers(20_000, 22_000, 3000)
-    assert np.unique(lengths).size * 131_072 > MOST_WORK
+    assert np.unique(lengths).size * 131_072 > MAX_WORK
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prep.packing.best_fit, "minimum_bin_slack", None)
-        assert least_bins(lengths, 131_072) < 0.99 * (pack(lengths, 131_072).max() + 1)
+        assert min_bins(lengths, 131_072) < 0.99 * (pack(lengths, 131_072).max() + 1)
         with pytest.raises(TypeError):
             pack(lengths // 32, 4096)
 
 
-def test_windows_are_tried_where_the_number_of_bins_does_not_rule_them_out() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prep.packing.best_fit, "best_fit_decreasing", lambda sizes, capacity: np.arange(len(sizes)))
-        assert pack([4, 3, 3, 6, 2, 2], 10).max() == 1
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("num", [100, 300, 1000, 3000])
+def test_no_window_packer_needs_fewer_bins(name: str, num: int) -> None:
+    """Lengths of the benchmark, in sets of one window to three."""
+    lengths, _ = DISTRIBUTIONS[name](3 * num)
+    for start in range(0, lengths.size, num):
+        subset = lengths[start : start + num]
+        num_bins = pack(subset, MAX_LENGTH).max() + 1
+        assert num_bins <= pack(subset, MAX_LENGTH, packer="binpacking").max() + 1
+        assert num_bins <= best_fit_in_windows(subset, MAX_LENGTH).max() + 1
 
 
 LENGTHS = {

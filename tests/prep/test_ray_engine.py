@@ -150,7 +150,7 @@ def test_nodes_that_see_other_files_or_have_other_software_get_no_work(
     reasons = {found[2]: found[1] for found in refused if found is not None}
     assert len(reasons) == len(warnings) == 2
     assert any(f"it does not see the file {corpus} (" in reason for reason in reasons)
-    assert any(f"the folder {corpus.parent} is another one there" in reason for reason in reasons)
+    assert any(f"the folder {corpus.parent} is a different one there" in reason for reason in reasons)
     assert any(re.fullmatch(r"tokenizers is 0\.0\.1 there, [0-9.]+ here", reason) for reason in reasons)
     assert len(used) == 1
     assert used.pop()[:8] not in reasons.values()
@@ -183,7 +183,7 @@ def test_a_folder_that_no_node_sees_is_wrong_use(ray_cluster: NodeProcesses, tmp
             list(engine.map(node_of, [0]))
 
 
-class _Silent(http.server.BaseHTTPRequestHandler):
+class _SilentHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
@@ -191,7 +191,7 @@ class _Silent(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def web_server() -> Iterator[int]:
     """The port of a server that is no Ray cluster."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Silent) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _SilentHandler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server.server_port

@@ -1,7 +1,7 @@
-"""What a machine must have to do the work of a build: the same files in the same places, and the same software.
+"""What a worker machine needs for the tasks of a build: the same files at the same paths, and the same software.
 
-The process that runs the build describes what it sees (:meth:`Surroundings.share`); another machine compares
-(:func:`differences`). Cost: a few looks at the file system for each path.
+The process that runs the build states its requirements (:meth:`WorkerRequirements.share`). Each worker machine checks
+them (:func:`unmet`). Cost: a few file system calls per path.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from schemas.errors import ConfigError
 from storage.files import temporary_path
 
 _ENTRIES = 8
-"""Entries of a folder that another machine must see there too. An empty mount point exists, but holds none of them."""
+"""Entries of a folder that a worker must see too. An empty mount point exists, but has none of them."""
 
 
 @lru_cache(maxsize=1)
 def software() -> dict[str, str]:
-    """What machines that share a build must agree on: versions, and a hash of the code of vlprep itself. Two checkouts
-    with the same version need not be the same.
-    """
+    """Versions of all relevant packages, and a hash of vlprep's own code, since checkouts of one version can differ."""
     digest = xxhash.xxh3_64()
     for package in (prep, schemas, storage):
         root = Path(package.__path__[0])
@@ -42,14 +40,14 @@ def software() -> dict[str, str]:
 
 
 @dataclass(kw_only=True, slots=True)
-class Surroundings:
-    """What the tasks of a build need, as the process that runs it sees it.
+class WorkerRequirements:
+    """What the tasks of a build need, as the process that runs the build sees it.
 
     Attributes:
-        files: size of every file that is read, by its absolute path.
-        folders: some names in every folder that is read.
-        marks: content of the file that :meth:`share` put into every folder that is written to, by the path of the file.
-        software: what :func:`software` gives.
+        files: absolute path -> size of every file that tasks read.
+        folders: absolute path -> a few entries of every folder that tasks read.
+        marks: path -> content of the marker file that :meth:`share` creates in every folder that tasks write into.
+        software: result of :func:`software`.
     """
 
     files: dict[str, int] = field(default_factory=dict)
@@ -58,10 +56,13 @@ class Surroundings:
     software: dict[str, str] = field(default_factory=software)
 
     def share(self, reads: Iterable[Path], writes: Iterable[Path]) -> bool:
-        """Add paths, and mark the folders to write into; :meth:`clear` removes the marks. Returns whether any is new.
+        """Add paths, and create a marker file in each folder of ``writes``. :meth:`clear` removes the markers.
+
+        Returns:
+            Whether any path is new.
 
         Raises:
-            ConfigError: a path is not there, or cannot be looked at or written.
+            ConfigError: a path does not exist, or cannot be read or written.
         """
         try:
             return self._share(reads, writes)
@@ -85,33 +86,34 @@ class Surroundings:
         return len(self.files) + len(self.folders) + len(self.marks) > before
 
     def clear(self) -> None:
-        """Remove the marks."""
+        """Remove the marker files."""
         for mark in self.marks:
             Path(mark).unlink(missing_ok=True)
         self.marks.clear()
 
 
-def differences(wanted: Surroundings) -> list[str]:
-    """What this machine lacks or has otherwise, a sentence's end each: ``it does not see the folder /data``."""
-    found = list(_other_software(wanted.software))
-    for path, num_bytes in wanted.files.items():
-        found += _as_file(path, num_bytes)
-    for path, names in wanted.folders.items():
-        found += _as_folder(path, names)
-    for path, token in wanted.marks.items():
-        found += _as_output(path, token)
-    return found
+def unmet(required: WorkerRequirements) -> list[str]:
+    """Requirements that this machine does not meet, each a clause such as ``it does not see the folder /data``."""
+    reasons = [*_unmet_software(required.software)]
+    for path, num_bytes in required.files.items():
+        reasons += _unmet_file(path, num_bytes)
+    for path, names in required.folders.items():
+        reasons += _unmet_folder(path, names)
+    for path, token in required.marks.items():
+        reasons += _unmet_output(path, token)
+    return reasons
 
 
-def _other_software(wanted: dict[str, str]) -> Iterable[str]:
-    here = software()
-    for name in sorted({*wanted, *here}):
-        theirs, ours = here.get(name, "not installed"), wanted.get(name, "not installed")
-        if theirs != ours:
-            yield f"{name} is {theirs} there, {ours} here"
+def _unmet_software(required: dict[str, str]) -> Iterable[str]:
+    # The message is read on the machine of the build: "there" is the worker, "here" is the build.
+    worker = software()
+    for name in sorted({*required, *worker}):
+        there, here = worker.get(name, "not installed"), required.get(name, "not installed")
+        if there != here:
+            yield f"{name} is {there} there, {here} here"
 
 
-def _as_file(path: str, num_bytes: int) -> Iterable[str]:
+def _unmet_file(path: str, num_bytes: int) -> Iterable[str]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -122,7 +124,7 @@ def _as_file(path: str, num_bytes: int) -> Iterable[str]:
         yield f"the file {path} has {size} bytes there, not {num_bytes}"
 
 
-def _as_folder(path: str, names: Iterable[str]) -> Iterable[str]:
+def _unmet_folder(path: str, names: Iterable[str]) -> Iterable[str]:
     try:
         with os.scandir(path):
             pass
@@ -131,22 +133,22 @@ def _as_folder(path: str, names: Iterable[str]) -> Iterable[str]:
         return
     missing = [name for name in names if not os.path.lexists(os.path.join(path, name))]
     if missing:
-        yield f"the folder {path} is another one there: it holds no {missing[0]}"
+        yield f"the folder {path} is a different one there: it has no {missing[0]}"
 
 
-def _as_output(mark: str, token: str) -> Iterable[str]:
+def _unmet_output(mark: str, token: str) -> Iterable[str]:
     folder = os.path.dirname(mark)
     try:
         same = Path(mark).read_text() == token
     except OSError as error:
-        yield f"it does not see the folder {folder}, which tasks write into, or not the same one ({error.strerror})"
+        yield f"it does not see the folder {folder}, which tasks write into, or sees a different one ({error.strerror})"
         return
     if not same:
-        yield f"the folder {folder}, which tasks write into, is another one there"
+        yield f"the folder {folder}, which tasks write into, is a different one there"
         return
-    own = temporary_path(Path(mark).with_name("mark"))
+    trial = temporary_path(Path(mark).with_name("mark"))
     try:
-        own.touch()
-        own.unlink()
+        trial.touch()
+        trial.unlink()
     except OSError as error:
-        yield f"it cannot write into {folder} ({error.strerror})"
+        yield f"it cannot write to {folder} ({error.strerror})"
