@@ -288,7 +288,9 @@ def test_merging_replaces_an_earlier_model_and_nothing_else(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="would overwrite an input of the merge"):
             check_out(out, adapter, source)
     for out in (run / "checkpoint-2" / "..", other, file):
-        with pytest.raises(ConfigError, match=r"would overwrite an input of the merge|holds no model, so it is not overwritten"):
+        with pytest.raises(
+            ConfigError, match=r"would overwrite an input of the merge|holds no model, so it is not overwritten"
+        ):
             check_out(out, adapter, source)
     for out in (run / "final", tmp_path / "empty", tmp_path / "new"):
         check_out(out, adapter, source)

@@ -68,11 +68,17 @@ def test_layers_of_the_tuned_parts_are_chosen_by_the_ends_of_their_names(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--lora_target_modules", "q_prj,mlp.0"), "q_prj matches no linear layer of language_model, merger; allowed: "),
+        (
+            ("--lora_target_modules", "q_prj,mlp.0"),
+            "q_prj matches no linear layer of language_model, merger; allowed: ",
+        ),
         ((*LLM_ALONE, "--lora_target_modules", "qkv"), "qkv is in vision_tower, which is frozen"),
         ((*LLM_ALONE, "--lora_target_modules", "lm_head"), "lm_head cannot have an adapter"),
         ((*LLM_ALONE, "--lora_target_modules", "q_proj,("), "is not a valid regular expression"),
-        ((*LLM_ALONE, "--lora_target_modules", "embed_tokens"), "embed_tokens matches no linear layer of language_model"),
+        (
+            (*LLM_ALONE, "--lora_target_modules", "embed_tokens"),
+            "embed_tokens matches no linear layer of language_model",
+        ),
         (("--lora_target_modules", "q_proj"), "merger is tuned, but --lora_target_modules q_proj matches none"),
     ],
 )

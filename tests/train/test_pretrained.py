@@ -72,7 +72,10 @@ def test_the_shape_of_a_model_is_read_from_its_configuration(folder: Path) -> No
             lambda config: config["text_config"].update(num_attention_heads=3),
             "text_config has a width of 64, which is not divisible by its 3 heads",
         ),
-        (lambda config: config["vision_config"].update(num_heads=0), "vision_config has a width of 32, which is not divisible by its 0 heads"),
+        (
+            lambda config: config["vision_config"].update(num_heads=0),
+            "vision_config has a width of 32, which is not divisible by its 0 heads",
+        ),
         (lambda config: config.update(model_type="qwen2_vl"), "holds a model of type qwen2_vl; use a Qwen2.5-VL"),
     ],
 )
