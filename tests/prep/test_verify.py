@@ -1,4 +1,4 @@
-"""``vlprep verify``: a whole set passes; whatever is changed, also with matching checksums, is found and named."""
+"""``vlprep verify``: an intact set passes, and every change is found and named, even if all checksums match."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MEMBERS = [
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the shared set, to be changed."""
+    """A copy of the shared set that a test may change."""
     copy = tmp_path / "set"
     shutil.copytree(finished, copy, ignore=shutil.ignore_patterns(WORK_FOLDER))
     return copy
@@ -58,7 +58,7 @@ def run(folder: Path) -> Result:
 
 
 def findings(folder: Path) -> list[str]:
-    """What is found; the command must exit with 1 if and only if something is."""
+    """Findings of the command, which must exit with 1 if and only if there are any."""
     result = run(folder)
     lines = result.stdout.splitlines()
     assert result.exit_code == (1 if lines[:-1] else 0), result.output
@@ -70,10 +70,10 @@ def where_of(folder: Path, number: int = BIN) -> str:
     return f"bins-{row['shard']:05d}.tar, bin {number} at offset {row['offset']}"
 
 
-# A whole set
+# Intact sets
 
 
-def test_the_bin_that_is_changed_below_has_everything(finished: Path) -> None:
+def test_the_bin_that_tests_change_has_samples_images_and_videos(finished: Path) -> None:
     row = sets.place_of(finished, BIN)
     assert row["offset"] > 0
     assert row["num_samples"] > 1
@@ -87,10 +87,10 @@ def test_a_finished_set_passes(finished: Path) -> None:
     counts = json.loads((finished / "manifest.json").read_text())["counts"]
     summary = f"{counts['num_bins']} bins, {counts['num_annotations']} annotations"
     assert summary in result.stdout
-    assert result.stdout.rstrip().endswith("all is well")
+    assert result.stdout.rstrip().endswith("no problems")
 
 
-def test_raw_pixels_a_second_budget_and_shares_of_datasets_pass(
+def test_raw_pixels_with_a_patch_budget_and_sampling_rates_pass(
     corpus_file: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     (tmp_path / "datasets.toml").write_text(
@@ -104,7 +104,7 @@ def test_raw_pixels_a_second_budget_and_shares_of_datasets_pass(
     assert findings(tmp_path / "out") == []
 
 
-def test_worker_processes_find_the_same_in_the_same_order(folder: Path) -> None:
+def test_findings_do_not_depend_on_worker_processes(folder: Path) -> None:
     sets.change_array(folder, BIN, "labels", lambda labels: np.full_like(labels, -100))
     (folder / "bins-00001.tar").unlink()
     alone = verify(folder, SerialEngine())
@@ -113,15 +113,15 @@ def test_worker_processes_find_the_same_in_the_same_order(folder: Path) -> None:
         assert verify(folder, engine) == alone
 
 
-def test_a_folder_without_a_manifest_is_one_sentence(folder: Path) -> None:
+def test_a_folder_without_a_manifest_is_an_error(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     result = run(folder)
     assert result.exit_code == 1
     assert "holds no manifest.json: it is not a complete set of shards" in result.stderr
 
 
-def test_what_is_advised_mends_a_damaged_shard(folder: Path, corpus_file: Path, tiny_checkpoint: Path) -> None:
-    """Remove the manifest and build again."""
+def test_the_advice_repairs_a_damaged_shard(folder: Path, corpus_file: Path, tiny_checkpoint: Path) -> None:
+    """The advice is to remove the manifest and build again."""
     before = sets.shard_of(folder, BIN).read_bytes()
     sets.shard_of(folder, BIN).write_bytes(before[:-600] + b"\1" + before[-599:])
     found = findings(folder)
@@ -152,7 +152,7 @@ def test_a_flipped_byte_is_found_in_every_member(folder: Path, member: str, plac
     assert others == []
 
 
-def test_a_shard_that_is_cut_is_found_at_the_bin_it_is_cut_in(folder: Path) -> None:
+def test_a_truncated_shard_is_found_at_the_truncated_bin(folder: Path) -> None:
     path = sets.shard_of(folder, BIN)
     path.write_bytes(path.read_bytes()[:-5000])
     found = findings(folder)
@@ -164,14 +164,16 @@ def test_a_missing_end_of_archive_is_found(folder: Path) -> None:
     path = sets.shard_of(folder, BIN)
     path.write_bytes(path.read_bytes()[:-512])
     sets.reseal(folder)
-    assert ["the archive ends with 512 zero bytes instead of 1024" in line for line in findings(folder)] == [True]
+    assert [
+        "the file is truncated: it ends with 512 zero bytes instead of 1024" in line for line in findings(folder)
+    ] == [True]
 
 
-def test_bytes_behind_the_end_are_found(folder: Path) -> None:
+def test_bytes_after_the_end_of_archive_are_found(folder: Path) -> None:
     path = sets.shard_of(folder, BIN)
     path.write_bytes(path.read_bytes() + sets.tar_bytes("extra", {"txt": b"x"}))
     sets.reseal(folder)
-    assert ["after the last bin stand 2,048 bytes" in line for line in findings(folder)] == [True]
+    assert ["2,048 bytes follow the last bin" in line for line in findings(folder)] == [True]
 
 
 def test_a_missing_shard_and_a_missing_table_are_found_together(folder: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_missing_shard_and_a_missing_table_are_found_together(folder: Path) ->
     assert len(found) == 2
 
 
-def test_swapped_shards_are_one_sentence_each(folder: Path) -> None:
+def test_swapped_shards_have_one_finding_each(folder: Path) -> None:
     first, second = folder / "bins-00000.tar", folder / "bins-00001.tar"
     (folder / "swap").write_bytes(first.read_bytes())
     second.replace(first)
@@ -197,10 +199,10 @@ def test_swapped_shards_are_one_sentence_each(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bins-00099.tar", ".bins-00000.tar.tmp", "notes.txt"])
-def test_a_file_that_is_not_of_the_set_is_found(folder: Path, name: str) -> None:
+def test_a_file_outside_the_set_is_found(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"")
-    (folder / "report.html").write_text("a page of `vlprep report` may lie here")
-    (folder / "build_metrics.json").write_text("and so may the times of the build")
+    (folder / "report.html").write_text("a page of `vlprep report` is allowed")
+    (folder / "build_metrics.json").write_text("and so are the metrics of the build")
     assert [line.startswith(f"{name}: the manifest does not list it") for line in findings(folder)] == [True]
 
 
@@ -213,7 +215,7 @@ def test_a_flipped_byte_in_a_table_is_found(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bins.parquet", "samples.parquet"])
-def test_a_table_that_is_cut_does_not_keep_the_rest_from_being_checked(folder: Path, name: str) -> None:
+def test_a_truncated_table_does_not_stop_the_other_checks(folder: Path, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:-100])
     data = bytearray(sets.shard_of(folder, 0).read_bytes()) if name == "samples.parquet" else bytearray()
     if data:
@@ -266,25 +268,28 @@ def test_a_wrong_number_of_rejects_by_code_is_found(folder: Path) -> None:
 
     sets.change_manifest(folder, change)
     found = "\n".join(findings(folder))
-    assert "samples.parquet: 1 annotations are too_long, the manifest says 7" in found
+    assert "samples.parquet: it has code too_long in 1 row, the manifest says 7" in found
     assert "manifest.json: rejects_by_code has the unknown code 'bad_luck'" in found
 
 
-def test_shards_that_do_not_have_the_bins_that_the_manifest_says_are_found(folder: Path) -> None:
+def test_shards_with_other_bins_than_the_manifest_says_are_found(folder: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["shards"][1]["first_bin"] += 1
 
     sets.change_manifest(folder, change)
-    assert ["bins-00001.tar" in line and "1 bins from bin 2 on" in line for line in findings(folder)] == [True]
+    assert ["bins-00001.tar" in line and "1 bin from bin 2 on" in line for line in findings(folder)] == [True]
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda manifest: manifest["inputs"][0].update(num_drawn=30), "draws 30 of 29 annotations, its rate is 1.0"),
-        (lambda manifest: manifest["inputs"][0].update(num_drawn=30), "are not the 30 annotations drawn"),
+        (
+            lambda manifest: manifest["inputs"][0].update(num_drawn=30),
+            "draws 30 of 29 annotations, but its rate is 1.0",
+        ),
+        (lambda manifest: manifest["inputs"][0].update(num_drawn=30), "do not make the 30 annotations drawn"),
         (lambda manifest: manifest["inputs"][0].update(num_drawn=30), "is 29, the inputs have 30"),
-        (lambda manifest: manifest["inputs"][0].update(rate=0.5), "draws 29 of 29 annotations, its rate is 0.5"),
+        (lambda manifest: manifest["inputs"][0].update(rate=0.5), "draws 29 of 29 annotations, but its rate is 0.5"),
         (lambda manifest: manifest["tables"].reverse(), "tables are ['samples.parquet', 'bins.parquet']"),
         (lambda manifest: manifest["shards"].reverse(), "expected ascending names such as bins-00000.tar"),
         (lambda manifest: manifest["shards"][0].update(file="../bins-00000.tar"), "shards are ['../bins-00000.tar'"),
@@ -310,7 +315,7 @@ def test_a_manifest_that_breaks_a_rule_is_found(
         (lambda dataset: dataset["patches"].update(mean=1.5), "patches.mean is 1.5, samples.parquet has "),
     ],
 )
-def test_statistics_of_a_dataset_that_are_wrong_are_found(
+def test_wrong_statistics_of_a_dataset_are_found(
     folder: Path, change: Callable[[dict[str, Any]], None], expected: str
 ) -> None:
     sets.change_manifest(folder, lambda manifest: change(manifest["statistics"][0]))
@@ -319,7 +324,7 @@ def test_statistics_of_a_dataset_that_are_wrong_are_found(
     assert any(expected in line for line in found), found
 
 
-def test_percentiles_are_values_that_occur_by_rank() -> None:
+def test_percentiles_are_values_of_the_data_by_rank() -> None:
     """Of 1 to 10: the 5th, the 9th, the 10th."""
     found = distribution(np.arange(10, 0, -1, dtype=np.int32))
     assert found == Distribution(total=55, mean=5.5, min=1, p50=5, p90=9, p99=10, max=10)
@@ -332,7 +337,7 @@ def test_percentiles_are_values_that_occur_by_rank() -> None:
         (lambda rows: rows[BIN].update(num_tokens=None), "bins.parquet: columns num_tokens have nulls"),
         (lambda rows: rows[BIN].update(num_targets=0), "bins.parquet, row 1: num_targets is not above 0"),
         (lambda rows: rows[BIN].update(shard=9), "bins.parquet, row 1: the manifest has no such shard"),
-        (lambda rows: rows[BIN].update(shard=9), "bins.parquet, bins-00000.tar: the table has 1 bins from bin 0 on"),
+        (lambda rows: rows[BIN].update(shard=9), "bins.parquet, bins-00000.tar: the table has 1 bin from bin 0 on"),
         (lambda rows: rows.reverse(), "bins.parquet, row 1: bin does not ascend (3 rows in all)"),
         (lambda rows: rows.reverse(), "bins.parquet, row 1: shard does not ascend"),
         (lambda rows: rows.pop(), "bins.parquet: it adds up to num_bins 3, the manifest says num_bins 4"),
@@ -351,7 +356,7 @@ def test_a_table_of_bins_that_breaks_a_rule_is_found(
     assert any(expected in line for line in found), found
 
 
-def test_a_manifest_that_was_edited_is_found(folder: Path) -> None:
+def test_an_edited_manifest_is_found(folder: Path) -> None:
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(manifest.replace('  "counts"', ' "counts"'))
     assert ["it was edited" in line for line in findings(folder)] == [True]
@@ -360,7 +365,7 @@ def test_a_manifest_that_was_edited_is_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     "old, new", [(b'"max_length"', b'"max_l\xefngth"'), (b'"max_length": 1200', b'"max_length": 1')]
 )
-def test_a_manifest_that_cannot_be_read_is_one_sentence(folder: Path, old: bytes, new: bytes) -> None:
+def test_an_unreadable_manifest_is_an_error(folder: Path, old: bytes, new: bytes) -> None:
     (folder / "manifest.json").write_bytes((folder / "manifest.json").read_bytes().replace(old, new))
     result = run(folder)
     assert result.exit_code == 1
@@ -378,7 +383,7 @@ def put(index: Any, value: int) -> Callable[[np.ndarray], None]:
 
 
 def test_rewriting_a_bin_unchanged_changes_nothing(folder: Path, finished: Path) -> None:
-    """The tools of these tests lay shards out as the writer does."""
+    """The tools of these tests write shards exactly as the builder does."""
     sets.change_members(folder, BIN, lambda members: members)
     assert sets.shard_of(folder, BIN).read_bytes() == sets.shard_of(finished, BIN).read_bytes()
     assert findings(folder) == []
@@ -387,17 +392,17 @@ def test_rewriting_a_bin_unchanged_changes_nothing(folder: Path, finished: Path)
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        ("input_ids", put(0, 872), "sample 0 starts with id 872, not with <|im_start|>"),
+        ("input_ids", put(0, 872), "sample 0 starts with id 872 instead of <|im_start|>"),
         ("input_ids", put(4, -3), "input_ids is -3 at token 4 (sample 0)"),
-        ("input_ids", put(4, 151643), "input_ids holds <|endoftext|> at token 4 (sample 0)"),
+        ("input_ids", put(4, 151643), "input_ids has <|endoftext|> at token 4 (sample 0)"),
         ("labels", put(0, IM_START), "the first label of sample 0 is 151644; it must be -100"),
-        ("labels", put(5, 999), "1 labels are neither -100 nor the id of their token, the first at token 5 (sample 0)"),
+        ("labels", put(5, 999), "1 label neither -100 nor the id of the token, the first at token 5 (sample 0)"),
         ("labels", lambda labels: np.full_like(labels, -100), "sample 0 has no target"),
         ("labels", lambda labels: np.full_like(labels, -100), "bins.parquet says num_targets"),
         (
             "position_ids",
             put((0, 3), 2),
-            "position_ids of sample 0: 1 tokens have wrong positions, the first at token 3",
+            "position_ids of sample 0: wrong positions of 1 token, the first at token 3",
         ),
         ("position_ids", put((2, -1), 5), "position_ids of sample 2"),
         ("position_ids", lambda array: np.arange(array.size // 3, dtype="i4") + 0 * array, "position_ids of sample 1"),
@@ -405,12 +410,12 @@ def test_rewriting_a_bin_unchanged_changes_nothing(folder: Path, finished: Path)
         ("cu_seqlens", put(1, 40), "samples.parquet says of sample 0: num_tokens"),
         (
             "cu_seqlens",
-            lambda borders: borders[[0, 2, 3]],
-            "samples.json names 3 samples, cu_seqlens cuts the bin into 2",
+            lambda boundaries: boundaries[[0, 2, 3]],
+            "samples.json names 3 samples, cu_seqlens divides the bin into 2",
         ),
         ("cu_seqlens", put(-1, 7), "do not cut"),
-        ("grid_thw", put((0, 1), 5), "h and w even and 2 or more"),
-        ("grid_thw", put((0, 0), 0), "t is 1 or more"),
+        ("grid_thw", put((0, 1), 5), "h and w even and at least 2"),
+        ("grid_thw", put((0, 0), 0), "t must be at least 1"),
         ("grid_thw", lambda grids: grids[:-1], "grid_thw has shape"),
         ("media_type", put(0, 9), "media_type of medium 0 is 9"),
         ("media_type", lambda kinds: 1 - kinds, "an image has t = 1"),
@@ -478,7 +483,7 @@ def samples_changed(**fields: object) -> Callable[[Members], Members]:
         (appended("pixels.zst"), "the pixels cannot be decompressed"),
         (replace_member("pixels.zst", b""), "the pixels cannot be decompressed"),
         (as_raw, "the pixels are stored as raw, the manifest says zstd"),
-        (appended("labels.npy"), "1 bytes follow the array"),
+        (appended("labels.npy"), "1 byte after the end of the array"),
         (replace_member("notes.txt", b""), "its members are"),
         (in_reverse, "its members are"),
         (
@@ -488,7 +493,7 @@ def samples_changed(**fields: object) -> Callable[[Members], Members]:
         (samples_changed(record=99), "samples.parquet says of sample 1: record"),
         (samples_changed(id="other"), "the bin has other"),
         (samples_changed(dataset="other"), "samples.parquet says of sample 1: dataset annotations, the bin has other"),
-        (samples_changed(note=1), "samples.json is not spelled as vlprep writes it"),
+        (samples_changed(note=1), "samples.json is not formatted as vlprep writes it"),
         (replace_member("samples.json", b"[\xef"), "samples.json cannot be read"),
         (replace_member("samples.json", b"[]"), "samples.json names 0 samples"),
     ],
@@ -511,14 +516,14 @@ def test_a_trained_pad_is_found(folder: Path) -> None:
     ids = sets.array_of(folder, BIN, "input_ids")
     at = int(np.argmax(ids == VISION_START))
     sets.change_array(folder, BIN, "labels", put(at, int(ids[at])))
-    assert any("1 tokens of media are trained" in line for line in findings(folder))
+    assert any("1 trained token of media" in line for line in findings(folder))
 
 
-def test_media_without_their_brackets_are_found(folder: Path) -> None:
+def test_media_without_vision_start_and_end_are_found(folder: Path) -> None:
     ids = sets.array_of(folder, BIN, "input_ids")
     sets.change_array(folder, BIN, "input_ids", put(int(np.argmax(ids == VISION_END)), 872))
     found = "\n".join(findings(folder))
-    assert "the pad tokens of medium 0 do not stand between" in found
+    assert "the pad tokens of medium 0 are not between" in found
     assert "<|vision_end|> for" in found
 
 
@@ -528,7 +533,7 @@ def test_a_header_with_a_time_or_an_owner_is_found(folder: Path, field: str, val
     sets.replace_bin(folder, BIN, sets.tar_bytes(f"{BIN:08d}", members, **{field: value}))
     found = findings(folder)
     assert len(found) == len(members)
-    assert all("its tar header is not the plain one" in line for line in found)
+    assert all("its tar header has a time, owner, mode or link" in line for line in found)
 
 
 def test_padding_that_is_not_zero_is_found(folder: Path) -> None:
@@ -538,7 +543,7 @@ def test_padding_that_is_not_zero_is_found(folder: Path) -> None:
     assert ["member 00000001.samples.json" in line and "not zero" in line for line in findings(folder)] == [True]
 
 
-def test_a_bin_under_another_number_is_found(folder: Path) -> None:
+def test_a_bin_with_another_number_is_found(folder: Path) -> None:
     sets.replace_bin(folder, BIN, sets.tar_bytes("00000077", sets.members_of(folder, BIN)))
     assert ["found a member of bin 00000077, expected 00000001" in line for line in findings(folder)] == [True]
 
@@ -554,7 +559,7 @@ def test_a_gap_and_an_overlap_between_bins_are_found(folder: Path) -> None:
     assert any(f"bin {BIN} at offset" in line and "begins inside another bin" in line for line in findings(folder))
 
 
-def test_budgets_are_those_of_the_manifest(folder: Path) -> None:
+def test_a_bin_above_the_budgets_of_the_manifest_is_found(folder: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["settings"].update(max_length=1000, max_patches=100)
 
@@ -571,10 +576,10 @@ def test_budgets_are_those_of_the_manifest(folder: Path) -> None:
     "name",
     ["num_tokens", "num_targets", "num_samples", "num_patches", "num_images", "num_videos", "sum_squared_lengths"],
 )
-def test_a_wrong_number_in_the_table_of_bins_is_found_at_its_bin(folder: Path, name: str) -> None:
+def test_a_wrong_count_in_the_table_of_bins_is_found_at_its_bin(folder: Path, name: str) -> None:
     sets.change_rows(folder, "bins.parquet", lambda rows: rows[BIN].update({name: rows[BIN][name] + 1}))
-    said, held = sets.place_of(folder, BIN)[name], sets.place_of(folder, BIN)[name] - 1
-    expected = f"{where_of(folder)}: bins.parquet says {name} {said}, the bin has {held}"
+    stated = sets.place_of(folder, BIN)[name]
+    expected = f"{where_of(folder)}: bins.parquet says {name} {stated}, the bin has {stated - 1}"
     assert any(line.startswith(expected) for line in findings(folder))
 
 
@@ -601,24 +606,30 @@ def first_rejected(rows: list[dict[str, Any]]) -> dict[str, Any]:
         (lambda rows: first_packed(rows).update(num_tokens=1), "its samples add up to num_tokens"),
         (lambda rows: first_packed(rows).update(num_patches=1), "its samples add up to num_patches"),
         (lambda rows: first_rejected(rows).update(num_tokens=-1), "num_tokens is below 0"),
-        (lambda rows: first_packed(rows).update(bin=None), "bin goes with status packed alone"),
+        (lambda rows: first_packed(rows).update(bin=None), "bin must be set for status packed, and only then"),
         (lambda rows: first_packed(rows).update(num_tokens=None), "num_tokens of a packed sample is null"),
-        (lambda rows: first_packed(rows).update(message="m"), "a message goes with status rejected alone"),
+        (lambda rows: first_packed(rows).update(message="m"), "message must be set for status rejected, and only then"),
         (lambda rows: first_packed(rows).update(id="x"), "samples.parquet says of sample"),
         (lambda rows: first_packed(rows).update(status="lost"), "the status is none of packed, rejected, not_sampled"),
         (lambda rows: first_packed(rows).update(dataset="other"), "the manifest has no such dataset"),
-        (lambda rows: first_packed(rows).update(file="other.jsonl"), "the file is not the one that the manifest has"),
+        (
+            lambda rows: first_packed(rows).update(file="other.jsonl"),
+            "the manifest says that this record is in another file",
+        ),
         (lambda rows: first_packed(rows).update(line=0), "line is below 1"),
-        (lambda rows: rows[-1].update(line=2), "row 28: line goes back within a file"),
+        (lambda rows: rows[-1].update(line=2), "row 28: line decreases within a file"),
         (lambda rows: first_packed(rows).update(record=1000), "record is outside 0 to 28"),
         (lambda rows: first_packed(rows).update(dataset=None), "columns dataset have nulls"),
-        (lambda rows: first_rejected(rows).update(codes=[]), "codes go with status rejected alone"),
+        (lambda rows: first_rejected(rows).update(codes=[]), "codes must be set for status rejected, and only then"),
         (lambda rows: first_rejected(rows).update(codes=["bad_luck"]), "the code 'bad_luck' is unknown"),
-        (lambda rows: first_rejected(rows).update(message=None), "a message goes with status rejected alone"),
+        (
+            lambda rows: first_rejected(rows).update(message=None),
+            "message must be set for status rejected, and only then",
+        ),
         (lambda rows: rows.reverse(), "record does not ascend"),
-        (lambda rows: rows.pop(), "it has 28 rows for 29 annotations"),
+        (lambda rows: rows.pop(), "28 rows for 29 annotations"),
         (lambda rows: rows.append(dict(rows[-1])), "30, the manifest says 29"),
-        (lambda rows: rows.append(dict(rows[-1])), "are taken, the manifest says 29; record 28 stands 2 times"),
+        (lambda rows: rows.append(dict(rows[-1])), "are drawn, the manifest says 29; record 28 has 2 rows"),
     ],
 )
 def test_a_ledger_that_breaks_a_rule_is_found(
@@ -635,7 +646,9 @@ def test_a_video_without_its_decoder_is_found(folder: Path) -> None:
         next(row for row in rows if row["bin"] == BIN and row["video_backend"])["video_backend"] = None
 
     sets.change_rows(folder, "samples.parquet", change)
-    assert ["has a video, samples.parquet names the decoder None" in line for line in findings(folder)] == [True]
+    assert ["has a video, but its video_backend in samples.parquet is None" in line for line in findings(folder)] == [
+        True
+    ]
 
 
 # Positions
@@ -649,20 +662,20 @@ def sample_ids(media: list[tuple[int, Grid, int]], length: int) -> np.ndarray:
 
 
 def test_positions_worked_out_by_hand_pass() -> None:
-    """Two words, a clip of 2 steps of 2x1 tokens at 3 a step, one word: it goes on after the greatest, 2 + 3 + 1."""
+    """Two words, a video of 2 steps of 2x1 tokens at 3 per step, one word: text continues at the maximum 5 plus 1."""
     found = np.array([[0, 1, 2, 2, 5, 5, 6], [0, 1, 2, 3, 2, 3, 6], [0, 1, 2, 2, 2, 2, 6]], dtype=np.int32)
     media = [(2, Grid(2, 4, 2), MEDIA_VIDEO)]
     assert position_problem(found, media) is None
     wrong = found.copy()
-    wrong[:, 6] = 4  # greatest of height and width, plus 1
+    wrong[:, 6] = 4  # maximum of height and width, plus 1
     assert position_problem(wrong, media) == (
-        "1 tokens have wrong positions, the first at token 6 of the sample: [4, 4, 4], expected [6, 6, 6] "
+        "wrong positions of 1 token, the first at token 6 of the sample: [4, 4, 4], expected [6, 6, 6] "
         "(time, height, width)"
     )
 
 
 @given(st.data())
-def test_written_positions_pass_and_any_other_number_is_found(data: st.DataObject) -> None:
+def test_written_positions_pass_and_any_other_value_is_found(data: st.DataObject) -> None:
     media: list[tuple[int, Grid, int]] = []
     at = data.draw(st.integers(1, 3))
     for _ in range(data.draw(st.integers(0, 3))):
@@ -676,8 +689,8 @@ def test_written_positions_pass_and_any_other_number_is_found(data: st.DataObjec
     found = position_ids(ids, [grid for _, grid, _ in media], seconds)
     assert position_problem(found, media) is None
     axis, token = data.draw(st.integers(0, 2)), data.draw(st.integers(0, at - 1))
-    is_time_of_clip = axis == 0 and ids[token] == VIDEO_PAD
-    if not is_time_of_clip:
+    is_time_of_video = axis == 0 and ids[token] == VIDEO_PAD
+    if not is_time_of_video:
         found[axis, token] += data.draw(st.sampled_from((-2, -1, 1, 3)))
         assert position_problem(found, media) is not None
 
@@ -692,7 +705,7 @@ def test_steps_that_no_rate_gives_are_not_even(steps: list[int]) -> None:
     assert not is_sampled_evenly(np.asarray(steps))
 
 
-# Bins without media, and sets of one
+# Bins without media
 
 
 def test_text_alone_passes_and_bytes_in_its_empty_pixels_are_found(tmp_path: Path, tiny_checkpoint: Path) -> None:

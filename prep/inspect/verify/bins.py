@@ -1,7 +1,7 @@
-"""Checks what one bin says: its arrays against each other, its row of ``bins.parquet``, and the ledger.
+"""Checks the contents of one bin: its arrays against each other, against ``bins.parquet`` and against the ledger.
 
-Input: a :class:`~schemas.bins.Bin` that could be read. Output: findings, one for every rule that is broken. Cost: a few
-passes over the tokens and the decompression of the pixels.
+Input: a :class:`~schemas.bins.Bin` that could be read. Output: findings, one per broken rule. Cost: a few passes over
+the tokens, and decompressing the pixels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from prep.inspect.verify.findings import Finding, inconsistent, unreadable
 from prep.inspect.verify.positions import position_problem
 from prep.inspect.verify.statistics import modality
+from prep.inspect.wording import counted
 from prep.shards.reader import LedgerRow, StoredBin, decode_pixels
 from schemas.annotation import SampleRef
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, Bin
@@ -45,22 +46,22 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True)
 class BinCheck:
-    """One bin and what it is compared with.
+    """A bin, and everything that it is compared with.
 
     Attributes:
-        found: the bin.
+        bin: the bin.
         row: its row of ``bins.parquet``.
-        ledger: what the ledger says of its samples, by slot; None where the ledger cannot be read.
-        settings: of the build.
+        ledger: the ledger's rows of its samples, sorted by slot. None if the ledger cannot be read.
+        settings: settings of the build.
     """
 
-    found: Bin
+    bin: Bin
     row: StoredBin
     ledger: Sequence[LedgerRow] | None
     settings: BuildSettings
 
     def findings(self) -> Iterator[Finding]:
-        """Everything that is wrong."""
+        """Check everything. Some checks run only if those that they rely on pass."""
         problems = [*self._tokens(), *self._labels()]
         grids = list(self._grids())
         problems += grids
@@ -74,122 +75,125 @@ class BinCheck:
         yield from (inconsistent(self.row.where, problem) for problem in problems)
         if not grids:
             try:
-                decode_pixels(self.found, where=self.row.where)
+                decode_pixels(self.bin, where=self.row.where)
             except ShardError as error:
                 yield unreadable(self.row.where, error)
 
     def modalities(self) -> Counter[tuple[str, str]]:
-        """Samples by dataset and modality, where the bin says both."""
-        counted = Counter[tuple[str, str]]()
-        if len(self._runs) == self.found.media_type.size and self._references is not None:
+        """Count samples by dataset and modality. Empty if the bin is too damaged to tell."""
+        counts = Counter[tuple[str, str]]()
+        if len(self._runs) == self.bin.media_type.size and self._references is not None:
             for reference, first, last in zip(self._references, self._first_media, self._first_media[1:]):
-                kinds = self.found.media_type[first:last].tolist()
-                counted[reference.dataset, modality(kinds.count(MEDIA_IMAGE), kinds.count(MEDIA_VIDEO))] += 1
-        return counted
+                kinds = self.bin.media_type[first:last].tolist()
+                counts[reference.dataset, modality(kinds.count(MEDIA_IMAGE), kinds.count(MEDIA_VIDEO))] += 1
+        return counts
 
     @cached_property
     def _references(self) -> list[SampleRef] | None:
-        """Contents of ``samples.json``; None where it cannot be read."""
+        """Contents of ``samples.json``. None if it cannot be read."""
         try:
-            return self.found.samples()
+            return self.bin.samples()
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
     @cached_property
     def _lengths(self) -> NDArray[np.int32]:
-        return np.diff(self.found.cu_seqlens)
+        return np.diff(self.bin.cu_seqlens)
 
     @cached_property
     def _grid_list(self) -> list[tuple[Grid, int]]:
-        return self.found.grids()
+        return self.bin.grids()
 
     @cached_property
     def _runs(self) -> list[tuple[int, int]]:
         """(start, end) of every run of equal pad tokens."""
-        ids = self.found.input_ids
+        ids = self.bin.input_ids
+        # (L,): the pad token, or 0 for any other token.
         pads = np.where((ids == IMAGE_PAD) | (ids == VIDEO_PAD), ids, 0)
         edges = np.flatnonzero(np.diff(pads, prepend=0, append=0)).tolist()
         return [(start, end) for start, end in itertools.pairwise(edges) if pads[start]]
 
     @cached_property
     def _first_media(self) -> list[int]:
-        """Sample ``s`` has the media from ``[s]`` to before ``[s + 1]``, by the runs of pad tokens."""
+        """(S + 1,): sample ``s`` has the media ``[s]`` to ``[s + 1]`` (exclusive), by the runs of pad tokens."""
         starts = np.asarray([start for start, _ in self._runs], dtype=np.int64)
-        return [int(place) for place in np.searchsorted(starts, self.found.cu_seqlens)]
+        return [int(index) for index in np.searchsorted(starts, self.bin.cu_seqlens)]
 
-    def _place(self, token: int) -> str:
-        sample = int(np.searchsorted(self.found.cu_seqlens, token, side="right")) - 1
+    def _describe(self, token: int) -> str:
+        sample = int(np.searchsorted(self.bin.cu_seqlens, token, side="right")) - 1
         return f"token {token} (sample {sample})"
 
     def _tokens(self) -> Iterator[str]:
-        ids, first = self.found.input_ids, self.found.cu_seqlens[:-1]
+        ids, first = self.bin.input_ids, self.bin.cu_seqlens[:-1]
         if ids.size > self.settings.max_length:
             yield f"the bin has {ids.size} tokens, max_length is {self.settings.max_length}"
         if (ids < 0).any():
-            yield f"input_ids is {ids[(at := int(np.argmax(ids < 0)))]} at {self._place(at)}; an id is 0 or more"
+            at = int(np.argmax(ids < 0))
+            yield f"input_ids is {ids[at]} at {self._describe(at)}; an id must be at least 0"
         for token, text in _UNUSED.items():
             if (ids == token).any():
-                yield f"input_ids holds {text} at {self._place(int(np.argmax(ids == token)))}; no build writes that"
+                at = int(np.argmax(ids == token))
+                yield f"input_ids has {text} at {self._describe(at)}; no build writes this token"
         for sample in np.flatnonzero(ids[first] != IM_START)[:_EXAMPLES].tolist():
-            yield f"sample {sample} starts with id {ids[first[sample]]}, not with <|im_start|> ({IM_START})"
+            yield f"sample {sample} starts with id {ids[first[sample]]} instead of <|im_start|> ({IM_START})"
 
     def _labels(self) -> Iterator[str]:
-        ids, labels, borders = self.found.input_ids, self.found.labels, self.found.cu_seqlens
+        ids, labels, starts = self.bin.input_ids, self.bin.labels, self.bin.cu_seqlens[:-1]
         trained = labels != IGNORE_INDEX
         wrong = np.flatnonzero(trained & (labels != ids))
         if wrong.size:
             at = int(wrong[0])
             yield (
-                f"{wrong.size} labels are neither {IGNORE_INDEX} nor the id of their token, the first at "
-                f"{self._place(at)}: label {labels[at]}, id {ids[at]}"
+                f"{counted(wrong.size, 'label')} neither {IGNORE_INDEX} nor the id of the token, the first at "
+                f"{self._describe(at)}: label {labels[at]}, id {ids[at]}"
             )
-        for sample in np.flatnonzero(trained[borders[:-1]])[:_EXAMPLES].tolist():
-            yield f"the first label of sample {sample} is {labels[borders[sample]]}; it must be {IGNORE_INDEX}"
-        without = np.flatnonzero(np.add.reduceat(trained, borders[:-1], dtype=np.int64) == 0)
+        for sample in np.flatnonzero(trained[starts])[:_EXAMPLES].tolist():
+            yield f"the first label of sample {sample} is {labels[starts[sample]]}; it must be {IGNORE_INDEX}"
+        without = np.flatnonzero(np.add.reduceat(trained, starts, dtype=np.int64) == 0)
         for sample in without[:_EXAMPLES].tolist():
-            yield f"sample {sample} has no target; such a record is rejected as no_targets"
+            yield f"sample {sample} has no target; a build rejects such a record as no_targets"
         vision = np.flatnonzero(trained & np.isin(ids, _VISION))
         if vision.size:
-            yield f"{vision.size} tokens of media are trained, the first at {self._place(int(vision[0]))}"
+            yield f"{counted(vision.size, 'trained token')} of media, the first at {self._describe(int(vision[0]))}"
 
     def _grids(self) -> Iterator[str]:
-        for number, (grid, kind) in enumerate(self._grid_list):
+        for index, (grid, kind) in enumerate(self._grid_list):
             if kind not in _PADS:
-                yield f"media_type of medium {number} is {kind}; allowed: {MEDIA_IMAGE} (image), {MEDIA_VIDEO} (video)"
+                yield f"media_type of medium {index} is {kind}; allowed: {MEDIA_IMAGE} (image), {MEDIA_VIDEO} (video)"
             if grid.t < 1 or min(grid.h, grid.w) < MERGE_SIZE or grid.h % MERGE_SIZE or grid.w % MERGE_SIZE:
-                yield f"the grid of medium {number} is {tuple(grid)}; t is 1 or more, h and w even and 2 or more"
+                yield f"the grid of medium {index} is {tuple(grid)}; t must be at least 1, h and w even and at least 2"
             elif kind == MEDIA_IMAGE and grid.t != 1:
-                yield f"the grid of image {number} is {tuple(grid)}; an image has t = 1"
+                yield f"the grid of image {index} is {tuple(grid)}; an image has t = 1"
 
     def _media(self) -> Iterator[str]:
-        """Runs of pad tokens against the grids; what follows relies on their agreement."""
-        ids, media = self.found.input_ids, self._grid_list
+        """Compare the runs of pad tokens with the grids. Later checks rely on their agreement."""
+        ids, media = self.bin.input_ids, self._grid_list
         if len(self._runs) != len(media):
             yield f"input_ids has {len(self._runs)} runs of pad tokens, grid_thw {len(media)} media"
             return
-        for number, ((start, end), (grid, kind)) in enumerate(zip(self._runs, media)):
+        for index, ((start, end), (grid, kind)) in enumerate(zip(self._runs, media)):
             if ids[start] != _PADS[kind] or end - start != grid.num_tokens:
                 yield (
-                    f"medium {number} (type {kind}, grid {tuple(grid)}) needs {grid.num_tokens} pad tokens "
-                    f"{_PADS[kind]}; {self._place(start)} starts {end - start} tokens {ids[start]}"
+                    f"medium {index} (type {kind}, grid {tuple(grid)}) needs {grid.num_tokens} pad tokens "
+                    f"{_PADS[kind]}; at {self._describe(start)} are {end - start} tokens {ids[start]}"
                 )
             elif start == 0 or end == ids.size or (ids[start - 1], ids[end]) != (VISION_START, VISION_END):
-                yield f"the pad tokens of medium {number} do not stand between <|vision_start|> and <|vision_end|>"
-            elif np.searchsorted(self.found.cu_seqlens, start, "right") != np.searchsorted(self.found.cu_seqlens, end):
-                yield f"medium {number} crosses the border of its sample at {self._place(start)}"
+                yield f"the pad tokens of medium {index} are not between <|vision_start|> and <|vision_end|>"
+            elif np.searchsorted(self.bin.cu_seqlens, start, "right") != np.searchsorted(self.bin.cu_seqlens, end):
+                yield f"medium {index} crosses a sample boundary at {self._describe(start)}"
         for text, token in (("<|vision_start|>", VISION_START), ("<|vision_end|>", VISION_END)):
-            if (held := int(np.count_nonzero(ids == token))) != len(media):
-                yield f"input_ids has {held} {text} for {len(media)} media"
+            if (count := int(np.count_nonzero(ids == token))) != len(media):
+                yield f"input_ids has {count} {text} for {len(media)} media"
 
     def _positions(self) -> Iterator[str]:
         media = list(zip(self._runs, self._grid_list))
-        borders = self.found.cu_seqlens.tolist()
-        for sample, (first, last) in enumerate(itertools.pairwise(borders)):
-            of_sample = [
+        boundaries = self.bin.cu_seqlens.tolist()
+        for sample, (first, last) in enumerate(itertools.pairwise(boundaries)):
+            sample_media = [
                 (start - first, grid, kind)
                 for (start, _), (grid, kind) in media[self._first_media[sample] : self._first_media[sample + 1]]
             ]
-            problem = position_problem(self.found.position_ids[:, first:last], of_sample)
+            problem = position_problem(self.bin.position_ids[:, first:last], sample_media)
             if problem is not None:
                 yield f"position_ids of sample {sample}: {problem}"
 
@@ -198,64 +202,66 @@ class BinCheck:
         limit = self.settings.max_patches
         if limit is not None and num_patches > limit and self._lengths.size > 1:
             yield f"the bin has {num_patches} patches in {self._lengths.size} samples, max_patches is {limit}"
-        if self.found.codec != self.settings.pixels:
-            yield f"the pixels are stored as {self.found.codec}, the manifest says {self.settings.pixels}"
+        if self.bin.codec != self.settings.pixels:
+            yield f"the pixels are stored as {self.bin.codec}, the manifest says {self.settings.pixels}"
 
     def _counts(self) -> Iterator[str]:
-        """The row of ``bins.parquet``, counted again."""
-        kinds = self.found.media_type
-        counted = {
-            "num_tokens": self.found.input_ids.size,
-            "num_targets": int(np.count_nonzero(self.found.labels != IGNORE_INDEX)),
+        """Recompute the row of ``bins.parquet``."""
+        kinds = self.bin.media_type
+        counts = {
+            "num_tokens": self.bin.input_ids.size,
+            "num_targets": int(np.count_nonzero(self.bin.labels != IGNORE_INDEX)),
             "num_samples": self._lengths.size,
             "num_patches": sum(grid.num_patches for grid, _ in self._grid_list),
             "num_images": int(np.count_nonzero(kinds == MEDIA_IMAGE)),
             "num_videos": int(np.count_nonzero(kinds == MEDIA_VIDEO)),
             "sum_squared_lengths": int(np.square(self._lengths, dtype=np.int64).sum()),
         }
-        said = msgspec.structs.asdict(self.row)
-        for name, number in counted.items():
-            if said[name] != number:
-                yield f"bins.parquet says {name} {said[name]}, the bin has {number}"
+        stated = msgspec.structs.asdict(self.row)
+        for name, count in counts.items():
+            if stated[name] != count:
+                yield f"bins.parquet says {name} {stated[name]}, the bin has {count}"
 
     def _samples(self) -> Iterator[str]:
-        """``samples.json`` against the borders and the ledger."""
+        """Compare ``samples.json`` with the sample boundaries and the ledger."""
         samples = self._references
         if samples is None:
             yield f"{SAMPLES_MEMBER} cannot be read as a list of dataset, record and id"
             return
-        if msgspec.json.encode(samples) != self.found.samples_json:
-            yield f"{SAMPLES_MEMBER} is not spelled as vlprep writes it"
+        if msgspec.json.encode(samples) != self.bin.samples_json:
+            yield f"{SAMPLES_MEMBER} is not formatted as vlprep writes it"
         if len(samples) != self._lengths.size:
-            yield f"{SAMPLES_MEMBER} names {len(samples)} samples, cu_seqlens cuts the bin into {self._lengths.size}"
+            num_samples = counted(len(samples), "sample")
+            yield f"{SAMPLES_MEMBER} names {num_samples}, cu_seqlens divides the bin into {self._lengths.size}"
         if self.ledger is None:
             return
-        if [row.slot for row in self.ledger] != list(range(self._lengths.size)):
-            slots = [row.slot for row in self.ledger]
-            yield f"samples.parquet has the slots {_shortened(slots)} for {self._lengths.size} samples of the bin"
+        slots = [row.slot for row in self.ledger]
+        if slots != list(range(self._lengths.size)):
+            yield f"samples.parquet has the slots {_shortened(slots)} for {counted(self._lengths.size, 'sample')}"
             return
         wrong = [text for text in map(self._sample_problem, samples, self.ledger) if text is not None]
         yield from wrong[:_EXAMPLES]
         if len(wrong) > _EXAMPLES:
-            yield f"{len(wrong) - _EXAMPLES} more samples differ from samples.parquet"
+            yield f"differences from samples.parquet in {counted(len(wrong) - _EXAMPLES, 'more sample')}"
 
     def _sample_problem(self, reference: SampleRef, row: LedgerRow) -> str | None:
-        """What samples.parquet says of one sample, counted again."""
-        found = {"dataset": reference.dataset, "record": reference.record, "id": reference.id}
-        first, last = self.found.cu_seqlens[row.slot : row.slot + 2].tolist()
-        found["num_tokens"] = last - first
-        found["num_targets"] = int(np.count_nonzero(self.found.labels[first:last] != IGNORE_INDEX))
-        if len(self._runs) == len(self.found.media_type):
+        """Recompute what ``samples.parquet`` says about a sample. Returns the differences, or None."""
+        actual = {"dataset": reference.dataset, "record": reference.record, "id": reference.id}
+        first, last = self.bin.cu_seqlens[row.slot : row.slot + 2].tolist()
+        actual["num_tokens"] = last - first
+        actual["num_targets"] = int(np.count_nonzero(self.bin.labels[first:last] != IGNORE_INDEX))
+        if len(self._runs) == len(self.bin.media_type):
             media = self._grid_list[self._first_media[row.slot] : self._first_media[row.slot + 1]]
-            found["num_patches"] = sum(grid.num_patches for grid, _ in media)
+            actual["num_patches"] = sum(grid.num_patches for grid, _ in media)
             has_video = any(kind == MEDIA_VIDEO for _, kind in media)
             if has_video != (row.video_backend is not None):
                 return (
-                    f"sample {row.slot} has {'a' if has_video else 'no'} video, samples.parquet names the decoder "
-                    f"{row.video_backend} for it"
+                    f"sample {row.slot} has {'a' if has_video else 'no'} video, but its video_backend in "
+                    f"samples.parquet is {row.video_backend}"
                 )
-        said = msgspec.structs.asdict(row)
-        wrong = [f"{name} {said[name]}, the bin has {value}" for name, value in found.items() if said[name] != value]
+        stated = msgspec.structs.asdict(row)
+        differing = [name for name, value in actual.items() if stated[name] != value]
+        wrong = [f"{name} {stated[name]}, the bin has {actual[name]}" for name in differing]
         return f"samples.parquet says of sample {row.slot}: {'; '.join(wrong)}" if wrong else None
 
 

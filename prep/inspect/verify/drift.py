@@ -1,6 +1,6 @@
-"""Checks what the manifest says of the drift of a lossy codec, as far as that shows without the original pixels.
+"""Checks the manifest's drift of a lossy codec, as far as possible without the original pixels.
 
-Input: the manifest, and the number of stored frames of every shard. Output: findings.
+Input: the manifest, and the count of stored frames of every shard. Output: findings.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ from schemas.manifest import MANIFEST_FILE, Drift, Manifest
 
 _PEAK = 255**2
 _ROUNDED_DB = 0.0005 + 1e-9
-"""Decibels are written with three digits."""
+"""Decibels are written with 3 decimals."""
 
 
 def check_drift(manifest: Manifest, num_frames: Sequence[int]) -> Iterator[Finding]:
-    """Drift goes with the codec ``jpeg`` alone, is measured on as many frames as it says, and its numbers agree.
+    """Check that only ``jpeg`` has a drift, that the count of measured frames is right, and that its numbers agree.
 
     Args:
-        manifest: of the set.
+        manifest: manifest of the set.
         num_frames: stored frames of every shard.
     """
     drift, codec = manifest.drift, manifest.settings.pixels
     if not isinstance(drift, Drift):
         if codec == "jpeg":
-            yield inconsistent(MANIFEST_FILE, "the pixels are JPEG, but no drift says how far off they are")
+            yield inconsistent(
+                MANIFEST_FILE,
+                "the pixels are JPEG, but it has no drift, which says how lossy they are",
+            )
         return
     if codec != "jpeg":
-        yield inconsistent(MANIFEST_FILE, f"it has a drift of the pixels, which are {codec}: nothing is lost with that")
+        yield inconsistent(MANIFEST_FILE, f"it has a drift, but the pixels are {codec}, which is lossless")
     if drift.every < 1:
-        yield inconsistent(MANIFEST_FILE, f"drift.every is {drift.every}; one frame in so many is measured: 1 or more")
-    elif drift.num_frames != (expected := sum(-(-number // drift.every) for number in num_frames)):
+        yield inconsistent(MANIFEST_FILE, f"drift.every is {drift.every}; it must be at least 1")
+    elif drift.num_frames != (expected := sum(-(-count // drift.every) for count in num_frames)):
         yield inconsistent(
             MANIFEST_FILE,
-            f"drift.num_frames is {drift.num_frames}; one frame in {drift.every} of each shard are {expected}",
+            f"drift.num_frames is {drift.num_frames}; one frame in {drift.every} of each shard makes {expected}",
         )
     if not _agree(drift.psnr_db, drift.mean_squared_error):
         yield inconsistent(
@@ -46,8 +49,8 @@ def check_drift(manifest: Manifest, num_frames: Sequence[int]) -> Iterator[Findi
     if lowest > mean or lowest < mean == math.inf:
         yield inconsistent(
             MANIFEST_FILE,
-            f"drift.lowest_psnr_db is {drift.lowest_psnr_db}; the worst frame cannot have that when all together have "
-            f"{drift.psnr_db}",
+            f"drift.lowest_psnr_db is {drift.lowest_psnr_db}, which cannot be the worst frame if all frames together "
+            f"have {drift.psnr_db}",
         )
 
 

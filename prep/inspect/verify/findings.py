@@ -1,4 +1,4 @@
-"""What verification finds wrong: a place, and a sentence that says what was found, what was expected and what to do."""
+"""Findings of a verification: where, what was found, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from schemas.errors import ShardError
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
-        where: file, bin and offset; or file and row.
-        text: the whole message; it begins with ``where``.
+        where: file, bin and offset, or file and row.
+        text: the complete message, which begins with ``where``.
     """
 
     where: str
@@ -25,17 +25,17 @@ class Finding:
 
 
 def damaged(where: str, message: str) -> Finding:
-    """The bytes are not those that were written: another copy may be whole."""
+    """The bytes are not those that were written. Another copy may be intact."""
     return Finding(where, f"{where}: {message}. {COPY_AGAIN}.")
 
 
 def inconsistent(where: str, message: str) -> Finding:
-    """Whatever the bytes went through, what they say breaks a rule of the format."""
+    """The contents break a rule of the format."""
     return Finding(
-        where, f"{where}: {message}. {BUILD_AGAIN}; if that says the same, it is a bug of vlprep, please report it."
+        where, f"{where}: {message}. {BUILD_AGAIN}. If the problem remains, it is a bug in vlprep: please report it."
     )
 
 
 def unreadable(where: str, error: ShardError) -> Finding:
-    """What could not be read at all; the error names the place itself."""
+    """Something could not be read. The message of the error names it."""
     return Finding(where, str(error))

@@ -1,7 +1,8 @@
-"""Checks the positions of one sample against the definition, independently of the code that wrote them.
+"""Checks the mRoPE positions of one sample against the definition, independently of the code that wrote them.
 
-A clip's rate is not stored in a bin, so its temporal positions are checked to be those of some rate:
-``floor(k * rate)`` for every step ``k``, with one ``rate`` above 0. Everything else is fixed by ids and grids.
+Input: the positions of a sample, and its media. Output: a clause about the first wrong token, or None. A bin does not
+store the rate of a video, so its temporal positions must only be ``floor(k * rate)`` for every step ``k`` and some
+``rate`` above 0. Everything else follows from ids and grids.
 """
 
 from __future__ import annotations
@@ -11,54 +12,60 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.inspect.wording import counted
 from schemas.bins import MEDIA_VIDEO
 from schemas.qwen import MERGE_SIZE, Grid
 
 _ROUNDINGS = 4
-"""Steps of float64 that the writer's products may lie above the exact ones."""
+"""Float64 steps by which the writer's products may exceed the exact ones."""
 
 
-def position_problem(found: NDArray[np.int32], media: Sequence[tuple[int, Grid, int]]) -> str | None:
-    """What is wrong with the positions of a sample, if anything.
+def position_problem(positions: NDArray[np.int32], media: Sequence[tuple[int, Grid, int]]) -> str | None:
+    """Check the positions of a sample.
 
     Args:
-        found: (3, n) int32 of the sample: time, height, width.
-        media: place of the first pad token in the sample, grid and type of every medium, in order. Places and sizes
-            must fit the sample.
+        positions: (3, n) int32: time, height, width.
+        media: index of the first pad token in the sample, grid and media type of every medium, in order. Indices and
+            sizes must fit the sample.
 
     Returns:
         A clause that names the first wrong token, or None.
     """
-    length = found.shape[1]
-    # Text counts on in all three axes; a medium of n tokens replaces n counts by its extent.
+    length = positions.shape[1]
+    # (3, n): text counts on in all three axes. A medium replaces the counts of its tokens by its extent.
     expected = np.broadcast_to(np.arange(length, dtype=np.int64), (3, length)).copy()
     for start, grid, kind in media:
         end = start + grid.num_tokens
         base = int(expected[0, start])
         rows, columns = grid.h // MERGE_SIZE, grid.w // MERGE_SIZE
-        steps = found[0, start : end : rows * columns].astype(np.int64) - base
+        steps = np.zeros(grid.t, dtype=np.int64)
         if kind == MEDIA_VIDEO:
+            # (t,): temporal position of the first token of every step, relative to the video's first.
+            steps = positions[0, start : end : rows * columns].astype(np.int64) - base
             if not is_sampled_evenly(steps):
                 return (
-                    f"the temporal positions of the clip at token {start} of the sample are {steps[:8].tolist()} after "
-                    "its first, which no constant rate gives"
+                    f"the temporal positions of the video at token {start} of the sample are {steps[:8].tolist()} "
+                    "after its first, which no constant rate gives"
                 )
-        else:
-            steps = np.zeros(grid.t, dtype=np.int64)
+        # Tokens of a medium run over t, then rows, then columns.
         token = np.arange(grid.num_tokens)
         expected[0, start:end] = base + np.repeat(steps, rows * columns)
         expected[1, start:end] = base + token // columns % rows
         expected[2, start:end] = base + token % columns
         if end < length:
             expected[:, end:] += int(expected[:, start:end].max()) + 1 - int(expected[0, end])
-    wrong = np.flatnonzero((found != expected).any(axis=0))
-    if wrong.size:
-        at = int(wrong[0])
-        return (
-            f"{wrong.size} tokens have wrong positions, the first at token {at} of the sample: "
-            f"{found[:, at].tolist()}, expected {expected[:, at].tolist()} (time, height, width)"
-        )
-    return None
+    return _difference(positions, expected)
+
+
+def _difference(positions: NDArray[np.int32], expected: NDArray[np.int64]) -> str | None:
+    wrong = np.flatnonzero((positions != expected).any(axis=0))
+    if not wrong.size:
+        return None
+    first = int(wrong[0])
+    return (
+        f"wrong positions of {counted(wrong.size, 'token')}, the first at token {first} of the sample: "
+        f"{positions[:, first].tolist()}, expected {expected[:, first].tolist()} (time, height, width)"
+    )
 
 
 def is_sampled_evenly(steps: NDArray[np.int64]) -> bool:
@@ -73,7 +80,7 @@ def is_sampled_evenly(steps: NDArray[np.int64]) -> bool:
     rate, below = float((steps[1:] / k).max()), float(((steps[1:] + 1) / k).min())
     if rate < below:
         return True
-    # A rate slightly too small can still give these steps where its product is rounded up to a whole number.
+    # A slightly smaller rate can still give these steps if its products are rounded up to whole numbers.
     for _ in range(_ROUNDINGS):
         rate = float(np.nextafter(rate, 0))
         if np.array_equal(np.floor(k * rate), steps[1:]):

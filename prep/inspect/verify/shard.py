@@ -1,8 +1,7 @@
 """Checks one shard: its bytes against the manifest, and every bin in it.
 
-Input: a :class:`ShardTask`. Output: a :class:`ShardOutcome`. The file is read twice, once for its SHA-256 and once bin
-by bin; the second time it comes from the page cache. What lies behind a URL is fetched to a temporary file. Memory
-holds one bin.
+Input: a :class:`ShardTask`. Output: a :class:`ShardOutcome`. Cost: the file is read once for its SHA-256 and once more,
+from the page cache, bin by bin. Memory holds one bin. A shard behind a URL is downloaded to a temporary file first.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import xxhash
 import storage
 from prep.inspect.verify.bins import BinCheck
 from prep.inspect.verify.findings import Finding, damaged, inconsistent, unreadable
+from prep.inspect.wording import counted
 from prep.shards.reader import LedgerRow, StoredBin, ledger_rows, read_bytes
 from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key, read_bin
 from schemas.errors import ShardError
@@ -32,7 +32,7 @@ from storage.urls import Location
 _HASH_BYTES = 4 << 20
 _FILE_MODE = 0o644
 _NPY_PREFIX = 10
-"""Bytes of a ``.npy`` file of version 1.0 before the text of its header: magic, version, length of the text."""
+"""Bytes of a ``.npy`` file (version 1.0) before the text of its header: magic, version, length of the text."""
 _END_OF_ARCHIVE = bytes(2 * TAR_BLOCK)
 
 
@@ -41,11 +41,11 @@ class ShardTask:
     """One shard to check.
 
     Attributes:
-        folder: of the set, or its URL.
-        stored: what the manifest says of the shard.
-        settings: of the build.
-        bins: its rows of ``bins.parquet``; None where that table cannot be read: only the file is checked then.
-        ledger: rows of ``samples.parquet`` of the samples in these bins, by bin and slot; None where it cannot be read.
+        folder: the set, a folder or URL.
+        stored: the shard's entry in the manifest.
+        settings: settings of the build.
+        bins: its rows of ``bins.parquet``. None if that table cannot be read; then only the file is checked.
+        ledger: rows of ``samples.parquet`` of its samples, sorted by bin and slot. None if it cannot be read.
     """
 
     folder: Location
@@ -57,15 +57,15 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardOutcome:
-    """What came out.
+    """The outcome of checking one shard.
 
     Attributes:
-        sha256: of the bytes that are there; None where there is no file.
-        num_bytes: their number.
-        num_bins: bins looked at.
-        num_frames: stored frames in those that could be read.
-        modalities: samples in them by dataset and modality.
-        findings: what is wrong.
+        sha256: hash of the file. None if it cannot be read.
+        num_bytes: size of the file.
+        num_bins: bins checked.
+        num_frames: stored frames in the bins that could be read.
+        modalities: samples in these bins, by dataset and modality.
+        findings: everything that is wrong.
     """
 
     sha256: str | None
@@ -103,19 +103,19 @@ def _check_file(task: ShardTask, path: Path) -> ShardOutcome:
         num_bytes, sha256 = file_digest(path)
     except OSError as error:
         return _unreadable(task, error.strerror)
-    findings = list(_file(task.stored, num_bytes, sha256))
+    findings = list(_check_bytes(task.stored, num_bytes, sha256))
     modalities = Counter[tuple[str, str]]()
     num_frames = 0
     if task.bins is not None:
-        findings += _layout(task.stored, rows, num_bytes, path)
+        findings += _check_layout(task.stored, rows, num_bytes, path)
         by_bin = _by_bin(task.ledger)
         for row in rows:
             samples = by_bin.get(row.bin, []) if by_bin is not None else None
-            of_bin, check = _bin(path, row, samples, task.settings)
-            findings += of_bin
+            bin_findings, check = _check_bin(path, row, samples, task.settings)
+            findings += bin_findings
             if check is not None:
                 modalities.update(check.modalities())
-                num_frames += check.found.num_frames
+                num_frames += check.bin.num_frames
     return ShardOutcome(
         sha256=sha256,
         num_bytes=num_bytes,
@@ -130,8 +130,8 @@ def file_digest(path: Location) -> tuple[int, str]:
     """Size and SHA-256 of a file.
 
     Raises:
-        OSError: it cannot be read.
-        NotThereError: there is nothing behind the URL.
+        OSError: the file cannot be read.
+        NotThereError: the URL does not exist.
     """
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") if isinstance(path, Path) else storage.open_file(path) as file:
@@ -144,48 +144,48 @@ def file_digest(path: Location) -> tuple[int, str]:
 def _by_bin(ledger: pa.Table | None) -> dict[int, list[LedgerRow]] | None:
     if ledger is None:
         return None
-    found: dict[int, list[LedgerRow]] = {}
+    rows: dict[int, list[LedgerRow]] = {}
     for row in ledger_rows(ledger):
-        found.setdefault(row.bin, []).append(row)
-    return found
+        rows.setdefault(row.bin, []).append(row)
+    return rows
 
 
-def _file(stored: StoredShard, num_bytes: int, sha256: str) -> Iterator[Finding]:
+def _check_bytes(stored: StoredShard, num_bytes: int, sha256: str) -> Iterator[Finding]:
     if num_bytes != stored.num_bytes:
         yield damaged(stored.file, f"the file has {num_bytes:,} bytes, the manifest says {stored.num_bytes:,}")
     if sha256 != stored.sha256:
         yield damaged(stored.file, f"SHA-256 is {sha256}, the manifest says {stored.sha256}")
 
 
-def _layout(stored: StoredShard, rows: list[StoredBin], num_bytes: int, path: Path) -> Iterator[Finding]:
-    """The bins must follow one another from the first byte to the end-of-archive blocks."""
-    at = 0
+def _check_layout(stored: StoredShard, rows: list[StoredBin], num_bytes: int, path: Path) -> Iterator[Finding]:
+    """The bins must be contiguous from the first byte to the end-of-archive blocks."""
+    end = 0
     for row in rows:
-        if row.offset != at:
-            kind = (
-                f"bytes {at:,} to {row.offset:,} belong to no bin"
-                if row.offset > at
+        if row.offset != end:
+            problem = (
+                f"bytes {end:,} to {row.offset:,} belong to no bin"
+                if row.offset > end
                 else "it begins inside another bin"
             )
-            yield inconsistent(row.where, f"the bin before it ends at offset {at:,}: {kind}")
-        at = row.offset + row.num_bytes
+            yield inconsistent(row.where, f"the bin before it ends at offset {end:,}: {problem}")
+        end = row.offset + row.num_bytes
     with path.open("rb") as file:
-        file.seek(min(max(at, 0), num_bytes))
+        file.seek(min(max(end, 0), num_bytes))
         tail = file.read(len(_END_OF_ARCHIVE) + 1)
-    where = f"{stored.file} at offset {at}"
+    where = f"{stored.file} at offset {end}"
     if len(tail) < len(_END_OF_ARCHIVE) and not any(tail):
         yield damaged(
-            where, f"the archive ends with {len(tail)} zero bytes instead of {len(_END_OF_ARCHIVE)}: it is cut"
+            where, f"the file is truncated: it ends with {len(tail)} zero bytes instead of {len(_END_OF_ARCHIVE)}"
         )
     elif tail != _END_OF_ARCHIVE:
-        excess = num_bytes - at
-        yield damaged(where, f"after the last bin stand {excess:,} bytes; expected {len(_END_OF_ARCHIVE)} zero bytes")
+        excess = num_bytes - end
+        yield damaged(where, f"{excess:,} bytes follow the last bin; expected {len(_END_OF_ARCHIVE)} zero bytes")
 
 
-def _bin(
+def _check_bin(
     path: Path, row: StoredBin, ledger: list[LedgerRow] | None, settings: BuildSettings
 ) -> tuple[list[Finding], BinCheck | None]:
-    """What is wrong with one bin, and the check of its contents where it could be read."""
+    """Findings about one bin, and the check of its contents if it could be read."""
     findings: list[Finding] = []
     try:
         data = read_bytes(path, row)
@@ -193,17 +193,17 @@ def _bin(
         if digest != row.xxh3:
             message = f"XXH3-64 of its {row.num_bytes:,} bytes is {digest:016x}, bins.parquet says {row.xxh3:016x}"
             findings.append(damaged(row.where, message))
-        found = read_bin(data, row.bin, where=row.where)
+        bin_ = read_bin(data, row.bin, where=row.where)
     except ShardError as error:
         return [*findings, unreadable(row.where, error)], None
-    check = BinCheck(found, row, ledger, settings)
-    return [*findings, *_members(data, row, found), *check.findings()], check
+    check = BinCheck(bin_, row, ledger, settings)
+    return [*findings, *_check_members(data, row, bin_), *check.findings()], check
 
 
-def _members(data: bytes, row: StoredBin, found: Bin) -> Iterator[Finding]:
-    """Every byte around the contents: names and order of the members, headers, padding, sizes of the arrays."""
-    expected = [f"{bin_key(row.bin)}.{name}" for name in (*ARRAY_MEMBERS, PIXELS_MEMBER[found.codec], SAMPLES_MEMBER)]
-    arrays = {expected[place]: getattr(found, name.removesuffix(".npy")) for place, name in enumerate(ARRAY_MEMBERS)}
+def _check_members(data: bytes, row: StoredBin, bin_: Bin) -> Iterator[Finding]:
+    """Check every byte around the contents: names and order of the members, headers, padding, sizes of the arrays."""
+    expected = [f"{bin_key(row.bin)}.{name}" for name in (*ARRAY_MEMBERS, PIXELS_MEMBER[bin_.codec], SAMPLES_MEMBER)]
+    arrays = {member: getattr(bin_, name.removesuffix(".npy")) for member, name in zip(expected, ARRAY_MEMBERS)}
     names: list[str] = []
     at = 0
     while at < len(data):
@@ -214,15 +214,15 @@ def _members(data: bytes, row: StoredBin, found: Bin) -> Iterator[Finding]:
         plain = tarfile.TarInfo(member.name)
         plain.size, plain.mode = member.size, _FILE_MODE
         if header != plain.tobuf(format=tarfile.USTAR_FORMAT):
-            yield inconsistent(where, "its tar header is not the plain one that vlprep writes (no time, owner or link)")
+            yield inconsistent(where, "its tar header has a time, owner, mode or link that vlprep does not write")
         start = at + TAR_BLOCK
         at = start + -(-member.size // TAR_BLOCK) * TAR_BLOCK
         if any(data[at - (-member.size % TAR_BLOCK) : at]):
-            yield inconsistent(where, "the padding after it is not zero")
+            yield inconsistent(where, "its padding is not zero")
         array = arrays.get(member.name)
         if array is not None:
             header_bytes = _NPY_PREFIX + int.from_bytes(data[start + _NPY_PREFIX - 2 : start + _NPY_PREFIX], "little")
             if (excess := member.size - header_bytes - array.nbytes) > 0:
-                yield inconsistent(where, f"{excess} bytes follow the array")
+                yield inconsistent(where, f"{counted(excess, 'byte')} after the end of the array")
     if names != expected:
         yield inconsistent(row.where, f"its members are {', '.join(names)}; expected {', '.join(expected)}")

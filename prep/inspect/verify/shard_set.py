@@ -25,6 +25,7 @@ from prep.inspect.verify.findings import Finding, damaged, unreadable
 from prep.inspect.verify.shard import ShardOutcome, ShardTask, check_shard, file_digest
 from prep.inspect.verify.statistics import check_modalities, check_statistics
 from prep.inspect.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
+from prep.inspect.wording import counted
 from prep.shards.drift import drift_lines
 from prep.shards.reader import LedgerRow, bin_rows, open_manifest, read_table
 from schemas.errors import ShardError
@@ -35,13 +36,22 @@ from storage.urls import Location
 _PAGE_SUFFIX = ".html"
 """A page of `vlprep report` may lie beside the shards."""
 
-
 _NULLABLE = ("id", "video_backend")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What was checked, what the manifest says of the drift of a lossy codec, and what is wrong."""
+    """The outcome of a check.
+
+    Attributes:
+        folder: the set, a folder or URL.
+        num_shards: shards that could be read.
+        num_bins: bins in them.
+        num_annotations: rows of the ledger.
+        num_bytes: bytes of the shards.
+        drift: lines about the loss of a lossy codec, from the manifest.
+        findings: everything that is wrong.
+    """
 
     folder: Location
     num_shards: int
@@ -52,24 +62,24 @@ class Verification:
     findings: tuple[Finding, ...]
 
     def text(self) -> str:
-        """The outcome for a person: every finding on a line, then what was looked at."""
-        found = f"{len(self.findings):,} problems" if len(self.findings) != 1 else "1 problem"
+        """The outcome as text: one finding per line, then a summary of what was checked."""
+        problems = counted(len(self.findings), "problem") if self.findings else "no problems"
         summary = (
-            f"{self.folder}: {self.num_shards:,} shards, {self.num_bins:,} bins, {self.num_annotations:,} annotations "
-            f"and {self.num_bytes / 1e6:,.1f} MB checked: {found if self.findings else 'all is well'}"
+            f"{self.folder}: {counted(self.num_shards, 'shard')}, {counted(self.num_bins, 'bin')}, "
+            f"{counted(self.num_annotations, 'annotation')} and {self.num_bytes / 1e6:,.1f} MB checked: {problems}"
         )
         return "\n".join([*map(str, self.findings), *self.drift, summary])
 
 
 def verify(folder: Location, engine: Engine) -> Verification:
-    """Check a finished set of shards. What lies behind a URL is fetched, a shard at a time for each worker.
+    """Check a finished set of shards.
 
     Raises:
-        ShardError: the folder holds no manifest, or one that cannot be read.
+        ShardError: the manifest is missing or cannot be read.
         StorageError: the store does not answer.
     """
     manifest = open_manifest(folder)
-    findings = [*_manifest_bytes(folder), *check_manifest(manifest), *_files(folder, manifest)]
+    findings = [*_manifest_bytes(folder), *check_manifest(manifest), *_unlisted_files(folder, manifest)]
     bins = _table(folder, manifest, BINS_FILE, BINS_COLUMNS, findings)
     ledger = _table(folder, manifest, SAMPLES_FILE, SAMPLES_COLUMNS, findings)
     if bins is not None:
@@ -78,19 +88,10 @@ def verify(folder: Location, engine: Engine) -> Verification:
         findings += check_ledger(ledger, manifest, bins)
         findings += check_statistics(ledger, manifest)
     engine.share([folder] if isinstance(folder, Path) else [])
-    outcomes: list[ShardOutcome] = []
-    tasks = _tasks(folder, manifest, bins, ledger)
-    total = sum(shard.num_bytes for shard in manifest.shards)
-    with (
-        closing(engine.map(check_shard, tasks)) as checked,
-        progress("verify", total, "B", unit_scale=True) as bar,
-    ):
-        for outcome in checked:
-            outcomes.append(outcome)
-            bar.update(outcome.num_bytes)
-    findings += _shards(manifest, outcomes)
+    outcomes = _check_shards(_tasks(folder, manifest, bins, ledger), manifest, engine)
+    findings += _shard_findings(manifest, outcomes)
     if bins is not None and not any(outcome.findings for outcome in outcomes):
-        # What is wrong with the bins would be said twice.
+        # Otherwise problems of the bins would be reported twice.
         findings += check_modalities(manifest, sum((outcome.modalities for outcome in outcomes), Counter()))
         findings += check_drift(manifest, [outcome.num_frames for outcome in outcomes])
     return Verification(
@@ -104,35 +105,48 @@ def verify(folder: Location, engine: Engine) -> Verification:
     )
 
 
+def _check_shards(tasks: Iterator[ShardTask], manifest: Manifest, engine: Engine) -> list[ShardOutcome]:
+    outcomes = []
+    total = sum(shard.num_bytes for shard in manifest.shards)
+    with (
+        closing(engine.map(check_shard, tasks)) as checked,
+        progress("verify", total, "B", unit_scale=True) as bar,
+    ):
+        for outcome in checked:
+            outcomes.append(outcome)
+            bar.update(outcome.num_bytes)
+    return outcomes
+
+
 def _manifest_bytes(folder: Location) -> Iterator[Finding]:
     path = folder / MANIFEST_FILE
     data = path.read_bytes() if isinstance(path, Path) else storage.read(path)
     if data != msgspec.json.format(data, indent=2) + b"\n":
-        yield damaged(MANIFEST_FILE, "it is not laid out as vlprep writes it; it was edited")
+        yield damaged(MANIFEST_FILE, "its JSON is not formatted as vlprep writes it, so it was edited")
 
 
-def _files(folder: Location, manifest: Manifest) -> Iterator[Finding]:
-    """Files that the manifest does not know. Missing ones are found where they are read."""
+def _unlisted_files(folder: Location, manifest: Manifest) -> Iterator[Finding]:
+    """Files that the manifest does not list. Missing files are reported where they are read."""
     known = {
         MANIFEST_FILE,
         METRICS_FILE,
         WORK_FOLDER,
         *(stored.file for stored in (*manifest.shards, *manifest.tables)),
     }
-    found = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else storage.listing(folder)
-    for name in sorted(found):
+    names = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else storage.listing(folder)
+    for name in sorted(names):
         if name not in known and not name.endswith(_PAGE_SUFFIX):
             yield Finding(
                 name,
-                f"{name}: the manifest does not list it, and tools that read all files of the folder would take "
-                "it for a part of the set. Move it elsewhere.",
+                f"{name}: the manifest does not list it, and tools that read every file of the folder would take "
+                "it for part of the set. Move it elsewhere.",
             )
 
 
 def _table(
     folder: Location, manifest: Manifest, name: str, columns: dict[str, str], findings: list[Finding]
 ) -> pa.Table | None:
-    """Check the bytes of a table and read it; None where that is not possible."""
+    """Check the bytes of a table and read it. None if it cannot be read."""
     stored = next((table for table in manifest.tables if table.file == name), None)
     if stored is not None:
         findings += _table_bytes(folder, stored)
@@ -147,7 +161,7 @@ def _table_bytes(folder: Location, stored: StoredFile) -> Iterator[Finding]:
     try:
         num_bytes, sha256 = file_digest(folder / stored.file)
     except (OSError, storage.NotThereError):
-        # Reading the table says it with the reason.
+        # Reading the table reports this with the reason.
         return
     if num_bytes != stored.num_bytes:
         yield damaged(stored.file, f"the file has {num_bytes:,} bytes, the manifest says {stored.num_bytes:,}")
@@ -156,34 +170,34 @@ def _table_bytes(folder: Location, stored: StoredFile) -> Iterator[Finding]:
 
 
 def _tasks(folder: Location, manifest: Manifest, bins: pa.Table | None, ledger: pa.Table | None) -> Iterator[ShardTask]:
-    """One task a shard, with the rows that its worker needs; tables with nulls were reported and are left out."""
+    """One task per shard, with the rows that its worker needs. Tables with nulls, reported before, are left out."""
     if bins is not None and any(bins.column(name).null_count for name in BINS_COLUMNS):
         bins = None
     packed = None if ledger is None else _packed_by_bin(ledger)
-    numbers = {place: number for number, place in shard_numbers(manifest).items()}
-    for place, stored in enumerate(manifest.shards):
-        of_shard = None if bins is None else bins.filter(pc.equal(bins.column("shard"), numbers.get(place, -1)))
+    numbers = {index: number for number, index in shard_numbers(manifest).items()}
+    for index, stored in enumerate(manifest.shards):
+        rows = None if bins is None else bins.filter(pc.equal(bins.column("shard"), numbers.get(index, -1)))
         yield ShardTask(
             folder=folder,
             stored=stored,
             settings=manifest.settings,
-            bins=None if of_shard is None else bin_rows(of_shard),
-            ledger=None if packed is None or of_shard is None else _samples_of(packed, of_shard),
+            bins=None if rows is None else bin_rows(rows),
+            ledger=None if packed is None or rows is None else _samples_of(packed, rows),
         )
 
 
 def _samples_of(packed: pa.Table, bins: pa.Table) -> pa.Table:
-    """Rows of the samples in a run of bins."""
-    held = bins.column("bin").to_numpy()
+    """Ledger rows of the samples in consecutive bins."""
+    numbers = bins.column("bin").to_numpy()
     first, last = (0, 0)
-    if held.size:
-        first, last = np.searchsorted(packed.column("bin").to_numpy(), [held.min(), held.max() + 1]).tolist()
-    # A slice would carry the whole table to the worker.
+    if numbers.size:
+        first, last = np.searchsorted(packed.column("bin").to_numpy(), [numbers.min(), numbers.max() + 1]).tolist()
+    # A copy, because a slice would send the complete table to the worker.
     return packed.take(np.arange(first, last))
 
 
 def _packed_by_bin(ledger: pa.Table) -> pa.Table | None:
-    """What the bins are compared with: packed rows by bin and slot; None where a number is missing."""
+    """Packed rows of the ledger, sorted by bin and slot. None if a required value is missing."""
     packed = ledger.select(["status", *LedgerRow.__struct_fields__])
     packed = packed.filter(pc.equal(packed.column("status"), STATUS_PACKED)).drop_columns("status")
     if any(packed.column(name).null_count for name in LedgerRow.__struct_fields__ if name not in _NULLABLE):
@@ -191,12 +205,12 @@ def _packed_by_bin(ledger: pa.Table) -> pa.Table | None:
     return packed.sort_by([("bin", "ascending"), ("slot", "ascending")])
 
 
-def _shards(manifest: Manifest, outcomes: list[ShardOutcome]) -> Iterator[Finding]:
-    """What is wrong in the shards; where one holds another's bytes, that says it all."""
-    sealed = {shard.sha256: shard.file for shard in manifest.shards}
+def _shard_findings(manifest: Manifest, outcomes: list[ShardOutcome]) -> Iterator[Finding]:
+    """Findings of the shards. A shard that holds the bytes of another one gets a single finding."""
+    files = {shard.sha256: shard.file for shard in manifest.shards}
     for stored, outcome in zip(manifest.shards, outcomes):
-        twin = sealed.get(outcome.sha256 or "")
-        if twin is None or twin == stored.file:
+        owner = files.get(outcome.sha256 or "")
+        if owner is None or owner == stored.file:
             yield from outcome.findings
         else:
-            yield damaged(stored.file, f"the file holds the bytes of {twin}: files were renamed or swapped")
+            yield damaged(stored.file, f"the file holds the bytes of {owner}: files were renamed or swapped")

@@ -1,7 +1,7 @@
-"""Checks the statistics of every dataset in the manifest, counted again from the ledger and from the bins.
+"""Recomputes the manifest's statistics of every dataset from the ledger and from the bins.
 
-Input: the manifest, the ledger, and what the workers saw in the bins. Output: findings. Cost: a sort of the sizes of
-all packed samples.
+Input: the manifest, the ledger, and the modalities that the workers counted in the bins. Output: findings. Cost: a
+sort of the sizes of all packed samples.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from schemas.manifest import MANIFEST_FILE, Distribution, Manifest
 from schemas.tables import STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
 
 MODALITIES = ("text", "image", "video", "image+video")
-"""What a sample holds besides text: 1 for images, plus 2 for videos."""
+"""Modality of a sample by index: 1 if it has images, plus 2 if it has videos."""
 
 _MEAN_TOLERANCE = 1e-9
 _STATUSES = {"num_packed": STATUS_PACKED, "num_rejected": STATUS_REJECTED, "num_not_sampled": STATUS_NOT_SAMPLED}
 
 
 def check_statistics(ledger: pa.Table, manifest: Manifest) -> Iterator[Finding]:
-    """The statistics against the ledger."""
+    """Compare the statistics with the ledger."""
     if any(ledger.column(name).null_count for name in ("dataset", "status", "codes")):
         return
     named = [dataset.dataset for dataset in manifest.statistics]
@@ -35,56 +35,58 @@ def check_statistics(ledger: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     if named != expected:
         yield inconsistent(MANIFEST_FILE, f"statistics are of the datasets {named}; the inputs are {expected}")
         return
-    for said in manifest.statistics:
-        where = f"{MANIFEST_FILE}, statistics of {said.dataset}"
-        rows = ledger.filter(pc.equal(ledger.column("dataset"), said.dataset))
-        for name, found in _counted(rows).items():
-            if (number := getattr(said, name)) != found:
-                yield inconsistent(where, f"{name} is {number}, samples.parquet has {found}")
+    for stated in manifest.statistics:
+        where = f"{MANIFEST_FILE}, statistics of {stated.dataset}"
+        rows = ledger.filter(pc.equal(ledger.column("dataset"), stated.dataset))
+        for name, actual in _counts(rows).items():
+            if (value := getattr(stated, name)) != actual:
+                yield inconsistent(where, f"{name} is {value}, samples.parquet has {actual}")
         packed = rows.filter(pc.equal(rows.column("status"), STATUS_PACKED))
         for name in ("tokens", "targets", "patches"):
             column = packed.column(f"num_{name}")
             if not column.null_count:
-                yield from _distribution(where, name, getattr(said, name), column.to_numpy())
+                yield from _check_distribution(where, name, getattr(stated, name), column.to_numpy())
 
 
 def check_modalities(manifest: Manifest, counted: Mapping[tuple[str, str], int]) -> Iterator[Finding]:
-    """The modalities against what the bins hold.
+    """Compare the modalities with the bins.
 
     Args:
-        manifest: of the set.
+        manifest: manifest of the set.
         counted: samples in the bins by dataset and modality.
     """
-    for said in manifest.statistics:
-        found = {kind: number for kind in sorted(MODALITIES) if (number := counted.get((said.dataset, kind), 0))}
-        if found != said.modalities:
+    for stated in manifest.statistics:
+        actual = {kind: count for kind in sorted(MODALITIES) if (count := counted.get((stated.dataset, kind), 0))}
+        if actual != stated.modalities:
             yield inconsistent(
-                f"{MANIFEST_FILE}, statistics of {said.dataset}",
-                f"modalities are {said.modalities}, the bins hold {found}",
+                f"{MANIFEST_FILE}, statistics of {stated.dataset}",
+                f"modalities are {stated.modalities}, the bins hold {actual}",
             )
 
 
-def _counted(rows: pa.Table) -> dict[str, object]:
+def _counts(rows: pa.Table) -> dict[str, object]:
     status = rows.column("status")
-    numbers = {name: int(pc.equal(status, value).to_numpy().sum()) for name, value in _STATUSES.items()}
+    counts = {name: int(pc.equal(status, value).to_numpy().sum()) for name, value in _STATUSES.items()}
     codes = Counter(pc.list_flatten(rows.column("codes")).to_pylist())
-    return {"num_annotations": len(rows), **numbers, "rejects_by_code": dict(codes)}
+    return {"num_annotations": len(rows), **counts, "rejects_by_code": dict(codes)}
 
 
-def _distribution(where: str, name: str, said: Distribution | None, values: NDArray[np.int32]) -> Iterator[Finding]:
-    found = distribution(values)
-    if said is None or found is None:
-        if said is not found:
-            yield inconsistent(where, f"{name} is {said}, samples.parquet has {found}")
+def _check_distribution(
+    where: str, name: str, stated: Distribution | None, values: NDArray[np.int32]
+) -> Iterator[Finding]:
+    actual = distribution(values)
+    if stated is None or actual is None:
+        if stated is not actual:
+            yield inconsistent(where, f"{name} is {stated}, samples.parquet has {actual}")
         return
-    for field, expected in msgspec.structs.asdict(found).items():
-        number = getattr(said, field)
-        if abs(number - expected) > _MEAN_TOLERANCE * abs(expected):
-            yield inconsistent(where, f"{name}.{field} is {number}, samples.parquet has {expected}")
+    for field, expected in msgspec.structs.asdict(actual).items():
+        value = getattr(stated, field)
+        if abs(value - expected) > _MEAN_TOLERANCE * abs(expected):
+            yield inconsistent(where, f"{name}.{field} is {value}, samples.parquet has {expected}")
 
 
 def distribution(values: NDArray[np.int32]) -> Distribution | None:
-    """Spread of (n,) int32; percentile p is the value of rank ``ceil(p * n)`` of the sorted values."""
+    """Distribution of (n,) int32. Percentile p is the value of rank ``ceil(p / 100 * n)`` of the sorted values."""
     if not values.size:
         return None
     ordered = np.sort(values).tolist()
@@ -105,5 +107,5 @@ def distribution(values: NDArray[np.int32]) -> Distribution | None:
 
 
 def modality(num_images: int, num_videos: int) -> str:
-    """Modality of one sample."""
+    """Modality of a sample."""
     return MODALITIES[(num_images > 0) + 2 * (num_videos > 0)]
