@@ -33,7 +33,7 @@ from prep.build.parts import (
 )
 from prep.media.access import Wanted, open_media
 from prep.media.caches import ProbeCache
-from prep.samples.sample import Medium, measure, probe_media, shrink, wanted_media
+from prep.samples.sample import Medium, measure, media_requests, probe_media, shrink
 from prep.samples.text import build_templates
 from prep.samples.tokenizer import load_tokenizer
 from schemas.annotation import Annotation, Problem, ReasonCode
@@ -251,8 +251,8 @@ def _requests(task: ScanTask, probed: ProbeCache, checked: _Checked) -> list[Wan
     """The media of a record that have not been probed yet."""
     if checked.annotation is None:
         return []
-    media = wanted_media(checked.annotation, task.media_root, task.media, checked.record.embedded)
-    return [wanted for wanted in media if not probed.has(wanted)]
+    requests = media_requests(checked.annotation, task.media_root, task.media, checked.record.embedded)
+    return [request for request in requests if not probed.has(request)]
 
 
 def _store_embedded(media: list[Medium], embedded: Mapping[str, bytes], file: BinaryIO) -> list[Medium]:

@@ -68,7 +68,7 @@ class WorkFolder:
         self._finished = self._root / "finished"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Make the folder, and hold it against other builds until the end of the block.
 
         Raises:

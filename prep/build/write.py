@@ -1,16 +1,16 @@
-"""Write: makes one shard of the plan. Decodes the media, assembles the bins, writes the tar, brings it to its place.
+"""Write: decodes the media of one planned shard, assembles its bins, writes the tar and moves it to its place.
 
-Input: a :class:`WriteTask`. Output: the shard, and a :class:`ShardResult` that is kept in the work folder, so that a
-finished shard is not made again. A medium that fails only now costs its sample: the bin gets shorter and the ledger
-says why. A medium that several samples of the shard use is decoded once. Memory: one bin, 17 bytes for each sample of
-the shard, and some hundred bytes for each of its media.
+Input: a :class:`WriteTask`. Output: the shard, and a :class:`ShardResult` in the work folder, so that a rerun skips
+finished shards. If a medium fails to decode, only its sample is dropped: the bin gets shorter and the ledger says why.
+A medium that several samples of the shard use is decoded once. Memory: one bin, 17 bytes per sample of the shard, and a
+few hundred bytes per medium.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from prep.build.output import Output
 from prep.build.parts import ScannedPart, StoredSample, mark_stale, media_path, read_sample
 from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted, open_media
 from prep.media.caches import FrameCache
-from prep.samples.sample import EncodedSample, MediaPlace, encode, media_key
+from prep.samples.sample import EncodedSample, MediaLocation, encode, media_key
 from prep.shards.codecs import require_storable
 from prep.shards.drift import DriftSums
 from prep.shards.writer import BinRow, ShardWriter
@@ -36,25 +36,25 @@ from storage.files import temporary_path, write_synced
 from storage.urls import Location
 
 SHARD_VERSION = 2
-"""Changes when shards made by an older version must not be used again: the same bins come to other bytes."""
+"""Increase it when the same bins give other bytes, so that shards of an older version are not reused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WriteTask:
-    """One shard to write. Its K samples are columns, 17 bytes each, in the order in which they are written.
+    """One shard to write. Its K samples are columns, 17 bytes a sample, in the order in which they are written.
 
     Attributes:
-        shard: number of the shard.
-        output: where the shards go.
-        result: path of the file that keeps the result.
-        first_bin: number of the first bin.
-        first_place: place of the first sample in the plan's order.
+        shard: index of the shard.
+        output: destination of the shards.
+        result: file that keeps the result.
+        first_bin: index of the first bin.
+        first_position: position of the first sample in the plan's order.
         bin_starts: (B+1,) int64: bin ``first_bin + b`` holds samples ``bin_starts[b]`` to ``bin_starts[b+1] - 1``.
         part: (K,) int32, index into ``parts``.
         offset: (K,) int64, first byte in the part.
         num_bytes: (K,) int32.
         has_media: (K,) bool.
-        parts: parts that the samples lie in.
+        parts: parts with the samples.
         names: of every dataset.
         roots: media root of every dataset.
         media: media settings of every dataset.
@@ -66,7 +66,7 @@ class WriteTask:
     output: Output
     result: Path
     first_bin: int
-    first_place: int
+    first_position: int
     bin_starts: NDArray[np.int64]
     part: NDArray[np.int32]
     offset: NDArray[np.int64]
@@ -84,15 +84,15 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a shard.
 
     Attributes:
-        shard: number of the shard.
-        num_bytes: of the file; 0 where every sample failed and there is no file.
+        shard: index of the shard.
+        num_bytes: size of the file; 0 if every sample failed and there is no file.
         sha256: of the file.
-        rows: one a bin that was written.
-        failed: problem of every sample that failed, by its place in the plan's order.
-        backends: video decoders of the samples where another one served than the scan named, likewise.
+        rows: one for each bin that was written.
+        failed: position in the plan's order -> problem, for every sample that failed.
+        backends: position -> video decoders, for samples that used others than the scan.
         timings: how long the samples took.
-        drift: what a lossy codec did to the measured frames; None with a lossless one.
-        tag: what the place of the shards knows the contents by (an ETag, say); empty for a folder.
+        drift: of a lossy codec; None with a lossless one.
+        tag: how the store identifies the contents (an ETag, say); empty for a folder.
     """
 
     shard: int
@@ -107,39 +107,24 @@ class ShardResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_shard(task: WriteTask) -> ShardResult:
-    """Write one shard, unless its result is there and the shard in its place is the one that it tells of."""
+    """Write one shard, unless an earlier run wrote it and it is still unchanged in its place."""
     name = shard_name(task.shard)
-    done = _finished(task, name)
-    if done is not None:
-        return done
+    finished = _finished(task, name)
+    if finished is not None:
+        return finished
     rows: list[BinRow] = []
-    failed: dict[int, Problem] = {}
-    backends: dict[int, str] = {}
-    timings: Timings = {}
+    outcome = _Outcome()
     with (
-        FrameCache(_media_keys(task), task.result.parent) as decoded,
-        open_media(task.roots, beginnings=False, scratch=_scratch(task)) as access,
+        FrameCache(_media_keys(task), task.result.parent) as frames,
+        open_media(task.roots, beginnings=False, scratch=temporary_path(task.result)) as access,
         ShardWriter(task.output.folder / name, task.codec, task.jpeg_quality) as writer,
     ):
-        bins = access.along(_bins(task, access), partial(_wanted, task, decoded))
-        for number, planned in enumerate(bins, start=task.first_bin):
-            samples: list[tuple[SampleRef, EncodedSample]] = []
-            for place, part, stored, media_place in planned:
-                try:
-                    require_storable(stored.measured.media, task.codec)
-                    with timed(timings, "decode"):
-                        encoded = encode(stored.measured, media_place, task.media[part.source], decoded)
-                except MediaError as error:
-                    failed[task.first_place + place] = Problem(error.code, error.message)
-                    mark_stale(part.path)
-                    continue
-                reference = SampleRef(task.names[part.source], part.record_base + stored.record, stored.id)
-                samples.append((reference, encoded))
-                if encoded.video_backend != stored.measured.video_backend:
-                    backends[task.first_place + place] = encoded.video_backend or ""
+        bins = access.along(_bins(task, access), partial(_requests, task, frames))
+        for index, planned in enumerate(bins, start=task.first_bin):
+            samples = _encode_bin(task, planned, frames, outcome)
             if samples:
-                with timed(timings, "store", len(samples)):
-                    rows.append(writer.write_bin(number, samples))
+                with timed(outcome.timings, "store", len(samples)):
+                    rows.append(writer.write_bin(index, samples))
         num_bytes, sha256 = writer.close() if rows else (0, "")
     tag = task.output.put(name).tag if rows else ""
     result = ShardResult(
@@ -147,9 +132,9 @@ def write_shard(task: WriteTask) -> ShardResult:
         num_bytes=num_bytes,
         sha256=sha256,
         rows=rows,
-        failed=failed,
-        backends=backends,
-        timings=timings,
+        failed=outcome.failed,
+        backends=outcome.backends,
+        timings=outcome.timings,
         drift=writer.drift,
         tag=tag,
     )
@@ -157,53 +142,79 @@ def write_shard(task: WriteTask) -> ShardResult:
     return result
 
 
-class _Planned(NamedTuple):
-    """A sample of the shard: its place in it, its part, its measured form, and where its media lie."""
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What the samples of a shard came to, see :class:`ShardResult`."""
 
-    place: int
+    failed: dict[int, Problem] = field(default_factory=dict)
+    backends: dict[int, str] = field(default_factory=dict)
+    timings: Timings = field(default_factory=dict)
+
+
+class _Planned(NamedTuple):
+    """A sample of the shard: its column in the task, its part, its measured form, and the location of its media."""
+
+    column: int
     part: ScannedPart
     stored: StoredSample
-    media_place: MediaPlace
+    location: MediaLocation
 
 
-def _planned(task: WriteTask, place: int, access: MediaAccess) -> _Planned:
-    part = task.parts[task.part[place]]
-    stored = read_sample(part.path, int(task.offset[place]), int(task.num_bytes[place]))
+def _encode_bin(
+    task: WriteTask, planned: Sequence[_Planned], frames: FrameCache, outcome: _Outcome
+) -> list[tuple[SampleRef, EncodedSample]]:
+    """Encode the samples of a bin. A sample whose media fail is left out and goes to ``outcome.failed``."""
+    samples: list[tuple[SampleRef, EncodedSample]] = []
+    for column, part, stored, location in planned:
+        position = task.first_position + column
+        try:
+            require_storable(stored.measured.media, task.codec)
+            with timed(outcome.timings, "decode"):
+                encoded = encode(stored.measured, location, task.media[part.source], frames)
+        except MediaError as error:
+            outcome.failed[position] = Problem(error.code, error.message)
+            mark_stale(part.path)
+            continue
+        samples.append((SampleRef(task.names[part.source], part.record_base + stored.record, stored.id), encoded))
+        if encoded.video_backend != stored.measured.video_backend:
+            outcome.backends[position] = encoded.video_backend or ""
+    return samples
+
+
+def _planned(task: WriteTask, column: int, access: MediaAccess) -> _Planned:
+    part = task.parts[task.part[column]]
+    stored = read_sample(part.path, int(task.offset[column]), int(task.num_bytes[column]))
     embedded = media_path(part.path) if stored.measured.media else None
-    return _Planned(place, part, stored, MediaPlace(task.roots[part.source], embedded, access))
+    return _Planned(column, part, stored, MediaLocation(task.roots[part.source], embedded, access))
 
 
 def _bins(task: WriteTask, access: MediaAccess) -> Iterator[list[_Planned]]:
     """The samples of every bin."""
     for start, stop in itertools.pairwise(task.bin_starts.tolist()):
-        yield [_planned(task, place, access) for place in range(start, stop)]
+        yield [_planned(task, column, access) for column in range(start, stop)]
 
 
-def _wanted(task: WriteTask, decoded: FrameCache, samples: list[_Planned]) -> Iterator[Wanted]:
-    """The media of a bin that are still to be decoded."""
-    for _, part, stored, media_place in samples:
+def _requests(task: WriteTask, frames: FrameCache, samples: list[_Planned]) -> Iterator[Wanted]:
+    """The media of a bin that are not decoded yet."""
+    for _, part, stored, location in samples:
         settings = task.media[part.source]
         for medium in stored.measured.media:
-            if medium.span is None and not decoded.has(media_key(medium, media_place, settings)):
-                yield media_place.wanted(medium, settings.max_source_bytes)
-
-
-def _scratch(task: WriteTask) -> Path:
-    return temporary_path(task.result)
+            if medium.span is None and not frames.has(media_key(medium, location, settings)):
+                yield location.request(medium, settings.max_source_bytes)
 
 
 def _media_keys(task: WriteTask) -> Iterator[bytes]:
     """Keys of all media of the shard, each as often as it is used."""
-    for place in np.flatnonzero(task.has_media).tolist():
-        _, part, stored, media_place = _planned(task, place, LOCAL_MEDIA)
+    for column in np.flatnonzero(task.has_media).tolist():
+        _, part, stored, location = _planned(task, column, LOCAL_MEDIA)
         for medium in stored.measured.media:
-            yield media_key(medium, media_place, task.media[part.source])
+            yield media_key(medium, location, task.media[part.source])
 
 
 def _finished(task: WriteTask, name: str) -> ShardResult | None:
     if not task.result.exists():
         return None
-    done = msgspec.msgpack.decode(task.result.read_bytes(), type=ShardResult)
-    placed = task.output.placed([name]).get(name)
-    found = (0, "") if placed is None else (placed.num_bytes, placed.tag)
-    return done if found == (done.num_bytes, done.tag) else None
+    result = msgspec.msgpack.decode(task.result.read_bytes(), type=ShardResult)
+    stored = task.output.placed([name]).get(name)
+    expected = (result.num_bytes, result.tag)
+    return result if expected == ((0, "") if stored is None else (stored.num_bytes, stored.tag)) else None

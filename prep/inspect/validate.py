@@ -26,7 +26,7 @@ from prep.annotations.validation import check_record, media_names, read_id, reco
 from prep.engines import Engine
 from prep.engines.progress import progress
 from prep.media.access import MediaAccess, Wanted, open_media
-from prep.samples.sample import check_media, probe_media, wanted_media
+from prep.samples.sample import check_media, media_requests, probe_media
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
@@ -257,7 +257,7 @@ def _checked(task: _ChunkTask) -> Iterator[_Checked]:
 def _wanted(task: _ChunkTask, checked: _Checked) -> list[Wanted]:
     if checked.annotation is None:
         return []
-    return wanted_media(checked.annotation, task.root, task.media, checked.record.embedded)
+    return media_requests(checked.annotation, task.root, task.media, checked.record.embedded)
 
 
 def _media_problems(task: _ChunkTask, record: Record, annotation: Annotation, access: MediaAccess) -> list[Problem]:

@@ -1,8 +1,7 @@
 """One sample: measured from headers in the scan, encoded with its pixels in the write step.
 
-Both steps go through the same template and grids, so that what the plan counted is what the bin holds; the write step
-checks it again. A :class:`Measured` is small (ids with one pad a medium) and is what the scan hands to the write
-step.
+Both steps use the same template and grids, so a bin holds exactly what the plan counted; the write step checks this
+again. The scan hands a :class:`Measured` to the write step. It is small: token ids with one pad per medium.
 """
 
 from __future__ import annotations
@@ -36,23 +35,23 @@ from schemas.settings import MediaSettings
 from storage.urls import Location, location_key
 
 _FACTORS = (*(part / 64 for part in range(63, 0, -1)), *(1 / (1 << power) for power in range(7, 13)), 0.0)
-"""By what the pixels of media can be lowered: 63/64, 62/64, … 1/64, then 1/128, 1/256, … 1/4096, at last to one token a
-frame (as near to it as the aspect ratio allows)."""
+"""Factors that media can shrink by: 63/64, 62/64, … 1/64, then 1/128, 1/256, … 1/4096, and 0 for one token a frame (or
+as few as the aspect ratio allows)."""
 
 
 class Medium(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """One medium of a sample as its header tells.
+    """One medium of a sample, as its header describes it.
 
     Attributes:
         media_type: 0 image, 1 video.
         name: in the annotation.
         grid: in patches.
         height: before resizing, in pixels.
-        width: likewise.
-        second_per_grid_t: of a video.
+        width: before resizing, in pixels.
+        second_per_grid_t: seconds a temporal step, of a video.
         backend: decoder of a video.
-        max_pixels: bound that replaces the settings', where the medium was shrunk to fit its sample into a bin.
-        span: first byte and size in the part's media file, for what came inside the record.
+        max_pixels: replaces the bound of the settings if the medium was shrunk to fit its sample into a bin.
+        span: first byte and size in the part's media file, for an embedded medium.
     """
 
     media_type: int
@@ -88,7 +87,7 @@ class Measured(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def num_tokens(self) -> int:
-        """Length of the sample with all pads written out."""
+        """Length of the sample with all pads."""
         pads = sum(medium.grid.num_tokens for medium in self.media)
         return len(self.trained) - len(self.media) + pads
 
@@ -128,7 +127,7 @@ class EncodedSample:
         grids: size of every medium in sequence order.
         media_types: 0 image, 1 video, of every medium.
         frames: stored frames of all media in sequence order, each (3, H, W) uint8.
-        video_backend: decoders that served, joined by commas; None without videos.
+        video_backend: decoders that were used, joined by commas; None without videos.
     """
 
     input_ids: NDArray[np.int32]
@@ -141,8 +140,8 @@ class EncodedSample:
 
 
 @dataclass(frozen=True, slots=True)
-class MediaPlace:
-    """Where the media of a sample lie: below ``root``, or inside ``embedded`` (the media file of its part)."""
+class MediaLocation:
+    """The media of a sample lie below ``root``, or inside ``embedded`` (the media file of its part)."""
 
     root: Location
     embedded: Path | None = None
@@ -156,20 +155,22 @@ class MediaPlace:
         """
         if medium.span is not None:
             return MediaSource(medium.name, self.embedded, medium.span)
-        return self.access.source(self.wanted(medium, max_bytes))
+        return self.access.source(self.request(medium, max_bytes))
 
-    def wanted(self, medium: Medium, max_bytes: int) -> Wanted:
-        """What the access is asked for to get at a medium below the root."""
+    def request(self, medium: Medium, max_bytes: int) -> Wanted:
+        """The request for a medium below the root."""
         return Wanted(self.root, medium.name, medium.media_type, max_bytes)
 
 
-def wanted_media(
+def media_requests(
     annotation: Annotation, root: Location, settings: MediaSettings, embedded: Mapping[str, bytes]
 ) -> list[Wanted]:
-    """All media of a record that did not come inside it: the images and then the videos, in its order."""
-    images, videos = media_names(annotation)
-    named = [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]
-    return [Wanted(root, name, kind, settings.max_source_bytes) for kind, name in named if name not in embedded]
+    """Requests for the media of a record that are not embedded: the images and then the videos, in its order."""
+    return [
+        Wanted(root, name, media_type, settings.max_source_bytes)
+        for media_type, name in _named_media(annotation)
+        if name not in embedded
+    ]
 
 
 def probe_media(
@@ -180,52 +181,59 @@ def probe_media(
     access: MediaAccess = LOCAL_MEDIA,
     probed: ProbeCache | None = None,
 ) -> tuple[list[Medium], list[Problem]]:
-    """Look at the headers of all media of a record.
+    """Read the headers of all media of a record.
 
     Args:
         annotation: the record.
         root: folder or URL of the media that are files.
         settings: bounds.
-        embedded: media that came inside the record, by name.
+        embedded: encoded media that came inside the record, by name.
         access: to the media below ``root``.
-        probed: media below ``root`` that records before this one had, with the same settings.
+        probed: cache of the media below ``root``, for records with the same settings.
 
     Returns:
-        The images and then the videos, each in the order of the record, and what is wrong with any of them.
+        The images and then the videos, each in the order of the record, and the problems of all that failed.
     """
-    images, videos = media_names(annotation)
     media: list[Medium] = []
     problems = Problems()
-    for media_type, name in [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]:
+    for media_type, name in _named_media(annotation):
         try:
             if name in embedded:
                 source = embedded_media(name, embedded[name], max_bytes=settings.max_source_bytes)
-                facts = sandbox().probe(source, media_type, settings)
+                info = sandbox().probe(source, media_type, settings)
             else:
-                wanted = Wanted(root, name, media_type, settings.max_source_bytes)
-                look = partial(_probe, wanted, settings, access)
-                facts = look() if probed is None else probed.get(wanted, look)
-            media.append(
-                Medium(
-                    media_type=media_type,
-                    name=name,
-                    grid=facts.grid,
-                    height=facts.height,
-                    width=facts.width,
-                    second_per_grid_t=facts.second_per_grid_t,
-                    backend=facts.backend,
-                )
-            )
+                request = Wanted(root, name, media_type, settings.max_source_bytes)
+                probe = partial(_probe, request, settings, access)
+                info = probe() if probed is None else probed.get(request, probe)
+            media.append(_medium(media_type, name, info))
         except MediaError as error:
             problems.add(error.code, error.message)
     return media, problems.listed()
 
 
-def _probe(wanted: Wanted, settings: MediaSettings, access: MediaAccess) -> MediaInfo:
+def _named_media(annotation: Annotation) -> list[tuple[int, str]]:
+    """Type and name of all media of a record: the images, then the videos."""
+    images, videos = media_names(annotation)
+    return [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]
+
+
+def _medium(media_type: int, name: str, info: MediaInfo) -> Medium:
+    return Medium(
+        media_type=media_type,
+        name=name,
+        grid=info.grid,
+        height=info.height,
+        width=info.width,
+        second_per_grid_t=info.second_per_grid_t,
+        backend=info.backend,
+    )
+
+
+def _probe(request: Wanted, settings: MediaSettings, access: MediaAccess) -> MediaInfo:
     try:
-        return sandbox().probe(access.source(wanted), wanted.media_type, settings)
+        return sandbox().probe(access.source(request), request.media_type, settings)
     except HeadTooShortError:
-        return sandbox().probe(access.whole(wanted), wanted.media_type, settings)
+        return sandbox().probe(access.whole(request), request.media_type, settings)
 
 
 def check_media(
@@ -235,7 +243,7 @@ def check_media(
     embedded: Mapping[str, bytes],
     access: MediaAccess = LOCAL_MEDIA,
 ) -> list[Problem]:
-    """Decode all media of a record; what is wrong with any of them."""
+    """Decode all media of a record; returns the problems of those that fail."""
     problems = Problems()
     for medium in media:
         try:
@@ -250,10 +258,10 @@ def check_media(
 
 
 def shrink(template: Template, media: Sequence[Medium], max_length: int) -> list[Medium]:
-    """Lower the pixels of all media by one common factor, the largest of :data:`_FACTORS` with which the sample fits.
+    """Lower the pixels of all media by one factor, the largest of :data:`_FACTORS` at which the sample fits.
 
     Returns:
-        The media with lower bounds, or as they were if no factor suffices.
+        The media with lower bounds, or unchanged if no factor suffices.
     """
     for factor in _FACTORS:
         smaller = [_reduced(medium, factor) for medium in media]
@@ -279,27 +287,29 @@ def measure(template: Template, media: list[Medium]) -> Measured:
     return Measured(template.ids.tobytes(), template.trained.tobytes(), ordered)
 
 
-def media_key(medium: Medium, place: MediaPlace, settings: MediaSettings) -> bytes:
-    """What the frames of a medium depend on, as 16 bytes: where it lies, and the settings that it is decoded with."""
-    inside = None if medium.span is None else (str(place.embedded), medium.span)
-    key = (location_key(place.root), medium.name, inside, medium.media_type, _settings_for(medium, settings))
+def media_key(medium: Medium, location: MediaLocation, settings: MediaSettings) -> bytes:
+    """A key of 16 bytes for the frames of a medium: its location, and the settings that it is decoded with."""
+    inside = None if medium.span is None else (str(location.embedded), medium.span)
+    key = (location_key(location.root), medium.name, inside, medium.media_type, _settings_for(medium, settings))
     return xxhash.xxh3_128_digest(msgspec.msgpack.encode(key))
 
 
-def encode(sample: Measured, place: MediaPlace, settings: MediaSettings, decoded: FrameCache) -> EncodedSample:
-    """Decode the media of a sample and write out its tokens.
+def encode(sample: Measured, location: MediaLocation, settings: MediaSettings, frames: FrameCache) -> EncodedSample:
+    """Decode the media of a sample and expand its tokens.
 
     Args:
-        sample: as it was measured.
-        place: where its media lie.
+        sample: a measured sample.
+        location: of its media.
         settings: of its dataset.
-        decoded: media that samples before this one had.
+        frames: decoded media of earlier samples.
 
     Raises:
-        MediaError: a medium cannot be decoded, or is no longer what the scan saw.
+        MediaError: a medium cannot be decoded, or is not what the scan saw.
     """
-    found = [
-        _checked(medium, decoded.get(media_key(medium, place, settings), partial(_decode, medium, place, settings)))
+    decoded = [
+        _checked(
+            medium, frames.get(media_key(medium, location, settings), partial(_decode, medium, location, settings))
+        )
         for medium in sample.media
     ]
     input_ids, labels = expand(sample.template(), sample.grids)
@@ -309,13 +319,13 @@ def encode(sample: Measured, place: MediaPlace, settings: MediaSettings, decoded
         position_ids=position_ids(input_ids, sample.grids, [medium.second_per_grid_t for medium in sample.media]),
         grids=sample.grids,
         media_types=[medium.media_type for medium in sample.media],
-        frames=[frame for _, frames in found for frame in frames],
-        video_backend=_joined([facts.backend for facts, _ in found]),
+        frames=[frame for _, stored in decoded for frame in stored],
+        video_backend=_joined([info.backend for info, _ in decoded]),
     )
 
 
-def _decode(medium: Medium, place: MediaPlace, settings: MediaSettings) -> tuple[MediaInfo, NDArray[np.uint8]]:
-    source = place.source(medium, settings.max_source_bytes)
+def _decode(medium: Medium, location: MediaLocation, settings: MediaSettings) -> tuple[MediaInfo, NDArray[np.uint8]]:
+    source = location.source(medium, settings.max_source_bytes)
     return sandbox().decode(source, medium.media_type, _settings_for(medium, settings))
 
 
@@ -323,21 +333,21 @@ def _joined(backends: Iterable[str | None]) -> str | None:
     return ",".join(sorted({backend for backend in backends if backend is not None})) or None
 
 
-def _checked(medium: Medium, found: tuple[MediaInfo, NDArray[np.uint8]]) -> tuple[MediaInfo, NDArray[np.uint8]]:
+def _checked(medium: Medium, decoded: tuple[MediaInfo, NDArray[np.uint8]]) -> tuple[MediaInfo, NDArray[np.uint8]]:
     """Return media info and stored frames (F, 3, H, W) of a medium if they match what the scan saw."""
-    facts, _ = found
-    if (facts.grid, facts.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
+    info, _ = decoded
+    if (info.grid, info.second_per_grid_t) != (medium.grid, medium.second_per_grid_t):
         raise MediaError(
             ReasonCode.MEDIA_UNREADABLE,
-            f"{medium.name!r} decodes to a grid of {tuple(facts.grid)} at {facts.second_per_grid_t} s a step, its "
+            f"{medium.name!r} decodes to a grid of {tuple(info.grid)} at {info.second_per_grid_t} s a step, but its "
             f"header promised {tuple(medium.grid)} at {medium.second_per_grid_t} s; the file changed after it was "
             "scanned (--retry-media scans it again), or its header is wrong",
         )
-    return found
+    return decoded
 
 
 def _settings_for(medium: Medium, settings: MediaSettings) -> MediaSettings:
-    """The settings with the bounds of a medium that was shrunk."""
+    """The settings, with the bounds of a medium that was shrunk."""
     if medium.max_pixels is None:
         return settings
     low, high = ("min_pixels", "max_pixels")

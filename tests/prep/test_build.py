@@ -293,7 +293,7 @@ def test_a_second_build_into_the_same_folder_says_who_holds_it(
 ) -> None:
     request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
     message = f"is being built by process {os.getpid()} on "
-    with WorkFolder(tmp_path / "out").held(), pytest.raises(VlprepError, match=message):
+    with WorkFolder(tmp_path / "out").locked(), pytest.raises(VlprepError, match=message):
         build(request, SerialEngine())
     assert build(request, SerialEngine()).counts.num_packed == 24
 
@@ -665,7 +665,7 @@ def test_a_refused_second_build_leaves_the_files_of_the_first_and_of_others(
     (out / ".mine.tmp").write_text("")
     (out / "bins-backup.tar").write_text("")
     request = request_for(corpus[0], out, tiny_checkpoint)
-    with WorkFolder(out).held():
+    with WorkFolder(out).locked():
         (out / ".bins-00000.tar.tmp").write_text("being written")
         with pytest.raises(VlprepError, match="is being built by"):
             build(request, SerialEngine())
