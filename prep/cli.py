@@ -26,10 +26,10 @@ from prep.inspect.transcript import open_transcriber
 from prep.inspect.validate import ValidateRequest, validate
 from prep.inspect.verify import verify
 from prep.samples.tokenizer import DEFAULT_MODEL
-from prep.shards.reader import open_set
 from schemas.errors import ConfigError, VlprepError
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
+from storage.shard_set import open_set
 from storage.urls import Location, Url, is_url, parse_location
 
 P = ParamSpec("P")

@@ -11,7 +11,11 @@ from schemas.annotation import Problem, ReasonCode
 MEND_SHARDS = (
     "Copy the set of shards again, or delete its manifest.json and run the same `vlprep build` to write it anew."
 )
-"""What to do about a damaged set of shards. A build that is complete by its manifest is not done again."""
+"""How to mend a damaged set of shards. A build with a manifest is complete and would not run again."""
+
+BUILD_AGAIN = "Remove manifest.json and run the same `vlprep build` again"
+COPY_AGAIN = f"Copy it again from where it was built, or r{BUILD_AGAIN[1:]}"
+"""The same as parts of a sentence: for contents that break a rule, and for bytes that changed."""
 
 
 class VlprepError(Exception):

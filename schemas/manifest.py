@@ -6,8 +6,6 @@ bytes.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 
 from schemas.errors import MEND_SHARDS, ConfigError, ShardError
@@ -172,37 +170,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 def encode_manifest(manifest: Manifest) -> bytes:
     """Serialise: indented JSON, keys in the order of the structs, a newline at the end."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a folder of shards.
-
-    Raises:
-        ShardError: there is none (the build is not complete), or it is damaged or of another version.
-    """
-    path = folder / MANIFEST_FILE
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
-            raise ShardError(f"{path} is no file. {MEND_SHARDS}")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ShardError(_no_manifest(folder)) from None
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
-    return decode_manifest(data, where=str(path))
-
-
-def _no_manifest(folder: Path) -> str:
-    if not folder.exists():
-        return f"{folder} does not exist. Give the folder that holds {MANIFEST_FILE}."
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}"))
-    if inside:
-        shown = ", ".join(inside[:3]) + (", …" if len(inside) > 3 else "")
-        return f"{folder} holds no {MANIFEST_FILE} itself, but folders that do ({shown}). Give one of them."
-    return (
-        f"{folder} holds no {MANIFEST_FILE}: it is not a complete set of shards. Run the same `vlprep build` again "
-        "to complete it, or give the folder that holds the manifest."
-    )
 
 
 def decode_manifest(data: bytes, *, where: str) -> Manifest:

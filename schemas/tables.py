@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from schemas.bins import shard_name
+
 BINS_FILE = "bins.parquet"
 SAMPLES_FILE = "samples.parquet"
 
@@ -47,3 +51,46 @@ meaning: ``bin`` and ``slot`` of what is not packed, sizes of what was not measu
 STATUS_PACKED = "packed"
 STATUS_REJECTED = "rejected"
 STATUS_NOT_SAMPLED = "not_sampled"
+
+
+class BinRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of ``bins.parquet``, without the number of the shard."""
+
+    bin: int
+    offset: int
+    num_bytes: int
+    xxh3: int
+    num_tokens: int
+    num_targets: int
+    num_samples: int
+    num_patches: int
+    num_images: int
+    num_videos: int
+    sum_squared_lengths: int
+
+
+class StoredBin(BinRow, frozen=True, kw_only=True):
+    """One row of ``bins.parquet``: where a bin lies and what it holds."""
+
+    shard: int
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"{shard_name(self.shard)}, bin {self.bin} at offset {self.offset}"
+
+
+class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The columns of ``samples.parquet`` that describe a packed sample."""
+
+    dataset: str
+    file: str
+    line: int
+    record: int
+    id: str | None
+    bin: int
+    slot: int
+    num_tokens: int
+    num_targets: int
+    num_patches: int
+    video_backend: str | None

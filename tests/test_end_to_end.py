@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from schemas.manifest import read_manifest
+from storage.shard_set import read_manifest
 from tests.prep.corpus import turn
 from train.shards.index import open_shards
 from train.shards.reader import BinReader

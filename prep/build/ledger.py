@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan
 from prep.build.written import WrittenShards
-from prep.shards.tables import arrow_schema
 from schemas.annotation import Problem, ReasonCode
 from schemas.manifest import DatasetStatistics, Distribution
 from schemas.tables import SAMPLES_COLUMNS, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
+from storage.tables import arrow_schema
 
 _MODALITIES = ("text", "image", "video", "image+video")
 _STATUSES = (STATUS_PACKED, STATUS_REJECTED, STATUS_NOT_SAMPLED)

@@ -27,11 +27,12 @@ from prep.media.caches import FrameCache
 from prep.samples.sample import EncodedSample, MediaLocation, encode, media_key
 from prep.shards.codecs import require_storable
 from prep.shards.drift import DriftSums
-from prep.shards.writer import BinRow, ShardWriter
+from prep.shards.writer import ShardWriter
 from schemas.annotation import Problem, SampleRef
 from schemas.bins import shard_name
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
+from schemas.tables import BinRow
 from storage.files import temporary_path, write_synced
 from storage.urls import Location
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 from prep.build.metrics import Timings, merge_timings
 from prep.build.write import ShardResult
 from prep.shards.drift import DriftSums
-from prep.shards.tables import arrow_schema
 from schemas.annotation import Problem
 from schemas.bins import shard_name
 from schemas.manifest import StoredShard
 from schemas.tables import BINS_COLUMNS
+from storage.tables import arrow_schema
 
 _ROWS = 1 << 14
 """Bins that are held as objects before they become a piece of the table."""

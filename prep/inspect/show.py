@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
-from prep.shards.reader import LedgerRow, ShardSet, decode_frames
 from schemas.bins import MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
+from schemas.tables import LedgerRow
+from storage.pixels import decode_frames
+from storage.shard_set import ShardSet
 
 _OPEN, _CLOSE = "[[", "]]"
 

@@ -10,14 +10,12 @@ decoding and resizing the picture before takes 15 to 20 ms. ``docs/storage.md`` 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 
 from prep.samples.sample import Medium
 from prep.shards.drift import DRIFT_EVERY, DriftSums
@@ -26,15 +24,13 @@ from schemas.errors import MediaError
 from schemas.jpeg import MAX_SIDE, join_streams
 from schemas.pixels import encode_residuals
 from schemas.qwen import PATCH_SIZE
+from storage.pixels import decode_jpeg
 
 # Residuals want entropy coding, not matches: strategy "fast" with long minimum matches, a tiny hash table, and a window
 # of one block (128 KiB), so that the compressor's buffers stay in the processor's cache.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(
     1, min_match=7, hash_log=6, window_log=17, strategy=zstandard.STRATEGY_FAST, write_content_size=True
 )
-
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
-"""What Pillow raises for damaged streams, and nothing narrower."""
 
 
 class PixelEncoder:
@@ -102,17 +98,6 @@ def encode_jpeg(frame: NDArray[np.uint8], quality: int) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=quality, subsampling="4:4:4")
     return buffer.getvalue()
-
-
-def decode_jpeg(stream: bytes, out: NDArray[np.uint8]) -> None:
-    """Decode a JPEG that :func:`schemas.jpeg.split_streams` let pass into ``out``, (3, H, W) uint8.
-
-    Raises:
-        OSError: or another of :data:`DECODER_ERRORS`: the stream is damaged.
-    """
-    picture = JpegImageFile(io.BytesIO(stream))
-    for plane, band in zip(out, picture.split()):
-        plane[:] = np.asarray(band)
 
 
 def require_storable(media: Sequence[Medium], codec: str) -> None:

@@ -26,26 +26,11 @@ from schemas.annotation import SampleRef
 from schemas.bins import ARRAY_MEMBERS, MEDIA_VIDEO, SAMPLES_MEMBER, TAR_BLOCK, bin_key
 from schemas.pixels import PIXELS_MEMBER
 from schemas.qwen import IGNORE_INDEX
+from schemas.tables import BinRow
 from storage.files import naming, temporary_path
 
 _Parts = list[bytes | memoryview]
 """Contents of a member, in pieces that follow one another."""
-
-
-class BinRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of ``bins.parquet``, without the number of the shard."""
-
-    bin: int
-    offset: int
-    num_bytes: int
-    xxh3: int
-    num_tokens: int
-    num_targets: int
-    num_samples: int
-    num_patches: int
-    num_images: int
-    num_videos: int
-    sum_squared_lengths: int
 
 
 class ShardWriter:

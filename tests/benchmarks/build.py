@@ -29,7 +29,7 @@ from pathlib import Path
 import click
 
 from demo.tiny_model import write_tiny_checkpoint
-from schemas.manifest import read_manifest
+from storage.shard_set import read_manifest
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.photographs import write_photographs
 from tests.benchmarks.profiling import profile_builds

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.manifest import StoredShard, encode_manifest, read_manifest
+from schemas.manifest import StoredShard, encode_manifest
+from storage.shard_set import read_manifest
 from tests.train.synthetic import BINS_SCHEMA, make_bins, stored_file, write_shards
 
 _BINS_PER_SHARD = 500

@@ -25,7 +25,8 @@ import psutil
 
 from demo.tiny_model import write_tiny_checkpoint
 from prep.build.metrics import BuildMetrics
-from schemas.manifest import METRICS_FILE, read_manifest
+from schemas.manifest import METRICS_FILE
+from storage.shard_set import read_manifest
 from tests.benchmarks.machine import describe_machine
 
 _PERIOD_S = 0.5

@@ -32,11 +32,11 @@ from demo import write_demo
 from prep.media.decode import decode
 from prep.media.source import MediaSource
 from prep.shards.codecs import PixelEncoder
-from prep.shards.reader import decode_frames, decode_pixels
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin
 from schemas.pixels import encode_residuals
 from schemas.qwen import Grid
 from schemas.settings import MediaSettings
+from storage.pixels import decode_frames, decode_pixels
 from tests.benchmarks.clips import write_clips
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.pages import write_pages

@@ -21,8 +21,8 @@ from prep.build.pipeline import BuildRequest, build
 from prep.cli import main
 from prep.engines import SerialEngine
 from schemas.annotation import ReasonCode
-from schemas.manifest import read_manifest
 from schemas.settings import BuildSettings, MediaSettings
+from storage.shard_set import read_manifest
 from tests.prep.broken import GOOD, MAX_LENGTH, MAX_SOURCE_BYTES, BrokenFolder, video, write_broken
 from tests.prep.test_videos import write_video
 

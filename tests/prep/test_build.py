@@ -32,11 +32,13 @@ from prep.build.scan import scan_chunk
 from prep.build.work import WorkFolder
 from prep.build.write import write_shard
 from prep.engines import LocalEngine, SerialEngine
-from schemas.bins import read_bin, shard_name
+from schemas.bins import shard_name
 from schemas.errors import ConfigError, VlprepError
-from schemas.manifest import METRICS_FILE, WORK_FOLDER, Manifest, read_manifest
+from schemas.manifest import METRICS_FILE, WORK_FOLDER, Manifest
 from schemas.pixels import decode_residuals
 from schemas.settings import BuildSettings
+from storage.bins import parse_bin
+from storage.shard_set import read_manifest
 from tests.prep.corpus import turn, write_corpus
 from tests.prep.test_images import reference_pixel_values
 
@@ -97,7 +99,7 @@ def test_tables_manifest_and_bins_agree(built: Path) -> None:
     packed = {(row["bin"], row["slot"]): row for row in ledger(built) if row["status"] == "packed"}
     for row in table:
         data = (built / shard_name(row["shard"])).read_bytes()[row["offset"] : row["offset"] + row["num_bytes"]]
-        found = read_bin(data, row["bin"], where="test")
+        found = parse_bin(data, row["bin"], where="test")
         lengths = np.diff(found.cu_seqlens)
         assert found.input_ids.size == row["num_tokens"] <= SETTINGS.max_length
         assert int((found.labels != -100).sum()) == row["num_targets"]

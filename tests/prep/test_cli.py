@@ -16,8 +16,8 @@ from prep.cli import main
 from prep.engines import SerialEngine
 from prep.engines.progress import progress
 from prep.inspect.validate import ValidateRequest, _inputs, _tasks
-from schemas.manifest import read_manifest
 from schemas.settings import MediaSettings
+from storage.shard_set import read_manifest
 from tests.prep.corpus import write_corpus
 
 

@@ -29,14 +29,15 @@ from prep.inspect.show import save_pictures
 from prep.samples.sample import EncodedSample, Medium
 from prep.shards.codecs import PixelEncoder, require_storable
 from prep.shards.drift import DRIFT_EVERY, DriftSums
-from prep.shards.reader import decode_frames, open_set
 from prep.shards.writer import ShardWriter
 from schemas.annotation import SampleRef
-from schemas.bins import read_bin
 from schemas.errors import ConfigError, MediaError, ShardError
-from schemas.manifest import WORK_FOLDER, read_manifest
+from schemas.manifest import WORK_FOLDER
 from schemas.qwen import Grid
 from schemas.settings import BuildSettings
+from storage.bins import parse_bin
+from storage.pixels import decode_frames
+from storage.shard_set import open_set, read_manifest
 from tests.prep import finished as sets
 from tests.prep.packed import packed_samples
 from tests.prep.test_build import contents, ledger, request_for
@@ -89,7 +90,7 @@ def test_every_frame_comes_back(
     before = [frames.copy() for _, _, frames in media]
     path = tmp_path_factory.mktemp("shard") / "bins-00000.tar"
     data, _ = written(path, codec, [sample_of(media)], quality if codec == "jpeg" else None)
-    found = decode_frames(read_bin(data[:-1024], 7, where="here"), where="here")
+    found = decode_frames(parse_bin(data[:-1024], 7, where="here"), where="here")
     assert [frames.shape for frames in found] == [frames.shape for frames in before]
     for there, (_, _, frames), original in zip(found, media, before):
         assert np.array_equal(frames, original), "the frames that were given are left alone"
@@ -124,7 +125,7 @@ def test_the_bytes_of_a_raw_shard_are_those_of_ever(tmp_path: Path) -> None:
 def test_the_residuals_of_a_zstd_shard_are_those_of_ever(tmp_path: Path) -> None:
     """What is compressed; the compressed bytes are those of one release of zstd."""
     data, drift = written(tmp_path / "bins-00000.tar", "zstd", golden_samples())
-    member = read_bin(data[:-1024], 7, where="here").pixels.tobytes()
+    member = parse_bin(data[:-1024], 7, where="here").pixels.tobytes()
     residuals = zstandard.decompress(member)
     assert hashlib.sha256(residuals).hexdigest() == "1448c8948558d0352efad38e3c518e288671338d8c71e00c18f16b0a016258d9"
     assert zstandard.frame_content_size(member) == len(residuals) == 6 * 3 * 28 * 56

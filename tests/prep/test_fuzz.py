@@ -26,8 +26,8 @@ from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import MediaError
-from schemas.manifest import read_manifest
 from schemas.settings import BuildSettings, MediaSettings
+from storage.shard_set import read_manifest
 from tests.prep.broken import encoded
 from tests.prep.corpus import turn
 from tests.prep.test_images import random_image

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prep.samples.tokenizer
-from schemas.manifest import read_manifest
 from schemas.qwen import CONTROL_TOKENS
 from schemas.settings import BuildSettings, MediaSettings
+from storage.shard_set import read_manifest
 from tests.prep.finished import build_set
 from tests.prep.packed import Packed, packed_samples
 from tests.prep.test_images import random_image

@@ -39,11 +39,12 @@ from prep.media.source import HeadTooShortError
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, shard_name
 from schemas.errors import ConfigError, MediaError, VlprepError
-from schemas.manifest import METRICS_FILE, read_manifest
+from schemas.manifest import METRICS_FILE
 from schemas.settings import BuildSettings, MediaSettings
 from storage import request as storage_request
 from storage.errors import Verdict, verdict
 from storage.request import RetryPolicy
+from storage.shard_set import read_manifest
 from storage.urls import Location, Url, names_below_common_folder, parse_location, without_secrets
 from tests.prep.corpus import turn
 from tests.prep.finished import SETTINGS

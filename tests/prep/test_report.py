@@ -20,8 +20,8 @@ from prep.inspect.report import render_report
 from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
 from prep.inspect.report.statistics import gather, notable_bins
 from prep.inspect.transcript import Transcriber
-from prep.shards.reader import open_set
 from schemas.settings import BuildSettings, MediaSettings
+from storage.shard_set import open_set
 from tests.prep import finished as sets
 from tests.prep.corpus import turn
 

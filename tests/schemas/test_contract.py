@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from schemas.bins import Bin, read_bin
+from schemas.bins import Bin
 from schemas.errors import ConfigError, ShardError
 from schemas.json_schema import FOLDER, json_schemas
-from schemas.manifest import decode_manifest, read_manifest
+from schemas.manifest import decode_manifest
 from schemas.pixels import decode_residuals, encode_residuals
 from schemas.qwen import CONTROL_TOKENS, tokenizer_fingerprint
 from schemas.settings import BuildSettings, MediaSettings
+from storage.bins import parse_bin
+from storage.shard_set import read_manifest
 
 
 def test_schema_files_follow_the_structs() -> None:
@@ -85,7 +87,7 @@ def members(**changes: Any) -> list[tuple[str, bytes]]:
 
 
 def test_a_bin_written_with_standard_tools_is_read() -> None:
-    found: Bin = read_bin(tar(members()), 7, where="here")
+    found: Bin = parse_bin(tar(members()), 7, where="here")
     assert found.cu_seqlens.tolist() == [0, 2, 5]
     assert found.codec == "raw"
     assert found.samples()[0].dataset == "d"
@@ -110,7 +112,7 @@ def test_a_bin_written_with_standard_tools_is_read() -> None:
 )
 def test_what_is_not_the_bin_is_refused_with_its_place(data: bytes, message: str) -> None:
     with pytest.raises(ShardError, match=message) as caught:
-        read_bin(data, 7, where="bins-00000.tar, bin 7 at byte 0")
+        parse_bin(data, 7, where="bins-00000.tar, bin 7 at byte 0")
     assert "bins-00000.tar, bin 7 at byte 0" in str(caught.value)
 
 

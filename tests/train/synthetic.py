@@ -21,7 +21,7 @@ import zstandard
 from numpy.typing import NDArray
 from PIL import Image
 
-from schemas.bins import Bin, read_bin
+from schemas.bins import Bin
 from schemas.manifest import (
     Counts,
     Fingerprints,
@@ -44,6 +44,7 @@ from schemas.qwen import (
     Grid,
 )
 from schemas.settings import BuildSettings, MediaSettings
+from storage.bins import parse_bin
 
 BINS_SCHEMA = pa.schema(
     [
@@ -288,7 +289,7 @@ def as_bin(samples: list[Sample], *, index: int = 0, codec: str = "zstd", writab
         _add_bin(tar, index, bin_members(samples, codec, list(range(len(samples)))))
         size = tar.offset
     data = buffer.getvalue()[:size]
-    return read_bin(memoryview(bytearray(data)) if writable else data, index, where=f"bin {index}")
+    return parse_bin(memoryview(bytearray(data)) if writable else data, index, where=f"bin {index}")
 
 
 def _add_bin(tar: tarfile.TarFile, number: int, members: dict[str, bytes]) -> None:

@@ -209,7 +209,7 @@ def gone(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_into(*args: object, **kwargs: object) -> int:
         raise OSError("the network is unreachable")
 
-    monkeypatch.setattr("train.shards.reader.read_into", read_into)
+    monkeypatch.setattr("storage.bins.read_into", read_into)
 
 
 def reader(index: ShardIndex, folder: Path, **changes: object) -> BinReader:

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from schemas.errors import ConfigError
-from schemas.manifest import encode_manifest, read_manifest
+from schemas.manifest import encode_manifest
+from storage.shard_set import read_manifest
 from tests.train.synthetic import make_bins, write_shards
 from train.tools.summary import main, read_metrics, summarise
 

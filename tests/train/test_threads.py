@@ -15,13 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage import bins
 from storage import reading as storage
+from storage.bins import BinLocation
 from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, write_shards
 from train.batches import batch as batch_module
 from train.batches import workers as workers_module
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder, Grouping
-from train.shards.index import BinLocation, ShardIndex, open_shards
+from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import BinReader, ReadSettings
 
 BINS = make_bins(num_bins=10)
@@ -126,13 +128,13 @@ def test_first_compares_each_bin_once_and_once_more_when_the_run_goes_on(
     """Three epochs of ten bins in steps of four; what was found right before the break is not trusted after it."""
     order = DataOrder(index.cost(), seed=1, global_batch=4, epochs=3)
     compared: Counter[int] = Counter()
-    compare = BinReader._compare
+    compare = bins.check_digest
 
-    def counted(reader: BinReader, number: int, location: BinLocation, checksum: int) -> None:
-        compared[number] += 1
-        compare(reader, number, location, checksum)
+    def counted(location: BinLocation, xxh3: int) -> None:
+        compared[location.local_bin] += 1
+        compare(location, xxh3)
 
-    monkeypatch.setattr(BinReader, "_compare", counted)
+    monkeypatch.setattr(bins, "check_digest", counted)
 
     def run(start: int, verify: str) -> Counter[int]:
         compared.clear()

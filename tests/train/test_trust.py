@@ -74,7 +74,7 @@ def test_a_changed_byte_anywhere_stops_with_shard_bin_and_offset(
     index = copy_of(made, tmp_path, codec)
     change_byte(index, byte_of(index, member, part))
     location = index.locate(NUMBER)
-    place = rf"{codec}/bins-00001\.tar, bin {NUMBER} at offset {location.offset}: checksum is .* Copy the shard again"
+    place = rf"{codec}/bins-00001\.tar, bin {NUMBER} at offset {location.offset}: checksum is .* Copy it again"
     with pytest.raises(ShardError, match=place):
         read(index, verify)
 

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from schemas.bins import MEDIA_IMAGE, Bin, frame_shape, stored_bytes, stored_frames
 from schemas.errors import ShardError
+from schemas.jpeg import split_streams
 from schemas.pixels import encode_residuals
 from schemas.qwen import IGNORE_INDEX, Grid
+from storage.pixels import decode_jpegs
 from train.batches.vision_inputs import WINDOW_SIZE, vision_inputs
 from train.shards.buffers import Buffers
-from train.shards.jpeg import decode_jpegs
 
 Medium = tuple[Grid, int]
 """Grid and media type (0 image, 1 video)."""
@@ -262,7 +263,7 @@ def _planes(
             _decompress(bin_.pixels, part, location)
             continue
         if bin_.codec == "jpeg":
-            decode_jpegs(bin_, part, location)
+            decode_jpegs(split_streams(bin_, where=location), part, location)
         else:
             _require_size(bin_.pixels.size, part.size, location)
             part[:] = bin_.pixels

@@ -13,38 +13,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-import storage
 from schemas.bins import TAR_BLOCK, shard_name
-from schemas.errors import ConfigError, ShardError
-from schemas.manifest import MANIFEST_FILE, Manifest, decode_manifest, read_manifest
+from schemas.errors import BUILD_AGAIN, ConfigError, ShardError
+from schemas.manifest import Manifest
 from schemas.qwen import IMAGE_MEAN, IMAGE_STD
 from schemas.tables import BINS_COLUMNS, BINS_FILE
+from storage.bins import BinLocation
+from storage.shard_set import check_files, find_sets, read_manifest, read_sealed_bins
 from storage.urls import Location, Url, location_key, parse_location, without_secrets
 from train.arithmetic.cost import CostModel
 from train.shards.mixture import Mixture, Source, mix, parse_sources
-
-_COPY_OR_BUILD = "Copy the folder again or build the shards again."
-_SEE_THAT_IT_ANSWERS = "See that the file system or server answers and may be read, then start again."
-
-
-class BinLocation(NamedTuple):
-    """Where a bin lies: ``num_bytes`` at ``offset`` of the shard at ``path``; ``local_bin`` is its number there."""
-
-    path: Location
-    offset: int
-    num_bytes: int
-    xxh3: int
-    local_bin: int
-
-    def __str__(self) -> str:
-        return f"{self.path}, bin {self.local_bin} at offset {self.offset}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -177,16 +160,16 @@ def open_shards(shards: str | Path) -> ShardIndex:
         ConfigError: the text makes no sense, or a URL cannot be read here.
     """
     sources = parse_sources(shards) if isinstance(shards, str) else (Source(path=str(shards)),)
-    of_source = [_find_folders(_parse_folder(source.path)) for source in sources]
+    of_source = [find_sets(_parse_folder(source.path)) for source in sources]
     folders = [folder for found in of_source for folder in found]
-    manifests = [_read_manifest(folder) for folder in folders]
+    manifests = [read_manifest(folder) for folder in folders]
     _check_distinct(folders)
     _check_agreement(folders, manifests)
     tables: list[dict[str, NDArray[Any]]] = []
     shard_paths: list[Location] = []
     for folder, manifest in zip(folders, manifests):
-        _check_files(folder, manifest)
-        columns = _read_bins_table(folder, manifest)
+        check_files(folder, manifest)
+        columns = _read_columns(folder, manifest)
         columns["shard"] = _shard_of_row(manifest) + np.int32(len(shard_paths))
         tables.append(columns)
         shard_paths.extend(folder / shard.file for shard in manifest.shards)
@@ -222,57 +205,6 @@ def _parse_folder(text: str) -> Location:
     return parse_location(text)
 
 
-def _find_folders(path: Location) -> list[Location]:
-    if _holds(path, MANIFEST_FILE):
-        return [path]
-    if isinstance(path, Path) and not path.is_dir():
-        raise ShardError(f"{path} is not a folder. Give the folder that `vlprep build --out` wrote.")
-    try:
-        entries = storage.sub_folders(path)
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
-    folders = [entry for entry in entries if _holds(entry, MANIFEST_FILE) or _looks_unfinished(entry)]
-    if not folders:
-        raise ShardError(
-            f"{path} holds no {MANIFEST_FILE}, nor does a folder in it: no complete set of shards. "
-            "Run `make shards DATASET=...` first, or give the folder that holds the manifest."
-        )
-    return folders
-
-
-def _holds(folder: Location, name: str) -> bool:
-    return name in _sizes(folder, [name])
-
-
-def _looks_unfinished(folder: Location) -> bool:
-    """A build that was not sealed: reading its manifest fails, so that it is not left out silently."""
-    if isinstance(folder, Url):
-        return _holds(folder, shard_name(0))
-    return (folder / ".build").is_dir() or next(folder.glob("bins-*.tar"), None) is not None
-
-
-def _read_manifest(folder: Location) -> Manifest:
-    if isinstance(folder, Path):
-        return read_manifest(folder)
-    return decode_manifest(_read(folder / MANIFEST_FILE), where=str(folder / MANIFEST_FILE))
-
-
-def _sizes(folder: Location, names: list[str]) -> dict[str, int]:
-    try:
-        return storage.file_sizes(folder, names)
-    except OSError as error:
-        raise ShardError(f"{folder} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
-
-
-def _read(path: Location) -> bytes:
-    try:
-        return path.read_bytes() if isinstance(path, Path) else storage.read(path)
-    except (FileNotFoundError, storage.NotThereError):
-        raise ShardError(f"{path} is missing. {_COPY_OR_BUILD}") from None
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror or error}. {_SEE_THAT_IT_ANSWERS}") from error
-
-
 def _check_distinct(folders: list[Location]) -> None:
     """See that no folder is there twice, by another name, through a link or inside another one."""
     names: dict[str, Location] = {}
@@ -300,34 +232,10 @@ def _check_agreement(folders: list[Location], manifests: list[Manifest]) -> None
             )
 
 
-def _check_files(folder: Location, manifest: Manifest) -> None:
-    """Shards and both tables: the ledger, too, is wanted before the end, where a loss is not finite."""
-    files = [*manifest.shards, *manifest.tables]
-    sizes = _sizes(folder, [stored.file for stored in files])
-    for stored in files:
-        path, found = folder / stored.file, sizes.get(stored.file)
-        if found is None:
-            raise ShardError(f"{path} is missing, but the manifest lists it. {_COPY_OR_BUILD}")
-        if found != stored.num_bytes:
-            raise ShardError(f"{path} has {found} bytes, its manifest says {stored.num_bytes}. {_COPY_OR_BUILD}")
-
-
-def _read_bins_table(folder: Location, manifest: Manifest) -> dict[str, NDArray[Any]]:
-    path = folder / BINS_FILE
-    stored = next((table for table in manifest.tables if table.file == BINS_FILE), None)
-    if stored is None:
-        raise ShardError(f"{folder / MANIFEST_FILE} does not list {BINS_FILE}. Build the shards again.")
-    data = _read(path)
-    if hashlib.sha256(data).hexdigest() != stored.sha256:
-        raise ShardError(f"{path} is not the file that its manifest seals (SHA-256 differs). {_COPY_OR_BUILD}")
-    table = pq.read_table(pa.BufferReader(data))
-    del data
-    found = {field.name: str(field.type) for field in table.schema}
-    wrong = [f"{name} is {found.get(name)}" for name, dtype in BINS_COLUMNS.items() if found.get(name) != dtype]
-    if wrong or any(table[name].null_count for name in BINS_COLUMNS):
-        raise ShardError(f"{path}: {', '.join(wrong) or 'a column has nulls'}; expected {BINS_COLUMNS}. Build again.")
+def _read_columns(folder: Location, manifest: Manifest) -> dict[str, NDArray[Any]]:
+    table = read_sealed_bins(folder, manifest)
     columns = {name: table[name].to_numpy() for name in BINS_COLUMNS}
-    _check_rows(path, columns, manifest)
+    _check_rows(folder / BINS_FILE, columns, manifest)
     return columns
 
 
@@ -347,11 +255,9 @@ def _check_rows(path: Location, columns: dict[str, NDArray[Any]], manifest: Mani
         or [shard_name(number) for number in numbers] != [shard.file for shard in manifest.shards]
         or not np.array_equal(np.searchsorted(numbers, columns["shard"]), shard_of_row)
     ):
-        raise ShardError(
-            f"{path}: its rows are not the bins that the manifest lists, in order. Build the shards again."
-        )
+        raise ShardError(f"{path}: its rows are not the bins that the manifest lists, in order. {BUILD_AGAIN}.")
     ends = columns["offset"] + columns["num_bytes"]
     limits = np.array([shard.num_bytes for shard in manifest.shards], dtype=np.int64)[shard_of_row]
     outside = (columns["offset"] < 0) | (columns["num_bytes"] < TAR_BLOCK) | (ends > limits)
     if bool(outside.any()):
-        raise ShardError(f"{path}: bin {int(bins[outside.argmax()])} lies outside its shard. Build the shards again.")
+        raise ShardError(f"{path}: bin {int(bins[outside.argmax()])} lies outside its shard. {BUILD_AGAIN}.")

@@ -6,16 +6,14 @@ Cost: three columns of each ledger; 4 bytes a sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-import storage
 from schemas.errors import ShardError
-from schemas.tables import SAMPLES_FILE, STATUS_PACKED
+from schemas.tables import SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED
+from storage.tables import read_table
 from storage.urls import Location
 from train.shards.index import ShardIndex
 
@@ -44,18 +42,7 @@ def read_ledger(folder: Location, columns: list[str], filters: list[tuple[str, s
     Raises:
         ShardError: it is missing or damaged.
     """
-    path = folder / SAMPLES_FILE
-    try:
-        if isinstance(path, Path):
-            return pq.read_table(path, columns=columns, filters=filters)
-        with storage.open_file(path) as file:
-            # Threads of pyarrow let go of a Python file some time after the call; where the interpreter ends just
-            # then, it aborts (apache/arrow, issue 34314).
-            return pq.read_table(file, columns=columns, filters=filters, use_threads=False, pre_buffer=False)
-    except (FileNotFoundError, storage.NotThereError):
-        raise ShardError(f"{path} is missing. Copy the folder again or build it again.") from None
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{path} cannot be read: {error}. Copy the folder again.") from error
+    return read_table(folder / SAMPLES_FILE, SAMPLES_COLUMNS, names=columns, filters=filters)
 
 
 def sample_datasets(index: ShardIndex) -> SampleDatasets:

@@ -20,17 +20,16 @@ import numpy as np
 import torch
 import xxhash
 
-import storage
-from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, read_bin
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin
 from schemas.errors import ConfigError, ShardError
-from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VIDEO_PAD
-from storage.reading import read_into
+from schemas.qwen import IGNORE_INDEX
+from storage.bins import BinLocation, check_digest, check_samples, parse_bin, read_into_buffer
+from storage.pixels import require_pillow
 from storage.request import DEFAULT_POLICY, RetryPolicy
 from storage.urls import Url
 from train.shards.buffers import Buffers, ReusedBuffers
 from train.shards.cache import BinCache, cache_key
-from train.shards.index import BinLocation, ShardIndex
-from train.shards.jpeg import require_pillow
+from train.shards.index import ShardIndex
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ class BinReader:
         one = None if cache is None else self._read_cached(cache, number, location, data)
         if one is None:
             # Into a cache goes nothing unchecked, whatever the settings: damage must not be kept.
-            self._fetch(number, location, data, checked=cache is not None or self._is_checked(number))
+            self._fetch(number, location, data, verify=cache is not None or self._is_checked(number))
             one = self._parse(number, location, data)
             if cache is not None:
                 cache.write(self._key(number), data)
@@ -137,32 +136,11 @@ class BinReader:
         """Let reads that wait for a server to come back fail at once."""
         self._stop_event.set()
 
-    def _fetch(self, number: int, location: BinLocation, data: memoryview, *, checked: bool) -> None:
-        """Read a bin from its shard; its checksum is taken on the way."""
-        digest = xxhash.xxh3_64() if checked else None
-        try:
-            got = read_into(
-                location.path,
-                location.offset,
-                data,
-                digest=digest,
-                where=location,
-                policy=self._settings.retry_policy,
-                stop_event=self._stop_event,
-            )
-        except (FileNotFoundError, storage.NotThereError) as error:
-            raise ShardError(f"{location}: the shard does not exist. Copy it again, then resume.") from error
-        except OSError as error:
-            raise ShardError(
-                f"{location}: cannot be read: {error.strerror or error}. Check that the file system answers and the "
-                "shard may be read, then resume."
-            ) from error
-        if got < location.num_bytes:
-            raise ShardError(
-                f"{location}: the shard ends after {got} of the bin's {location.num_bytes} bytes. Copy the shard again."
-            )
-        if digest is not None:
-            self._compare(number, location, digest.intdigest())
+    def _fetch(self, number: int, location: BinLocation, data: memoryview, *, verify: bool) -> None:
+        """Read a bin from its shard."""
+        read_into_buffer(location, data, verify=verify, policy=self._settings.retry_policy, stop_event=self._stop_event)
+        if verify:
+            self._mark_verified(number)
 
     def _read_cached(self, cache: BinCache, number: int, location: BinLocation, data: memoryview) -> Bin | None:
         """The bin from the cache; None where it is not there, or is damaged there."""
@@ -170,7 +148,8 @@ class BinReader:
             return None
         try:
             if self._is_checked(number):
-                self._compare(number, location, xxhash.xxh3_64_intdigest(data))
+                check_digest(location, xxhash.xxh3_64_intdigest(data))
+                self._mark_verified(number)
             return self._parse(number, location, data)
         except ShardError:
             logger.warning("%s: its copy in the cache is damaged and fetched again", location)
@@ -180,9 +159,9 @@ class BinReader:
     def _parse(self, number: int, location: BinLocation, data: memoryview) -> Bin:
         """Arrays of a bin, whose structure and counts are those that the index describes."""
         where = str(location)
-        one = read_bin(data, location.local_bin, where=where)
+        one = parse_bin(data, location.local_bin, where=where)
         self._check_counts(number, one, where=where)
-        _check_samples(one, where=where)
+        check_samples(one, where=where)
         return one
 
     def _key(self, number: int) -> str:
@@ -195,12 +174,7 @@ class BinReader:
         verify = self._settings.verify
         return verify == "always" or (verify == "first" and not self._verified[number])
 
-    def _compare(self, number: int, location: BinLocation, checksum: int) -> None:
-        if checksum != location.xxh3:
-            raise ShardError(
-                f"{location}: checksum is {checksum:016x}, expected {location.xxh3:016x}: its bytes have changed, or "
-                "the shard is of another build. Copy the shard again; `vlprep verify` lists all damage."
-            )
+    def _mark_verified(self, number: int) -> None:
         if self._settings.verify == "first":
             self._verified[number] = True
 
@@ -222,26 +196,3 @@ class BinReader:
 def read_checked_bin(index: ShardIndex, number: int) -> Bin:
     """Read one bin, its checksum included; see :meth:`BinReader.read`."""
     return BinReader(index).read(number).bin
-
-
-def _check_samples(one: Bin, *, where: str) -> None:
-    grids: list[list[int]] = one.grid_thw.tolist()
-    if any(min(grid) < 1 or grid[1] % MERGE_SIZE or grid[2] % MERGE_SIZE for grid in grids):
-        raise ShardError(
-            f"{where}: grid_thw {grids[:4]} has a grid that is not positive with even rows and columns. "
-            "Build the shards again."
-        )
-    if bool(np.any((one.media_type == MEDIA_IMAGE) & (one.grid_thw[:, 0] != 1))):
-        raise ShardError(f"{where}: grid_thw has an image of several temporal steps. Build the shards again.")
-    trained_first = one.labels[one.cu_seqlens[:-1]] != IGNORE_INDEX
-    if bool(trained_first.any()):
-        raise ShardError(
-            f"{where}: the first label of sample {int(trained_first.argmax())} is not {IGNORE_INDEX}: it would be "
-            "predicted from the sample before it. Build the shards again."
-        )
-    num_pads = int(np.count_nonzero((one.input_ids == IMAGE_PAD) | (one.input_ids == VIDEO_PAD)))
-    expected = sum(t * h * w for t, h, w in grids) // MERGED_PATCHES
-    if num_pads != expected:
-        raise ShardError(
-            f"{where}: {num_pads} media pad tokens in input_ids, but its media have {expected}. Build the shards again."
-        )

@@ -16,8 +16,9 @@ from PIL import Image
 
 from prep.inspect.show import ShownSample, as_picture, describe_medium, samples_of
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
-from prep.shards.reader import ShardSet, decode_frames
 from schemas.bins import MEDIA_VIDEO, Bin
+from storage.pixels import decode_frames
+from storage.shard_set import ShardSet
 
 _MAX_SAMPLES = 6
 _MAX_MEDIA = 6

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from prep.shards.reader import ShardSet, read_table
 from schemas.tables import SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
+from storage.shard_set import ShardSet
+from storage.tables import read_table
 
 MODALITIES = ("text only", "images", "video")
 """Kinds of samples, by what they hold besides text; ``video`` may hold images too."""

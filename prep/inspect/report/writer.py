@@ -12,9 +12,9 @@ from prep.inspect.report.samples import bin_section
 from prep.inspect.report.statistics import gather, notable_bins
 from prep.inspect.transcript import Transcriber, cached_transcriber, open_transcriber
 from prep.samples.tokenizer import DEFAULT_MODEL
-from prep.shards.reader import ShardSet, open_set
 from schemas.errors import ConfigError
 from storage.files import write_synced
+from storage.shard_set import ShardSet, open_set
 from storage.urls import Location
 
 _MAX_BINS = 3

@@ -20,7 +20,6 @@ from prep.inspect.verify.findings import Finding, inconsistent, unreadable
 from prep.inspect.verify.positions import position_problem
 from prep.inspect.verify.statistics import modality
 from prep.inspect.wording import counted
-from prep.shards.reader import LedgerRow, StoredBin, decode_pixels
 from schemas.annotation import SampleRef
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, Bin
 from schemas.errors import ShardError
@@ -37,6 +36,8 @@ from schemas.qwen import (
     Grid,
 )
 from schemas.settings import BuildSettings
+from schemas.tables import LedgerRow, StoredBin
+from storage.pixels import decode_pixels
 
 _PADS = {MEDIA_IMAGE: IMAGE_PAD, MEDIA_VIDEO: VIDEO_PAD}
 _VISION = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prep.shards.reader import BUILD_AGAIN, COPY_AGAIN
-from schemas.errors import ShardError
+from schemas.errors import BUILD_AGAIN, COPY_AGAIN, ShardError
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,14 @@ import storage
 from prep.inspect.verify.bins import BinCheck
 from prep.inspect.verify.findings import Finding, damaged, inconsistent, unreadable
 from prep.inspect.wording import counted
-from prep.shards.reader import LedgerRow, StoredBin, ledger_rows, read_bytes
-from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key, read_bin
+from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
 from schemas.errors import ShardError
 from schemas.manifest import StoredShard
 from schemas.pixels import PIXELS_MEMBER
 from schemas.settings import BuildSettings
+from schemas.tables import LedgerRow, StoredBin
+from storage.bins import parse_bin, read_bytes
+from storage.shard_set import ledger_rows, locate
 from storage.urls import Location
 
 _HASH_BYTES = 4 << 20
@@ -188,12 +190,12 @@ def _check_bin(
     """Findings about one bin, and the check of its contents if it could be read."""
     findings: list[Finding] = []
     try:
-        data = read_bytes(path, row)
+        data = bytes(read_bytes(locate(path, row), verify=False))
         digest = xxhash.xxh3_64_intdigest(data)
         if digest != row.xxh3:
             message = f"XXH3-64 of its {row.num_bytes:,} bytes is {digest:016x}, bins.parquet says {row.xxh3:016x}"
             findings.append(damaged(row.where, message))
-        bin_ = read_bin(data, row.bin, where=row.where)
+        bin_ = parse_bin(data, row.bin, where=row.where)
     except ShardError as error:
         return [*findings, unreadable(row.where, error)], None
     check = BinCheck(bin_, row, ledger, settings)

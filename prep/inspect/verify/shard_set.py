@@ -27,10 +27,11 @@ from prep.inspect.verify.statistics import check_modalities, check_statistics
 from prep.inspect.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
 from prep.inspect.wording import counted
 from prep.shards.drift import drift_lines
-from prep.shards.reader import LedgerRow, bin_rows, open_manifest, read_table
 from schemas.errors import ShardError
 from schemas.manifest import MANIFEST_FILE, METRICS_FILE, WORK_FOLDER, Manifest, StoredFile
-from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED
+from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED, LedgerRow
+from storage.shard_set import bin_rows, read_manifest
+from storage.tables import read_table
 from storage.urls import Location
 
 _PAGE_SUFFIX = ".html"
@@ -78,7 +79,7 @@ def verify(folder: Location, engine: Engine) -> Verification:
         ShardError: the manifest is missing or cannot be read.
         StorageError: the store does not answer.
     """
-    manifest = open_manifest(folder)
+    manifest = read_manifest(folder)
     findings = [*_manifest_bytes(folder), *check_manifest(manifest), *_unlisted_files(folder, manifest)]
     bins = _table(folder, manifest, BINS_FILE, BINS_COLUMNS, findings)
     ledger = _table(folder, manifest, SAMPLES_FILE, SAMPLES_COLUMNS, findings)

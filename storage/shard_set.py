@@ -1,0 +1,216 @@
+"""Opens sets of shards: the one place for both programs.
+
+In: a folder or a URL. Out: a :class:`ShardSet` with its manifest and its table of bins. Opening reads the manifest and
+``bins.parquet``. A bin costs one positional read, or two requests behind a URL (size, range), and its checksum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from schemas.bins import Bin, shard_name
+from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ConfigError, ShardError
+from schemas.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, decode_manifest
+from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, LedgerRow, StoredBin
+from storage.bins import BinLocation, parse_bin, read_bytes
+from storage.errors import NotThereError
+from storage.reading import file_sizes, read, sub_folders
+from storage.tables import read_table
+from storage.urls import Location, Url
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ShardSet:
+    """A complete set of shards.
+
+    Attributes:
+        folder: a folder or URL.
+        manifest: of the set.
+        bins: contents of ``bins.parquet``.
+    """
+
+    folder: Location
+    manifest: Manifest
+    bins: pa.Table
+
+    def row(self, number: int) -> StoredBin:
+        """The row of bin ``number``.
+
+        Raises:
+            ConfigError: there is no such bin.
+        """
+        numbers = self.bins.column("bin").to_numpy()
+        at = int(np.searchsorted(numbers, number))
+        if at == len(numbers) or numbers[at] != number:
+            held = f"bins {numbers[0]} to {numbers[-1]}" if len(numbers) else "no bins"
+            raise ConfigError(f"{self.folder} has no bin {number}; it holds {held}.")
+        return bin_rows(self.bins.slice(at, 1))[0]
+
+    def read(self, number: int) -> Bin:
+        """Bin ``number``, its checksum compared.
+
+        Raises:
+            ConfigError: there is no such bin.
+            ShardError: the shard is missing or damaged.
+        """
+        row = self.row(number)
+        location = locate(self.folder / shard_name(row.shard), row)
+        return parse_bin(read_bytes(location, verify=True), number, where=str(location))
+
+    def packed_in(self, number: int) -> list[LedgerRow]:
+        """The rows of the ledger for the samples in bin ``number``, by slot.
+
+        Raises:
+            ShardError: the ledger is missing or damaged.
+        """
+        path = self.folder / SAMPLES_FILE
+        table = read_table(path, SAMPLES_COLUMNS, filters=[("bin", "=", number)])
+        return ledger_rows(table.sort_by("slot"))
+
+
+def open_set(folder: Location) -> ShardSet:
+    """Open a folder or URL with a manifest.
+
+    Raises:
+        ShardError: no manifest, or a damaged manifest or table of bins.
+        StorageError: the store does not answer.
+    """
+    manifest = read_manifest(folder)
+    return ShardSet(folder=folder, manifest=manifest, bins=read_table(folder / BINS_FILE, BINS_COLUMNS))
+
+
+def find_sets(location: Location) -> list[Location]:
+    """The folder itself if it holds a manifest, else its sub-folders with a manifest, sorted by name.
+
+    A sub-folder with an unfinished build counts: opening it fails, so that it is not left out silently.
+
+    Raises:
+        ShardError: there is none, or the folder cannot be read.
+        StorageError: the store does not answer.
+    """
+    try:
+        if _holds(location, MANIFEST_FILE):
+            return [location]
+        if isinstance(location, Path) and not location.is_dir():
+            raise ShardError(f"{location} is not a folder. Give the folder that `vlprep build --out` wrote.")
+        folders = [
+            folder for folder in sub_folders(location) if _holds(folder, MANIFEST_FILE) or _is_unfinished(folder)
+        ]
+    except OSError as error:
+        raise _unreadable(location, error) from error
+    if not folders:
+        raise ShardError(
+            f"{location} holds no {MANIFEST_FILE}, nor does a folder in it: no complete set of shards. "
+            "Run `make shards DATASET=...` first, or give the folder that holds the manifest."
+        )
+    return folders
+
+
+def read_manifest(folder: Location) -> Manifest:
+    """The manifest of a folder or URL.
+
+    Raises:
+        ShardError: there is none (the build is not complete), or it is damaged or of another version.
+        StorageError: the store does not answer.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        if isinstance(path, Path):
+            if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
+                raise ShardError(f"{path} is not a file. {MEND_SHARDS}")
+            data = path.read_bytes()
+        else:
+            data = read(path)
+    except (FileNotFoundError, NotThereError):
+        raise ShardError(_no_manifest(folder)) from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
+    return decode_manifest(data, where=str(path))
+
+
+def check_files(folder: Location, manifest: Manifest) -> None:
+    """Compare the sizes of all shards and tables with the manifest.
+
+    Raises:
+        ShardError: a file is missing or has another size.
+        StorageError: the store does not answer.
+    """
+    files = [*manifest.shards, *manifest.tables]
+    try:
+        sizes = file_sizes(folder, [stored.file for stored in files])
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    for stored in files:
+        path, size = folder / stored.file, sizes.get(stored.file)
+        if size is None:
+            raise ShardError(f"{path} is missing, but the manifest lists it. {COPY_AGAIN}.")
+        if size != stored.num_bytes:
+            raise ShardError(f"{path} has {size} bytes, its manifest says {stored.num_bytes}. {COPY_AGAIN}.")
+
+
+def read_sealed_bins(folder: Location, manifest: Manifest) -> pa.Table:
+    """The table of bins, its digest compared with the manifest.
+
+    Raises:
+        ShardError: it is missing, damaged, or holds nulls.
+        StorageError: the store does not answer.
+    """
+    path = folder / BINS_FILE
+    sha256 = next((table.sha256 for table in manifest.tables if table.file == BINS_FILE), None)
+    if sha256 is None:
+        raise ShardError(f"{folder / MANIFEST_FILE} does not list {BINS_FILE}. {BUILD_AGAIN}.")
+    table = read_table(path, BINS_COLUMNS, sha256=sha256)
+    if any(table[name].null_count for name in BINS_COLUMNS):
+        raise ShardError(f"{path}: a column has nulls. {BUILD_AGAIN}.")
+    return table
+
+
+def locate(shard: Location, row: StoredBin) -> BinLocation:
+    """Where the bin of a row lies in its shard."""
+    return BinLocation(path=shard, offset=row.offset, num_bytes=row.num_bytes, xxh3=row.xxh3, local_bin=row.bin)
+
+
+def bin_rows(table: pa.Table) -> list[StoredBin]:
+    """Rows of ``bins.parquet`` as structs."""
+    return msgspec.convert(table.to_pylist(), list[StoredBin])
+
+
+def ledger_rows(table: pa.Table) -> list[LedgerRow]:
+    """Rows of packed samples of ``samples.parquet`` as structs."""
+    return msgspec.convert(table.select(LedgerRow.__struct_fields__).to_pylist(), list[LedgerRow])
+
+
+def _holds(folder: Location, name: str) -> bool:
+    return name in file_sizes(folder, [name])
+
+
+def _is_unfinished(folder: Location) -> bool:
+    if isinstance(folder, Url):
+        return _holds(folder, shard_name(0))
+    return (folder / WORK_FOLDER).is_dir() or next(folder.glob("bins-*.tar"), None) is not None
+
+
+def _unreadable(folder: Location, error: OSError) -> ShardError:
+    return ShardError(
+        f"{folder} cannot be read: {error.strerror or error}. Check that the file system answers and the folder may be "
+        "read, then run the same command again."
+    )
+
+
+def _no_manifest(folder: Location) -> str:
+    if isinstance(folder, Path):
+        if not folder.exists():
+            return f"{folder} does not exist. Give the folder that holds {MANIFEST_FILE}."
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}"))
+        if inside:
+            shown = ", ".join(inside[:3]) + (", …" if len(inside) > 3 else "")
+            return f"{folder} holds no {MANIFEST_FILE} itself, but folders that do ({shown}). Give one of them."
+    return (
+        f"{folder} holds no {MANIFEST_FILE}: it is not a complete set of shards. Run the same `vlprep build` again "
+        "to complete it, or give the folder or URL that holds the manifest."
+    )
