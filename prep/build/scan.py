@@ -31,8 +31,9 @@ from prep.build.parts import (
     samples_path,
     table_path,
 )
-from prep.media.access import Wanted, open_media
+from prep.media.access import MediaRequest
 from prep.media.caches import ProbeCache
+from prep.media.fetch import open_media
 from prep.samples.sample import Medium, measure, media_requests, probe_media, shrink
 from prep.samples.text import build_templates
 from prep.samples.tokenizer import load_tokenizer
@@ -165,7 +166,7 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
         part_file(task.folder, lambda: media_path(part_path(task, kinds))) as media_file,
         open_media([task.media_root], beginnings=True, scratch=temporary_path(task.folder / "media")) as access,
     ):
-        for record, copies, annotation, problems in access.along(
+        for record, copies, annotation, problems in access.prefetch(
             _checked(task, timings), partial(_requests, task, probed)
         ):
             row = rows.add(record=record.number, line=record.line, copies=copies, id=_record_id(record, annotation))
@@ -247,7 +248,7 @@ def _checked(task: ScanTask, timings: Timings) -> Iterator[_Checked]:
         yield _Checked(record, copies, annotation, problems)
 
 
-def _requests(task: ScanTask, probed: ProbeCache, checked: _Checked) -> list[Wanted]:
+def _requests(task: ScanTask, probed: ProbeCache, checked: _Checked) -> list[MediaRequest]:
     """The media of a record that have not been probed yet."""
     if checked.annotation is None:
         return []

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from prep.build.metrics import Timings, timed
 from prep.build.output import Output
 from prep.build.parts import ScannedPart, StoredSample, mark_stale, media_path, read_sample
-from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted, open_media
+from prep.media.access import LOCAL_MEDIA, MediaAccess, MediaRequest
 from prep.media.caches import FrameCache
+from prep.media.fetch import open_media
 from prep.samples.sample import EncodedSample, MediaLocation, encode, media_key
 from prep.shards.codecs import require_storable
 from prep.shards.drift import DriftSums
@@ -120,7 +121,7 @@ def write_shard(task: WriteTask) -> ShardResult:
         open_media(task.roots, beginnings=False, scratch=temporary_path(task.result)) as access,
         ShardWriter(task.output.folder / name, task.codec, task.jpeg_quality) as writer,
     ):
-        bins = access.along(_bins(task, access), partial(_requests, task, frames))
+        bins = access.prefetch(_bins(task, access), partial(_requests, task, frames))
         for index, planned in enumerate(bins, start=task.first_bin):
             samples = _encode_bin(task, planned, frames, outcome)
             if samples:
@@ -195,7 +196,7 @@ def _bins(task: WriteTask, access: MediaAccess) -> Iterator[list[_Planned]]:
         yield [_planned(task, column, access) for column in range(start, stop)]
 
 
-def _requests(task: WriteTask, frames: FrameCache, samples: list[_Planned]) -> Iterator[Wanted]:
+def _requests(task: WriteTask, frames: FrameCache, samples: list[_Planned]) -> Iterator[MediaRequest]:
     """The media of a bin that are not decoded yet."""
     for _, part, stored, location in samples:
         settings = task.media[part.source]

@@ -25,7 +25,8 @@ from prep.annotations.registry import check_root, find_files, find_sources
 from prep.annotations.validation import check_record, media_names, read_id, record_id
 from prep.engines import Engine
 from prep.engines.progress import progress
-from prep.media.access import MediaAccess, Wanted, open_media
+from prep.media.access import MediaAccess, MediaRequest
+from prep.media.fetch import open_media
 from prep.samples.sample import check_media, media_requests, probe_media
 from schemas.annotation import Annotation, Problem, ReasonCode
 from schemas.errors import ConfigError
@@ -249,12 +250,12 @@ def _checked(task: _ChunkTask) -> Iterator[_Checked]:
         _Checked(record, *check_record(record, task.request.reserved)) for record in read_chunk(task.data, task.chunk)
     )
     with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:
-        for record, annotation, problems in access.along(read, partial(_wanted, task)):
+        for record, annotation, problems in access.prefetch(read, partial(_wanted, task)):
             found = _media_problems(task, record, annotation, access) if annotation is not None else []
             yield _Checked(record, annotation, problems + found)
 
 
-def _wanted(task: _ChunkTask, checked: _Checked) -> list[Wanted]:
+def _wanted(task: _ChunkTask, checked: _Checked) -> list[MediaRequest]:
     if checked.annotation is None:
         return []
     return media_requests(checked.annotation, task.root, task.media, checked.record.embedded)

@@ -1,14 +1,13 @@
-"""How the scan and the write step get at media: files are opened where they lie, what lies behind URLs is fetched.
+"""Access to media for the scan and the write step, and media below folders.
 
-Input: :class:`Wanted` media. Output: a :class:`~prep.media.source.MediaSource` for each. A step walks its records or
-bins :meth:`~MediaAccess.along` the access, which learns from that what will be wanted next. Below folders it does
-nothing but resolve names.
+In: a :class:`MediaRequest`. Out: its :class:`~prep.media.source.MediaSource`. A step iterates over its records or bins
+through :meth:`~MediaAccess.prefetch`, which tells the access what comes next. Below folders this only resolves names;
+:mod:`prep.media.fetch` downloads media behind URLs ahead of their use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,14 +23,14 @@ _MAX_FOLDERS = 65536
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class MediaRequest:
     """A medium as an annotation names it.
 
     Attributes:
-        root: folder or URL that it lies below.
+        root: folder or URL that holds it.
         name: in the annotation.
         media_type: 0 image, 1 video.
-        max_bytes: a larger one is refused before it is opened or fetched.
+        max_bytes: a larger file is rejected before it is opened or downloaded.
     """
 
     root: Location
@@ -41,28 +40,28 @@ class Wanted:
 
 
 class MediaAccess(Protocol):
-    """What a step of the build needs from whoever gets its media."""
+    """What a step of the build needs to read its media."""
 
-    def along(self, items: Iterable[T], wanted: Callable[[T], Iterable[Wanted]]) -> Iterator[T]:
-        """The items, one after the other; while one is being worked on, the media of the next are being fetched.
+    def prefetch(self, items: Iterable[T], requests: Callable[[T], Iterable[MediaRequest]]) -> Iterator[T]:
+        """Yield the items; while one is being processed, the media of the next ones are downloaded.
 
         Args:
-            items: records, bins or what else is worked on.
-            wanted: media of an item.
+            items: records, bins or other units of work.
+            requests: the media of an item.
         """
         ...
 
-    def source(self, wanted: Wanted) -> MediaSource:
-        """The encoded bytes of a medium, or its beginning; good until the item is done.
+    def source(self, request: MediaRequest) -> MediaSource:
+        """The encoded bytes of a medium, or its first part; valid until the item is done.
 
         Raises:
-            MediaError: it is missing, empty, too large, not to be read, or outside the root.
-            StorageError: the store does not answer; no fault of the medium.
+            MediaError: it is missing, empty, too large, unreadable, or outside the root.
+            StorageError: the store does not answer. The medium is not at fault.
         """
         ...
 
-    def whole(self, wanted: Wanted) -> MediaSource:
-        """All of a medium of which the beginning was not enough."""
+    def complete(self, request: MediaRequest) -> MediaSource:
+        """All bytes of a medium whose first part was not enough."""
         ...
 
 
@@ -70,25 +69,25 @@ class LocalMedia:
     """Media below folders.
 
     Args:
-        where: where a folder really lies.
+        resolve: real path of a folder.
     """
 
-    def __init__(self, where: Callable[[str], str] = real_folder) -> None:
-        self._where = where
+    def __init__(self, resolve: Callable[[str], str] = real_folder) -> None:
+        self._resolve = resolve
 
-    def along(self, items: Iterable[T], wanted: Callable[[T], Iterable[Wanted]]) -> Iterator[T]:
+    def prefetch(self, items: Iterable[T], requests: Callable[[T], Iterable[MediaRequest]]) -> Iterator[T]:
         """See :class:`MediaAccess`."""
         return iter(items)
 
-    def source(self, wanted: Wanted) -> MediaSource:
+    def source(self, request: MediaRequest) -> MediaSource:
         """See :class:`MediaAccess`."""
-        if not isinstance(wanted.root, Path):
-            raise TypeError(f"{wanted.root} is no folder")
-        return resolve_media(wanted.root, wanted.name, max_bytes=wanted.max_bytes, where=self._where)
+        if not isinstance(request.root, Path):
+            raise TypeError(f"{request.root} is not a folder")
+        return resolve_media(request.root, request.name, max_bytes=request.max_bytes, where=self._resolve)
 
-    def whole(self, wanted: Wanted) -> MediaSource:
+    def complete(self, request: MediaRequest) -> MediaSource:
         """See :class:`MediaAccess`."""
-        return self.source(wanted)
+        return self.source(request)
 
     def __enter__(self) -> LocalMedia:
         return self
@@ -101,20 +100,5 @@ LOCAL_MEDIA = LocalMedia()
 
 
 def local_media() -> LocalMedia:
-    """Access that looks once where a folder lies; for one task, since links may lead elsewhere later."""
+    """Access that resolves each folder once. Use it for one task only: links may change later."""
     return LocalMedia(lru_cache(maxsize=_MAX_FOLDERS)(real_folder))
-
-
-def open_media(roots: Iterable[Location], *, beginnings: bool, scratch: Path) -> AbstractContextManager[MediaAccess]:
-    """Access to the media below some roots, for the length of a ``with`` block.
-
-    Args:
-        roots: folders and URLs.
-        beginnings: whether the first bytes of a picture are enough (to probe it).
-        scratch: folder for what does not fit into memory; made when it is needed, and removed.
-    """
-    if all(isinstance(root, Path) for root in roots):
-        return local_media()
-    from prep.media.fetch import RemoteMedia
-
-    return RemoteMedia(beginnings=beginnings, scratch=scratch)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prep.annotations.problems import Problems
 from prep.annotations.validation import media_names
-from prep.media.access import LOCAL_MEDIA, MediaAccess, Wanted
+from prep.media.access import LOCAL_MEDIA, MediaAccess, MediaRequest
 from prep.media.caches import FrameCache, ProbeCache
 from prep.media.decode import MediaInfo
 from prep.media.images import image_grid
@@ -157,17 +157,17 @@ class MediaLocation:
             return MediaSource(medium.name, self.embedded, medium.span)
         return self.access.source(self.request(medium, max_bytes))
 
-    def request(self, medium: Medium, max_bytes: int) -> Wanted:
+    def request(self, medium: Medium, max_bytes: int) -> MediaRequest:
         """The request for a medium below the root."""
-        return Wanted(self.root, medium.name, medium.media_type, max_bytes)
+        return MediaRequest(self.root, medium.name, medium.media_type, max_bytes)
 
 
 def media_requests(
     annotation: Annotation, root: Location, settings: MediaSettings, embedded: Mapping[str, bytes]
-) -> list[Wanted]:
+) -> list[MediaRequest]:
     """Requests for the media of a record that are not embedded: the images and then the videos, in its order."""
     return [
-        Wanted(root, name, media_type, settings.max_source_bytes)
+        MediaRequest(root, name, media_type, settings.max_source_bytes)
         for media_type, name in _named_media(annotation)
         if name not in embedded
     ]
@@ -202,7 +202,7 @@ def probe_media(
                 source = embedded_media(name, embedded[name], max_bytes=settings.max_source_bytes)
                 info = sandbox().probe(source, media_type, settings)
             else:
-                request = Wanted(root, name, media_type, settings.max_source_bytes)
+                request = MediaRequest(root, name, media_type, settings.max_source_bytes)
                 probe = partial(_probe, request, settings, access)
                 info = probe() if probed is None else probed.get(request, probe)
             media.append(_medium(media_type, name, info))
@@ -229,11 +229,11 @@ def _medium(media_type: int, name: str, info: MediaInfo) -> Medium:
     )
 
 
-def _probe(request: Wanted, settings: MediaSettings, access: MediaAccess) -> MediaInfo:
+def _probe(request: MediaRequest, settings: MediaSettings, access: MediaAccess) -> MediaInfo:
     try:
         return sandbox().probe(access.source(request), request.media_type, settings)
     except HeadTooShortError:
-        return sandbox().probe(access.whole(request), request.media_type, settings)
+        return sandbox().probe(access.complete(request), request.media_type, settings)
 
 
 def check_media(
@@ -250,7 +250,7 @@ def check_media(
             if medium.name in embedded:
                 source = MediaSource(medium.name, data=embedded[medium.name])
             else:
-                source = access.source(Wanted(root, medium.name, medium.media_type, settings.max_source_bytes))
+                source = access.source(MediaRequest(root, medium.name, medium.media_type, settings.max_source_bytes))
             _checked(medium, sandbox().decode(source, medium.media_type, _settings_for(medium, settings)))
         except MediaError as error:
             problems.add(error.code, error.message)

@@ -401,7 +401,7 @@ DAMAGE: dict[str, tuple[Callable[[list[int], list[bytes]], bytes], str]] = {
     ),
     "not decodable": (
         lambda sizes, streams: rebuilt(sizes, [senseless(streams[0]), *streams[1:]]),
-        "frame 0 of the pixels is no whole JPEG",
+        "frame 0 of its pixels does not decode",
     ),
 }
 

@@ -19,7 +19,8 @@ from PIL.ExifTags import Base as ExifTag
 from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
-from prep.media.access import Wanted, open_media
+from prep.media.access import MediaRequest
+from prep.media.fetch import open_media
 from prep.media.images import decode_image, probe_image
 from prep.media.paths import resolve_media
 from prep.media.resize import smart_resize
@@ -295,18 +296,18 @@ def test_every_task_resolves_folders_again(root: Path, tmp_path: Path, monkeypat
     """A folder may have become a link to outside, or a relative root may have another working folder."""
     (root / "sub" / "b.png").write_bytes(b"x")
     with open_media([root], beginnings=False, scratch=tmp_path) as access:
-        assert access.source(Wanted(root, "sub/b.png", 0, 10)).path == root / "sub" / "b.png"
+        assert access.source(MediaRequest(root, "sub/b.png", 0, 10)).path == root / "sub" / "b.png"
     shutil.rmtree(root / "sub")
     (tmp_path / "b.png").write_bytes(b"secret")
     (root / "sub").symlink_to(tmp_path)
     with open_media([root], beginnings=False, scratch=tmp_path) as access, pytest.raises(MediaError) as caught:
-        access.source(Wanted(root, "sub/b.png", 0, 10))
+        access.source(MediaRequest(root, "sub/b.png", 0, 10))
     assert caught.value.code is ReasonCode.MEDIA_OUTSIDE_ROOT
     for folder in (tmp_path, root):
         monkeypatch.chdir(folder)
         Path("c.png").write_bytes(b"x")
         with open_media([Path()], beginnings=False, scratch=tmp_path) as access:
-            assert access.source(Wanted(Path(), "c.png", 0, 10)).path == folder / "c.png"
+            assert access.source(MediaRequest(Path(), "c.png", 0, 10)).path == folder / "c.png"
 
 
 def test_a_file_above_the_byte_limit_is_not_opened(root: Path) -> None:

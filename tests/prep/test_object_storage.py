@@ -32,8 +32,9 @@ from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
 from prep.inspect.validate import ValidateRequest, validate
 from prep.media import fetch
-from prep.media.access import LocalMedia, Wanted, open_media
+from prep.media.access import LocalMedia, MediaRequest
 from prep.media.decode import MediaInfo, probe
+from prep.media.fetch import open_media
 from prep.media.paths import media_url
 from prep.media.source import HeadTooShortError
 from schemas.annotation import ReasonCode
@@ -407,13 +408,13 @@ def _move_exif_behind_the_pixels(path: Path) -> None:
 
 
 def outcome(root: Location, name: str, scratch: Path, *, beginnings: bool = True) -> MediaInfo | tuple[ReasonCode, str]:
-    wanted = Wanted(root, name, MEDIA_IMAGE, MediaSettings(max_source_bytes=1_500_000).max_source_bytes)
+    wanted = MediaRequest(root, name, MEDIA_IMAGE, MediaSettings(max_source_bytes=1_500_000).max_source_bytes)
     try:
         with open_media([root], beginnings=beginnings, scratch=scratch) as access:
             try:
                 return probe(access.source(wanted), MEDIA_IMAGE, MediaSettings())
             except HeadTooShortError:
-                return probe(access.whole(wanted), MEDIA_IMAGE, MediaSettings())
+                return probe(access.complete(wanted), MEDIA_IMAGE, MediaSettings())
     except MediaError as error:
         return error.code, error.message
 
@@ -466,12 +467,12 @@ def test_more_media_than_may_be_held_are_had_in_any_order_and_leave_no_file(
     names = [f"{number}.mp4" for number in range(40)]
     for name in (*names, "unforeseen.mp4"):
         storage.upload(tmp_path / "file", root / name)
-    wanted = [Wanted(root, name, MEDIA_VIDEO, 1 << 20) for name in names]
+    wanted = [MediaRequest(root, name, MEDIA_VIDEO, 1 << 20) for name in names]
     items = [wanted[:30], wanted[5:35], wanted[35:], []]
     scratch = tmp_path / "scratch"
     with open_media([root], beginnings=False, scratch=scratch) as access:
-        for item in access.along(items, lambda item: item):
-            unforeseen = Wanted(root, "unforeseen.mp4", MEDIA_VIDEO, 1 << 20)
+        for item in access.prefetch(items, lambda item: item):
+            unforeseen = MediaRequest(root, "unforeseen.mp4", MEDIA_VIDEO, 1 << 20)
             for each in [*reversed(item), unforeseen]:
                 assert access.source(each).open().read() == (tmp_path / "file").read_bytes()
         assert list(scratch.iterdir()) == []
@@ -479,9 +480,9 @@ def test_more_media_than_may_be_held_are_had_in_any_order_and_leave_no_file(
 
 
 def test_media_of_the_next_items_are_fetched_while_one_is_worked_on(proxy: Proxy, tmp_path: Path) -> None:
-    wanted = [Wanted(CORPUS, f"{number}.png", MEDIA_IMAGE, 1 << 20) for number in range(6)]
+    wanted = [MediaRequest(CORPUS, f"{number}.png", MEDIA_IMAGE, 1 << 20) for number in range(6)]
     with open_media([CORPUS], beginnings=True, scratch=tmp_path) as access:
-        items = access.along([[each] for each in wanted], lambda item: item)
+        items = access.prefetch([[each] for each in wanted], lambda item: item)
         access.source(next(items)[0])
         deadline = time.monotonic() + 60
         while len({seen.key for seen in proxy.seen if seen.method == "GET"}) < len(wanted):

@@ -279,7 +279,7 @@ DAMAGE_OF_A_BIN: dict[str, tuple[Callable[[ShardIndex, int], None], str]] = {
     "short shard": (cut_the_shard, r"the shard ends after \d+ of the bin's \d+ bytes"),
 }
 DAMAGE_OF_A_SHARD: dict[str, tuple[Callable[[ShardIndex, int], None], str]] = {
-    "missing file": (remove_the_shard, "cannot be read: No such file"),
+    "missing file": (remove_the_shard, "the shard does not exist"),
     "no regular file": (forbid_the_shard, "cannot be read: Is a directory"),
 }
 
