@@ -219,9 +219,9 @@ def test_a_folder_that_is_there_twice_is_wrong_use(made: Path, tmp_path: Path) -
     """By another name, through a link, inside another one, at a URL: its bins would be used twice."""
     (tmp_path / "link").symlink_to(made / "raw")
     for other in (f"{made}/zstd/../raw", tmp_path / "link", made, tmp_path):
-        with pytest.raises(ConfigError, match=r"is there twice.*: its bins would be used twice\. Name it once"):
+        with pytest.raises(ConfigError, match=r"is named twice.*: its bins would be used twice\. Name it once"):
             open_shards(f"{made}/raw:1,{other}:2")
-    with pytest.raises(ConfigError, match="raw is there twice: its bins"):
+    with pytest.raises(ConfigError, match="raw is named twice: its bins"):
         open_shards(f"file://{made}/raw/,file://{made}")
     assert open_shards(f"{made}/raw,{made}/zstd").num_bins == 16
 

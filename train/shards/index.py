@@ -1,11 +1,11 @@
-"""What a set of shards holds, known at start without opening a shard.
+"""The contents of sets of shards, known at the start without opening a shard.
 
-Folders with a manifest, or folders of such folders, local or behind URLs -> :class:`ShardIndex`: one NumPy column for
-each number known about a bin, where its bytes lie, and in what proportions the folders are mixed. Incomplete, damaged
-or mismatched sets stop here.
+In: folders with a manifest, or folders of such folders, local or behind URLs. Out: a :class:`ShardIndex` with one NumPy
+column for each property of a bin, and the proportions in which folders are mixed. Incomplete, damaged or mismatched
+sets are refused here.
 
-Cost: reading ``bins.parquet`` (20 to 40 bytes a bin) and asking for the size of every file. 68 bytes a bin are kept; at
-most 180 are needed while the table is read (measured with ten million bins).
+Cost: reading ``bins.parquet`` (20 to 40 bytes per bin) and the size of every file. The index keeps 68 bytes per bin;
+reading the table needs at most 180 (measured with ten million bins).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from train.shards.mixture import Mixture, Source, mix, parse_sources
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ShardIndex:
-    """All bins of one or several folders, numbered through in the order of the folders.
+    """All bins of one or several folders, numbered consecutively in the order of the folders.
 
     Attributes:
-        folders: the folders with a manifest: sources as named, and inside a source sorted by name.
+        folders: the folders with a manifest: sources in their given order, folders of a source sorted by name.
         manifests: their manifests.
-        first_bins: (folders + 1,) int64, number of the first bin of every folder, and the number of bins.
+        first_bins: (folders + 1,) int64, number of the first bin of every folder, then the number of bins.
         shard_paths: the shards of all folders.
-        local_bin: (B,) int64, number of the bin in its folder, ascending; numbers may be absent.
-        shard: (B,) int32, position of the bin's shard in ``shard_paths``. This and what follows: one entry a bin.
+        local_bin: (B,) int64, number of the bin in its folder, ascending; numbers may be missing.
+        shard: (B,) int32, position of the bin's shard in ``shard_paths``. From here on, one entry per bin.
         offset: (B,) int64, start of the bin in its shard, in bytes.
         num_bytes: (B,) int64.
         xxh3: (B,) uint64, XXH3-64 of those bytes.
@@ -51,7 +51,7 @@ class ShardIndex:
         num_images: (B,) int32.
         num_videos: (B,) int32.
         sum_squared_lengths: (B,) int64, squares of the samples' lengths, summed.
-        mixture: proportions of the sources, where they were given; else None.
+        mixture: proportions of the sources, or None if none were given.
     """
 
     folders: tuple[Location, ...]
@@ -84,17 +84,17 @@ class ShardIndex:
 
     @property
     def max_length(self) -> int:
-        """Tokens that a bin holds at most."""
+        """Most tokens of a bin."""
         return max(manifest.settings.max_length for manifest in self.manifests)
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Fingerprint of the tokenizer that made the token ids, the same for all folders."""
+        """Fingerprint of the tokenizer of the token ids, the same for all folders."""
         return self.manifests[0].fingerprints.tokenizer
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the bytes of all bins, their numbers and proportions, wherever they lie: 32 hexadecimal digits."""
+        """Identifies the bytes of all bins, their numbers and proportions, wherever they lie; 32 hexadecimal digits."""
         digest = hashlib.sha256()
         if self.mixture is not None:
             digest.update(f"{self.mixture.sizes} {self.mixture.quotas}\n".encode())
@@ -104,7 +104,7 @@ class ShardIndex:
         return digest.hexdigest()[:32]
 
     def shares(self) -> list[float]:
-        """Share of every folder in the bins that steps use; the folders of a source share what it has."""
+        """Share of every folder in the bins of a run; the folders of a source divide its share."""
         sizes = np.diff(self.first_bins)
         shares: list[float]
         if self.mixture is None:
@@ -117,7 +117,7 @@ class ShardIndex:
         return shares
 
     def cost(self, model: CostModel | None = None) -> NDArray[np.float64]:
-        """What every bin costs: (B,) float64, in operations; ``model`` is a forward pass of the 7B if not given."""
+        """Cost of every bin: (B,) float64, in operations; ``model`` defaults to a forward pass of the 7B."""
         return (model or CostModel()).bin_flops(
             num_tokens=self.num_tokens,
             sum_squared_lengths=self.sum_squared_lengths,
@@ -147,21 +147,21 @@ class ShardIndex:
 
 
 def open_shards(shards: str | Path) -> ShardIndex:
-    """Read the manifests and tables of bins of a set of shards, and check them against the files.
+    """Read the manifests and tables of bins, and check them against the files.
 
     Args:
         shards: a folder with a manifest, or one whose sub-folders have one; a URL of such a folder; or several of
-            these, separated by commas: ``a,b`` uses all bins alike, ``a:0.7,b:0.3`` gives weights,
-            ``a:2epochs,b:0.5epochs`` says how often each bin is used in an epoch.
+            these, separated by commas: ``a,b`` uses all bins equally, ``a:0.7,b:0.3`` gives weights,
+            ``a:2epochs,b:0.5epochs`` sets how often each bin is used in an epoch.
 
     Raises:
         ShardError: no manifest, no bins, a file that is missing or of another size or content than the manifest says,
-            or folders that were made for different models.
-        ConfigError: the text makes no sense, or a URL cannot be read here.
+            or folders built for different models.
+        ConfigError: the text is invalid, or a URL cannot be used.
     """
     sources = parse_sources(shards) if isinstance(shards, str) else (Source(path=str(shards)),)
     of_source = [find_sets(_parse_folder(source.path)) for source in sources]
-    folders = [folder for found in of_source for folder in found]
+    folders = [folder for sets in of_source for folder in sets]
     manifests = [read_manifest(folder) for folder in folders]
     _check_distinct(folders)
     _check_agreement(folders, manifests)
@@ -179,7 +179,7 @@ def open_shards(shards: str | Path) -> ShardIndex:
             f"{without_secrets(str(shards))} holds no bins: every annotation was rejected. "
             "`vlprep report` shows the reasons."
         )
-    # One column after the other, so that no more than one of them is there twice.
+    # One column after the other, so that at most one of them exists twice.
     joined = {name: _joined([columns.pop(name) for columns in tables]) for name in BINS_COLUMNS}
     first_bins = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     first_folders = np.cumsum([0, *map(len, of_source)])
@@ -206,13 +206,13 @@ def _parse_folder(text: str) -> Location:
 
 
 def _check_distinct(folders: list[Location]) -> None:
-    """See that no folder is there twice, by another name, through a link or inside another one."""
+    """Check that no folder occurs twice, by another name, through a link or inside another one."""
     names: dict[str, Location] = {}
     for folder in folders:
         if (other := names.setdefault(location_key(folder), folder)) is not folder:
             again = "" if str(other) == str(folder) else f", also as {other}"
             raise ConfigError(
-                f"{folder} is there twice{again}: its bins would be used twice. Name it once; weights or epochs "
+                f"{folder} is named twice{again}: its bins would be used twice. Name it once; weights or epochs "
                 "(a:2epochs,b:1epochs) say how often bins are used."
             )
 
@@ -240,14 +240,14 @@ def _read_columns(folder: Location, manifest: Manifest) -> dict[str, NDArray[Any
 
 
 def _shard_of_row(manifest: Manifest) -> NDArray[np.int32]:
-    """Position in the manifest's list of the shard of every bin."""
+    """Position of the shard of every bin in the manifest's list."""
     sizes = [shard.num_bins for shard in manifest.shards]
     return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
 
 
 def _check_rows(path: Location, columns: dict[str, NDArray[Any]], manifest: Manifest) -> None:
     bins, shard_of_row = columns["bin"], _shard_of_row(manifest)
-    # A number is absent where every sample of a bin turned out to be unusable, and a shard where all its bins are.
+    # A number is missing if every sample of a bin was unusable, a shard if all its bins were.
     in_order = len(bins) == len(shard_of_row) and bool((np.diff(bins, prepend=-1) > 0).all())
     numbers = np.unique(columns["shard"]).tolist()
     if (

@@ -1,6 +1,6 @@
-"""Which dataset every sample of a set of shards is of, from its ledgers.
+"""The dataset of every sample of a set of shards, from its ledgers.
 
-Cost: three columns of each ledger; 4 bytes a sample.
+Cost: reading three columns of each ledger; 4 bytes per sample.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def sample_datasets(index: ShardIndex) -> SampleDatasets:
     """
     names: dict[str, int] = {}
     parts: list[NDArray[np.int32]] = []
-    for place, folder in enumerate(index.folders):
-        first, end = index.first_bins[place : place + 2].tolist()
+    for position, folder in enumerate(index.folders):
+        first, end = index.first_bins[position : position + 2].tolist()
         ledger = read_ledger(folder, ["bin", "slot", "dataset"], [("status", "=", STATUS_PACKED)])
         ledger = ledger.sort_by([("bin", "ascending"), ("slot", "ascending")])
         expected = np.repeat(index.local_bin[first:end], index.num_samples[first:end])

@@ -1,11 +1,11 @@
-"""Reads bins of a set of shards, and trusts nothing: number of a bin -> checked arrays.
+"""Reads and checks the bins of an index: number of a bin -> arrays.
 
-One positional read, or one range request, or one read of the local cache; XXH3-64 of what was read; the structure of
-the bin, its counts against the index, and what the trainer relies on inside: no sample is predicted from the one before
-it, and pad tokens fit the media. Every failure names shard, bin and offset.
+Input: one positional read, one range request, or one read of the local cache. Checked are the XXH3-64 of the bytes, the
+structure of the bin, its counts against the index, and what training relies on (:func:`storage.bins.check_samples`).
+Every failure names shard, bin and offset.
 
-Cost: one read into a buffer that is used again, with XXH3 taken while the bytes are in the processor's cache; arrays
-are views of the buffer.
+Cost: one read into a reused buffer, with XXH3 computed while the bytes are in the processor's cache. The arrays are
+views of the buffer.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class ReadSettings:
 
     Attributes:
         verify: when checksums are compared, one of ``VERIFY``. Structure and counts of a bin are always checked.
-        connections: range requests of a rank under way at once.
+        connections: range requests of a rank in flight at once.
         retry_policy: of remote shards.
-        cache_dir: folder on a local disk where bins of remote shards are kept; None for no cache.
-        cache_bytes: of all bins kept there.
+        cache_dir: folder on a local disk that caches bins of remote shards; None for no cache.
+        cache_bytes: capacity of the cache.
     """
 
     verify: str = "always"
@@ -65,7 +65,7 @@ class ReadSettings:
 
 
 class LoadedBin(NamedTuple):
-    """A bin, its place for messages, and the memory that its arrays are views of."""
+    """A bin, its location, and the buffer that its arrays are views of."""
 
     bin: Bin
     location: BinLocation
@@ -76,12 +76,12 @@ class BinReader:
     """Reads the bins of an index. Threads may share a reader."""
 
     def __init__(self, index: ShardIndex, settings: ReadSettings | None = None, buffers: Buffers | None = None) -> None:
-        """Describe a reader; nothing is read yet.
+        """Create a reader. Nothing is read yet.
 
         Args:
             index: the bins.
             settings: how they are read.
-            buffers: where they are read to; ordinary memory that is used again if not given.
+            buffers: where bins are read to; reused ordinary memory by default.
 
         Raises:
             ConfigError: a cache for shards that all lie on a file system, where it would never be used; shards with
@@ -125,7 +125,7 @@ class BinReader:
         cache = self._cache if isinstance(location.path, Url) else None
         one = None if cache is None else self._read_cached(cache, number, location, data)
         if one is None:
-            # Into a cache goes nothing unchecked, whatever the settings: damage must not be kept.
+            # Nothing unchecked enters the cache, whatever the settings: damage must not be kept.
             self._fetch(number, location, data, verify=cache is not None or self._is_checked(number))
             one = self._parse(number, location, data)
             if cache is not None:
@@ -133,7 +133,7 @@ class BinReader:
         return LoadedBin(one, location, buffer)
 
     def close(self) -> None:
-        """Let reads that wait for a server to come back fail at once."""
+        """Make reads that wait for a retry fail at once."""
         self._stop_event.set()
 
     def _fetch(self, number: int, location: BinLocation, data: memoryview, *, verify: bool) -> None:
@@ -143,7 +143,7 @@ class BinReader:
             self._mark_verified(number)
 
     def _read_cached(self, cache: BinCache, number: int, location: BinLocation, data: memoryview) -> Bin | None:
-        """The bin from the cache; None where it is not there, or is damaged there."""
+        """The bin from the cache; None if it is missing or damaged there."""
         if not cache.read(self._key(number), data):
             return None
         try:
@@ -152,12 +152,12 @@ class BinReader:
                 self._mark_verified(number)
             return self._parse(number, location, data)
         except ShardError:
-            logger.warning("%s: its copy in the cache is damaged and fetched again", location)
+            logger.warning("%s: its copy in the cache is damaged; reading it from the shard again", location)
             cache.remove(self._key(number))
             return None
 
     def _parse(self, number: int, location: BinLocation, data: memoryview) -> Bin:
-        """Arrays of a bin, whose structure and counts are those that the index describes."""
+        """Parse a bin and check its structure and counts against the index."""
         where = str(location)
         one = parse_bin(data, location.local_bin, where=where)
         self._check_counts(number, one, where=where)
@@ -170,7 +170,7 @@ class BinReader:
         return cache_key(sha256, int(index.offset[number]), int(index.num_bytes[number]))
 
     def _is_checked(self, number: int) -> bool:
-        """Whether the settings want the checksum of this read."""
+        """Whether this read compares the checksum."""
         verify = self._settings.verify
         return verify == "always" or (verify == "first" and not self._verified[number])
 
@@ -188,9 +188,9 @@ class BinReader:
             "images": (int(np.count_nonzero(one.media_type == MEDIA_IMAGE)), int(index.num_images[number])),
             "videos": (int(np.count_nonzero(one.media_type == MEDIA_VIDEO)), int(index.num_videos[number])),
         }
-        for what, (found, expected) in counts.items():
-            if found != expected:
-                raise ShardError(f"{where}: holds {found} {what}, the index says {expected}. Build the shards again.")
+        for name, (count, expected) in counts.items():
+            if count != expected:
+                raise ShardError(f"{where}: holds {count} {name}, the index says {expected}. Build the shards again.")
 
 
 def read_checked_bin(index: ShardIndex, number: int) -> Bin:
