@@ -345,7 +345,7 @@ def test_percentiles_are_values_of_the_data_by_rank() -> None:
         (lambda rows: rows.pop(), "samples.parquet, bin 3: bins.parquet does not have this bin"),
         (lambda rows: rows[BIN].update(num_bytes=rows[BIN]["num_bytes"] + 9999), "the shard ends"),
         (lambda rows: rows[BIN].update(num_bytes=1 << 62), "the shard ends"),
-        (lambda rows: rows[BIN].update(offset=-512), "bytes cannot be"),
+        (lambda rows: rows[BIN].update(offset=-512), "a bin cannot have"),
     ],
 )
 def test_a_table_of_bins_that_breaks_a_rule_is_found(
