@@ -1,4 +1,4 @@
-"""What ``python -m train.order`` prints is what a run with these numbers does."""
+"""``python -m train.order`` prints what a run does, be it started or planned."""
 
 from __future__ import annotations
 
@@ -7,39 +7,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
-from schemas.qwen import tokenizer_fingerprint
 from tests.train.synthetic import make_bins, write_shards
+from train.model import pretrained
 from train.order.cli import main
 from train.order.explain import explain_step
 from train.run import engine
 from train.run.plan import make_plan
+from train.run.record import record_run
 from train.settings.flags import parse_arguments
 
 
 @pytest.fixture
-def shards(tiny_checkpoint: Path, tmp_path: Path) -> str:
-    path = tiny_checkpoint / "tokenizer.json"
-    fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
-    parts = (
-        write_shards(tmp_path / name, make_bins(seed=seed, num_bins=12), tokenizer=fingerprint)
-        for seed, name in enumerate("ab")
-    )
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    # Comparing tokenizers is tested elsewhere and takes most of the time of a plan.
+    monkeypatch.setattr(pretrained, "check_fingerprints", lambda *_, **__: None)
+    parts = (write_shards(tmp_path / name, make_bins(seed=seed, num_bins=12)) for seed, name in enumerate("ab"))
     return ",".join(f"{part}:{weight}" for part, weight in zip(parts, (2, 1)))
 
 
+def order(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
 @pytest.mark.parametrize(
-    ("of_the_run", "of_the_order"),
+    ("run_flags", "planned"),
     [
         ([], []),
         (["--seed", "7", "--group_steps", "2"], ["--seed", "7", "--group-steps", "2"]),
-        (
-            ["--tune_mm_vision", "True", "--gradient_checkpointing", "False"],
-            ["--tune-vision", "--no-gradient-checkpointing"],
-        ),
-        (["--tune_mm_llm", "False"], ["--freeze-llm"]),
-        (["--lora_enable", "True"], ["--lora"]),
+        (["--tune_mm_vision", "True", "--gradient_checkpointing", "False"], None),
+        (["--tune_mm_llm", "False"], None),
+        (["--lora_enable", "True"], None),
     ],
 )
 def test_steps_are_those_of_the_run(
@@ -47,25 +46,67 @@ def test_steps_are_those_of_the_run(
     tiny_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    of_the_run: list[str],
-    of_the_order: list[str],
+    run_flags: list[str],
+    planned: list[str] | None,
 ) -> None:
-    """The first step, one that spans epochs, and the last, short one: bins, ranks, and costs to the last digit."""
+    """The first step, one that spans epochs, and the short last one: bins, ranks, and costs to the last digit.
+
+    A planned run trains what is trained by default, so its numbers reproduce only such a run.
+    """
     monkeypatch.setattr(engine, "choose_device", lambda ranks: torch.device("cpu"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    run_dir = tmp_path / "a run"
     batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--num_train_epochs", "1.2"]
-    flags = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run")]
-    plan = make_plan(parse_arguments([*flags, *batch, *of_the_run]))
+    flags = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(run_dir)]
+    plan = make_plan(parse_arguments([*flags, *batch, *run_flags]))
     assert plan.num_steps == 4
-    command = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--global-batch", "8"]
-    command += ["--world-size", "1", "--accumulation", "4", "--epochs", "1.2", *of_the_order]
-    # What the run itself would say to type.
-    python, m, module, *told = shlex.split(plan.order_command)
-    assert (python, m, module) == ("python", "-m", "train.order") and set(told) >= set(command)
+    run_dir.mkdir()
+    record_run(plan)
+    python, m, module, *words = shlex.split(plan.order_command)
+    assert (python, m, module, words) == ("python", "-m", "train.order", ["--run", str(run_dir)])
+    commands = [words]
+    if planned is not None:
+        numbers = ["--global-batch", "8", "--world-size", "1", "--accumulation", "4", "--epochs", "1.2"]
+        commands.append(["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), *numbers, *planned])
     for step in range(plan.num_steps):
-        wanted = list(explain_step(plan.index, plan.order, step, world_size=1, accumulation=4))
-        for flags in (command, told):
-            done = CliRunner().invoke(main, [*flags, "--step", str(step)])
-            assert done.exit_code == 0, done.output
-            assert done.output.splitlines() == wanted
+        expected = list(explain_step(plan.index, plan.order, step, world_size=1, accumulation=4))
+        for command in commands:
+            result = order(*command, "--step", step)
+            assert result.exit_code == 0, result.output
+            assert result.output.splitlines() == expected
+
+
+def test_a_run_that_was_given_no_end_but_steps_has_an_order_without_end(
+    shards: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "choose_device", lambda ranks: torch.device("cpu"))
+    flags = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run")]
+    plan = make_plan(parse_arguments([*flags, "--max_steps", "2"]))
+    plan.args.run_dir.mkdir()
+    record_run(plan)
+    result = order("--run", plan.args.run_dir, "--step", 1000)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines() == list(
+        explain_step(plan.index, plan.order, 1000, world_size=1, accumulation=plan.recipe.accumulation)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--step 1", "give --run FOLDER, or all of --shards, --global-batch and --world-size."),
+        ("--step 1 --shards a --global-batch 4", "give --run FOLDER, or all of --shards, --global-batch"),
+        ("--step 1 --run a --shards b --seed 3", "--run a has settings of its own: leave out --seed, --shards."),
+        ("--step 1 --run nowhere", "settings.toml does not exist: give the folder of a run that has started"),
+        ("--step 1 --shards a --global-batch 4 --world-size 2 --seed -1", "--seed is -1; allowed: 0 or more."),
+        ("--step 1 --shards a --global-batch 4 --world-size 2 --epochs 0", "--num_train_epochs is 0.0; allowed: more"),
+        ("--step 1 --shards a --global-batch 4 --world-size 2 --group-steps 0", "--group_steps is 0; allowed: 1 or"),
+        ("--run a", "give either --step N or --simulate."),
+    ],
+)
+def test_wrong_use_is_explained_in_one_sentence(words: str, message: str) -> None:
+    result = order(*words.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")

@@ -1,7 +1,7 @@
 """``python -m train.order``: look at the order of a run without running it.
 
-Shards and the numbers of a run -> a text: one step with bins, ranks and source samples, or what many steps ask of
-ranks, storage and network.
+The folder of a run, or shards and the numbers of a planned one -> a text: either a step with its bins, ranks and source
+samples, or what many steps demand of ranks, storage and network.
 
 Cost: that of :mod:`train.order.explain` or :mod:`train.order.simulate`.
 """
@@ -9,107 +9,169 @@ Cost: that of :mod:`train.order.explain` or :mod:`train.order.simulate`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
-from train.arithmetic.cost import CostModel
-from train.order.dealing import DataOrder, Grouping
+from train.order.dealing import DataOrder
 from train.order.explain import explain_step
+from train.order.run_order import order_of_run
 from train.order.simulate import NUM_STEPS, report, simulate
-from train.shards.index import open_shards
+from train.settings.arguments import TrainArguments
+from train.settings.record import read_record
+from train.shards.index import ShardIndex, open_shards
+
+_PLANNED = "Without --run: "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownOrder:
+    """An order of bins and the ranks that they are dealt to."""
+
+    index: ShardIndex
+    order: DataOrder
+    world_size: int
+    accumulation: int
 
 
 @click.command(name="python -m train.order")
-@click.option("--shards", required=True, help="Folder or URL, or several with weights, as the trainer takes them.")
+@click.option("--run", type=click.Path(file_okay=False, path_type=Path), help="Folder of a run, with settings.toml.")
+@click.option("--shards", help=_PLANNED + "folders or URLs, with weights if need be, as the trainer takes them.")
 @click.option("--step", type=click.IntRange(min=0), help="Print this step, counted from 0.")
-@click.option("--simulate", "simulated", is_flag=True, help="Sum up many steps instead of printing one.")
-@click.option("--global-batch", type=click.IntRange(min=1), required=True, help="Bins of a step over all ranks.")
-@click.option("--world-size", type=click.IntRange(min=1), required=True, help="Number of ranks.")
-@click.option("--accumulation", type=click.IntRange(min=1), help="Micro-steps of a step; by default one bin in each.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the run.")
-@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Epochs of the run.  [default: no end]")
-@click.option("--group-steps", type=click.IntRange(min=1), default=1, show_default=True, help="Window of the run.")
+@click.option("--simulate", "simulated", is_flag=True, help="Summarize many steps instead of printing a step.")
+@click.option("--global-batch", type=click.IntRange(min=1), help=_PLANNED + "bins of a step over all ranks.")
+@click.option("--world-size", type=click.IntRange(min=1), help=_PLANNED + "number of ranks.")
+@click.option(
+    "--accumulation",
+    type=click.IntRange(min=1),
+    help=_PLANNED + "micro-steps of a step.  [default: as many as give each rank one bin in a micro-step]",
+)
+@click.option("--seed", type=int, help=_PLANNED + "seed.  [default: 0]")
+@click.option("--epochs", "num_train_epochs", type=float, help=_PLANNED + "number of epochs.  [default: no end]")
+@click.option("--group-steps", type=int, help=_PLANNED + "window of steps.  [default: 1]")
 @click.option(
     "--model_name_or_path",
     "--model",
     "model",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the checkpoint of the run, by whose costs bins are dealt.  [default: Qwen2.5-VL-7B]",
+    help=_PLANNED + "checkpoint folder, from whose sizes the costs of bins follow.  [default: sizes of the 7B]",
 )
 @click.option(
-    "--tune-llm/--freeze-llm", default=True, show_default=True, help="What the run trains; it decides the costs too."
-)
-@click.option("--tune-vision/--freeze-vision", default=False, show_default=True, help="What the run trains.")
-@click.option("--lora/--no-lora", default=False, show_default=True, help="Whether it trains adapters.")
-@click.option(
-    "--gradient-checkpointing/--no-gradient-checkpointing",
-    default=True,
+    "--num-steps",
+    type=click.IntRange(1, 100_000),
+    default=NUM_STEPS,
     show_default=True,
-    help="Whether the run recomputes activations.",
-)
-@click.option(
-    "--num-steps", type=click.IntRange(1, 100_000), default=NUM_STEPS, show_default=True, help="With --simulate."
+    help="With --simulate: number of steps.",
 )
 @click.option(
     "--tokens-per-s",
     type=float,
     default=100_000.0,
     show_default=True,
-    help="With --simulate: speed of training over all ranks.",
+    help="With --simulate: training speed over all ranks.",
 )
 def main(
-    shards: str,
-    step: int | None,
-    simulated: bool,
-    global_batch: int,
-    world_size: int,
-    accumulation: int | None,
-    seed: int,
-    epochs: float | None,
-    group_steps: int,
-    model: Path | None,
-    tune_llm: bool,
-    tune_vision: bool,
-    lora: bool,
-    gradient_checkpointing: bool,
-    num_steps: int,
-    tokens_per_s: float,
+    run: Path | None, step: int | None, simulated: bool, num_steps: int, tokens_per_s: float, **planned: Any
 ) -> None:
-    """Print bins, ranks, costs and source samples of a training step, or sum up many steps (--simulate)."""
+    """Print bins, ranks, costs and source samples of a training step, or summarize many steps (--simulate).
+
+    Give the folder of a run (--run), or the numbers of a planned one: --shards, --global-batch, --world-size and more.
+    """
     try:
         if (step is None) == (not simulated):
             raise ConfigError("give either --step N or --simulate.")
         if not 0 < tokens_per_s < math.inf:
             raise ConfigError(f"--tokens-per-s is {tokens_per_s}; allowed: a positive number.")
-        index = open_shards(shards)
-        accumulation = accumulation or max(1, global_batch // world_size)
-        trained = {
-            "tune_llm": tune_llm,
-            "tune_vision": tune_vision,
-            "uses_adapters": lora,
-            "gradient_checkpointing": gradient_checkpointing,
-        }
-        cost_model = (CostModel() if model is None else CostModel.of(read_config(model))).in_training(**trained)
-        order = DataOrder(
-            index.cost(cost_model),
-            seed=seed,
-            global_batch=global_batch,
-            epochs=epochs,
-            mixture=index.mixture,
-            grouping=Grouping(steps=group_steps, runs=accumulation) if group_steps > 1 else None,
-        )
+        shown = open_order(run, planned)
+        ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
         if step is not None:
-            lines = explain_step(index, order, step, world_size=world_size, accumulation=accumulation)
+            lines = explain_step(shown.index, shown.order, step, **ranks)
         else:
-            found = simulate(index, order, world_size=world_size, accumulation=accumulation, num_steps=num_steps)
-            lines = report(
-                index, order, found, world_size=world_size, accumulation=accumulation, tokens_per_s=tokens_per_s
-            )
+            simulation = simulate(shown.index, shown.order, num_steps=num_steps, **ranks)
+            lines = report(shown.index, shown.order, simulation, tokens_per_s=tokens_per_s, **ranks)
         for line in lines:
             click.echo(line)
     except VlprepError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
+
+
+def open_order(run: Path | None, planned: dict[str, Any]) -> ShownOrder:
+    """The order of a run, or of a planned one.
+
+    Args:
+        run: folder of the run.
+        planned: options of a planned run by name; None where the command line has none.
+
+    Raises:
+        ConfigError: both are given, or too little, or the run has no record.
+        ShardError: the shards are incomplete.
+    """
+    given = {name: value for name, value in planned.items() if value is not None}
+    if run is not None:
+        if given:
+            names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in given))
+            raise ConfigError(f"--run {run} has settings of its own: leave out {names}.")
+        return open_run(run)
+    if not given.keys() >= {"shards", "global_batch", "world_size"}:
+        raise ConfigError("give --run FOLDER, or all of --shards, --global-batch and --world-size.")
+    return open_planned(**given)
+
+
+def open_run(run_dir: Path) -> ShownOrder:
+    """The order of a run, from the settings that it recorded when it last started or resumed.
+
+    Raises:
+        ConfigError: the folder has no such record, or its checkpoint is gone.
+        ShardError: the shards are incomplete.
+    """
+    args, facts = read_record(run_dir)
+    index = open_shards(args.shards)
+    order = order_of_run(
+        args,
+        index,
+        read_config(Path(facts.checkpoint)),
+        global_batch=facts.global_batch,
+        epochs=args.num_train_epochs,
+        group_runs=facts.group_runs,
+    )
+    accumulation = args.gradient_accumulation_steps
+    assert accumulation is not None, "recorded settings are resolved"
+    return ShownOrder(index=index, order=order, world_size=facts.world_size, accumulation=accumulation)
+
+
+def open_planned(
+    *,
+    shards: str,
+    global_batch: int,
+    world_size: int,
+    accumulation: int | None = None,
+    model: Path | None = None,
+    **settings: Any,
+) -> ShownOrder:
+    """The order of a planned run that trains the language model and the merger.
+
+    Args:
+        shards: as the trainer takes them.
+        global_batch: bins of a step.
+        world_size: number of ranks.
+        accumulation: micro-steps of a step; None for one bin of each rank in a micro-step.
+        model: folder of the checkpoint; None for the sizes of the 7B.
+        settings: further fields of :class:`TrainArguments`.
+    """
+    args = TrainArguments(shards=shards, **settings)
+    accumulation = accumulation or max(1, global_batch // world_size)
+    index = open_shards(shards)
+    order = order_of_run(
+        args,
+        index,
+        None if model is None else read_config(model),
+        global_batch=global_batch,
+        epochs=args.num_train_epochs,
+        group_runs=accumulation if args.group_steps > 1 else None,
+    )
+    return ShownOrder(index=index, order=order, world_size=world_size, accumulation=accumulation)

@@ -29,6 +29,7 @@ from train.run.interrupt import StopRequest
 from train.run.metrics import Window, open_log
 from train.run.nonfinite import SkippedSteps
 from train.run.plan import ADAPTER_DIR, FINAL_DIR, Plan, check_same_plan, make_plan, read_settings
+from train.run.record import record_run
 from train.run.schedule import schedule, set_rates, warmup_steps
 from train.settings.arguments import TrainArguments
 
@@ -54,6 +55,8 @@ def train(args: TrainArguments) -> bool:
             checkpoint.check_files(plan.resume_from)
     engine.start(plan.device)
     check_same_plan(plan)
+    if plan.ranks.is_first:
+        record_run(plan)
     kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
     model, groups = build_model(plan)
     describe(plan, groups)

@@ -17,14 +17,14 @@ import torch
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError
-from train.arithmetic.cost import CostModel
 from train.model import optim, pretrained
 from train.model.adapters import Adapters, choose_adapters
 from train.model.attention import check_window
 from train.model.flops import peak_tflops
 from train.model.kernels import check_kernels
 from train.model.pretrained import ModelShape
-from train.order.dealing import DataOrder, Grouping
+from train.order.dealing import DataOrder
+from train.order.run_order import order_of_run
 from train.run import checkpoint, engine
 from train.run.checkpoint import RunState, Setting
 from train.run.engine import Ranks
@@ -89,27 +89,8 @@ class Plan:
 
     @property
     def order_command(self) -> str:
-        """What shows a step of this run, but for ``--step``: ``python -m train.order`` with its numbers."""
-        args = self.args
-        numbers: dict[str, object] = {
-            "--shards": args.shards,
-            "--model_name_or_path": self.source,
-            "--global-batch": self.order.global_batch,
-            "--world-size": self.ranks.world,
-            "--accumulation": self.recipe.accumulation,
-            "--seed": args.seed,
-            "--group-steps": args.group_steps,
-        }
-        if self.order.epochs is not None:
-            numbers["--epochs"] = self.order.epochs
-        switches = {
-            "--freeze-llm": not args.tune_mm_llm,
-            "--tune-vision": args.tune_mm_vision,
-            "--lora": self.adapters is not None,
-            "--no-gradient-checkpointing": not args.gradient_checkpointing,
-        }
-        command = ["python", "-m", "train.order", *(str(part) for pair in numbers.items() for part in pair)]
-        return shlex.join([*command, *(name for name, is_on in switches.items() if is_on)])
+        """Command that shows a step of this run, without ``--step``."""
+        return shlex.join(["python", "-m", "train.order", "--run", str(self.args.run_dir)])
 
 
 def check_outputs(run_dir: Path, source: Path) -> None:
@@ -196,19 +177,13 @@ def make_plan(args: TrainArguments) -> Plan:
     state = None if resume_from is None else checkpoint.read_state(resume_from)
     if resume_from is not None and state is not None:
         checkpoint.check_settings(resume_from, state, settings)
-    cost_model = CostModel.of(model_config).in_training(
-        tune_llm=args.tune_mm_llm,
-        tune_vision=args.tune_mm_vision,
-        uses_adapters=adapters is not None,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    order = DataOrder(
-        index.cost(cost_model),
-        seed=args.seed,
+    order = order_of_run(
+        args,
+        index,
+        model_config,
         global_batch=deepspeed["train_batch_size"],
         epochs=recipe.epochs if args.max_steps is None else None,
-        mixture=index.mixture,
-        grouping=choose_grouping(args, recipe, state),
+        group_runs=choose_group_runs(args, recipe, state),
     )
     num_steps = args.max_steps or order.num_steps
     assert num_steps is not None, "an order with a number of epochs has a number of steps"
@@ -316,11 +291,15 @@ def frozen_settings(args: TrainArguments, adapters: Adapters | None, source: Pat
     }
 
 
-def choose_grouping(args: TrainArguments, recipe: Recipe, state: RunState | None) -> Grouping | None:
-    """Windows of steps, if any; a run that goes on keeps those it began with, whatever its micro-steps are now."""
+def choose_group_runs(args: TrainArguments, recipe: Recipe, state: RunState | None) -> int | None:
+    """Runs of the windows of ``--group_steps``; None if steps are not grouped.
+
+    A new run has one for each micro-step. A resumed run keeps the number it began with, however many micro-steps it
+    has now.
+    """
     if args.group_steps == 1:
         return None
-    return Grouping(steps=args.group_steps, runs=recipe.accumulation if state is None else state.stream["group_runs"])
+    return recipe.accumulation if state is None else state.stream["group_runs"]
 
 
 def find_start(folder: Path, state: RunState, order: DataOrder, num_steps: int) -> int:

@@ -1,0 +1,68 @@
+"""Records what a run resolved: plan -> ``<run>/settings.toml``.
+
+Cost: none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+
+import torch
+
+from storage.disk import writing
+from train.run.plan import Plan
+from train.settings.arguments import TrainArguments
+from train.settings.record import RunFacts, write_record
+
+PACKAGES = ("vlprep", "torch", "transformers", "deepspeed")
+"""Packages whose versions are recorded."""
+
+
+def record_run(plan: Plan) -> None:
+    """Write the resolved settings of a run. A run that resumes replaces them by its own.
+
+    Raises:
+        VlprepError: the folder of the run cannot be written.
+    """
+    grouping = plan.order.grouping
+    facts = RunFacts(
+        checkpoint=str(plan.source.absolute()),
+        world_size=plan.ranks.world,
+        global_batch=plan.order.global_batch,
+        num_steps=plan.num_steps,
+        group_runs=None if grouping is None else grouping.runs,
+    )
+    with writing(plan.args.run_dir):
+        write_record(plan.args.run_dir, resolved_arguments(plan), facts, _versions())
+
+
+def resolved_arguments(plan: Plan) -> TrainArguments:
+    """The settings of a run with nothing left to the size of the model, the accelerator or what is installed.
+
+    A run with these settings on the same ranks is the same run.
+    """
+    args, recipe, adapters = plan.args, plan.recipe, plan.adapters
+    return dataclasses.replace(
+        args,
+        output_dir=args.run_dir,
+        # Beside --output_dir the name is an error if nothing reads it.
+        run_name=args.run_name if args.report_to == "wandb" else None,
+        num_train_epochs=recipe.epochs if args.max_steps is None else None,
+        per_device_train_batch_size=recipe.per_device,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate if args.uses_base_rate else None,
+        warmup_ratio=args.warmup,
+        lora_r=None if adapters is None else adapters.rank,
+        lora_alpha=None if adapters is None else adapters.alpha,
+        lora_dropout=None if adapters is None else adapters.dropout,
+        bf16={torch.bfloat16: True, torch.float32: False}.get(plan.dtype, args.bf16),
+        fp16=True if plan.dtype == torch.float16 else args.fp16,
+        attn_implementation=plan.attention,
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages; those of a checkout that is not installed are unknown and left out."""
+    installed = {name for distribution in importlib.metadata.distributions() if (name := distribution.name)}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
