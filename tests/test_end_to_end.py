@@ -16,6 +16,7 @@ from PIL import Image
 
 from storage.shard_set import read_manifest
 from tests.prep.corpus import turn
+from train.settings.record import read_record
 from train.shards.index import open_shards
 from train.shards.reader import BinReader
 
@@ -68,6 +69,11 @@ def test_real_pictures_and_clips_become_shards_and_the_loss_falls_in_twelve_step
     found = losses(real / "run")
     assert len(found) == 12
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
+    args, facts = read_record(real / "run")
+    assert (args.max_steps, args.learning_rate, args.gradient_accumulation_steps) == (12, 2e-3, 1)
+    assert (facts.world_size, facts.global_batch, facts.num_steps) == (2, 2, 12)
+    shown = run(sys.executable, "-m", "train.order", "--run", real / "run", "--step", 11).stdout
+    assert shown.startswith("step 11, epoch ") and "annotations.jsonl:" in shown
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     _, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(real / "run" / "final", output_loading_info=True)
