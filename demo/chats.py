@@ -73,9 +73,9 @@ def one_word(media: Nothing, rng: np.random.Generator, wording: Wording) -> tupl
 _ONE_WORD = ("Answer with yes or no only.", "请只回答是或否。")
 
 CHAT_KINDS: tuple[Kind[NoReturn], ...] = (
-    Kind(name="sums", weight=3, sample=lambda rng: (), ask=sums),
-    Kind(name="running_sum", weight=3, sample=lambda rng: (), ask=running_sum),
-    Kind(name="shopping_list", weight=3, sample=lambda rng: (), ask=shopping_list),
-    Kind(name="transcript", weight=2, sample=lambda rng: (), ask=transcript),
-    Kind(name="one_word", weight=2, sample=lambda rng: (), ask=one_word, system=_ONE_WORD),
+    Kind(name="chat/sums", weight=3, sample=lambda rng: (), ask=sums),
+    Kind(name="chat/running_sum", weight=3, sample=lambda rng: (), ask=running_sum),
+    Kind(name="chat/shopping_list", weight=3, sample=lambda rng: (), ask=shopping_list),
+    Kind(name="chat/transcript", weight=2, sample=lambda rng: (), ask=transcript),
+    Kind(name="chat/one_word", weight=2, sample=lambda rng: (), ask=one_word, system=_ONE_WORD),
 )

@@ -1,13 +1,12 @@
 """The demo dataset as a plan: which annotations a seed gives, the facts of their media, and how images are stored.
 
-seed, number of annotations -> ``Planned`` annotations; ``Planned`` and the paths of its media -> a record. Pure:
+seed, number of annotations -> drafts; a draft and the paths of its media -> a record. Pure:
 nothing is drawn, no file is touched. Cost: under a second for 500 annotations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,14 @@ import numpy as np
 from demo.chats import CHAT_KINDS
 from demo.drawing import JPEG, PNG, TURNED_JPEG, Encoding
 from demo.kinds import Draft, Kind, M, allocate, compose, generator
-from demo.pages import PAGE_KINDS, Page
-from demo.scenes import SCENE_KINDS, Scene
-from demo.videos import VIDEO_KINDS, Video
+from demo.pages import PAGE_KINDS
+from demo.scenes import SCENE_KINDS
+from demo.videos import VIDEO_KINDS
 from demo.wording import Wording
 
-Medium = Scene | Page | Video
+Planned = tuple[Draft[Any], Encoding]
+"""A draft, and how its images are stored."""
+
 Record = dict[str, str | list[str] | list[dict[str, str]]]
 
 _SHARES = {"scene": 60, "page": 14, "video": 6, "chat": 20}
@@ -34,25 +35,11 @@ _ENCODINGS = (
     *(PNG, JPEG, Encoding("PNG", "L"), Encoding("WEBP")),
     *(Encoding("PNG", "P"), Encoding("JPEG", "L"), Encoding("PNG", "RGBA")),
 )
-_TURNED_KIND = "left_or_right"
+_TURNED_KIND = "scene/left_or_right"
 """The first image of this kind is stored on its side: without its EXIF orientation, up and down look left and right."""
 
 _START_SHARE, _END_SHARE = 0.55, 0.25
 _PLAIN_FIELD_SHARE = 0.75
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
-    """An annotation of the plan. ``family`` is "scene", "page", "video" or "chat"."""
-
-    family: str
-    draft: Draft[Medium]
-    encoding: Encoding
-
-    @property
-    def kind(self) -> str:
-        """The family and the kind, as in the record's ``kind``: "scene/count"."""
-        return f"{self.family}/{self.draft.kind}"
 
 
 def plan_demo(seed: int, count: int, *, held_out: bool) -> list[Planned]:
@@ -66,18 +53,16 @@ def plan_demo(seed: int, count: int, *, held_out: bool) -> list[Planned]:
     planned: list[Planned] = []
     for family, kinds in _KINDS.items():
         drafts = compose(kinds, counts[family], generator(seed, f"{part}/{family}"), held_out=held_out)
-        turned = next((draft for draft in drafts if draft.kind == _TURNED_KIND), None)
+        turned = next((draft for draft in drafts if draft.kind.name == _TURNED_KIND), None)
         for i, draft in enumerate(drafts):
             encoding = TURNED_JPEG if draft is turned else _ENCODINGS[i % len(_ENCODINGS)]
-            if draft.needs_colour and encoding.mode == "L":
+            if draft.kind.needs_colour and encoding.mode == "L":
                 encoding = PNG
-            planned.append(Planned(family=family, draft=draft, encoding=encoding))
+            planned.append((draft, encoding))
     return [planned[i] for i in generator(seed, f"{part}/order").permutation(len(planned))]
 
 
-def build_record(
-    draft: Draft[M], paths: Sequence[str], *, identifier: str, kind: str, rng: np.random.Generator
-) -> Record:
+def build_record(draft: Draft[M], paths: Sequence[str], *, identifier: str, rng: np.random.Generator) -> Record:
     """Returns the record of a draft, with variations that real datasets have.
 
     Tags stand at the start, at the end or in the middle of the text. Paths stand under ``image``, ``images``, ``video``
@@ -85,21 +70,21 @@ def build_record(
 
     Args:
         draft: What is said.
-        paths: The path of the file of each of ``draft.facts``, relative to the media root; ``.mp4`` is a video.
+        paths: The file of each of ``draft.facts``, relative to the media root. ``.mp4`` is a video.
         identifier: The record's ``id``.
-        kind: The record's ``kind``, a field of our own that readers of annotations ignore.
         rng: Picks the positions of tags and the fields of paths.
     """
-    record: Record = {"id": identifier, "kind": kind}
+    record: Record = {"id": identifier, "kind": draft.kind.name}
     types = ["video" if path.endswith(".mp4") else "image" for path in paths]
     for media_type in ("image", "video"):
         of_type = [path for path, its_type in zip(paths, types, strict=True) if its_type == media_type]
         if of_type:
             field, value = _media_field(media_type, of_type, rng)
             record[field] = value
-    turns = [] if draft.system is None else [{"from": "system", "value": draft.system}]
+    system = draft.kind.system
+    turns = [] if system is None else [{"from": "system", "value": draft.wording.say(*system)}]
     for i, exchange in enumerate(draft.exchanges):
-        shown = types[i : i + 1] if draft.turn_by_turn else types if i == 0 else []
+        shown = types[i : i + 1] if draft.kind.turn_by_turn else types if i == 0 else []
         text = _with_tags(exchange.question, [f"<{media_type}>" for media_type in shown], draft.wording, rng)
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": exchange.answer}]
     record["conversations"] = turns

@@ -19,7 +19,6 @@ import numpy as np
 from demo.wording import Exchange, Wording
 
 M = TypeVar("M")
-M_co = TypeVar("M_co", covariant=True)
 
 _MAX_TRIES = 100_000
 _CHINESE_SHARE = 0.2
@@ -32,13 +31,13 @@ class Kind(Generic[M]):
     """A kind of annotation over media of type ``M``.
 
     Attributes:
-        name: Short and stable. The annotation's ``kind`` is ``family/name``.
+        name: The family and a stable name ("scene/count"), which is also the ``kind`` of the record.
         weight: Number of drafts relative to the other kinds of the family.
         sample: Draws the facts of all media of one annotation.
         ask: Returns the exchanges about these facts, or none if the facts allow no clear question.
         answers: First answers, all equally frequent. Empty if every annotation has its own answer.
         needs_colour: Whether a gray copy of the image would hide the answer.
-        turn_by_turn: Whether medium i comes with question i. By default all media come with the first question.
+        turn_by_turn: Whether medium i comes with question i, not all media with the first.
         system: The system message in English and Chinese.
     """
 
@@ -53,16 +52,13 @@ class Kind(Generic[M]):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Draft(Generic[M_co]):
-    """An annotation before its media are drawn: its kind, the facts, and what is said about them."""
+class Draft(Generic[M]):
+    """An annotation before its media are drawn: the facts and what is said about them."""
 
-    kind: str
-    facts: tuple[M_co, ...]
+    kind: Kind[M]
+    facts: tuple[M, ...]
     exchanges: tuple[Exchange, ...]
     wording: Wording
-    system: str | None
-    needs_colour: bool
-    turn_by_turn: bool
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
@@ -130,13 +126,5 @@ def _draft(kind: Kind[M], target: str | None, rng: np.random.Generator, *, held_
             continue
         if not facts and _is_held_out(exchanges[0].question) != held_out:
             continue
-        return Draft(
-            kind=kind.name,
-            facts=facts,
-            exchanges=exchanges,
-            wording=wording,
-            system=None if kind.system is None else wording.say(*kind.system),
-            needs_colour=kind.needs_colour,
-            turn_by_turn=kind.turn_by_turn,
-        )
+        return Draft(kind=kind, facts=facts, exchanges=exchanges, wording=wording)
     raise AssertionError(f"kind {kind.name}: no facts have the answer {target!r} in {_MAX_TRIES} samples")

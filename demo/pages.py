@@ -119,7 +119,9 @@ def ask_total(pages: Document, rng: np.random.Generator, wording: Wording) -> tu
 _PAGES = tuple(f"{i} of {count}" for count in range(_MIN_PAGES, _MAX_PAGES + 1) for i in range(1, count + 1))
 
 PAGE_KINDS: tuple[Kind[Page], ...] = (
-    Kind(name="title", weight=4, sample=sample_document, ask=ask_title, needs_colour=False),
-    Kind(name="total", weight=3, sample=sample_document, ask=ask_total, needs_colour=False),
-    Kind(name="page_of", weight=5, sample=sample_document, ask=ask_page_of_title, answers=_PAGES, needs_colour=False),
+    Kind(name="page/title", weight=4, sample=sample_document, ask=ask_title, needs_colour=False),
+    Kind(name="page/total", weight=3, sample=sample_document, ask=ask_total, needs_colour=False),
+    Kind(
+        name="page/page_of", weight=5, sample=sample_document, ask=ask_page_of_title, answers=_PAGES, needs_colour=False
+    ),
 )

@@ -45,14 +45,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, *, min_shapes: int = 1, max_shapes: int = 6, max_colours: int = 3) -> Scene:
-    """Draws the facts of a scene: how many shapes, in which colours, at which positions.
-
-    Args:
-        rng: The only source of randomness.
-        min_shapes: At least 1.
-        max_shapes: At most 9.
-        max_colours: Bound on the different colours. With few of them, several shapes often share one.
-    """
+    """Draws the facts of a scene: 1 to 9 shapes with their positions, in a few different colours."""
     count = int(rng.integers(min_shapes, max_shapes + 1))
     cells_a_side = 1 if count == 1 else 2 if count <= 3 else 3
     width, height = _side(rng, cells_a_side), _side(rng, cells_a_side)
@@ -147,18 +140,6 @@ def ask_two_in_turn(scenes: Scenes, rng: np.random.Generator, wording: Wording) 
     )
 
 
-def ask_conversation(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """The number of figures, then two questions that depend on the turns before."""
-    left, second = sorted(scenes[0].figures, key=lambda figure: figure.x)[:2]
-    if second.x - left.x < max(left.radius, second.radius):
-        return ()
-    return (
-        *ask_count(scenes, rng, wording),
-        wording.ask(wording.say("What colour is the leftmost one?", "最左边的那个是什么颜色？"), left.colour),
-        wording.ask(wording.say("And what shape is it?", "它是什么形状？"), left.shape),
-    )
-
-
 def _single(rng: np.random.Generator) -> Scenes:
     return (sample_scene(rng, max_shapes=1),)
 
@@ -167,32 +148,25 @@ def _colourful(rng: np.random.Generator) -> Scenes:
     return (sample_scene(rng, min_shapes=2, max_shapes=4, max_colours=len(COLOURS)),)
 
 
-def _several(rng: np.random.Generator) -> Scenes:
-    return (sample_scene(rng, min_shapes=2, max_shapes=5),)
-
-
-_NUMBERS = ("1", "2", "3", "4", "5")
-
 SCENE_KINDS: tuple[Kind[Scene], ...] = (
-    Kind(name="colour", weight=12, sample=_single, ask=ask_colour, answers=COLOURS),
-    Kind(name="shape", weight=8, sample=_single, ask=ask_shape, answers=SHAPES, needs_colour=False),
+    Kind(name="scene/colour", weight=12, sample=_single, ask=ask_colour, answers=COLOURS),
+    Kind(name="scene/shape", weight=8, sample=_single, ask=ask_shape, answers=SHAPES, needs_colour=False),
     Kind(
-        name="count",
+        name="scene/count",
         weight=12,
         sample=lambda rng: (sample_scene(rng, max_shapes=5),),
         ask=ask_count,
-        answers=_NUMBERS,
+        answers=("1", "2", "3", "4", "5"),
         needs_colour=False,
     ),
-    Kind(name="colour_of", weight=12, sample=_colourful, ask=ask_colour_of, answers=COLOURS),
-    Kind(name="left_or_right", weight=10, sample=_colourful, ask=ask_left_or_right, answers=("left", "right")),
+    Kind(name="scene/colour_of", weight=12, sample=_colourful, ask=ask_colour_of, answers=COLOURS),
+    Kind(name="scene/left_or_right", weight=10, sample=_colourful, ask=ask_left_or_right, answers=("left", "right")),
     Kind(
-        name="two_in_turn",
+        name="scene/two_in_turn",
         weight=6,
         sample=lambda rng: _single(rng) + _single(rng),
         ask=ask_two_in_turn,
         answers=COLOURS,
         turn_by_turn=True,
     ),
-    Kind(name="conversation", weight=8, sample=_several, ask=ask_conversation, answers=_NUMBERS[1:]),
 )

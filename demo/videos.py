@@ -10,18 +10,20 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from demo.drawing import Figure, draw_figures
 from demo.kinds import Kind, pick, sample_names
-from demo.scenes import Scene, sample_scene
+from demo.scenes import sample_scene
 from demo.wording import COLOURS, SHAPES, Exchange, Wording
-from schemas.errors import ConfigError
 
-Media = tuple["Video | Scene", ...]
+Media = tuple[Any, ...]
+"""A video, in some kinds followed by a scene."""
 
 EVENTS = ("moves", "changes colour", "grows", "shrinks")
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -38,21 +40,16 @@ hand, the same frames occasionally gave different bytes, even on one machine."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Video:
-    """A video of ``duration_s * fps`` frames, in which the figure ``start`` becomes ``end``."""
+    """A video in which the figure ``start`` becomes ``end``."""
 
     width: int
     height: int
-    duration_s: int
+    num_frames: int
     fps: int
     event: str
     direction: str
     start: Figure
     end: Figure
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames in the file."""
-        return self.duration_s * self.fps
 
     def frame(self, index: int) -> Image.Image:
         """Returns frame ``index`` as an RGB image, as drawn (the codec changes it slightly)."""
@@ -85,33 +82,15 @@ def sample_video(rng: np.random.Generator, *, events: tuple[str, ...] = EVENTS) 
     else:
         end = replace(end, radius=radius * _SMALL)
     names = {"event": event, "direction": direction}
-    return Video(width=width, height=height, duration_s=duration_s, fps=fps, start=start, end=end, **names)
-
-
-def require_av() -> ModuleType:
-    """Returns PyAV, which encodes the videos.
-
-    Raises:
-        ConfigError: If it is not installed.
-    """
-    try:
-        import av
-    except ImportError as error:
-        raise ConfigError(
-            "the demo dataset needs PyAV to encode its videos; install it with: pip install av"
-        ) from error
-    return av
+    return Video(width=width, height=height, num_frames=duration_s * fps, fps=fps, start=start, end=end, **names)
 
 
 def encode_video(video: Video) -> bytes:
     """Returns the video as an MP4 file: H.264 if PyAV has an encoder for it, else MPEG-4 part 2.
 
     The bytes depend only on the facts and the versions of the libraries.
-
-    Raises:
-        ConfigError: If PyAV is not installed.
     """
-    av = require_av()
+    av: ModuleType = import_module("av")
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
         if "libx264" in av.codecs_available:
@@ -131,40 +110,33 @@ def encode_video(video: Video) -> bytes:
 def ask_direction(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     """Which way the shape moves."""
     question = wording.say("Does the shape move left, right, up or down?", "图形往哪边移动？")
-    return (wording.ask(question, _video(media).direction),)
+    return (wording.ask(question, media[0].direction),)
 
 
 def ask_event(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     """What happens to the shape."""
-    return (wording.ask(wording.say("What does the shape do?", "视频中的图形发生了什么？"), _video(media).event),)
+    return (wording.ask(wording.say("What does the shape do?", "视频中的图形发生了什么？"), media[0].event),)
 
 
 def ask_same_colour(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     """Whether the shapes of a video and an image have the same colour."""
-    scene = media[1]
-    assert isinstance(scene, Scene), "the image comes second"
+    video, scene = media
     question = wording.say(
         "Do the shapes in the video and in the image have the same colour?",
         "视频和图片中的图形颜色相同吗？请回答是或否。",
     )
-    return (wording.ask(question, "yes" if scene.figures[0].colour == _video(media).start.colour else "no"),)
-
-
-def _video(media: Media) -> Video:
-    video = media[0]
-    assert isinstance(video, Video), "the video comes first"
-    return video
+    return (wording.ask(question, "yes" if scene.figures[0].colour == video.start.colour else "no"),)
 
 
 def _moving(rng: np.random.Generator) -> Media:
     return (sample_video(rng, events=("moves",)),)
 
 
-VIDEO_KINDS: tuple[Kind[Video | Scene], ...] = (
-    Kind(name="direction", weight=4, sample=_moving, ask=ask_direction, answers=tuple(STEPS)),
-    Kind(name="event", weight=4, sample=lambda rng: (sample_video(rng),), ask=ask_event, answers=EVENTS),
+VIDEO_KINDS: tuple[Kind[Any], ...] = (
+    Kind(name="video/direction", weight=4, sample=_moving, ask=ask_direction, answers=tuple(STEPS)),
+    Kind(name="video/event", weight=4, sample=lambda rng: (sample_video(rng),), ask=ask_event, answers=EVENTS),
     Kind(
-        name="same_colour",
+        name="video/same_colour",
         weight=2,
         sample=lambda rng: (*_moving(rng), sample_scene(rng, max_shapes=1)),
         ask=ask_same_colour,

@@ -11,13 +11,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from demo.dataset import Medium, Planned, build_record, plan_demo
-from demo.drawing import JPEG, PNG, Encoding, encode_image
+from demo.dataset import Planned, build_record, plan_demo
+from demo.drawing import JPEG, PNG, encode_image
 from demo.kinds import generator
 from demo.scenes import sample_scene
-from demo.videos import Video, encode_video, require_av, sample_video
+from demo.videos import Video, encode_video, sample_video
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError
 
@@ -42,10 +43,10 @@ class DemoSummary:
 
     def __str__(self) -> str:
         """Three lines for a person."""
-        lines = {"training": self.train, "held out": self.held_out, "broken on purpose": self.broken}
+        parts = {"for training": self.train, "held out": self.held_out, "broken on purpose": self.broken}
         return "\n".join(
-            f"{sum(counts.values())} annotations {part}: {', '.join(f'{n} {name}' for name, n in counts.items())}"
-            for part, counts in lines.items()
+            f"{sum(counts.values())} {part}: {', '.join(f'{n} {name}' for name, n in sorted(counts.items()))}"
+            for part, counts in parts.items()
         )
 
 
@@ -64,7 +65,8 @@ def write_demo(out: Path, *, seed: int = 0, num_annotations: int = 400) -> DemoS
     Raises:
         ConfigError: If PyAV is not installed, ``out`` cannot be created, or ``num_annotations`` is too small.
     """
-    require_av()
+    if find_spec("av") is None:
+        raise ConfigError("the demo dataset needs PyAV to encode its videos; install it with: pip install av")
     if num_annotations < MIN_ANNOTATIONS:
         raise ConfigError(f"the demo dataset needs at least {MIN_ANNOTATIONS} annotations, not {num_annotations}")
     try:
@@ -85,9 +87,9 @@ def write_demo(out: Path, *, seed: int = 0, num_annotations: int = 400) -> DemoS
     _write_lines(out / "heldout.jsonl", held_out_lines)
     _write_lines(out / "annotations.jsonl", train_lines)
     return DemoSummary(
-        train=dict(sorted(Counter(planned.kind for planned in train).items())),
-        held_out=dict(sorted(Counter(planned.kind for planned in held_out).items())),
-        broken=dict(sorted(Counter(code.value for code, _ in broken).items())),
+        train=Counter(draft.kind.name for draft, _ in train),
+        held_out=Counter(draft.kind.name for draft, _ in held_out),
+        broken=Counter(code.value for code, _ in broken),
     )
 
 
@@ -96,26 +98,22 @@ def _write_part(out: Path, plan: Sequence[Planned], seed: int, prefix: str) -> l
     rng = generator(seed, f"{prefix}records")
     counts: Counter[str] = Counter()
     lines = []
-    for planned in plan:
-        name = f"{prefix}{planned.family}-{counts[planned.family]:05d}"
-        counts[planned.family] += 1
-        paths = [
-            _write_medium(out, f"{name}-{i}", medium, planned.encoding)
-            for i, medium in enumerate(planned.draft.facts, start=1)
-        ]
-        record = build_record(planned.draft, paths, identifier=f"demo-{name}", kind=planned.kind, rng=rng)
+    for draft, encoding in plan:
+        family = draft.kind.name.split("/")[0]
+        name = f"{prefix}{family}-{counts[family]:05d}"
+        counts[family] += 1
+        paths = []
+        for i, medium in enumerate(draft.facts, start=1):
+            if isinstance(medium, Video):
+                path, content = f"videos/{name}-{i}.mp4", encode_video(medium)
+            else:
+                path = f"images/{name}-{i}.{encoding.format.lower()}"
+                content = encode_image(medium.draw(), encoding)
+            (out / path).write_bytes(content)
+            paths.append(path)
+        record = build_record(draft, paths, identifier=f"demo-{name}", rng=rng)
         lines.append(json.dumps(record, ensure_ascii=False))
     return lines
-
-
-def _write_medium(out: Path, name: str, medium: Medium, encoding: Encoding) -> str:
-    """Returns the path of the file, relative to ``out``."""
-    if isinstance(medium, Video):
-        path, content = f"videos/{name}.mp4", encode_video(medium)
-    else:
-        path, content = f"images/{name}.{encoding.format.lower()}", encode_image(medium.draw(), encoding)
-    (out / path).write_bytes(content)
-    return path
 
 
 def _write_damaged_media(out: Path, seed: int) -> None:

@@ -175,6 +175,6 @@ def _bar_chart(rng: np.random.Generator) -> Charts:
 _ANSWERS = tuple(map(str, _VALUES))
 
 CHART_KINDS: tuple[Kind[Chart], ...] = (
-    Kind(name="value", weight=1, sample=_chart, ask=ask_value, answers=_ANSWERS, needs_colour=False),
-    Kind(name="value_by_colour", weight=1, sample=_bar_chart, ask=ask_value_by_colour, answers=_ANSWERS),
+    Kind(name="chart/value", weight=1, sample=_chart, ask=ask_value, answers=_ANSWERS, needs_colour=False),
+    Kind(name="chart/value_by_colour", weight=1, sample=_bar_chart, ask=ask_value_by_colour, answers=_ANSWERS),
 )

@@ -48,11 +48,11 @@ from tests.train.launching import ENVIRONMENT
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 KINDS: dict[str, Kind[Any]] = {
-    "colours": next(kind for kind in SCENE_KINDS if kind.name == "colour"),
-    "shapes": next(kind for kind in SCENE_KINDS if kind.name == "shape"),
-    "counts": next(kind for kind in SCENE_KINDS if kind.name == "count"),
-    "values_by_colour": next(kind for kind in CHART_KINDS if kind.name == "value_by_colour"),
-    "values_by_name": next(kind for kind in CHART_KINDS if kind.name == "value"),
+    "colours": next(kind for kind in SCENE_KINDS if kind.name == "scene/colour"),
+    "shapes": next(kind for kind in SCENE_KINDS if kind.name == "scene/shape"),
+    "counts": next(kind for kind in SCENE_KINDS if kind.name == "scene/count"),
+    "values_by_colour": next(kind for kind in CHART_KINDS if kind.name == "chart/value_by_colour"),
+    "values_by_name": next(kind for kind in CHART_KINDS if kind.name == "chart/value"),
 }
 """What is asked, by the name of its dataset."""
 
@@ -200,7 +200,7 @@ def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list
     for number, draft in enumerate(drafts):
         path = f"images/{part}-{name}-{number:05d}.png"
         (folder / path).write_bytes(encode_image(draft.facts[0].draw(), PNG))
-        record = build_record(draft, [path], identifier=f"{part}-{name}-{number:05d}", kind=name, rng=rng)
+        record = build_record(draft, [path], identifier=f"{part}-{name}-{number:05d}", rng=rng)
         del record["image" if "image" in record else "images"]
         records.append({**record, "image": path})
     return records

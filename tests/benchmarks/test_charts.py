@@ -53,10 +53,10 @@ def test_answers_about_charts_follow_from_their_values_and_are_equally_frequent(
     values: dict[str, Counter[str]] = {kind.name: Counter() for kind in CHART_KINDS}
     for draft in drafts:
         (chart,), (exchange,) = draft.facts, draft.exchanges
-        values[draft.kind][exchange.value] += 1
+        values[draft.kind.name][exchange.value] += 1
         if draft.wording.language == "zh":
             continue
-        names = chart.categories if draft.kind == "value" else chart.colours
+        names = chart.categories if draft.kind.name == "chart/value" else chart.colours
         (name,) = set(names) & set(re.findall(r"\w+", exchange.question))
         value = str(dict(zip(names, chart.values, strict=True))[name])
         assert exchange.value == value
