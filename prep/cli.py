@@ -318,6 +318,11 @@ def datasets_command(registry: Path) -> None:
 @_guarded
 def demo_command(out: Path, seed: int) -> None:
     """Write the demo dataset to OUT: scenes, document pages, videos and chats with checkable answers."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "demo" / "__init__.py").is_file():
+        raise ConfigError("the demo needs a checkout of the repository: it is not part of the installed package")
+    # Not even an editable install puts demo on the path.
+    sys.path.insert(0, str(checkout))
     from demo import write_demo
 
     _say(str(write_demo(out, seed=seed)))
