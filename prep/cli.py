@@ -21,10 +21,11 @@ from prep.build.pipeline import BuildRequest, build
 from prep.build.summary import build_summary, metrics_summary
 from prep.engines import ENGINES, open_engine
 from prep.inspect.report import write_report
-from prep.inspect.show import save_pictures, show
+from prep.inspect.show import save_frames, show
 from prep.inspect.transcript import open_transcriber
 from prep.inspect.validate import ValidateRequest, validate
 from prep.inspect.verify import verify
+from prep.inspect.wording import counted
 from prep.samples.tokenizer import DEFAULT_MODEL
 from schemas.errors import ConfigError, VlprepError
 from schemas.setting import setting_fields
@@ -352,7 +353,7 @@ def show_command(folder: Location, number: int, save: Path | None, model: str) -
     transcriber = open_transcriber(model, shards.manifest)
     _say(show(shards, number, transcriber, colour=sys.stdout.isatty()))
     if save is not None:
-        _say(f"\n{len(save_pictures(shards, number, save)):,} pictures written to {save}")
+        _say(f"\n{counted(len(save_frames(shards, number, save)), 'PNG file')} written to {save}")
 
 
 @main.command("report")

@@ -1,7 +1,7 @@
-"""``vlprep show``: one bin for a person: its text with what is trained, its media with their sizes, and the pictures.
+"""``vlprep show``: the text of one bin, what is trained, its media, and their pixels.
 
-Input: a set of shards and the number of a bin. Output: text for a terminal; with a folder given, the pictures as PNG
-files, exactly as the model sees them before normalisation.
+Input: a set of shards and the number of a bin. Output: text for a terminal, and optionally the frames as PNG files,
+exactly as the model sees them before normalisation. Cost: reading one bin.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
+from prep.inspect.wording import counted
 from schemas.bins import MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
@@ -31,9 +32,9 @@ class ShownSample:
     """One sample of a bin.
 
     Attributes:
-        row: what the ledger says of it.
-        first, last: its tokens in the bin, ``last`` not included.
-        media: numbers of its media in the bin, with grid and type.
+        row: its row of the ledger.
+        first, last: its tokens in the bin, ``last`` excluded.
+        media: index in the bin, grid and media type of its media.
     """
 
     row: LedgerRow
@@ -42,65 +43,66 @@ class ShownSample:
     media: tuple[tuple[int, Grid, int], ...]
 
 
-def samples_of(shards: ShardSet, found: Bin) -> list[ShownSample]:
-    """The samples of a bin with their places, and where they come from.
+def samples_of(shards: ShardSet, bin_: Bin) -> list[ShownSample]:
+    """Split a bin into its samples.
 
     Raises:
-        ShardError: bin and ledger do not agree.
+        ShardError: the bin and the ledger disagree.
     """
-    rows = shards.packed_in(found.index)
-    borders = found.cu_seqlens.tolist()
-    is_pad = np.isin(found.input_ids, (IMAGE_PAD, VIDEO_PAD))
+    rows = shards.packed_in(bin_.index)
+    boundaries = bin_.cu_seqlens.tolist()
+    is_pad = np.isin(bin_.input_ids, (IMAGE_PAD, VIDEO_PAD))
+    # (M,): first pad token of every medium.
     starts = np.flatnonzero(is_pad & ~np.concatenate([[False], is_pad[:-1]]))
-    grids = found.grids()
-    if len(rows) != len(borders) - 1 or len(starts) != len(grids):
+    grids = bin_.grids()
+    if len(rows) != len(boundaries) - 1 or len(starts) != len(grids):
         raise ShardError(
-            f"bin {found.index} of {shards.folder} has {len(borders) - 1} samples and {len(grids)} media; the ledger "
-            f"has {len(rows)} samples, the ids {len(starts)} media. `vlprep verify` says what is wrong."
+            f"bin {bin_.index} of {shards.folder} has {len(boundaries) - 1} samples and {len(grids)} media, but the "
+            f"ledger has {len(rows)} samples and input_ids {len(starts)} media. Run `vlprep verify` for details."
         )
-    sample_of = np.searchsorted(found.cu_seqlens, starts, side="right") - 1
+    sample_of = np.searchsorted(bin_.cu_seqlens, starts, side="right") - 1
     return [
         ShownSample(
             row=row,
             first=first,
             last=last,
-            media=tuple((int(number), *grids[number]) for number in np.flatnonzero(sample_of == slot)),
+            media=tuple((int(index), *grids[index]) for index in np.flatnonzero(sample_of == slot)),
         )
-        for slot, (row, first, last) in enumerate(zip(rows, borders, borders[1:]))
+        for slot, (row, first, last) in enumerate(zip(rows, boundaries, boundaries[1:]))
     ]
 
 
 def show(shards: ShardSet, number: int, transcriber: Transcriber, *, colour: bool) -> str:
-    """A bin as text.
+    """Render a bin as text.
 
     Args:
         shards: the set.
-        number: of the bin.
+        number: number of the bin.
         transcriber: reads the token ids.
-        colour: mark what is trained by colour; else by ``[[`` and ``]]``.
+        colour: mark trained text by colour instead of ``[[`` and ``]]``.
 
     Raises:
-        ConfigError: there is no such bin.
+        ConfigError: the set has no such bin.
         ShardError: the shard is damaged.
     """
-    row, found = shards.row(number), shards.read(number)
+    row, bin_ = shards.row(number), shards.read(number)
     mark = _styled("trained") if colour else f"{_OPEN}trained{_CLOSE}"
     lines = [
         f"{shards.folder / row.where}, {row.num_bytes:,} bytes",
         f"{row.num_tokens:,} of {shards.manifest.settings.max_length:,} tokens, {row.num_targets:,} of them {mark}; "
-        f"{_count(row.num_samples, 'sample')}, {_count(row.num_images, 'image')}, {_count(row.num_videos, 'video')}, "
-        f"{row.num_patches:,} patches",
+        f"{counted(row.num_samples, 'sample')}, {counted(row.num_images, 'image')}, "
+        f"{counted(row.num_videos, 'video')}, {row.num_patches:,} patches",
     ]
-    for slot, sample in enumerate(samples_of(shards, found)):
+    for slot, sample in enumerate(samples_of(shards, bin_)):
         lines += ["", f"── sample {slot} ── {_origin(sample.row)}"]
-        lines += [f"   {describe_medium(number, grid, kind)}" for number, grid, kind in sample.media]
-        part = slice(sample.first, sample.last)
-        lines.append(render(transcriber.spans(found.input_ids[part], found.labels[part]), colour=colour).rstrip("\n"))
+        lines += [f"   {describe_medium(index, grid, kind)}" for index, grid, kind in sample.media]
+        tokens = slice(sample.first, sample.last)
+        lines.append(render(transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens]), colour=colour).rstrip("\n"))
     return "\n".join(lines)
 
 
 def render(spans: Iterable[Span], *, colour: bool) -> str:
-    """Spans as one text for a terminal."""
+    """Render spans as text for a terminal."""
     parts: list[str] = []
     marked = False
     for span in spans:
@@ -118,44 +120,44 @@ def render(spans: Iterable[Span], *, colour: bool) -> str:
 
 
 def _close(parts: list[str]) -> str:
-    """The closing mark, before the line break that the marked text ends with, if it does."""
+    """The closing mark. If the marked text ends with a line break, the mark goes before it."""
     if parts[-1].endswith("\n"):
         parts[-1] = parts[-1][:-1]
         return f"{_CLOSE}\n"
     return _CLOSE
 
 
-def save_pictures(shards: ShardSet, number: int, folder: Path) -> list[Path]:
-    """Write the pictures of a bin as PNG files: one an image, one a stored frame of a video.
+def save_frames(shards: ShardSet, number: int, folder: Path) -> list[Path]:
+    """Write the stored frames of a bin as PNG files: one per image, and one per frame of a video.
 
     Raises:
-        ConfigError: there is no such bin, or the folder cannot be written.
+        ConfigError: the set has no such bin, or the folder cannot be written.
         ShardError: the shard is damaged.
     """
-    found = shards.read(number)
-    frames = decode_frames(found, where=shards.row(number).where)
+    bin_ = shards.read(number)
+    frames = decode_frames(bin_, where=shards.row(number).where)
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for slot, sample in enumerate(samples_of(shards, found)):
+        for slot, sample in enumerate(samples_of(shards, bin_)):
             for medium, _, kind in sample.media:
                 name = f"bin-{number:08d}-sample-{slot:03d}-{'video' if kind == MEDIA_VIDEO else 'image'}-{medium:03d}"
-                for place, frame in enumerate(frames[medium]):
-                    path = folder / (f"{name}-frame-{place:03d}.png" if kind == MEDIA_VIDEO else f"{name}.png")
-                    as_picture(frame).save(path)
+                for index, frame in enumerate(frames[medium]):
+                    path = folder / (f"{name}-frame-{index:03d}.png" if kind == MEDIA_VIDEO else f"{name}.png")
+                    as_image(frame).save(path)
                     written.append(path)
     except OSError as error:
         raise ConfigError(f"--save {folder} cannot be written: {error.strerror}.") from error
     return written
 
 
-def as_picture(frame: NDArray[np.uint8]) -> Image.Image:
-    """A frame (3, H, W) uint8 as a picture."""
+def as_image(frame: NDArray[np.uint8]) -> Image.Image:
+    """Convert a stored frame (3, H, W) uint8 to a Pillow image."""
     return Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
 
 
 def _styled(text: str) -> str:
-    # Line by line: a terminal would paint the rest of the line.
+    # Line by line, because a terminal would colour the rest of the line.
     return "\n".join(click.style(line, fg="green", reverse=True) if line else line for line in text.split("\n"))
 
 
@@ -171,16 +173,12 @@ def _origin(row: LedgerRow) -> str:
     )
 
 
-def describe_medium(number: int, grid: Grid, kind: int) -> str:
-    """A medium in words: its number in the bin, its size, its tokens."""
+def describe_medium(index: int, grid: Grid, kind: int) -> str:
+    """Describe a medium: its index in the bin, its size and its tokens."""
     _, height, width = frame_shape(grid)
     if kind == MEDIA_VIDEO:
         return (
-            f"video {number}: {stored_frames(grid, kind)} frames of {width}×{height} pixels, "
+            f"video {index}: {stored_frames(grid, kind)} frames of {width}×{height} pixels, "
             f"grid {grid.t}×{grid.h}×{grid.w}, {grid.num_tokens:,} tokens"
         )
-    return f"image {number}: {width}×{height} pixels, grid {grid.t}×{grid.h}×{grid.w}, {grid.num_tokens:,} tokens"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"image {index}: {width}×{height} pixels, grid {grid.t}×{grid.h}×{grid.w}, {grid.num_tokens:,} tokens"

@@ -1,7 +1,7 @@
-"""Turns the token ids of a sample back into text that a person can read: what is said, what steers, what is trained.
+"""Turns the token ids of a sample back into readable text, with its control tokens and what is trained.
 
-Input: ids and labels of a bin, and the tokenizer that made them. Output: :class:`Span` by :class:`Span`. Runs of pad
-tokens are folded into one span with their number.
+Input: ids and labels, and the tokenizer that made them. Output: a sequence of :class:`Span`. A run of pad tokens is one
+span with its length.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from prep.inspect.wording import counted
 from prep.samples.tokenizer import ModelFiles, find_model_files, read_fingerprints
 from schemas.checkpoints import TOKENIZER_FILE, processor_file
 from schemas.errors import ConfigError
@@ -27,7 +28,7 @@ _LINE_BREAK = "↵"
 
 
 class SpanKind(Enum):
-    """What a span is: ordinary text, a control token, or a run of pad tokens of a medium."""
+    """Kind of a span: ordinary text, a control token, or the pad tokens of a medium."""
 
     TEXT = "text"
     CONTROL = "control"
@@ -36,7 +37,7 @@ class SpanKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of tokens of one kind that are all trained or all not."""
+    """A run of tokens of one kind that are either all trained or all untrained."""
 
     kind: SpanKind
     text: str
@@ -44,7 +45,7 @@ class Span:
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control characters other than line breaks and tabs are spelled out."""
+    """Escape control characters, except line breaks and tabs, so that text cannot control a terminal."""
     return "".join(
         character if character in "\n\t" or unicodedata.category(character) != "Cc" else f"\\x{ord(character):02x}"
         for character in text
@@ -52,17 +53,17 @@ def printable(text: str) -> str:
 
 
 def visible(span: Span) -> str:
-    """Text of a span for the eye: :func:`printable`, and with a sign for every line break that is trained."""
+    """Printable text of a span, with a sign at every trained line break."""
     text = printable(span.text)
-    # A line break is a token like any other, and easily overlooked.
+    # A trained line break is easily overlooked.
     return text.replace("\n", f"{_LINE_BREAK}\n") if span.trained else text
 
 
 class Transcriber:
-    """Reads token ids.
+    """Decodes token ids to spans.
 
     Args:
-        tokenizer: the one that made them, with its control tokens; None to tell only how many tokens a text has.
+        tokenizer: the tokenizer that made the ids, with its control tokens. None to give only the counts of tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -70,11 +71,11 @@ class Transcriber:
 
     @property
     def reads_text(self) -> bool:
-        """Whether there is a tokenizer."""
+        """Whether it has a tokenizer."""
         return self._tokenizer is not None
 
     def spans(self, input_ids: NDArray[np.int32], labels: NDArray[np.int32]) -> Iterator[Span]:
-        """Spans of a run of tokens.
+        """Split tokens into spans.
 
         Args:
             input_ids: (n,) int32.
@@ -83,7 +84,8 @@ class Transcriber:
         trained = labels != IGNORE_INDEX
         control = np.isin(input_ids, list(_CONTROL_TEXTS))
         pad = np.isin(input_ids, (IMAGE_PAD, VIDEO_PAD))
-        # A control token is a span of its own, pads of one kind share one, and so does text.
+        # (n,): the negated id of a pad token, otherwise 0. A span starts where the group or `trained` changes, and
+        # before and after every control token that is not a pad.
         group = np.where(pad, -input_ids, 0)
         starts = np.flatnonzero(
             np.concatenate([[True], (group[1:] != group[:-1]) | (trained[1:] != trained[:-1])])
@@ -102,45 +104,43 @@ class Transcriber:
 
     def _text(self, ids: list[int]) -> str:
         if self._tokenizer is None:
-            return f"⟨{len(ids)} token{'' if len(ids) == 1 else 's'}⟩"
+            return f"⟨{counted(len(ids), 'token')}⟩"
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
 
 def open_transcriber(model: str, manifest: Manifest) -> Transcriber:
-    """The tokenizer of a checkpoint, which must be the one that a set of shards was made with.
+    """Open the tokenizer of a checkpoint, which must be the one that made a set of shards.
 
     Args:
         model: checkpoint folder or hub id.
-        manifest: of the set.
+        manifest: manifest of the set.
 
     Raises:
-        ConfigError: no such checkpoint, or one with another tokenizer.
+        ConfigError: the checkpoint does not exist or has a different tokenizer.
     """
     return _from_files(find_model_files(model), model, manifest)
 
 
 def cached_transcriber(model: str, manifest: Manifest) -> Transcriber | None:
-    """As :func:`open_transcriber`, from the hub's cache on this machine; None where the checkpoint is not there or has
-    another tokenizer.
-    """
+    """Open the tokenizer from the local hub cache. None if it is not there or is a different tokenizer."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model, TOKENIZER_FILE)
-    if not isinstance(found, str):
+    path = try_to_load_from_cache(model, TOKENIZER_FILE)
+    if not isinstance(path, str):
         return None
     try:
-        files = ModelFiles(tokenizer=Path(found), processor=processor_file(Path(found).parent))
+        files = ModelFiles(tokenizer=Path(path), processor=processor_file(Path(path).parent))
         return _from_files(files, model, manifest) if files.processor.is_file() else None
     except ConfigError:
         return None
 
 
 def _from_files(files: ModelFiles, model: str, manifest: Manifest) -> Transcriber:
-    found, expected = read_fingerprints(files).tokenizer, manifest.fingerprints.tokenizer
-    if found != expected:
+    fingerprint, expected = read_fingerprints(files).tokenizer, manifest.fingerprints.tokenizer
+    if fingerprint != expected:
         raise ConfigError(
-            f"--model {model} has another tokenizer (fingerprint {found}) than the shards were made with ({expected}). "
-            "Give --model the checkpoint that `vlprep build` was given."
+            f"--model {model} has a different tokenizer (fingerprint {fingerprint}) than the one that made the shards "
+            f"({expected}). Pass the --model that `vlprep build` used."
         )
     return Transcriber(Tokenizer.from_file(str(files.tokenizer)))

@@ -1,4 +1,4 @@
-"""Files of a checkpoint on the hub: fetched by the names that it has, and no others are missed."""
+"""Files of a checkpoint on the hub: the processor is found under either of its two names."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from schemas.checkpoints import PROCESSOR_FILES, TOKENIZER_FILE
 from schemas.errors import ConfigError
 from schemas.qwen import IMAGE_MEAN
 
-WHOLE, ALONE = PROCESSOR_FILES
+PROCESSOR, IMAGE_PROCESSOR = PROCESSOR_FILES
 MEAN = [0.1, 0.2, 0.3]
 
 
 @pytest.fixture
 def hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that plays the repository ``team/model``; what is fetched lands in another."""
+    """A folder that stands in for the repository ``team/model``. Downloads go to another folder."""
     remote, cache = tmp_path / "remote", tmp_path / "cache"
     remote.mkdir()
     cache.mkdir()
@@ -29,7 +29,7 @@ def hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
     def download(model: str, name: str) -> str:
         assert model == "team/model"
         if not (remote / name).exists():
-            raise LocalEntryNotFoundError(f"{name} is not there")
+            raise LocalEntryNotFoundError(f"{name} does not exist")
         (cache / name).write_bytes((remote / name).read_bytes())
         return str(cache / name)
 
@@ -40,10 +40,10 @@ def hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("files", "mean"),
     [
-        ({ALONE: {}}, list(IMAGE_MEAN)),
-        ({WHOLE: {"image_processor": {"image_mean": MEAN}}}, MEAN),
-        ({WHOLE: {"processor_class": "Qwen2_5_VLProcessor"}, ALONE: {"image_mean": MEAN}}, MEAN),
-        ({WHOLE: {"image_processor": {"image_mean": MEAN}}, ALONE: {}}, MEAN),
+        ({IMAGE_PROCESSOR: {}}, list(IMAGE_MEAN)),
+        ({PROCESSOR: {"image_processor": {"image_mean": MEAN}}}, MEAN),
+        ({PROCESSOR: {"processor_class": "Qwen2_5_VLProcessor"}, IMAGE_PROCESSOR: {"image_mean": MEAN}}, MEAN),
+        ({PROCESSOR: {"image_processor": {"image_mean": MEAN}}, IMAGE_PROCESSOR: {}}, MEAN),
     ],
 )
 def test_a_processor_is_found_on_the_hub_under_either_name(
@@ -55,6 +55,6 @@ def test_a_processor_is_found_on_the_hub_under_either_name(
 
 
 def test_a_repository_without_a_processor_is_an_error(hub: Path) -> None:
-    (hub / WHOLE).write_text("{}")
+    (hub / PROCESSOR).write_text("{}")
     with pytest.raises(ConfigError, match=r"team/model cannot be fetched from the hub \(preprocessor_config\.json"):
         find_model_files("team/model")

@@ -1,4 +1,4 @@
-"""``vlprep report``: a page that stands alone, is escaped, says the right numbers, and is the same every time."""
+"""``vlprep report``: the page is self-contained, escaped, correct and deterministic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOID = {"meta", "img", "br", "line", "rect"}
 
 
 class Page(HTMLParser):
-    """Collects elements, and fails where they do not nest."""
+    """Collects elements, and fails if they do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, finished: Path, tiny_checkpoi
     return out.read_text()
 
 
-def test_the_page_is_well_formed_and_refers_to_nothing_outside(page: str) -> None:
+def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
     found = Page(page)
     names = Counter(name for name, _ in found.elements)
     assert names["script"] == names["link"] == names["iframe"] == 0
@@ -88,7 +88,7 @@ def test_the_page_is_well_formed_and_refers_to_nothing_outside(page: str) -> Non
     assert "prefers-color-scheme: dark" in page
 
 
-def test_the_page_says_what_became_of_every_annotation(page: str, finished: Path) -> None:
+def test_the_page_accounts_for_every_annotation(page: str, finished: Path) -> None:
     text = Page(page).text
     assert "29 annotations = 24 packed + 5 rejected + 0 not sampled" in text
     rejected = [row for row in pq.read_table(finished / "samples.parquet").to_pylist() if row["status"] == "rejected"]
@@ -102,15 +102,15 @@ def test_the_page_says_what_became_of_every_annotation(page: str, finished: Path
     assert json.loads((finished / "manifest.json").read_text())["fingerprints"]["tokenizer"] in text
 
 
-def test_the_page_says_what_each_dataset_holds(page: str, finished: Path) -> None:
+def test_the_page_has_the_statistics_of_each_dataset(page: str, finished: Path) -> None:
     (dataset,) = json.loads((finished / "manifest.json").read_text())["statistics"]
     kinds = ", ".join(f"{number} {kind}" for kind, number in dataset["modalities"].items())
     tokens = dataset["tokens"]
     assert f"annotations {kinds} {tokens['p50']} · {tokens['p99']} · {tokens['max']}" in Page(page).text
 
 
-def test_texts_and_what_is_trained_are_there(page: str) -> None:
-    assert '<mark>An answer.</mark><mark><span class="steer">&lt;|im_end|&gt;</span></mark>' in page
+def test_the_page_shows_texts_and_marks_what_is_trained(page: str) -> None:
+    assert '<mark>An answer.</mark><mark><span class="control">&lt;|im_end|&gt;</span></mark>' in page
     assert "<span>user\nFirst </span>" in page
 
 
@@ -121,18 +121,18 @@ def test_the_same_set_gives_the_same_page(page: str, finished: Path, tmp_path: P
     assert (tmp_path / "again.html").read_text() == page
 
 
-def test_without_a_tokenizer_the_page_says_so_and_has_no_texts(
+def test_without_a_tokenizer_the_page_has_no_texts_and_says_so(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert run(finished, "--out", tmp_path / "report.html").exit_code == 0
     page = (tmp_path / "report.html").read_text()
-    assert "Their texts are missing: the tokenizer that made them is not at hand" in Page(page).text
+    assert "Their texts are missing, because the tokenizer is not available" in Page(page).text
     assert "An answer." not in page
     assert re.search(r"<mark>⟨\d+ tokens⟩</mark>", page)
 
 
-def test_text_of_users_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_user_text_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Path) -> None:
     evil = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\x1b"
     Image.fromarray(np.zeros((56, 56, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     records = [
@@ -150,12 +150,12 @@ def test_text_of_users_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Pat
     )
     assert [attributes["src"][:5] for name, attributes in found.elements if name == "img"] == ["data:"]
     assert found.text.count("<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\\x1b") >= 4
-    assert "talk <b onclick=x>&" not in found.text
+    assert "transcript <b onclick=x>&" not in found.text
     assert "<b onclick=x>&.jsonl:1" in found.text
     assert "<i>&: report" in found.text
 
 
-def test_wrong_use_and_missing_shards_have_their_exit_codes(finished: Path, tmp_path: Path) -> None:
+def test_wrong_use_exits_with_2_and_missing_shards_with_1(finished: Path, tmp_path: Path) -> None:
     assert run(finished, "--out", tmp_path / "none" / "page.html").exit_code == 2
     assert run(finished, "--out", tmp_path / "page.html", "--model", tmp_path).exit_code == 2
     result = run(tmp_path, "--out", tmp_path / "page.html")
@@ -167,7 +167,7 @@ def test_wrong_use_and_missing_shards_have_their_exit_codes(finished: Path, tmp_
 
 
 def test_statistics_count_every_row_once(corpus_file: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    """Half of one dataset and two and a half times another, counted again from the ledger."""
+    """Half of one dataset and 2.5 times another, counted again from the ledger."""
     root = f'media_root = "{corpus_file.parent}"\nannotation_path = "{corpus_file}"\n'
     (tmp_path / "datasets.toml").write_text(f"[half]\n{root}[more]\n{root}")
     command = ["build", "half%50,more%250", "--registry", tmp_path / "datasets.toml", "--out", tmp_path / "out"]
@@ -200,7 +200,7 @@ def test_statistics_count_every_row_once(corpus_file: Path, tmp_path: Path, tiny
     assert found.fill.mean() == pytest.approx(shards.manifest.fill)
 
 
-def test_bins_worth_a_look_are_named_with_their_reason(finished: Path) -> None:
+def test_example_bins_are_chosen_with_a_reason(finished: Path) -> None:
     shards = open_set(finished)
     rows = pq.read_table(finished / "bins.parquet").to_pylist()
     chosen = dict(notable_bins(shards, 3))
@@ -211,7 +211,7 @@ def test_bins_worth_a_look_are_named_with_their_reason(finished: Path) -> None:
     assert sorted(dict(notable_bins(shards, 99))) == [row["bin"] for row in rows]
 
 
-def test_long_bins_are_cut_and_say_so(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_long_bins_are_shortened_and_say_so(tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "many.jsonl").write_text("\n".join(json.dumps({"conversations": turn(f"{n}")}) for n in range(9)))
     out = sets.build_set(tmp_path / "many.jsonl", tmp_path / "out", tiny_checkpoint, BuildSettings())
     page = render_report(open_set(out), Transcriber(None))
@@ -225,7 +225,7 @@ def bars(chart: Histogram) -> dict[str, list[int]]:
     return {name: counts.tolist() for name, counts in chart.counts.items()}
 
 
-def test_numbers_are_counted_in_at_most_32_bars_of_equal_width() -> None:
+def test_a_number_histogram_has_at_most_32_bars_of_equal_width() -> None:
     small = number_histogram("t", "u", {"a": np.array([0, 1, 1, 5]), "b": np.array([3])})
     assert small.labels == ("0", "1", "2", "3", "4", "5")
     assert bars(small) == {"a": [1, 2, 0, 0, 0, 1], "b": [0, 0, 0, 1, 0, 0]}
@@ -235,13 +235,13 @@ def test_numbers_are_counted_in_at_most_32_bars_of_equal_width() -> None:
     assert bars(large)["a"] == [3, *[0] * 15, 1]
 
 
-def test_doubling_bars_begin_at_powers_of_two() -> None:
+def test_bars_of_a_doubling_histogram_start_at_powers_of_two() -> None:
     chart = doubling_histogram("t", "u", {"a": np.array([1, 2, 3, 4, 7, 8])})
     assert chart.labels == ("1", "2 to 3", "4 to 7", "8 to 15")
     assert bars(chart)["a"] == [1, 2, 2, 1]
 
 
-def test_shares_run_from_the_lowest_to_one() -> None:
+def test_a_share_histogram_runs_from_the_lowest_share_to_one() -> None:
     chart = share_histogram("t", "u", "bins", np.array([0.81, 0.999, 1.0]))
     assert chart.labels[0] == "80 % to 81 %"
     assert bars(chart)["bins"] == [0, 1, *[0] * 17, 2]
@@ -258,7 +258,7 @@ def test_empty_charts_can_be_drawn() -> None:
         Page(svg(chart, ["c"]))
 
 
-def test_heights_of_bars_are_in_proportion_and_bars_are_stacked() -> None:
+def test_bars_are_proportional_and_stacked() -> None:
     chart = number_histogram("t", "tokens", {"a": np.array([0, 0, 1, 1, 1, 1]), "b": np.array([1, 1])})
     found = Page(svg(chart, ["first", "second"]))
     rects = [attributes for name, attributes in found.elements if name == "rect"]
@@ -270,7 +270,7 @@ def test_heights_of_bars_are_in_proportion_and_bars_are_stacked() -> None:
     assert "1 tokens: 4 a, 2 b" in found.text
 
 
-def test_settings_of_a_dataset_that_differ_are_shown(finished: Path, tmp_path: Path) -> None:
+def test_overrides_of_a_dataset_are_shown(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "set")
 
     def change(manifest: dict[str, object]) -> None:

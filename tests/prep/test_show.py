@@ -1,4 +1,4 @@
-"""``vlprep show``: the text of a bin, what is trained, and its pictures."""
+"""``vlprep show``: the text of a bin, what is trained, and its frames."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """One bin with one picture of 56x84 pixels and two turns."""
+    """One bin with one image of 56x84 pixels and two turns."""
     folder = tmp_path_factory.mktemp("small")
     pixels = np.random.default_rng(1).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "a.png")
@@ -47,11 +47,11 @@ def small(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Pa
     return sets.build_set(folder / "talk.jsonl", folder / "out", tiny_checkpoint, settings)
 
 
-def test_a_bin_as_text_with_brackets_around_what_is_trained(small: Path, tiny_checkpoint: Path) -> None:
+def test_a_bin_is_shown_as_text_with_brackets_around_what_is_trained(small: Path, tiny_checkpoint: Path) -> None:
     row = sets.place_of(small, 0)
-    found = run(small, "--bin", 0, "--model", tiny_checkpoint)
-    assert found.exit_code == 0
-    assert found.stdout == (
+    result = run(small, "--bin", 0, "--model", tiny_checkpoint)
+    assert result.exit_code == 0
+    assert result.stdout == (
         f"{small}/bins-00000.tar, bin 0 at offset 0, {row['num_bytes']:,} bytes\n"
         f"{row['num_tokens']} of 4,096 tokens, {row['num_targets']} of them [[trained]]; 1 sample, 1 image, 0 videos, "
         "24 patches\n"
@@ -73,25 +73,25 @@ def test_a_bin_as_text_with_brackets_around_what_is_trained(small: Path, tiny_ch
     )
 
 
-def test_pictures_are_saved_as_they_are_stored(finished: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    result = run(finished, "--bin", 1, "--model", tiny_checkpoint, "--save", tmp_path / "pictures")
+def test_frames_are_saved_exactly_as_they_are_stored(finished: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    result = run(finished, "--bin", 1, "--model", tiny_checkpoint, "--save", tmp_path / "frames")
     assert result.exit_code == 0
     shards = open_set(finished)
-    found = shards.read(1)
-    media = decode_frames(found, where="here")
+    bin_ = shards.read(1)
+    media = decode_frames(bin_, where="here")
     expected = {}
-    for number, ((_, kind), frames) in enumerate(zip(found.grids(), media, strict=True)):
-        for place, frame in enumerate(frames):
-            name = f"video-{number:03d}-frame-{place:03d}" if kind else f"image-{number:03d}"
+    for number, ((_, kind), frames) in enumerate(zip(bin_.grids(), media, strict=True)):
+        for index, frame in enumerate(frames):
+            name = f"video-{number:03d}-frame-{index:03d}" if kind else f"image-{number:03d}"
             expected[name] = frame.transpose(1, 2, 0)
-    saved = {path.stem.split("-", 4)[4]: np.asarray(Image.open(path)) for path in (tmp_path / "pictures").iterdir()}
+    saved = {path.stem.split("-", 4)[4]: np.asarray(Image.open(path)) for path in (tmp_path / "frames").iterdir()}
     assert saved.keys() == expected.keys()
     assert all(np.array_equal(saved[name], expected[name]) for name in expected)
-    assert f"{len(expected)} pictures written to {tmp_path / 'pictures'}" in result.stdout
+    assert f"{len(expected)} PNG files written to {tmp_path / 'frames'}" in result.stdout
 
 
-def test_media_stand_with_their_samples(finished: Path, tiny_checkpoint: Path) -> None:
-    """In every sample as many media are listed as its text has runs of pads."""
+def test_media_are_listed_with_their_samples(finished: Path, tiny_checkpoint: Path) -> None:
+    """Every sample lists as many media as its text has runs of pads."""
     text = run(finished, "--bin", 1, "--model", tiny_checkpoint).stdout
     samples = text.split("── sample ")[1:]
     assert len(samples) == sets.place_of(finished, 1)["num_samples"]
@@ -109,7 +109,7 @@ def test_media_stand_with_their_samples(finished: Path, tiny_checkpoint: Path) -
     assert numbers == list(range(len(numbers)))
 
 
-def test_another_tokenizer_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_different_tokenizer_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(tiny_checkpoint / "preprocessor_config.json", other)
@@ -118,15 +118,15 @@ def test_another_tokenizer_is_wrong_use(small: Path, tmp_path: Path, tiny_checkp
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     result = run(small, "--bin", 0, "--model", other)
     assert result.exit_code == 2
-    assert f"--model {other} has another tokenizer" in result.stderr
+    assert f"--model {other} has a different tokenizer" in result.stderr
 
 
-def test_a_bin_that_is_not_there_is_wrong_use(small: Path, tiny_checkpoint: Path) -> None:
+def test_a_missing_bin_is_wrong_use(small: Path, tiny_checkpoint: Path) -> None:
     result = run(small, "--bin", 1, "--model", tiny_checkpoint)
     assert (result.exit_code, result.stderr) == (2, f"vlprep: {small} has no bin 1; it holds bins 0 to 0.\n")
 
 
-def test_a_folder_that_cannot_be_written_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_an_unwritable_folder_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "file").write_text("")
     result = run(small, "--bin", 0, "--model", tiny_checkpoint, "--save", tmp_path / "file" / "below")
     assert result.exit_code == 2
@@ -141,14 +141,14 @@ def test_a_damaged_shard_exits_with_1(small: Path, tmp_path: Path, tiny_checkpoi
     assert "bins-00000.tar, bin 0 at offset 0: the shard ends" in result.stderr
 
 
-def test_a_checkpoint_that_the_cache_does_not_have_is_none(
+def test_a_checkpoint_outside_the_hub_cache_has_no_transcriber(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert cached_transcriber("nobody/nothing", open_set(small).manifest) is None
 
 
-def test_a_checkpoint_in_the_cache_is_used_if_its_files_are_sound(
+def test_a_checkpoint_in_the_hub_cache_is_used_if_its_files_are_valid(
     small: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -175,11 +175,11 @@ SPANS = [
 ]
 
 
-def test_brackets_enclose_one_run_of_trained_spans() -> None:
+def test_brackets_enclose_a_run_of_trained_spans() -> None:
     assert render(SPANS, colour=False) == "<|im_start|>assistant\n[[yes↵\nno<|im_end|>↵]]\n<|image_pad|>×4"
 
 
-def test_colours_mark_each_line_of_what_is_trained_and_dim_what_steers() -> None:
+def test_colours_mark_every_trained_line_and_dim_control_tokens() -> None:
     on, dim, off = "\x1b[32m\x1b[7m", "\x1b[2m", "\x1b[0m"
     assert render(SPANS, colour=True) == (
         f"{dim}<|im_start|>{off}assistant\n{on}yes↵{off}\n{on}no{off}{on}<|im_end|>{off}{on}↵{off}\n"
@@ -187,7 +187,7 @@ def test_colours_mark_each_line_of_what_is_trained_and_dim_what_steers() -> None
     )
 
 
-def test_text_cannot_steer_a_terminal() -> None:
+def test_text_cannot_control_a_terminal() -> None:
     assert printable("a\x1b]0;b\x9b\r\x00\n\tc\x7fé…") == "a\\x1b]0;b\\x9b\\x0d\\x00\n\tc\\x7fé…"
 
 
@@ -211,7 +211,7 @@ def test_every_control_token_and_every_run_of_pads_is_a_span() -> None:
     ]
 
 
-def test_text_is_cut_where_training_begins(tiny_checkpoint: Path) -> None:
+def test_text_is_split_where_training_begins(tiny_checkpoint: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
     ids = tokenizer.encode("one two three").ids
     assert spans_of(tokenizer, ids, [2]) == [("TEXT", "one two", False), ("TEXT", " three", True)]

@@ -1,7 +1,7 @@
-"""The page of a report: HTML from numbers. Everything that comes from users or files goes through ``html.escape``.
+"""The HTML page of a report. Everything that comes from users or files goes through ``html.escape``.
 
-Input: a manifest, its :class:`~prep.inspect.report.statistics.Statistics` and ready-made sections. Output: one HTML
-page that refers to nothing outside itself and runs no script; a content security policy in its head enforces both.
+Input: a manifest, its :class:`~prep.inspect.report.statistics.Statistics`, and example bins as HTML. Output: one page
+that loads nothing and runs no scripts. A content security policy in its head enforces both.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prep.inspect.report.charts import Histogram, doubling_histogram, number_his
 from prep.inspect.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.inspect.report.style import STYLE
 from prep.inspect.transcript import printable
+from prep.inspect.wording import counted
 from prep.shards.drift import decibels
 from schemas.manifest import Distribution, Drift, Manifest
 
@@ -26,14 +27,14 @@ _PLAIN = "c-plain"
 
 
 def render_page(name: str, manifest: Manifest, statistics: Statistics, bins: Sequence[str], note: str) -> str:
-    """The whole page.
+    """Render the complete page.
 
     Args:
-        name: of the set of shards.
-        manifest: of the set.
-        statistics: its numbers.
-        bins: HTML of the bins to look at.
-        note: a sentence about those, as plain text.
+        name: name of the set of shards.
+        manifest: manifest of the set.
+        statistics: numbers of the set.
+        bins: example bins as HTML.
+        note: a sentence about the example bins, as plain text.
     """
     title = escape(name)
     sections = [
@@ -51,29 +52,26 @@ def render_page(name: str, manifest: Manifest, statistics: Statistics, bins: Seq
         "<h2>Bins</h2>",
         _bin_charts(manifest, statistics),
         "<h2>A look inside</h2>",
-        f"<p>{escape(note)} <mark>Marked</mark> is what is trained.</p>",
+        f"<p>{escape(note)} Trained text is <mark>marked</mark>.</p>",
         *bins,
-        "<h2>How it was made</h2>",
+        "<h2>How it was built</h2>",
         _settings(manifest),
     ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}: report</title>",
-            f"<style>{STYLE}</style>",
-            "</head>",
-            "<body><main>",
-            *sections,
-            "</main></body>",
-            "</html>",
-            "",
-        ]
-    )
+    return "\n".join([*_head(title), "<body><main>", *sections, "</main></body>", "</html>", ""])
+
+
+def _head(title: str) -> list[str]:
+    return [
+        "<!doctype html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}: report</title>",
+        f"<style>{STYLE}</style>",
+        "</head>",
+    ]
 
 
 def _subtitle(manifest: Manifest) -> str:
@@ -94,12 +92,16 @@ def _tiles(manifest: Manifest) -> str:
         (f"{counts.num_images:,}", "images"),
         (f"{counts.num_videos:,}", "videos"),
         (_large(counts.num_patches), "vision patches"),
-        (_bytes(num_bytes), f"in {len(manifest.shards):,} shards"),
+        (_bytes(num_bytes), f"in {counted(len(manifest.shards), 'shard')}"),
     ]
     if isinstance(drift := manifest.drift, Drift):
-        worst = f"PSNR of the pixels, of a frame at least {decibels(drift.lowest_psnr_db)}"
-        tiles.append((decibels(drift.psnr_db), worst))
-    return '<div class="tiles">' + "".join(f"<div><b>{n}</b><span>{text}</span></div>" for n, text in tiles) + "</div>"
+        text = f"PSNR of the pixels; the worst frame has {decibels(drift.lowest_psnr_db)}"
+        tiles.append((decibels(drift.psnr_db), text))
+    return (
+        '<div class="tiles">'
+        + "".join(f"<div><b>{value}</b><span>{text}</span></div>" for value, text in tiles)
+        + "</div>"
+    )
 
 
 def _balance(manifest: Manifest) -> str:
@@ -107,17 +109,17 @@ def _balance(manifest: Manifest) -> str:
     parts = [
         ("packed", "bg-packed", counts.num_packed),
         ("rejected", "bg-rejected", counts.num_rejected),
-        ("not sampled", "bg-left-out", counts.num_not_sampled),
+        ("not sampled", "bg-not-sampled", counts.num_not_sampled),
     ]
-    sum_text = " + ".join(f"{number:,} {name}" for name, _, number in parts)
+    sum_text = " + ".join(f"{count:,} {name}" for name, _, count in parts)
     bar = "".join(
-        f'<span class="{colour}" style="flex:{number}" title="{number:,} {name}"></span>'
-        for name, colour, number in parts
-        if number
+        f'<span class="{colour}" style="flex:{count}" title="{count:,} {name}"></span>'
+        for name, colour, count in parts
+        if count
     )
     keys = "".join(
-        f'<span><i class="key {colour}"></i>{name}: {_percent(_ratio(number, counts.num_annotations))}</span>'
-        for name, colour, number in parts
+        f'<span><i class="key {colour}"></i>{name}: {_percent(_ratio(count, counts.num_annotations))}</span>'
+        for name, colour, count in parts
     )
     return (
         f'<div class="card"><p class="balance"><b>{counts.num_annotations:,}</b> annotations = {sum_text}</p>'
@@ -127,23 +129,21 @@ def _balance(manifest: Manifest) -> str:
 
 def _rejects(rejects: Sequence[RejectNumbers]) -> str:
     if not rejects:
-        return '<div class="card">None: every annotation that was drawn is packed.</div>'
+        return '<div class="card">None. Every annotation that was drawn is packed.</div>'
     rows = [
-        [f'<code class="whole">{escape(reject.code)}</code>', f"{reject.num_rejected:,}", _examples(reject.examples)]
+        [f'<code class="nowrap">{escape(reject.code)}</code>', f"{reject.num_rejected:,}", _examples(reject.examples)]
         for reject in rejects
     ]
-    table = _table(("reason", "#annotations", "the first of them"), rows)
-    return (
-        f'{table}<p class="soft">An annotation with several problems counts under each; all are in samples.parquet.</p>'
-    )
+    table = _table(("reason", "#annotations", "first examples"), rows)
+    return f'{table}<p class="soft">An annotation with several problems counts under each. samples.parquet has all.</p>'
 
 
 def _examples(examples: Iterable[Example]) -> str:
     items = []
     for example in examples:
         name = f' <span class="soft">(id <bdi>{_text(example.id)}</bdi>)</span>' if example.id is not None else ""
-        place = f"<code>{_text(example.file)}:{example.line}</code>"
-        items.append(f"<li>{place}{name} <bdi>{_text(example.message)}</bdi></li>")
+        origin = f"<code>{_text(example.file)}:{example.line}</code>"
+        items.append(f"<li>{origin}{name} <bdi>{_text(example.message)}</bdi></li>")
     return f'<ul class="examples">{"".join(items)}</ul>'
 
 
@@ -151,7 +151,7 @@ def _datasets(manifest: Manifest, statistics: Statistics) -> str:
     rates = {dataset.dataset: dataset.rate for dataset in manifest.inputs}
     head = (
         "dataset",
-        "#share taken",
+        "#sampling rate",
         "#rows",
         "#packed",
         "#rejected",
@@ -165,13 +165,13 @@ def _datasets(manifest: Manifest, statistics: Statistics) -> str:
     spreads = [
         [
             _text(dataset.dataset),
-            ", ".join(f"{number:,} {escape(kind)}" for kind, number in dataset.modalities.items()) or "–",
+            ", ".join(f"{count:,} {escape(kind)}" for kind, count in dataset.modalities.items()) or "–",
             *(_spread(numbers) for numbers in (dataset.tokens, dataset.targets, dataset.patches)),
         ]
         for dataset in manifest.statistics
     ]
-    spread_head = ("dataset", "samples packed", "tokens of a sample", "trained tokens", "vision patches")
-    note = '<p class="soft">Of a sample: median · 99 % at most · most.</p>'
+    spread_head = ("dataset", "samples packed", "tokens per sample", "trained tokens", "vision patches")
+    note = '<p class="soft">Per sample: median · 99th percentile · maximum.</p>'
     return _table(head, rows) + _table(spread_head, spreads) + note
 
 
@@ -210,21 +210,21 @@ def _sample_charts(statistics: Statistics) -> str:
         ]
         for name in MODALITIES
     ]
-    head = ("kind", "#samples", "#of samples", "#tokens", "#of tokens", "tokens of a sample")
-    lengths = number_histogram("Length of samples", "tokens of a sample", statistics.num_tokens)
-    targets = doubling_histogram("Trained tokens of samples", "trained tokens of a sample", statistics.num_targets)
+    head = ("kind", "#samples", "#of samples", "#tokens", "#of tokens", "tokens per sample")
+    lengths = number_histogram("Sample lengths", "tokens per sample", statistics.num_tokens)
+    targets = doubling_histogram("Trained tokens per sample", "trained tokens per sample", statistics.num_targets)
     return _table(head, rows) + _charts([lengths, targets])
 
 
 def _bin_charts(manifest: Manifest, statistics: Statistics) -> str:
     charts = [
         share_histogram("Fill of bins", "of the token budget", "bins", statistics.fill),
-        number_histogram("Samples in a bin", "samples in a bin", {"bins": statistics.samples_of_bin}),
-        number_histogram("Trained tokens in a bin", "trained tokens in a bin", {"bins": statistics.targets_of_bin}),
-        number_histogram("Vision patches in a bin", "vision patches in a bin", {"bins": statistics.patches_of_bin}),
+        number_histogram("Samples per bin", "samples per bin", {"bins": statistics.samples_of_bin}),
+        number_histogram("Trained tokens per bin", "trained tokens per bin", {"bins": statistics.targets_of_bin}),
+        number_histogram("Vision patches per bin", "vision patches per bin", {"bins": statistics.patches_of_bin}),
     ]
     notes = [
-        f"{_percent(manifest.fill)} of the budget of all bins is filled",
+        f"{_percent(manifest.fill)} of the token budget of all bins is filled",
         _quantiles(statistics.samples_of_bin),
         _quantiles(statistics.targets_of_bin),
         _quantiles(statistics.patches_of_bin),
@@ -234,12 +234,12 @@ def _bin_charts(manifest: Manifest, statistics: Statistics) -> str:
 
 def _charts(charts: Sequence[Histogram], notes: Sequence[str] = ()) -> str:
     figures = []
-    for place, chart in enumerate(charts):
+    for index, chart in enumerate(charts):
         colours = [_COLOURS.get(name, _PLAIN) for name in chart.counts]
         keys = "".join(
             f'<span><i class="key {_COLOURS[name]}"></i>{name}</span>' for name in chart.counts if name in _COLOURS
         )
-        caption = f"<figcaption>{escape(notes[place])}</figcaption>" if notes else f'<div class="keys">{keys}</div>'
+        caption = f"<figcaption>{escape(notes[index])}</figcaption>" if notes else f'<div class="keys">{keys}</div>'
         figures.append(f"<figure><h3>{escape(chart.title)}</h3>{svg(chart, colours)}{caption}</figure>")
     return f'<div class="charts">{"".join(figures)}</div>'
 
@@ -248,11 +248,11 @@ def _settings(manifest: Manifest) -> str:
     settings = msgspec.to_builtins(manifest.settings)
     drift = msgspec.to_builtins(manifest.drift) if isinstance(manifest.drift, Drift) else {}
     media = settings.pop("media")
-    prints = manifest.fingerprints
-    made = {
-        "tokenizer fingerprint": prints.tokenizer,
-        "image mean": ", ".join(map(str, prints.image_mean)),
-        "image deviation": ", ".join(map(str, prints.image_std)),
+    fingerprints = manifest.fingerprints
+    origin = {
+        "tokenizer fingerprint": fingerprints.tokenizer,
+        "image mean": ", ".join(map(str, fingerprints.image_mean)),
+        "image standard deviation": ", ".join(map(str, fingerprints.image_std)),
         **manifest.software,
         **{f"drift: {name}": value for name, value in drift.items()},
     }
@@ -273,7 +273,7 @@ def _settings(manifest: Manifest) -> str:
     return "".join(
         [
             f'<div class="charts"><div class="card"><h3>Settings</h3>{_list({**settings, **media, **overrides})}</div>',
-            f'<div class="card"><h3>Fingerprints and software</h3>{_list(made)}</div></div>',
+            f'<div class="card"><h3>Fingerprints and software</h3>{_list(origin)}</div></div>',
             "<details><summary>Annotation files</summary>",
             _table(("dataset", "file", "#annotations", "#bytes", "XXH3-128"), files),
             "</details><details><summary>Files of the set</summary>",
@@ -292,7 +292,7 @@ def _list(items: Mapping[str, object]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of ready-made HTML cells; a heading that begins with ``#`` is that of a column of numbers."""
+    """A table of HTML cells. A heading that begins with ``#`` marks a column of numbers."""
     numeric = [name.startswith("#") for name in head]
     cells = "".join(
         f"<th{' class=n' if right else ''}>{escape(name.removeprefix('#'))}</th>" for name, right in zip(head, numeric)
@@ -318,11 +318,11 @@ def _quantiles(values: NDArray[np.int64]) -> str:
     if not values.size:
         return "–"
     least, median, high, most = np.quantile(values, (0, 0.5, 0.95, 1), method="nearest").tolist()
-    return f"{least:,} to {most:,}, median {median:,}, 95 % at most {high:,}"
+    return f"{least:,} to {most:,}, median {median:,}, 95th percentile {high:,}"
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else 0.0
 
 
 def _percent(share: float) -> str:

@@ -1,6 +1,6 @@
-"""The part of a report that lets a person look inside: a few bins with small pictures and what is said.
+"""Example bins of a report, with thumbnails and transcripts.
 
-Input: a set of shards, bins to show, a transcriber. Output: HTML. Cost: the decoding of those bins.
+Input: a set of shards, a bin, a transcriber. Output: HTML. Cost: decoding the bin.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.inspect.show import ShownSample, as_picture, describe_medium, samples_of
+from prep.inspect.show import ShownSample, as_image, describe_medium, samples_of
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
+from prep.inspect.wording import counted
 from schemas.bins import MEDIA_VIDEO, Bin
 from storage.pixels import decode_frames
 from storage.shard_set import ShardSet
@@ -28,25 +29,26 @@ _JPEG_QUALITY = 82
 
 
 def bin_section(shards: ShardSet, number: int, reason: str, transcriber: Transcriber) -> str:
-    """One bin as HTML.
+    """Render one bin as HTML.
 
     Raises:
         ShardError: the shard is damaged.
     """
-    row, found = shards.row(number), shards.read(number)
-    samples = samples_of(shards, found)
-    frames = decode_frames(found, where=row.where)
+    row, bin_ = shards.row(number), shards.read(number)
+    samples = samples_of(shards, bin_)
+    frames = decode_frames(bin_, where=row.where)
     shown = samples[:_MAX_SAMPLES]
     parts = [
         '<div class="card">',
         f"<h3>Bin {number} <span class='soft'>({escape(reason)})</span></h3>",
         f'<p class="soft">{row.num_tokens:,} of {shards.manifest.settings.max_length:,} tokens, {row.num_targets:,} '
-        f"trained; {row.num_samples:,} samples, {row.num_images:,} images, {row.num_videos:,} videos</p>",
-        *(_sample(slot, sample, found, frames, transcriber) for slot, sample in enumerate(shown)),
+        f"trained; {counted(row.num_samples, 'sample')}, {counted(row.num_images, 'image')}, "
+        f"{counted(row.num_videos, 'video')}</p>",
+        *(_sample(slot, sample, bin_, frames, transcriber) for slot, sample in enumerate(shown)),
     ]
     if len(samples) > len(shown):
         parts.append(
-            f'<p class="soft">And {len(samples) - len(shown):,} more samples; '
+            f'<p class="soft">And {counted(len(samples) - len(shown), "more sample")}; '
             f"<code>vlprep show DIR --bin {number}</code> prints all.</p>"
         )
     parts.append("</div>")
@@ -54,10 +56,10 @@ def bin_section(shards: ShardSet, number: int, reason: str, transcriber: Transcr
 
 
 def _sample(
-    slot: int, sample: ShownSample, found: Bin, frames: list[NDArray[np.uint8]], transcriber: Transcriber
+    slot: int, sample: ShownSample, bin_: Bin, frames: list[NDArray[np.uint8]], transcriber: Transcriber
 ) -> str:
     row = sample.row
-    part = slice(sample.first, sample.last)
+    tokens = slice(sample.first, sample.last)
     name = f", id <bdi>{escape(printable(row.id))}</bdi>" if row.id is not None else ""
     parts = [
         '<div class="sample">',
@@ -66,43 +68,43 @@ def _sample(
         f'<span class="soft">· {row.num_tokens:,} tokens, {row.num_targets:,} trained</span></div>',
     ]
     if sample.media:
-        pictures = [
-            _picture(medium, describe_medium(medium, grid, kind), kind, frames[medium])
+        figures = [
+            _figure(describe_medium(medium, grid, kind), kind, frames[medium])
             for medium, grid, kind in sample.media[:_MAX_MEDIA]
         ]
-        more = len(sample.media) - len(pictures)
-        pictures += [f'<p class="soft">and {more} more</p>'] if more else []
-        parts.append(f'<div class="media">{"".join(pictures)}</div>')
-    spans = transcriber.spans(found.input_ids[part], found.labels[part])
-    parts.append(f'<div class="talk mono" dir="auto">{"".join(transcript_html(spans))}</div></div>')
+        more = len(sample.media) - len(figures)
+        figures += [f'<p class="soft">and {more} more</p>'] if more else []
+        parts.append(f'<div class="media">{"".join(figures)}</div>')
+    spans = transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens])
+    parts.append(f'<div class="transcript mono" dir="auto">{"".join(transcript_html(spans))}</div></div>')
     return "\n".join(parts)
 
 
 def transcript_html(spans: Iterable[Span]) -> Iterator[str]:
-    """Spans as HTML: what is trained is marked, what steers is coloured."""
+    """Render spans as HTML: trained spans are marked, control tokens are coloured."""
     for span in spans:
         text = escape(visible(span))
         if span.kind is not SpanKind.TEXT:
-            text = f'<span class="steer">{text}</span>'
+            text = f'<span class="control">{text}</span>'
         elif not span.trained:
             text = f"<span>{text}</span>"
         yield f"<mark>{text}</mark>" if span.trained else text
 
 
-def _picture(number: int, caption: str, kind: int, frames: NDArray[np.uint8]) -> str:
+def _figure(caption: str, kind: int, frames: NDArray[np.uint8]) -> str:
     if kind == MEDIA_VIDEO and len(frames) > _MAX_FRAMES:
         frames = frames[np.linspace(0, len(frames) - 1, _MAX_FRAMES).astype(int)]
-    images = "".join(_thumbnail(frame, f"{caption}, frame {place}") for place, frame in enumerate(frames))
+    images = "".join(_thumbnail(frame, f"{caption}, frame {index}") for index, frame in enumerate(frames))
     return f'<figure><div class="media">{images}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _thumbnail(frame: NDArray[np.uint8], alternative: str) -> str:
-    picture = as_picture(frame)
-    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    image = as_image(frame)
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+    image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<img src="data:image/jpeg;base64,{data}" alt="{escape(alternative)}" '
-        f'width="{picture.width}" height="{picture.height}">'
+        f'width="{image.width}" height="{image.height}">'
     )

@@ -1,6 +1,7 @@
-"""The numbers of a report: one pass over the ledger and the table of bins.
+"""The numbers of a report.
 
-Input: a set of shards. Output: :class:`Statistics`. Memory: a few numbers a row of the ledger.
+Input: a set of shards. Output: :class:`Statistics`. Cost: one pass over the ledger and the table of bins, and a few
+numbers of memory per row of the ledger.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from storage.shard_set import ShardSet
 from storage.tables import read_table
 
 MODALITIES = ("text only", "images", "video")
-"""Kinds of samples, by what they hold besides text; ``video`` may hold images too."""
+"""Kinds of samples. A ``video`` sample may have images too."""
 
 _EXAMPLES_PER_CODE = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetNumbers:
-    """What became of one dataset."""
+    """Counts of one dataset."""
 
     name: str
     num_annotations: int
@@ -49,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RejectNumbers:
-    """How many annotations have a reason code, and the first of them."""
+    """Annotations with one reason code: their count, and the first examples."""
 
     code: str
     num_rejected: int
@@ -61,14 +62,14 @@ class Statistics:
     """Everything that a report counts.
 
     Attributes:
-        datasets: in the order of the build.
-        rejects: by code, the most frequent first.
-        num_tokens: (n,) int64 by modality, of every packed sample.
-        num_targets: likewise.
-        fill: (B,) float64, share of the token budget that each bin uses.
-        samples_of_bin: (B,) int64.
-        targets_of_bin: (B,) int64.
-        patches_of_bin: (B,) int64.
+        datasets: datasets in the order of the build.
+        rejects: rejects by code, most frequent first.
+        num_tokens: (n,) int64 tokens of every packed sample, by modality.
+        num_targets: (n,) int64 targets of every packed sample, by modality.
+        fill: (B,) float64 share of the token budget that each bin uses.
+        samples_of_bin: (B,) int64 samples in each bin.
+        targets_of_bin: (B,) int64 targets in each bin.
+        patches_of_bin: (B,) int64 vision patches in each bin.
     """
 
     datasets: tuple[DatasetNumbers, ...]
@@ -82,7 +83,7 @@ class Statistics:
 
 
 def gather(shards: ShardSet) -> Statistics:
-    """Count.
+    """Compute the numbers of a report.
 
     Raises:
         ShardError: the ledger is missing or damaged.
@@ -112,8 +113,8 @@ def gather(shards: ShardSet) -> Statistics:
     )
 
 
-def notable_bins(shards: ShardSet, most: int) -> list[tuple[int, str]]:
-    """Bins worth a look, at most ``most``, each with the reason: the most videos, images, samples, then the first."""
+def notable_bins(shards: ShardSet, max_bins: int) -> list[tuple[int, str]]:
+    """Choose example bins with a reason: most videos, most images, most samples, then the first bins in order."""
     numbers = _numbers(shards.bins, "bin")
     chosen: dict[int, str] = {}
     for column, reason in (
@@ -124,9 +125,9 @@ def notable_bins(shards: ShardSet, most: int) -> list[tuple[int, str]]:
         values = _numbers(shards.bins, column)
         if values.size and values.max() > 0:
             chosen.setdefault(int(numbers[np.argmax(values)]), reason)
-    for number in numbers[:most].tolist():
+    for number in numbers[:max_bins].tolist():
         chosen.setdefault(number, "in order")
-    return list(chosen.items())[:most]
+    return list(chosen.items())[:max_bins]
 
 
 def _numbers(table: pa.Table, column: str) -> NDArray[np.int64]:
@@ -162,20 +163,21 @@ def _dataset(name: str, ledger: pa.Table, packed: pa.Table) -> DatasetNumbers:
 
 def _rejects(rejected: pa.Table) -> tuple[RejectNumbers, ...]:
     codes = rejected.column("codes").combine_chunks()
+    # One entry per code of a row: the row, and the code.
     row_of, flat = pc.list_parent_indices(codes).to_numpy(), pc.list_flatten(codes)
-    found = []
+    rejects = []
     for code in pc.unique(flat).to_pylist():
         rows = row_of[pc.equal(flat, code).to_numpy(zero_copy_only=False)]
-        found.append(RejectNumbers(code, len(rows), _examples(rejected, rows.tolist())))
-    return tuple(sorted(found, key=lambda reject: (-reject.num_rejected, reject.code)))
+        rejects.append(RejectNumbers(code, len(rows), _examples(rejected, rows.tolist())))
+    return tuple(sorted(rejects, key=lambda reject: (-reject.num_rejected, reject.code)))
 
 
 def _examples(rejected: pa.Table, rows: Sequence[int]) -> tuple[Example, ...]:
-    """The first annotations among ``rows``; copies of one that is taken more than once count once."""
+    """The first annotations among ``rows``. An annotation that is drawn more than once counts once."""
     columns = ("file", "line", "id", "message")
-    found: dict[Example, None] = {}
+    examples: dict[Example, None] = {}
     for row in rows:
-        found.setdefault(Example(*(rejected.column(name)[row].as_py() for name in columns)))
-        if len(found) == _EXAMPLES_PER_CODE:
+        examples.setdefault(Example(*(rejected.column(name)[row].as_py() for name in columns)))
+        if len(examples) == _EXAMPLES_PER_CODE:
             break
-    return tuple(found)
+    return tuple(examples)

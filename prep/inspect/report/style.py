@@ -1,4 +1,4 @@
-"""The style of a report: one sheet for light and dark, screen and paper. Nothing is fetched."""
+"""The style sheet of a report, for light and dark screens and for paper. It loads nothing."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ STYLE = """
   color-scheme: light dark;
   --page: #f7f7f4; --card: #ffffff; --line: #dfdfd8; --ink: #1d1f24; --soft: #5d616b;
   --text-only: #5a78c7; --images: #23937f; --video: #cf7a2b; --plain: #5a78c7;
-  --packed: #23937f; --rejected: #c3483a; --left-out: #a3a6ad;
-  --mark: #d5efd9; --mark-edge: #23937f; --steer: #8a6d1f; --code: #f0f0eb;
+  --packed: #23937f; --rejected: #c3483a; --not-sampled: #a3a6ad;
+  --mark: #d5efd9; --mark-edge: #23937f; --control: #8a6d1f; --code: #f0f0eb;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14161a; --card: #1c1f25; --line: #31353e; --ink: #e7e7e3; --soft: #a0a4ae;
     --text-only: #86a1ea; --images: #4cbfa8; --video: #eca35c; --plain: #86a1ea;
-    --packed: #4cbfa8; --rejected: #ea7d6f; --left-out: #6d717b;
-    --mark: #1e4034; --mark-edge: #4cbfa8; --steer: #cdb068; --code: #262a31;
+    --packed: #4cbfa8; --rejected: #ea7d6f; --not-sampled: #6d717b;
+    --mark: #1e4034; --mark-edge: #4cbfa8; --control: #cdb068; --code: #262a31;
   }
 }
 * { box-sizing: border-box; }
@@ -40,7 +40,7 @@ p { margin: 0 0 10px; max-width: 75ch; }
 .stack { display: flex; height: 16px; border-radius: 8px; overflow: hidden; background: var(--line); gap: 2px; }
 .stack span { min-width: 3px; }
 .bg-packed { background: var(--packed); } .bg-rejected { background: var(--rejected); }
-.bg-left-out { background: var(--left-out); }
+.bg-not-sampled { background: var(--not-sampled); }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
 .keys { display: flex; flex-wrap: wrap; gap: 4px 18px; color: var(--soft); font-size: 13px; margin: 8px 0 0; }
 .scroll { overflow-x: auto; }
@@ -51,7 +51,7 @@ tr:last-child > td { border-bottom: 0; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.name { overflow-wrap: anywhere; min-width: 10ch; }
 td.name:last-child { min-width: 28ch; }
-td .whole { white-space: nowrap; overflow-wrap: normal; }
+td .nowrap { white-space: nowrap; overflow-wrap: normal; }
 code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
 code { background: var(--code); border-radius: 4px; padding: 1px 5px; overflow-wrap: anywhere; }
 ul.examples { margin: 0; padding: 0; list-style: none; }
@@ -76,16 +76,16 @@ svg .unit { fill: var(--soft); font-size: 12.5px; }
 .media { display: flex; flex-wrap: wrap; gap: 10px; margin: 8px 0; }
 .media figure { padding: 0; border: 0; background: none; }
 .media img { display: block; max-width: 100%; height: auto; border-radius: 6px; border: 1px solid var(--line); }
-.talk {
+.transcript {
   margin: 8px 0 0; padding: 10px 12px; background: var(--code); border-radius: 8px; white-space: pre-wrap;
   overflow-wrap: anywhere; max-height: 420px; overflow-y: auto; font-size: 13px; line-height: 1.5; tab-size: 4;
 }
-.talk span, .talk mark { unicode-bidi: isolate; }
-.talk .steer { color: var(--steer); }
+.transcript span, .transcript mark { unicode-bidi: isolate; }
+.transcript .control { color: var(--control); }
 mark { background: var(--mark); color: inherit; box-shadow: 0 2px 0 var(--mark-edge); }
 details { margin: 0 0 14px; } summary { cursor: pointer; font-weight: 600; margin: 0 0 8px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 0; font-size: 14px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 560px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; } }
-@media print { body { background: none; } .talk { max-height: none; } .card, figure { break-inside: avoid; } }
+@media print { body { background: none; } .transcript { max-height: none; } .card, figure { break-inside: avoid; } }
 """

@@ -24,13 +24,13 @@ def write_report(folder: Location, out: Path, model: str | None) -> int:
     """Write the page about a set of shards.
 
     Args:
-        folder: of the set, or its URL.
+        folder: the set, a folder or URL.
         out: file to write.
-        model: checkpoint folder or hub id of the tokenizer. None: the default one if it made these shards and the hub's
-            cache has it; otherwise the page has no texts, and says so.
+        model: checkpoint folder or hub id of the tokenizer. By default, the default model is used if it made these
+            shards and is in the local hub cache. Otherwise the page has no texts and says so.
 
     Returns:
-        Bytes of the page.
+        Size of the page in bytes.
 
     Raises:
         ShardError: the set is incomplete or damaged.
@@ -41,7 +41,7 @@ def write_report(folder: Location, out: Path, model: str | None) -> int:
         transcriber = open_transcriber(model, shards.manifest)
     else:
         transcriber = cached_transcriber(DEFAULT_MODEL, shards.manifest) or Transcriber(None)
-    # A folder's name may hold bytes that are not text.
+    # The name of a folder may contain bytes that are not text.
     page = render_report(shards, transcriber).encode(errors="replace")
     try:
         write_synced(out, page)
@@ -51,18 +51,18 @@ def write_report(folder: Location, out: Path, model: str | None) -> int:
 
 
 def render_report(shards: ShardSet, transcriber: Transcriber) -> str:
-    """The page as HTML text.
+    """Render the page as HTML.
 
     Args:
         shards: the set.
-        transcriber: reads the token ids; one without a tokenizer tells the number of tokens instead of the text.
+        transcriber: reads the token ids. Without a tokenizer, it gives the count of tokens instead of the text.
 
     Raises:
         ShardError: a table or a shard is damaged.
     """
     bins = [bin_section(shards, number, reason, transcriber) for number, reason in notable_bins(shards, _MAX_BINS)]
-    note = "A few bins, in the order in which the model reads them, with small copies of their pictures."
+    note = "A few bins in the order in which the model reads them, with thumbnails of their images and videos."
     if not transcriber.reads_text:
-        note += " Their texts are missing: the tokenizer that made them is not at hand. Give --model its checkpoint."
+        note += " Their texts are missing, because the tokenizer is not available. Pass its checkpoint as --model."
     name = shards.folder.resolve().name if isinstance(shards.folder, Path) else shards.folder.name
     return render_page(name, shards.manifest, gather(shards), bins, note)
