@@ -1,4 +1,4 @@
-"""Files on this machine and behind URLs: their size and identity, their bytes, and what a folder holds.
+"""Files on this machine and behind URLs: their size and identity, and their bytes.
 
 Every answer is checked against the size that the store reports. Large files are downloaded in pieces, so that a fault
 repeats one piece. Local files are read by position, not mapped: a map of a file that is then truncated kills the
@@ -20,19 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
-from urllib.parse import unquote
+from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar
 
-from schemas.errors import VlprepError
 from storage.errors import (
     FolderError,
-    NotThereError,
     RefusedError,
     ShortReadError,
     StorageError,
-    Verdict,
-    says_no_bucket,
-    verdict,
 )
 from storage.files import naming, temporary_path
 from storage.request import MAX_REQUESTS, RetryPolicy, file_system, retry, time_limit
@@ -51,9 +45,6 @@ _DIGEST_BYTES = 1 << 19
 
 _MAX_DOWNLOADS = 3
 """Attempts to download a file that changes meanwhile."""
-
-_LISTING_FACTOR = 10
-"""A listing is many requests and may take this many times the timeout of one."""
 
 _TAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "Content-MD5", "Digest", "checksum")
 _TIMES = ("LastModified", "last_modified", "Last-Modified", "updated", "modified", "mtime", "created")
@@ -79,15 +70,6 @@ class Stored:
 
     num_bytes: int
     tag: str
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a listing says of a file or folder; ``stored`` is None for folders, and where the store reports no size."""
-
-    name: str
-    is_folder: bool
-    stored: Stored | None
 
 
 def stat(url: Url, stop_event: threading.Event | None = None) -> Stored:
@@ -233,115 +215,6 @@ def local_copy(location: Location, folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def entries(folder: Url) -> list[Entry]:
-    """The files and folders directly in a folder; none where the folder does not exist.
-
-    Raises:
-        NotThereError: the bucket does not exist.
-        VlprepError: as :func:`stat`.
-    """
-
-    def attempt() -> list[dict[str, Any]]:
-        system, path = file_system(folder)
-        try:
-            infos: list[dict[str, Any]] = system.ls(path, detail=True, **time_limit(system, factor=_LISTING_FACTOR))
-        except FileNotFoundError as error:
-            # A folder of an object store exists as soon as it holds something; a bucket exists or not.
-            if verdict(error) is not Verdict.MISSING or says_no_bucket(error):
-                raise
-            return []
-        return infos
-
-    return [_entry(info, folder) for info in retry(attempt, folder)]
-
-
-def listing(folder: Url) -> dict[str, Stored]:
-    """The files directly in a folder, by name; none where the folder does not exist.
-
-    Raises:
-        NotThereError: the bucket does not exist.
-        VlprepError: as :func:`stat`.
-    """
-    files = [entry for entry in entries(folder) if not entry.is_folder]
-    return {entry.name: entry.stored or _no_size(folder / entry.name) for entry in files}
-
-
-def file_sizes(folder: Location, names: Iterable[str]) -> dict[str, int]:
-    """Sizes of files of a folder in bytes; files that do not exist are left out.
-
-    One listing reports all sizes where the store has listings. The other files are asked for one by one.
-
-    Raises:
-        OSError: a local size cannot be read.
-        VlprepError: as :func:`stat`.
-    """
-    if isinstance(folder, Path):
-        return {name: size for name in names if (size := _local_size(folder / name)) is not None}
-    names = list(names)
-    sizes: dict[str, int] = {}
-    if len(names) > 1:
-        try:
-            sizes = {entry.name: entry.stored.num_bytes for entry in entries(folder) if entry.stored is not None}
-        except VlprepError as error:
-            logger.debug("%s cannot be listed: %s", folder, error)
-    missing = [name for name in names if name not in sizes]
-    answers = in_parallel(lambda name: _size_or_none(folder / name), missing)
-    return sizes | {name: size for name, size in zip(missing, answers) if size is not None}
-
-
-def sub_folders(folder: Location) -> list[Location]:
-    """Folders inside a folder, sorted by name, without hidden ones; none where the store has no listings.
-
-    Raises:
-        OSError: a local folder cannot be read, or a link in it is broken, so that its target would be left out.
-        VlprepError: as :func:`stat`.
-    """
-    folders: list[Location]
-    if isinstance(folder, Path):
-        paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        for path in paths:
-            if path.is_symlink() and not os.path.exists(path):
-                raise OSError(f"{path} is a link to {os.readlink(path)}, which does not exist")
-        folders = [path for path in paths if path.is_dir()]
-    else:
-        try:
-            names = [entry.name for entry in entries(folder) if entry.is_folder]
-        except NotThereError:
-            names = []
-        folders = [folder / name for name in names if not name.startswith(".")]
-    return sorted(folders, key=lambda found: found.name)
-
-
-def matches(pattern: Url) -> list[Url]:
-    """The files that a pattern names (``*``, ``?``, ``[…]``, ``**``), in order; a plain URL names its file.
-
-    Raises:
-        VlprepError: as :func:`stat`; a pattern that names nothing gives an empty list.
-    """
-    system, path = file_system(pattern)
-    if not any(sign in path for sign in "*?[") or pattern.is_http:
-        stat(pattern)
-        return [pattern]
-
-    def attempt() -> list[Url]:
-        infos = system.glob(path, detail=True, **time_limit(system, factor=_LISTING_FACTOR))
-        return sorted(Url(system.unstrip_protocol(name)) for name, info in infos.items() if info["type"] == "file")
-
-    return retry(attempt, pattern)
-
-
-def check_folder(folder: Url) -> None:
-    """Check that a folder is visible and holds anything. HTTP has no folders to look at.
-
-    Raises:
-        NotThereError: it holds nothing, or does not exist.
-        RefusedError, StorageError: as :func:`stat`.
-    """
-    system, path = file_system(folder)
-    if not folder.is_http:
-        retry(lambda: system.info(path, **time_limit(system)), folder)
-
-
 def open_file(url: Url) -> BinaryIO:
     """A readable file whose parts are requested as they are read.
 
@@ -363,7 +236,7 @@ def ask(url: Url, policy: RetryPolicy | None = None) -> tuple[Stored, dict[str, 
     info: dict[str, Any] = system.info(path, **time_limit(system, policy))
     if info.get("type") == "directory":
         raise FolderError(f"{url} is a folder, not a file.")
-    return _stored(info) or _no_size(url), info
+    return stored_of(info) or no_size(url), info
 
 
 def cat(url: Url, start: int, stop: int, policy: RetryPolicy | None = None) -> bytes:
@@ -408,32 +281,14 @@ class _RangeFile(io.RawIOBase):
         return got
 
 
-def _stored(info: dict[str, Any]) -> Stored | None:
+def stored_of(info: dict[str, Any]) -> Stored | None:
+    """Size and identity as fsspec reports them; None without a size."""
     if info.get("size") is None:
         return None
     tags = (f"{name}={info[name]}" for name in (*_TAGS, *_TIMES) if info.get(name) not in (None, ""))
     return Stored(int(info["size"]), next(tags, ""))
 
 
-def _no_size(url: Url) -> Stored:
+def no_size(url: Url) -> NoReturn:
+    """Refuse a file whose size the store does not report."""
     raise RefusedError(f"{url}: the store does not report its size; copy it to a store that does.")
-
-
-def _entry(info: dict[str, Any], folder: Url) -> Entry:
-    is_folder = info["type"] == "directory"
-    name = info["name"].rstrip("/").rpartition("/")[2]
-    return Entry(unquote(name) if folder.is_http else name, is_folder, None if is_folder else _stored(info))
-
-
-def _size_or_none(url: Url) -> int | None:
-    try:
-        return stat(url).num_bytes
-    except NotThereError:
-        return None
-
-
-def _local_size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return None

@@ -19,7 +19,8 @@ from schemas.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, decode_manife
 from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, LedgerRow, StoredBin
 from storage.bins import BinLocation, parse_bin, read_bytes
 from storage.errors import NotThereError
-from storage.reading import file_sizes, read, sub_folders
+from storage.folders import file_sizes, sub_folders
+from storage.reading import read
 from storage.tables import read_table
 from storage.urls import Location, Url
 
