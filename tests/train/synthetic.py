@@ -1,7 +1,7 @@
-"""A tiny writer of shards for tests of the trainer, independent of ``prep``: made from the description of the format.
+"""A small writer of shards for tests of the trainer, written from the format description and independent of ``prep``.
 
-``write_shards(folder, make_bins(...))`` gives a complete folder: tar files, both tables, manifest. Samples are random
-but obey the contract: no trained first label, pad tokens that fit the media, mRoPE positions of a plausible shape.
+``write_shards(folder, make_bins(...))`` writes a complete folder: tar files, both tables, manifest. Samples are random
+but obey the contract: an untrained first label, pad tokens that match the media, plausible mRoPE positions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,7 +86,7 @@ SAMPLES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Medium:
-    """Frames as stored: (1, 3, H, W) uint8 for an image, (2 t, 3, H, W) for a clip."""
+    """Frames as stored: (1, 3, H, W) uint8 for an image, (2 t, 3, H, W) for a video."""
 
     frames: NDArray[np.uint8]
     is_video: bool
@@ -105,7 +106,7 @@ class Sample:
 
 
 def make_medium(rng: np.random.Generator, rows: int = 2, columns: int = 4, steps: int = 0) -> Medium:
-    """A smooth random picture of ``rows`` x ``columns`` patches, or a clip of ``steps`` temporal steps."""
+    """Create a smooth random image of ``rows`` x ``columns`` patches, or a video of ``steps`` temporal steps."""
     shape = (2 * steps if steps else 1, 3, 14 * rows, 14 * columns)
     slopes = rng.integers(-3, 4, shape).cumsum(axis=2).cumsum(axis=3) // 8
     return Medium((slopes + rng.integers(0, 256)).astype(np.uint8), is_video=bool(steps))
@@ -114,7 +115,7 @@ def make_medium(rng: np.random.Generator, rows: int = 2, columns: int = 4, steps
 def make_sample(
     rng: np.random.Generator, media: list[Medium] | None = None, num_text: int = 12, num_targets: int = 5
 ) -> Sample:
-    """A sample: media first, then text, of which the last ``num_targets`` tokens are trained."""
+    """Create a sample: media first, then text, of which the last ``num_targets`` tokens are trained."""
     media = media or []
     ids: list[int] = [IM_START]
     positions: list[tuple[int, int, int]] = [(0, 0, 0)]
@@ -131,7 +132,7 @@ def make_sample(
         positions.append((end,) * 3)
     start = max(max(position) for position in positions) + 1
     ids += [*rng.integers(10, 2000, num_text).tolist(), IM_END]
-    positions += [(start + number,) * 3 for number in range(num_text + 1)]
+    positions += [(start + offset,) * 3 for offset in range(num_text + 1)]
     input_ids = np.array(ids, dtype=np.int32)
     labels = np.full_like(input_ids, -100)
     if num_targets:
@@ -140,7 +141,7 @@ def make_sample(
 
 
 def make_bins(seed: int = 0, num_bins: int = 8) -> list[list[Sample]]:
-    """Bins of four kinds in turn: text only; pictures; a clip; all of these together."""
+    """Create bins of four kinds in turn: text only, images, a video, and all of these together."""
     rng = np.random.default_rng(seed)
     kinds = [
         lambda: [make_sample(rng, num_text=int(rng.integers(8, 30))) for _ in range(3)],
@@ -155,11 +156,11 @@ def make_bins(seed: int = 0, num_bins: int = 8) -> list[list[Sample]]:
             make_sample(rng, [make_medium(rng, 2, 2, steps=2), make_medium(rng, 2, 2)]),
         ],
     ]
-    return [kinds[number % len(kinds)]() for number in range(num_bins)]
+    return [kinds[bin_id % len(kinds)]() for bin_id in range(num_bins)]
 
 
 def residuals_of(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(3, H, W): minus green, then differences down the rows, then along the columns, modulo 256."""
+    """(3, H, W): subtract green from red and blue, then take differences down rows and along columns, modulo 256."""
     red, green, blue = frame.astype(np.int64)
     planes = np.stack([red - green, green, blue - green])
     planes = np.diff(planes, axis=1, prepend=0)
@@ -168,28 +169,28 @@ def residuals_of(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def jpeg_of(frame: NDArray[np.uint8], **settings: object) -> bytes:
-    """(3, H, W) as a JPEG; ``settings`` replace those of the format."""
+    """Encode (3, H, W) as JPEG; ``settings`` override those of the format."""
     buffer = io.BytesIO()
-    picture = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
-    picture.save(buffer, "JPEG", **{"quality": 95, "subsampling": 0, **settings})
+    image = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
+    image.save(buffer, "JPEG", **{"quality": 95, "subsampling": 0, **settings})
     return buffer.getvalue()
 
 
 def jpeg_member(streams: list[bytes]) -> bytes:
-    """Sizes as little-endian 32-bit numbers, then the streams."""
+    """Sizes as little-endian 32-bit integers, then the streams."""
     return np.array([len(stream) for stream in streams], dtype="<u4").tobytes() + b"".join(streams)
 
 
 def as_stored(medium: Medium, codec: str) -> Medium:
-    """The medium as a reader gets it back: with JPEG, what Pillow decodes."""
+    """Return the medium as a reader gets it back: for JPEG, as Pillow decodes it."""
     if codec != "jpeg":
         return medium
-    pictures = [np.asarray(Image.open(io.BytesIO(jpeg_of(frame)))) for frame in medium.frames]
-    return Medium(np.stack([picture.transpose(2, 0, 1) for picture in pictures]), medium.is_video)
+    images = [np.asarray(Image.open(io.BytesIO(jpeg_of(frame)))) for frame in medium.frames]
+    return Medium(np.stack([image.transpose(2, 0, 1) for image in images]), medium.is_video)
 
 
 def bin_members(samples: list[Sample], codec: str, records: list[int], dataset: str = "synthetic") -> dict[str, bytes]:
-    """Members of a bin in the order they are stored."""
+    """Return the members of a bin in stored order."""
     media = [medium for sample in samples for medium in sample.media]
     lengths = [len(sample.input_ids) for sample in samples]
     arrays = {
@@ -226,40 +227,52 @@ def write_shards(
     max_length: int = 4096,
     dataset: str = "synthetic",
 ) -> Path:
-    """Write a complete set of shards; returns ``folder``."""
+    """Write a complete set of shards; return ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     ledger: list[dict[str, object]] = []
     shards: list[StoredShard] = []
     for shard, first in enumerate(range(0, len(bins), bins_per_shard)):
         buffer = io.BytesIO()
-        run = bins[first : first + bins_per_shard]
+        shard_bins = bins[first : first + bins_per_shard]
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, samples in enumerate(run, start=first):
+            for bin_id, samples in enumerate(shard_bins, start=first):
                 offset = tar.offset
                 records = list(range(len(ledger), len(ledger) + len(samples)))
-                _add_bin(tar, number, bin_members(samples, codec, records, dataset))
+                _add_bin(tar, bin_id, bin_members(samples, codec, records, dataset))
                 stored = buffer.getvalue()[offset : tar.offset]
-                rows.append(_bins_row(number, shard, offset, stored, samples))
+                rows.append(_bins_row(bin_id, shard, offset, stored, samples))
                 ledger += [
-                    _ledger_row(dataset, record, number, slot, samples[slot]) for slot, record in enumerate(records)
+                    _ledger_row(dataset, record, bin_id, slot, samples[slot]) for slot, record in enumerate(records)
                 ]
-        name = f"bins-{shard:05d}.tar"
-        (folder / name).write_bytes(buffer.getvalue())
+        path = folder / f"bins-{shard:05d}.tar"
+        path.write_bytes(buffer.getvalue())
         shards.append(
-            StoredShard(
-                file=name,
-                num_bytes=len(buffer.getvalue()),
-                sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-                first_bin=first,
-                num_bins=len(run),
-            )
+            StoredShard(**msgspec.structs.asdict(stored_file(path)), first_bin=first, num_bins=len(shard_bins))
         )
     tables = [
         write_table(folder / "bins.parquet", rows, BINS_SCHEMA),
         write_table(folder / "samples.parquet", ledger, SAMPLES_SCHEMA),
     ]
-    manifest = Manifest(
+    manifest = _manifest(
+        rows, ledger, shards, tables, codec=codec, tokenizer=tokenizer, max_length=max_length, dataset=dataset
+    )
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+    return folder
+
+
+def _manifest(
+    rows: list[dict[str, object]],
+    ledger: list[dict[str, object]],
+    shards: list[StoredShard],
+    tables: list[StoredFile],
+    *,
+    codec: str,
+    tokenizer: str,
+    max_length: int,
+    dataset: str,
+) -> Manifest:
+    return Manifest(
         version=1,
         settings=BuildSettings(max_length=max_length, pixels=codec),
         fingerprints=Fingerprints(tokenizer=tokenizer, image_mean=IMAGE_MEAN, image_std=IMAGE_STD),
@@ -278,12 +291,10 @@ def write_shards(
         shards=shards,
         tables=tables,
     )
-    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
-    return folder
 
 
 def as_bin(samples: list[Sample], *, index: int = 0, codec: str = "zstd", writable: bool = True) -> Bin:
-    """Write a bin to memory and read it as the stream does."""
+    """Write a bin to memory and read it back like the stream."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         _add_bin(tar, index, bin_members(samples, codec, list(range(len(samples)))))
@@ -292,9 +303,9 @@ def as_bin(samples: list[Sample], *, index: int = 0, codec: str = "zstd", writab
     return parse_bin(memoryview(bytearray(data)) if writable else data, index, where=f"bin {index}")
 
 
-def _add_bin(tar: tarfile.TarFile, number: int, members: dict[str, bytes]) -> None:
+def _add_bin(tar: tarfile.TarFile, bin_id: int, members: dict[str, bytes]) -> None:
     for name, data in members.items():
-        info = tarfile.TarInfo(f"{number:08d}.{name}")
+        info = tarfile.TarInfo(f"{bin_id:08d}.{name}")
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
 
@@ -305,10 +316,10 @@ def _npy(array: NDArray[np.generic]) -> bytes:
     return buffer.getvalue()
 
 
-def _bins_row(number: int, shard: int, offset: int, stored: bytes, samples: list[Sample]) -> dict[str, object]:
+def _bins_row(bin_id: int, shard: int, offset: int, stored: bytes, samples: list[Sample]) -> dict[str, object]:
     media = [medium for sample in samples for medium in sample.media]
     return {
-        "bin": number,
+        "bin": bin_id,
         "shard": shard,
         "offset": offset,
         "num_bytes": len(stored),
@@ -323,7 +334,7 @@ def _bins_row(number: int, shard: int, offset: int, stored: bytes, samples: list
     }
 
 
-def _ledger_row(dataset: str, record: int, number: int, slot: int, sample: Sample) -> dict[str, object]:
+def _ledger_row(dataset: str, record: int, bin_id: int, slot: int, sample: Sample) -> dict[str, object]:
     return {
         "dataset": dataset,
         "file": "s.jsonl",
@@ -333,7 +344,7 @@ def _ledger_row(dataset: str, record: int, number: int, slot: int, sample: Sampl
         "status": "packed",
         "codes": [],
         "message": None,
-        "bin": number,
+        "bin": bin_id,
         "slot": slot,
         "num_tokens": len(sample.input_ids),
         "num_targets": int((sample.labels != -100).sum()),
@@ -343,13 +354,13 @@ def _ledger_row(dataset: str, record: int, number: int, slot: int, sample: Sampl
 
 
 def write_table(path: Path, rows: list[dict[str, object]], schema: pa.Schema) -> StoredFile:
-    """Write a table and describe it as the manifest does."""
+    """Write a table and return its manifest entry."""
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     return stored_file(path)
 
 
 def stored_file(path: Path) -> StoredFile:
-    """Describe a file as the manifest does."""
+    """Return the manifest entry of a file."""
     data = path.read_bytes()
     return StoredFile(file=path.name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 

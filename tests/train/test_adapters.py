@@ -1,4 +1,4 @@
-"""Which layers get adapters, that they alone are trained, and that what cannot be is an error."""
+"""The right layers get adapters, only adapters are trained, and impossible settings are errors."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ TINY = {"llm": 14, "mlp": 2, "vision": 20}
 """Linear layers of the parts of the tiny model: 2 layers of 7, 2, 4 blocks of 5."""
 
 
-def chosen(checkpoint: Path, *flags: str) -> Adapters:
+def choose(checkpoint: Path, *flags: str) -> Adapters:
     args = parse_arguments(["--shards", "x", "--lora_enable", *flags])
-    made = choose_adapters(args, json.loads((checkpoint / "config.json").read_bytes()))
-    assert made is not None
-    return made
+    chosen = choose_adapters(args, json.loads((checkpoint / "config.json").read_bytes()))
+    assert chosen is not None
+    return chosen
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ LLM_ALONE = ("--tune_mm_mlp", "False")
 def test_layers_of_the_tuned_parts_are_chosen_by_the_ends_of_their_names(
     tiny_vocab_checkpoint: Path, flags: tuple[str, ...], num_layers: int
 ) -> None:
-    modules = chosen(tiny_vocab_checkpoint, *flags).modules
+    modules = choose(tiny_vocab_checkpoint, *flags).modules
     assert len(modules) == len(set(modules)) == num_layers
     assert not any("lm_head" in name or "patch_embed" in name for name in modules)
 
@@ -82,14 +82,14 @@ def test_layers_of_the_tuned_parts_are_chosen_by_the_ends_of_their_names(
         (("--lora_target_modules", "q_proj"), "merger is tuned, but --lora_target_modules q_proj matches none"),
     ],
 )
-def test_a_name_that_fits_nothing_is_an_error(
+def test_a_target_that_matches_nothing_is_an_error(
     tiny_vocab_checkpoint: Path, flags: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        chosen(tiny_vocab_checkpoint, *flags)
+        choose(tiny_vocab_checkpoint, *flags)
 
 
-def test_without_lora_nothing_is_chosen_and_with_it_the_rate_is_that_of_adapters() -> None:
+def test_lora_is_off_by_default_and_has_its_own_default_learning_rate() -> None:
     without, with_lora = (parse_arguments(["--shards", "x", *flags]) for flags in ([], ["--lora_enable"]))
     assert choose_adapters(without, {}) is None
     assert choose_recipe(without, {}).learning_rate == 2e-7
@@ -107,29 +107,29 @@ def test_without_lora_nothing_is_chosen_and_with_it_the_rate_is_that_of_adapters
         ("--lora_target_modules", "q_proj"),
     ],
 )
-def test_a_setting_of_lora_without_lora_is_an_error(flags: tuple[str, str]) -> None:
+def test_a_lora_setting_without_lora_is_an_error(flags: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"{flags[0]} {flags[1]} has no effect without --lora_enable"):
         parse_arguments(["--shards", "x", *flags])
 
 
 @pytest.mark.parametrize("flags", ["--lora_r 0", "--lora_alpha 0", "--lora_dropout 1", "--lora_dropout -0.1"])
-def test_a_setting_of_lora_out_of_range_is_an_error(flags: str) -> None:
+def test_a_lora_setting_out_of_range_is_an_error(flags: str) -> None:
     with pytest.raises(ConfigError, match=r"--lora_\w+ is .*; allowed: "):
         parse_arguments(["--shards", "x", "--lora_enable", *flags.split()])
 
 
-def test_without_peft_one_sentence_says_how_to_get_it(
+def test_without_peft_the_error_names_the_pip_command(
     tiny_vocab_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="LoRA needs the peft package: pip install peft"):
-        chosen(tiny_vocab_checkpoint)
+        choose(tiny_vocab_checkpoint)
 
 
-def test_adapters_alone_are_trained_each_in_exactly_one_group_at_the_rate_of_its_part(
+def test_only_adapters_are_trained_each_in_one_group_at_the_rate_of_its_part(
     hf: Qwen2_5_VLForConditionalGeneration, tiny_vocab_checkpoint: Path
 ) -> None:
-    add_adapters(hf, chosen(tiny_vocab_checkpoint, *ALL_TUNED, "--lora_r", "2"), seed=0)
+    add_adapters(hf, choose(tiny_vocab_checkpoint, *ALL_TUNED, "--lora_r", "2"), seed=0)
     model = PackedQwen(hf, attn_implementation="sdpa")
     groups = optim.group_parameters(model, RATES)
     assert sum(len(group.parameters) for group in groups) == len(list(model.parameters()))
@@ -152,10 +152,10 @@ def test_adapters_alone_are_trained_each_in_exactly_one_group_at_the_rate_of_its
     ]
 
 
-def test_a_part_to_be_trained_without_an_adapter_is_an_error(
+def test_a_part_to_train_without_adapters_is_an_error(
     hf: Qwen2_5_VLForConditionalGeneration, tiny_vocab_checkpoint: Path
 ) -> None:
-    add_adapters(hf, chosen(tiny_vocab_checkpoint, *LLM_ALONE), seed=0)
+    add_adapters(hf, choose(tiny_vocab_checkpoint, *LLM_ALONE), seed=0)
     model = PackedQwen(hf, attn_implementation="sdpa")
     with pytest.raises(ConfigError, match="merger has a learning rate, but the model has no adapters in it"):
         optim.group_parameters(model, {**RATES, VISION_TOWER: None})
@@ -166,20 +166,22 @@ def test_gradients_reach_every_adapter_through_frozen_embeddings_and_nothing_els
     tiny_checkpoint: Path, recomputed: bool
 ) -> None:
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
-    add_adapters(hf, chosen(tiny_checkpoint, *LLM_ALONE), seed=0)
+    add_adapters(hf, choose(tiny_checkpoint, *LLM_ALONE), seed=0)
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     optim.group_parameters(model, {**RATES, MERGER: None, VISION_TOWER: None})
     if recomputed:
         checkpoint_activations(model)
-    found = gradients(model, model(micro_batch(*samples_of_all_kinds())))
-    assert len(found) == 2 * TINY["llm"]
-    assert all(gradient.any() == (".lora_B." in name) for name, gradient in found.items()), "B is zero, so A rests"
+    grads = gradients(model, model(micro_batch(*samples_of_all_kinds())))
+    assert len(grads) == 2 * TINY["llm"]
+    assert all(gradient.any() == (".lora_B." in name) for name, gradient in grads.items()), (
+        "B is zero, so A gets no gradient"
+    )
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
-def test_what_dropout_drops_is_dropped_again_where_activations_are_recomputed(tiny_checkpoint: Path) -> None:
+def test_recomputed_activations_use_the_same_dropout_mask(tiny_checkpoint: Path) -> None:
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
-    add_adapters(hf, chosen(tiny_checkpoint, *ALL_TUNED, "--lora_dropout", "0.3"), seed=0)
+    add_adapters(hf, choose(tiny_checkpoint, *ALL_TUNED, "--lora_dropout", "0.3"), seed=0)
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     optim.group_parameters(model, RATES)
     with torch.no_grad():
@@ -187,20 +189,20 @@ def test_what_dropout_drops_is_dropped_again_where_activations_are_recomputed(ti
             if ".lora_B." in name:
                 parameter.fill_(0.01)
     batch = micro_batch(*samples_of_all_kinds())
-    found = []
+    runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        found.append(gradients(model, model(batch)))
+        runs.append(gradients(model, model(batch)))
         checkpoint_activations(model)
-    kept, recomputed, other = found
+    kept, recomputed, other = runs
     for name, gradient in kept.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-5)
     assert any(not torch.allclose(other[name], gradient, rtol=1e-2) for name, gradient in kept.items())
 
 
 @pytest.mark.parametrize(("size", "num_layers"), [("3B", 36 * 7 + 2), ("7B", 28 * 7 + 2)])
-def test_layers_are_found_in_the_configurations_of_the_official_checkpoints(size: str, num_layers: int) -> None:
-    """These have the sizes of the language model at the top."""
+def test_linear_layers_are_listed_for_the_official_configurations(size: str, num_layers: int) -> None:
+    """The official files have the sizes of the language model at the top level."""
     text: dict[str, object] = {
         "3B": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2},
         "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
@@ -219,15 +221,15 @@ def test_layers_are_found_in_the_configurations_of_the_official_checkpoints(size
     assert len(tuned) == num_layers and len(layers) == num_layers + 32 * 5
 
 
-def test_adapters_start_as_peft_makes_them_and_the_same_for_a_seed(tiny_vocab_checkpoint: Path) -> None:
-    made = chosen(tiny_vocab_checkpoint, *ALL_TUNED, "--lora_r", "16")
+def test_adapters_start_with_the_distribution_of_peft_and_depend_on_the_seed_only(tiny_vocab_checkpoint: Path) -> None:
+    adapters_16 = choose(tiny_vocab_checkpoint, *ALL_TUNED, "--lora_r", "16")
     first, same, other = (
         Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_vocab_checkpoint, dtype=dtype)
         for dtype in (torch.float32, torch.float32, torch.bfloat16)
     )
     for hf, seed in ((first, 0), (same, 0), (other, 1)):
         torch.manual_seed(torch.randint(1000, ()))
-        add_adapters(hf, made, seed=seed)
+        add_adapters(hf, adapters_16, seed=seed)
     assert all(parameter.dtype == torch.bfloat16 for parameter in other.parameters())
     seen = set()
     for (name, weight), again, different in zip(first.named_parameters(), same.parameters(), other.parameters()):
@@ -235,16 +237,16 @@ def test_adapters_start_as_peft_makes_them_and_the_same_for_a_seed(tiny_vocab_ch
         if ".lora_B." in name:
             assert not weight.any()
         if ".lora_A." in name:
-            bound = 1 / math.sqrt(weight.shape[1])  # torch's own start of a linear layer
+            bound = 1 / math.sqrt(weight.shape[1])  # torch's default initialisation of a linear layer
             assert 0.9 * bound < weight.abs().max() <= bound
             assert abs(weight.mean()) < 0.1 * bound
             assert not torch.equal(weight.bfloat16(), different)
             seen.add(weight.flatten()[0].item())
-    assert len(seen) == sum(TINY.values()), "layers start alike"
+    assert len(seen) == sum(TINY.values()), "layers have equal initial values"
 
 
 def test_merging_adds_the_scaled_product_in_float32_and_rounds_once() -> None:
-    """2 x (B A) worked out by hand; the sum 1 + 2^-7 + 2^-8 does not fit into bfloat16 and is rounded to even."""
+    """2 x (B A) worked out by hand; the sum 1 + 2^-7 + 2^-8 is not representable in bfloat16 and rounds to even."""
     weights = {
         "layer.base_layer.weight": torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16),
         "layer.base_layer.bias": torch.tensor([5.0]),
@@ -252,16 +254,16 @@ def test_merging_adds_the_scaled_product_in_float32_and_rounds_once() -> None:
         "layer.lora_B.default.weight": torch.tensor([[1.5]], dtype=torch.bfloat16),
         "norm.weight": torch.tensor([7.0]),
     }
-    own, of_adapters = split_weights(weights)
-    assert set(of_adapters) == {f"base_model.model.layer.lora_{kind}.weight" for kind in "AB"}
-    merged = merge_weights(own, of_adapters, 2.0)
+    own, adapter_weights = split_weights(weights)
+    assert set(adapter_weights) == {f"base_model.model.layer.lora_{kind}.weight" for kind in "AB"}
+    merged = merge_weights(own, adapter_weights, 2.0)
     assert {name: weight.tolist() for name, weight in merged.items()} == {
         "layer.weight": [[1.0 + 2**-6, 9.0]],
         "layer.bias": [5.0],
         "norm.weight": [7.0],
     }
     assert merged["layer.weight"].dtype == torch.bfloat16
-    assert own["layer.weight"].tolist() == [[1.0, 0.0]], "the argument is left as it was"
+    assert own["layer.weight"].tolist() == [[1.0, 0.0]], "the argument was modified"
 
 
 @pytest.mark.parametrize(
@@ -274,10 +276,10 @@ def test_merging_adds_the_scaled_product_in_float32_and_rounds_once() -> None:
         ("base_model.model.layer.lora_magnitude_vector", (1,), "which is not a LoRA matrix: merge it with peft"),
     ],
 )
-def test_an_adapter_of_another_model_or_kind_is_not_merged(name: str, shape: tuple[int, ...], message: str) -> None:
-    of_adapters = {
+def test_an_adapter_of_another_model_or_kind_is_rejected(name: str, shape: tuple[int, ...], message: str) -> None:
+    adapter_weights = {
         "base_model.model.layer.lora_A.weight": torch.zeros(1, 2),
         "base_model.model.layer.lora_B.weight": torch.zeros(1, 1),
     }
     with pytest.raises(ConfigError, match=message):
-        merge_weights({"layer.weight": torch.zeros(1, 2)}, {**of_adapters, name: torch.zeros(shape)}, 1.0)
+        merge_weights({"layer.weight": torch.zeros(1, 2)}, {**adapter_weights, name: torch.zeros(shape)}, 1.0)

@@ -1,4 +1,4 @@
-"""A micro-batch holds exactly what its bins hold, in the form that the model takes."""
+"""A micro-batch holds exactly the contents of its bins, in the form that the model expects."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from train.model.pixels import pixel_values
 
 
 def text_sample(ids: list[int], trained: list[int]) -> Sample:
-    """A sample of these ids, where the positions in ``trained`` are trained."""
+    """Create a sample of these ids; the positions in ``trained`` are trained."""
     labels = [token if position in trained else -100 for position, token in enumerate(ids)]
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
     return Sample(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), positions)
 
 
 def test_two_bins_worked_out_by_hand() -> None:
-    """Samples 10 11 12 | 20 21 and, in a second bin, 30 31 32 33; trained are 11 12, 21 and 33."""
+    """Samples 10 11 12 | 20 21 in one bin and 30 31 32 33 in another; 11, 12, 21 and 33 are trained."""
     micro = build_micro_batch(
         [
             as_bin([text_sample([10, 11, 12], [1, 2]), text_sample([20, 21], [1])], index=4),
@@ -48,8 +48,8 @@ def test_two_bins_worked_out_by_hand() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(2, 9), st.sets(st.integers(1, 8))), min_size=1, max_size=6), st.integers(1, 3))
-def test_no_token_predicts_the_next_sample(samples: list[tuple[int, set[int]]], num_bins: int) -> None:
-    """A position and its target are of one sample, and every label that is set is a target once."""
+def test_no_token_predicts_a_token_of_the_next_sample(samples: list[tuple[int, set[int]]], num_bins: int) -> None:
+    """A position and its target belong to one sample, and every trained label is a target exactly once."""
     made = [text_sample(list(range(100 * n, 100 * n + size)), sorted(t)) for n, (size, t) in enumerate(samples)]
     parts = [part.tolist() for part in np.array_split(np.arange(len(made)), num_bins) if part.size]
     micro = build_micro_batch([as_bin([made[n] for n in part]) for part in parts])
@@ -61,14 +61,14 @@ def test_no_token_predicts_the_next_sample(samples: list[tuple[int, set[int]]], 
     )
 
 
-def test_positions_of_a_bin_with_media_are_those_stored() -> None:
+def test_position_ids_of_a_bin_with_media_are_the_stored_ones() -> None:
     samples = make_bins(num_bins=4)[3]
     micro = build_micro_batch([as_bin(samples)])
     stored = np.concatenate([sample.position_ids for sample in samples], axis=1)
     assert np.array_equal(micro.position_ids[:, 0].numpy(), stored)
 
 
-def test_media_of_all_bins_stand_in_sequence_order() -> None:
+def test_media_of_all_bins_are_in_sequence_order() -> None:
     rng = np.random.default_rng(0)
     first = [make_sample(rng, [make_medium(rng, 2, 4), make_medium(rng, 4, 2, steps=2)])]
     second = [make_sample(rng), make_sample(rng, [make_medium(rng, 6, 2)])]
@@ -80,8 +80,8 @@ def test_media_of_all_bins_stand_in_sequence_order() -> None:
     assert vision.planes.numel() == 3 * 14 * 14 * (8 + 2 * 16 + 12)
 
 
-def test_bins_of_both_codecs_meet_in_one_batch() -> None:
-    """A mix of folders may hold both; the pixels are those of each alone."""
+def test_bins_of_both_codecs_share_one_batch() -> None:
+    """A mix of folders may hold both; the pixels equal those of each bin alone."""
     rng = np.random.default_rng(1)
     samples = [[make_sample(rng, [make_medium(rng, 2, 4), make_medium(rng, 4, 2, steps=1)])] for _ in range(3)]
     codecs = ["raw", "zstd", "raw"]
@@ -103,9 +103,9 @@ def test_read_only_bytes_are_copied_without_a_warning() -> None:
     assert np.array_equal(build_micro_batch([one]).vision.planes.numpy(), one.pixels)
 
 
-@pytest.mark.parametrize("bins", [[], [as_bin([text_sample([10, 11], [1])])]], ids=["empty place", "text only"])
-def test_a_batch_without_media_has_one_dummy_picture(bins: list[Bin]) -> None:
-    """Every rank calls the vision tower once, whatever its bins hold."""
+@pytest.mark.parametrize("bins", [[], [as_bin([text_sample([10, 11], [1])])]], ids=["empty position", "text only"])
+def test_a_batch_without_media_has_one_dummy_image(bins: list[Bin]) -> None:
+    """Every rank must call the vision tower once, whatever its bins hold."""
     vision = build_micro_batch(bins).vision
     assert vision.media == ((Grid(1, 2, 2), 0),)
     assert vision.num_patches == 4
@@ -114,7 +114,7 @@ def test_a_batch_without_media_has_one_dummy_picture(bins: list[Bin]) -> None:
     assert vision.cu_seqlens.tolist() == vision.cu_window_seqlens.tolist() == [0, 4]
 
 
-def test_an_empty_place_is_a_token_without_targets_and_weight() -> None:
+def test_an_empty_position_is_one_token_without_targets() -> None:
     micro = build_micro_batch([])
     assert micro.input_ids.shape == (1, 1)
     assert micro.position_ids.tolist() == [[[0]]] * 3
@@ -134,7 +134,7 @@ def test_moving_a_batch_moves_every_tensor() -> None:
                 assert value.device.type == "meta", field.name
 
 
-def test_numbers_of_a_mix_replace_those_of_the_folders() -> None:
+def test_bin_ids_of_a_mix_replace_those_of_the_folders() -> None:
     bins = [as_bin([text_sample([10, 11], [1])], index=3)]
     assert build_micro_batch(bins).bins == (3,)
     assert build_micro_batch(bins, bin_ids=[17]).bins == (17,)
@@ -153,7 +153,7 @@ def with_pixels(one: Bin, pixels: bytes) -> Bin:
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
 @pytest.mark.parametrize("change", [-1, 1])
-def test_pixels_of_another_size_stop(codec: str, change: int) -> None:
+def test_pixels_of_the_wrong_size_raise(codec: str, change: int) -> None:
     rng = np.random.default_rng(3)
     one = as_bin([make_sample(rng, [make_medium(rng, 4, 4)])], index=6, codec=codec)
     other = dataclasses.replace(one, grid_thw=np.array([[1, 4, 4 + 2 * change]], dtype=np.int32))
@@ -161,7 +161,7 @@ def test_pixels_of_another_size_stop(codec: str, change: int) -> None:
         build_micro_batch([other])
 
 
-def test_pixels_that_do_not_decompress_stop() -> None:
+def test_pixels_that_do_not_decompress_raise() -> None:
     one = as_bin(make_bins(num_bins=2)[1], index=1)
     whole = one.pixels.tobytes()
     with pytest.raises(ShardError, match="shard 5: its pixels have"):

@@ -1,4 +1,4 @@
-"""JPEG pixels in the trainer: decoded where bins are read, mixed with other codecs, and refused when damaged."""
+"""JPEG pixels in the trainer: decoded in the reading threads, mixed with other codecs, and rejected when damaged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BINS = make_bins(num_bins=8)
 
 
 def decoded(bins: list[list[Sample]]) -> list[list[Sample]]:
-    """The same bins with the pixels that a JPEG leaves of theirs."""
+    """Return the bins with their pixels after JPEG compression."""
     return [
         [replace(sample, media=[as_stored(medium, "jpeg") for medium in sample.media]) for sample in one]
         for one in bins
@@ -34,30 +34,30 @@ def decoded(bins: list[list[Sample]]) -> list[list[Sample]]:
 def pixels_by_bin(shards: str) -> dict[tuple[int, ...], torch.Tensor]:
     index = open_shards(shards)
     order = DataOrder(index.cost(), seed=0, global_batch=4, epochs=1.0)
-    places = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
+    layout = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
     micro: list[MicroBatch] = []
-    with BinStream(index, order, **places) as steps:
+    with BinStream(index, order, **layout) as steps:
         for batch in steps:
             micro += batch.micro_batches
     return {one.bins: pixel_values(one.vision) for one in micro}
 
 
-def test_a_stream_of_jpeg_shards_has_the_decoded_pixels(tmp_path: Path) -> None:
+def test_a_stream_of_jpeg_shards_yields_the_decoded_pixels(tmp_path: Path) -> None:
     write_shards(tmp_path / "jpeg", BINS, codec="jpeg")
     write_shards(tmp_path / "raw", decoded(BINS), codec="raw")
-    found, wanted = pixels_by_bin(str(tmp_path / "jpeg")), pixels_by_bin(str(tmp_path / "raw"))
-    assert found.keys() == wanted.keys()
-    assert len(found) == len(BINS)
-    assert all(torch.equal(found[bins], wanted[bins]) for bins in found)
+    actual, expected = pixels_by_bin(str(tmp_path / "jpeg")), pixels_by_bin(str(tmp_path / "raw"))
+    assert actual.keys() == expected.keys()
+    assert len(actual) == len(BINS)
+    assert all(torch.equal(actual[bins], expected[bins]) for bins in actual)
 
 
-def test_a_lossless_and_a_jpeg_folder_make_one_set(tmp_path: Path) -> None:
+def test_a_lossless_and_a_jpeg_folder_form_one_set(tmp_path: Path) -> None:
     write_shards(tmp_path / "mixed" / "a", BINS[:4], codec="zstd")
     write_shards(tmp_path / "mixed" / "b", BINS[4:], codec="jpeg")
     write_shards(tmp_path / "raw", BINS[:4] + decoded(BINS[4:]), codec="raw")
-    found, wanted = pixels_by_bin(str(tmp_path / "mixed")), pixels_by_bin(str(tmp_path / "raw"))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[bins], wanted[bins]) for bins in found)
+    actual, expected = pixels_by_bin(str(tmp_path / "mixed")), pixels_by_bin(str(tmp_path / "raw"))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[bins], expected[bins]) for bins in actual)
 
 
 @pytest.mark.parametrize("codecs", [("jpeg", "jpeg"), ("zstd", "jpeg"), ("jpeg", "raw"), ("raw", "jpeg", "zstd")])
@@ -70,7 +70,7 @@ def test_bins_of_several_codecs_share_a_micro_batch(codecs: tuple[str, ...]) -> 
     assert torch.equal(pixel_values(together.vision), torch.cat(apart))
 
 
-def test_text_alone_has_an_empty_member() -> None:
+def test_a_text_only_bin_has_an_empty_pixel_member() -> None:
     one = as_bin(BINS[0], codec="jpeg")
     assert one.pixels.size == 0
     assert torch.equal(build_micro_batch([one]).vision.planes, build_micro_batch([]).vision.planes)
@@ -80,24 +80,24 @@ def with_member(one: Bin, member: bytes) -> Bin:
     return replace(one, pixels=np.frombuffer(member, dtype=np.uint8))
 
 
-def test_damaged_streams_stop_with_their_place() -> None:
-    """A table that does not fit is found by its sizes, a stream without sense by its decoder."""
+def test_damaged_streams_raise_with_their_location() -> None:
+    """Sizes reveal a table that does not match, the decoder reveals a corrupt stream."""
     medium = BINS[2][0].media[0]
     one = as_bin(BINS[2], codec="jpeg")
     streams = [jpeg_of(frame) for frame in medium.frames]
-    at = streams[1].index(b"\xff\xc4")  # Huffman tables: code lengths that no table has
-    senseless = streams[1][: at + 5] + b"\xff" * 16 + streams[1][at + 21 :]
+    at = streams[1].index(b"\xff\xc4")  # Huffman tables; the code lengths are made impossible
+    corrupt = streams[1][: at + 5] + b"\xff" * 16 + streams[1][at + 21 :]
     for member, message in (
         (jpeg_member(streams)[:-1], "shard, bin 3: pixels.jpeg has"),
         (jpeg_member([streams[0][:-1], *streams[1:]]), "shard, bin 3: frame 0 of pixels.jpeg has no end"),
-        (jpeg_member([streams[0], senseless, *streams[2:]]), "shard, bin 3: frame 1 of its pixels does not decode"),
+        (jpeg_member([streams[0], corrupt, *streams[2:]]), "shard, bin 3: frame 1 of its pixels does not decode"),
     ):
         with pytest.raises(ShardError, match=f"^{message}"):
             build_micro_batch([with_member(one, member)], where=["shard, bin 3"])
 
 
-def test_without_pillow_only_jpeg_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence before the first read, with the command that mends it; other shards do not need it."""
+def test_without_pillow_only_jpeg_shards_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes before the first read and names the pip command; other shards do not need Pillow."""
     write_shards(tmp_path / "a", BINS[:4], codec="zstd")
     write_shards(tmp_path / "b", BINS[4:], codec="jpeg")
     monkeypatch.setitem(sys.modules, "PIL.JpegImagePlugin", None)

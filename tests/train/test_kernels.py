@@ -1,4 +1,4 @@
-"""Other kernels compute the same: compiled layers, and Liger's where there is a GPU; what cannot be is said at once."""
+"""Compiled layers and Liger kernels compute the same as eager layers; impossible settings are rejected early."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from train.model.packed import PackedQwen, checkpoint_activations
 from train.settings.flags import parse_arguments
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 NEEDS_LIGER = pytest.mark.skipif(
-    not torch.cuda.is_available() or find_spec("liger_kernel") is None, reason="no GPU with liger-kernel is here"
+    not torch.cuda.is_available() or find_spec("liger_kernel") is None, reason="needs a GPU with liger-kernel"
 )
 
 
 def make_model(checkpoint: Path, device: torch.device = CPU) -> PackedQwen:
-    """All parts are trained, activations are recomputed."""
+    """Load a model with all parts trained and activations recomputed."""
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device)
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     optim.group_parameters(model, EVERYTHING)
@@ -42,7 +42,7 @@ def make_model(checkpoint: Path, device: torch.device = CPU) -> PackedQwen:
 
 @pytest.fixture
 def compiler() -> Iterator[Any]:
-    """The counters of torch.compile, which starts and is left without anything compiled."""
+    """The counters of torch.compile, whose cache is cleared before and after the test."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -54,7 +54,7 @@ def compiler() -> Iterator[Any]:
 def test_compiled_layers_give_the_same_loss_and_gradients_for_bins_of_any_length(
     tiny_checkpoint: Path, compiler: Any
 ) -> None:
-    """Without the code generator, which would take a minute: traced, differentiated and recomputed all the same."""
+    """``aot_eager`` skips code generation, which would take a minute, but traces, differentiates and recomputes."""
     eager, compiled = make_model(tiny_checkpoint), make_model(tiny_checkpoint)
     kernels.compile_layers(compiled.hf, attn_implementation="sdpa", backend="aot_eager")
     num_graphs = []
@@ -66,11 +66,11 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_bins_of_any_length
         for name, gradient in gradients(compiled, loss).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
         num_graphs.append(compiler["stats"]["unique_graphs"])
-    assert num_graphs[0] > 0 and num_graphs[-1] == num_graphs[2], "every length is compiled anew"
+    assert num_graphs[0] > 0 and num_graphs[-1] == num_graphs[2], "every length is recompiled"
     assert not compiler["graph_break"]
 
 
-def test_compiling_changes_no_name_of_a_weight(tiny_vocab_checkpoint: Path) -> None:
+def test_compiling_keeps_the_names_of_all_weights(tiny_vocab_checkpoint: Path) -> None:
     model = make_model(tiny_vocab_checkpoint)
     before = list(model.state_dict())
     kernels.compile_layers(model.hf, attn_implementation="sdpa")
@@ -78,7 +78,7 @@ def test_compiling_changes_no_name_of_a_weight(tiny_vocab_checkpoint: Path) -> N
 
 
 @NEEDS_COMPILER
-def test_a_run_with_compiled_layers_has_the_losses_of_one_without(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_with_compiled_layers_has_the_losses_of_an_eager_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", make_bins(num_bins=4), tokenizer=fingerprint_of(tiny_checkpoint))
     settings = {"shards": shards, "model_name_or_path": tiny_checkpoint, "max_steps": 2, "save_steps": 0}
     flags = as_flags(settings)
@@ -87,9 +87,9 @@ def test_a_run_with_compiled_layers_has_the_losses_of_one_without(tiny_checkpoin
         done = run_ranks(1, *flags, *more, "--output_dir", str(tmp_path / name))
         assert done.returncode == 0, done.stderr
         assert ("layers will be compiled at their first use" in done.stderr) == bool(more)
-    for expected, found in zip(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), strict=True):
+    for expected, actual in zip(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), strict=True):
         for name in ("loss", "grad_norm"):
-            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+            assert actual[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *installed: str) -> None:
@@ -107,7 +107,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *installed: str) -> None:
         ("--torch_compile", "", CPU, 2, "needs a C\\+\\+ compiler on a CPU, but no-such-compiler is not installed"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_starts(
+def test_kernels_that_cannot_run_are_rejected_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, flags: str, installed: str, device: torch.device, stage: int, message: str
 ) -> None:
     pretend(monkeypatch, *installed.split())
@@ -118,7 +118,7 @@ def test_what_cannot_be_is_said_before_anything_starts(
 
 
 @pytest.mark.parametrize("flags", ["", "--use_liger_kernel", "--torch_compile"])
-def test_what_can_be_is_let_through(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+def test_kernels_that_can_run_are_accepted(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
     pretend(monkeypatch, "liger_kernel", "triton")
     args = parse_arguments(["--shards", "x", *flags.split()])
     kernels.check_kernels(args, GPU, {"zero_optimization": {"stage": 2}})
@@ -129,9 +129,9 @@ def test_liger_and_compiled_layers_together_are_an_error() -> None:
         parse_arguments(["--shards", "x", "--use_liger_kernel", "--torch_compile"])
 
 
-def test_liger_is_asked_for_all_but_the_loss(monkeypatch: pytest.MonkeyPatch, tiny_vocab_checkpoint: Path) -> None:
-    """A stand-in that notes how it is called; its rotary function must be the one that attention calls."""
-    asked: dict[str, Any] = {}
+def test_liger_replaces_everything_but_the_loss(monkeypatch: pytest.MonkeyPatch, tiny_vocab_checkpoint: Path) -> None:
+    """A stand-in records how it is called; attention must call its rotary function."""
+    settings: dict[str, Any] = {}
     calls: list[tuple[int, ...]] = []
     original = modeling_qwen2_5_vl.apply_rotary_pos_emb
 
@@ -140,7 +140,7 @@ def test_liger_is_asked_for_all_but_the_loss(monkeypatch: pytest.MonkeyPatch, ti
         return original(q, k, cos, sin)
 
     stand_in: Any = ModuleType("liger_kernel.transformers")
-    stand_in.apply_liger_kernel_to_qwen2_5_vl = lambda **settings: asked.update(settings)
+    stand_in.apply_liger_kernel_to_qwen2_5_vl = lambda **options: settings.update(options)
     stand_in.liger_rotary_pos_emb = rotate
     monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
@@ -151,16 +151,16 @@ def test_liger_is_asked_for_all_but_the_loss(monkeypatch: pytest.MonkeyPatch, ti
     with torch.no_grad():
         hf.model.language_model(input_ids=torch.arange(10, 16)[None], use_cache=False)
 
-    assert asked.pop("model") is hf
-    assert {name for name, value in asked.items() if value} == {"rms_norm", "swiglu"}
-    assert {"cross_entropy", "fused_linear_cross_entropy"} < asked.keys(), "its default replaces the loss"
+    assert settings.pop("model") is hf
+    assert {name for name, value in settings.items() if value} == {"rms_norm", "swiglu"}
+    assert {"cross_entropy", "fused_linear_cross_entropy"} < settings.keys(), "its default replaces the loss"
     assert calls == [(1, 4, 6, 16, 1, 6, 16)] * 2
 
 
 @NEEDS_LIGER
 def test_liger_kernels_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
     for name in ("apply_rotary_pos_emb", "Qwen2_5_VLRMSNorm", "Qwen2MLP"):
-        # what is replaced for all models of this process is put back
+        # Liger patches these for the whole process; monkeypatch restores them.
         monkeypatch.setattr(modeling_qwen2_5_vl, name, getattr(modeling_qwen2_5_vl, name))
     batch = micro_batch(*samples_of_all_kinds()).to(GPU)
     model = make_model(tiny_checkpoint, GPU)

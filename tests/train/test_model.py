@@ -1,4 +1,4 @@
-"""Laws of the forward pass: packing never leaks, all bins make the same calls, the loss is that of the original."""
+"""Packing never leaks, all bins make the same calls, and the loss equals that of the Hugging Face model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EVERYTHING = {optim.LANGUAGE_MODEL: 1e-3, optim.MERGER: 1e-3, optim.VISION_TOWER
 
 
 def micro_batch(*samples: Sample) -> MicroBatch:
-    """Pack samples into one bin."""
+    """Pack samples into one bin and build its micro-batch."""
     media = [medium for sample in samples for medium in sample.media]
     planes = [medium.frames.ravel() for medium in media]
     packed = Bin(
@@ -53,7 +53,7 @@ def micro_batch(*samples: Sample) -> MicroBatch:
 
 
 def samples_of_all_kinds(seed: int = 0) -> list[Sample]:
-    """A picture, text alone, a clip with pictures around it, and text again."""
+    """An image, text only, a video between images, and text only."""
     rng = np.random.default_rng(seed)
     return [
         make_sample(rng, [make_medium(rng, 10, 12)], num_targets=6),
@@ -72,15 +72,15 @@ def hf(tiny_checkpoint: Path) -> Qwen2_5_VLForConditionalGeneration:
 
 @pytest.fixture
 def model(hf: Qwen2_5_VLForConditionalGeneration) -> PackedQwen:
-    """All parts are trained."""
-    made = PackedQwen(hf, attn_implementation="sdpa")
-    optim.group_parameters(made, EVERYTHING)
-    return made.train()
+    """A model with all parts trained."""
+    packed = PackedQwen(hf, attn_implementation="sdpa")
+    optim.group_parameters(packed, EVERYTHING)
+    return packed.train()
 
 
 @contextmanager
 def counted_calls(**modules: nn.Module) -> Iterator[Counter[str]]:
-    """Count the calls of some modules."""
+    """Count the calls of modules."""
     calls: Counter[str] = Counter()
 
     def count(name: str) -> Any:
@@ -93,7 +93,7 @@ def counted_calls(**modules: nn.Module) -> Iterator[Counter[str]]:
 
 
 def gradients(model: PackedQwen, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradient of every trained parameter; a missing one fails."""
+    """Return the gradient of every trained parameter; fail if one is missing."""
     model.zero_grad(set_to_none=True)
     loss.backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -102,12 +102,12 @@ def gradients(model: PackedQwen, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in trained.items() if parameter.grad is not None}
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert gradient.abs().max() > 1e-3, f"{name} has hardly a gradient: nothing is compared"
+        assert gradient.abs().max() > 1e-3, f"the gradient of {name} is too small to compare"
         torch.testing.assert_close(
-            found[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -121,7 +121,7 @@ def loss_of_each_sample(model: PackedQwen, batch: MicroBatch) -> list[torch.Tens
         ]
 
 
-def test_a_packed_bin_has_the_loss_and_gradients_of_its_samples_one_by_one(model: PackedQwen) -> None:
+def test_a_packed_bin_has_the_loss_and_gradients_of_its_samples_run_one_by_one(model: PackedQwen) -> None:
     samples = samples_of_all_kinds()
     num_targets = sum(int((sample.labels != -100).sum()) for sample in samples)
     packed_loss = model(micro_batch(*samples)) / num_targets
@@ -133,7 +133,7 @@ def test_a_packed_bin_has_the_loss_and_gradients_of_its_samples_one_by_one(model
 
 
 def test_the_comparison_of_packed_and_separate_samples_would_notice_a_leak(model: PackedQwen) -> None:
-    """A bin taken for one long sample lets each see the samples before."""
+    """If a bin is treated as one long sample, each sample attends to those before it."""
     samples = samples_of_all_kinds()
     batch = micro_batch(*samples)
     with torch.no_grad():
@@ -144,10 +144,10 @@ def test_the_comparison_of_packed_and_separate_samples_would_notice_a_leak(model
 
 @pytest.mark.parametrize("has_grouped_kernel", [True, False])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(
+def test_attention_by_sample_equals_masked_attention_of_transformers(
     heads: int, has_grouped_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which finds packed samples where positions restart; keys and values may serve several heads."""
+    """transformers infers packed samples from restarting positions. Heads may share keys and values."""
     monkeypatch.setattr(attention, "has_grouped_kernel", lambda query: has_grouped_kernel)
     torch.manual_seed(0)
     config = tiny_config(64).text_config
@@ -156,7 +156,7 @@ def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(
     lengths = (5, 1, 9, 2)
     embeddings = torch.randn(1, sum(lengths), config.hidden_size)
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(4, 1, -1)
-    found = {}
+    results = {}
     for implementation, isolation in (
         (SDPA, {"position_ids": positions}),
         ("eager", {"position_ids": positions}),
@@ -167,9 +167,9 @@ def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(
         output = layers(inputs_embeds=states, use_cache=False, **isolation).last_hidden_state
         output.square().mean().backward()
         assert states.grad is not None
-        found[implementation] = output.detach(), states.grad
-    for one in found.values():
-        torch.testing.assert_close(one, found["eager"], rtol=1e-5, atol=1e-6)
+        results[implementation] = output.detach(), states.grad
+    for result in results.values():
+        torch.testing.assert_close(result, results["eager"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -182,23 +182,23 @@ def test_attention_sample_by_sample_is_that_of_the_masks_of_transformers(
         ("cuda", torch.float32, (9, 0), False),
     ],
 )
-def test_keys_and_values_are_repeated_where_torch_would_fall_back_to_its_slow_kernel(
+def test_keys_and_values_are_repeated_if_torch_would_fall_back_to_its_slow_kernel(
     device: str, dtype: torch.dtype, capability: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Source: torch's list of kernels that take ``enable_gqa``; a stand-in for a tensor on such a device."""
+    """Expected values: torch's documentation of kernels with ``enable_gqa``. The query is a stand-in for a tensor."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     query: Any = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, device=torch.device(device))
     assert attention.has_grouped_kernel(query) == expected
 
 
-def test_a_forgotten_length_is_an_error_and_not_a_leak(hf: Qwen2_5_VLForConditionalGeneration) -> None:
+def test_missing_sample_lengths_raise_instead_of_leaking(hf: Qwen2_5_VLForConditionalGeneration) -> None:
     ids = torch.arange(10, 16)[None]
     layers = PackedQwen(hf, attn_implementation="sdpa").hf.model.language_model
     with pytest.raises(TypeError, match="lengths"):
         layers(input_ids=ids, position_ids=torch.arange(6).expand(3, 1, -1), attention_mask=NO_MASK, use_cache=False)
 
 
-def test_attention_that_transformers_did_not_take_stops_the_run(
+def test_attention_that_transformers_does_not_accept_is_an_error(
     hf: Qwen2_5_VLForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hf.model.language_model, "set_attn_implementation", lambda name: None)
@@ -206,8 +206,8 @@ def test_attention_that_transformers_did_not_take_stops_the_run(
         PackedQwen(hf, attn_implementation="sdpa")
 
 
-def test_attention_sample_by_sample_drops_the_share_of_weights_that_it_is_told() -> None:
-    """Token i of a sample has value i: the last one then gets every weight by itself, all of them equal."""
+def test_attention_by_sample_applies_dropout() -> None:
+    """Values are one-hot, so the output of the last token of a sample is its weights, which are all equal."""
     torch.manual_seed(0)
     lengths, dropout = (400, 200), 0.25
     states = torch.zeros(1, 1, sum(lengths), max(lengths))
@@ -217,15 +217,13 @@ def test_attention_sample_by_sample_drops_the_share_of_weights_that_it_is_told()
         weights = attended[0, last, 0, :length]
         kept = weights[weights != 0]
         torch.testing.assert_close(kept, torch.full_like(kept, 1 / length / (1 - dropout)))
-        # Three standard deviations of a binomial share.
-        spread = math.sqrt(dropout * (1 - dropout) / length)
-        assert 1 - len(kept) / length == pytest.approx(dropout, abs=3 * spread)
+        # Within three standard deviations of a binomial proportion.
+        deviation = math.sqrt(dropout * (1 - dropout) / length)
+        assert 1 - len(kept) / length == pytest.approx(dropout, abs=3 * deviation)
 
 
 @pytest.mark.parametrize("changed", range(4))
-def test_changing_one_sample_leaves_the_losses_of_the_others_unchanged_to_the_bit(
-    model: PackedQwen, changed: int
-) -> None:
+def test_changing_one_sample_leaves_the_losses_of_the_others_bitwise_unchanged(model: PackedQwen, changed: int) -> None:
     samples = samples_of_all_kinds(seed=0)
     before = loss_of_each_sample(model, micro_batch(*samples))
     samples[changed] = samples_of_all_kinds(seed=1)[changed]
@@ -234,7 +232,7 @@ def test_changing_one_sample_leaves_the_losses_of_the_others_unchanged_to_the_bi
 
 
 @pytest.mark.parametrize("kind", range(4))
-def test_logits_at_targets_are_those_of_the_hugging_face_model(
+def test_logits_at_targets_equal_those_of_the_hugging_face_model(
     hf: Qwen2_5_VLForConditionalGeneration, tiny_checkpoint: Path, kind: int
 ) -> None:
     sample = samples_of_all_kinds()[kind]
@@ -254,13 +252,13 @@ def test_logits_at_targets_are_those_of_the_hugging_face_model(
     with torch.no_grad():
         expected = hf(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs).logits
         packed = PackedQwen(hf, attn_implementation="sdpa")
-        found = packed.hf.lm_head(packed.target_states(batch))
-    assert found.shape == (int((sample.labels != -100).sum()), 151936)
-    torch.testing.assert_close(found, expected[0, batch.target_positions], rtol=1e-5, atol=1e-5)
+        logits = packed.hf.lm_head(packed.target_states(batch))
+    assert logits.shape == (int((sample.labels != -100).sum()), 151936)
+    torch.testing.assert_close(logits, expected[0, batch.target_positions], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_targets", [1, 4, 5, 11])
-def test_the_loss_in_chunks_is_the_cross_entropy_of_all_logits(
+def test_the_chunked_loss_equals_the_cross_entropy_of_all_logits(
     monkeypatch: pytest.MonkeyPatch, num_targets: int
 ) -> None:
     monkeypatch.setattr(model_module, "CHUNK", 4)
@@ -270,13 +268,13 @@ def test_the_loss_in_chunks_is_the_cross_entropy_of_all_logits(
     expected = functional.cross_entropy(linear(states), targets, reduction="sum")
     expected_grads = torch.autograd.grad(expected, [states, linear.weight])
     head = TargetHead.of(linear)
-    found = head(states, targets)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, [states, head.weight]), expected_grads)
+    loss = head(states, targets)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, [states, head.weight]), expected_grads)
 
 
 @pytest.mark.parametrize(("num_targets", "max_targets"), [(0, 0), (0, 9), (3, 4), (3, 5), (8, 17), (9, 9)])
-def test_ranks_take_as_many_chunks_as_the_one_with_max_targets(
+def test_every_rank_runs_as_many_chunks_as_the_rank_with_the_most_targets(
     monkeypatch: pytest.MonkeyPatch, num_targets: int, max_targets: int
 ) -> None:
     monkeypatch.setattr(model_module, "CHUNK", 4)
@@ -284,24 +282,24 @@ def test_ranks_take_as_many_chunks_as_the_one_with_max_targets(
     head = TargetHead.of(nn.Linear(8, 32, bias=False))
     states, targets = torch.randn(num_targets, 8, requires_grad=True), torch.randint(0, 32, (num_targets,))
     sizes: list[int] = []
-    of_chunk = TargetHead._chunk_loss
+    chunk_loss = TargetHead._chunk_loss
 
-    def note(self: TargetHead, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(rows))
-        return of_chunk(self, rows, wanted)
+    def note(self: TargetHead, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states))
+        return chunk_loss(self, states, targets)
 
     monkeypatch.setattr(TargetHead, "_chunk_loss", note)
     alone = head(states, targets)
     expected = torch.autograd.grad(alone, [states, head.weight])
     sizes.clear()
-    found = head(states, targets, max_targets=max_targets)
+    padded = head(states, targets, max_targets=max_targets)
     assert len(sizes) == max(1, math.ceil(max_targets / 4))
     assert sum(sizes) == num_targets
-    assert torch.equal(found, alone)
-    assert all(map(torch.equal, torch.autograd.grad(found, [states, head.weight]), expected))
+    assert torch.equal(padded, alone)
+    assert all(map(torch.equal, torch.autograd.grad(padded, [states, head.weight]), expected))
 
 
-def test_logits_are_never_kept_for_the_backward_pass() -> None:
+def test_logits_are_not_saved_for_the_backward_pass() -> None:
     head = TargetHead.of(nn.Linear(8, 512, bias=False))
     states, targets = torch.randn(6, 8, requires_grad=True), torch.randint(0, 512, (6,))
     sizes: list[int] = []
@@ -315,19 +313,19 @@ def test_logits_are_never_kept_for_the_backward_pass() -> None:
     assert all(size < 6 * 512 for size in sizes)
 
 
-def test_the_head_shares_its_weight_with_the_embeddings_where_they_are_tied(model: PackedQwen) -> None:
+def test_the_head_stays_tied_to_the_embeddings(model: PackedQwen) -> None:
     assert model.hf.lm_head.weight is model.hf.model.language_model.embed_tokens.weight
 
 
-def test_every_bin_makes_the_same_calls_whatever_it_holds(model: PackedQwen) -> None:
-    """One call of the vision tower and one of lm_head: otherwise ranks would wait for each other under ZeRO-3."""
+def test_every_bin_makes_the_same_calls_whatever_its_contents(model: PackedQwen) -> None:
+    """One call of the vision tower and one of lm_head; otherwise ranks would deadlock under ZeRO-3."""
     rng = np.random.default_rng(0)
-    picture, clip = make_medium(rng, 4, 4), make_medium(rng, 4, 4, steps=2)
+    image, video = make_medium(rng, 4, 4), make_medium(rng, 4, 4, steps=2)
     bins = [
         micro_batch(make_sample(rng)),
-        micro_batch(make_sample(rng, [picture])),
-        micro_batch(make_sample(rng, [clip])),
-        micro_batch(make_sample(rng, [picture, clip]), make_sample(rng)),
+        micro_batch(make_sample(rng, [image])),
+        micro_batch(make_sample(rng, [video])),
+        micro_batch(make_sample(rng, [image, video]), make_sample(rng)),
         micro_batch(make_sample(rng, num_targets=0)),
         build_micro_batch([]),
     ]
@@ -339,7 +337,7 @@ def test_every_bin_makes_the_same_calls_whatever_it_holds(model: PackedQwen) -> 
         assert calls == {"vision": 1, "text": 1, "head": 1}
 
 
-@pytest.mark.parametrize("empty", [False, True], ids=["a bin without targets", "an empty place of the order"])
+@pytest.mark.parametrize("empty", [False, True], ids=["a bin without targets", "an empty position of the order"])
 def test_without_targets_the_loss_is_zero_and_every_trained_parameter_gets_a_zero_gradient(
     model: PackedQwen, empty: bool
 ) -> None:
@@ -350,9 +348,9 @@ def test_without_targets_the_loss_is_zero_and_every_trained_parameter_gets_a_zer
     assert all(not gradient.any() for gradient in gradients(model, loss).values())
 
 
-def test_without_media_the_vision_tower_gets_zero_gradients_not_none(model: PackedQwen) -> None:
-    found = gradients(model, model(micro_batch(make_sample(np.random.default_rng(0)))))
-    assert all(gradient.any() != name.startswith("hf.model.visual.") for name, gradient in found.items())
+def test_without_media_the_gradients_of_the_vision_tower_are_zero_not_none(model: PackedQwen) -> None:
+    grads = gradients(model, model(micro_batch(make_sample(np.random.default_rng(0)))))
+    assert all(gradient.any() != name.startswith("hf.model.visual.") for name, gradient in grads.items())
 
 
 def test_recomputed_activations_give_the_same_loss_and_gradients(model: PackedQwen) -> None:
@@ -371,31 +369,31 @@ def test_recomputed_activations_give_the_same_loss_and_gradients(model: PackedQw
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pixels_are_made_in_what_the_vision_tower_computes_in(model: PackedQwen, dtype: torch.dtype) -> None:
-    """In float32 first, they would take three times the memory of bfloat16."""
+def test_pixels_are_created_in_the_dtype_of_the_vision_tower(model: PackedQwen, dtype: torch.dtype) -> None:
+    """Creating them in float32 first would take three times the memory of bfloat16."""
     model.to(dtype)
-    taken: list[torch.dtype] = []
-    model.hf.model.visual.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].dtype))
+    dtypes: list[torch.dtype] = []
+    model.hf.model.visual.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
     model.vision_features(micro_batch(*samples_of_all_kinds()).vision)
-    assert taken == [dtype]
+    assert dtypes == [dtype]
 
 
 def test_recomputing_runs_no_backward_pass_inside_the_backward_pass(model: PackedQwen) -> None:
-    """Reentrant checkpointing does, in every layer: ZeRO-2 then takes gradients for ones that come twice."""
+    """Reentrant checkpointing does, in every layer, and ZeRO-2 then sees gradients twice."""
     checkpoint_activations(model)
-    nodes, waiting = set(), [model(micro_batch(*samples_of_all_kinds())).grad_fn]
-    while waiting:
-        node = waiting.pop()
+    nodes, stack = set(), [model(micro_batch(*samples_of_all_kinds())).grad_fn]
+    while stack:
+        node = stack.pop()
         if node is not None and node not in nodes:
             nodes.add(node)
-            waiting += [following for following, _ in node.next_functions]
+            stack += [next_node for next_node, _ in node.next_functions]
     names = {node.name() for node in nodes}
     assert "AccumulateGrad" in {name.rpartition("::")[2] for name in names}
     assert not any("CheckpointFunction" in name for name in names)
 
 
 @pytest.mark.parametrize("merger", [False, True], ids=["frozen merger", "trained merger"])
-def test_a_frozen_vision_tower_keeps_no_activations(model: PackedQwen, merger: bool) -> None:
+def test_a_frozen_vision_tower_stores_no_activations(model: PackedQwen, merger: bool) -> None:
     optim.group_parameters(model, {**EVERYTHING, optim.VISION_TOWER: None, optim.MERGER: 1e-3 if merger else None})
     checkpoint_activations(model)
     recorded: list[bool] = []
@@ -406,14 +404,10 @@ def test_a_frozen_vision_tower_keeps_no_activations(model: PackedQwen, merger: b
     assert features.requires_grad == merger
 
 
-def test_flash_attention_is_given_the_borders_of_samples_and_media(
-    model: PackedQwen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With attention over the given borders alone, the loss is that of SDPA sample by sample."""
-    batch = micro_batch(*samples_of_all_kinds())
-    calls: list[tuple[int, int]] = []
+def attend_between_boundaries(calls: list[tuple[int, int]]) -> Any:
+    """A stand-in for flash attention that attends between the given boundaries only, and records each call."""
 
-    def variable_length(
+    def attention(
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -422,30 +416,39 @@ def test_flash_attention_is_given_the_borders_of_samples_and_media(
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         assert attention_mask is None
-        borders, is_causal = options["cu_seq_lens_q"], options.get("is_causal", True)
-        assert torch.equal(options["cu_seq_lens_k"], borders)
-        assert borders.dtype == torch.int32
-        lengths = borders.diff().tolist()
+        boundaries, is_causal = options["cu_seq_lens_q"], options.get("is_causal", True)
+        assert torch.equal(options["cu_seq_lens_k"], boundaries)
+        assert boundaries.dtype == torch.int32
+        lengths = boundaries.diff().tolist()
         assert options["max_length_q"] == options["max_length_k"] == max(lengths)
         assert isinstance(options["max_length_q"], int)
         calls.append((query.shape[2], len(lengths)))
         parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-        attended = [
+        outputs = [
             functional.scaled_dot_product_attention(
                 *part, is_causal=is_causal, scale=options["scaling"], enable_gqa=True
             )
             for part in parts
         ]
-        return torch.cat(attended, dim=2).transpose(1, 2), None
+        return torch.cat(outputs, dim=2).transpose(1, 2), None
 
+    return attention
+
+
+def test_flash_attention_gets_the_boundaries_of_samples_and_media(
+    model: PackedQwen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With attention between these boundaries only, the loss equals that of SDPA by sample."""
+    batch = micro_batch(*samples_of_all_kinds())
+    calls: list[tuple[int, int]] = []
     with torch.no_grad():
         expected = model(batch)
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION, variable_length)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION, attend_between_boundaries(calls))
         for config in (model.hf.model.language_model.config, model.hf.model.visual.config):
             monkeypatch.setattr(config, "_attn_implementation_internal", FLASH_ATTENTION)
         model.uses_sdpa = False
-        found = model(batch)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        loss = model(batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     vision = batch.vision
     assert set(calls) == {
         (batch.num_tokens, 4),
@@ -455,7 +458,7 @@ def test_flash_attention_is_given_the_borders_of_samples_and_media(
 
 
 def saved_shapes(compute: Any) -> list[tuple[int, ...]]:
-    """Shapes of the tensors that a backward pass would keep."""
+    """Return the shapes of the tensors that a computation saves for the backward pass."""
     shapes: list[tuple[int, ...]] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -467,7 +470,7 @@ def saved_shapes(compute: Any) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_of_a_frozen_vision_tower_no_tensor_is_kept_for_the_backward_pass(model: PackedQwen) -> None:
+def test_no_tensor_of_a_frozen_vision_tower_is_saved_for_the_backward_pass(model: PackedQwen) -> None:
     vision = micro_batch(*samples_of_all_kinds()).vision
     visual = model.hf.model.visual
     assert len(saved_shapes(lambda: model.vision_features(vision))) > 100

@@ -1,4 +1,4 @@
-"""Every parameter is in exactly one group; frozen means frozen; what cannot be placed is an error."""
+"""Every parameter is in exactly one group, frozen parts are not trained, and unknown parameters are an error."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_every_parameter_is_in_exactly_one_group(model: PackedQwen) -> None:
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_parts_are_told_apart_by_module(model: PackedQwen) -> None:
-    hf, found = model.hf, {LANGUAGE_MODEL: set(), MERGER: set(), VISION_TOWER: set()}
+def test_parts_are_distinguished_by_module(model: PackedQwen) -> None:
+    hf, members = model.hf, {LANGUAGE_MODEL: set(), MERGER: set(), VISION_TOWER: set()}
     for group in group_parameters(model, RATES):
-        found[group.part] |= set(group.parameters)
-    assert found == {
+        members[group.part] |= set(group.parameters)
+    assert members == {
         LANGUAGE_MODEL: {*hf.model.language_model.parameters(), *hf.lm_head.parameters()},
         MERGER: set(hf.model.visual.merger.parameters()),
         VISION_TOWER: {*hf.model.visual.blocks.parameters(), *hf.model.visual.patch_embed.parameters()},
@@ -54,7 +54,7 @@ def test_parts_are_told_apart_by_module(model: PackedQwen) -> None:
 
 
 def test_matrices_decay_and_norms_and_biases_do_not(model: PackedQwen) -> None:
-    """In this model exactly the matrices have two dimensions or more."""
+    """In this model exactly the matrices have two or more dimensions."""
     for group in group_parameters(model, RATES):
         assert all((parameter.ndim >= 2) == group.decays for parameter in group.parameters)
 
@@ -62,8 +62,8 @@ def test_matrices_decay_and_norms_and_biases_do_not(model: PackedQwen) -> None:
 @pytest.mark.parametrize("frozen", [LANGUAGE_MODEL, MERGER, VISION_TOWER])
 def test_a_part_without_a_rate_is_frozen_and_not_optimized(model: PackedQwen, frozen: str) -> None:
     groups = group_parameters(model, {**RATES, frozen: None})
-    still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert still == {name for name, _ in model.named_parameters() if part_of(name) == frozen}
+    frozen_names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen_names == {name for name, _ in model.named_parameters() if part_of(name) == frozen}
     optimizer = build_optimizer(groups, weight_decay=0.1)
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert optimized == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -75,7 +75,7 @@ def test_a_part_that_was_frozen_can_be_trained_again(model: PackedQwen) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_freezing_the_language_model_freezes_an_lm_head_of_its_own(hf: Qwen2_5_VLForConditionalGeneration) -> None:
+def test_freezing_the_language_model_freezes_an_untied_lm_head(hf: Qwen2_5_VLForConditionalGeneration) -> None:
     hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach().clone())
     model = PackedQwen(hf, attn_implementation="sdpa")
     group_parameters(model, {**RATES, LANGUAGE_MODEL: None})
@@ -83,7 +83,7 @@ def test_freezing_the_language_model_freezes_an_lm_head_of_its_own(hf: Qwen2_5_V
     assert not model.hf.model.language_model.embed_tokens.weight.requires_grad
 
 
-def test_groups_of_the_optimizer_have_the_rates_and_decay_of_their_parts(model: PackedQwen) -> None:
+def test_optimizer_groups_have_the_rates_and_decay_of_their_parts(model: PackedQwen) -> None:
     optimizer = build_optimizer(group_parameters(model, RATES), weight_decay=0.1)
     assert [(group["part"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
         (LANGUAGE_MODEL, 1e-3, 0.1),
@@ -123,7 +123,7 @@ def test_a_parameter_of_an_unknown_kind_of_module_is_an_error(model: PackedQwen)
         group_parameters(model, RATES)
 
 
-def test_a_part_that_is_to_be_trained_and_has_no_parameters_is_an_error(model: PackedQwen) -> None:
+def test_a_part_to_train_without_parameters_is_an_error(model: PackedQwen) -> None:
     del model.hf.model.visual.merger
     with pytest.raises(ConfigError, match="merger has a learning rate, but the model has no parameters in it"):
         group_parameters(model, RATES)
@@ -139,8 +139,8 @@ def test_the_table_shows_what_is_trained(model: PackedQwen) -> None:
     assert total == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_partitioned_parameter_counts_whole() -> None:
-    """ZeRO-3 leaves an empty tensor that knows the size of the whole."""
+def test_a_partitioned_parameter_counts_with_its_full_size() -> None:
+    """ZeRO-3 leaves an empty tensor with the full size in ``ds_numel``."""
     linear = nn.Linear(4, 8, bias=False)
     model = nn.ModuleDict({"hf": nn.ModuleDict({"lm_head": linear})})
     linear.weight.data = torch.empty(0)

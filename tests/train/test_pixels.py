@@ -1,4 +1,4 @@
-"""Pixels rebuilt on the device equal those of the Pillow image processor: difference 0.0."""
+"""Pixels rebuilt on the device equal those of the Pillow image processor exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROCESSOR = Qwen2VLImageProcessorPil()
 
 
 def processed(frame: NDArray[np.uint8], *, do_resize: bool = False) -> torch.Tensor:
-    """What the processor makes of one picture (3, H, W): (N, 1176) float32."""
+    """Run the processor on one image (3, H, W): (N, 1176) float32."""
     image = Image.fromarray(frame.transpose(1, 2, 0))
     values: torch.Tensor = PROCESSOR(images=[image], do_resize=do_resize, return_tensors="pt")["pixel_values"]
     assert values.dtype == torch.float32
@@ -30,7 +30,7 @@ def processed(frame: NDArray[np.uint8], *, do_resize: bool = False) -> torch.Ten
 
 
 def expected(media: Iterable[Medium]) -> torch.Tensor:
-    """Pictures as the processor gives them; of a clip each pair of frames, put together from two pictures of it."""
+    """The processor's values. A pair of video frames is assembled from the processor's values of two images."""
     rows = []
     for medium in media:
         if not medium.is_video:
@@ -61,45 +61,47 @@ media_shapes = st.lists(st.tuples(merged, merged, st.sampled_from([0, 0, 1, 2, 3
 @given(shapes=media_shapes, seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_pixels_equal_the_processor_exactly(codec: str, shapes: list[tuple[int, int, int]], seed: int) -> None:
-    """Pictures and clips of any sizes, in any order, noise that takes every value. JPEG is not exact, but what is
-    decoded is what the processor gets."""
+    """Images and videos of any size, in any order, with noise that takes every value.
+
+    JPEG is lossy; there the processor gets the decoded frames.
+    """
     rng = np.random.default_rng(seed)
     media = [noise(rng, *shape) for shape in shapes]
-    found = pixel_values(vision_of(media, codec))
-    wanted = expected(as_stored(medium, codec) for medium in media)
-    assert found.dtype == torch.float32
-    assert found.shape == wanted.shape
-    assert (found - wanted).abs().max().item() == 0.0
+    values = pixel_values(vision_of(media, codec))
+    reference = expected(as_stored(medium, codec) for medium in media)
+    assert values.dtype == torch.float32
+    assert values.shape == reference.shape
+    assert (values - reference).abs().max().item() == 0.0
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw", "jpeg"])
-def test_a_run_of_equal_media_keeps_their_order(codec: str) -> None:
-    """Media of one size are handled together; pictures and clips of that size are told apart."""
+def test_consecutive_media_of_equal_size_keep_their_order(codec: str) -> None:
+    """Media of one size are processed together, but images and videos of that size separately."""
     rng = np.random.default_rng(1)
     media = [noise(rng, 4, 2, steps) for steps in (0, 0, 2, 1, 0, 3, 3)]
-    wanted = expected(as_stored(medium, codec) for medium in media)
-    assert torch.equal(pixel_values(vision_of(media, codec)), wanted)
+    reference = expected(as_stored(medium, codec) for medium in media)
+    assert torch.equal(pixel_values(vision_of(media, codec)), reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_values_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
+def test_half_precision_values_are_the_rounded_float32_values(dtype: torch.dtype) -> None:
     rng = np.random.default_rng(6)
     vision = vision_of([noise(rng, 6, 8), noise(rng, 4, 4, 2)], "zstd")
-    found = pixel_values(vision, dtype)
-    assert found.dtype == dtype
-    assert torch.equal(found, pixel_values(vision).to(dtype))
+    values = pixel_values(vision, dtype)
+    assert values.dtype == dtype
+    assert torch.equal(values, pixel_values(vision).to(dtype))
 
 
 def test_every_value_of_every_channel_is_exact() -> None:
     planes = np.arange(28 * 28).reshape(28, 28) % 256
     frame = np.stack([planes, 255 - planes, planes[::-1]]).astype(np.uint8)
-    found = pixel_values(vision_of([Medium(frame[None], is_video=False)], "raw"))
-    assert torch.equal(found, processed(frame))
-    assert found.unique().numel() == 3 * 256
+    values = pixel_values(vision_of([Medium(frame[None], is_video=False)], "raw"))
+    assert torch.equal(values, processed(frame))
+    assert values.unique().numel() == 3 * 256
 
 
-def test_the_processor_leaves_a_picture_of_the_right_size_alone() -> None:
-    """So planes that were resized once give what the processor would give with its own resizing on."""
+def test_the_processor_does_not_resize_an_image_of_the_right_size() -> None:
+    """Hence planes that were resized offline give the values of a processor that resizes itself."""
     medium = noise(np.random.default_rng(2), 10, 16)
     assert torch.equal(pixel_values(vision_of([medium], "zstd")), processed(medium.frames[0], do_resize=True))
 
@@ -111,8 +113,8 @@ def test_residuals_are_undone_modulo_256() -> None:
     assert torch.equal(undo_residuals(torch.from_numpy(coded)), torch.from_numpy(frames))
 
 
-def test_stored_planes_are_left_as_they_are() -> None:
-    """Rebuilding twice gives the same: nothing is undone in place."""
+def test_stored_planes_are_not_modified() -> None:
+    """Rebuilding twice gives the same values: nothing is undone in place."""
     vision = vision_of([noise(np.random.default_rng(4), 4, 4)], "zstd")
     before = vision.planes.clone()
     assert torch.equal(pixel_values(vision), pixel_values(vision))
@@ -120,8 +122,8 @@ def test_stored_planes_are_left_as_they_are() -> None:
 
 
 def test_a_batch_without_media_has_the_pixels_of_a_black_dummy() -> None:
-    found = pixel_values(build_micro_batch([]).vision)
-    assert torch.equal(found, processed(np.zeros((3, 28, 28), dtype=np.uint8)))
+    values = pixel_values(build_micro_batch([]).vision)
+    assert torch.equal(values, processed(np.zeros((3, 28, 28), dtype=np.uint8)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,4 +1,4 @@
-"""A checkpoint must be the one that the shards were made for, and complete; what is written is one again."""
+"""A checkpoint must be complete and match the shards; a written checkpoint loads again."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def load(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
     return pretrained.load_model(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def test_a_folder_is_taken_as_it_is(folder: Path) -> None:
+def test_a_folder_is_used_directly(folder: Path) -> None:
     assert pretrained.find_checkpoint(str(folder)) == folder
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "no/such/folder", "/no/such/folder"])
-def test_what_is_neither_a_folder_nor_on_the_hub_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=f"--model_name_or_path {name} is not a folder, and could not be downloaded"):
         pretrained.find_checkpoint(name)
@@ -79,7 +79,7 @@ def test_the_shape_of_a_model_is_read_from_its_configuration(folder: Path) -> No
         (lambda config: config.update(model_type="qwen2_vl"), "holds a model of type qwen2_vl; use a Qwen2.5-VL"),
     ],
 )
-def test_a_model_that_the_shards_are_not_made_for_is_an_error(
+def test_a_model_that_does_not_match_the_shards_is_an_error(
     folder: Path, edit: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     edit_json(folder / "config.json", edit)
@@ -93,11 +93,11 @@ def test_a_folder_without_a_configuration_is_an_error(tmp_path: Path) -> None:
         pretrained.read_shape(tmp_path)
 
 
-def test_the_tokenizer_that_the_shards_were_made_with_is_accepted(folder: Path, fingerprints: Fingerprints) -> None:
+def test_the_tokenizer_of_the_shards_is_accepted(folder: Path, fingerprints: Fingerprints) -> None:
     pretrained.check_fingerprints(folder, fingerprints, shards="shards/")
 
 
-def test_another_tokenizer_is_an_error_that_names_both_and_the_remedy(folder: Path, fingerprints: Fingerprints) -> None:
+def test_another_tokenizer_is_an_error_that_names_both_and_the_fix(folder: Path, fingerprints: Fingerprints) -> None:
     edit_json(folder / "tokenizer.json", lambda value: value["model"]["merges"].pop())
     with pytest.raises(ConfigError) as caught:
         pretrained.check_fingerprints(folder, fingerprints, shards="shards/demo")
@@ -130,7 +130,7 @@ def test_a_preprocessor_file_of_another_kind_is_an_error(folder: Path, fingerpri
         pretrained.check_fingerprints(folder, fingerprints, shards="shards/")
 
 
-def test_a_weight_that_is_missing_is_an_error_and_not_a_random_one(folder: Path) -> None:
+def test_a_missing_weight_is_an_error_rather_than_random(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -140,13 +140,13 @@ def test_a_weight_that_is_missing_is_an_error_and_not_a_random_one(folder: Path)
         load(folder)
 
 
-def test_weights_of_other_shapes_than_the_configuration_says_are_an_error(folder: Path) -> None:
+def test_weights_whose_shapes_do_not_match_the_configuration_are_an_error(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config["text_config"].update(intermediate_size=136))
     with pytest.raises(ConfigError, match=f"{folder}: weight shapes do not match config.json"):
         load(folder)
 
 
-def test_a_weight_too_many_is_an_error(folder: Path) -> None:
+def test_an_unexpected_weight_is_an_error(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["visual.extra.weight"] = torch.zeros(1)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -163,11 +163,11 @@ def test_weights_that_cannot_be_read_are_an_error(folder: Path, contents: bytes 
         load(folder)
 
 
-def test_what_is_written_loads_again_with_the_same_weights_and_files(folder: Path, tmp_path: Path) -> None:
+def test_a_written_checkpoint_loads_with_the_same_weights_and_files(folder: Path, tmp_path: Path) -> None:
     model = load(folder)
     weights = {name: weight.detach() + 1 for name, weight in model.named_parameters()}
     out = tmp_path / "run" / "final"
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second overwrites the first
         pretrained.write_checkpoint(out, model, weights, source=folder)
     again = load(out)
     assert all(torch.equal(weight, weights[name]) for name, weight in again.named_parameters())

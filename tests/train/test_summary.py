@@ -1,4 +1,4 @@
-"""The closing summary of a run says what was packed, what was learned, and where the model lies."""
+"""The summary of a run shows what was packed, how the loss fell, and where the model is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _write_run(folder: Path, steps: list[tuple[int, float, float]]) -> Path:
 
 
 def _with_counts(folder: Path, **counts: object) -> Path:
-    """Shards whose manifest tells these counts."""
+    """Write shards whose manifest has these counts."""
     write_shards(folder, make_bins(num_bins=2))
     manifest = read_manifest(folder)
     changed = msgspec.structs.replace(manifest, counts=msgspec.structs.replace(manifest.counts, **counts))
@@ -64,7 +64,7 @@ def test_counts_of_mixed_folders_are_added(tmp_path: Path) -> None:
     assert lines[2] == "training  1 step at 5 tokens/s, loss 3.000 -> 3.000"
 
 
-def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", make_bins(num_bins=2))
     run = _write_run(tmp_path / "run", [(1, 3.0, 5.0)])
     (run / "final").rmdir()
@@ -84,7 +84,7 @@ def test_a_run_that_did_not_end_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_damaged_metrics_are_refused_with_their_line(tmp_path: Path, content: str | None, message: str) -> None:
+def test_damaged_metrics_are_rejected_with_their_line(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
     if content is not None:
         path.write_text(content)

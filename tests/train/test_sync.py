@@ -1,4 +1,4 @@
-"""The forward pass never waits for the device: no operation asks for a number that only the device knows."""
+"""The forward pass never waits for the device: no operation needs a value that only the device has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEEDS_FLASH_ATTENTION = pytest.mark.skipif(
     not torch.cuda.is_available() or find_spec("flash_attn") is None, reason="no GPU with flash-attn is here"
 )
 
-WAITING = {
+SYNCHRONIZING = {
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.is_nonzero,
     torch.ops.aten.nonzero,
@@ -34,43 +34,43 @@ WAITING = {
     torch.ops.aten.bincount,
     torch.ops.aten.repeat_interleave,
 }
-"""Operations whose result, or its size, must come back from the device."""
+"""Operations whose result, or its size, must be copied back from the device."""
 
 COPIES = ("tolist", "cpu", "numpy")
-"""Methods that copy from the device; on a CPU there is nothing to copy, and no operation to be seen."""
+"""Methods that copy from the device. On a CPU they copy nothing and dispatch no operation."""
 
 
-class Waits(TorchDispatchMode):
-    """Notes every operation that would wait on a GPU."""
+class SyncRecorder(TorchDispatchMode):
+    """Records every operation that would synchronize with a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.calls: list[str] = []
         for name in COPIES:
-            monkeypatch.setattr(torch.Tensor, name, self._noting(name, getattr(torch.Tensor, name)))
+            monkeypatch.setattr(torch.Tensor, name, self._recording(name, getattr(torch.Tensor, name)))
 
-    def _noting(self, name: str, method: Any) -> Any:
+    def _recording(self, name: str, method: Any) -> Any:
         def copy(*args: Any, **kwargs: Any) -> Any:
-            self.found.append(name)
+            self.calls.append(name)
             return method(*args, **kwargs)
 
         return copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in WAITING:
-            self.found.append(str(func))
+        if func.overloadpacket in SYNCHRONIZING:
+            self.calls.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 def bins() -> list[MicroBatch]:
-    """Media of all kinds, text alone, and an empty place of the order."""
+    """Media of all kinds, text only, and an empty position of the order."""
     samples = samples_of_all_kinds()
     return [micro_batch(*samples), micro_batch(samples[1], samples[3]), build_micro_batch([])]
 
 
 @pytest.fixture
 def model(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> PackedQwen:
-    """All parts are trained; attention is flash attention to the code around it, and hands its values on."""
+    """A model with all parts trained and a stand-in for flash attention that returns its queries."""
 
     def attention(module: nn.Module, query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         return query.transpose(1, 2), None
@@ -85,28 +85,34 @@ def model(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> PackedQwen:
     return made
 
 
-def test_no_operation_of_a_forward_and_backward_pass_waits(model: PackedQwen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_operation_of_a_forward_and_backward_pass_synchronizes(
+    model: PackedQwen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for batch in bins():
-        with monkeypatch.context() as patch, Waits(patch) as waits:
+        with monkeypatch.context() as patch, SyncRecorder(patch) as recorder:
             model(batch).backward()
-        assert waits.found == []
+        assert recorder.calls == []
 
 
-def test_an_operation_that_waits_would_be_noticed(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers looks at positions to find where samples begin; SDPA of the vision tower at borders of windows, to
-    split queries, keys and values at them. That is all: the language model splits at lengths that are known."""
+def test_an_operation_that_synchronizes_would_be_noticed(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads positions to find sample boundaries, and SDPA of the vision tower reads window boundaries.
+
+    The language model does not synchronize: its sample lengths are known on the host.
+    """
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
     ids, positions = torch.arange(10, 16)[None], torch.tensor([0, 1, 2, 0, 1, 2]).expand(4, 1, -1)
-    with monkeypatch.context() as patch, Waits(patch) as waits, torch.no_grad():
+    with monkeypatch.context() as patch, SyncRecorder(patch) as recorder, torch.no_grad():
         hf.model.language_model(input_ids=ids, position_ids=positions, use_cache=False)
-        assert "aten._local_scalar_dense.default" in waits.found
-        waits.found.clear()
+        assert "aten._local_scalar_dense.default" in recorder.calls
+        recorder.calls.clear()
         PackedQwen(hf, attn_implementation="sdpa")(bins()[0])
-    assert waits.found == 3 * len(hf.model.visual.blocks) * ["tolist"]
+    assert recorder.calls == 3 * len(hf.model.visual.blocks) * ["tolist"]
 
 
 @NEEDS_FLASH_ATTENTION
-def test_a_gpu_runs_forward_and_backward_passes_without_being_waited_for(tiny_checkpoint: Path) -> None:
+def test_a_gpu_runs_forward_and_backward_passes_without_synchronizing(tiny_checkpoint: Path) -> None:
     device = torch.device("cuda", 0)
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tiny_checkpoint, dtype=torch.bfloat16, attn_implementation=FLASH_ATTENTION
@@ -116,7 +122,7 @@ def test_a_gpu_runs_forward_and_backward_passes_without_being_waited_for(tiny_ch
     checkpoint_activations(model)
     batches = [batch.pin_memory() for batch in bins()]
     for batch in batches:
-        model(batch.to(device, non_blocking=True)).backward()  # the first time, libraries set themselves up
+        model(batch.to(device, non_blocking=True)).backward()  # the first call initializes libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
