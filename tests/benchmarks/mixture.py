@@ -1,7 +1,7 @@
-"""A realistic mixture, packed: sizes of samples as Qwen2.5-VL's settings give them, for measurements of balance.
+"""A realistic packed mixture, with sample sizes that follow from Qwen2.5-VL's settings, to measure balance.
 
-Five kinds of samples (natural pictures, documents of several pages, charts, clips, text) with lengths and patches
-from plausible distributions, packed by the project's own packer -> what an index would say about the bins.
+Five kinds of samples (natural images, multi-page documents, charts, videos, text) with lengths and patches drawn from
+plausible distributions and packed by the project's own packer -> the columns of an index of the bins.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prep.packing.best_fit import pack
 
-KINDS = ("pictures", "documents", "charts", "clips", "text")
+KINDS = ("images", "documents", "charts", "videos", "text")
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ def draw_mixture(*, num_samples: int, max_length: int, seed: int) -> Mixture:
     kind = rng.choice(5, size=num_samples, p=[0.45, 0.15, 0.12, 0.08, 0.20])
     patches, text, images, videos = (np.zeros(num_samples, dtype=np.int64) for _ in range(4))
 
-    def words(number: int, median: float, spread: float, most: int) -> None:
-        of_kind = kind == number
-        text[of_kind] = np.clip(rng.lognormal(np.log(median), spread, of_kind.sum()), 30, most)
+    def draw_text(kind_index: int, median: float, spread: float, max_tokens: int) -> None:
+        of_kind = kind == kind_index
+        text[of_kind] = np.clip(rng.lognormal(np.log(median), spread, of_kind.sum()), 30, max_tokens)
 
-    words(0, 148, 0.7, 1500)
-    words(1, 90, 0.5, 600)
-    words(2, 74, 0.4, 500)
-    words(3, 100, 0.5, 600)
-    words(4, 330, 1.0, 4000)
-    # one token is four patches; a picture has at most 576 tokens
+    draw_text(0, 148, 0.7, 1500)
+    draw_text(1, 90, 0.5, 600)
+    draw_text(2, 74, 0.4, 500)
+    draw_text(3, 100, 0.5, 600)
+    draw_text(4, 330, 1.0, 4000)
+    # One token is four patches; an image has at most 576 tokens.
     patches[kind == 0] = 4 * np.clip(rng.normal(400, 120, (kind == 0).sum()), 64, 576).astype(np.int64)
     images[kind == 1] = rng.integers(1, 5, (kind == 1).sum())
     patches[kind == 1] = 4 * 540 * images[kind == 1]
@@ -91,6 +91,6 @@ def packed_mixture(*, num_samples: int, max_length: int, max_patches: int | None
             "num_images": summed(drawn.num_images),
             "num_videos": summed(drawn.num_videos),
         },
-        composition=np.stack([summed(tokens * (drawn.kind == number)) for number in range(5)], axis=1),
+        composition=np.stack([summed(tokens * (drawn.kind == kind)) for kind in range(5)], axis=1),
         fill=float(tokens.sum() / num_bins / max_length),
     )

@@ -1,16 +1,16 @@
-"""How fast the stream is, beside the other ways to the same batches: ``python -m tests.benchmarks.stream``.
+"""Speed of the stream compared with other ways to the same batches: ``python -m tests.benchmarks.stream``.
 
-One run makes a corpus, builds it with both codecs through the command line, and measures in turns, on warm files:
+One run generates a corpus, builds it with both codecs through the command line, and measures in turns, on warm files:
 
-- the stream of the trainer, up to micro-batches ready for the copy to the device, over several epochs;
-- reading the same files and nothing else: bin by bin into as much memory as the stream holds ready, and over and over
-  into one buffer of 1 MiB, which stays in the processor's cache and from which nobody could train;
-- plain ``webdataset`` over the same shards, decoded; then with pixels decompressed, then with residuals undone too;
-- the online way: open the picture, Hugging Face image processor, tokenize, for each sample;
+- the stream of the trainer, up to micro-batches ready to copy to the device, over several epochs;
+- reading the same files only: bin by bin into as much memory as the stream keeps ready, and repeatedly into one buffer
+  of 1 MiB, which stays in the processor's cache but is useless for training;
+- plain ``webdataset`` over the same shards, decoded; then also with pixels decompressed, then with residuals undone;
+- online preprocessing of each sample: open the image, run the Hugging Face image processor, tokenize;
 - opening a set of a million bins.
 
-Each figure is the best of several rounds in seconds of processor time, of all threads together, so that other work on
-the machine disturbs it little. Takes about two minutes; ``--samples`` changes the size of the corpus.
+Each figure is the best of several rounds, in seconds of processor time over all threads, so that other load on the
+machine has little effect. A run takes about two minutes; ``--samples`` changes the size of the corpus.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from train.shards.reader import ReadSettings
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODECS = ("raw", "zstd")
 NUM_HELD = 12
-"""Micro-batches of the step handed out, of the next one, and ready behind it."""
+"""Micro-batches of the step handed out, of the next step, and prefetched ones."""
 
 SIZE = {"shortest_edge": 16 * 28 * 28, "longest_edge": 576 * 28 * 28}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass did."""
+    """Tokens and file bytes of one pass."""
 
     tokens: int = 0
     num_bytes: int = 0
@@ -62,7 +62,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Figure:
-    """Best of several passes, in seconds of processor time."""
+    """The fastest of several passes, in seconds of processor time."""
 
     work: Work
     cpu_s: float
@@ -77,24 +77,24 @@ class Figure:
 
 
 def measure(contenders: dict[str, Callable[[], Work]], rounds: int) -> dict[str, Figure]:
-    """Run all contenders in turns; the first round only warms up."""
+    """Run all contenders in turns; the first round is a warm-up."""
     best: dict[str, Figure] = {}
     for turn in range(rounds + 1):
         for name, run in contenders.items():
-            began = time.process_time()
+            start_s = time.process_time()
             work = run()
-            figure = Figure(work, time.process_time() - began)
+            figure = Figure(work, time.process_time() - start_s)
             if turn and (name not in best or figure.cpu_s < best[name].cpu_s):
                 best[name] = figure
     return best
 
 
 def stream(index: ShardIndex, verify: str, epochs: int = 6) -> Work:
-    """The trainer's stream with one thread, four micro-steps a step; batches are dropped when the next step comes."""
+    """The trainer's stream with one thread and four micro-steps per step; a step is dropped when the next arrives."""
     order = DataOrder(index.cost(), seed=0, global_batch=4, epochs=epochs)
-    places = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
+    layout = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
     tokens = num_bytes = 0
-    with BinStream(index, order, **places, num_threads=1, prefetch=4, read=ReadSettings(verify=verify)) as steps:
+    with BinStream(index, order, **layout, num_threads=1, prefetch=4, read=ReadSettings(verify=verify)) as steps:
         for batch in steps:
             tokens += batch.num_tokens
             num_bytes += int(index.num_bytes[list(batch.bins)].sum())
@@ -102,17 +102,17 @@ def stream(index: ShardIndex, verify: str, epochs: int = 6) -> Work:
 
 
 def read_bins(index: ShardIndex, buffers: list[bytearray], epochs: int = 6) -> Work:
-    """All bins, each by one positional read, into buffers in turn."""
+    """Read all bins, each by one positional read, into alternating buffers."""
     num_bytes = 0
-    for number in range(epochs * index.num_bins):
-        location = index.locate(number % index.num_bins)
-        data = memoryview(buffers[number % len(buffers)])[: location.num_bytes]
+    for read in range(epochs * index.num_bins):
+        location = index.locate(read % index.num_bins)
+        data = memoryview(buffers[read % len(buffers)])[: location.num_bytes]
         num_bytes += read_range(location.path, location.offset, data)
     return Work(epochs * int(index.num_tokens.sum()), num_bytes)
 
 
 def read_over(index: ShardIndex) -> Work:
-    """All bytes of the shards, in reads of a MiB to one buffer."""
+    """Read all bytes of the shards into one buffer of 1 MiB."""
     buffer = bytearray(1 << 20)
     num_bytes = 0
     for path in index.shard_paths:
@@ -123,7 +123,7 @@ def read_over(index: ShardIndex) -> Work:
 
 
 def plain_webdataset(index: ShardIndex, *, decompressed: bool = False, undone: bool = False) -> Work:
-    """All bins by ``webdataset``, decoded by its own decoders; the rest as ``docs/format.md`` shows it."""
+    """Read all bins with ``webdataset`` and its decoders; the remaining steps follow ``docs/format.md``."""
     tokens = 0
     for one in webdataset.WebDataset([str(path) for path in index.shard_paths], shardshuffle=False).decode():
         tokens += one["input_ids.npy"].size
@@ -142,7 +142,7 @@ def plain_webdataset(index: ShardIndex, *, decompressed: bool = False, undone: b
 
 
 class Online:
-    """What a data loader does that has annotations and pictures only."""
+    """The work of a data loader that starts from annotations and images."""
 
     def __init__(self, annotations: Path, checkpoint: Path, num_samples: int) -> None:
         self._folder = annotations.parent
@@ -154,8 +154,8 @@ class Online:
         tokens = 0
         for record in self._records:
             with Image.open(self._folder / record["image"]) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-            pixels = self._processor(images=[picture], size=SIZE, return_tensors="pt")
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+            pixels = self._processor(images=[image], size=SIZE, return_tensors="pt")
             num_pads = int(pixels["image_grid_thw"].prod()) // 4
             question, answer = (turn["value"] for turn in record["conversations"])
             pads = f"<|vision_start|>{'<|image_pad|>' * num_pads}<|vision_end|>"
@@ -169,7 +169,7 @@ class Online:
 
 
 def make_shards(folder: Path, num_samples: int) -> tuple[Path, Path]:
-    """Corpus, tokenizer and both sets of shards; returns the annotation file and the checkpoint."""
+    """Generate corpus, tokenizer and both sets of shards; return the annotation file and the checkpoint."""
     annotations = write_photographs(folder / "corpus", num_samples)
     checkpoint = folder / "checkpoint"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -183,64 +183,69 @@ def make_shards(folder: Path, num_samples: int) -> tuple[Path, Path]:
 
 
 def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterator[tuple[str, float | None]]:
-    """Measure everything; yields lines of a report, those of a comparison with the ratio."""
+    """Measure everything; yield the lines of a report, comparisons with their ratio."""
     torch.set_num_threads(1)
     annotations, checkpoint = make_shards(folder, num_samples)
     raw, zstd = (open_shards(folder / codec) for codec in CODECS)
     online = Online(annotations, checkpoint, min(num_samples, 32))
-    buffers = [bytearray(int(raw.num_bytes.max())) for _ in range(NUM_HELD)]
-    found = measure(
-        {
-            "raw": lambda: stream(raw, "always"),
-            "raw, unchecked": lambda: stream(raw, "never"),
-            "files, bin by bin": lambda: read_bins(raw, buffers),
-            "files, into one buffer": lambda: read_over(raw),
-            "webdataset raw": lambda: plain_webdataset(raw),
-            "zstd": lambda: stream(zstd, "always"),
-            "webdataset zstd": lambda: plain_webdataset(zstd),
-            "webdataset zstd, decompressed": lambda: plain_webdataset(zstd, decompressed=True),
-            "webdataset zstd, undone": lambda: plain_webdataset(zstd, decompressed=True, undone=True),
-        },
-        rounds,
-    )
-    found |= measure({"online": online}, 2)
+    figures = measure(contenders(raw, zstd), rounds) | measure({"online": online}, 2)
     planes, num_tokens = int(raw.num_patches.sum()) * 588, int(raw.num_tokens.sum())
-    yield (
-        f"corpus: {num_samples} pictures of about a megapixel, {num_tokens:,} tokens, {raw.num_bins} bins",
-        None,
-    )
+    yield f"corpus: {num_samples} images of about a megapixel, {num_tokens:,} tokens, {raw.num_bins} bins", None
     yield f"planes: {planes / 1e6:.0f} MB, as zstd {int(zstd.num_bytes.sum()) / planes:.2f} of that", None
-    for name, figure in found.items():
+    for name, figure in figures.items():
         speed = f"{figure.bytes_per_s / 1e9:7.2f} GB/s of file" if figure.work.num_bytes else ""
-        yield f"{name:<30} {figure.tokens_per_s / 1e6:9.4f} M tokens/s a core {speed}", None
+        yield f"{name:<30} {figure.tokens_per_s / 1e6:9.4f} M tokens/s per core {speed}", None
+    yield from compare(figures)
+    write_many_bins(folder / "many", num_bins)
+    start_s = time.perf_counter()
+    index = open_shards(folder / "many")
+    DataOrder(index.cost(), seed=0, global_batch=256).bins_of_step(0, world_size=64, accumulation=4, per_device=1)
+    yield f"start-up with {num_bins:,} bins, seconds", time.perf_counter() - start_s
+
+
+def contenders(raw: ShardIndex, zstd: ShardIndex) -> dict[str, Callable[[], Work]]:
+    """The ways to read the two sets of shards."""
+    buffers = [bytearray(int(raw.num_bytes.max())) for _ in range(NUM_HELD)]
+    return {
+        "raw": lambda: stream(raw, "always"),
+        "raw, unchecked": lambda: stream(raw, "never"),
+        "files, bin by bin": lambda: read_bins(raw, buffers),
+        "files, into one buffer": lambda: read_over(raw),
+        "webdataset raw": lambda: plain_webdataset(raw),
+        "zstd": lambda: stream(zstd, "always"),
+        "webdataset zstd": lambda: plain_webdataset(zstd),
+        "webdataset zstd, decompressed": lambda: plain_webdataset(zstd, decompressed=True),
+        "webdataset zstd, undone": lambda: plain_webdataset(zstd, decompressed=True, undone=True),
+    }
+
+
+def compare(figures: dict[str, Figure]) -> Iterator[tuple[str, float]]:
+    """Yield the ratios of interest."""
 
     def tokens(name: str, other: str) -> float:
-        return found[name].tokens_per_s / found[other].tokens_per_s
+        return figures[name].tokens_per_s / figures[other].tokens_per_s
 
     for name in ("files, bin by bin", "files, into one buffer"):
-        yield f"raw against {name}", found["raw"].bytes_per_s / found[name].bytes_per_s
+        yield f"raw against {name}", figures["raw"].bytes_per_s / figures[name].bytes_per_s
     yield "raw against plain webdataset", tokens("raw", "webdataset raw")
-    unchecked = found["raw, unchecked"]
-    yield "raw, unchecked, against files, bin by bin", unchecked.bytes_per_s / found["files, bin by bin"].bytes_per_s
+    unchecked, files = figures["raw, unchecked"], figures["files, bin by bin"]
+    yield "raw, unchecked, against files, bin by bin", unchecked.bytes_per_s / files.bytes_per_s
     yield "raw, unchecked, against plain webdataset", tokens("raw, unchecked", "webdataset raw")
     yield "zstd against plain webdataset, decompressed", tokens("zstd", "webdataset zstd, decompressed")
     yield "zstd against plain webdataset, residuals undone", tokens("zstd", "webdataset zstd, undone")
     yield "raw against online", tokens("raw", "online")
     yield "zstd against online", tokens("zstd", "online")
-    write_many_bins(folder / "many", num_bins)
-    began = time.perf_counter()
-    index = open_shards(folder / "many")
-    DataOrder(index.cost(), seed=0, global_batch=256).bins_of_step(0, world_size=64, accumulation=4, per_device=1)
-    yield f"start-up with {num_bins:,} bins, seconds", time.perf_counter() - began
 
 
 @click.command(name="python -m tests.benchmarks.stream")
-@click.option("--samples", type=click.IntRange(min=8), default=256, show_default=True, help="Pictures of the corpus.")
+@click.option("--samples", type=click.IntRange(min=8), default=256, show_default=True, help="Images of the corpus.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
-@click.option("--bins", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Of the start-up.")
-@click.option("--work", type=click.Path(path_type=Path), help="Where files are made.  [default: a temporary folder]")
+@click.option(
+    "--bins", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Bins of the start-up measurement."
+)
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for files.  [default: a temporary folder]")
 def main(samples: int, rounds: int, bins: int, work: Path | None) -> None:
-    """Measure the stream beside the other ways."""
+    """Compare the stream with other ways to the same batches."""
     click.echo(describe_machine("numpy", "torch", "transformers", "webdataset", "zstandard", "xxhash", "pillow"))
     with contextlib.ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlprep-bench-")))

@@ -1,7 +1,7 @@
-"""Says what DeepSpeed holds: a script that trains a tiny model for two steps and writes bytes by kind as JSON.
+"""Measures the memory that DeepSpeed holds: trains a tiny model for two steps and writes bytes by kind as JSON.
 
-``torchrun … held_bytes.py CHECKPOINT OUT DEEPSPEED,DTYPE,TUNE …``; TUNE is three digits: language model, merger,
-vision. OUT gets one object for each of the cases, which are tried one after the other.
+``torchrun … held_bytes.py CHECKPOINT OUT DEEPSPEED,DTYPE,TUNE …``. TUNE is three digits: language model, merger,
+vision. The cases run one after the other; OUT gets one object per case.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from train.settings.recipe import choose_recipe
 
 
 def size(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages behind some tensors, each once."""
-    found = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}.values())
+    """Bytes of the storages behind some tensors, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def held(running: Any) -> dict[str, int]:
-    """Bytes of a DeepSpeed engine by kind."""
-    parameters, zero = list(running.module.parameters()), running.optimizer
+def held(ds_engine: Any) -> dict[str, int]:
+    """Bytes that a DeepSpeed engine holds, by kind."""
+    parameters, zero = list(ds_engine.module.parameters()), ds_engine.optimizer
     masters = (
         getattr(zero, "single_partition_of_fp32_groups", None)
         or getattr(zero, "fp32_partitioned_groups_flat", None)
         or zero.fp32_groups_flat_partition
     )
     states = [value for state in zero.optimizer.state.values() for value in state.values()]
-    averaged = [one for group in getattr(zero, "averaged_gradients", {}).values() if group for one in group]
+    averaged = [grad for group in getattr(zero, "averaged_gradients", {}).values() if group for grad in group]
     return {
         "weights": size(parameter.data for parameter in parameters)
         + size(getattr(parameter, "ds_tensor", None) for parameter in parameters),
@@ -55,7 +55,7 @@ def held(running: Any) -> dict[str, int]:
 
 
 def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, dict[str, int]]:
-    """Train two steps of two micro-batches; say what is held after a backward pass, at most, and after the steps."""
+    """Train two steps of two micro-batches; return the peak after a backward pass, and what is held after the steps."""
     flags = ["--shards", "none", "--deepspeed", deepspeed, "--gradient_accumulation_steps", "2"]
     flags += ["--bf16", str(dtype == "bfloat16")]
     for part, trained in zip(("llm", "mlp", "vision"), tune):
@@ -74,30 +74,30 @@ def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, d
     hf = pretrained.load_model(Path(checkpoint), dtype=kind, attn_implementation="sdpa")
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     groups = optim.group_parameters(model, optim.learning_rates(args, 1e-3))
-    running = engine.initialize(model, optim.build_optimizer(groups, weight_decay=0.0), config)
+    ds_engine = engine.initialize(model, optim.build_optimizer(groups, weight_decay=0.0), config)
     rng = np.random.default_rng(0)
     micro = build_micro_batch([as_bin([make_sample(rng, [make_medium(rng, 4, 4)])])])
     backward: dict[str, int] = {}
     for _ in range(2):
         for _ in range(2):
-            running.backward(running(micro) * 1e-3)
-            backward = {name: max(value, backward.get(name, 0)) for name, value in held(running).items()}
-            running.step()
+            ds_engine.backward(ds_engine(micro) * 1e-3)
+            backward = {name: max(value, backward.get(name, 0)) for name, value in held(ds_engine).items()}
+            ds_engine.step()
     del kept_for_loading
-    found = {"backward": backward, "steps": held(running)}
-    running.destroy()
-    return found
+    result = {"backward": backward, "steps": held(ds_engine)}
+    ds_engine.destroy()
+    return result
 
 
 def main(checkpoint: str, out: str, *cases: str) -> None:
-    """Try all cases."""
+    """Run all cases."""
     engine.start(torch.device("cpu"))
-    found = []
+    results = []
     for case in cases:
-        found.append(train(checkpoint, *case.split(",")))
+        results.append(train(checkpoint, *case.split(",")))
         gc.collect()
     if engine.read_ranks(-1).is_first:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
     engine.stop()
 
 

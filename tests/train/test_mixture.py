@@ -1,4 +1,4 @@
-"""Folders are mixed in exact proportions, and each of them is used bin by bin, epoch by epoch."""
+"""Folders are mixed in exact proportions, and each is used epoch by epoch, every bin once."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_sources_as_they_are_written(text: str, expected: list[Source]) -> None:
     assert list(parse_sources(text)) == expected
 
 
-def test_a_folder_of_that_very_name_is_that_folder(tmp_path: Path) -> None:
+def test_an_existing_folder_takes_precedence_over_the_mixture_syntax(tmp_path: Path) -> None:
     (tmp_path / "a:0.5,b").mkdir()
     assert parse_sources(str(tmp_path / "a:0.5,b")) == (Source(path=str(tmp_path / "a:0.5,b")),)
 
 
-def test_a_mixture_may_be_longer_than_the_name_of_a_file() -> None:
+def test_a_mixture_may_be_longer_than_a_file_name() -> None:
     names = [f"dataset_{number}" for number in range(1000)]
     assert [source.path for source in parse_sources(",".join(f"{name}:0.5" for name in names))] == names
 
@@ -66,7 +66,7 @@ def test_a_mixture_may_be_longer_than_the_name_of_a_file() -> None:
         ("a:0,b:1", "gives a the share 0"),
     ],
 )
-def test_sources_of_nonsense_are_wrong_use(text: str, says: str) -> None:
+def test_malformed_sources_are_a_config_error(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_sources(text)
 
@@ -74,12 +74,12 @@ def test_sources_of_nonsense_are_wrong_use(text: str, says: str) -> None:
 @settings(deadline=None)
 @given(mixtures, far_places, st.integers(1, 400))
 def test_every_window_of_places_has_the_exact_proportions(mixture: Mixture, start: int, length: int) -> None:
-    """Give or take fewer places than there are sources; a whole number of cycles exactly."""
+    """Within fewer positions than there are sources; over full cycles exactly."""
     sources, _ = mixture.draw(np.arange(start, start + length))
     cycle = sum(mixture.quotas)
     for number, quota in enumerate(mixture.quotas):
-        found = int((sources == number).sum())
-        assert abs(Fraction(length * quota, cycle) - found) < len(mixture.quotas)
+        count = int((sources == number).sum())
+        assert abs(Fraction(length * quota, cycle) - count) < len(mixture.quotas)
     sources, _ = mixture.draw(np.arange(start, start + 3 * cycle))
     assert Counter(sources.tolist()) == {number: 3 * quota for number, quota in enumerate(mixture.quotas)}
 
@@ -87,7 +87,7 @@ def test_every_window_of_places_has_the_exact_proportions(mixture: Mixture, star
 @settings(deadline=None)
 @given(mixtures, far_places)
 def test_places_of_a_source_are_counted_without_gap_or_repeat(mixture: Mixture, start: int) -> None:
-    """The count at any place is that of counting from the beginning, one cycle after the other."""
+    """The count at any position equals that of counting from the beginning, cycle by cycle."""
     cycle = sum(mixture.quotas)
     counted = [0] * len(mixture.quotas)
     sources, earlier = mixture.draw(np.arange(2 * cycle))
@@ -101,7 +101,7 @@ def test_places_of_a_source_are_counted_without_gap_or_repeat(mixture: Mixture, 
 
 
 def test_seven_to_three_worked_out_by_hand() -> None:
-    """The second source is at the places where 7 p / 10 does not step over a whole number: 0, 3 and 6."""
+    """The second source gets the positions p where 7 p / 10 does not pass an integer: 0, 3 and 6."""
     mixture = Mixture(sizes=(5, 5), quotas=(7, 3), places_per_epoch=10)
     sources, earlier = mixture.draw(np.arange(10))
     assert [place for place, source in enumerate(sources.tolist()) if source == 1] == [0, 3, 6]
@@ -118,7 +118,7 @@ def test_the_mixed_order_never_changes_between_versions() -> None:
 
 
 def test_a_share_of_bins_does_not_depend_on_how_many_bins_there_are() -> None:
-    """0.7 and 0.3 of all places, though the first folder has a hundredth of the bins; it is repeated."""
+    """Weights are shares of all positions. The first folder has a hundredth of the bins, so it is repeated."""
     mixture = mix(parse_sources("a:0.7,b:0.3"), [10, 990])
     assert mixture is not None
     assert (mixture.quotas, mixture.places_per_epoch) == ((7, 3), 1000)
@@ -130,7 +130,7 @@ def test_a_share_of_bins_does_not_depend_on_how_many_bins_there_are() -> None:
     assert max(uses[number] for number in range(10, 1000)) == 1
 
 
-def test_epochs_of_a_folder_say_how_often_each_of_its_bins_is_used() -> None:
+def test_epochs_of_a_folder_define_how_often_each_bin_is_used() -> None:
     mixture = mix(parse_sources("a:2epochs,b:0.5epochs"), [30, 40])
     assert mixture is not None
     assert mixture.places_per_epoch == 2 * 30 + 20
@@ -143,8 +143,8 @@ def test_epochs_of_a_folder_say_how_often_each_of_its_bins_is_used() -> None:
 
 @settings(deadline=None)
 @given(mixtures, st.integers(0, 2**63), st.integers(1, 25))
-def test_each_source_is_used_bin_by_bin_epoch_by_epoch(mixture: Mixture, seed: int, batch: int) -> None:
-    """Across borders of steps, of cycles and of its own epochs, no bin is skipped or repeated."""
+def test_each_source_is_used_epoch_by_epoch_every_bin_once(mixture: Mixture, seed: int, batch: int) -> None:
+    """No bin is skipped or repeated where steps, cycles or epochs of a source meet."""
     order = DataOrder(np.ones(sum(mixture.sizes)), seed=seed, global_batch=batch, mixture=mixture)
     num_steps = -(-4 * max(mixture.sizes) * sum(mixture.quotas) // (min(mixture.quotas) * batch))
     sequence = np.concatenate([order.global_bins(step) for step in range(min(num_steps, 300))])
@@ -174,7 +174,7 @@ def test_folders_keep_their_proportions_on_the_way_to_the_trainer(tmp_path: Path
         BinStream(index, forgotten, rank=0, world_size=1, accumulation=8, per_device=1)
 
 
-def test_a_mixture_of_nonsense_is_wrong_use() -> None:
+def test_an_impossible_mixture_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="a holds no bins"):
         mix(parse_sources("a:1,b:2"), [0, 4])
     with pytest.raises(ConfigError, match="Give weights of fewer digits"):

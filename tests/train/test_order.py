@@ -1,4 +1,4 @@
-"""Laws of the data order."""
+"""The data order: exact epochs, independence of the number of ranks, exact resume, balanced micro-steps."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def order_of(num_bins: int, *, seed: int = 0, global_batch: int = 8, epochs: flo
 
 
 def drawn(order: DataOrder, steps: range) -> list[int]:
-    return [number for step in steps for number in order.global_bins(step).tolist()]
+    return [bin_id for step in steps for bin_id in order.global_bins(step).tolist()]
 
 
 @settings(deadline=None)
 @given(sizes, seeds, st.integers(1, 25))
-def test_every_bin_is_used_exactly_once_an_epoch_also_across_borders(num_bins: int, seed: int, batch: int) -> None:
-    """The steps, strung together, are permutations of all bins, one after the other."""
+def test_every_bin_is_used_exactly_once_per_epoch_even_if_steps_span_epochs(
+    num_bins: int, seed: int, batch: int
+) -> None:
+    """The concatenated steps are permutations of all bins, one after the other."""
     order = order_of(num_bins, seed=seed, global_batch=batch)
     sequence = drawn(order, range(math.ceil(3 * num_bins / batch)))
     for epoch in range(3):
@@ -63,7 +65,7 @@ def test_the_bins_of_a_step_do_not_depend_on_the_number_of_ranks(
 def test_a_run_resumed_at_any_step_and_world_size_sees_the_same_bins(
     num_bins: int, seed: int, parts: list[tuple[int, int]]
 ) -> None:
-    """A run is cut into parts of some steps on some number of ranks; every part starts from its step number alone."""
+    """Every part of the run has its own length and number of ranks, and starts from its step number only."""
     unbroken = order_of(num_bins, seed=seed, global_batch=12)
     step = 0
     for num_steps, world in parts:
@@ -76,7 +78,7 @@ def test_a_run_resumed_at_any_step_and_world_size_sees_the_same_bins(
 
 @settings(deadline=None)
 @given(sizes, seeds, st.integers(1, 25), st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0]))
-def test_a_number_of_epochs_ends_in_a_step_filled_with_empty_places(
+def test_a_finite_order_ends_in_a_step_padded_with_empty_positions(
     num_bins: int, seed: int, batch: int, epochs: float
 ) -> None:
     order = order_of(num_bins, seed=seed, global_batch=batch, epochs=epochs)
@@ -105,7 +107,7 @@ def test_the_ranks_of_a_micro_step_have_neighbours_in_cost(
     assert [cost for run in runs for cost in run] == sorted(order.cost[order.global_bins(step)].tolist())
 
 
-def test_bins_of_a_device_are_dealt_there_and_back() -> None:
+def test_bins_of_a_device_are_dealt_in_alternating_direction() -> None:
     """Costs 1..8 on two ranks, four bins each: 1+4+5+8 and 2+3+6+7, both 18."""
     order = DataOrder(np.arange(1.0, 9.0), seed=3, global_batch=8)
     places = order.bins_of_step(0, world_size=2, accumulation=1, per_device=4)
@@ -114,15 +116,15 @@ def test_bins_of_a_device_are_dealt_there_and_back() -> None:
 
 
 def test_efficiency_of_a_step_worked_out_by_hand() -> None:
-    """Ranks with 3 and 5, then with 2 and nothing, wait for 2 and 2 of the 5 + 2 that a step takes."""
+    """Ranks with loads 3 and 5, then 2 and 0: means 4 and 1 of the maxima 5 and 2."""
     order = DataOrder(np.array([1.0, 2.0, 5.0]), seed=0, global_batch=4)
     places = np.array([[[0, 1], [2, -1]], [[1, -1], [-1, -1]]])
     assert order.efficiency(places) == pytest.approx((4 + 1) / (5 + 2))
     assert order.efficiency(np.full((2, 2, 1), -1)) == 1.0
 
 
-def test_micro_steps_come_in_varying_order_of_cost() -> None:
-    """Sorting must not make every step begin with its cheapest bins."""
+def test_micro_steps_are_shuffled() -> None:
+    """Sorting must not make every step start with its cheapest bins."""
     order = order_of(4096, global_batch=64)
     cheapest_at = Counter(
         int(order.cost[order.bins_of_step(step, world_size=16, accumulation=4, per_device=1)].sum(axis=(1, 2)).argmin())
@@ -133,7 +135,7 @@ def test_micro_steps_come_in_varying_order_of_cost() -> None:
 
 
 def test_sorted_micro_steps_are_better_balanced_than_a_random_deal() -> None:
-    """Mean over highest cost of 64 ranks in each of 4 micro-steps, for costs that vary by a tenth."""
+    """Mean over highest cost of 64 ranks in 4 micro-steps, for costs with a standard deviation of a tenth."""
     cost = np.random.default_rng(0).normal(1.0, 0.1, 20_000).clip(0.5)
     order = DataOrder(cost, seed=0, global_batch=256)
     ours, random = [], []
@@ -147,7 +149,7 @@ def test_sorted_micro_steps_are_better_balanced_than_a_random_deal() -> None:
 
 
 def reference_permutation(num_bins: int, seed: int, epoch: int) -> list[int]:
-    """The order as its description says, in plain Python integers."""
+    """An independent implementation in plain Python integers."""
     mask = 2**64 - 1
     digest = hashlib.blake2b(f"{seed} bins {epoch}".encode(), digest_size=64).digest()
     keys = struct.unpack("<8Q", digest)
@@ -162,8 +164,8 @@ def reference_permutation(num_bins: int, seed: int, epoch: int) -> list[int]:
 
     def network(value: int) -> int:
         left, right = value % across, value // across
-        for number, key in enumerate(keys):
-            modulus = down if number % 2 else across
+        for round_, key in enumerate(keys):
+            modulus = down if round_ % 2 else across
             left, right = right, (left + mix(right ^ key) % modulus) % modulus
         return right * across + left
 
@@ -178,13 +180,13 @@ def reference_permutation(num_bins: int, seed: int, epoch: int) -> list[int]:
 
 @settings(deadline=None)
 @given(sizes, seeds, st.integers(0, 5))
-def test_permutations_equal_those_of_plain_integers(num_bins: int, seed: int, epoch: int) -> None:
+def test_permutations_equal_the_reference_implementation(num_bins: int, seed: int, epoch: int) -> None:
     order = order_of(num_bins, seed=seed, global_batch=num_bins)
     assert order.global_bins(epoch).tolist() == reference_permutation(num_bins, seed, epoch)
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    """A run must be resumable with a later version: these numbers are part of the format."""
+    """A run must be resumable with a later version, so these numbers are part of the format."""
     order = DataOrder(np.arange(10.0), seed=7, global_batch=10)
     assert order.global_bins(0).tolist() == [3, 1, 5, 2, 6, 8, 4, 9, 7, 0]
     assert order.global_bins(1).tolist() == [0, 5, 4, 7, 8, 2, 1, 3, 6, 9]
@@ -200,14 +202,14 @@ def test_all_permutations_are_equally_likely() -> None:
     assert sum((count - 400) ** 2 / 400 for count in counts.values()) < 49.7
 
 
-def test_neighbours_in_the_shards_are_not_neighbours_in_the_order() -> None:
-    """A random permutation of 1000 has 2 pairs of successive numbers side by side on average."""
+def test_neighbours_in_the_shards_are_rarely_neighbours_in_the_order() -> None:
+    """A random permutation of 1000 has 2 adjacent pairs of successive numbers on average."""
     order = DataOrder(np.ones(1000), seed=5, global_batch=1000)
     pairs = [np.count_nonzero(np.abs(np.diff(order.global_bins(epoch))) == 1) for epoch in range(200)]
     assert 1.6 < np.mean(pairs) < 2.4
 
 
-def test_any_step_of_ten_million_bins_is_at_hand() -> None:
+def test_any_step_of_ten_million_bins_is_computed_directly() -> None:
     order = DataOrder(np.zeros(10_000_000), seed=0, global_batch=64)
     far = order.global_bins(10**9)
     assert far.size == np.unique(far).size == 64
@@ -226,13 +228,13 @@ def test_any_step_of_ten_million_bins_is_at_hand() -> None:
         ({"grouping": Grouping(steps=10**12, runs=1)}, "2000000000000 bins are drawn at a time, 2 for each step"),
     ],
 )
-def test_an_order_of_nonsense_is_wrong_use(changes: dict[str, object], message: str) -> None:
+def test_settings_out_of_range_are_a_config_error(changes: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"cost": np.ones(4), "seed": 0, "global_batch": 2, **changes}
     with pytest.raises(ConfigError, match=message):
         DataOrder(arguments.pop("cost"), **arguments)  # type: ignore[arg-type]
 
 
-def test_a_global_batch_that_does_not_fit_the_ranks_is_wrong_use() -> None:
+def test_a_global_batch_that_does_not_fit_the_ranks_is_a_config_error() -> None:
     order = order_of(10, global_batch=9)
     with pytest.raises(ConfigError, match="global batch of 9 bins does not fit 2 ranks x 4 micro-steps x 1 bins"):
         order.bins_of_step(0, world_size=2, accumulation=4, per_device=1)

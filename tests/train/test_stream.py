@@ -1,4 +1,4 @@
-"""The stream hands out exactly what the order says, and stops at the first byte that is wrong."""
+"""The stream hands out exactly the bins of the order, and stops at the first wrong byte."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def index(tmp_path: Path, request: pytest.FixtureRequest) -> ShardIndex:
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    """Every test ends with as many threads as it began with."""
+    """Check that every test leaves no stream thread behind."""
     yield
     wait_for_threads()
     assert not stream_threads()
@@ -61,14 +61,14 @@ def open_stream(index: ShardIndex, *, epochs: float | None = 2, global_batch: in
     return BinStream(index, order, **settings)  # type: ignore[arg-type]
 
 
-def tokens_of(bins: list[list[Sample]], numbers: tuple[int, ...]) -> list[int]:
-    return [int(token) for number in numbers for sample in bins[number] for token in sample.input_ids]
+def tokens_of(bins: list[list[Sample]], bin_ids: tuple[int, ...]) -> list[int]:
+    return [int(token) for bin_id in bin_ids for sample in bins[bin_id] for token in sample.input_ids]
 
 
 def tensors_of(micro: MicroBatch) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    micro.map(lambda tensor: (found.append(tensor), tensor)[1])
-    return found
+    tensors: list[torch.Tensor] = []
+    micro.map(lambda tensor: (tensors.append(tensor), tensor)[1])
+    return tensors
 
 
 def test_every_rank_gets_the_bins_of_the_order(index: ShardIndex) -> None:
@@ -76,24 +76,24 @@ def test_every_rank_gets_the_bins_of_the_order(index: ShardIndex) -> None:
     for rank in range(2):
         with open_stream(index, rank=rank) as stream:
             for step, batch in enumerate(stream):
-                places = order.bins_of_step(step, world_size=2, accumulation=2, per_device=1)
+                dealt = order.bins_of_step(step, world_size=2, accumulation=2, per_device=1)
                 assert batch.step == step
-                assert batch.bins == tuple(places.ravel().tolist())
-                assert [micro.bins for micro in batch.micro_batches] == [(n,) for n in places[:, rank, 0].tolist()]
+                assert batch.bins == tuple(dealt.ravel().tolist())
+                assert [micro.bins for micro in batch.micro_batches] == [(n,) for n in dealt[:, rank, 0].tolist()]
                 for micro in batch.micro_batches:
                     assert micro.input_ids[0].tolist() == tokens_of(BINS, micro.bins)
             assert step == 4
 
 
-def test_an_epoch_of_all_ranks_is_every_bin_with_its_pixels(index: ShardIndex) -> None:
-    """Planes come through the shard, the codec and the stream as they went in."""
+def test_an_epoch_over_all_ranks_is_every_bin_with_its_pixels(index: ShardIndex) -> None:
+    """Planes survive the shard, the codec and the stream unchanged."""
     seen: list[int] = []
     for rank in range(2):
         with open_stream(index, rank=rank, epochs=1, global_batch=10, accumulation=5) as stream:
             (batch,) = stream
         for micro in batch.micro_batches:
             seen += micro.bins
-            media = [medium for number in micro.bins for sample in BINS[number] for medium in sample.media]
+            media = [medium for bin_id in micro.bins for sample in BINS[bin_id] for medium in sample.media]
             frames = [torch.from_numpy(frame) for medium in media for frame in medium.frames]
             if frames:
                 raw = dataclasses.replace(
@@ -104,7 +104,7 @@ def test_an_epoch_of_all_ranks_is_every_bin_with_its_pixels(index: ShardIndex) -
 
 
 def test_targets_of_the_global_step_are_known_to_every_rank(index: ShardIndex) -> None:
-    """They equal the sum of what all ranks really train on, also in the last, short step."""
+    """They equal the sum of what all ranks train on, also in the last, short step."""
     streams = [open_stream(index, rank=rank, global_batch=6, accumulation=3, epochs=1) for rank in range(2)]
     num_steps = 0
     for first, second in zip(*streams):
@@ -113,7 +113,7 @@ def test_targets_of_the_global_step_are_known_to_every_rank(index: ShardIndex) -
         assert first.num_tokens == second.num_tokens == sum(micro.num_tokens for micro in micro_batches)
         assert first.num_samples == second.num_samples == sum(micro.num_samples for micro in micro_batches)
         assert first.max_tokens == second.max_tokens == 6 * 4096
-        assert sorted(first.bins) == sorted(number for micro in micro_batches for number in micro.bins)
+        assert sorted(first.bins) == sorted(bin_id for micro in micro_batches for bin_id in micro.bins)
         num_steps += 1
     assert num_steps == 2
     assert len(first.bins) == 4
@@ -121,7 +121,7 @@ def test_targets_of_the_global_step_are_known_to_every_rank(index: ShardIndex) -
         stream.close()
 
 
-def test_every_rank_knows_the_most_targets_of_a_micro_step(index: ShardIndex) -> None:
+def test_every_rank_knows_the_largest_target_count_of_a_micro_step(index: ShardIndex) -> None:
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(open_stream(index, rank=rank, world_size=3, accumulation=2, global_batch=6))
@@ -129,8 +129,8 @@ def test_every_rank_knows_the_most_targets_of_a_micro_step(index: ShardIndex) ->
         ]
         for batches in zip(*ranks):
             for micro_batches in zip(*(batch.micro_batches for batch in batches)):
-                most = max(micro.targets.numel() for micro in micro_batches)
-                assert {micro.max_targets for micro in micro_batches} == {most}
+                largest = max(micro.targets.numel() for micro in micro_batches)
+                assert {micro.max_targets for micro in micro_batches} == {largest}
 
 
 def test_the_efficiency_of_a_step_follows_from_the_costs_of_its_ranks(index: ShardIndex) -> None:
@@ -146,14 +146,14 @@ def test_the_efficiency_of_a_step_follows_from_the_costs_of_its_ranks(index: Sha
         assert batch.efficiency == pytest.approx(np.sum(loads) / 2 / highest)
 
 
-def test_empty_places_are_batches_without_weight(index: ShardIndex) -> None:
+def test_empty_positions_are_batches_without_tokens_of_bins(index: ShardIndex) -> None:
     with open_stream(index, epochs=0.1, world_size=1, accumulation=4) as stream:
         (batch,) = stream
     assert sorted(len(micro.bins) for micro in batch.micro_batches) == [0, 0, 0, 1]
     assert sum(micro.num_tokens for micro in batch.micro_batches) == batch.num_tokens
 
 
-def test_bins_of_a_device_are_one_batch(index: ShardIndex) -> None:
+def test_the_bins_of_a_device_form_one_batch(index: ShardIndex) -> None:
     with open_stream(index, accumulation=1, per_device=2, epochs=1) as stream:
         for batch in stream:
             (micro,) = batch.micro_batches
@@ -162,15 +162,15 @@ def test_bins_of_a_device_are_one_batch(index: ShardIndex) -> None:
 
 
 @pytest.mark.parametrize("resume_at", range(5))
-def test_a_stream_started_at_a_step_goes_on_to_the_bit(index: ShardIndex, resume_at: int) -> None:
-    with open_stream(index) as whole:
-        wanted = list(itertools.islice(whole, resume_at, None))
+def test_a_stream_started_at_a_step_continues_bit_for_bit(index: ShardIndex, resume_at: int) -> None:
+    with open_stream(index) as unbroken:
+        expected = list(itertools.islice(unbroken, resume_at, None))
     with open_stream(index, start_step=resume_at, num_threads=3, prefetch=1) as resumed:
         assert resumed.next_step == resume_at
-        found = list(resumed)
+        actual = list(resumed)
         assert resumed.next_step == 5
-    assert [batch.step for batch in found] == list(range(resume_at, 5))
-    for ours, theirs in zip(found, wanted):
+    assert [batch.step for batch in actual] == list(range(resume_at, 5))
+    for ours, theirs in zip(actual, expected):
         assert (ours.bins, ours.num_targets) == (theirs.bins, theirs.num_targets)
         for one, other in zip(ours.micro_batches, theirs.micro_batches):
             assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other)))
@@ -195,7 +195,7 @@ def test_folders_are_mixed_into_one_stream(tmp_path: Path) -> None:
         assert micro.input_ids[0].tolist() == tokens_of(BINS, micro.bins)
 
 
-def test_a_bounded_number_of_bins_is_read_ahead(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_prefetched_bins_is_bounded(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = counted_reads(monkeypatch)
     with open_stream(index, epochs=None, prefetch=3) as stream:
         next(stream)
@@ -206,8 +206,8 @@ def test_a_bounded_number_of_bins_is_read_ahead(index: ShardIndex, monkeypatch: 
     assert len(reads) <= 4 + 3
 
 
-def test_what_is_read_ahead_is_handed_out_without_reading(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four micro-batches are ready: two steps need no file system that answers, the third waits for it."""
+def test_prefetched_batches_are_handed_out_without_reading(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four micro-batches are ready: two steps need no reads, the third waits for the file system."""
     reads = counted_reads(monkeypatch)
     with open_stream(index, epochs=None, prefetch=4) as stream:
         next(stream)
@@ -215,9 +215,9 @@ def test_what_is_read_ahead_is_handed_out_without_reading(index: ShardIndex, mon
         wait_until_ready(stream)
         answers = threading.Event()
 
-        def read(reader: BinReader, number: int) -> object:
+        def read(reader: BinReader, bin_id: int) -> object:
             assert answers.wait(30)
-            return READ(reader, number)
+            return READ(reader, bin_id)
 
         monkeypatch.setattr(BinReader, "read", read)
         assert next(stream).data_wait_s < 5
@@ -233,43 +233,43 @@ def wait_until_ready(stream: BinStream) -> None:
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     reads: list[int] = []
 
-    def read(reader: BinReader, number: int) -> object:
-        reads.append(number)
-        return READ(reader, number)
+    def read(reader: BinReader, bin_id: int) -> object:
+        reads.append(bin_id)
+        return READ(reader, bin_id)
 
     monkeypatch.setattr(BinReader, "read", read)
     return reads
 
 
 def delayed_reads(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
-    def read(reader: BinReader, number: int) -> object:
+    def read(reader: BinReader, bin_id: int) -> object:
         time.sleep(seconds)
-        return READ(reader, number)
+        return READ(reader, bin_id)
 
     monkeypatch.setattr(BinReader, "read", read)
 
 
-# Damage that comes after the start, and what the message says besides shard, bin and offset.
+# Damage after the start, and the error message besides shard, bin and offset.
 
 
-def flip_a_byte(index: ShardIndex, number: int) -> None:
-    location = index.locate(number)
+def flip_a_byte(index: ShardIndex, bin_id: int) -> None:
+    location = index.locate(bin_id)
     data = bytearray(location.path.read_bytes())
     data[location.offset + location.num_bytes // 2] ^= 0x10
     location.path.write_bytes(data)
 
 
-def cut_the_shard(index: ShardIndex, number: int) -> None:
-    location = index.locate(number)
+def cut_the_shard(index: ShardIndex, bin_id: int) -> None:
+    location = index.locate(bin_id)
     location.path.write_bytes(location.path.read_bytes()[: location.offset + location.num_bytes - 700])
 
 
-def remove_the_shard(index: ShardIndex, number: int) -> None:
-    index.locate(number).path.unlink()
+def remove_the_shard(index: ShardIndex, bin_id: int) -> None:
+    index.locate(bin_id).path.unlink()
 
 
-def forbid_the_shard(index: ShardIndex, number: int) -> None:
-    path = index.locate(number).path
+def replace_the_shard_by_a_folder(index: ShardIndex, bin_id: int) -> None:
+    path = index.locate(bin_id).path
     path.unlink()
     path.mkdir()
 
@@ -280,34 +280,34 @@ DAMAGE_OF_A_BIN: dict[str, tuple[Callable[[ShardIndex, int], None], str]] = {
 }
 DAMAGE_OF_A_SHARD: dict[str, tuple[Callable[[ShardIndex, int], None], str]] = {
     "missing file": (remove_the_shard, "the shard does not exist"),
-    "no regular file": (forbid_the_shard, "cannot be read: Is a directory"),
+    "not a regular file": (replace_the_shard_by_a_folder, "cannot be read: Is a directory"),
 }
 
 
 @pytest.mark.parametrize("kind", [*DAMAGE_OF_A_BIN, *DAMAGE_OF_A_SHARD])
-@pytest.mark.parametrize("number", [2, 9])
-def test_damage_after_the_start_stops_with_shard_bin_and_offset(index: ShardIndex, kind: str, number: int) -> None:
-    """Bins 2 and 9 are the last of their shards, so that a shard cut short is cut in them."""
-    damage, says = {**DAMAGE_OF_A_BIN, **DAMAGE_OF_A_SHARD}[kind]
-    hit = [number] if kind in DAMAGE_OF_A_BIN else np.flatnonzero(index.shard == index.shard[number]).tolist()
-    damage(index, number)
+@pytest.mark.parametrize("bin_id", [2, 9])
+def test_damage_after_the_start_raises_with_shard_bin_and_offset(index: ShardIndex, kind: str, bin_id: int) -> None:
+    """Bins 2 and 9 are the last of their shards, so truncating the shard truncates them."""
+    damage, message = {**DAMAGE_OF_A_BIN, **DAMAGE_OF_A_SHARD}[kind]
+    damaged = [bin_id] if kind in DAMAGE_OF_A_BIN else np.flatnonzero(index.shard == index.shard[bin_id]).tolist()
+    damage(index, bin_id)
     stream = open_stream(index)
-    with pytest.raises(ShardError, match=says) as caught:
+    with pytest.raises(ShardError, match=message) as caught:
         list(stream)
-    assert any(str(caught.value).startswith(f"{index.locate(bad)}: ") for bad in hit)
-    assert next(stream, None) is None, "a stream that failed hands out nothing more"
+    assert any(str(caught.value).startswith(f"{index.locate(bad)}: ") for bad in damaged)
+    assert next(stream, None) is None, "a failed stream hands out another step"
     for other in range(index.num_bins):
-        if other in hit:
+        if other in damaged:
             location = index.locate(other)
-            place = rf"{location.path}, bin {other} at offset {location.offset}: {says}"
-            with pytest.raises(ShardError, match=place):
+            expected = rf"{location.path}, bin {other} at offset {location.offset}: {message}"
+            with pytest.raises(ShardError, match=expected):
                 read_checked_bin(index, other)
         else:
             read_checked_bin(index, other)
 
 
-def test_a_bin_at_the_place_of_another_stops(index: ShardIndex) -> None:
-    """Bytes of bin 5 with a right checksum where bin 4 should be."""
+def test_a_bin_at_the_offset_of_another_raises(index: ShardIndex) -> None:
+    """Bin 5, with a valid checksum, is stored where bin 4 should be."""
     swapped = dataclasses.replace(
         index,
         **{
@@ -323,8 +323,8 @@ def test_a_bin_at_the_place_of_another_stops(index: ShardIndex) -> None:
     ("column", "what"),
     [("num_tokens", "tokens"), ("num_targets", "targets"), ("num_samples", "samples"), ("num_patches", "patches")],
 )
-def test_a_bin_that_holds_other_counts_than_the_index_stops(index: ShardIndex, column: str, what: str) -> None:
-    """The loss of a step is divided by counts of the index: they must be those of the bins."""
+def test_a_bin_whose_counts_differ_from_the_index_raises(index: ShardIndex, column: str, what: str) -> None:
+    """The loss of a step is divided by counts of the index, so these must be those of the bins."""
     wrong = dataclasses.replace(index, **{column: getattr(index, column) + 1})
     with pytest.raises(ShardError, match=rf"bin 3 at offset \d+: holds \d+ {what}, the index says \d+"):
         read_checked_bin(wrong, 3)
@@ -347,36 +347,36 @@ def broken_sample(what: str) -> Sample:
         ("lost pad token", "7 media pad tokens in input_ids, but its media have 8"),
     ],
 )
-def test_a_bin_that_contradicts_itself_stops(tmp_path: Path, what: str, says: str) -> None:
+def test_an_inconsistent_bin_raises(tmp_path: Path, what: str, says: str) -> None:
     bins = [[broken_sample("nothing"), broken_sample(what)]]
     index = open_shards(write_shards(tmp_path / "set", bins))
     with pytest.raises(ShardError, match=rf"bins-00000\.tar, bin 0 at offset 0: {says}"):
         read_checked_bin(index, 0)
 
 
-def test_a_grid_of_odd_rows_stops(tmp_path: Path) -> None:
+def test_a_grid_with_odd_rows_raises(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     index = open_shards(write_shards(tmp_path / "set", [[make_sample(rng, [make_medium(rng, 3, 4)])]]))
     with pytest.raises(ShardError, match=r"bin 0 at offset 0: grid_thw .* is not positive with even rows"):
         read_checked_bin(index, 0)
 
 
-def test_a_read_that_stalls_raises_and_names_what_stalls(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_read_raises_and_names_the_bin(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
-    monkeypatch.setattr(BinReader, "read", lambda reader, number: released.wait(30))
+    monkeypatch.setattr(BinReader, "read", lambda reader, bin_id: released.wait(30))
     monkeypatch.setattr(workers_module, "JOIN_TIMEOUT_S", 0.1)
     stream = open_stream(index, read_timeout_s=0.2)
-    began = time.monotonic()
+    start_s = time.monotonic()
     with pytest.raises(ShardError, match=r"bin \d at offset \d+: not read within 0\.2 s"):
         next(stream)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start_s < 5
     released.set()
 
 
 def test_any_failure_of_a_thread_reaches_the_training_thread(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(reader: BinReader, number: int) -> object:
+    def read(reader: BinReader, bin_id: int) -> object:
         raise MemoryError("no memory for the bin")
 
     monkeypatch.setattr(BinReader, "read", read)
@@ -384,22 +384,22 @@ def test_any_failure_of_a_thread_reaches_the_training_thread(
         next(open_stream(index))
 
 
-def test_close_ends_the_threads_at_once(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work that no thread has begun is not begun any more."""
+def test_close_ends_the_threads_without_delay(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queued work is dropped."""
     delayed_reads(monkeypatch, seconds=0.05)
     stream = open_stream(index, epochs=None, prefetch=200, num_threads=2)
     next(stream)
     assert len(stream_threads()) == 2
-    began = time.monotonic()
+    start_s = time.monotonic()
     stream.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - start_s < 2
     assert not stream_threads()
     stream.close()
     assert next(stream, None) is None
     assert not stream_threads()
 
 
-def test_a_stream_that_is_dropped_instead_of_closed_leaves_no_threads(index: ShardIndex) -> None:
+def test_a_dropped_stream_leaves_no_threads(index: ShardIndex) -> None:
     """The fixture waits for them."""
     stream = open_stream(index, epochs=None, prefetch=20, num_threads=3)
     next(stream)
@@ -407,14 +407,14 @@ def test_a_stream_that_is_dropped_instead_of_closed_leaves_no_threads(index: Sha
     del stream
 
 
-def test_a_dropped_stream_reads_no_more_and_ends_though_its_reads_fail(
+def test_a_dropped_stream_stops_reading_even_if_its_reads_fail(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[int] = []
     is_dropped = threading.Event()
 
-    def fail(_: BinReader, number: int) -> object:
-        reads.append(number)
+    def fail(_: BinReader, bin_id: int) -> object:
+        reads.append(bin_id)
         assert is_dropped.wait(30)
         raise ShardError("the folder was removed")
 
@@ -432,8 +432,10 @@ def test_a_dropped_stream_reads_no_more_and_ends_though_its_reads_fail(
     assert not stream_threads()
 
 
-def test_more_threads_than_the_system_allows_are_wrong_use(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that it began to start end."""
+def test_more_threads_than_the_system_allows_are_a_config_error(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads that did start are ended."""
     start = threading.Thread.start
 
     def start_a_few(thread: threading.Thread) -> None:
@@ -446,7 +448,7 @@ def test_more_threads_than_the_system_allows_are_wrong_use(index: ShardIndex, mo
         next(open_stream(index, num_threads=7))
 
 
-def test_a_device_that_cannot_be_used_is_told_at_once(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_device_raises_at_the_first_step(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: torch.device) -> None:
         raise RuntimeError(f"{device} is busy")
 
@@ -458,7 +460,7 @@ def test_a_device_that_cannot_be_used_is_told_at_once(index: ShardIndex, monkeyp
         next(stream)
 
 
-def test_a_stream_that_is_never_asked_starts_no_thread(index: ShardIndex) -> None:
+def test_an_unused_stream_starts_no_thread(index: ShardIndex) -> None:
     with open_stream(index):
         assert not stream_threads()
 
@@ -475,12 +477,12 @@ def test_a_stream_that_is_never_asked_starts_no_thread(index: ShardIndex) -> Non
         ({"start_step": -1}, "start_step -1"),
     ],
 )
-def test_a_stream_of_nonsense_is_wrong_use(index: ShardIndex, changes: dict[str, object], says: str) -> None:
+def test_settings_out_of_range_are_a_config_error(index: ShardIndex, changes: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         open_stream(index, **changes)
 
 
-def test_an_order_over_other_bins_is_wrong_use(index: ShardIndex) -> None:
+def test_an_order_over_other_bins_is_a_config_error(index: ShardIndex) -> None:
     order = DataOrder(np.ones(3), seed=0, global_batch=1)
     with pytest.raises(ConfigError, match="over 3 bins, but the shards hold 10"):
         BinStream(index, order, rank=0, world_size=1, accumulation=1, per_device=1)

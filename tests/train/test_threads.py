@@ -1,4 +1,4 @@
-"""What the processor has to do for a batch is done by the threads, in array operations, wherever a run begins."""
+"""Threads do the CPU work of a batch, in array operations, whatever step a run starts at."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ BINS = make_bins(num_bins=10)
 @pytest.mark.parametrize(
     ("codec", "decode"), [("zstd", "_decompress"), ("jpeg", "decode_jpegs"), ("raw", "_require_size")]
 )
-def test_reading_decoding_borders_windows_and_rotary_positions_are_work_of_the_threads(
+def test_threads_read_decode_and_compute_boundaries_windows_and_rotary_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str, decode: str
 ) -> None:
-    """Undoing the residuals is not: the batch that is handed out still holds them, for the device."""
+    """Residuals are left for the device to undo."""
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=8), codec=codec))
     order = DataOrder(index.cost(), seed=0, global_batch=4, epochs=1)
     done_by: Counter[tuple[str, bool]] = Counter()
@@ -51,8 +51,8 @@ def test_reading_decoding_borders_windows_and_rotary_positions_are_work_of_the_t
 
     for owner, name in (
         (BinReader, "read"),
-        (workers_module, "build_micro_batch"),  # borders of the samples and target positions
-        (batch_module, "vision_inputs"),  # windows, rotary positions, borders of the frames
+        (workers_module, "build_micro_batch"),  # sample boundaries and target positions
+        (batch_module, "vision_inputs"),  # windows, rotary positions, frame boundaries
         (batch_module, decode),
     ):
         watch(owner, name)
@@ -62,14 +62,14 @@ def test_reading_decoding_borders_windows_and_rotary_positions_are_work_of_the_t
         "read": 8,
         "build_micro_batch": 8,
         "vision_inputs": 8,
-        decode: 6,  # two of the eight bins are text alone
+        decode: 6,  # two of the eight bins are text only
     }
     assert all(by_thread for _, by_thread in done_by)
     assert residuals.count(True) == (6 if codec == "zstd" else 0)
 
 
 def lines_of_python(work: Callable[[], object]) -> int:
-    """Lines that run, of this project and of all libraries."""
+    """Count the executed Python lines, of this project and of all libraries."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -87,7 +87,7 @@ def lines_of_python(work: Callable[[], object]) -> int:
 
 
 def lines_of_batch(folder: Path, samples: list[Sample], codec: str) -> tuple[int, int]:
-    """Lines that reading a bin and building its batch take, once everything is warm, and the bytes of the bin."""
+    """Count the lines that read a bin and build its batch, once caches are warm; return them and the bin's bytes."""
     index = open_shards(write_shards(folder, [samples], codec=codec))
     reader = BinReader(index)
 
@@ -100,8 +100,8 @@ def lines_of_batch(folder: Path, samples: list[Sample], codec: str) -> tuple[int
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_the_python_that_a_bin_takes_does_not_grow_with_its_tokens(tmp_path: Path, codec: str) -> None:
-    """A thousand times the text: not one line more. More pixels: one turn of the reading loop for each half MiB."""
+def test_the_executed_python_lines_do_not_grow_with_the_tokens_of_a_bin(tmp_path: Path, codec: str) -> None:
+    """A thousand times the text adds no line. More pixels add one iteration of the reading loop per half MiB."""
 
     def lines(name: str, *, num_text: int, num_targets: int, side: int) -> tuple[int, int]:
         rng = np.random.default_rng(0)
@@ -113,8 +113,8 @@ def test_the_python_that_a_bin_takes_does_not_grow_with_its_tokens(tmp_path: Pat
     assert lines("words", num_text=20_000, num_targets=15_000, side=4)[0] == few
     many, many_bytes = lines("pixels", num_text=20, num_targets=15, side=48)
     assert many_bytes > 3 * storage._DIGEST_BYTES
-    lines_of_a_turn = 4
-    assert 0 < many - few <= lines_of_a_turn * (many_bytes // storage._DIGEST_BYTES)
+    lines_per_iteration = 4
+    assert 0 < many - few <= lines_per_iteration * (many_bytes // storage._DIGEST_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,10 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return open_shards(write_shards(tmp_path_factory.mktemp("resumed") / "set", BINS))
 
 
-def test_first_compares_each_bin_once_and_once_more_when_the_run_goes_on(
+def test_verify_first_checks_each_bin_once_per_run_and_again_after_resume(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three epochs of ten bins in steps of four; what was found right before the break is not trusted after it."""
+    """Three epochs of ten bins in steps of four; checks before the interruption do not count after it."""
     order = DataOrder(index.cost(), seed=1, global_batch=4, epochs=3)
     compared: Counter[int] = Counter()
     compare = bins.check_digest
@@ -138,8 +138,8 @@ def test_first_compares_each_bin_once_and_once_more_when_the_run_goes_on(
 
     def run(start: int, verify: str) -> Counter[int]:
         compared.clear()
-        read, places = ReadSettings(verify=verify), {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
-        with BinStream(index, order, **places, start_step=start, num_threads=1, read=read) as stream:
+        read, layout = ReadSettings(verify=verify), {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
+        with BinStream(index, order, **layout, start_step=start, num_threads=1, read=read) as stream:
             assert [batch.step for batch in stream] == list(range(start, 8))
         return Counter(compared)
 
@@ -155,11 +155,11 @@ def test_first_compares_each_bin_once_and_once_more_when_the_run_goes_on(
     grouping=st.sampled_from([None, Grouping(steps=2, runs=3)]),
     epochs=st.sampled_from([None, 2.5]),
 )
-def test_a_run_cut_into_parts_on_changing_numbers_of_ranks_hands_out_the_same_steps(
+def test_a_run_resumed_on_changing_numbers_of_ranks_hands_out_the_same_steps(
     index: ShardIndex, parts: list[tuple[int, int]], grouping: Grouping | None, epochs: float | None
 ) -> None:
-    """Each part is resumed from the state that a stream of the part before gave; the ranks of a part, put together,
-    get the bins of each step of the unbroken run once, with their tokens. 2.5 epochs of ten bins end inside step 2."""
+    """Each part resumes from the stream state of the previous part. Together, its ranks get the bins of every step of
+    the unbroken run exactly once, with their tokens. 2.5 epochs of ten bins end inside step 2."""
     order = DataOrder(index.cost(), seed=5, global_batch=12, epochs=epochs, grouping=grouping)
     state, step = order.state_dict(0), 0
     for num_steps, world in parts:
@@ -180,14 +180,16 @@ def test_a_run_cut_into_parts_on_changing_numbers_of_ranks_hands_out_the_same_st
             for rank in range(world)
         ]
         for batches in zip(*streams):
-            wanted = sorted(order.global_bins(step).tolist())
+            expected = sorted(order.global_bins(step).tolist())
             micros = [micro for batch in batches for micro in batch.micro_batches]
-            assert sorted(number for micro in micros for number in micro.bins) == wanted
+            assert sorted(bin_id for micro in micros for bin_id in micro.bins) == expected
             assert len(micros) == 12
             for micro in micros:
                 samples = BINS[micro.bins[0]] if micro.bins else []
-                assert micro.input_ids[0].tolist() == [n for one in samples for n in one.input_ids.tolist()] or [0]
-                assert micro.targets.numel() == sum(int((one.labels != -100).sum()) for one in samples)
+                assert micro.input_ids[0].tolist() == [n for sample in samples for n in sample.input_ids.tolist()] or [
+                    0
+                ]
+                assert micro.targets.numel() == sum(int((sample.labels != -100).sum()) for sample in samples)
             assert {batch.num_targets for batch in batches} == {sum(micro.targets.numel() for micro in micros)}
             step += 1
         assert step == min(end, order.num_steps or end)
