@@ -1,12 +1,12 @@
-"""The exceptions of vlprep: one small family, so that the entry points can tell user errors from bugs.
+"""The exceptions of vlprep: one small family, so that entry points can tell user errors from bugs.
 
-Every message says what was wrong, where (file and line, dataset, id, shard, bin), what was found, what is allowed
-and how to mend it. The command line prints the message alone; a traceback appears with ``--debug`` only.
+Every message says what is wrong, where (file and line, dataset, id, shard, bin), the value, the allowed values and the
+fix. The command line prints only the message; ``--debug`` adds a traceback.
 """
 
 from __future__ import annotations
 
-from schemas.annotation import Problem, ReasonCode
+from schemas.annotation import ReasonCode
 
 MEND_SHARDS = (
     "Copy the set of shards again, or delete its manifest.json and run the same `vlprep build` to write it anew."
@@ -19,27 +19,19 @@ COPY_AGAIN = f"Copy it again from where it was built, or r{BUILD_AGAIN[1:]}"
 
 
 class VlprepError(Exception):
-    """Root of all errors that a user can mend. ``exit_code`` is what the command line returns: 1 data, 2 wrong use."""
+    """Root of all errors that a user can fix. ``exit_code`` is that of the command line: 1 for data, 2 for usage."""
 
     exit_code = 1
 
 
 class ConfigError(VlprepError):
-    """Wrong use: a setting, flag, registry entry, checkpoint or missing optional package."""
+    """Wrong usage: a setting, flag, registry entry, checkpoint or missing optional package."""
 
     exit_code = 2
 
 
-class AnnotationError(VlprepError):
-    """A record that cannot become a sample. Carries every problem found, not only the first."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(f"{problem.code.value}: {problem.message}" for problem in problems))
-        self.problems = problems
-
-
 class MediaError(VlprepError):
-    """A medium that cannot be used, with the reason code that goes to the ledger."""
+    """A medium that cannot be used, with its reason code for the ledger."""
 
     def __init__(self, code: ReasonCode, message: str) -> None:
         super().__init__(message)
@@ -51,4 +43,4 @@ class MediaError(VlprepError):
 
 
 class ShardError(VlprepError):
-    """A set of shards that is incomplete, damaged or not what its manifest says."""
+    """A set of shards that is incomplete or damaged, or contradicts its manifest."""

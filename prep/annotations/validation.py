@@ -1,21 +1,20 @@
-"""From the bytes of a record to an annotation, or to everything that is wrong with it.
+"""Validates records: JSON text in, an :class:`Annotation` or all of its problems out.
 
-Input: the JSON text of one record. Output: an :class:`Annotation`, or a list of problems: all of them, each with its
-code, the JSON path and what would be right. A good record costs one ``msgspec`` decode and a few passes over all its
-text at once; only where these find something odd is it looked at turn by turn.
+Each problem has a reason code, a JSON path and a fix. A valid record costs one ``msgspec`` decode and a few passes over
+its joined text. Only if these notice something unusual is the record checked turn by turn.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from prep.annotations.chunks import Record
 from prep.annotations.dialects import MAX_DEPTH, ROLES, Places, decode_common, fault, read_record
-from schemas.annotation import Annotation, Problem, ReasonCode
+from schemas.annotation import Annotation, Problem, ReasonCode, Turn
 from schemas.qwen import CONTROL_TOKENS
 
 
@@ -26,11 +25,11 @@ class _OnlyId(msgspec.Struct):
 _id_decoder = msgspec.json.Decoder(_OnlyId)
 
 MAX_MEDIA = 1 << 14
-"""Media that a record may name: each is one token at least, and four times as many would fill the model's context."""
+"""Most media of a record. Each takes at least one token, and four times as many would fill the model's context."""
 
 MAX_TEXT_CHARACTERS = 1 << 20
-"""A conversation with more text is rejected as ``too_long`` before it is tokenized (which takes 100 times its memory):
-it would be four times what the model's context of 128k tokens holds."""
+"""A conversation with more text is rejected as ``too_long`` before tokenization, which takes 100 times its memory. This
+is about four times the model's context of 128k tokens."""
 
 TAG = re.compile(r"<(image|video)>")
 RESERVED = re.compile("|".join(re.escape(token) for token in CONTROL_TOKENS))
@@ -46,8 +45,8 @@ def parse_record(data: bytes, *, reserved: str = "reject") -> tuple[Annotation |
         reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
 
     Returns:
-        The annotation and no problems, or whatever could be decoded (or None, as for a record whose media are too many
-        to be looked at) and all problems.
+        The annotation and no problems; or what could be decoded, if anything, and all problems. A record with too many
+        media gives None, so that nobody opens them.
     """
     annotation = decode_common(data)
     if annotation is not None and _is_plain(annotation, data, reserved):
@@ -62,7 +61,7 @@ def parse_record(data: bytes, *, reserved: str = "reject") -> tuple[Annotation |
 
 
 def check_record(record: Record, reserved: str) -> tuple[Annotation | None, list[Problem]]:
-    """As :func:`parse_record`, for a record whose text may not be there."""
+    """Check a record as :func:`parse_record` does. A record without text has one problem, ``bad_json``."""
     if record.data is None:
         return None, [Problem(ReasonCode.BAD_JSON, record.fault)]
     return parse_record(record.data, reserved=reserved)
@@ -79,25 +78,25 @@ def record_id(annotation: Annotation | None) -> str | None:
 
 
 def read_id(data: bytes) -> str | None:
-    """The id of a record that is not otherwise looked at, as text; None if it has none."""
+    """Decode only the id of a record, as text; None if it has none."""
     try:
-        found = _id_decoder.decode(data).id
+        identity = _id_decoder.decode(data).id
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
-    return str(found) if isinstance(found, (str, int)) and not isinstance(found, bool) else None
+    return str(identity) if isinstance(identity, (str, int)) and not isinstance(identity, bool) else None
 
 
-def _names(one: str | list[str] | None, several: list[str] | None) -> list[str]:
-    if one is None:
+def _names(single: str | list[str] | None, several: list[str] | None) -> list[str]:
+    if single is None:
         return list(several or [])
-    return [one] if isinstance(one, str) else list(one)
+    return [single] if isinstance(single, str) else list(single)
 
 
 def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
-    """Whether nothing is wrong with a record of canonical spelling, told by a few passes over all its text at once.
+    """Whether a record in canonical spelling has no problem, by a few passes over its joined text.
 
-    Says no to some good ones: those with other names of the roles, with hundreds of turns, or with fields that nobody
-    reads and that are not ASCII or large.
+    False for some valid records: those with other role names, with hundreds of turns, or with unread fields that are
+    large or not ASCII.
     """
     roles = [turn.role for turn in annotation.conversations]
     values = [turn.value for turn in annotation.conversations]
@@ -109,69 +108,45 @@ def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
     num_images = num_videos = 0
     num_brackets = text.count("<")
     if num_brackets:
-        # Most records have no tag but in their first question.
+        # In most records, only the first question has tags.
         num_images = values[first].count("<image>")
         if num_brackets != num_images:
-            asked = "\n".join(values[first::2])
-            num_images, num_videos = asked.count("<image>"), asked.count("<video>")
+            questions = "\n".join(values[first::2])
+            num_images, num_videos = questions.count("<image>"), questions.count("<video>")
         if num_brackets != num_images + num_videos and (
             TAG.search("\n".join(values[1 - first :: 2])) or (reserved == "reject" and RESERVED.search(text))
         ):
             return False
     return (
         len(text) <= MAX_TEXT_CHARACTERS
-        and _is_number(num_images, annotation.image, annotation.images)
-        and _is_number(num_videos, annotation.video, annotation.videos)
-        # What is not text of the turns is too short to be nested deeply, or is looked at.
+        and _has_count(num_images, annotation.image, annotation.images)
+        and _has_count(num_videos, annotation.video, annotation.videos)
+        # Bytes outside the turns' text are too few to be nested deeply, or are checked for it.
         and ((data.isascii() and len(data) - len(text) <= 2 * MAX_DEPTH) or fault(data) is None)
     )
 
 
-def _is_number(expected: int, one: str | list[str] | None, several: list[str] | None) -> bool:
-    """Whether the two fields of a kind of media name so many of them, in one field only, and not too many."""
+def _has_count(expected: int, single: str | list[str] | None, several: list[str] | None) -> bool:
+    """Whether one of the two fields of a kind of media, and not both, names ``expected`` media, within the limit."""
     if expected > MAX_MEDIA:
         return False
-    if one is None:
+    if single is None:
         return expected == (0 if several is None else len(several))
-    return several is None and expected == (1 if isinstance(one, str) else len(one))
+    return several is None and expected == (1 if isinstance(single, str) else len(single))
 
 
 def _semantic_problems(
     annotation: Annotation, places: Places, reserved: str, unreadable: Collection[str]
 ) -> Iterator[Problem]:
-    """What is wrong with a record of the right types; media in ``unreadable`` fields are not counted."""
+    """Problems of a record whose types are right. Media in ``unreadable`` fields are not counted."""
     turns = annotation.conversations
     if not turns:
         yield Problem(
             ReasonCode.MISSING_CONVERSATIONS, f"$.{places.turns} is empty; give at least a question and an answer"
         )
     yield from _order_problems([turn.role for turn in turns], places)
-    num_tags = {"image": 0, "video": 0}
-    for number, turn in enumerate(turns):
-        if not turn.value.strip():
-            yield Problem(
-                ReasonCode.EMPTY_TURN,
-                f"{places.value_of(number)} is empty; write what the {turn.role} says or drop the exchange",
-            )
-            continue
-        if "<" not in turn.value:
-            continue
-        tags: list[str] = TAG.findall(turn.value)
-        if tags and turn.role != "human":
-            yield Problem(
-                ReasonCode.TAG_IN_ANSWER,
-                f"{places.value_of(number)} has <{tags[0]}> in a {turn.role} turn; media tags stand in human "
-                "turns only",
-            )
-        else:
-            for tag in tags:
-                num_tags[tag] += 1
-        if reserved == "reject" and (control := RESERVED.search(turn.value)):
-            yield Problem(
-                ReasonCode.RESERVED_TOKEN,
-                f"{places.value_of(number)} spells the control token {control.group()}; remove it, or use --reserved "
-                "escape to encode it as ordinary text",
-            )
+    for index, turn in enumerate(turns):
+        yield from _turn_problems(turn, places.value_of(index), reserved)
     num_characters = sum(len(turn.value) for turn in turns)
     if num_characters > MAX_TEXT_CHARACTERS:
         yield Problem(
@@ -179,27 +154,55 @@ def _semantic_problems(
             f"the turns have {num_characters:,} characters; at most {MAX_TEXT_CHARACTERS:,} are tokenized. Cut the "
             "text into several records",
         )
-    for kind, one, several in (
-        ("image", annotation.image, annotation.images),
-        ("video", annotation.video, annotation.videos),
-    ):
-        if one is not None and several is not None:
-            yield Problem(ReasonCode.BAD_FIELD, f"$.{kind} and $.{kind}s are both given; give one of them")
-        elif kind not in unreadable and f"{kind}s" not in unreadable:
-            num_media = len(_names(one, several))
-            if num_media > MAX_MEDIA:
-                field = kind if several is None else f"{kind}s"
-                yield Problem(
-                    ReasonCode.BAD_FIELD,
-                    f"$.{field} names {num_media:,} media; at most {MAX_MEDIA:,} are allowed. Cut the record into "
-                    "several",
-                )
-            if num_tags[kind] != num_media:
-                yield Problem(
-                    ReasonCode.TAG_MISMATCH,
-                    f"{num_tags[kind]} <{kind}> tags in human turns and {num_media} {kind}s; every {kind} "
-                    "needs one tag",
-                )
+    yield from _media_problems("image", annotation.image, annotation.images, turns, unreadable)
+    yield from _media_problems("video", annotation.video, annotation.videos, turns, unreadable)
+
+
+def _turn_problems(turn: Turn, path: str, reserved: str) -> Iterator[Problem]:
+    """Problems of the text of one turn, which stands at ``path`` in the record."""
+    if not turn.value.strip():
+        yield Problem(ReasonCode.EMPTY_TURN, f"{path} is empty; write what the {turn.role} says or drop the exchange")
+        return
+    tags: list[str] = TAG.findall(turn.value)
+    if tags and turn.role != "human":
+        yield Problem(
+            ReasonCode.TAG_IN_ANSWER,
+            f"{path} has <{tags[0]}> in a {turn.role} turn; media tags belong in human turns only",
+        )
+    if reserved == "reject" and (control := RESERVED.search(turn.value)):
+        yield Problem(
+            ReasonCode.RESERVED_TOKEN,
+            f"{path} spells the control token {control.group()}; remove it, or use --reserved escape to encode it as "
+            "ordinary text",
+        )
+
+
+def _media_problems(
+    kind: str,
+    single: str | list[str] | None,
+    several: list[str] | None,
+    turns: Sequence[Turn],
+    unreadable: Collection[str],
+) -> Iterator[Problem]:
+    """Problems of the two fields of a kind of media, ``$.image`` and ``$.images``, say."""
+    if single is not None and several is not None:
+        yield Problem(ReasonCode.BAD_FIELD, f"$.{kind} and $.{kind}s are both given; give one of them")
+        return
+    if kind in unreadable or f"{kind}s" in unreadable:
+        return
+    num_media = len(_names(single, several))
+    if num_media > MAX_MEDIA:
+        field = kind if several is None else f"{kind}s"
+        yield Problem(
+            ReasonCode.BAD_FIELD,
+            f"$.{field} names {num_media:,} media; at most {MAX_MEDIA:,} are allowed. Cut the record into several",
+        )
+    num_tags = sum(turn.value.count(f"<{kind}>") for turn in turns if turn.role == "human")
+    if num_tags != num_media:
+        yield Problem(
+            ReasonCode.TAG_MISMATCH,
+            f"{num_tags} <{kind}> tags in human turns and {num_media} {kind}s; every {kind} needs one tag",
+        )
 
 
 def _order_problems(roles: list[str], places: Places) -> Iterator[Problem]:

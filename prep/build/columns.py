@@ -1,6 +1,6 @@
-"""Columns over all measured samples: what the plan needs to know of them, and where their measured form lies.
+"""Columns over all measured samples: the sizes that the plan needs, and the bytes of a part that hold each sample.
 
-Input: the parts of the scan. Output: :class:`SampleColumns`, one row for each time that a sample is taken. Costs one
+Input: the parts of the scan. Output: :class:`SampleColumns`, one row for each time that a sample is drawn. Cost: one
 pass over the parts, and 28 bytes a row.
 """
 
@@ -29,17 +29,17 @@ _COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampleColumns:
-    """Columns over all measured samples, each as often as it is taken, in the order of the parts. A sample's place in
-    them is its number.
+    """Columns over all measured samples, each as often as it is drawn, in the order of the parts. A sample is known by
+    its index in them.
 
     Attributes:
         part_starts: (P+1,) int64: part ``p`` has samples ``part_starts[p]`` to ``part_starts[p+1] - 1``.
         num_tokens: (N,) int32, length.
         num_patches: (N,) int32, vision patches of all media.
         pixel_bytes: (N,) int64, bytes of all stored frames.
-        sample_offset: (N,) int64, first byte of its measured form in the part.
-        sample_bytes: (N,) int32, size of its measured form.
-        num_drawn: annotations taken, each as often as it is; N of them have a sample, the others were rejected.
+        sample_offset: (N,) int64, first byte of the measured sample in its part.
+        sample_bytes: (N,) int32, size of the measured sample.
+        num_drawn: drawn annotations, with repetitions. N of them have a sample, the others were rejected.
     """
 
     part_starts: NDArray[np.int64]
@@ -50,34 +50,34 @@ class SampleColumns:
     sample_bytes: NDArray[np.int32]
     num_drawn: int
 
-    def parts_of(self, numbers: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int32]]:
-        """The parts that some samples lie in, ascending, and for each sample the place of its part among them."""
-        parts = np.searchsorted(self.part_starts, numbers, side="right") - 1
-        used, places = np.unique(parts, return_inverse=True)
-        return used.tolist(), places.astype(np.int32)
+    def parts_of(self, samples: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int32]]:
+        """The parts that hold these samples (K,), ascending, and for each sample the index of its part among them."""
+        parts = np.searchsorted(self.part_starts, samples, side="right") - 1
+        used, index = np.unique(parts, return_inverse=True)
+        return used.tolist(), index.astype(np.int32)
 
 
 def read_columns(parts: Sequence[ScannedPart]) -> SampleColumns:
-    """Read the sizes and places of all samples."""
+    """Read the sizes and offsets of all samples."""
     pieces: dict[str, list[NDArray[Any]]] = {name: [np.empty(0, dtype)] for name, dtype in _COLUMNS.items()}
     part_starts = np.zeros(len(parts) + 1, dtype=np.int64)
     num_drawn = 0
-    for number, part in enumerate(parts):
+    for index, part in enumerate(parts):
         table = pq.read_table(table_path(part.path), columns=["copies", *_COLUMNS])
         copies = table.column("copies").to_numpy()
         num_drawn += int(copies.sum(dtype=np.int64))
         has_sample = np.flatnonzero(table.column("sample_bytes").to_numpy())
         rows = np.repeat(has_sample, copies[has_sample])
-        part_starts[number + 1] = part_starts[number] + rows.size
+        part_starts[index + 1] = part_starts[index] + rows.size
         for name, dtype in _COLUMNS.items():
             pieces[name].append(table.column(name).to_numpy()[rows].astype(dtype))
-    # A column's pieces go as soon as it is joined, so that no more than one is there twice.
+    # Free the pieces of a column once they are joined, so that only one column exists twice.
     columns = {name: np.concatenate(pieces.pop(name)) for name in _COLUMNS}
     return SampleColumns(part_starts=part_starts, num_drawn=num_drawn, **columns)
 
 
 def count_rejects(parts: Sequence[ScannedPart]) -> Counter[str]:
-    """How many of the drawn annotations the scan rejected for each reason; one with several counts for each."""
+    """How many drawn annotations the scan rejected, by reason code. An annotation counts once for each of its codes."""
     counts = Counter[str]()
     for part in parts:
         table = pq.read_table(table_path(part.path), columns=["copies", "codes"])

@@ -1,7 +1,7 @@
-"""The ledger: one row an annotation, with what became of it, and the totals of every dataset.
+"""The ledger: one row an annotation with its outcome, and the totals of every dataset.
 
-Input: the parts of the scan, the plan, what the shards came to. Output: ``samples.parquet`` and statistics. Works part
-by part; memory holds 8 bytes a sample, and counts of sizes that do not grow with samples.
+Input: the parts of the scan, the plan, the results of the shards. Output: ``samples.parquet`` and statistics. It works
+part by part. Memory: 8 bytes a sample, and histograms of sizes that do not grow with the samples.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ _PACKED, _REJECTED, _NOT_SAMPLED = range(3)
 
 
 class _Counts:
-    """How often each small number was seen: 8 bytes for each number up to the highest."""
+    """A histogram of small integers: 8 bytes for each integer up to the largest."""
 
     def __init__(self) -> None:
         self._counts: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def add(self, values: NDArray[np.integer]) -> None:
-        """Count some values, each 0 or more."""
-        found = np.bincount(values, minlength=self._counts.size)
-        found[: self._counts.size] += self._counts
-        self._counts = found
+        """Count values, each 0 or more."""
+        counts = np.bincount(values, minlength=self._counts.size)
+        counts[: self._counts.size] += self._counts
+        self._counts = counts
 
     def distribution(self) -> Distribution | None:
-        """Exact totals and quantiles, None where nothing was counted."""
+        """Exact totals and quantiles; None without values."""
         ends = np.cumsum(self._counts)
-        number = int(ends[-1]) if ends.size else 0
-        if not number:
+        num_values = int(ends[-1]) if ends.size else 0
+        if not num_values:
             return None
-        # The least value that a share of all values does not exceed.
-        ranks = [max(1, math.ceil(number * share)) for share in (0, 0.5, 0.9, 0.99, 1)]
+        # A quantile is the smallest value that at least this share of all values does not exceed.
+        ranks = [max(1, math.ceil(num_values * share)) for share in (0, 0.5, 0.9, 0.99, 1)]
         low, p50, p90, p99, high = np.searchsorted(ends, ranks).tolist()
         total = int(np.dot(self._counts, np.arange(self._counts.size)))
-        return Distribution(total=total, mean=total / number, min=low, p50=p50, p90=p90, p99=p99, max=high)
+        return Distribution(total=total, mean=total / num_values, min=low, p50=p50, p90=p90, p99=p99, max=high)
 
 
 class _Tally:
-    """What became of one dataset, while the ledger is written."""
+    """Totals of one dataset while the ledger is written."""
 
     def __init__(self, dataset: str) -> None:
         self._dataset = dataset
@@ -66,7 +66,7 @@ class _Tally:
         self._sizes = {name: _Counts() for name in ("num_tokens", "num_targets", "num_patches")}
 
     def add(self, scanned: pa.Table, codes: pa.ChunkedArray, statuses: NDArray[np.int64]) -> None:
-        """Count rows of a part, given the codes and the statuses (indices of ``_STATUSES``) that they end with."""
+        """Count the rows of a part, with their final codes and statuses (indices of ``_STATUSES``)."""
         self._statuses += np.bincount(statuses, minlength=len(_STATUSES))
         self._codes.update(pc.list_flatten(codes).to_pylist())
         packed = scanned.filter(pa.array(statuses == _PACKED))
@@ -93,14 +93,14 @@ class _Tally:
 
 
 class Ledger:
-    """Accounts for every annotation: where it went, or why not.
+    """Accounts for every annotation: where it went, or why it was rejected.
 
     Args:
-        names: name of every dataset, by index.
+        names: of the datasets.
         plan: bins and slots.
-        num_samples: measured samples, in the order of the parts, each as often as it is taken.
-        max_length: for the message of what is too long.
-        written: what the shards came to.
+        num_samples: measured samples, each as often as it is drawn.
+        max_length: of a bin, for the message about samples that are too long.
+        written: results of the shards.
     """
 
     def __init__(
@@ -111,26 +111,23 @@ class Ledger:
         self._max_length = max_length
         self._failed = written.failed
         self._backends = written.backends
-        self._failed_places = np.asarray(sorted(written.failed), dtype=np.int64)
-        self._backend_places = np.asarray(sorted(written.backends), dtype=np.int64)
-        self._places = plan.places(num_samples)
+        self._failed_positions = np.asarray(sorted(written.failed), dtype=np.int64)
+        self._backend_positions = np.asarray(sorted(written.backends), dtype=np.int64)
+        self._positions = plan.positions(num_samples)
 
     def write(self, path: Path, parts: Iterable[ScannedPart]) -> list[DatasetStatistics]:
-        """Write ``samples.parquet``, one row group a part; return the totals of every dataset."""
+        """Write ``samples.parquet``, one row group a part; returns the totals of every dataset."""
         tallies = [_Tally(name) for name in self._names]
-        number = 0
+        first = 0
         with pq.ParquetWriter(path, arrow_schema(SAMPLES_COLUMNS), compression="zstd") as writer:
             for part in parts:
-                scanned = pq.read_table(table_path(part.path))
-                copies = scanned.column("copies").to_numpy()
-                if (copies > 1).any():
-                    scanned = scanned.take(np.repeat(np.arange(copies.size), np.maximum(copies, 1)))
+                scanned = _read_rows(part)
                 has_sample = scanned.column("sample_bytes").to_numpy() > 0
-                places = np.full(len(scanned), -1, dtype=np.int64)
                 num_samples = int(np.count_nonzero(has_sample))
-                places[has_sample] = self._places[number : number + num_samples]
-                number += num_samples
-                writer.write_table(self._account(part, scanned, has_sample, places, tallies[part.source]))
+                positions = np.full(len(scanned), -1, dtype=np.int64)
+                positions[has_sample] = self._positions[first : first + num_samples]
+                first += num_samples
+                writer.write_table(self._account(part, scanned, has_sample, positions, tallies[part.source]))
         return [tally.statistics() for tally in tallies]
 
     def _account(
@@ -138,56 +135,59 @@ class Ledger:
         part: ScannedPart,
         scanned: pa.Table,
         has_sample: NDArray[np.bool_],
-        places: NDArray[np.int64],
+        positions: NDArray[np.int64],
         tally: _Tally,
     ) -> pa.Table:
-        """Rows of the ledger for a part, and the tally of them.
+        """Rows of the ledger for a part; adds them to the tally.
 
         Args:
-            part: where the rows come from.
-            scanned: its rows, each as often as it is taken, and once if it is not.
-            has_sample: whether a row was measured.
-            places: of its sample in the plan's order, -1 without one.
+            part: the part.
+            scanned: its rows (R), each as often as it is drawn, and once if it is not.
+            has_sample: (R,) whether the row was measured.
+            positions: (R,) of the row's sample in the plan's order, -1 without one.
             tally: of the dataset.
         """
-        failed = _is_among(places, self._failed_places)
-        packed = (places >= 0) & ~failed
+        late = self._late_problems(scanned, has_sample, positions)
+        packed = (positions >= 0) & ~_isin_sorted(positions, self._failed_positions)
         statuses = np.where(packed, _PACKED, _REJECTED)
         statuses[scanned.column("copies").to_numpy() == 0] = _NOT_SAMPLED
-        num_tokens = scanned.column("num_tokens")
-        late = {row: self._failed[int(places[row])] for row in np.flatnonzero(failed).tolist()}
-        for row in np.flatnonzero(has_sample & (places < 0)).tolist():
-            late[row] = self._too_long(num_tokens[row].as_py())
         codes = _replaced(scanned, "codes", {row: [problem.code.value] for row, problem in late.items()})
         tally.add(scanned, codes, statuses)
-        bins = np.searchsorted(self._plan.bin_starts, places, side="right") - 1
-        other_backend = np.flatnonzero(_is_among(places, self._backend_places)).tolist()
-        backends = {row: self._backends[int(places[row])] for row in other_backend}
-        return pa.table(
-            {
-                "dataset": pa.repeat(pa.scalar(self._names[part.source]), len(scanned)),
-                "file": pa.repeat(pa.scalar(part.file), len(scanned)),
-                "line": scanned.column("line"),
-                "record": scanned.column("record").to_numpy() + part.record_base,
-                "id": scanned.column("id"),
-                "status": pa.array(_STATUSES).take(pa.array(statuses)),
-                "codes": codes,
-                "message": _replaced(scanned, "message", {row: problem.message for row, problem in late.items()}),
-                "bin": pa.array(bins, mask=~packed),
-                "slot": pa.array(self._slots(places, bins), mask=~packed),
-                "num_tokens": num_tokens,
-                "num_targets": scanned.column("num_targets"),
-                "num_patches": scanned.column("num_patches"),
-                "video_backend": _replaced(scanned, "video_backend", backends),
-            },
-            schema=arrow_schema(SAMPLES_COLUMNS),
-        )
+        bins = np.searchsorted(self._plan.bin_starts, positions, side="right") - 1
+        other_backend = np.flatnonzero(_isin_sorted(positions, self._backend_positions)).tolist()
+        backends = {row: self._backends[int(positions[row])] for row in other_backend}
+        columns = {
+            "dataset": pa.repeat(pa.scalar(self._names[part.source]), len(scanned)),
+            "file": pa.repeat(pa.scalar(part.file), len(scanned)),
+            "record": scanned.column("record").to_numpy() + part.record_base,
+            "status": pa.array(_STATUSES).take(pa.array(statuses)),
+            "codes": codes,
+            "message": _replaced(scanned, "message", {row: problem.message for row, problem in late.items()}),
+            "bin": pa.array(bins, mask=~packed),
+            "slot": pa.array(self._slots(positions, bins), mask=~packed),
+            "video_backend": _replaced(scanned, "video_backend", backends),
+        }
+        kept = {name: scanned.column(name) for name in SAMPLES_COLUMNS if name not in columns}
+        return pa.table({**columns, **kept}, schema=arrow_schema(SAMPLES_COLUMNS))
 
-    def _slots(self, places: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Slots of places in the plan's order. What stands behind a failed sample of its bin moves up."""
+    def _late_problems(
+        self, scanned: pa.Table, has_sample: NDArray[np.bool_], positions: NDArray[np.int64]
+    ) -> dict[int, Problem]:
+        """Row -> problem of the samples that the scan accepted: they failed to decode, or are too long."""
+        failed = np.flatnonzero(_isin_sorted(positions, self._failed_positions)).tolist()
+        late = {row: self._failed[int(positions[row])] for row in failed}
+        num_tokens = scanned.column("num_tokens")
+        for row in np.flatnonzero(has_sample & (positions < 0)).tolist():
+            late[row] = self._too_long(num_tokens[row].as_py())
+        return late
+
+    def _slots(self, positions: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Slots of positions in the plan's order. Samples behind a failed one of their bin move up."""
         starts = self._plan.bin_starts[bins]
-        num_failed = np.searchsorted(self._failed_places, places) - np.searchsorted(self._failed_places, starts)
-        return (places - starts - num_failed).astype(np.int32)
+        num_failed = np.searchsorted(self._failed_positions, positions) - np.searchsorted(
+            self._failed_positions, starts
+        )
+        return (positions - starts - num_failed).astype(np.int32)
 
     def _too_long(self, num_tokens: int) -> Problem:
         return Problem(
@@ -197,21 +197,30 @@ class Ledger:
         )
 
 
-def _is_among(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of some values are among others, which ascend."""
-    if not ordered.size:
+def _read_rows(part: ScannedPart) -> pa.Table:
+    """The rows of a part, each as often as it is drawn, and once if it is not."""
+    scanned = pq.read_table(table_path(part.path))
+    copies = scanned.column("copies").to_numpy()
+    if (copies > 1).any():
+        scanned = scanned.take(np.repeat(np.arange(copies.size), np.maximum(copies, 1)))
+    return scanned
+
+
+def _isin_sorted(values: NDArray[np.int64], ascending: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which values are in an ascending array."""
+    if not ascending.size:
         return np.zeros(values.size, dtype=np.bool_)
-    at = np.minimum(np.searchsorted(ordered, values), ordered.size - 1)
-    found: NDArray[np.bool_] = ordered[at] == values
-    return found
+    at = np.minimum(np.searchsorted(ascending, values), ascending.size - 1)
+    is_in: NDArray[np.bool_] = ascending[at] == values
+    return is_in
 
 
 def _replaced(table: pa.Table, name: str, values: Mapping[int, object]) -> pa.ChunkedArray:
-    """A column with other values in a few rows."""
+    """A column with the values of a few rows replaced."""
     column = table.column(name)
     if not values:
         return column
-    listed = column.to_pylist()
+    items = column.to_pylist()
     for row, value in values.items():
-        listed[row] = value
-    return pa.chunked_array([pa.array(listed, type=column.type)])
+        items[row] = value
+    return pa.chunked_array([pa.array(items, type=column.type)])

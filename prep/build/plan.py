@@ -19,7 +19,7 @@ from schemas.settings import BuildSettings
 logger = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 20
-"""What a token takes in a shard: input_ids, labels and three rows of position_ids, four bytes each."""
+"""Bytes of a token in a shard: input_ids, labels and three rows of position_ids, four bytes each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class Plan:
     """Samples in the order in which they are written.
 
     Attributes:
-        order: (K,) int64: numbers of the packed samples, bin by bin, slot by slot.
+        order: (K,) int64: indices of the packed samples, bin by bin, slot by slot.
         bin_starts: (B+1,) int64: bin ``b`` holds ``order[bin_starts[b]:bin_starts[b+1]]``.
         shard_starts: (S+1,) int64: shard ``s`` holds bins ``shard_starts[s]`` to ``shard_starts[s+1] - 1``.
     """
@@ -38,19 +38,19 @@ class Plan:
 
     @property
     def num_bins(self) -> int:
-        """Bins of all shards."""
+        """Number of bins."""
         return int(self.bin_starts.size) - 1
 
     @property
     def num_shards(self) -> int:
-        """Shards."""
+        """Number of shards."""
         return int(self.shard_starts.size) - 1
 
-    def places(self, num_samples: int) -> NDArray[np.int64]:
-        """Place of every sample in ``order``, -1 for what is not packed: (num_samples,) int64."""
-        places = np.full(num_samples, -1, dtype=np.int64)
-        places[self.order] = np.arange(self.order.size)
-        return places
+    def positions(self, num_samples: int) -> NDArray[np.int64]:
+        """Position of every sample in ``order``, -1 if it is not packed: (num_samples,) int64."""
+        positions = np.full(num_samples, -1, dtype=np.int64)
+        positions[self.order] = np.arange(self.order.size)
+        return positions
 
 
 def make_plan(
@@ -62,13 +62,13 @@ def make_plan(
     """Pack samples into bins and bins into shards.
 
     Args:
-        num_tokens: (N,) length of every measured sample; longer than ``max_length`` stays out.
+        num_tokens: (N,) length of every measured sample. Those longer than ``max_length`` are left out.
         num_patches: (N,) vision patches.
         pixel_bytes: (N,) bytes of the stored frames.
         settings: budgets, packer and seed.
     """
     fitting = np.flatnonzero(num_tokens <= settings.max_length)
-    _tell_of_large(num_patches[fitting], settings.max_patches)
+    _warn_oversized(num_patches[fitting], settings.max_patches)
     bin_of = pack(
         num_tokens[fitting],
         settings.max_length,
@@ -77,7 +77,7 @@ def make_plan(
         packer=settings.packer,
         seed=seed_for(settings.seed, "pack"),
     )
-    # The packer's own order inside a bin runs from long to short; slots are shuffled.
+    # (K,) samples in random order, then sorted by bin: slots are random, where the packer's order is long to short.
     shuffled = np.random.Generator(np.random.PCG64(seed_for(settings.seed, "slots"))).permutation(fitting.size)
     by_bin = shuffled[np.argsort(bin_of[shuffled], kind="stable")]
     order = fitting[by_bin]
@@ -89,16 +89,16 @@ def make_plan(
     return Plan(order=order, bin_starts=bin_starts, shard_starts=_shard_starts(total_bytes, settings.shard_bytes))
 
 
-def _tell_of_large(num_patches: NDArray[np.int32], max_patches: int | None) -> None:
-    """Who sets a budget of patches because of memory should know of what exceeds it."""
-    large = num_patches[num_patches > max_patches] if max_patches is not None else num_patches[:0]
-    if large.size:
+def _warn_oversized(num_patches: NDArray[np.int32], max_patches: int | None) -> None:
+    """Warn about samples that exceed the patch budget, since users set it to bound memory."""
+    oversized = num_patches[num_patches > max_patches] if max_patches is not None else num_patches[:0]
+    if oversized.size:
         logger.warning(
             "%s more than --max-patches %s patches, the largest %s; each gets a bin of its own. Lower max_pixels, or "
-            "the pixels and frames of clips, if such bins do not fit the GPU.",
-            f"{large.size:,} samples have" if large.size > 1 else "1 sample has",
+            "the pixels and frames of videos, if such bins do not fit on the GPU.",
+            f"{oversized.size:,} samples have" if oversized.size > 1 else "1 sample has",
             f"{max_patches:,}",
-            f"{large.max():,}",
+            f"{oversized.max():,}",
         )
 
 

@@ -1,7 +1,7 @@
 """Seal: writes the table of bins, checks that every annotation is accounted for, and writes the manifest last.
 
-Input: what the shards came to and the statistics of the ledger, which is there already. Output: ``bins.parquet`` and
-``manifest.json``.
+Input: the results of the shards and the statistics of the ledger, which is already written. Output: ``bins.parquet``
+and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import UNSET
 
@@ -45,39 +46,17 @@ def seal(
     written: WrittenShards,
     statistics: list[DatasetStatistics],
 ) -> Manifest:
-    """Check that the ledger balances, write ``bins.parquet``, and put the tables and then the manifest in their place.
-    ``samples.parquet`` has been written already.
+    """Check that the ledger balances, then publish the tables and, last, the manifest.
+
+    ``samples.parquet`` must already be in the output's folder.
 
     Raises:
-        VlprepError: the ledger does not balance, or disagrees with the bins; nothing is sealed.
+        VlprepError: the ledger does not balance, or disagrees with the bins. Nothing is sealed.
     """
     table = written.bins_table()
     with naming(output.folder / BINS_FILE):
         pq.write_table(table, output.folder / BINS_FILE, compression="zstd")
-    total = {name: int(np.sum(table.column(name).to_numpy())) for name in BINS_COLUMNS if name.startswith("num_")}
-    codes = Counter[str]()
-    for dataset in statistics:
-        codes.update(dataset.rejects_by_code)
-    counts = Counts(
-        num_annotations=sum(dataset.num_annotations for dataset in statistics),
-        num_packed=sum(dataset.num_packed for dataset in statistics),
-        num_rejected=sum(dataset.num_rejected for dataset in statistics),
-        num_not_sampled=sum(dataset.num_not_sampled for dataset in statistics),
-        rejects_by_code=dict(sorted(codes.items())),
-        num_bins=len(table),
-        num_tokens=total["num_tokens"],
-        num_targets=total["num_targets"],
-        num_patches=total["num_patches"],
-        num_images=total["num_images"],
-        num_videos=total["num_videos"],
-    )
-    expected = sum(_taken(dataset) for dataset in inputs)
-    if not counts.balances() or counts.num_annotations != expected or counts.num_packed != total["num_samples"]:
-        raise VlprepError(
-            f"the ledger does not balance: {expected} annotations, {counts.num_packed} packed "
-            f"({total['num_samples']} in bins), {counts.num_rejected} rejected, {counts.num_not_sampled} not sampled. "
-            "Nothing was sealed; this is a bug of vlprep, please report it."
-        )
+    counts = _balanced_counts(table, inputs, statistics)
     manifest = Manifest(
         version=FORMAT_VERSION,
         settings=settings,
@@ -96,8 +75,35 @@ def seal(
     return manifest
 
 
-def _taken(dataset: InputDataset) -> int:
-    """Rows of the ledger for a dataset: every annotation once, or as often as it is taken."""
+def _balanced_counts(table: pa.Table, inputs: list[InputDataset], statistics: list[DatasetStatistics]) -> Counts:
+    """Totals of the set, which the bins, the ledger and the inputs must agree on."""
+    total = {name: int(np.sum(table.column(name).to_numpy())) for name in BINS_COLUMNS if name.startswith("num_")}
+    codes = sum((Counter(dataset.rejects_by_code) for dataset in statistics), Counter[str]())
+    counts = Counts(
+        num_annotations=sum(dataset.num_annotations for dataset in statistics),
+        num_packed=sum(dataset.num_packed for dataset in statistics),
+        num_rejected=sum(dataset.num_rejected for dataset in statistics),
+        num_not_sampled=sum(dataset.num_not_sampled for dataset in statistics),
+        rejects_by_code=dict(sorted(codes.items())),
+        num_bins=len(table),
+        num_tokens=total["num_tokens"],
+        num_targets=total["num_targets"],
+        num_patches=total["num_patches"],
+        num_images=total["num_images"],
+        num_videos=total["num_videos"],
+    )
+    expected = sum(map(_num_ledger_rows, inputs))
+    if not counts.balances() or counts.num_annotations != expected or counts.num_packed != total["num_samples"]:
+        raise VlprepError(
+            f"the ledger does not balance: {expected} annotations, {counts.num_packed} packed "
+            f"({total['num_samples']} in bins), {counts.num_rejected} rejected, {counts.num_not_sampled} not sampled. "
+            "Nothing was sealed; this is a bug of vlprep, please report it."
+        )
+    return counts
+
+
+def _num_ledger_rows(dataset: InputDataset) -> int:
+    """Rows of the ledger for a dataset: every annotation once, or as often as it is drawn."""
     num_annotations = sum(file.num_annotations for file in dataset.files)
     return max(num_annotations, int(dataset.num_drawn))
 

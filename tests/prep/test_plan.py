@@ -36,9 +36,9 @@ def test_every_sample_that_fits_has_one_place(samples: list[tuple[int, int]], sh
     plan = planned(samples, shard_bytes, seed=seed)
     fitting = [number for number, (tokens, _) in enumerate(samples) if tokens <= 64]
     assert sorted(plan.order.tolist()) == fitting
-    places = plan.places(len(samples))
-    assert [number for number in range(len(samples)) if places[number] >= 0] == fitting
-    assert (plan.order[places[fitting]] == fitting).all()
+    positions = plan.positions(len(samples))
+    assert [number for number in range(len(samples)) if positions[number] >= 0] == fitting
+    assert (plan.order[positions[fitting]] == fitting).all()
     assert plan.bin_starts[0] == 0 and plan.bin_starts[-1] == len(fitting)
     assert (np.diff(plan.bin_starts) > 0).all()
 
@@ -153,7 +153,7 @@ def test_columns_say_where_every_copy_lies(tmp_path: Path) -> None:
     assert samples.part_starts.tolist() == [0, 2, 6]
     assert samples.num_tokens.tolist() == [10, 10, 7, 5, 5, 5]
     assert samples.sample_offset.tolist() == [0, 0, 0, 7, 7, 7]
-    used, places = samples.parts_of(np.asarray([5, 2, 4]))
-    assert (used, places.tolist()) == ([1], [0, 0, 0])
-    used, places = samples.parts_of(np.asarray([3, 0]))
-    assert (used, places.tolist()) == ([0, 1], [1, 0])
+    used, positions = samples.parts_of(np.asarray([5, 2, 4]))
+    assert (used, positions.tolist()) == ([1], [0, 0, 0])
+    used, positions = samples.parts_of(np.asarray([3, 0]))
+    assert (used, positions.tolist()) == ([0, 1], [1, 0])
