@@ -317,7 +317,7 @@ def test_the_short_last_step_is_explained_with_its_empty_places(tmp_path: Path) 
     order = DataOrder(index.cost(), seed=0, global_batch=8, epochs=1)
     lines = list(explain_step(index, order, 1, world_size=2, accumulation=4))
     assert lines[0].startswith("step 1, epoch 0.8000: 2 bins, 2 ranks, 4 micro-steps, seed 0, ")
-    assert sum(line.endswith("an empty place: one token without weight") for line in lines) == 6
+    assert sum(line.endswith("empty position: one token with zero weight") for line in lines) == 6
     assert sum(line.startswith("micro-step") and line.endswith(": no bins") for line in lines) == 3
     named = sorted(int(line.split()[1]) for line in lines if line.startswith("    bin"))
     assert named == sorted(order.global_bins(1).tolist())

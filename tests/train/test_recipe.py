@@ -1,4 +1,4 @@
-"""What flags leave open is what is recommended for the size of the model; a flag always goes before it."""
+"""Flags left out take what is recommended for the size of the model. A flag always overrides it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CONFIGS = {
     "32B": {"hidden_size": 5120, "num_hidden_layers": 64},
     "72B": {"hidden_size": 8192, "num_hidden_layers": 80},
 }
-"""Of the official ``config.json`` files."""
+"""Excerpts of the official ``config.json`` files."""
 
 
 def recipe(config: dict[str, object], flags: str = "") -> tuple[float, int, int, float]:
-    found = choose_recipe(parse_arguments(["--shards", "x", *flags.split()]), config)
-    return found.learning_rate, found.per_device, found.accumulation, found.epochs
+    chosen = choose_recipe(parse_arguments(["--shards", "x", *flags.split()]), config)
+    return chosen.learning_rate, chosen.per_device, chosen.accumulation, chosen.epochs
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_another_size_has_one_bin_and_four_micro_steps() -> None:
         ("--num_train_epochs 2", (2e-7, 4, 4, 2.0)),
     ],
 )
-def test_a_flag_goes_before_what_is_recommended(flags: str, expected: tuple[float, int, int, float]) -> None:
+def test_a_flag_overrides_the_recommendation(flags: str, expected: tuple[float, int, int, float]) -> None:
     assert recipe(CONFIGS["7B"], flags) == expected
 
 
 def test_a_recipe_cannot_be_changed() -> None:
-    made = Recipe(learning_rate=1.0, per_device=1, accumulation=1, epochs=1.0)
+    frozen = Recipe(learning_rate=1.0, per_device=1, accumulation=1, epochs=1.0)
     with pytest.raises(AttributeError):
-        made.epochs = 2.0  # type: ignore[misc]
+        frozen.epochs = 2.0  # type: ignore[misc]

@@ -1,18 +1,18 @@
-"""Which bins, ranks and source samples a step uses.
+"""Describes a step: its bins, the ranks that compute them, and the annotations they were packed from.
 
-A set of shards and a step -> a text: what every rank has to compute in every micro-step, the bins it does that with,
-and under each bin the annotations that it was packed from. The answer is that of a run with the same seed, global
-batch, ranks, micro-steps and model.
+A set of shards, an order and a step -> lines of text. They are those of a run with the same seed, global batch, ranks,
+micro-steps and model.
 
-Cost: the index, and one filtered pass over the ledger.
+Cost: the index, and a filtered pass over the ledger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from schemas.errors import ConfigError, ShardError
 from schemas.tables import SAMPLES_FILE
@@ -22,7 +22,7 @@ from train.shards.ledger import read_ledger
 
 
 class SourceSample(NamedTuple):
-    """An annotation that was packed into a bin: its place in the bin, and where it was read."""
+    """An annotation that was packed into a bin: its slot in the bin, and where it was read from."""
 
     slot: int
     dataset: str
@@ -33,34 +33,34 @@ class SourceSample(NamedTuple):
     num_tokens: int
 
 
-def source_samples(index: ShardIndex, bins: list[int]) -> dict[int, list[SourceSample]]:
-    """Look bins up in the ledgers.
+def source_samples(index: ShardIndex, bins: Sequence[int]) -> dict[int, list[SourceSample]]:
+    """Look up the samples of bins in the ledgers.
 
     Args:
         index: the set of shards.
-        bins: numbers of bins.
+        bins: ids of bins.
 
     Returns:
-        For every bin its samples in order.
+        The samples of every bin, in order.
 
     Raises:
         ShardError: a ledger is missing, or does not know a bin.
     """
-    found: dict[int, list[SourceSample]] = {number: [] for number in bins}
-    for place, folder in enumerate(index.folders):
-        number_of = {int(index.local_bin[number]): number for number in bins if index.folder_of(number) == place}
-        if not number_of:
+    samples: dict[int, list[SourceSample]] = {bin_id: [] for bin_id in bins}
+    for position, folder in enumerate(index.folders):
+        bin_ids = {int(index.local_bin[bin_id]): bin_id for bin_id in bins if index.folder_of(bin_id) == position}
+        if not bin_ids:
             continue
-        ledger = read_ledger(folder, ["bin", *SourceSample._fields], [("bin", "in", list(number_of))])
+        ledger = read_ledger(folder, ["bin", *SourceSample._fields], [("bin", "in", list(bin_ids))])
         for row in ledger.sort_by([("bin", "ascending"), ("slot", "ascending")]).to_pylist():
-            found[number_of[row.pop("bin")]].append(SourceSample(**row))
-    for number, samples in found.items():
-        if len(samples) != index.num_samples[number]:
+            samples[bin_ids[row.pop("bin")]].append(SourceSample(**row))
+    for bin_id, in_ledger in samples.items():
+        if len(in_ledger) != index.num_samples[bin_id]:
             raise ShardError(
-                f"{index.folders[index.folder_of(number)] / SAMPLES_FILE} has {len(samples)} samples for bin "
-                f"{index.locate(number).local_bin}, which holds {index.num_samples[number]}. Build the shards again."
+                f"{index.folders[index.folder_of(bin_id)] / SAMPLES_FILE} has {len(in_ledger)} samples for bin "
+                f"{index.locate(bin_id).local_bin}, which holds {index.num_samples[bin_id]}. Build the shards again."
             )
-    return found
+    return samples
 
 
 def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> int:
@@ -73,7 +73,7 @@ def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> 
     if rest:
         raise ConfigError(
             f"a global batch of {order.global_batch} is not a multiple of {world_size} ranks x {accumulation} "
-            "micro-steps. Give the numbers of the run."
+            "micro-steps: change one of them."
         )
     return per_device
 
@@ -85,7 +85,7 @@ def explain_step(
 
     Args:
         index: the set of shards.
-        order: over its bins, by costs in floating-point operations.
+        order: order of its bins, with costs in floating-point operations.
         step: counted from 0.
         world_size: number of ranks.
         accumulation: micro-steps of the step.
@@ -97,43 +97,47 @@ def explain_step(
     per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
     if order.num_steps is not None and step >= order.num_steps:
         raise ConfigError(f"step is {step}, but the order ends after {order.num_steps} steps, which count from 0.")
-    places = order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
-    samples = source_samples(index, places[places != EMPTY].tolist())
-    # (A, W): what a rank has to do in a micro-step
-    load = np.where(places == EMPTY, 0.0, order.cost[places]).sum(axis=2)
+    # (A, W, P): micro-steps, ranks, bins of a rank
+    dealt = order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
+    samples = source_samples(index, dealt[dealt != EMPTY].tolist())
+    # (A, W): cost of a rank in a micro-step
+    load = np.where(dealt == EMPTY, 0.0, order.cost[dealt]).sum(axis=2)
     yield (
-        f"step {step}, epoch {step / order.steps_per_epoch:.4f}: {(places != EMPTY).sum()} bins, {world_size} ranks, "
-        f"{accumulation} micro-steps, seed {order.seed}, efficiency {order.efficiency(places):.3f}"
+        f"step {step}, epoch {step / order.steps_per_epoch:.4f}: {(dealt != EMPTY).sum()} bins, {world_size} ranks, "
+        f"{accumulation} micro-steps, seed {order.seed}, efficiency {order.efficiency(dealt):.3f}"
     )
-    for micro_step, of_ranks in enumerate(places):
-        mean, highest = load[micro_step].mean(), load[micro_step].max()
+    for micro_step, (bins, costs) in enumerate(zip(dealt, load)):
+        mean, highest = costs.mean(), costs.max()
         yield (
             f"micro-step {micro_step}: efficiency {mean / highest:.3f} (mean cost over the ranks / highest)"
             if highest
             else f"micro-step {micro_step}: no bins"
         )
-        for rank, mine in enumerate(of_ranks):
-            share = f", {load[micro_step, rank] / mean:.3f} of the mean" if highest else ""
-            yield f"  rank {rank}: cost {_tflop(load[micro_step, rank])}{share}"
-            for number in mine.tolist():
-                if number == EMPTY:
-                    yield "    an empty place: one token without weight"
-                    continue
-                yield f"    {_describe(index, order, number)}"
-                for sample in samples[number]:
-                    yield (
-                        f"      {sample.slot}: {sample.dataset} {sample.file}:{sample.line} record {sample.record} "
-                        f"id {sample.id}, {sample.num_tokens} tokens"
-                    )
+        for rank, cost in enumerate(costs):
+            share = f", {cost / mean:.3f} of the mean" if highest else ""
+            yield f"  rank {rank}: cost {_tflop(cost)}{share}"
+            yield from _describe_bins(index, order, bins[rank], samples)
 
 
-def _describe(index: ShardIndex, order: DataOrder, number: int) -> str:
-    return (
-        f"bin {number} ({index.locate(number)}): {index.num_tokens[number]} tokens, {index.num_patches[number]} "
-        f"patches, cost {_tflop(order.cost[number])}"
-    )
+def _describe_bins(
+    index: ShardIndex, order: DataOrder, bins: NDArray[np.int64], samples: dict[int, list[SourceSample]]
+) -> Iterator[str]:
+    """Describe the bins of a rank in a micro-step, (P,) int64, each with its samples."""
+    for bin_id in bins.tolist():
+        if bin_id == EMPTY:
+            yield "    empty position: one token with zero weight"
+            continue
+        yield (
+            f"    bin {bin_id} ({index.locate(bin_id)}): {index.num_tokens[bin_id]} tokens, "
+            f"{index.num_patches[bin_id]} patches, cost {_tflop(order.cost[bin_id])}"
+        )
+        for sample in samples[bin_id]:
+            yield (
+                f"      {sample.slot}: {sample.dataset} {sample.file}:{sample.line} record {sample.record} "
+                f"id {sample.id}, {sample.num_tokens} tokens"
+            )
 
 
 def _tflop(cost: float) -> str:
-    """With four digits or more, for small models too."""
+    """Format operations with at least four digits, for small models too."""
     return f"{cost / 1e12:,.3f} TFLOP" if cost >= 1e12 or not cost else f"{cost / 1e12:.4g} TFLOP"

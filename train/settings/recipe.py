@@ -1,13 +1,13 @@
-"""How much and how fast a run trains: flags, and where they say nothing what is recommended for a model of its size.
+"""Batch, rate and length of a run: the flags, and for those left out what is recommended for the size of the model.
 
 The flags and the ``config.json`` of a checkpoint -> a :class:`Recipe`. The recommendations are those of the upstream
-framework, whose batch is counted in samples; here it is in bins, each of which packs many.
+framework. Its batch counts samples, this one counts bins, each of which packs many samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from train.arithmetic.dimensions import official_size
@@ -22,7 +22,7 @@ class Recipe:
         learning_rate: peak rate of all parts without a rate of their own.
         per_device: bins of a rank in a forward pass.
         accumulation: forward passes of a rank in an optimizer step.
-        epochs: passes over all bins, where the number of steps is not given.
+        epochs: passes over all bins, unless ``--max_steps`` sets the length.
     """
 
     learning_rate: float
@@ -40,14 +40,14 @@ PRESETS = {
 """Recommended for the official sizes."""
 
 OTHER = Recipe(learning_rate=2e-7, per_device=1, accumulation=4, epochs=3.0)
-"""For a model of any other size."""
+"""Recommended for any other size."""
 
 ADAPTER_LEARNING_RATE = 1e-4
-"""For LoRA at any size: adapters start from zero and want rates far above those of trained weights."""
+"""Recommended for LoRA at any size: adapters start from zero and need far higher rates than trained weights."""
 
 
 def choose_recipe(args: TrainArguments, config: Mapping[str, Any]) -> Recipe:
-    """What the flags say, and the rest as recommended for the model.
+    """Fill in the flags that are left out with what is recommended for the model.
 
     Args:
         args: the flags.
@@ -55,13 +55,12 @@ def choose_recipe(args: TrainArguments, config: Mapping[str, Any]) -> Recipe:
     """
     size = official_size(config)
     preset = OTHER if size is None else PRESETS[size]
-    return Recipe(
-        learning_rate=_first(args.learning_rate, ADAPTER_LEARNING_RATE if args.lora_enable else preset.learning_rate),
-        per_device=_first(args.per_device_train_batch_size, preset.per_device),
-        accumulation=_first(args.gradient_accumulation_steps, preset.accumulation),
-        epochs=_first(args.num_train_epochs, preset.epochs),
-    )
-
-
-def _first(given: Any, recommended: Any) -> Any:
-    return recommended if given is None else given
+    flags: dict[str, Any] = {
+        "learning_rate": args.learning_rate,
+        "per_device": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "epochs": args.num_train_epochs,
+    }
+    if args.lora_enable:
+        preset = replace(preset, learning_rate=ADAPTER_LEARNING_RATE)
+    return replace(preset, **{name: value for name, value in flags.items() if value is not None})
