@@ -1,7 +1,8 @@
 """``vlprep validate``: checks annotation files without building anything.
 
-Input: files. Output: a :class:`Report` with counts by code and examples, and the rejected records as JSON lines if
-asked for. Runs in parallel over chunks; headers of media are probed, with ``deep`` everything is decoded.
+Input: annotation files or registered datasets. Output: a :class:`Report` with counts and examples by reason code, and
+optionally the rejected and the valid records as JSON lines. Cost: parallel over chunks of records. It probes the
+headers of media, and with ``deep`` it decodes all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from prep.annotations.registry import check_root, find_files, find_sources
 from prep.annotations.validation import check_record, media_names, read_id, record_id
 from prep.engines import Engine
 from prep.engines.progress import progress
+from prep.inspect.wording import counted
 from prep.media.access import MediaAccess, MediaRequest
 from prep.media.fetch import open_media
 from prep.samples.sample import check_media, media_requests, probe_media
@@ -38,17 +40,17 @@ _EXAMPLES_PER_CODE = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidateRequest:
-    """What to check, and where to write what was found.
+    """What to check, and which files to write.
 
     Attributes:
-        files: annotation files, paths or URLs, or names of registered datasets.
-        media_root: folder or URL of all media, or None for the place of each file and what the registry says.
-        registry: the registry, or None for ``datasets.toml`` in the working folder; read where a dataset is named.
-        deep: decode media, not only their headers.
-        rejects: JSON lines of the rejected records, with all their problems.
-        fixed: JSON lines of the valid records, as they were found.
+        files: annotation files (paths or URLs), or names of registered datasets.
+        media_root: folder or URL of all media. None for the folder of each file, or the root in the registry.
+        registry: registry file. None for ``datasets.toml`` in the working folder. Read only if a dataset is named.
+        deep: decode media instead of only probing their headers.
+        rejects: output file for the rejected records with all their problems, as JSON lines.
+        fixed: output file for the valid records, unchanged, as JSON lines.
         reserved: policy for text that spells control tokens.
-        media: settings of media.
+        media: media settings.
     """
 
     files: tuple[Location, ...]
@@ -62,9 +64,7 @@ class ValidateRequest:
 
 
 class Reject(msgspec.Struct, frozen=True, kw_only=True):
-    """One rejected record, as ``--rejects`` writes it: place, all problems, and the record itself (null if not
-    JSON).
-    """
+    """A rejected record as ``--rejects`` writes it: its origin, all problems, and the record (null if not JSON)."""
 
     file: str
     line: int
@@ -76,7 +76,7 @@ class Reject(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """Counts over all records, by code and by modality, with the first examples of each code."""
+    """Counts over all records by reason code and by modality, with the first examples of each code."""
 
     num_valid: int = 0
     num_rejected: int = 0
@@ -84,29 +84,29 @@ class Report:
     modalities: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, part: ChunkReport) -> None:
-        """Count one chunk."""
-        self.num_valid += part.num_valid
-        self.num_rejected += len(part.rejects)
-        self.modalities.update(part.modalities)
-        for reject in part.rejects:
+    def add(self, chunk: ChunkReport) -> None:
+        """Add the counts of a chunk."""
+        self.num_valid += chunk.num_valid
+        self.num_rejected += len(chunk.rejects)
+        self.modalities.update(chunk.modalities)
+        for reject in chunk.rejects:
             self.codes.update({problem.code.value for problem in reject.problems})
             for problem in reject.problems:
-                shown = self.examples.setdefault(problem.code.value, [])
-                if len(shown) < _EXAMPLES_PER_CODE:
+                examples = self.examples.setdefault(problem.code.value, [])
+                if len(examples) < _EXAMPLES_PER_CODE:
                     name = f" (id {reject.id})" if reject.id is not None else ""
-                    shown.append(f"{reject.file}:{reject.line}{name}: {problem.message}")
+                    examples.append(f"{reject.file}:{reject.line}{name}: {problem.message}")
 
     def text(self) -> str:
-        """The report for a person."""
+        """The report as text."""
         total = self.num_valid + self.num_rejected
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.modalities.most_common())
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.modalities.most_common())
         lines = [
-            f"{total:,} annotations: {self.num_valid:,} valid, {self.num_rejected:,} rejected",
+            f"{counted(total, 'annotation')}: {self.num_valid:,} valid, {self.num_rejected:,} rejected",
             f"valid: {kinds or 'none'}",
         ]
-        for code, number in self.codes.most_common():
-            lines.append(f"{code}: {number:,}")
+        for code, count in self.codes.most_common():
+            lines.append(f"{code}: {count:,}")
             lines.extend(f"  {example}" for example in self.examples[code])
         return "\n".join(lines)
 
@@ -124,7 +124,7 @@ class _ChunkTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkReport:
-    """What became of one chunk."""
+    """The outcome of checking one chunk."""
 
     num_valid: int
     modalities: Counter[str]
@@ -133,10 +133,10 @@ class ChunkReport:
 
 
 def validate(request: ValidateRequest, engine: Engine) -> Report:
-    """Check all files.
+    """Check annotation files.
 
     Raises:
-        ConfigError: a file cannot be read, the media root is not a folder, or an output cannot be written.
+        ConfigError: a file cannot be read, the media root is not a folder, or an output file cannot be written.
         StorageError: a store does not answer.
     """
     if isinstance(request.media_root, Path) and not request.media_root.is_dir():
@@ -144,31 +144,31 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     report = Report()
     with ExitStack() as stack:
         spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
-        inputs = [found for named in request.files for found in _inputs(request, named)]
+        inputs = [file for argument in request.files for file in _inputs(request, argument)]
         tasks = list(_tasks(request, inputs, engine, spool))
         if request.fixed is not None and request.rejects is not None and _is_same(request.fixed, request.rejects):
-            raise ConfigError(f"--fixed and --rejects are both {request.fixed}; give two names.")
+            raise ConfigError(f"--fixed and --rejects are the same file, {request.fixed}; give two different names.")
         rejects = stack.enter_context(_output("--rejects", request.rejects, inputs))
         fixed = stack.enter_context(_output("--fixed", request.fixed, inputs))
         total = sum(task.chunk.num_records for task in tasks)
         bar = stack.enter_context(progress("validate", total, "record"))
-        for task, part in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
-            report.add(part)
+        for task, chunk in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
+            report.add(chunk)
             bar.update(task.chunk.num_records)
-            rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in part.rejects)
-            fixed.writelines(record + b"\n" for record in part.valid)
+            rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in chunk.rejects)
+            fixed.writelines(record + b"\n" for record in chunk.valid)
     return report
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+def _is_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve()
 
 
 def _output(option: str, path: Path | None, inputs: Sequence[_Input]) -> BinaryIO:
-    """The file that an option names, or one that takes everything."""
-    local = [found.file for found in inputs if isinstance(found.file, Path)]
+    """Open the output file of an option, or the null device if the option is not set."""
+    local = [file.file for file in inputs if isinstance(file.file, Path)]
     if path is not None and path.exists() and any(path.samefile(file) for file in local):
-        raise ConfigError(f"{option} {path} would overwrite the file that is to be checked; give another name.")
+        raise ConfigError(f"{option} {path} would overwrite an annotation file to be checked; give another name.")
     try:
         return open(os.devnull if path is None else path, "wb")
     except OSError as error:
@@ -181,31 +181,45 @@ class _Input(NamedTuple):
     media: MediaSettings
 
 
-def _inputs(request: ValidateRequest, named: Location) -> list[_Input]:
-    """The annotation files that one argument names."""
-    # A folder may have the name of a dataset: of the dataset that lies in it, say.
-    if isinstance(named, Url) or named.name.endswith(ANNOTATION_SUFFIXES) or named.is_file() or len(named.parts) > 1:
-        files = find_files(named) if isinstance(named, Url) else (named,)
+def _inputs(request: ValidateRequest, argument: Location) -> list[_Input]:
+    """Find the annotation files that a command-line argument names."""
+    if _is_file_argument(argument):
+        files = find_files(argument) if isinstance(argument, Url) else (argument,)
         return [_Input(file, request.media_root or file.parent, request.media) for file in files]
-    if re.search("[%,]", named.name):
-        raise ConfigError(f"{named} is a mixture or a share; every record is checked: name datasets alone, one by one.")
-    [source] = find_sources(str(named), registry=request.registry, media_root=request.media_root, media=request.media)
+    if isinstance(argument, Path) and re.search("[%,]", argument.name):
+        raise ConfigError(
+            f"{argument} is a mixture or has a sampling rate, but validate checks every record; give each dataset as "
+            "its own argument, without %."
+        )
+    [source] = find_sources(
+        str(argument), registry=request.registry, media_root=request.media_root, media=request.media
+    )
     return [_Input(file, source.media_root, source.media) for file in source.files]
 
 
+def _is_file_argument(argument: Location) -> bool:
+    """Whether an argument is a file or URL, not the name of a dataset. A folder may have the name of its dataset."""
+    return (
+        isinstance(argument, Url)
+        or argument.name.endswith(ANNOTATION_SUFFIXES)
+        or argument.is_file()
+        or len(argument.parts) > 1
+    )
+
+
 def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, spool: Path) -> Iterator[_ChunkTask]:
-    files, roots = [found.file for found in inputs], [found.root for found in inputs]
+    files, roots = [file.file for file in inputs], [file.root for file in inputs]
     for remote in dict.fromkeys(root for root in roots if isinstance(root, Url)):
         check_root(remote)
     engine.share(
-        [place for place in (*files, *roots) if isinstance(place, Path)],
+        [location for location in (*files, *roots) if isinstance(location, Path)],
         writes=[] if all(map(is_read_in_place, files)) else [spool],
     )
     indexes = engine.map(partial(index_file, spool=spool), files)
-    for place, ((file, root, media), index) in enumerate(zip(inputs, indexes)):
+    for position, ((file, root, media), index) in enumerate(zip(inputs, indexes)):
         for number, chunk in enumerate(index.chunks):
-            # By place: one file may be named twice, or belong to several datasets.
-            scratch = spool / f"media-{place}-{number}"
+            # By position, because a file may be given twice or belong to several datasets.
+            scratch = spool / f"media-{position}-{number}"
             yield _ChunkTask(
                 file=file, data=index.data, chunk=chunk, root=root, media=media, scratch=scratch, request=request
             )
@@ -237,7 +251,7 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
 
 
 class _Checked(NamedTuple):
-    """A record with its annotation, if it has one, and what is wrong with it."""
+    """A record, its annotation if it could be parsed, and its problems."""
 
     record: Record
     annotation: Annotation | None
@@ -245,14 +259,15 @@ class _Checked(NamedTuple):
 
 
 def _checked(task: _ChunkTask) -> Iterator[_Checked]:
-    """The records of a chunk with all their problems."""
-    read = (
+    """Read and check the records of a chunk."""
+    parsed = (
         _Checked(record, *check_record(record, task.request.reserved)) for record in read_chunk(task.data, task.chunk)
     )
     with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:
-        for record, annotation, problems in access.prefetch(read, partial(_wanted, task)):
-            found = _media_problems(task, record, annotation, access) if annotation is not None else []
-            yield _Checked(record, annotation, problems + found)
+        for record, annotation, problems in access.prefetch(parsed, partial(_wanted, task)):
+            if annotation is not None:
+                problems = problems + _media_problems(task, record, annotation, access)
+            yield _Checked(record, annotation, problems)
 
 
 def _wanted(task: _ChunkTask, checked: _Checked) -> list[MediaRequest]:
@@ -270,15 +285,15 @@ def _media_problems(task: _ChunkTask, record: Record, annotation: Annotation, ac
 
 
 def _one_line(task: _ChunkTask, record: Record) -> bytes:
-    """A valid record as one line of JSON.
+    """Format a valid record as one line of JSON.
 
     Raises:
-        ConfigError: media came inside it, which a line of JSON cannot hold.
+        ConfigError: the record embeds media, which JSON cannot hold.
     """
     if record.embedded:
         raise ConfigError(
-            f"--fixed cannot hold the media inside {task.file}:{record.line}; vlprep build reads the "
-            "Parquet file as it is."
+            f"--fixed cannot write the media embedded in {task.file}:{record.line}; run `vlprep build` on the Parquet "
+            "file itself."
         )
     return _compact(record.data or b"")
 
@@ -290,7 +305,7 @@ def _raw(record: Record, problems: list[Problem]) -> msgspec.Raw:
 
 
 def _compact(data: bytes) -> bytes:
-    """JSON text without blanks and line breaks between its tokens, otherwise as it is."""
+    """Remove whitespace between JSON tokens."""
     return msgspec.json.format(data, indent=-1)
 
 

@@ -64,7 +64,7 @@ def test_validate_exits_with_0_when_all_is_well(tmp_path: Path) -> None:
     (tmp_path / "good.json").write_text(json.dumps([record]))
     found = run("validate", tmp_path / "good.json", "--workers", 1)
     assert found.exit_code == 0
-    assert "1 annotations: 1 valid, 0 rejected" in found.stdout
+    assert "1 annotation: 1 valid, 0 rejected" in found.stdout
 
 
 def test_validate_finds_the_real_clip_that_is_missing(qwen_demo: Path) -> None:
