@@ -215,8 +215,8 @@ def test_validate_checks_a_registered_dataset_with_its_own_root_and_settings(cor
         found = run("validate", "small", *options, option, tmp_path / "lists" / "all.jsonl")
         assert (found.exit_code, "would overwrite" in found.stderr) == (2, True)
     for wrong, part in [
-        ("mine%50", "every record is checked"),
-        ("mine,small", "one by one"),
+        ("mine%50", "validate checks every record"),
+        ("mine,small", "each dataset as its own argument"),
         ("nope", "not registered"),
     ]:
         found = run("validate", wrong, *options)
