@@ -2,7 +2,7 @@
 
 The path of a bin, from file to gradient, reads top to bottom, and so do the packages::
 
-    shards     opens sets of shards; reads and checks bins, local or remote     ShardIndex, BinReader
+    shards     indexes the bins of all sets; reads and checks them              ShardIndex, BinReader
     order      decides which bins a step takes and which rank gets which        DataOrder
     batches    builds the batches of the coming steps in background threads     BinStream, MicroBatch
     model      runs the forward pass on packed samples; groups parameters       PackedQwen

@@ -166,18 +166,9 @@ def test_a_run_resumed_on_changing_numbers_of_ranks_hands_out_the_same_steps(
         start = order.step_of(state)
         assert start == step
         end = step + num_steps
+        layout = {"world_size": world, "accumulation": 12 // world, "per_device": 1}
         streams = [
-            BinStream(
-                index,
-                order,
-                rank=rank,
-                world_size=world,
-                accumulation=12 // world,
-                per_device=1,
-                start_step=start,
-                end_step=end,
-            )
-            for rank in range(world)
+            BinStream(index, order, rank=rank, **layout, start_step=start, end_step=end) for rank in range(world)
         ]
         for batches in zip(*streams):
             expected = sorted(order.global_bins(step).tolist())

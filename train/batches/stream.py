@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, TimeoutError
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -113,24 +113,21 @@ class BinStream(Iterator[StepBatch]):
     ) -> None:
         _check_order(index, order)
         _check_settings(rank, world_size, num_threads, prefetch, read_timeout_s, start_step)
-        self._index, self._order = index, order
+        self._index, self._order, self._next_step = index, order, start_step
         self._accumulation, self._read_timeout_s = accumulation, read_timeout_s
-        self._next_step = start_step
         buffers: Buffers = ReusedBuffers() if pin_device is None else PinnedBuffers()
         read = read or ReadSettings()
         self._reader = BinReader(index, read, buffers)
         self._num_threads = max(num_threads, read.connections) if self._reader.is_remote else num_threads
         self._prefetch = max(prefetch, self._num_threads) if self._reader.is_remote else prefetch
-        build_slots = threading.BoundedSemaphore(num_threads)
         self._builder = Builder(
             reader=self._reader,
             buffers=buffers,
             window_size=window_size,
             pin_device=pin_device,
-            build_slots=build_slots,
+            build_slots=threading.BoundedSemaphore(num_threads),
         )
-        ends = [end for end in (end_step, order.num_steps) if end is not None]
-        steps = range(start_step, min(ends)) if ends else itertools.count(start_step)
+        steps = _steps(start_step, end_step, order.num_steps)
         deal = partial(order.bins_of_step, world_size=world_size, accumulation=accumulation, per_device=per_device)
         self._plan = (micro_step for step in steps for micro_step in _micro_steps(index, deal(step), rank))
         self._pending: deque[_Pending] = deque()
@@ -235,6 +232,12 @@ class _Pending(NamedTuple):
 
     micro_step: MicroStep
     batch: Future[MicroBatch]
+
+
+def _steps(start: int, *ends: int | None) -> Iterable[int]:
+    """Steps from ``start`` until the earliest end, if there is one."""
+    known_ends = [end for end in ends if end is not None]
+    return range(start, min(known_ends)) if known_ends else itertools.count(start)
 
 
 def _micro_steps(index: ShardIndex, dealt: NDArray[np.int64], rank: int) -> Iterator[MicroStep]:

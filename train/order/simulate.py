@@ -86,21 +86,19 @@ def simulate(
         ConfigError: the global batch is not a multiple of ranks times micro-steps.
         ShardError: a ledger is missing or damaged.
     """
-    per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
+    layout = {
+        "world_size": world_size,
+        "accumulation": accumulation,
+        "per_device": bins_per_device(order, world_size=world_size, accumulation=accumulation),
+    }
     num_steps = min(num_steps, order.num_steps or num_steps)
     rng = np.random.Generator(np.random.PCG64(order.seed))
     # (S, A, W, P), and the same bins per step as (S, K)
-    dealt = np.stack(
-        [
-            order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
-            for step in range(num_steps)
-        ]
-    )
+    dealt = np.stack([order.bins_of_step(step, **layout) for step in range(num_steps)])
     steps = dealt.reshape(num_steps, -1)
     dealt_at_random = rng.permuted(steps, axis=1).reshape(dealt.shape)
     efficiency = _efficiency(order, dealt)
     composition = dataset_tokens(index)
-    drawn_at_random = _draw_at_random(order, rng, max(num_steps, NUM_STEPS))
     step_means, max_bytes = _step_sizes(index, order, steps)
     return Simulation(
         num_steps=num_steps,
@@ -110,7 +108,7 @@ def simulate(
         step=step_means,
         max_bytes=max_bytes,
         mixture_variance=mixture_variance(composition, steps),
-        random_mixture_variance=mixture_variance(composition, drawn_at_random),
+        random_mixture_variance=mixture_variance(composition, _draw_at_random(order, rng, max(num_steps, NUM_STEPS))),
     )
 
 
