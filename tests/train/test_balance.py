@@ -92,7 +92,7 @@ def test_a_run_resumed_from_its_state_at_any_world_size_sees_the_same_bins(
     mixture = None
     if second is not None:
         size, *quotas = second
-        mixture = Mixture(sizes=(num_bins, size), quotas=tuple(quotas), places_per_epoch=num_bins + size)
+        mixture = Mixture(sizes=(num_bins, size), quotas=tuple(quotas), bins_per_epoch=num_bins + size)
         num_bins += size
     cost = np.random.default_rng(num_bins).lognormal(size=num_bins)
 
@@ -123,7 +123,7 @@ def test_a_state_of_another_order_is_refused() -> None:
         ({"global_batch": 8}, "global_batch 4, now 8"),
         ({"cost": np.arange(41.0)}, "num_bins 40, now 41"),
         ({"grouping": Grouping(steps=2, runs=2)}, "group_steps 1, now 2"),
-        ({"mixture": Mixture(sizes=(30, 10), quotas=(1, 1), places_per_epoch=40)}, "mixture 0, now [1-9]"),
+        ({"mixture": Mixture(sizes=(30, 10), quotas=(1, 1), bins_per_epoch=40)}, "mixture 0, now [1-9]"),
     ]:
         with pytest.raises(ConfigError, match=says):
             order(**changes).step_of(state)

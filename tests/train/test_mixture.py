@@ -20,10 +20,10 @@ from train.shards.mixture import Mixture, Source, mix, parse_sources
 
 mixtures = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=5).map(
     lambda parts: Mixture(
-        sizes=tuple(size for size, _ in parts), quotas=tuple(quota for _, quota in parts), places_per_epoch=17
+        sizes=tuple(size for size, _ in parts), quotas=tuple(quota for _, quota in parts), bins_per_epoch=17
     )
 )
-far_places = st.integers(0, 10**12)
+far_positions = st.integers(0, 10**12)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_malformed_sources_are_a_config_error(text: str, says: str) -> None:
 
 
 @settings(deadline=None)
-@given(mixtures, far_places, st.integers(1, 400))
-def test_every_window_of_places_has_the_exact_proportions(mixture: Mixture, start: int, length: int) -> None:
+@given(mixtures, far_positions, st.integers(1, 400))
+def test_every_window_of_positions_has_the_exact_proportions(mixture: Mixture, start: int, length: int) -> None:
     """Within fewer positions than there are sources; over full cycles exactly."""
     sources, _ = mixture.draw(np.arange(start, start + length))
     cycle = sum(mixture.quotas)
@@ -85,8 +85,8 @@ def test_every_window_of_places_has_the_exact_proportions(mixture: Mixture, star
 
 
 @settings(deadline=None)
-@given(mixtures, far_places)
-def test_places_of_a_source_are_counted_without_gap_or_repeat(mixture: Mixture, start: int) -> None:
+@given(mixtures, far_positions)
+def test_positions_of_a_source_are_counted_without_gap_or_repeat(mixture: Mixture, start: int) -> None:
     """The count at any position equals that of counting from the beginning, cycle by cycle."""
     cycle = sum(mixture.quotas)
     counted = [0] * len(mixture.quotas)
@@ -102,14 +102,14 @@ def test_places_of_a_source_are_counted_without_gap_or_repeat(mixture: Mixture, 
 
 def test_seven_to_three_worked_out_by_hand() -> None:
     """The second source gets the positions p where 7 p / 10 does not pass an integer: 0, 3 and 6."""
-    mixture = Mixture(sizes=(5, 5), quotas=(7, 3), places_per_epoch=10)
+    mixture = Mixture(sizes=(5, 5), quotas=(7, 3), bins_per_epoch=10)
     sources, earlier = mixture.draw(np.arange(10))
     assert [place for place, source in enumerate(sources.tolist()) if source == 1] == [0, 3, 6]
     assert earlier.tolist() == [0, 0, 1, 1, 2, 3, 2, 4, 5, 6]
 
 
 def test_the_mixed_order_never_changes_between_versions() -> None:
-    mixture = Mixture(sizes=(3, 5), quotas=(3, 2), places_per_epoch=8)
+    mixture = Mixture(sizes=(3, 5), quotas=(3, 2), bins_per_epoch=8)
     order = DataOrder(np.arange(8.0), seed=7, global_batch=8, mixture=mixture)
     assert [order.global_bins(step).tolist() for step in range(2)] == [
         [4, 1, 7, 2, 0, 6, 2, 3],
@@ -121,7 +121,7 @@ def test_a_share_of_bins_does_not_depend_on_how_many_bins_there_are() -> None:
     """Weights are shares of all positions. The first folder has a hundredth of the bins, so it is repeated."""
     mixture = mix(parse_sources("a:0.7,b:0.3"), [10, 990])
     assert mixture is not None
-    assert (mixture.quotas, mixture.places_per_epoch) == ((7, 3), 1000)
+    assert (mixture.quotas, mixture.bins_per_epoch) == ((7, 3), 1000)
     order = DataOrder(np.ones(1000), seed=0, global_batch=10, epochs=1, mixture=mixture)
     assert order.num_steps == 100
     uses = Counter(number for step in range(100) for number in order.global_bins(step).tolist())
@@ -133,7 +133,7 @@ def test_a_share_of_bins_does_not_depend_on_how_many_bins_there_are() -> None:
 def test_epochs_of_a_folder_define_how_often_each_bin_is_used() -> None:
     mixture = mix(parse_sources("a:2epochs,b:0.5epochs"), [30, 40])
     assert mixture is not None
-    assert mixture.places_per_epoch == 2 * 30 + 20
+    assert mixture.bins_per_epoch == 2 * 30 + 20
     order = DataOrder(np.ones(70), seed=0, global_batch=16, epochs=1, mixture=mixture)
     assert order.num_steps == order.steps_per_epoch == 5
     uses = Counter(number for step in range(5) for number in order.global_bins(step).tolist())
@@ -159,7 +159,7 @@ def test_folders_keep_their_proportions_on_the_way_to_the_trainer(tmp_path: Path
     write_shards(tmp_path / "many" / "x", make_bins(seed=2, num_bins=6))
     write_shards(tmp_path / "many" / "y", make_bins(seed=3, num_bins=6))
     index = open_shards(f"{tmp_path / 'few'}:0.75,{tmp_path / 'many'}:0.25")
-    assert index.mixture == Mixture(sizes=(3, 12), quotas=(3, 1), places_per_epoch=15)
+    assert index.mixture == Mixture(sizes=(3, 12), quotas=(3, 1), bins_per_epoch=15)
     plain = open_shards(f"{tmp_path / 'few'},{tmp_path / 'many'}")
     assert plain.mixture is None
     assert plain.num_bins == index.num_bins == 15
@@ -180,7 +180,7 @@ def test_an_impossible_mixture_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="Give weights of fewer digits"):
         mix(parse_sources("a:0.1234567890123,b:0.7"), [4, 4])
     with pytest.raises(ConfigError, match="the mixture covers 8 bins, but there are costs of 9"):
-        DataOrder(np.ones(9), seed=0, global_batch=1, mixture=Mixture(sizes=(4, 4), quotas=(1, 1), places_per_epoch=8))
+        DataOrder(np.ones(9), seed=0, global_batch=1, mixture=Mixture(sizes=(4, 4), quotas=(1, 1), bins_per_epoch=8))
 
 
 def test_shares_of_folders_follow_from_weights_epochs_or_bins(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class DataOrder:
     @property
     def bins_per_epoch(self) -> int:
         """Positions in an epoch: each bin once, or as many as the mixture defines."""
-        return self.num_bins if self.mixture is None else self.mixture.places_per_epoch
+        return self.num_bins if self.mixture is None else self.mixture.bins_per_epoch
 
     @property
     def steps_per_epoch(self) -> float:

@@ -238,7 +238,7 @@ def _epoch_tokens(index: ShardIndex, order: DataOrder) -> float:
         return float(index.num_tokens.sum(dtype=np.int64))
     totals = np.add.reduceat(index.num_tokens.astype(np.int64), mixture.first_bins)
     shares = np.array(mixture.quotas) / sum(mixture.quotas)
-    return float((totals / mixture.sizes * shares).sum() * mixture.places_per_epoch)
+    return float((totals / mixture.sizes * shares).sum() * mixture.bins_per_epoch)
 
 
 def _efficiency(order: DataOrder, dealt: NDArray[np.int64]) -> NDArray[np.float64]:
