@@ -29,6 +29,7 @@ SILENCE_S = 20.0
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    content_range = ""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -51,6 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         if asked is None or self.command == "HEAD" or not name.endswith(".tar"):
             return self.send(200, data, sized=behaviour != "sizeless")
         first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+        self.content_range = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
         with LOCK:
             STATS["requests"] += 1
             STATS["now"] += 1
@@ -96,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
             self.close_connection = True
         self.send_header("Accept-Ranges", "bytes")
+        if status == 206:
+            self.send_header("Content-Range", self.content_range)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
