@@ -7,7 +7,6 @@ written last: if it exists, the folder is complete. Cost: about 4 s on one core 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from demo.scenes import sample_scene
 from demo.videos import Video, encode_video, sample_video
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError
+from storage.files import write_synced
 
 MIN_ANNOTATIONS = 40
 _HELD_OUT_DIVISOR = 5
@@ -155,6 +155,4 @@ def broken_lines() -> list[tuple[ReasonCode, str]]:
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     """Writes under a temporary name first: the file is complete or does not exist."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    write_synced(path, "".join(f"{line}\n" for line in lines).encode())

@@ -1,8 +1,6 @@
-"""Writing what is large: checkpoints and models -> one sentence where the disk is full or cannot be written to.
+"""Writing checkpoints and models: one sentence if the disk is full or cannot be written to.
 
-The file system, torch and safetensors each say that in their own way, torch without the reason.
-
-Cost: none.
+The file system, torch and safetensors each report that in their own way, torch without the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from safetensors import SafetensorError
 from schemas.errors import VlprepError
 
 _TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter", "inline_container.cc")
-"""What the zip writer of torch says of any failed write."""
+"""Parts of the message of torch's zip writer for any failed write."""
 
 
 @contextmanager
@@ -25,7 +23,7 @@ def writing(folder: Path) -> Iterator[None]:
     """Write to a folder inside the ``with`` block.
 
     Raises:
-        VlprepError: that failed.
+        VlprepError: a write failed.
     """
     try:
         yield
@@ -39,14 +37,14 @@ def writing(folder: Path) -> Iterator[None]:
         raise _cannot_write(folder, "a write failed") from error
 
 
-def nearest_existing(place: Path) -> Path:
-    """The place itself, or the closest folder above it that is there."""
-    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the closest parent that exists."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
-def _cannot_write(place: Path, reason: str) -> VlprepError:
-    free = shutil.disk_usage(nearest_existing(place)).free
+def _cannot_write(path: Path, reason: str) -> VlprepError:
+    free = shutil.disk_usage(nearest_existing(path)).free
     return VlprepError(
-        f"{place} cannot be written ({reason}; {free / 1e9:.2f} GB are free there). Make room or mend that, and start "
-        "the same command again: what was complete before is as it was."
+        f"{path} cannot be written ({reason}; {free / 1e9:.2f} GB are free there). Free some space or fix the cause, "
+        "then run the same command again. Files that were complete before are unchanged."
     )

@@ -204,6 +204,8 @@ def explained(error: Exception, where: object, duration: str) -> VlprepError:
 
 def describe(error: BaseException) -> str:
     """The first line of a library's message, with the store's error code, without passwords and signatures."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # over HTTP it only repeats the URL
     text = str(error).strip().splitlines()
     said = text[0] if text else ""
     code = next((code for link in _chain(error) if (code := _code(link)) and code not in said), "")

@@ -1,4 +1,4 @@
-"""A disk that cannot be written to is said in one sentence, whoever notices it."""
+"""A disk that cannot be written to is one sentence, whichever library notices it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from schemas.errors import VlprepError
 from storage.disk import writing
 
 FULL = Path("/dev/full")
-"""A device of Linux on which every write fails for want of space."""
+"""A Linux device on which every write fails for lack of space."""
 
 
 def test_a_full_disk_under_the_file_system_is_named_with_its_free_space(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_full_disk_under_the_file_system_is_named_with_its_free_space(tmp_path
         file.write(b"x")
     assert f"{tmp_path} cannot be written (No space left on device; " in str(caught.value)
     assert "GB are free there" in str(caught.value)
-    assert "start the same command again" in str(caught.value)
+    assert "run the same command again" in str(caught.value)
 
 
 def test_a_full_disk_under_torch_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -36,6 +35,7 @@ import torch
 
 from schemas.errors import ConfigError
 from storage.disk import writing
+from storage.files import sync
 from train.run.engine import Ranks, wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def save(engine: Any, run_dir: Path, state: RunState, ranks: Ranks, *, keep: int
             (part / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
             _flush(part)
             part.rename(folder)
-            _sync(run_dir)
+            sync(run_dir)
         for _, old in list_checkpoints(run_dir)[: -keep if keep else 0]:
             _remove(old)
         logger.info("checkpoint written to %s", folder)
@@ -351,12 +351,4 @@ def _random_file(rank: int) -> str:
 def _flush(folder: Path) -> None:
     """Bring a folder with all its files to the disk, so that the rename cannot get there before them."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from schemas.errors import ConfigError
+from storage.files import write_synced
 from train.batches.stream import StepBatch
 from train.model.flops import ModelFlops
 from train.order.dealing import DataOrder
@@ -219,9 +219,7 @@ def drop_later_steps(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+    write_synced(path, "".join(kept).encode())
 
 
 def flatten(record: Record) -> dict[str, float]:
