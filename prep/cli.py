@@ -1,4 +1,4 @@
-"""The command line: parse, configure, one call, exit code. 0 fine, 1 problems in the data, 2 wrong use."""
+"""The command line of ``vlprep``: parse, configure, call, exit code. 0 fine, 1 problems in the data, 2 wrong use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ P = ParamSpec("P")
 
 
 class _NamedPath(click.Path):
-    """A path that is not the empty string, which would mean the working folder."""
+    """A path. The empty string is refused: it would mean the working folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -46,7 +46,7 @@ class _NamedPath(click.Path):
 
 
 class _Location(_NamedPath):
-    """The same, or a URL."""
+    """A path or a URL."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and is_url(value):
@@ -60,18 +60,18 @@ _FOLDER_OR_URL = _Location(file_okay=False, path_type=Path)
 _PATH_OR_URL = _Location(path_type=Path)
 _FILE = _NamedPath(dir_okay=False, path_type=Path)
 _INTERRUPTED = 130
-"""Exit code after SIGINT or SIGTERM, as shells have it."""
+"""Exit code of shells after SIGINT. SIGTERM gets the same."""
 
 _NOT_FOR_OUTPUT = {
-    "http": "a web server is only read from",
-    "https": "a web server is only read from",
-    "memory": "this command's memory ends with it, and no worker sees it",
+    "http": "web servers are read-only here",
+    "https": "web servers are read-only here",
+    "memory": "this memory ends with the command, and workers do not share it",
 }
-"""Kinds of URL that shards cannot be written to, and why."""
+"""Protocols that shards cannot be written to, and why."""
 
 
 def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
-    """Turn errors that a user can mend into one sentence and an exit code."""
+    """Turn errors that a user can fix into one sentence and an exit code."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -85,11 +85,11 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
         except OSError as error:
             if click.get_current_context().find_root().params["debug"]:
                 raise
-            place = f"{error.filename}: " if error.filename else ""
-            click.echo(f"vlprep: {place}{error.strerror or error}. Mend that and run the same command again.", err=True)
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"vlprep: {where}{error.strerror or error}. Fix that and rerun the same command.", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("vlprep: stopped. Nothing is half written; the same command goes on where it was.", err=True)
+            click.echo("vlprep: stopped. No file is half written; rerun the same command to continue.", err=True)
             sys.exit(_INTERRUPTED)
         sys.exit(code or 0)
 
@@ -97,8 +97,9 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
 
 
 def _say(text: str) -> None:
-    """Print what came of a command. Where nobody reads on (``vlprep show … | head``), the rest goes nowhere; the exit
-    code stays what it is.
+    """Print the result of a command.
+
+    If the reader of a pipe is gone (``vlprep show … | head``), the rest is dropped and the exit code is unchanged.
     """
     try:
         click.echo(text)
@@ -107,12 +108,12 @@ def _say(text: str) -> None:
 
 
 def _interrupt(*_: object) -> None:
-    """A scheduler's SIGTERM ends a command as Ctrl-C does."""
+    """Let SIGTERM of a scheduler end a command like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 class _Share(click.ParamType[Fraction]):
-    """A share: ``5%`` or ``0.05``."""
+    """A share, written ``5%`` or ``0.05``."""
 
     name = "share"
 
@@ -138,7 +139,7 @@ def main(debug: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
     for noisy in ("PIL", "urllib3", "httpx", "filelock", "botocore", "aiobotocore", "asyncio", "fsspec", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It logs tracebacks of what is tried again, or reported in one sentence.
+    # It logs tracebacks of requests that are retried or reported in one sentence.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
@@ -174,7 +175,7 @@ def _build_settings(options: dict[str, Any]) -> BuildSettings:
 
 
 def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
-    """Options that say who runs the parallel steps, for :func:`open_engine`."""
+    """Options of :func:`open_engine`, which runs the parallel steps."""
     for option in (
         click.option(
             "--ray-address",
@@ -187,9 +188,11 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
             type=click.Choice(ENGINES),
             default="local",
             show_default=True,
-            help="Who runs the work: processes of this machine, or a Ray cluster.",
+            help="What runs the work: processes of this machine, or a Ray cluster.",
         ),
-        click.option("--workers", type=click.IntRange(min=1), help="Tasks at the same time.  [default: cores]"),
+        click.option(
+            "--workers", type=click.IntRange(min=1), help="Number of concurrent tasks.  [default: number of cores]"
+        ),
     ):
         command = option(command)
     return command
@@ -201,20 +204,26 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
 @click.option(
     "--work-dir",
     type=_FOLDER,
-    help="With an --out that is a URL: folder for unfinished work.  [default: below the user's cache folder]",
+    help="If --out is a URL: folder for unfinished work.  [default: in the user's cache folder]",
 )
 @click.option("--registry", type=_FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
 @click.option(
     "--media-root",
     type=_FOLDER_OR_URL,
-    help="With an annotation file: folder or URL of its media.  [default: where it lies]",
+    help="For an annotation file: folder or URL of its media.  [default: its own folder]",
 )
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
+@click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
+)
 @_setting_options(BuildSettings)
 @click.option(
-    "--max-rejected", type=_Share(), default="100%", show_default=True, help="Fail above this share of rejects."
+    "--max-rejected",
+    type=_Share(),
+    default="100%",
+    show_default=True,
+    help="Fail if a larger share of the annotations is rejected.",
 )
-@click.option("--retry-media", is_flag=True, help="Look again at media that an earlier run could not use.")
+@click.option("--retry-media", is_flag=True, help="Retry media that an earlier run could not use.")
 @_engine_options
 @_setting_options(MediaSettings)
 @_guarded
@@ -236,7 +245,9 @@ def build_command(
     annotation file.
     """
     if work_dir is not None and isinstance(out, Path):
-        raise ConfigError(f"--work-dir goes with an --out that is a URL; the work of {out} lies in {out / '.build'}.")
+        raise ConfigError(
+            f"--work-dir has no effect unless --out is a URL: unfinished work lies in {out / '.build'}. Leave it out."
+        )
     if isinstance(out, Url) and out.protocol in _NOT_FOR_OUTPUT:
         raise ConfigError(
             f"--out {out}: {_NOT_FOR_OUTPUT[out.protocol]}. Give a folder, or a URL such as s3://bucket/shards."
@@ -262,11 +273,13 @@ def build_command(
 
 @main.command("validate")
 @click.argument("files", nargs=-1, required=True, type=_PATH_OR_URL)
-@click.option("--registry", type=_FILE, help=f"Registry, for datasets.  [default: {DEFAULT_REGISTRY}]")
-@click.option("--media-root", type=_FOLDER_OR_URL, help="Folder or URL of the media.  [default: where each file lies]")
-@click.option("--deep", is_flag=True, help="Decode every medium, not only its header.")
-@click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object a line.")
-@click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object a line.")
+@click.option("--registry", type=_FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
+@click.option(
+    "--media-root", type=_FOLDER_OR_URL, help="Folder or URL of the media.  [default: the folder of each file]"
+)
+@click.option("--deep", is_flag=True, help="Decode all media, not only their headers.")
+@click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object per line.")
+@click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object per line.")
 @_setting_options(BuildSettings, "reserved")
 @_engine_options
 @_setting_options(MediaSettings)
@@ -284,9 +297,7 @@ def validate_command(
     ray_address: str | None,
     **media_options: Any,
 ) -> int:
-    """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 when there are
-    problems.
-    """
+    """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 on problems."""
     request = ValidateRequest(
         files=files,
         media_root=media_root,
@@ -334,7 +345,7 @@ def demo_command(out: Path, seed: int) -> None:
 @_engine_options
 @_guarded
 def verify_command(folder: Location, workers: int | None, engine: str, ray_address: str | None) -> int:
-    """Check every byte, count and invariant of the shards in DIR; exit 1 when something is wrong."""
+    """Check every byte, count and invariant of the shards in DIR; exit 1 on damage."""
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         verification = verify(folder, workforce)
     _say(verification.text())
@@ -343,17 +354,19 @@ def verify_command(folder: Location, workers: int | None, engine: str, ray_addre
 
 @main.command("show")
 @click.argument("folder", metavar="DIR", type=_FOLDER_OR_URL)
-@click.option("--bin", "number", type=click.IntRange(min=0), required=True, help="Number of the bin.")
-@click.option("--save", type=_FOLDER, help="Write the pictures of the bin into this folder, as PNG files.")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id; tokenizer only.")
+@click.option("--bin", "bin_id", type=click.IntRange(min=0), required=True, help="Id of the bin.")
+@click.option("--save", type=_FOLDER, help="Write the images of the bin into this folder, as PNG files.")
+@click.option(
+    "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
+)
 @_guarded
-def show_command(folder: Location, number: int, save: Path | None, model: str) -> None:
+def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -> None:
     """Print one bin of the shards in DIR: text, media, and what is trained."""
     shards = open_set(folder)
     transcriber = open_transcriber(model, shards.manifest)
-    _say(show(shards, number, transcriber, colour=sys.stdout.isatty()))
+    _say(show(shards, bin_id, transcriber, colour=sys.stdout.isatty()))
     if save is not None:
-        _say(f"\n{counted(len(save_frames(shards, number, save)), 'PNG file')} written to {save}")
+        _say(f"\n{counted(len(save_frames(shards, bin_id, save)), 'PNG file')} written to {save}")
 
 
 @main.command("report")
@@ -361,8 +374,8 @@ def show_command(folder: Location, number: int, save: Path | None, model: str) -
 @click.option("--out", type=_FILE, required=True, help="HTML file to write.")
 @click.option(
     "--model",
-    help=f"Checkpoint folder or hub id; tokenizer only.  [default: {DEFAULT_MODEL} if the hub's cache has it; without "
-    "one the page has no texts]",
+    help=f"Checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL} if the hub's cache "
+    "has it; else the page has no texts]",
 )
 @_guarded
 def report_command(folder: Location, out: Path, model: str | None) -> None:

@@ -282,7 +282,7 @@ def test_a_build_that_is_killed_or_stopped_goes_on(
     _, errors = process.communicate()
     if kind is not signal.SIGKILL and process.returncode != 0:
         assert process.returncode == 130
-        assert "the same command goes on where it was" in errors
+        assert "rerun the same command to continue" in errors
         assert "Traceback" not in errors
         assert leftovers(out) == []
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])

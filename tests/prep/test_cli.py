@@ -1,4 +1,4 @@
-"""The command line: exit codes, one sentence for what a user can mend, and the summaries."""
+"""The command line: exit codes, one sentence for each error that a user can fix, and the summaries."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_validate_reports_every_bad_record_and_exits_with_1(corpus: Path, tmp_path: Path) -> None:
-    found = run("validate", corpus, "--workers", 1, "--rejects", tmp_path / "rejects.jsonl")
-    assert found.exit_code == 1
-    assert "29 annotations: 26 valid, 3 rejected" in found.stdout
-    assert f"{corpus}:2 (id bad-tag_mismatch)" in found.stdout
+    result = run("validate", corpus, "--workers", 1, "--rejects", tmp_path / "rejects.jsonl")
+    assert result.exit_code == 1
+    assert "29 annotations: 26 valid, 3 rejected" in result.stdout
+    assert f"{corpus}:2 (id bad-tag_mismatch)" in result.stdout
     rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [reject["problems"][0]["code"] for reject in rejects] == ["tag_mismatch", "media_missing", "bad_json"]
     assert rejects[0]["annotation"]["id"] == "bad-tag_mismatch"
@@ -49,38 +49,38 @@ def test_validate_writes_the_valid_records_back(corpus: Path, tmp_path: Path) ->
     rejected = {json.loads(line)["line"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()}
     expected = [json.loads(line) for number, line in enumerate(originals, start=1) if number not in rejected]
     assert [json.loads(line) for line in (tmp_path / "fixed.jsonl").read_text().splitlines()] == expected
-    found = run("validate", tmp_path / "fixed.jsonl", "--media-root", corpus.parent, "--workers", 1)
-    assert found.exit_code == 0
+    result = run("validate", tmp_path / "fixed.jsonl", "--media-root", corpus.parent, "--workers", 1)
+    assert result.exit_code == 0
 
 
-def test_validate_deep_decodes_what_only_looks_good(corpus: Path) -> None:
-    found = run("validate", corpus, "--workers", 1, "--deep")
-    assert "media_unreadable: 1" in found.stdout
-    assert "29 annotations: 25 valid, 4 rejected" in found.stdout
+def test_validate_deep_decodes_media_with_intact_headers(corpus: Path) -> None:
+    result = run("validate", corpus, "--workers", 1, "--deep")
+    assert "media_unreadable: 1" in result.stdout
+    assert "29 annotations: 25 valid, 4 rejected" in result.stdout
 
 
-def test_validate_exits_with_0_when_all_is_well(tmp_path: Path) -> None:
+def test_validate_exits_with_0_without_problems(tmp_path: Path) -> None:
     record = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "good.json").write_text(json.dumps([record]))
-    found = run("validate", tmp_path / "good.json", "--workers", 1)
-    assert found.exit_code == 0
-    assert "1 annotation: 1 valid, 0 rejected" in found.stdout
+    result = run("validate", tmp_path / "good.json", "--workers", 1)
+    assert result.exit_code == 0
+    assert "1 annotation: 1 valid, 0 rejected" in result.stdout
 
 
-def test_validate_finds_the_real_clip_that_is_missing(qwen_demo: Path) -> None:
-    found = run("validate", qwen_demo / "annotations.jsonl", "--workers", 1)
-    assert found.exit_code == 1
-    assert "media_missing: 1" in found.stdout
-    assert "annotations.jsonl:4: 'videos/v_7bUu05RIksU.mp4' does not exist" in found.stdout
+def test_validate_reports_the_missing_video_of_the_real_data(qwen_demo: Path) -> None:
+    result = run("validate", qwen_demo / "annotations.jsonl", "--workers", 1)
+    assert result.exit_code == 1
+    assert "media_missing: 1" in result.stdout
+    assert "annotations.jsonl:4: 'videos/v_7bUu05RIksU.mp4' does not exist" in result.stdout
 
 
 def test_build_prints_the_balance_and_the_rejects_by_code(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    found = run(
+    result = run(
         "build", corpus, "--out", tmp_path / "out", "--model", tiny_checkpoint, "--workers", 2, "--max-length", 1200
     )
-    assert found.exit_code == 0, found.output
-    assert "29 annotations = 24 packed + 5 rejected + 0 not sampled" in found.stdout
-    assert "too_long: 1" in found.stdout
+    assert result.exit_code == 0, result.output
+    assert "29 annotations = 24 packed + 5 rejected + 0 not sampled" in result.stdout
+    assert "too_long: 1" in result.stdout
     assert read_manifest(tmp_path / "out").settings.max_length == 1200
 
 
@@ -104,18 +104,18 @@ def test_build_prints_the_balance_and_the_rejects_by_code(corpus: Path, tmp_path
         (["datasets", "--registry", "{out}/none.toml"], 2, "does not exist"),
     ],
 )
-def test_wrong_use_is_one_sentence_and_the_documented_code(
+def test_an_error_is_one_sentence_and_the_documented_exit_code(
     corpus: Path, tmp_path: Path, tiny_checkpoint: Path, arguments: list[str], code: int, part: str
 ) -> None:
     (tmp_path / "datasets.toml").write_text('[unset]\nannotation_path = ""\n')
-    places = {"out": tmp_path, "registry": tmp_path / "datasets.toml", "corpus": corpus, "model": tiny_checkpoint}
-    found = run(
-        *[argument.format(**places) for argument in arguments],
+    paths = {"out": tmp_path, "registry": tmp_path / "datasets.toml", "corpus": corpus, "model": tiny_checkpoint}
+    result = run(
+        *[argument.format(**paths) for argument in arguments],
         *(["--workers", 1] if arguments[0] != "datasets" else []),
     )
-    assert found.exit_code == code
-    assert part in found.stderr
-    assert "Traceback" not in found.output
+    assert result.exit_code == code
+    assert part in result.stderr
+    assert "Traceback" not in result.output
 
 
 def test_datasets_lists_every_entry_with_its_state(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_datasets_lists_every_entry_with_its_state(tmp_path: Path) -> None:
     (tmp_path / "datasets.toml").write_text(
         '[there]\nannotation_path = "a.json"\nmedia_root = "."\n[unset]\nannotation_path = ""\n'
     )
-    found = run("datasets", "--registry", tmp_path / "datasets.toml")
-    assert found.exit_code == 0
-    lines = found.stdout.splitlines()
+    result = run("datasets", "--registry", tmp_path / "datasets.toml")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
     assert lines[0].startswith("there") and "ready" in lines[0]
     assert lines[1].startswith("unset") and "datasets.toml:5" in lines[1]
 
@@ -133,61 +133,61 @@ def test_datasets_lists_every_entry_with_its_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("out", "reason"),
     [
-        ("https://host/shards", "only read from"),
-        ("http://host/shards", "only read from"),
+        ("https://host/shards", "web servers are read-only here"),
+        ("http://host/shards", "web servers are read-only here"),
         ("memory://shards", "memory"),
     ],
 )
-def test_shards_are_not_written_where_they_cannot_stay(
+def test_shards_are_not_written_to_read_only_or_temporary_stores(
     corpus: Path, tiny_checkpoint: Path, out: str, reason: str
 ) -> None:
-    found = run("build", corpus, "--out", out, "--model", tiny_checkpoint, "--workers", 1)
-    assert found.exit_code == 2
-    assert f"--out {out}" in found.stderr
-    assert reason in found.stderr
+    result = run("build", corpus, "--out", out, "--model", tiny_checkpoint, "--workers", 1)
+    assert result.exit_code == 2
+    assert f"--out {out}" in result.stderr
+    assert reason in result.stderr
 
 
-def test_rejects_that_stop_a_build_are_summed_by_code(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    """What is too long by itself and what the scan rejected, both before anything is written."""
+def test_rejects_that_fail_a_build_are_summed_by_code(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Samples that are too long, and those that the scan rejects, before anything is written."""
     command = ["build", corpus, "--out", tmp_path / "out", "--model", tiny_checkpoint, "--workers", 1]
-    found = run(*command, "--max-length", 1200, "--max-rejected", "1%")
-    assert found.exit_code == 1
-    assert "4 of 29 annotations are rejected, more than --max-rejected 1.00%" in found.stderr
+    result = run(*command, "--max-length", 1200, "--max-rejected", "1%")
+    assert result.exit_code == 1
+    assert "4 of 29 annotations are rejected, more than --max-rejected 1.00%" in result.stderr
     for code in ("tag_mismatch 1", "media_missing 1", "bad_json 1", "too_long 1"):
-        assert code in found.stderr
+        assert code in result.stderr
 
 
 def test_a_share_too_small_for_one_annotation_says_so(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "datasets.toml").write_text(f'[few]\nannotation_path = "{corpus}"\nmedia_root = "{corpus.parent}"\n')
     command = ["build", "few%1", "--registry", tmp_path / "datasets.toml", "--out", tmp_path / "out"]
-    found = run(*command, "--model", tiny_checkpoint, "--workers", 1)
-    assert found.exit_code == 1
-    assert "take a larger share" in found.stderr
+    result = run(*command, "--model", tiny_checkpoint, "--workers", 1)
+    assert result.exit_code == 1
+    assert "take a larger share" in result.stderr
 
 
-def test_the_summary_says_what_became_of_each_dataset(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_the_summary_has_a_line_for_each_dataset(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     table = f'annotation_path = "{corpus}"\nmedia_root = "{corpus.parent}"\n'
     (tmp_path / "datasets.toml").write_text(f"[half]\n{table}[all]\n{table}")
     command = ["build", "half%50,all", "--registry", tmp_path / "datasets.toml", "--out", tmp_path / "out"]
-    found = run(*command, "--model", tiny_checkpoint, "--workers", 1)
-    half, whole = (line for line in found.stdout.splitlines() if line.startswith(("  half: ", "  all: ")))
+    result = run(*command, "--model", tiny_checkpoint, "--workers", 1)
+    half, full = (line for line in result.stdout.splitlines() if line.startswith(("  half: ", "  all: ")))
     assert ", 15 not sampled; tokens a sample" in half
-    assert ", 4 rejected; tokens a sample" in whole
+    assert ", 4 rejected; tokens a sample" in full
 
 
-def test_a_reader_that_has_had_enough_changes_no_exit_code(corpus: Path) -> None:
+def test_a_closed_pipe_does_not_change_the_exit_code(corpus: Path) -> None:
     """``vlprep validate … | head -1``: the pipe is closed before anything is printed."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", "from prep.cli import main; main()", "validate", str(corpus), "--workers", "1"]
-    found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
-    assert found.returncode == 1
-    assert "vlprep:" not in found.stderr
-    assert "Traceback" not in found.stderr
+    assert result.returncode == 1
+    assert "vlprep:" not in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_a_log_gets_few_lines_of_progress_and_a_terminal_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_rare_in_a_log_and_frequent_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress("scan", 10, "record") as in_log:
         assert in_log.mininterval == in_log.maxinterval == 30
@@ -212,18 +212,18 @@ def test_validate_checks_a_registered_dataset_with_its_own_root_and_settings(cor
     assert "29 annotations: 26 valid, 3 rejected" in run("validate", "mine", *options).stdout
     assert "media_too_large" in run("validate", "small", *options).stdout
     for option in ("--fixed", "--rejects"):
-        found = run("validate", "small", *options, option, tmp_path / "lists" / "all.jsonl")
-        assert (found.exit_code, "would overwrite" in found.stderr) == (2, True)
+        result = run("validate", "small", *options, option, tmp_path / "lists" / "all.jsonl")
+        assert (result.exit_code, "would overwrite" in result.stderr) == (2, True)
     for wrong, part in [
         ("mine%50", "validate checks every record"),
         ("mine,small", "each dataset as its own argument"),
         ("nope", "not registered"),
     ]:
-        found = run("validate", wrong, *options)
-        assert (found.exit_code, part in found.stderr) == (2, True)
+        result = run("validate", wrong, *options)
+        assert (result.exit_code, part in result.stderr) == (2, True)
 
 
-def test_validate_tells_a_dataset_from_a_folder_of_its_name(
+def test_validate_distinguishes_a_dataset_from_a_folder_of_the_same_name(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = f'annotation_path = "{corpus}"\nmedia_root = "{corpus.parent}"\n'
@@ -233,11 +233,13 @@ def test_validate_tells_a_dataset_from_a_folder_of_its_name(
     monkeypatch.chdir(tmp_path)
     assert "29 annotations: 26 valid, 3 rejected" in run("validate", "mine", "--workers", 1).stdout
     for wrong, part in [("other", "'other' is not registered"), (tmp_path / "mine", "is not a regular file")]:
-        found = run("validate", wrong, "--workers", 1)
-        assert (found.exit_code, part in found.stderr) == (2, True)
+        result = run("validate", wrong, "--workers", 1)
+        assert (result.exit_code, part in result.stderr) == (2, True)
 
 
-def test_a_file_that_is_named_twice_is_checked_twice_in_places_of_their_own(corpus: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_named_twice_is_checked_twice_with_separate_scratch_folders(
+    corpus: Path, tmp_path: Path
+) -> None:
     request = ValidateRequest(
         files=(corpus, corpus),
         media_root=None,
@@ -247,7 +249,7 @@ def test_a_file_that_is_named_twice_is_checked_twice_in_places_of_their_own(corp
         reserved="reject",
         media=MediaSettings(),
     )
-    inputs = [found for named in request.files for found in _inputs(request, named)]
+    inputs = [item for named in request.files for item in _inputs(request, named)]
     tasks = list(_tasks(request, inputs, SerialEngine(), tmp_path))
     assert [task.file for task in tasks] == [corpus, corpus]
     assert len({task.scratch for task in tasks}) == 2

@@ -105,7 +105,7 @@ def test_a_disk_that_runs_full_at_any_step_stops_the_build_which_goes_on_once_th
         (sentence,) = [line for line in run["says"].splitlines() if line.startswith("vlprep: ")]
         assert files[run["run"]] in sentence
         assert "No space left on device" in sentence
-        assert sentence.endswith("Mend that and run the same command again.")
+        assert sentence.endswith("Fix that and rerun the same command.")
         assert (run["code"], run["sealed"]) == (1, False)
     assert contents(tmp_path / "shards") == contents(built)
 
@@ -148,7 +148,7 @@ def test_a_limit_on_the_size_of_files_stops_the_build_which_goes_on_without_it(
     (sentence,) = [line for line in stopped.stderr.splitlines() if line.startswith("vlprep: ")]
     assert stopped.returncode == 1
     assert f"{out}{place}" in sentence
-    assert sentence.endswith("File too large. Mend that and run the same command again.")
+    assert sentence.endswith("File too large. Fix that and rerun the same command.")
     assert not (out / "manifest.json").exists()
     assert leftovers(out) == []
     subprocess.run(program, check=True, capture_output=True, cwd=REPOSITORY)

@@ -304,7 +304,7 @@ def test_what_another_attempt_would_not_change_is_one_sentence_at_once(
         (["build", annotations, "--media-root", "s3://bucket/none", *local], "s3://bucket/none does not exist"),
         (["build", annotations, "--out", "abfs://box/x", *model], "pip install adlfs"),
         (["build", annotations, "--out", "nonsense://box/x", *model], "Protocol not known: nonsense"),
-        (["build", annotations, "--work-dir", str(tmp_path), *local], "--work-dir goes with an --out that is a URL"),
+        (["build", annotations, "--work-dir", str(tmp_path), *local], "--work-dir has no effect unless --out is a URL"),
         (["validate", "s3://bucket/none.jsonl"], "s3://bucket/none.jsonl does not exist"),
     ):
         proxy.seen.clear()

@@ -93,7 +93,7 @@ def test_a_build_that_is_stopped_twice_and_then_loses_a_node_ends_with_the_same_
         process.send_signal(kind)
         _, errors = process.communicate()
         assert process.returncode == 130, errors
-        assert "the same command goes on where it was" in errors
+        assert "rerun the same command to continue" in errors
         assert "Traceback" not in errors
         assert leftovers(out) == []
         assert not (out / "manifest.json").exists()
