@@ -9,34 +9,34 @@ import warnings
 from pathlib import Path
 
 if not __package__:
-    # Started as a script: modules are looked for in the repository, not in this folder.
+    # Started as a script: import modules from the repository, not from this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from schemas.errors import VlprepError
 from train.settings.flags import parse_arguments
 
 _INTERRUPTED = 130
-"""What shells make of a program that Ctrl-C ended."""
+"""Exit code that shells report for a program ended by Ctrl-C."""
 
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
-"""What gloo and NCCL say in ranks that wait for one that is no more."""
+"""What gloo and NCCL say in ranks that wait for one that has ended."""
 
 
 def main(argv: list[str]) -> int:
-    """Parse the flags, and train or, with ``--dry_run``, see whether that would go well.
+    """Parse the flags, then train, or check with ``--dry_run`` whether a run would succeed.
 
     Returns:
-        Exit code: 0 done, 1 something is wrong with the data, 2 wrong use, 85 told to stop and able to go on, 130
-        stopped by Ctrl-C.
+        Exit code: 0 done, 1 problems in the data, 2 wrong use, 85 stopped on request (rerun to resume), 130 stopped by
+        Ctrl-C.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
         args = parse_arguments(argv)
     except VlprepError as error:
-        # All ranks have the same command line, so one says it for all.
+        # All ranks have the same command line, so one reports for all.
         return _fail(error) if rank == 0 else error.exit_code
     try:
-        # Importing takes seconds, in which Ctrl-C may come as well.
+        # Imports take seconds, so Ctrl-C may come here too.
         _configure_output(is_first=rank == 0)
         from train.preflight.dry_run import preflight
         from train.run.interrupt import REQUEUE_EXIT_CODE
@@ -51,34 +51,34 @@ def main(argv: list[str]) -> int:
             raise
         return _fail(error)
     except OSError as error:
-        # A full disk, say.
+        # for example, a full disk
         if args.debug:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(VlprepError(f"{place}{error.strerror or error}. Mend that and start the run again."))
+        path = f"{error.filename}: " if error.filename else ""
+        return _fail(VlprepError(f"{path}{error.strerror or error}. Fix that and rerun the same command to resume."))
     except KeyboardInterrupt:
         if args.debug:
             raise
         if rank == 0:
-            sys.stderr.write("stopped. The same command goes on from the newest checkpoint.\n")
+            sys.stderr.write("stopped: rerun the same command to resume from the newest checkpoint\n")
         return _INTERRUPTED
     except RuntimeError as error:
         if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
             raise
-        return _fail(VlprepError("another rank has ended. Its own message, above or in its log, says why."))
+        return _fail(VlprepError("another rank has failed: see its message, above or in its log."))
 
 
 def _fail(error: VlprepError) -> int:
-    place = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    sys.stderr.write(f"error{place}: {error}\n")
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    sys.stderr.write(f"error{rank}: {error}\n")
     return error.exit_code
 
 
 def _configure_output(*, is_first: bool) -> None:
-    """Let the first rank tell what happens, and the others what goes wrong."""
+    """Log progress on the first rank, and warnings on all."""
     level = logging.INFO if is_first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    # DeepSpeed 0.19 calls these functions of torch by their old names.
+    # DeepSpeed 0.19 calls deprecated names of these functions.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not is_first:
         from transformers.utils import logging as transformers_logging

@@ -20,7 +20,9 @@ from tests.train.synthetic import as_bin, make_medium, make_sample
 from train.batches.batch import build_micro_batch
 from train.model import optim, pretrained
 from train.model.packed import PackedQwen
-from train.run import engine
+from train.run import process_group
+from train.run.engine import initialize, register_zero3_loading
+from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
 
@@ -60,21 +62,21 @@ def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, d
     flags += ["--bf16", str(dtype == "bfloat16")]
     for part, trained in zip(("llm", "mlp", "vision"), tune):
         flags += [f"--tune_mm_{part}", str(trained == "1")]
-    args, ranks, kind = parse_arguments(flags), engine.read_ranks(-1), getattr(torch, dtype)
+    args, ranks, kind = parse_arguments(flags), process_group.read_ranks(-1), getattr(torch, dtype)
     shape = pretrained.read_shape(Path(checkpoint))
-    config = engine.complete_config(
-        engine.read_deepspeed_config(deepspeed),
+    config = complete_config(
+        read_deepspeed_config(deepspeed),
         args,
         choose_recipe(args, {}),
         world=ranks.world,
         dtype=kind,
         hidden_size=shape.hidden_size,
     )
-    kept_for_loading = engine.keep_for_zero3(config)
+    zero3_loading = register_zero3_loading(config)
     hf = pretrained.load_model(Path(checkpoint), dtype=kind, attn_implementation="sdpa")
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     groups = optim.group_parameters(model, optim.learning_rates(args, 1e-3))
-    ds_engine = engine.initialize(model, optim.build_optimizer(groups, weight_decay=0.0), config)
+    ds_engine = initialize(model, optim.build_optimizer(groups, weight_decay=0.0), config)
     rng = np.random.default_rng(0)
     micro = build_micro_batch([as_bin([make_sample(rng, [make_medium(rng, 4, 4)])])])
     backward: dict[str, int] = {}
@@ -83,7 +85,7 @@ def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, d
             ds_engine.backward(ds_engine(micro) * 1e-3)
             backward = {name: max(value, backward.get(name, 0)) for name, value in held(ds_engine).items()}
             ds_engine.step()
-    del kept_for_loading
+    del zero3_loading
     result = {"backward": backward, "steps": held(ds_engine)}
     ds_engine.destroy()
     return result
@@ -91,14 +93,14 @@ def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, d
 
 def main(checkpoint: str, out: str, *cases: str) -> None:
     """Run all cases."""
-    engine.start(torch.device("cpu"))
+    process_group.join(torch.device("cpu"))
     results = []
     for case in cases:
         results.append(train(checkpoint, *case.split(",")))
         gc.collect()
-    if engine.read_ranks(-1).is_first:
+    if process_group.read_ranks(-1).is_first:
         Path(out).write_text(json.dumps(results))
-    engine.stop()
+    process_group.leave()
 
 
 if __name__ == "__main__":

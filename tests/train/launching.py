@@ -236,7 +236,7 @@ def go_on(run: Path, out: Path, num_ranks: int, *flags: str, step: int = 2) -> N
     (out / "metrics.jsonl").write_text("".join([*lines[:step], f"{logged_but_not_saved}\n"]))
     done = run_ranks(num_ranks, *flags, "--output_dir", str(out))
     assert done.returncode == 0, done.stderr
-    assert f"going on from {folder}" in done.stderr
+    assert f"resuming from {folder}" in done.stderr
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ra
     assert told.endswith(format_evaluation(last))
     assert f"loss {last['eval_loss']:.4f}, {last['eval_token_accuracy']:.1%} of the tokens and " in told
     assert f"; b: loss {last['eval_datasets']['b']['loss']:.4f}, " in told
-    assert f"to evaluate on: 7 bins with {last['eval_num_samples']} samples of " in done.stderr
+    assert f"evaluating on 7 bins with {last['eval_num_samples']} samples of " in done.stderr
     assert "train: 4 bins, share 100 %" in done.stderr
 
     of_all = []

@@ -28,7 +28,8 @@ from tests.train.launching import (
     run_ranks,
 )
 from tests.train.synthetic import make_bins, write_shards
-from train.run.engine import CONFIGS, can_lower_scale
+from train.run.engine import can_lower_scale
+from train.settings.deepspeed_file import CONFIGS
 
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 
@@ -95,7 +96,7 @@ def test_a_gradient_that_overflows_at_the_lowest_scale_is_as_bad_as_any(flags: l
     command = [*flags, *CHANGE_NOTHING, "--gradient_accumulation_steps", "1", "--fp16", *config]
     done = run_ranks(1, *command, "--output_dir", str(tmp_path / "run"), prepare=say_that_float16_is_supported)
     assert done.returncode == 1, done.stderr
-    assert "step 1 skipped: its gradient overflowed, the scale of the loss is lowered" in done.stderr
+    assert "step 1 skipped: its gradient overflowed, lowering the loss scale" in done.stderr
     assert "error: the gradient of step 2 is not finite, though all losses are; bins [" in done.stderr
 
 

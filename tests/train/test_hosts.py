@@ -34,7 +34,7 @@ from tests.train.launching import (
     run_once,
 )
 from tests.train.synthetic import make_medium, make_sample, write_shards
-from train.run.checkpoint import list_checkpoints
+from train.run.run_dir import list_checkpoints
 
 NUM_STEPS = 3
 ADDRESS = "127.0.0.1"

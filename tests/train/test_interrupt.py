@@ -32,11 +32,11 @@ from tests.train.launching import (
 )
 from tests.train.synthetic import make_bins, write_shards
 from train.run import loop
-from train.run.checkpoint import list_checkpoints, read_state
 from train.run.evaluation import Evaluation
 from train.run.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
 from train.run.metrics import Record
 from train.run.plan import Plan
+from train.run.run_dir import list_checkpoints, read_state
 
 NUM_STEPS = 24
 
@@ -89,7 +89,7 @@ def test_a_run_told_to_stop_saves_and_the_same_command_ends_as_the_unbroken_run(
     ((step, folder),) = list_checkpoints(tmp_path)
     assert 1 <= step < NUM_STEPS
     assert read_state(folder).step == step == read_metrics(tmp_path)[-1]["step"]
-    assert f"saved after step {step} of {NUM_STEPS}; the same command goes on" in errors
+    assert f"stop requested: checkpoint saved at step {step}/{NUM_STEPS}; rerun the same command to resume" in errors
     assert not (tmp_path / "final").exists()
 
     done = run_ranks(1, *command)
@@ -158,12 +158,12 @@ def test_torchrun_told_to_stop_lets_its_ranks_save_and_the_same_command_goes_on(
         _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1, errors
     step, folder = saved_by_two_ranks(tmp_path)
-    assert f"saved after step {step} of {NUM_STEPS}; the same command goes on" in errors
+    assert f"stop requested: checkpoint saved at step {step}/{NUM_STEPS}; rerun the same command to resume" in errors
 
     done = run_ranks(2, *command)
 
     assert done.returncode == 0, done.stderr
-    assert f"going on from {folder}" in done.stderr
+    assert f"resuming from {folder}" in done.stderr
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, NUM_STEPS + 1))
     assert (tmp_path / "final").is_dir()
 
@@ -182,7 +182,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     done = run_ranks(1, *command, "--save_total_limit", "1")
 
     assert done.returncode == 0, done.stderr
-    assert f"going on from {tmp_path / 'checkpoint-2'}" in done.stderr
+    assert f"resuming from {tmp_path / 'checkpoint-2'}" in done.stderr
     assert not list(tmp_path.glob("*.tmp"))
     assert_same_run(tmp_path, unbroken)
 

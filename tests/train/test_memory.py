@@ -17,8 +17,8 @@ from train.arithmetic.dimensions import OFFICIAL
 from train.memory import budget
 from train.memory.states import DEVICE, Memory, Phase, Sharding, Term, state_terms
 from train.model.sizes import sizes_of
-from train.run import engine
 from train.settings.arguments import TrainArguments
+from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
 from train.shards.index import open_shards
@@ -28,14 +28,14 @@ ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
 
 def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 64) -> Sharding:
     args = parse_arguments(["--shards", "none", "--gradient_accumulation_steps", "2"])
-    config = engine.read_deepspeed_config(name)
+    config = read_deepspeed_config(name)
     recipe = choose_recipe(args, {})
-    config = engine.complete_config(config, args, recipe, world=world, dtype=dtype, hidden_size=hidden_size)
+    config = complete_config(config, args, recipe, world=world, dtype=dtype, hidden_size=hidden_size)
     return Sharding.of(config, world=world, dtype=dtype)
 
 
 def offloading(folder: Path, stage: int) -> str:
-    config = engine.read_deepspeed_config(f"zero{stage}.json")
+    config = read_deepspeed_config(f"zero{stage}.json")
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     path = folder / f"offload{stage}.json"
     path.write_text(json.dumps(config))

@@ -84,7 +84,7 @@ def test_a_bin_that_poisons_the_loss_is_skipped_and_told_with_its_samples(
         sum(step <= record["step"] for step in bad) for record in records
     ]
     for step in bad:
-        assert f"the loss of step {step} is not finite in bins [2]; the step is skipped" in errors
+        assert f"the loss of step {step} is not finite in bins [2]; skipping the step" in errors
     assert "  bin 2: synthetic s.jsonl:3 record 2 id s2" in errors
     weights = read_weights(tmp_path)
     (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
@@ -96,7 +96,7 @@ def test_a_bin_that_poisons_the_loss_is_skipped_and_told_with_its_samples(
 def test_more_such_steps_in_a_row_than_allowed_stop_the_run(poisoned: Path, tmp_path: Path) -> None:
     code, errors = run(poisoned, tmp_path, "--max_skipped_steps", "0")
     assert code == 1
-    assert "is not finite in bins [2], the 1. such step in a row. Lower the learning rate" in errors
+    assert "is not finite in bins [2]: 1 consecutive skipped step. Lower the learning rate" in errors
     assert not (tmp_path / "final").exists()
 
 
@@ -129,21 +129,21 @@ def step_of(*numbers: int) -> StepBatch:
     )
 
 
-def skipped_steps(index: ShardIndex, *, max_in_a_row: int) -> SkippedSteps:
-    return SkippedSteps(index, max_in_a_row=max_in_a_row, is_first=True, order_command="show")
+def skipped_steps(index: ShardIndex, *, max_consecutive: int) -> SkippedSteps:
+    return SkippedSteps(index, max_consecutive=max_consecutive, is_first=True, order_command="show")
 
 
 INFINITE = torch.tensor([1.0, float("inf")])
 
 
 def test_a_good_step_between_bad_ones_begins_the_count_anew(process_group: None, index: ShardIndex) -> None:
-    skipped = skipped_steps(index, max_in_a_row=1)
+    skipped = skipped_steps(index, max_consecutive=1)
     for _ in range(3):
         skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
         skipped.note_done()
     assert skipped.total == 3
     skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
-    message = r"loss of step 5 is not finite in bins \[1\], the 2\. such step in a row.*\(`show --step 4`\)"
+    message = r"loss of step 5 is not finite in bins \[1\]: 2 consecutive skipped steps\..*\(`show --step 4`\)"
     with pytest.raises(VlprepError, match=message):
         skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
 
@@ -151,7 +151,7 @@ def test_a_good_step_between_bad_ones_begins_the_count_anew(process_group: None,
 def test_a_gradient_that_is_not_finite_under_finite_losses_names_bins_and_samples_of_the_step(
     process_group: None, index: ShardIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
-    skipped = skipped_steps(index, max_in_a_row=0)
+    skipped = skipped_steps(index, max_consecutive=0)
     with pytest.raises(VlprepError, match=r"gradient of step 5 is not finite, though all losses are; bins \[0, 1\]"):
         skipped.note_skipped(step_of(0, 1), torch.ones(2), scales_loss=False)
     told = [line.split(":")[0] for line in caplog.text.splitlines() if line.startswith("  bin")]
@@ -163,10 +163,10 @@ def test_a_scaled_gradient_that_overflows_is_nothing_unusual(
 ) -> None:
     """Float16 finds its scale by overflowing; a loss that is not finite is as bad as ever."""
     caplog.set_level(logging.INFO)
-    skipped = skipped_steps(index, max_in_a_row=0)
+    skipped = skipped_steps(index, max_consecutive=0)
     for _ in range(5):
         skipped.note_skipped(step_of(0, 1), torch.ones(2), scales_loss=True)
-    assert "the scale of the loss is lowered" in caplog.text
+    assert "lowering the loss scale" in caplog.text
     with pytest.raises(VlprepError, match="not finite in bins"):
         skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=True)
 
@@ -175,5 +175,5 @@ def test_samples_of_a_set_without_ledger_are_unknown_but_the_step_is_skipped_all
     process_group: None, index: ShardIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
     Path(str(index.folders[0]), "samples.parquet").unlink()
-    skipped_steps(index, max_in_a_row=1).note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
-    assert "their samples are not known: " in caplog.text
+    skipped_steps(index, max_consecutive=1).note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
+    assert "their samples are unknown: " in caplog.text

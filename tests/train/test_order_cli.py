@@ -13,7 +13,6 @@ from tests.train.synthetic import make_bins, write_shards
 from train.model import pretrained
 from train.order.cli import main
 from train.order.explain import explain_step
-from train.run import engine
 from train.run.plan import make_plan
 from train.run.record import record_run
 from train.settings.flags import parse_arguments
@@ -53,7 +52,7 @@ def test_steps_are_those_of_the_run(
 
     A planned run trains what is trained by default, so its numbers reproduce only such a run.
     """
-    monkeypatch.setattr(engine, "choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     run_dir = tmp_path / "a run"
@@ -80,7 +79,7 @@ def test_steps_are_those_of_the_run(
 def test_a_run_that_was_given_no_end_but_steps_has_an_order_without_end(
     shards: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
     flags = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run")]
     plan = make_plan(parse_arguments([*flags, "--max_steps", "2"]))
     plan.args.run_dir.mkdir()

@@ -23,10 +23,9 @@ from train.model import pretrained
 from train.model.attention import FLASH_ATTENTION
 from train.model.sizes import sizes_of
 from train.order.dealing import Grouping
-from train.run import engine
-from train.run.checkpoint import RunState
 from train.run.loop import open_stream
 from train.run.plan import Plan, make_plan, read_settings
+from train.run.run_dir import RunState
 from train.settings.flags import parse_arguments
 from train.shards.index import open_shards
 from train.shards.reader import ReadSettings
@@ -34,7 +33,7 @@ from train.shards.reader import ReadSettings
 
 @pytest.fixture(autouse=True)
 def one_process_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -119,7 +118,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(
 
     monkeypatch.setattr("train.main._configure_output", interrupt)
     assert main(flags) == 130
-    assert capsys.readouterr().err == "stopped. The same command goes on from the newest checkpoint.\n"
+    assert capsys.readouterr().err == "stopped: rerun the same command to resume from the newest checkpoint\n"
 
 
 def test_nothing_is_written_before_a_run_starts(flags: list[str], tmp_path: Path) -> None:
@@ -179,7 +178,7 @@ def test_a_sliding_window_is_refused_without_flash_attention(
     assert "a sliding window of 64 tokens, which needs --attn_implementation flash_attention_2: install" in line
     args = parse_arguments(flags)
     assert sizes_of(config, args) == sizes_of(read_config(tiny_checkpoint), args)
-    monkeypatch.setattr(engine, "choose_attention", lambda *_: FLASH_ATTENTION)
+    monkeypatch.setattr("train.run.plan.choose_attention", lambda *_: FLASH_ATTENTION)
     assert make_plan(args).shape.sliding_window == 64
     write(False)
     assert pretrained.read_shape(copy).sliding_window is None

@@ -19,8 +19,8 @@ from schemas.errors import ConfigError
 from tests.train.launching import fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.preflight.dry_run import MAX_PROBLEMS_SHOWN, check_folder, explain, room_for, run_largest
-from train.run.engine import Ranks
 from train.run.plan import Plan
+from train.run.process_group import Ranks
 from train.settings.flags import parse_arguments
 from train.shards.index import open_shards
 from train.shards.reader import BinReader

@@ -14,7 +14,7 @@ import torch
 
 from tests.train.launching import as_flags, fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
-from train.run import engine, loop
+from train.run import loop, process_group
 from train.settings.arguments import TrainArguments
 
 
@@ -35,10 +35,10 @@ def wait_for_the_first() -> None:
     """The first rank does something alone for longer than ranks wait for each other between steps."""
 
     def wait(_: TrainArguments) -> bool:
-        engine.start(torch.device("cpu"))
+        process_group.join(torch.device("cpu"))
         time.sleep(6 if os.environ["RANK"] == "0" else 0)
-        engine.wait_for_all()
-        engine.stop()
+        process_group.barrier()
+        process_group.leave()
         return True
 
     patch = pytest.MonkeyPatch()
@@ -54,7 +54,7 @@ def test_ranks_wait_for_what_the_first_one_does_alone(flags: list[str]) -> None:
 def see_less_on_the_second() -> None:
     """The second rank does not see the checkpoint that the first one goes on from."""
     if os.environ["RANK"] == "1":
-        pytest.MonkeyPatch().setattr("train.run.checkpoint.choose_checkpoint", lambda *_: None)
+        pytest.MonkeyPatch().setattr("train.run.plan.choose_checkpoint", lambda *_: None)
 
 
 def test_ranks_that_would_not_make_the_same_run_end_before_it(flags: list[str], tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_rank_that_waits_for_one_that_stopped_says_so_in_a_sentence(
 
     monkeypatch.setattr("train.run.loop.train", fail)
     assert main(["--shards", "set", "--model_name_or_path", "model"]) == 1
-    assert capsys.readouterr().err == "error: another rank has ended. Its own message, above or in its log, says why.\n"
+    assert capsys.readouterr().err == "error: another rank has failed: see its message, above or in its log.\n"
     with pytest.raises(RuntimeError):
         main(["--shards", "set", "--model_name_or_path", "model", "--debug"])
     says = "a mistake in the program"
@@ -174,7 +174,7 @@ def test_ctrl_c_ends_a_run_without_a_traceback(
 
     monkeypatch.setattr("train.run.loop.train", interrupt)
     assert main(["--shards", "set", "--model_name_or_path", "model"]) == 130
-    assert capsys.readouterr().err == "stopped. The same command goes on from the newest checkpoint.\n"
+    assert capsys.readouterr().err == "stopped: rerun the same command to resume from the newest checkpoint\n"
 
 
 FILES = ["bins-00001.tar", "bins.parquet", "manifest.json"]

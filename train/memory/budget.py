@@ -29,8 +29,8 @@ from train.memory.states import GIB, Memory, Phase, Sharding, state_terms
 from train.model import pretrained
 from train.model.packed import CHUNK
 from train.model.sizes import Sizes, sizes_of
-from train.run import engine
 from train.settings.arguments import TrainArguments
+from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
 from train.shards.index import ShardIndex, open_shards
@@ -149,7 +149,7 @@ def budget(
     Raises:
         ConfigError: flags and configuration do not fit together.
     """
-    complete = engine.complete_config(
+    complete = complete_config(
         deepspeed,
         args,
         choose_recipe(args, model_config),
@@ -190,7 +190,7 @@ def size_table(args: TrainArguments, load_of: LoadOf, *, world: int, dtype: torc
         sizes, cells = sizes_of(model_config, args), []
         load = load_of(choose_recipe(args, model_config).per_device, sizes)
         for name in STRATEGIES:
-            config = engine.read_deepspeed_config(name)
+            config = read_deepspeed_config(name)
             memory = budget(model_config, sizes, args, load, deepspeed=config, world=world, dtype=dtype)
             cell = f"{memory.peak() / GIB:.1f} ({memory.held() / GIB:.1f})"
             if host := memory.peak("cpu"):
@@ -265,7 +265,7 @@ def report(flags: list[str], *, world: int, max_length: int | None) -> str:
         load_of = loads_of_shards(index, checkpointed=checkpointed, dtype=dtype)
     else:
         load_of = loads_of_length(max_length, checkpointed=checkpointed)
-    deepspeed = engine.read_deepspeed_config(args.deepspeed)
+    deepspeed = read_deepspeed_config(args.deepspeed)
     sizes = sizes_of(model_config, args)
     load = load_of(number, sizes)
     memory = budget(model_config, sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)

@@ -17,8 +17,8 @@ import torch
 from storage.disk import nearest_existing
 from train.memory.states import DEVICE, GIB, MOMENTS, Memory, Phase
 from train.model.sizes import Sizes
-from train.run.checkpoint import UNIVERSAL_TAG, list_checkpoints
 from train.run.plan import Plan
+from train.run.run_dir import UNIVERSAL_TAG, list_checkpoints
 
 logger = logging.getLogger(__name__)
 

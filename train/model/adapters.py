@@ -27,6 +27,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from schemas.errors import ConfigError
+from schemas.seeds import seed_for
 from train.model import optim
 from train.model.pretrained import copy_companions, replacing
 from train.settings.arguments import TrainArguments
@@ -180,8 +181,7 @@ def add_adapters(hf: Qwen2_5_VLForConditionalGeneration, adapters: Adapters, *, 
             continue
         parameter.data = parameter.data.to(hf.dtype)
         if name.endswith(f".lora_A.{ADAPTER_NAME}.weight"):
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            generator = torch.Generator().manual_seed(seed_for(seed, "lora", name) % 2**64)
             # peft's distribution, but from a seeded generator per matrix
             bound = 1 / math.sqrt(parameter.shape[1])
             parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))

@@ -40,11 +40,13 @@ from train.model import optim
 from train.model.attention import FLASH_ATTENTION
 from train.model.sizes import Sizes, sizes_of
 from train.preflight.parity import compare_packed, read_micro_batch
-from train.run import checkpoint, engine
-from train.run.engine import Ranks
+from train.run import process_group
+from train.run.engine import Engine, initialize, register_zero3_loading
 from train.run.loop import build_model, describe
 from train.run.metrics import peak_memory_bytes
 from train.run.plan import Plan, check_same_plan, make_plan, read_settings
+from train.run.process_group import Ranks
+from train.run.run_dir import check_files
 from train.settings.arguments import TrainArguments
 from train.shards.reader import BinReader
 
@@ -65,7 +67,7 @@ def preflight(args: TrainArguments) -> None:
     plan = make_plan(args)
     check_folder(args.run_dir)
     if plan.resume_from is not None and plan.ranks.is_first:
-        checkpoint.check_files(plan.resume_from)
+        check_files(plan.resume_from)
     prints = plan.index.manifests[0].fingerprints
     logger.info("tokenizer and processor of %s are those of the shards (%s)", plan.source, prints.tokenizer)
     sizes = sizes_of(read_config(plan.source), args)
@@ -83,32 +85,32 @@ def preflight(args: TrainArguments) -> None:
             "the device in every layer; flash attention does neither (pip install flash-attn --no-build-isolation)",
             plan.attention,
         )
-    engine.start(plan.device)
+    process_group.join(plan.device)
     check_same_plan(plan)
     problems = check_host(memory, count_neighbours(plan.ranks), host_bytes())
     if plan.device.type == "cuda":
         problems += check_held(memory, device_bytes(plan.device))
     end_where_wrong(problems, plan.ranks, ConfigError)
     with room_for("the model with its optimizer"):
-        kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
+        zero3_loading = register_zero3_loading(plan.deepspeed)
         model, groups = build_model(plan)
         describe(plan, groups)
         optimizer = optim.build_optimizer(groups, weight_decay=args.weight_decay)
-        running = engine.initialize(model, optimizer, plan.deepspeed)
+        engine = initialize(model, optimizer, plan.deepspeed)
     problems = check_disk(args.run_dir, written(plan, sizes)) if plan.ranks.is_first else []
     reader = BinReader(plan.index, read_settings(args, plan.index))
     try:
-        problems += run_largest(running, plan, reader, bins)
-        problems += run_evaluation(running, plan)
+        problems += run_largest(engine, plan, reader, bins)
+        problems += run_evaluation(engine, plan)
         with room_for("a bin with its samples apart"):
-            problems += compare_packed(running, plan, reader)
+            problems += compare_packed(engine, plan, reader)
     finally:
         reader.close()
     if plan.device.type == "cuda":
         problems += check_device(memory, peak_memory_bytes(plan.device), device_bytes(plan.device))
-    del kept_for_loading
+    del zero3_loading
     end_where_wrong(problems, plan.ranks, VlprepError)
-    engine.stop()
+    process_group.leave()
     logger.info("all is well: the same command without --dry-run trains %d steps", plan.num_steps - plan.start_step)
 
 
@@ -133,7 +135,7 @@ def end_where_wrong(problems: list[str], ranks: Ranks, error: type[VlprepError])
     """
     problems = gather_problems(problems, ranks)
     if problems:
-        engine.stop()
+        process_group.leave()
         raise error(explain(problems, ranks))
 
 
@@ -181,7 +183,7 @@ def count_neighbours(ranks: Ranks) -> int:
     return names.count(names[ranks.rank])
 
 
-def run_largest(running: Any, plan: Plan, reader: BinReader, bins: list[int]) -> list[str]:
+def run_largest(engine: Engine, plan: Plan, reader: BinReader, bins: list[int]) -> list[str]:
     """Run the largest micro-batch forward and backward, on all ranks alike, and give the problems.
 
     Where a step has several micro-batches, it is run as the first and as the second of them.
@@ -194,9 +196,9 @@ def run_largest(running: Any, plan: Plan, reader: BinReader, bins: list[int]) ->
     with room_for(f"the largest micro-batch, bins {bins},"):
         for number in range(min(2, plan.recipe.accumulation)):
             if number > 0:
-                running.step()  # within a step: it goes on to the next micro-batch, no weight changes
-            loss = running(micro.to(plan.device))
-            running.backward(loss / max(1, micro.targets.numel()))
+                engine.step()  # within a step: it goes on to the next micro-batch, no weight changes
+            loss = engine(micro.to(plan.device))
+            engine.backward(loss / max(1, micro.targets.numel()))
         mean = loss.item() / max(1, micro.targets.numel())
     logger.info(
         "largest micro-batch, bins %s: %d tokens, %d patches, %d targets; loss %.4f; %.1f s; %.2f GiB held at most",
@@ -211,7 +213,7 @@ def run_largest(running: Any, plan: Plan, reader: BinReader, bins: list[int]) ->
     return [] if np.isfinite(mean) else [f"the loss of the largest micro-batch, bins {bins}, is {mean}"]
 
 
-def run_evaluation(running: Any, plan: Plan) -> list[str]:
+def run_evaluation(engine: Engine, plan: Plan) -> list[str]:
     """Run the largest bins to evaluate on forward: that with most tokens, and that with most patches.
 
     Raises:
@@ -221,12 +223,12 @@ def run_evaluation(running: Any, plan: Plan) -> list[str]:
         return []
     index, problems = plan.eval_index, []
     reader = BinReader(index, read_settings(plan.args, index))
-    running.eval()
+    engine.eval()
     try:
         for number in dict.fromkeys([int(index.num_tokens.argmax()), int(index.num_patches.argmax())]):
             micro = read_micro_batch(plan, reader, [number])
             with room_for(f"bin {number} of --eval_shards"), torch.no_grad():
-                scores = running(micro.to(plan.device), scores=True)
+                scores = engine(micro.to(plan.device), scores=True)
                 mean = scores[0].sum().item() / max(1, micro.targets.numel())
             size = (micro.num_tokens, index.num_patches[number])
             logger.info("to evaluate on, bin %d: %d tokens, %d patches; loss %.4f", number, *size, mean)
@@ -234,7 +236,7 @@ def run_evaluation(running: Any, plan: Plan) -> list[str]:
                 problems.append(f"the loss of bin {number} of --eval_shards is {mean}")
     finally:
         reader.close()
-    running.train()
+    engine.train()
     return problems
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from schemas.bins import Bin, stored_bytes
 from schemas.qwen import IMAGE_PAD, MERGED_PATCHES, VIDEO_PAD
 from train.batches.batch import MicroBatch, build_micro_batch
+from train.run.engine import Engine
 from train.run.evaluation import sum_by_sample
 from train.run.plan import Plan
 from train.shards.index import ShardIndex
@@ -51,7 +52,7 @@ def read_micro_batch(plan: Plan, reader: BinReader, bins: Sequence[int]) -> Micr
     )
 
 
-def compare_packed(running: Any, plan: Plan, reader: BinReader) -> list[str]:
+def compare_packed(engine: Engine, plan: Plan, reader: BinReader) -> list[str]:
     """Run a few bins, their samples alone, and the bins with other neighbours; give what differs too much.
 
     All ranks call this together, and run the same.
@@ -61,12 +62,12 @@ def compare_packed(running: Any, plan: Plan, reader: BinReader) -> list[str]:
         logger.info("no bin holds several samples: there is nothing to compare")
         return []
     problems, num_samples, largest = [], 0, 0.0
-    running.eval()
+    engine.eval()
     for number in bins:
         one = reader.read(number).bin
         micro = read_micro_batch(plan, reader, [number])
-        packed = _losses(running, plan, micro)
-        apart = np.concatenate([_losses(running, plan, sample) for sample in split_samples(one, micro, plan)])
+        packed = _losses(engine, plan, micro)
+        apart = np.concatenate([_losses(engine, plan, sample) for sample in split_samples(one, micro, plan)])
         num_samples += packed.size
         for slot, difference in enumerate(np.abs(packed - apart).tolist()):
             largest = max(largest, difference)
@@ -76,8 +77,8 @@ def compare_packed(running: Any, plan: Plan, reader: BinReader) -> list[str]:
                     f"sample {slot} of bin {number} has a loss of {packed[slot]:.6g} packed and {apart[slot]:.6g} "
                     f"alone, more than {tolerance:g} apart"
                 )
-        problems += _compare_neighbours(running, plan, one, micro, packed)
-    running.train()
+        problems += _compare_neighbours(engine, plan, one, micro, packed)
+    engine.train()
     logger.info(
         "%d samples of bins %s: mean losses packed and alone differ by %.2g at most, allowed in %s: %g",
         num_samples,
@@ -147,15 +148,15 @@ def change_samples(one: Bin, micro: MicroBatch, slots: Sequence[int]) -> MicroBa
     return replace(micro, input_ids=input_ids, vision=replace(micro.vision, planes=planes))
 
 
-def _compare_neighbours(running: Any, plan: Plan, one: Bin, micro: MicroBatch, losses: Any) -> list[str]:
+def _compare_neighbours(engine: Engine, plan: Plan, one: Bin, micro: MicroBatch, losses: Any) -> list[str]:
     """Change every second sample, then the others; give the samples that notice."""
     # Kernels that do not give the same twice would be told apart from a leak by their size only.
-    again = _losses(running, plan, micro)
+    again = _losses(engine, plan, micro)
     allowed = 0.0 if np.array_equal(again, losses) else TOLERANCES[plan.dtype]
     problems, (number,) = [], micro.bins
     for kept in (0, 1):
         slots = [slot for slot in range(losses.size) if slot % 2 != kept]
-        found = _losses(running, plan, change_samples(one, micro, slots))
+        found = _losses(engine, plan, change_samples(one, micro, slots))
         problems += [
             f"sample {slot} of bin {number} has a loss of {losses[slot]:.6g}, but of {found[slot]:.6g} where its "
             "neighbours in the bin are others"
@@ -177,9 +178,9 @@ def _borders_of_samples(one: Bin) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return first_media, first_bytes[first_media]
 
 
-def _losses(running: Any, plan: Plan, micro: MicroBatch) -> Any:
+def _losses(engine: Engine, plan: Plan, micro: MicroBatch) -> Any:
     """Mean loss of every sample of a micro-batch: (S,) float64."""
     with torch.no_grad():
-        scores = running(micro.to(plan.device), scores=True).double().cpu().numpy()
+        scores = engine(micro.to(plan.device), scores=True).double().cpu().numpy()
     results = sum_by_sample(micro, scores)
     return results["loss"] / np.maximum(1, results["num_targets"])

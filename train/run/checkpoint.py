@@ -1,34 +1,27 @@
-"""Checkpoints to resume from: engine, random state and position in the stream -> ``<run>/checkpoint-N``.
+"""Saving and resuming: state of the engine and the random generators <-> a checkpoint of :mod:`train.run.run_dir`.
 
-A checkpoint is written under a temporary name and renamed when all ranks are done, so a folder named ``checkpoint-N``
-is complete. ``state.json`` says what the run was; going on with settings that would make another run of it is an error.
+A run may resume with another number of ranks as long as its steps use the same bins. The state is then resharded
+through DeepSpeed's universal form, which is made once and kept in the checkpoint. DeepSpeed 0.19 has three bugs there,
+which :func:`load` works around: ZeRO-3 gives every group the settings of the first one, ZeRO-3 shares one count of
+steps among all parameters, and frozen parameters are not restored.
 
-A run may go on with another number of ranks that makes the same steps of as many bins: the state is then dealt out anew
-from DeepSpeed's universal form, which is made once, beside the state. Three things that DeepSpeed 0.19 gets wrong there
-are mended: ZeRO-3 gives all groups the settings of the first one and one common count of steps, and frozen parameters
-are not restored.
+Checkpoints hold no frozen parameters. A run reads those from the checkpoint that it started from, which its settings
+name, so checkpoints of a run that trains adapters are small.
 
-Frozen parameters are in no checkpoint: they are those of the checkpoint that the run started from, which the settings
-name. So a run that trains adapters has small ones.
-
-Cost: 12 to 16 bytes a trained parameter, written by all ranks in parallel; the folder must be on a file system that all
-ranks share.
+Cost: 12 to 16 bytes per trained parameter, written by all ranks in parallel to a file system that all of them share.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import pickle
-import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -36,244 +29,91 @@ import torch
 from schemas.errors import ConfigError
 from storage.disk import writing
 from storage.files import sync
-from train.run.engine import Ranks, wait_for_all
+from train.run.engine import Engine
+from train.run.process_group import Ranks, barrier
+from train.run.run_dir import (
+    ENGINE_TAG,
+    RESUME_FROM_ANOTHER,
+    STATE_FILE,
+    UNIVERSAL_TAG,
+    RunState,
+    list_checkpoints,
+    random_state_file,
+)
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "state.json"
-ENGINE_TAG = "engine"
-UNIVERSAL_TAG = "universal"
-_NAME = re.compile(r"checkpoint-(\d+)")
-_RESUME_FROM_ANOTHER = (
-    "Resume from another checkpoint, or remove this one: --resume auto then goes on from the one before."
-)
 
-Setting = str | int | float | bool | None
-
-
-class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run is, and what it is.
-
-    Attributes:
-        stream: state of the stream of bins, see :meth:`train.order.dealing.DataOrder.state_dict`.
-        ranks: number of ranks that saved it.
-        settings: those that must be the same when the run goes on.
-    """
-
-    stream: dict[str, int]
-    ranks: int
-    settings: dict[str, Setting]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done, which is the step that the stream goes on with."""
-        return self.stream["step"]
-
-
-def hold(run_dir: Path) -> IO[bytes]:
-    """Make the folder of a run and hold it against other runs, until the returned file is closed or the process ends.
-
-    Raises:
-        ConfigError: the folder cannot be written, or another run holds it.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("ab")
-    except OSError as error:
-        raise ConfigError(f"--output_dir {run_dir} cannot be written: {error.strerror}. Give another one.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ConfigError(
-            f"--output_dir {run_dir} is in use by another run: stop it, or give another folder."
-        ) from None
-    return lock
-
-
-def remove_unfinished(run_dir: Path) -> None:
-    """Remove what a run that was killed or ran out of space while it saved has left: it is of no use to any."""
-    for path in run_dir.glob("checkpoint-*.tmp"):
-        logger.info("%s was not finished and is removed", path)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints of a run with their steps, oldest first."""
-    found = ((_NAME.fullmatch(path.name), path) for path in run_dir.glob("checkpoint-*") if path.is_dir())
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def choose_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, as ``--resume`` asks for it: ``auto``, ``none`` or a path.
-
-    Returns:
-        Folder of a checkpoint, or None to start anew.
-
-    Raises:
-        ConfigError: there is no such checkpoint, or the folder has newer ones, which a later ``auto`` would mistake for
-            those of this run.
-    """
-    existing = list_checkpoints(run_dir)
-    if resume == "auto":
-        return existing[-1][1] if existing else None
-    chosen = None if resume == "none" else Path(resume)
-    step = 0 if chosen is None else read_state(chosen).step
-    if existing and existing[-1][0] > step:
-        raise ConfigError(
-            f"--resume {resume} starts at step {step}, but {existing[-1][1]} is of a later one. Resume from it, "
-            "remove it, or give another --output_dir."
-        )
-    return chosen
-
-
-def read_state(folder: Path) -> RunState:
-    """Read ``state.json`` of a checkpoint.
-
-    Raises:
-        ConfigError: the folder is no complete checkpoint.
-    """
-    path = folder / STATE_FILE
-    try:
-        state = msgspec.json.decode(path.read_bytes(), type=RunState)
-        if "step" not in state.stream:
-            raise msgspec.ValidationError("no step in stream")
-        return state
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(
-            f"{folder} is no complete checkpoint to resume from ({path.name}: {error}). Give a checkpoint-N of a run."
-        ) from error
-
-
-def check_files(folder: Path) -> None:
-    """See that a checkpoint has a file of each rank that saved it, and that none is cut short.
-
-    Raises:
-        ConfigError: a file is missing or damaged.
-    """
-    state = read_state(folder)
-    states = sorted((folder / ENGINE_TAG).glob("*_states.pt"))
-    of_optimizer = [path for path in states if path.name.endswith("_optim_states.pt")]
-    if len(of_optimizer) != state.ranks or len(states) == len(of_optimizer):
-        raise ConfigError(
-            f"{folder} is incomplete: {folder / ENGINE_TAG} has {len(of_optimizer)} files of optimizer states and "
-            f"{len(states) - len(of_optimizer)} of the model, but {state.ranks} ranks saved it. {_RESUME_FROM_ANOTHER}"
-        )
-    for path in (*states, *(folder / _random_file(rank) for rank in range(state.ranks))):
-        # torch writes zip archives, whose directory is at the end
-        if not path.is_file() or not zipfile.is_zipfile(path):
-            found = "cut short or damaged" if path.is_file() else "missing"
-            raise ConfigError(f"{path} is {found}. {_RESUME_FROM_ANOTHER}")
-
-
-def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) -> None:
-    """Compare the settings of a checkpoint with those of this run.
-
-    Raises:
-        ConfigError: one differs.
-    """
-    for name, value in settings.items():
-        before = saved.settings.get(name, "nothing")
-        if before != value:
-            raise ConfigError(
-                f"{folder} was saved with {name} = {before}, this run has {value}: it would not be the same run. "
-                "Give the same setting, or --resume none with another --output_dir."
-            )
-
-
-def save(engine: Any, run_dir: Path, state: RunState, ranks: Ranks, *, keep: int | None) -> Path:
-    """Write a checkpoint; all ranks call this together.
+def save(engine: Engine, run_dir: Path, state: RunState, ranks: Ranks, *, max_checkpoints: int | None) -> Path:
+    """Write a checkpoint. Collective.
 
     Args:
-        engine: the DeepSpeed engine, between two steps.
+        engine: the engine, between two steps.
         run_dir: folder of the run.
-        state: what ``state.json`` is to say.
-        ranks: place of this rank.
-        keep: remove older checkpoints so that this many are left; None keeps all.
+        state: contents of ``state.json``.
+        ranks: position of this rank.
+        max_checkpoints: remove older checkpoints so that this many remain; None keeps all.
 
     Returns:
         The folder of the checkpoint.
     """
     folder = run_dir / f"checkpoint-{state.step}"
-    part = run_dir / f"{folder.name}.tmp"
+    temporary = run_dir / f"{folder.name}.tmp"
     if ranks.is_first:
-        with writing(part):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-    wait_for_all()
-    with writing(part), _without_frozen(engine.module):
-        engine.save_checkpoint(str(part), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
-        torch.save(_random_state(engine.device), part / _random_file(ranks.rank))
-    wait_for_all()
+        with writing(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    barrier()
+    with writing(temporary), _without_frozen(engine.module):
+        engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
+        torch.save(_random_state(engine.device), temporary / random_state_file(ranks.rank))
+    barrier()
     if ranks.is_first:
-        _check_shared(part, ranks)
-        with writing(part):
-            (part / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
-            _flush(part)
-            part.rename(folder)
+        _check_shared(temporary, ranks)
+        with writing(temporary):
+            (temporary / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
+            _sync_tree(temporary)
+            temporary.rename(folder)
             sync(run_dir)
-        for _, old in list_checkpoints(run_dir)[: -keep if keep else 0]:
+        for _, old in list_checkpoints(run_dir)[: -max_checkpoints if max_checkpoints else 0]:
             _remove(old)
         logger.info("checkpoint written to %s", folder)
-    wait_for_all()
+    barrier()
     return folder
 
 
-def _check_shared(part: Path, ranks: Ranks) -> None:
-    """See that all ranks have written to the same folder.
-
-    Raises:
-        ConfigError: they have not.
-    """
-    missing = [rank for rank in range(ranks.world) if not (part / _random_file(rank)).is_file()]
-    if missing:
-        raise ConfigError(
-            f"{part} has no files of the ranks {missing}, which have just written theirs: it lies on a disk that not "
-            "all machines share. Give an absolute --output_dir that they do."
-        )
-
-
-def _remove(old: Path) -> None:
-    """Remove a checkpoint that newer ones replace. The run does not end where that fails: the new one is complete."""
-    leaving = old.with_name(f"{old.name}.tmp")
-    try:
-        old.rename(leaving)
-        shutil.rmtree(leaving)
-    except OSError as error:
-        place = error.filename or old
-        logger.warning("%s cannot be removed (%s): remove it by hand", place, error.strerror or error)
-
-
-def load(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks, *, is_converted: bool) -> None:
-    """Bring engine and random state to where a checkpoint left them; all ranks call this together.
+def load(engine: Engine, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks, *, is_resharded: bool) -> None:
+    """Restore engine and random state from a checkpoint. Collective.
 
     Args:
-        engine: the DeepSpeed engine, new.
-        optimizer: the optimizer that the engine was made with.
+        engine: the engine, not used yet.
+        optimizer: the optimizer that the engine wraps.
         folder: the checkpoint.
-        ranks: place of this rank.
-        is_converted: whether to load what :func:`convert` made.
+        ranks: position of this rank.
+        is_resharded: whether to load what :func:`reshard` made. The random state then stays as it is: the saved ones
+            are of other ranks.
 
     Raises:
-        ConfigError: parts of the checkpoint are missing.
+        ConfigError: the checkpoint is incomplete or damaged.
     """
-    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    group_settings = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    tag = UNIVERSAL_TAG if is_resharded else ENGINE_TAG
     try:
-        path, _ = engine.load_checkpoint(
-            str(folder), tag=UNIVERSAL_TAG if is_converted else ENGINE_TAG, custom_load_fn=_load_trained
-        )
-        random_state = None if is_converted else torch.load(folder / _random_file(ranks.rank), weights_only=True)
+        path, _ = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
+        random_state = None if is_resharded else torch.load(folder / random_state_file(ranks.rank), weights_only=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"{folder} is incomplete: {error}. {_RESUME_FROM_ANOTHER}") from error
+        raise ConfigError(f"{folder} is incomplete: {error}. {RESUME_FROM_ANOTHER}") from error
     except (pickle.UnpicklingError, EOFError, KeyError) as error:
         raise ConfigError(
-            f"{folder} is damaged: a file does not hold what a checkpoint has there ({error}). {_RESUME_FROM_ANOTHER}"
+            f"{folder} is damaged: a file does not hold what a checkpoint has there ({error}). {RESUME_FROM_ANOTHER}"
         ) from error
     if path is None:
         raise ConfigError(f"{folder} holds no state of the engine. Resume from another checkpoint.")
-    if random_state is None:  # of other ranks: it stays what it was before
-        for group, own in zip(optimizer.param_groups, options):
-            group.update(own)
+    if random_state is None:
+        for group, settings in zip(optimizer.param_groups, group_settings):
+            group.update(settings)
         for state in optimizer.state.values():
             state.update({key: value.clone() for key, value in state.items() if key == "step"})
         return
@@ -282,33 +122,57 @@ def load(engine: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ran
         torch.cuda.set_rng_state(random_state["device"], engine.device)
 
 
-def convert(folder: Path, ranks: Ranks) -> None:
-    """Make the universal form of a checkpoint where it is not there yet; all ranks call this together.
+def reshard(folder: Path, ranks: Ranks) -> None:
+    """Convert a checkpoint to the universal form, unless it has one. Collective.
 
     Raises:
         ConfigError: DeepSpeed cannot convert it.
     """
-    out, part = folder / UNIVERSAL_TAG, folder / f"{UNIVERSAL_TAG}.tmp"
+    out, temporary = folder / UNIVERSAL_TAG, folder / f"{UNIVERSAL_TAG}.tmp"
     if ranks.is_first and not out.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
-        logger.info("%s is of another number of ranks: its state is dealt out anew", folder)
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        options = {"input_folder": folder / ENGINE_TAG, "output_folder": part}
-        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-        for name, value in {**options, **workers}.items():
-            command += [f"--{name}", str(value)]
+        shutil.rmtree(temporary, ignore_errors=True)
+        logger.info("resharding %s to %d rank%s", folder, ranks.world, "" if ranks.world == 1 else "s")
+        command = [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
+            *("--input_folder", str(folder / ENGINE_TAG), "--output_folder", str(temporary)),
+            *("--num_extract_workers", "1", "--num_merge_workers", "1"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ConfigError(f"{folder} cannot be dealt out to {ranks.world} ranks: {last}. Resume from another one.")
-        _flush(part)
-        part.rename(out)
-    wait_for_all()
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ConfigError(f"cannot reshard {folder} to {ranks.world} ranks: {reason}. Resume from another one.")
+        _sync_tree(temporary)
+        temporary.rename(out)
+    barrier()
+
+
+def _check_shared(temporary: Path, ranks: Ranks) -> None:
+    """Check that all ranks have written to the same folder.
+
+    Raises:
+        ConfigError: the files of some ranks are elsewhere.
+    """
+    missing = [rank for rank in range(ranks.world) if not (temporary / random_state_file(rank)).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{temporary} has no files of ranks {missing}, which have just written theirs: the folder is on a disk "
+            "that the machines do not share. Give an absolute --output_dir that they do."
+        )
+
+
+def _remove(old: Path) -> None:
+    """Remove an outdated checkpoint. A failure does not end the run, since the newer checkpoint is complete."""
+    temporary = old.with_name(f"{old.name}.tmp")
+    try:
+        old.rename(temporary)
+        shutil.rmtree(temporary)
+    except OSError as error:
+        logger.warning("%s cannot be removed (%s): remove it by hand", error.filename or old, error.strerror or error)
 
 
 @contextmanager
 def _without_frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Leave frozen parameters out of ``state_dict``, under all their names: DeepSpeed knows one of a tied one."""
+    """Drop frozen parameters from ``state_dict`` under all their names: DeepSpeed drops tied ones under one name."""
 
     def drop(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         for name in _frozen_names(module):
@@ -323,12 +187,12 @@ def _without_frozen(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _load_trained(*, src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
-    """Load what a checkpoint holds of a model: all but the frozen parameters."""
-    found = dst.load_state_dict(src, strict=False)
-    wrong = {*found.missing_keys} ^ _frozen_names(dst) | {*found.unexpected_keys}
+    """Load the parameters that a checkpoint holds, which must be all but the frozen ones."""
+    keys = dst.load_state_dict(src, strict=False)
+    wrong = {*keys.missing_keys} ^ _frozen_names(dst) | {*keys.unexpected_keys}
     if wrong:
         raise ConfigError(
-            "the checkpoint to resume from does not hold exactly the weights that are trained "
+            "the checkpoint to resume from does not hold exactly the weights that this run trains "
             f"({', '.join(sorted(wrong)[:3])}): resume from another one."
         )
 
@@ -344,11 +208,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def _random_file(rank: int) -> str:
-    return f"random-{rank:05d}.pt"
-
-
-def _flush(folder: Path) -> None:
-    """Bring a folder with all its files to the disk, so that the rename cannot get there before them."""
+def _sync_tree(folder: Path) -> None:
+    """Flush a folder and all its files to disk, so that a rename cannot become durable before them."""
     for path in (*folder.rglob("*"), folder):
         sync(path)

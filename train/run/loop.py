@@ -1,19 +1,20 @@
 """The training loop: settings -> a trained model in ``<run>/final``, with metrics and checkpoints on the way.
 
-With LoRA the adapters are in ``<run>/adapter`` as well, and the model in ``final`` has them added in.
+With LoRA the adapters are also written to ``<run>/adapter``, and the model in ``final`` has them merged.
 
-Whatever can be wrong with settings, shards or checkpoint is found before the process group starts
-(:mod:`train.run.plan`). Then, for each step, the stream hands out the micro-batches, each goes forward and backward,
-and the optimizer steps after the last one.
+:func:`train.run.plan.make_plan` rejects settings, shards and checkpoints that do not fit together before the process
+group starts. Then, for each step, the stream yields the micro-batches, each goes forward and backward, and the
+optimizer steps after the last one.
 
-The loss of a step is the mean over its target tokens, of all ranks and micro-steps. Their number is known from the
-index beforehand, so every micro-step is weighted rightly without communication.
+The loss of a step is the mean over its target tokens, of all ranks and micro-steps. The index knows their number
+beforehand, so every micro-step is weighted correctly without communication.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,134 +23,185 @@ from train.batches.stream import BinStream, StepBatch
 from train.model import adapters, kernels, optim, pretrained
 from train.model.flops import ModelFlops
 from train.model.packed import PackedQwen, checkpoint_activations
-from train.run import checkpoint, engine
-from train.run.checkpoint import RunState
+from train.run import checkpoint, process_group
+from train.run.engine import (
+    Engine,
+    can_lower_scale,
+    gather_weights,
+    initialize,
+    register_zero3_loading,
+    seed_dropout,
+)
 from train.run.evaluation import Evaluation, format_evaluation, is_due
 from train.run.interrupt import StopRequest
-from train.run.metrics import Window, open_log
+from train.run.metrics import Record, Window, open_log
 from train.run.nonfinite import SkippedSteps
 from train.run.plan import ADAPTER_DIR, FINAL_DIR, Plan, check_same_plan, make_plan, read_settings
 from train.run.record import record_run
-from train.run.schedule import schedule, set_rates, warmup_steps
+from train.run.run_dir import RunState, check_files, lock_run_dir, remove_unfinished
+from train.run.schedule import LearningRates, count_warmup_steps, schedule
 from train.settings.arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
 
 
 def train(args: TrainArguments) -> bool:
-    """Run a training. All ranks call this together.
+    """Run a training. Collective.
 
     Returns:
-        Whether it came to its end; False where it was told to stop before and has saved a checkpoint to go on from.
+        Whether the run is complete. False if it stopped on request, with a checkpoint to resume from.
 
     Raises:
         ConfigError: settings, shards and checkpoint do not fit together.
         ShardError: shards are incomplete, or a bin is damaged.
-        VlprepError: the loss or the gradient is not a finite number, step after step.
+        VlprepError: the loss or the gradient is not finite in too many consecutive steps.
     """
     plan = make_plan(args)
-    run_lock = checkpoint.hold(args.run_dir) if plan.ranks.is_first else None
-    if plan.ranks.is_first:
-        checkpoint.remove_unfinished(args.run_dir)
-        if plan.resume_from is not None:
-            checkpoint.check_files(plan.resume_from)
-    engine.start(plan.device)
-    check_same_plan(plan)
-    if plan.ranks.is_first:
-        record_run(plan)
-    kept_for_loading = engine.keep_for_zero3(plan.deepspeed)
-    model, groups = build_model(plan)
-    describe(plan, groups)
-    flops = ModelFlops.of(model)
-
-    optimizer = optim.build_optimizer(groups, weight_decay=args.weight_decay)
-    peak_rates = [group["lr"] for group in optimizer.param_groups]
-    warmup = warmup_steps(args.warmup, plan.num_steps)
-    factor = schedule(args.lr_scheduler_type, warmup_steps=warmup, total_steps=plan.num_steps)
-    if plan.is_converted and plan.resume_from is not None:
-        checkpoint.convert(plan.resume_from, plan.ranks)
-    running = engine.initialize(model, optimizer, plan.deepspeed, is_converted=plan.is_converted)
-    engine.seed_dropout(args.seed, plan.ranks, plan.start_step)
-    if plan.resume_from is not None:
-        checkpoint.load(running, optimizer, plan.resume_from, plan.ranks, is_converted=plan.is_converted)
-
-    evaluation = None if plan.eval_index is None else Evaluation(plan)
-    skipped = SkippedSteps(
-        plan.index,
-        max_in_a_row=args.max_skipped_steps,
-        is_first=plan.ranks.is_first,
-        order_command=plan.order_command,
-    )
-    window = Window(plan.order, plan.device, flops, peak_tflops=plan.peak_tflops)
-    opened = open_log(args, is_first=plan.ranks.is_first, start_step=plan.start_step, num_steps=plan.num_steps)
-    is_stopped = False
-    # To the end of the export: what comes too late to stop a run must not end it before its model is written.
-    with StopRequest() as stop:
-        with opened as log, open_stream(plan) as stream:
-            for batch in stream:
-                set_rates(optimizer, peak_rates, factor(batch.step))
-                rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
-                scales_loss = engine.can_lower_scale(running)
-                losses = run_step(running, batch, plan)
-                if running.optimizer.overflow:
-                    skipped.note_skipped(batch, losses, scales_loss=scales_loss)
-                else:
-                    skipped.note_done()
-                step = batch.step + 1
-                window.add(batch)
-                log.advance()
-                is_stopped = stop.is_agreed(plan.device) and step < plan.num_steps
-                evaluates = evaluation is not None and not is_stopped and is_due(plan, step)
-                if step % args.logging_steps == 0 or step in (plan.start_step + 1, plan.num_steps) or evaluates:
-                    record = window.summarise(batch, losses, rates, running.get_global_grad_norm(), skipped.total)
-                    with window.paused():
-                        if evaluation is not None and evaluates:
-                            found = evaluation.run(running)
-                            record.update(found)
-                            logger.info("evaluation after step %d: %s", step, format_evaluation(found))
-                    log.write(record)
-                if evaluates:  # that may have taken minutes, and who asks to stop has few
-                    is_stopped = stop.is_agreed(plan.device) and step < plan.num_steps
-                if is_stopped or (args.save_steps and step % args.save_steps == 0):
-                    with window.paused():
-                        state = RunState(stream=stream.state_dict(), ranks=plan.ranks.world, settings=plan.settings)
-                        checkpoint.save(running, args.run_dir, state, plan.ranks, keep=args.save_total_limit)
-                if is_stopped:
-                    logger.info(
-                        "told to stop: saved after step %d of %d; the same command goes on", step, plan.num_steps
-                    )
-                    break
-        if not is_stopped:
-            export(running, plan)
-    del kept_for_loading
-    engine.stop()
-    if run_lock is not None:
-        run_lock.close()
+    is_first = plan.ranks.is_first
+    with lock_run_dir(args.run_dir) if is_first else nullcontext():
+        if is_first:
+            clean_run_dir(plan)
+        process_group.join(plan.device)
+        check_same_plan(plan)
+        if is_first:
+            record_run(plan)
+        zero3_loading = register_zero3_loading(plan.deepspeed)
+        trainer = Trainer(plan)
+        is_stopped = False
+        # The request is caught until the export is done: one that comes too late must not cost the model.
+        with StopRequest() as stop:
+            log = open_log(args, is_first=is_first, start_step=plan.start_step, num_steps=plan.num_steps)
+            with log as metrics, open_stream(plan) as stream:
+                for batch in stream:
+                    result = trainer.run_step(batch)
+                    metrics.advance()
+                    is_stopped = trainer.should_stop(stop)
+                    evaluates = not is_stopped and trainer.should_evaluate()
+                    if evaluates or trainer.should_log():
+                        metrics.write(trainer.summarise(result, evaluates=evaluates))
+                    if evaluates:  # it may have taken minutes, and a request leaves few
+                        is_stopped = trainer.should_stop(stop)
+                    if is_stopped or trainer.should_save():
+                        trainer.save(stream, is_stopped=is_stopped)
+                    if is_stopped:
+                        break
+            if not is_stopped:
+                export(trainer.engine, plan)
+        del zero3_loading
+        process_group.leave()
     return not is_stopped
 
 
-def run_step(running: Any, batch: StepBatch, plan: Plan) -> torch.Tensor:
-    """One optimizer step: all its micro-steps forward and backward.
+class StepResult(NamedTuple):
+    """An optimizer step that is done.
 
-    DeepSpeed averages over ranks and micro-steps; the weight undoes that, so that what is differentiated is the mean
-    over the target tokens of the step.
-
-    Returns:
-        (A,) float32 on the device, cross-entropy summed over the targets of each micro-batch of this rank.
+    Attributes:
+        batch: its micro-batches and counts.
+        losses: (A,) float32 on the device, cross-entropy summed over the targets of each micro-batch of this rank.
+        learning_rates: of every trained part of the model.
     """
-    num_micro_steps = plan.ranks.world * len(batch.micro_batches)
-    weight = num_micro_steps / max(1, batch.num_targets)
-    losses = []
-    for micro in batch.micro_batches:
-        loss_sum = running(micro.to(plan.device, non_blocking=True))
-        running.backward(loss_sum * weight)
-        running.step()
-        losses.append(loss_sum.detach())
-    return torch.stack(losses)
+
+    batch: StepBatch
+    losses: torch.Tensor
+    learning_rates: dict[str, float]
+
+
+class Trainer:
+    """Engine, schedule and counters of a run, after ``step`` steps."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Build the model and its engine, and restore the checkpoint to resume from. Collective."""
+        args = plan.args
+        model, groups = build_model(plan)
+        describe(plan, groups)
+        flops = ModelFlops.of(model)  # before the engine partitions the weights
+        optimizer = optim.build_optimizer(groups, weight_decay=args.weight_decay)
+        self._rates = LearningRates(
+            optimizer,
+            schedule(
+                args.lr_scheduler_type,
+                warmup_steps=count_warmup_steps(args.warmup, plan.num_steps),
+                total_steps=plan.num_steps,
+            ),
+        )
+        self.engine = start_engine(model, optimizer, plan)
+        self.step = plan.start_step
+        self._plan = plan
+        self._evaluation = None if plan.eval_index is None else Evaluation(plan)
+        self._skipped = SkippedSteps(
+            plan.index,
+            max_consecutive=args.max_skipped_steps,
+            is_first=plan.ranks.is_first,
+            order_command=plan.order_command,
+        )
+        self._window = Window(plan.order, plan.device, flops, peak_tflops=plan.peak_tflops)
+
+    def run_step(self, batch: StepBatch) -> StepResult:
+        """Make one optimizer step, or skip it if its gradient is not finite. Collective."""
+        learning_rates = self._rates.set(batch.step)
+        scales_loss = can_lower_scale(self.engine)
+        losses = forward_backward(self.engine, batch, self._plan)
+        if self.engine.optimizer.overflow:
+            self._skipped.note_skipped(batch, losses, scales_loss=scales_loss)
+        else:
+            self._skipped.note_done()
+        self.step = batch.step + 1
+        self._window.add(batch)
+        return StepResult(batch, losses, learning_rates)
+
+    def should_stop(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop and there are steps left. Collective."""
+        return stop.is_agreed(self._plan.device) and self.step < self._plan.num_steps
+
+    def should_evaluate(self) -> bool:
+        """Whether an evaluation follows this step."""
+        return self._evaluation is not None and is_due(self._plan, self.step)
+
+    def should_log(self) -> bool:
+        """Whether this step is logged: the first and the last of the run, and every ``--logging_steps``."""
+        plan = self._plan
+        return self.step % plan.args.logging_steps == 0 or self.step in (plan.start_step + 1, plan.num_steps)
+
+    def should_save(self) -> bool:
+        """Whether ``--save_steps`` asks for a checkpoint after this step."""
+        save_steps = self._plan.args.save_steps
+        return bool(save_steps) and self.step % save_steps == 0
+
+    def summarise(self, result: StepResult, *, evaluates: bool) -> Record:
+        """Make the record of the last step, with the metrics of an evaluation if one is due. Collective."""
+        record = self._window.summarise(*result, self.engine.get_global_grad_norm(), self._skipped.total)
+        if evaluates and self._evaluation is not None:
+            with self._window.paused():
+                metrics = self._evaluation.run(self.engine)
+            record.update(metrics)
+            logger.info("evaluation after step %d: %s", self.step, format_evaluation(metrics))
+        return record
+
+    def save(self, stream: BinStream, *, is_stopped: bool) -> None:
+        """Write a checkpoint. Collective."""
+        plan = self._plan
+        state = RunState(stream=stream.state_dict(), ranks=plan.ranks.world, settings=plan.settings)
+        with self._window.paused():
+            checkpoint.save(
+                self.engine, plan.args.run_dir, state, plan.ranks, max_checkpoints=plan.args.save_total_limit
+            )
+        if is_stopped:
+            logger.info(
+                "stop requested: checkpoint saved at step %d/%d; rerun the same command to resume",
+                self.step,
+                plan.num_steps,
+            )
+
+
+def clean_run_dir(plan: Plan) -> None:
+    """Remove unfinished checkpoints, and check the files of the one to resume from. The first rank does this."""
+    remove_unfinished(plan.args.run_dir)
+    if plan.resume_from is not None:
+        check_files(plan.resume_from)
 
 
 def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:
-    """The model with the weights of the checkpoint that the run starts from, in training mode, and what is trained."""
+    """The model in training mode, with the weights that the run starts from, and its parameter groups."""
     hf = pretrained.load_model(plan.source, dtype=plan.dtype, attn_implementation=plan.attention)
     if plan.args.use_liger_kernel:
         kernels.use_liger(hf)
@@ -165,8 +217,20 @@ def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:
     return model, groups
 
 
+def start_engine(model: PackedQwen, optimizer: torch.optim.Optimizer, plan: Plan) -> Engine:
+    """Wrap the model into an engine, in the state of the checkpoint to resume from if there is one. Collective."""
+    is_resharded = plan.is_converted
+    if plan.resume_from is not None and is_resharded:
+        checkpoint.reshard(plan.resume_from, plan.ranks)
+    engine = initialize(model, optimizer, plan.deepspeed, is_resharded=is_resharded)
+    seed_dropout(plan.args.seed, plan.ranks, plan.start_step)
+    if plan.resume_from is not None:
+        checkpoint.load(engine, optimizer, plan.resume_from, plan.ranks, is_resharded=is_resharded)
+    return engine
+
+
 def open_stream(plan: Plan) -> BinStream:
-    """The steps of this rank, from where the run starts or goes on to its end."""
+    """The steps of this rank, from the start or resume of the run to its end."""
     args, accumulation = plan.args, plan.recipe.accumulation
     num_threads, factor = args.dataloader_num_workers, args.dataloader_prefetch_factor
     return BinStream(
@@ -187,22 +251,56 @@ def open_stream(plan: Plan) -> BinStream:
     )
 
 
+def forward_backward(engine: Engine, batch: StepBatch, plan: Plan) -> torch.Tensor:
+    """Run all micro-steps of an optimizer step, the last of which updates the weights. Collective.
+
+    DeepSpeed averages over ranks and micro-steps. The weight undoes that, so that the differentiated loss is the mean
+    over the target tokens of the step.
+
+    Returns:
+        (A,) float32 on the device, cross-entropy summed over the targets of each micro-batch of this rank.
+    """
+    num_micro_steps = plan.ranks.world * len(batch.micro_batches)
+    weight = num_micro_steps / max(1, batch.num_targets)
+    losses = []
+    for micro in batch.micro_batches:
+        loss_sum = engine(micro.to(plan.device, non_blocking=True))
+        engine.backward(loss_sum * weight)
+        engine.step()
+        losses.append(loss_sum.detach())
+    return torch.stack(losses)
+
+
+def export(engine: Engine, plan: Plan) -> None:
+    """Write the trained model to ``<run>/final``. Collective: all ranks gather, the first one writes."""
+    hf = engine.module.hf
+    weights = gather_weights(hf, plan.ranks)
+    if plan.ranks.is_first:
+        if plan.adapters is not None:
+            out, name = plan.args.run_dir / ADAPTER_DIR, plan.args.model_name_or_path
+            weights, of_adapters = adapters.split_weights(weights)
+            adapters.write_adapter(out, of_adapters, plan.adapters, model=name, source=plan.source)
+            weights = adapters.merge_weights(weights, of_adapters, plan.adapters.scaling)
+        pretrained.write_checkpoint(plan.args.run_dir / FINAL_DIR, hf, weights, source=plan.source)
+
+
 def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
-    """Say once what is going to happen."""
+    """Log what the run trains on, how, and which parameters."""
     index, ranks = plan.index, plan.ranks
     for folder, num_bins, share in zip(index.folders, np.diff(index.first_bins).tolist(), index.shares()):
         logger.info("%s: %d bins, share %.4g %%", folder, num_bins, 100 * share)
     if (held_out := plan.eval_index) is not None:
         folders = ", ".join(map(str, held_out.folders))
         logger.info(
-            "to evaluate on: %d bins with %d samples of %s", held_out.num_bins, held_out.num_samples.sum(), folders
+            "evaluating on %d bins with %d samples of %s", held_out.num_bins, held_out.num_samples.sum(), folders
         )
     logger.info(
         "%d bins with %d tokens, %d of them targets", index.num_bins, index.num_tokens.sum(), index.num_targets.sum()
     )
     logger.info(
-        "%d ranks on %s, %s, %s, ZeRO-%d; steps %d to %d of %d bins each",
+        "%d rank%s on %s, %s, %s, ZeRO-%d; steps %d to %d of %d bins each",
         ranks.world,
+        "" if ranks.world == 1 else "s",
         plan.device.type,
         str(plan.dtype).removeprefix("torch."),
         plan.attention,
@@ -213,17 +311,4 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
     )
     logger.info("parameters:\n%s", optim.format_table(groups, weight_decay=plan.args.weight_decay))
     if plan.resume_from is not None:
-        logger.info("going on from %s", plan.resume_from)
-
-
-def export(running: Any, plan: Plan) -> None:
-    """Write the trained model to ``<run>/final``. All ranks gather, the first one writes."""
-    model: PackedQwen = running.module
-    weights = engine.gather_weights(model.hf, plan.ranks)
-    if plan.ranks.is_first:
-        if plan.adapters is not None:
-            out, name = plan.args.run_dir / ADAPTER_DIR, plan.args.model_name_or_path
-            weights, of_adapters = adapters.split_weights(weights)
-            adapters.write_adapter(out, of_adapters, plan.adapters, model=name, source=plan.source)
-            weights = adapters.merge_weights(weights, of_adapters, plan.adapters.scaling)
-        pretrained.write_checkpoint(plan.args.run_dir / FINAL_DIR, model.hf, weights, source=plan.source)
+        logger.info("resuming from %s", plan.resume_from)

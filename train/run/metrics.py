@@ -1,8 +1,8 @@
-"""What a run tells about itself: numbers of logged steps -> ``metrics.jsonl``, the screen, TensorBoard or wandb.
+"""Metrics of logged steps -> ``metrics.jsonl``, the screen, TensorBoard or wandb.
 
-Only the first rank writes. ``metrics.jsonl`` has one JSON object a logged step; when a run goes on from a checkpoint,
-lines of later steps, which are trained again, are dropped first, so that the file tells one story. TensorBoard is told
-to forget its numbers of these steps; to wandb, a run that goes on is another one.
+Only the first rank writes. ``metrics.jsonl`` has one JSON object per logged step. A run that resumes first drops the
+lines of later steps, which are trained again, so that the file has every step once. TensorBoard purges these steps too.
+In wandb a resumed run is a new one.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from train.settings.arguments import TrainArguments
 METRICS_FILE = "metrics.jsonl"
 
 Record = dict[str, Any]
-"""Numbers of one logged step; nested dicts hold one number for each part of the model, or for each dataset."""
+"""Metrics of one logged step. Nested dicts hold one value per part of the model, or per dataset."""
 
 
 class Window:
-    """Adds up what happens between two logged steps, and makes the record of a logged step from it."""
+    """Accumulates the steps between two logged steps and turns them into a record."""
 
     def __init__(self, order: DataOrder, device: torch.device, flops: ModelFlops, *, peak_tflops: float | None) -> None:
-        """Begin a window.
+        """Start the first window.
 
         Args:
-            order: of the bins.
+            order: the order of the bins.
             device: of this rank.
             flops: operations of the model.
-            peak_tflops: what the device of a rank can do at most, in 10^12 operations a second; None: not known.
+            peak_tflops: peak of the device of a rank, in 10^12 operations per second; None if unknown.
         """
         self._order = order
         self._device = device
@@ -62,7 +62,7 @@ class Window:
         self._data_wait_s = self._efficiency = self._num_flops = 0.0
 
     def add(self, batch: StepBatch) -> None:
-        """One step is done."""
+        """Add a step that is done."""
         self._num_steps += 1
         self._num_tokens += batch.num_tokens
         self._max_tokens += batch.max_tokens
@@ -73,7 +73,7 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in the ``with`` block counts for no step."""
+        """Exclude the time spent in the ``with`` block."""
         began = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - began
@@ -86,18 +86,18 @@ class Window:
         grad_norm: torch.Tensor | float,
         num_skipped: int,
     ) -> Record:
-        """Make the record of the step just done and begin a new window. All ranks call this together.
+        """Make the record of the last step and start a new window. Collective.
 
-        Loss, learning rates, gradient norm and counts are those of the step; times and speeds are means over the
-        window, of the slowest rank; padding and efficiency are means over the window; operations are those of a rank,
-        in the mean over ranks. A loss or norm that is not finite is None.
+        Loss, learning rates, gradient norm and counts are those of the step. Times and speeds are means over the
+        window, of the slowest rank. Padding and efficiency are means over the window. Operations are those of a rank,
+        averaged over the ranks. A loss or norm that is not finite is None.
 
         Args:
             batch: the step.
             losses: (A,) float32, cross-entropy summed over the targets of each micro-batch of this rank.
             rates: learning rate of every trained part in this step.
             grad_norm: norm of the gradient before clipping.
-            num_skipped: steps skipped so far since the start or resume of the run.
+            num_skipped: steps skipped since the run started or resumed.
         """
         flops = torch.tensor(self._num_flops, dtype=torch.float64, device=losses.device)
         totals = torch.stack([losses.double().sum(), flops])
@@ -135,34 +135,34 @@ class Window:
         return record
 
     def _epoch(self, steps_done: int) -> float:
-        """Passes over all bins; the last step of the order may have fewer bins than the others."""
+        """Passes over all bins. The last step of the order may have fewer bins than the others, hence the minimum."""
         passes = steps_done / self._order.steps_per_epoch
         return round(passes if self._order.epochs is None else min(passes, self._order.epochs), 4)
 
 
 class Sink(Protocol):
-    """Where records go."""
+    """Destination of records."""
 
     def write(self, record: Record) -> None:
-        """Take the record of a step."""
+        """Write the record of a step."""
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Flush and close."""
 
 
 class MetricsLog:
-    """Shows progress and hands records to all sinks; on other ranks than the first there are none."""
+    """Shows progress and passes records to all sinks. Only the first rank has sinks."""
 
     def __init__(self, bar: tqdm[NoReturn], sinks: Sequence[Sink]) -> None:
         self._bar = bar
         self._sinks = sinks
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Advance the progress bar by a step."""
         self._bar.update()
 
     def write(self, record: Record) -> None:
-        """Write the record of a step, on the screen in a line of its own: a bar is cut where the screen ends."""
+        """Write the record of a step. It gets a line of its own on the screen, since the screen truncates a bar."""
         if not self._bar.disable:
             self._bar.write(format_record(record), file=sys.stderr)
         for sink in self._sinks:
@@ -171,13 +171,13 @@ class MetricsLog:
 
 @contextmanager
 def open_log(args: TrainArguments, *, is_first: bool, start_step: int, num_steps: int) -> Iterator[MetricsLog]:
-    """Open the log of a run for as long as the ``with`` block lasts.
+    """Open the log of a run for the ``with`` block.
 
     Args:
-        args: the flags; they say where the run is written and to whom it reports.
+        args: the flags, with the folder of the run and ``--report_to``.
         is_first: whether this rank writes.
-        start_step: steps done before; what was written of later ones is dropped.
-        num_steps: steps of the whole run.
+        start_step: steps done before. Metrics of later steps are dropped.
+        num_steps: steps of the run.
     """
     with ExitStack() as stack:
         sinks: list[Sink] = []
@@ -188,18 +188,18 @@ def open_log(args: TrainArguments, *, is_first: bool, start_step: int, num_steps
         bar = stack.enter_context(
             tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not is_first)
         )
-        if is_first:  # lines of the log then stand above the bar, not in it
+        if is_first:  # print log lines above the bar, not into it
             stack.enter_context(logging_redirect_tqdm())
         yield MetricsLog(bar, sinks)
 
 
 def format_record(record: Record) -> str:
-    """What matters of a record, in a line for a person. Parts that are trained at one rate are not told apart."""
-    loss, norm = record["loss"], record["grad_norm"]
+    """The main metrics of a record in one line. One learning rate stands for all parts if they have the same."""
+    norm = record["grad_norm"]
     rates = {part: f"{rate:.2e}" for part, rate in record["learning_rates"].items()}
     one_rate = len({*rates.values()}) == 1
     shown = {
-        "loss": "not finite" if loss is None else f"{loss:.4f}",
+        "loss": format_loss(record["loss"]),
         "norm": "not finite" if norm is None else f"{norm:.3g}",
         **({"lr": next(iter(rates.values()))} if one_rate else {f"lr_{part}": rate for part, rate in rates.items()}),
         "tokens_per_s": f"{record['tokens_per_s']:.0f}",
@@ -214,8 +214,13 @@ def format_record(record: Record) -> str:
     return f"step {record['step']}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
+def format_loss(loss: float | None) -> str:
+    """A loss with four decimals."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def drop_later_steps(path: Path, step: int) -> None:
-    """Keep the lines of ``metrics.jsonl`` up to ``step``; an unfinished last line of a killed run goes too."""
+    """Drop the lines of ``metrics.jsonl`` after ``step``, and the unfinished last line of a killed run."""
     if not path.is_file():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
@@ -223,28 +228,28 @@ def drop_later_steps(path: Path, step: int) -> None:
 
 
 def flatten(record: Record) -> dict[str, float]:
-    """Numbers of a record by one name each: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``; None is left out."""
+    """Flatten a record: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``. None is dropped."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
-            flat.update({f"{name}/{part}": number for part, number in flatten(value).items()})
+            flat.update({f"{name}/{key}": item for key, item in flatten(value).items()})
         elif value is not None:
             flat[name] = value
     return flat
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this rank has held: of the accelerator, or of the process where there is none."""
+    """Peak memory of this rank: of the accelerator, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def require_reporter(report_to: str) -> None:
-    """Check at start that the package which ``--report_to`` names is there.
+    """Check that the package of ``--report_to`` is installed.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not.
     """
     if report_to != "none" and find_spec(report_to) is None:
         raise ConfigError(f"--report_to {report_to} needs the {report_to} package: pip install {report_to}")
@@ -262,7 +267,7 @@ def _step_of(line: str) -> float:
 
 
 class _JsonLines:
-    """``metrics.jsonl``: one JSON object a line, on the disk at once."""
+    """``metrics.jsonl``: one JSON object per line, flushed at once."""
 
     def __init__(self, args: TrainArguments, start_step: int) -> None:
         path = args.run_dir / METRICS_FILE
@@ -294,7 +299,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of Weights & Biases; its environment variables (project, entity, offline mode) apply."""
+    """A run of Weights & Biases, whose environment variables (project, entity, offline mode) apply."""
 
     def __init__(self, args: TrainArguments, start_step: int) -> None:
         import wandb

@@ -25,11 +25,12 @@ from train.model.kernels import check_kernels
 from train.model.pretrained import ModelShape
 from train.order.dealing import DataOrder
 from train.order.run_order import order_of_run
-from train.run import checkpoint, engine
-from train.run.checkpoint import RunState, Setting
-from train.run.engine import Ranks
+from train.run.device import choose_attention, choose_device, choose_dtype
 from train.run.metrics import require_reporter
+from train.run.process_group import Ranks, read_ranks
+from train.run.run_dir import RunState, Setting, check_settings, choose_checkpoint, read_state
 from train.settings.arguments import TrainArguments
+from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.recipe import Recipe, choose_recipe
 from train.shards.index import ShardIndex, open_shards
 from train.shards.ledger import SampleDatasets, sample_datasets
@@ -144,9 +145,9 @@ def make_plan(args: TrainArguments) -> Plan:
         ConfigError: settings, shards and checkpoints do not fit together.
         ShardError: shards are incomplete.
     """
-    ranks = engine.read_ranks(args.local_rank)
+    ranks = read_ranks(args.local_rank)
     require_reporter(args.report_to)
-    deepspeed = engine.read_deepspeed_config(args.deepspeed)
+    deepspeed = read_deepspeed_config(args.deepspeed)
     index = open_shards(args.shards)
     eval_index = None if args.eval_shards is None else open_eval_shards(args.eval_shards)
     check_read_flags(args, [index] if eval_index is None else [index, eval_index])
@@ -162,21 +163,19 @@ def make_plan(args: TrainArguments) -> Plan:
     model_config = read_config(source)
     recipe = choose_recipe(args, model_config)
     adapters = choose_adapters(args, model_config)
-    device = engine.choose_device(ranks)
-    dtype = engine.choose_dtype(args, deepspeed, device)
-    attention = engine.choose_attention(args, device, dtype)
+    device = choose_device(ranks)
+    dtype = choose_dtype(args, deepspeed, device)
+    attention = choose_attention(args, device, dtype)
     check_window(shape.sliding_window, attention)
-    deepspeed = engine.complete_config(
-        deepspeed, args, recipe, world=ranks.world, dtype=dtype, hidden_size=shape.hidden_size
-    )
+    deepspeed = complete_config(deepspeed, args, recipe, world=ranks.world, dtype=dtype, hidden_size=shape.hidden_size)
     check_kernels(args, device, deepspeed)
 
     settings = run_settings(args, recipe, index, dtype=dtype, deepspeed=deepspeed)
     settings.update(frozen_settings(args, adapters, source))
-    resume_from = checkpoint.choose_checkpoint(args.run_dir, args.resume)
-    state = None if resume_from is None else checkpoint.read_state(resume_from)
+    resume_from = choose_checkpoint(args.run_dir, args.resume)
+    state = None if resume_from is None else read_state(resume_from)
     if resume_from is not None and state is not None:
-        checkpoint.check_settings(resume_from, state, settings)
+        check_settings(resume_from, state, settings)
     order = order_of_run(
         args,
         index,

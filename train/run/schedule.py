@@ -1,9 +1,9 @@
-"""Course of the learning rates: step -> factor on the peak rate of every group."""
+"""Learning rate schedule: step -> factor on the peak learning rate of every parameter group."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -11,21 +11,21 @@ from train.settings.arguments import FLAT
 
 
 def schedule(kind: str, *, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then ``cosine`` or ``linear`` decay towards 0, or the peak (``constant_with_warmup``).
+    """Linear warmup, then ``cosine`` or ``linear`` decay towards 0, or the peak (``constant_with_warmup``).
 
-    ``constant`` is the peak in all steps. Names and courses are those of transformers, but no step is spent at a rate
-    of 0: where a schedule of theirs has ``step / warmup_steps``, this one is a step ahead. So step 0 has
-    ``1 / warmup_steps``, step ``warmup_steps - 1`` the peak, and 0 would be reached by the step after the last.
+    ``constant`` is the peak in all steps. Names and curves are those of transformers, except that no step has a rate of
+    0: during warmup, where transformers uses ``step / warmup_steps``, this schedule is one step ahead. Step 0 has the
+    factor ``1 / warmup_steps``, step ``warmup_steps - 1`` has 1, and a step after the last would have 0.
 
     Args:
         kind: ``cosine``, ``linear``, ``constant`` or ``constant_with_warmup``.
-        warmup_steps: steps in which the factor rises; 0 for none, as ``constant`` has it.
+        warmup_steps: steps in which the factor rises; 0 for ``constant``.
         total_steps: steps of the run.
 
     Returns:
-        A function of the step (counted from 0) that gives the factor, 0 to 1.
+        A function from the step, counted from 0, to the factor, 0 to 1.
     """
-    assert kind != FLAT or not warmup_steps, f"{FLAT} has no warm-up"
+    assert kind != FLAT or not warmup_steps, f"{FLAT} has no warmup"
     decay = _DECAYS[kind]
 
     def factor(step: int) -> float:
@@ -37,15 +37,31 @@ def schedule(kind: str, *, warmup_steps: int, total_steps: int) -> Callable[[int
     return factor
 
 
-def warmup_steps(ratio: float, total_steps: int) -> int:
-    """Steps of warm-up: ``ratio`` of all steps, rounded up."""
+def count_warmup_steps(ratio: float, total_steps: int) -> int:
+    """Steps of warmup: ``ratio`` of all steps, rounded up."""
     return math.ceil(ratio * total_steps)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float | torch.Tensor], factor: float) -> None:
-    """Give every group of an optimizer its peak rate times ``factor``."""
-    for group, peak in zip(optimizer.param_groups, peaks):
-        group["lr"] = peak * factor
+class LearningRates:
+    """Sets the learning rate of every group of an optimizer to its peak times the factor of a step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        """Take the present learning rates as the peaks."""
+        self._optimizer = optimizer
+        self._factor = factor
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, step: int) -> dict[str, float]:
+        """Set the rates of a step, counted from 0.
+
+        Returns:
+            The learning rate of every trained part of the model.
+        """
+        factor = self._factor(step)
+        groups = self._optimizer.param_groups
+        for group, peak in zip(groups, self._peaks):
+            group["lr"] = peak * factor
+        return {group["part"]: group["lr"] for group in groups}
 
 
 def _cosine(progress: float) -> float:

@@ -1,0 +1,120 @@
+"""Precision and attention of a run: the flags, the DeepSpeed file and the hardware agree on them."""
+
+from __future__ import annotations
+
+from importlib.machinery import ModuleSpec
+
+import pytest
+import torch
+
+from schemas.errors import ConfigError
+from train.run import device
+from train.run.device import choose_attention, choose_dtype
+from train.settings.arguments import TrainArguments
+from train.settings.flags import parse_arguments
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def arguments(*flags: str) -> TrainArguments:
+    return parse_arguments(["--shards", "shards/", *flags])
+
+
+@pytest.fixture
+def half_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks torch, whose answer depends on the processor."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flags", "in_file", "expected"),
+    [
+        ("", {}, FP32),
+        ("", {"bf16": "auto", "fp16": "auto"}, FP32),
+        ("--bf16", {"bf16": "auto"}, BF16),
+        ("", {"bf16": True}, BF16),
+        ("--bf16 False", {"bf16": False}, FP32),
+        ("--fp16", {}, FP16),
+        ("--fp16", {"bf16": "auto", "fp16": "auto"}, FP16),
+        ("--fp16", {"bf16": False, "fp16": True}, FP16),
+        ("", {"fp16": True}, FP16),
+        ("--fp16 False", {"fp16": "auto"}, FP32),
+        ("--fp16 False", {"bf16": "auto", "fp16": False}, FP32),
+        ("--fp16 False", {"bf16": True, "fp16": "auto"}, BF16),
+        ("--fp16 False --bf16", {}, BF16),
+        ("--bf16 False", {"fp16": True}, FP16),
+    ],
+)
+def test_the_flag_decides_the_precision_then_the_file_then_the_device(
+    half_is_supported: None, flags: str, in_file: dict[str, object], expected: torch.dtype
+) -> None:
+    config = {name: {"enabled": value} for name, value in in_file.items()}
+    assert choose_dtype(arguments(*flags.split()), config, CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "in_file", "message"),
+    [
+        ("--bf16", {"bf16": False}, "bf16.enabled = False, but --bf16 is True"),
+        ("--fp16", {"fp16": False}, "fp16.enabled = False, but --fp16 is True"),
+        ("--fp16 False", {"fp16": True}, "fp16.enabled = True, but --fp16 is False"),
+        ("--fp16 False --bf16", {"fp16": True}, "fp16.enabled = True, but --fp16 is False"),
+        ("--fp16", {"bf16": True}, "enable both bf16 and fp16"),
+        ("--bf16", {"fp16": True}, "enable both bf16 and fp16"),
+        ("", {"bf16": True, "fp16": True}, "enable both bf16 and fp16"),
+    ],
+)
+def test_a_precision_that_flags_and_file_disagree_on_is_an_error(
+    half_is_supported: None, flags: str, in_file: dict[str, object], message: str
+) -> None:
+    config = {name: {"enabled": value} for name, value in in_file.items()}
+    with pytest.raises(ConfigError, match=message):
+        choose_dtype(arguments(*flags.split()), config, CPU)
+
+
+def test_float16_on_a_device_without_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match="cpu does not support float16: drop --fp16"):
+        choose_dtype(arguments("--fp16"), {}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "expected"),
+    [
+        (GPU, BF16, True, "flash_attention_2"),
+        (GPU, FP16, True, "flash_attention_2"),
+        (GPU, BF16, False, "sdpa"),
+        (GPU, FP32, True, "sdpa"),
+        (CPU, BF16, True, "sdpa"),
+    ],
+)
+def test_flash_attention_is_the_default_where_it_can_run(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, dtype: torch.dtype, installed: bool, expected: str
+) -> None:
+    pretend_flash_attn(monkeypatch, installed)
+    assert choose_attention(arguments(), device, dtype) == expected
+    assert choose_attention(arguments("--attn_implementation", "sdpa"), device, dtype) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "message"),
+    [(CPU, True, "needs a GPU and bfloat16 or float16"), (GPU, False, "pip install flash-attn --no-build-isolation")],
+)
+def test_requesting_flash_attention_where_it_cannot_run_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, installed: bool, message: str
+) -> None:
+    pretend_flash_attn(monkeypatch, installed)
+    with pytest.raises(ConfigError, match=message):
+        choose_attention(arguments("--attn_implementation", "flash_attention_2"), device, BF16)
+
+
+def pretend_flash_attn(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    spec = ModuleSpec("flash_attn", loader=None) if installed else None
+    monkeypatch.setattr(device, "find_spec", lambda name: spec)

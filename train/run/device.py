@@ -1,0 +1,78 @@
+"""What a rank computes on and in: the flags, the DeepSpeed file and the hardware -> device, precision and attention."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from schemas.errors import ConfigError
+from train.model.attention import FLASH_ATTENTION, SDPA
+from train.run.process_group import Ranks
+from train.settings.arguments import TrainArguments
+from train.settings.deepspeed_file import AUTO, contradiction, section
+
+
+def choose_device(ranks: Ranks) -> torch.device:
+    """The accelerator of this rank if the machine has one, else the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(ranks.local)
+    return torch.device(accelerator.device_name(ranks.local))
+
+
+def choose_dtype(args: TrainArguments, config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The precision of the flags, else of the DeepSpeed file, else bfloat16 if the accelerator supports it.
+
+    Raises:
+        ConfigError: the flags contradict the file, or the device does not support the precision.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    is_enabled: dict[str, bool | None] = {}
+    for name, flag in (("bf16", args.bf16), ("fp16", args.fp16)):
+        in_file = section(config, name, args.deepspeed).get("enabled", AUTO)
+        if flag is not None and in_file not in (AUTO, flag):
+            raise contradiction(args.deepspeed, f"{name}.enabled", in_file, f"--{name}", flag)
+        is_enabled[name] = flag if in_file == AUTO else bool(in_file)
+    if is_enabled["bf16"] and is_enabled["fp16"]:
+        raise ConfigError(
+            f"the flags and --deepspeed {args.deepspeed} enable both bf16 and fp16: drop --bf16 or --fp16, or write "
+            '"auto" for the other one in the file.'
+        )
+    if is_enabled["fp16"]:
+        if not get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                f"{device.type} does not support float16: drop --fp16, and fp16.enabled of --deepspeed "
+                f"{args.deepspeed}."
+            )
+        return torch.float16
+    if is_enabled["bf16"] is None:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if is_enabled["bf16"] else torch.float32
+
+
+def choose_attention(args: TrainArguments, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention of ``--attn_implementation``; ``auto`` is flash attention where it can run, else SDPA.
+
+    Raises:
+        ConfigError: the flag requests flash attention where it cannot run.
+    """
+    is_possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    is_installed = find_spec("flash_attn") is not None
+    if args.attn_implementation == "auto":
+        return FLASH_ATTENTION if is_possible and is_installed else SDPA
+    if args.attn_implementation == FLASH_ATTENTION:
+        if not is_possible:
+            raise ConfigError(
+                f"--attn_implementation {FLASH_ATTENTION} needs a GPU and bfloat16 or float16: use sdpa here."
+            )
+        if not is_installed:
+            raise ConfigError(
+                f"--attn_implementation {FLASH_ATTENTION} needs the flash-attn package: "
+                "pip install flash-attn --no-build-isolation"
+            )
+    return args.attn_implementation
