@@ -1,8 +1,7 @@
-"""Engines: whoever runs the parallel steps of the pipeline. A step does not know which one runs it.
+"""Engines run the parallel steps of the pipeline. A step does not know which engine runs it.
 
-An engine takes a function and tasks, and yields results in the order of the tasks, as soon as they are there; it holds
-only a few tasks in flight. Tasks are idempotent: what they write gets its name when it is complete, so an engine may
-run one again, or twice at the same time.
+In: a function and tasks. Out: results in the order of the tasks, as they become available, with few tasks in flight.
+Tasks are idempotent: their files get their final names when complete, so an engine may retry a task or run it twice.
 
 - :class:`~prep.engines.local.SerialEngine`: this process.
 - :class:`~prep.engines.local.LocalEngine`: processes on this machine.
@@ -28,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class Engine(Protocol):
-    """What a step of the pipeline needs from whoever runs it."""
+    """What a step of the pipeline needs from an engine."""
 
     @property
     def num_workers(self) -> int:
@@ -36,12 +35,12 @@ class Engine(Protocol):
         ...
 
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
-        """Say what the tasks of later calls of :meth:`map` need, besides what was said before.
+        """Add paths that the tasks of later calls of :meth:`map` need.
 
-        An engine whose workers are elsewhere gives work only to those that see all of it.
+        An engine with workers on other machines uses only those that see all paths.
 
         Args:
-            reads: existing files, and folders with what tasks read.
+            reads: existing files and folders that tasks read.
             writes: existing folders that tasks write into.
         """
         ...
@@ -49,25 +48,25 @@ class Engine(Protocol):
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
         """Results of ``function`` for every task, in order. Function, tasks and results must pickle.
 
-        Closing the generator ends what runs; when :meth:`~Generator.close` returns, nothing of it is left.
+        Closing the generator ends all running tasks; :meth:`~Generator.close` returns once they have ended.
 
         Raises:
-            VlprepError: a worker is lost for good. What ``function`` raises comes out as it is.
+            VlprepError: a worker is lost for good. Exceptions of ``function`` pass through unchanged.
         """
         ...
 
 
 @contextmanager
 def open_engine(name: str = "local", *, workers: int | None = None, ray_address: str | None = None) -> Iterator[Engine]:
-    """The engine of a name, until the end of the block.
+    """Open an engine by name; a context manager.
 
     Args:
         name: one of :data:`ENGINES`.
-        workers: tasks that run at the same time, or None for as many as there are cores.
+        workers: tasks that run at the same time; None for one per core.
         ray_address: of a Ray cluster: ``auto``, ``local``, ``host:port`` or ``ray://host:port``; None to look for one.
 
     Raises:
-        ConfigError: an address for an engine that has none.
+        ConfigError: an address with an engine that takes none.
     """
     if name == "ray":
         from prep.engines.ray import RayEngine
@@ -76,10 +75,10 @@ def open_engine(name: str = "local", *, workers: int | None = None, ray_address:
             yield engine
         return
     if ray_address is not None:
-        raise ConfigError(f"--ray-address {ray_address} goes with --engine ray; the {name} engine has no address.")
-    number = default_workers() if workers is None else workers
-    if number == 1:
+        raise ConfigError(f"--ray-address {ray_address} goes with --engine ray; the {name} engine takes no address.")
+    num_workers = default_workers() if workers is None else workers
+    if num_workers == 1:
         yield SerialEngine()
         return
-    with LocalEngine(number) as local:
+    with LocalEngine(num_workers) as local:
         yield local

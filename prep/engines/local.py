@@ -31,7 +31,7 @@ class SerialEngine:
     num_workers = 1
 
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
-        """See :class:`~prep.engines.Engine`: this process sees all that it names."""
+        """See :class:`~prep.engines.Engine`. Nothing to do: tasks run in this process."""
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
         """See :class:`~prep.engines.Engine`."""
@@ -41,9 +41,9 @@ class SerialEngine:
 class LocalEngine:
     """Worker processes on this machine.
 
-    They are started afresh (not forked from a process that has threads), each with the libraries' own threads turned
-    off: the workers occupy the cores already. They start with the first tasks and stay until the end of the ``with``
-    block, so that a tokenizer or a decoder that one step of the pipeline has started serves the next one too.
+    They are spawned, not forked, because this process has threads. Threads of libraries are turned off in them, since
+    the workers already occupy the cores. Workers start with the first tasks and stay until the end of the ``with``
+    block, so that a tokenizer or decoder that one step started serves the next step too.
 
     Args:
         num_workers: number of processes, at least 1.
@@ -59,10 +59,10 @@ class LocalEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end()
+        self._shut_down()
 
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
-        """See :class:`~prep.engines.Engine`: a process of this machine sees what this one does."""
+        """See :class:`~prep.engines.Engine`. Nothing to do: all workers run on this machine."""
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
         """See :class:`~prep.engines.Engine`.
@@ -82,27 +82,27 @@ class LocalEngine:
                 result = flying.popleft().result()
                 for task in itertools.islice(waiting, 1):
                     flying.append(_submit(pool, function, task))
-                # Who zips tasks with results leaves after the last result, without looking for the end.
+                # A caller that zips tasks with results stops after the last result, before the generator ends.
                 is_idle = not flying
                 yield result
         except BrokenProcessPool as error:
             raise VlprepError(
-                "a worker process was killed (out of memory, or by a signal). Run the same command again to go on "
-                "where it was, with fewer --workers if memory ran out."
+                "a worker process was killed (out of memory, or by a signal). Run the same command again to resume, "
+                "with fewer --workers if memory ran out."
             ) from error
         finally:
             if not is_idle:
                 for worker in _workers(pool):
                     worker.terminate()
-                self._end()
+                self._shut_down()
 
     def _ready(self) -> ProcessPoolExecutor:
-        """The workers of the step before, or new ones: one that was killed while it had nothing to do cost nothing."""
+        """The workers of the previous step; new ones if any of them was killed while idle."""
         if self._pool is not None:
-            # Not is_alive(): the pool's own thread may ask the same at this moment, and only one gets an answer.
+            # Not is_alive(): the pool's own thread may be waiting for the same process, and only one gets its status.
             ended = multiprocessing.connection.wait([worker.sentinel for worker in _workers(self._pool)], timeout=0)
             if ended or self._pool._broken:
-                self._end()
+                self._shut_down()
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self.num_workers,
@@ -112,38 +112,38 @@ class LocalEngine:
             )
         return self._pool
 
-    def _end(self) -> None:
-        """End the workers; returns when nothing of them is left."""
+    def _shut_down(self) -> None:
+        """End the workers; returns when all have ended."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
 
 def _workers(pool: ProcessPoolExecutor) -> list[multiprocessing.process.BaseProcess]:
-    """The processes of a pool, and no other child of this process."""
+    """The processes of a pool, and no other children of this process."""
     return list((pool._processes or {}).values())
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-    """Give a task to the workers, which are started as tasks come; interrupts are left to this process."""
+    """Submit a task. This may start a worker, which must leave interrupts to this process."""
     with without(signal.SIGINT):
         return pool.submit(function, task)
 
 
 def _prepare_worker(parent: int) -> None:
-    """End with the parent, or at once when it says so, and keep libraries from starting threads."""
+    """Make a worker end with its parent or on SIGTERM, and keep libraries from starting threads."""
     die_with_parent(parent)
-    # By the kernel, whatever the worker is at. A handler of Python's could come too late: just before it waits for the
-    # lock of the queue, which is never given back by a worker that ended with it. An exception the pool would catch.
+    # Let the kernel end it at once. A Python handler may run too late, if the worker is waiting for a queue lock that
+    # another ended worker still holds. The pool would catch an exception.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(ONE_THREAD)
 
 
 def default_workers(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use: those it is bound to, or fewer where a container has a share of them only.
+    """Number of cores that this process may use: those it is bound to, or the quota of its container if that is lower.
 
     Args:
-        quota: where the kernel says what the container may use: microseconds of work (or ``max``) in microseconds.
+        quota: the kernel's file with the quota of the container: microseconds of work (or ``max``) per period.
     """
     num_cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):

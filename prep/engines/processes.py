@@ -1,4 +1,4 @@
-"""What worker processes have in common: their environment, and that they do not outlive their parent."""
+"""Worker processes: their environment, their signals, and their end when the parent dies."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ONE_THREAD = {
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Environment that keeps libraries from starting threads of their own: the workers occupy the cores already."""
+"""Environment that keeps libraries from starting threads, since the workers already occupy the cores."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when the one that started it dies, however it dies (Linux).
+    """Let the kernel kill this process when its parent dies, for any reason (Linux).
 
     Args:
-        parent: id of the process that started this one; if that is dead already, this one ends at once.
+        parent: process id of the parent. If the parent is already dead, this process ends at once.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
@@ -32,9 +32,9 @@ def die_with_parent(parent: int | None = None) -> None:
 
 @contextmanager
 def without(*signals: signal.Signals) -> Iterator[None]:
-    """Let processes that are started in the block never get some signals, from their first moment on.
+    """Block signals in this process and, permanently, in processes that it starts inside the block.
 
-    Those that this process gets in the meantime wait for the end of the block.
+    Signals that arrive meanwhile are delivered to this process after the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:

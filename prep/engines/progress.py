@@ -1,6 +1,6 @@
-"""Progress bars on standard error: moving on a terminal, a line now and then in a log.
+"""Progress bars on standard error: live on a terminal, one line every 30 seconds in a log.
 
-A log file keeps every state of a bar, so there a bar shows itself twice a minute. ``TQDM_DISABLE=1`` turns bars off.
+``TQDM_DISABLE=1`` turns them off.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _MONITOR_INTERVAL_S = 10.0
 
 
 def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> tqdm[Any]:
-    """A bar to :meth:`~tqdm.tqdm.update`; a context manager. Without anything to do it is not shown.
+    """Create a bar to :meth:`~tqdm.tqdm.update`; a context manager. It is hidden if the total is 0.
 
     Args:
-        desc: what is being done.
-        total: units in all.
-        unit: what is counted.
-        unit_scale: whether counts are shortened (``17.1M``).
+        desc: name of the step.
+        total: number of units.
+        unit: name of a unit.
+        unit_scale: whether to shorten counts (``17.1M``).
     """
     interval = _TERMINAL_INTERVAL_S if sys.stderr.isatty() else _LOG_INTERVAL_S
     return tqdm(
@@ -31,8 +31,8 @@ def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> t
         unit=unit,
         unit_scale=unit_scale,
         mininterval=interval,
-        # After so long tqdm's monitor thread shows a bar, whatever mininterval is.
+        # tqdm's monitor thread redraws a bar after this interval, whatever mininterval is.
         maxinterval=max(interval, _MONITOR_INTERVAL_S),
-        # Unless given, this is left to TQDM_DISABLE.
+        # Without this argument, TQDM_DISABLE decides.
         **({} if total else {"disable": True}),
     )

@@ -1,18 +1,19 @@
 """The engine of a Ray cluster: tasks run on every node that sees the files of the build.
 
-A task that is lost with its worker or its node is run again elsewhere, a bounded number of times. Results come in the
-order of the tasks: at most three for each worker wait for their turn or run. Through the cluster go tasks and results
-alone (kilobytes); media are read and shards written by the nodes themselves.
+A task that is lost with its worker or node is retried elsewhere, a bounded number of times. Results come in the order
+of the tasks: at most three tasks per worker run or wait for their turn. Only tasks and results (kilobytes) pass through
+the cluster. The nodes themselves read media and write shards.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,15 +34,15 @@ Result = TypeVar("Result")
 _IN_FLIGHT_PER_WORKER = 3
 _MAX_ATTEMPTS = 4
 _WAIT_S = 5.0
-_ENDING_S = 1.0
-"""What a cluster takes to end the tasks of a process that left, and more."""
+_DISCONNECT_S = 1.0
+"""More than a cluster needs to end the tasks of a process that disconnected."""
 
 
 class RayEngine:
-    """Tasks on the nodes of a Ray cluster. A context manager; it connects when the first task comes.
+    """Runs tasks on the nodes of a Ray cluster. A context manager that connects with the first task.
 
     Args:
-        workers: tasks that run at the same time, or None for as many as the nodes have room for.
+        workers: tasks that run at the same time; None for as many as the nodes have room for.
         address: of the cluster, see :func:`prep.engines.ray_cluster.connect`.
     """
 
@@ -54,7 +55,7 @@ class RayEngine:
 
     @property
     def num_workers(self) -> int:
-        """See :class:`~prep.engines.Engine`; 1 before the first task if it is left to the cluster."""
+        """See :class:`~prep.engines.Engine`. If the cluster decides, 1 before the first task."""
         room = self._nodes.num_slots if self._nodes is not None else 1
         return self._workers or max(room, 1)
 
@@ -72,56 +73,41 @@ class RayEngine:
         """See :class:`~prep.engines.Engine`."""
         self._requirements = self._requirements or WorkerRequirements()
         if self._requirements.share(reads, writes):
-            # Those that were asked before have not been asked for this.
+            # Nodes that were checked earlier have not been checked for this.
             self._nodes = None
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Generator[Result, None, None]:
         """See :class:`~prep.engines.Engine`.
 
         Raises:
-            ConfigError: there is no cluster, or none of its nodes can do the work.
-            VlprepError: a task was lost again and again, or all nodes are.
+            ConfigError: there is no cluster, or none of its nodes meets the requirements.
+            VlprepError: a task was lost too many times, or all nodes are lost.
         """
-        numbered = enumerate(tasks)
-        first = next(numbered, None)
+        attempts = itertools.starmap(_Attempt[Task], enumerate(tasks))
+        first = next(attempts, None)
         if first is None:
             return
         nodes = self._ready_nodes()
-        flight = _Flight[Task, Result](nodes, function)
-        turn, submitted, over = 0, 0, False
-        waiting = collections.deque([first])
+        flight = _Flight(nodes, function, itertools.chain([first], attempts))
         try:
-            while True:
-                while flight.num_running < self.num_workers and nodes.ids:
-                    if flight.lost:
-                        flight.submit(flight.lost.popleft())
-                        continue
-                    if over or submitted >= turn + self.num_workers * _IN_FLIGHT_PER_WORKER:
-                        break
-                    following = waiting.popleft() if waiting else next(numbered, None)
-                    if following is None:
-                        over = True
-                        break
-                    flight.submit(_Attempt(*following))
-                    submitted += 1
-                if turn in flight.done:
-                    yield flight.take(turn)
-                    turn += 1
-                elif over and turn == submitted:
-                    return
-                else:
-                    # Once a task has failed, those before it are still waited for: the same error comes out every time.
-                    over = over or flight.has_failed
+            for turn in itertools.count():
+                max_submitted = turn + self.num_workers * _IN_FLIGHT_PER_WORKER
+                flight.submit_tasks(self.num_workers, max_submitted)
+                while turn not in flight.done:
+                    if flight.is_over and turn == flight.num_submitted:
+                        return
                     flight.wait()
+                    flight.submit_tasks(self.num_workers, max_submitted)
+                yield flight.take(turn)
         finally:
             if flight.num_running:
-                # The cluster ends what a process that leaves had running. To cancel tasks one by one would be milder,
-                # but Ray (2.60) aborts this process when a task that it cancels comes to its end at that moment.
+                # Ray ends the running tasks of a process that disconnects. Cancelling each task would be gentler, but
+                # Ray (2.60) aborts this process if a task ends at the moment it is cancelled.
                 self._disconnect()
-                time.sleep(_ENDING_S)
+                time.sleep(_DISCONNECT_S)
 
     def _ready_nodes(self) -> RayNodes:
-        """Connect, and find the nodes that can do the work, unless that was done."""
+        """Connect and find the nodes that meet the requirements, once."""
         if self._cluster is None:
             self._cluster = connect(self._address, self._workers or default_workers())
         if self._nodes is None:
@@ -138,16 +124,16 @@ class RayEngine:
 
 @dataclass(slots=True)
 class _Attempt(Generic[Task]):
-    """A task on its way.
+    """One attempt to run a task.
 
     Attributes:
-        number: place of its result.
-        task: what to do.
-        nodes: where it may run this time.
-        losses: what became of earlier attempts.
+        index: of the task and its result.
+        task: argument of the function.
+        nodes: nodes that it may run on this time.
+        losses: errors of earlier attempts.
     """
 
-    number: int
+    index: int
     task: Task
     nodes: frozenset[str] = frozenset()
     losses: list[str] = field(default_factory=list)
@@ -160,56 +146,78 @@ class _Failure:
 
 
 class _Flight(Generic[Task, Result]):
-    """Tasks that run on the cluster, results that wait for their turn, and tasks that were lost.
+    """Tasks that run on the cluster, results that wait for their turn, and lost tasks that wait for a retry.
 
     Args:
-        nodes: where tasks may run.
-        function: what is done with a task.
+        nodes: nodes that tasks may run on.
+        function: applied to each task.
+        attempts: one for each task, in order. They are pulled as they are submitted.
     """
 
-    def __init__(self, nodes: RayNodes, function: Callable[[Task], Result]) -> None:
+    def __init__(self, nodes: RayNodes, function: Callable[[Task], Result], attempts: Iterator[_Attempt[Task]]) -> None:
         self._ray = import_ray()
         self._nodes = nodes
         self._function = function
         self._name = getattr(function.func if isinstance(function, partial) else function, "__name__", "task")
         self._remote = self._ray.remote(_run)
         self._folder = os.getcwd()
+        self._attempts = attempts
         self._running: dict[Any, _Attempt[Task]] = {}
+        self._lost: collections.deque[_Attempt[Task]] = collections.deque()
         self.done: dict[int, Result | _Failure] = {}
-        self.lost: collections.deque[_Attempt[Task]] = collections.deque()
-        self.has_failed = False
+        self.num_submitted = 0
+        self.is_over = False
 
     @property
     def num_running(self) -> int:
-        """Tasks given to the cluster that have not come back."""
+        """Tasks that the cluster has not returned yet."""
         return len(self._running)
 
-    def submit(self, attempt: _Attempt[Task]) -> None:
-        """Give a task to the cluster."""
+    def submit_tasks(self, max_running: int, max_submitted: int) -> None:
+        """Submit lost tasks again, then new ones, until ``max_running`` run or there are no more.
+
+        Args:
+            max_running: tasks that may run at the same time.
+            max_submitted: new tasks that may have been submitted in all, so that few results wait for their turn.
+        """
+        while self.num_running < max_running and self._nodes.ids:
+            if self._lost:
+                self._submit(self._lost.popleft())
+                continue
+            if self.is_over or self.num_submitted >= max_submitted:
+                return
+            attempt = next(self._attempts, None)
+            if attempt is None:
+                self.is_over = True
+                return
+            self._submit(attempt)
+            self.num_submitted += 1
+
+    def _submit(self, attempt: _Attempt[Task]) -> None:
         attempt.nodes = self._nodes.ids
         task = self._remote.options(name=f"vlprep {self._name}", **task_options(attempt.nodes))
         self._running[task.remote(self._function, attempt.task, self._folder)] = attempt
 
-    def take(self, number: int) -> Result:
-        """The result of a task that is done; raises what the task raised."""
-        found = self.done.pop(number)
-        if isinstance(found, _Failure):
-            raise found.error from found.cause
-        return found
+    def take(self, index: int) -> Result:
+        """Return the result of a finished task, or raise what the task raised."""
+        outcome = self.done.pop(index)
+        if isinstance(outcome, _Failure):
+            raise outcome.error from outcome.cause
+        return outcome
 
     def wait(self) -> None:
-        """Wait for some task to come back, a few seconds at most."""
+        """Wait for a task to return, a few seconds at most."""
         if self._nodes.look_again():
             self._recall()
         if not self._running:
-            # Every node is lost; others may come.
+            # Every node is lost. Others may join.
             time.sleep(1.0)
             return
         for reference in self._ray.wait(list(self._running), timeout=_WAIT_S)[0]:
             self._collect(reference)
 
     def _recall(self) -> None:
-        """Cancel tasks that wait for nodes of which none is left; they count as lost when they come back."""
+        """Cancel tasks whose nodes are all gone. They count as lost when they return."""
         for reference, attempt in self._running.items():
             if attempt.nodes.isdisjoint(self._nodes.ids):
                 self._ray.cancel(reference)
@@ -218,9 +226,9 @@ class _Flight(Generic[Task, Result]):
         attempt = self._running.pop(reference)
         errors = self._ray.exceptions
         try:
-            self.done[attempt.number] = self._ray.get(reference)
+            self.done[attempt.index] = self._ray.get(reference)
         except errors.RayTaskError as error:
-            # What the function raised; Ray wraps it into a class of its own.
+            # Ray wraps what the function raised in its own class.
             self._fail(attempt, error.cause, error)
         except (
             errors.WorkerCrashedError,
@@ -232,26 +240,27 @@ class _Flight(Generic[Task, Result]):
         ) as error:
             self._lose(attempt, error)
         except errors.RayError as error:
-            self._fail(attempt, VlprepError(f"Ray could not run a task: {_reason(error)}. {_GO_ON}"), error)
+            self._fail(attempt, VlprepError(f"Ray could not run a task: {_reason(error)}. {_RESUME}"), error)
 
     def _lose(self, attempt: _Attempt[Task], error: Exception) -> None:
         attempt.losses.append(type(error).__name__)
         if len(attempt.losses) < _MAX_ATTEMPTS:
-            logger.warning("ray: a task was lost with its worker (%s); it is run again", attempt.losses[-1])
-            self.lost.append(attempt)
+            logger.warning("ray: a task was lost with its worker (%s); retrying", attempt.losses[-1])
+            self._lost.append(attempt)
             return
         message = (
             f"a task of {self._name} was lost with its worker {_MAX_ATTEMPTS} times ({', '.join(attempt.losses)}). "
-            f"{_GO_ON} With fewer --workers if memory ran out (OutOfMemoryError, WorkerCrashedError)."
+            f"{_RESUME} Use fewer --workers if memory ran out (OutOfMemoryError, WorkerCrashedError)."
         )
         self._fail(attempt, VlprepError(message), error)
 
     def _fail(self, attempt: _Attempt[Task], error: BaseException, cause: BaseException) -> None:
-        self.done[attempt.number] = _Failure(error, cause)
-        self.has_failed = True
+        self.done[attempt.index] = _Failure(error, cause)
+        # No new tasks, but those before this one still finish: a rerun raises the same error, whatever the timing.
+        self.is_over = True
 
 
-_GO_ON = "Run the same command again to go on where it was."
+_RESUME = "Run the same command again to resume."
 
 
 def _reason(error: Exception) -> str:
@@ -259,8 +268,8 @@ def _reason(error: Exception) -> str:
 
 
 def _run(function: Callable[[Task], Result], task: Task, folder: str) -> Result:
-    """On a node: do one task, with relative paths meaning what they mean to the process that runs the build."""
+    """Run one task on a node. Relative paths mean the same as for the process that runs the build."""
     with contextlib.suppress(OSError):
-        # Where that folder is not visible, the paths of the build are absolute, or the node got no work.
+        # A node that does not see this folder gets work only if the paths of the build are absolute.
         os.chdir(folder)
     return function(task)

@@ -1,7 +1,6 @@
-"""The packages whose version can change the bytes of a build, as the manifest names them; what else workers must share.
+"""Versions of the packages that can change the bytes of a build, and of those that workers must share.
 
-Pillow-SIMD takes Pillow's place (the same import name, another distribution) and resizes with other rounding, so the
-two must not be taken for each other.
+Pillow-SIMD has the import name of Pillow and resizes with different rounding, so the two must be told apart.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ _OTHERS = ("vlprep", "av", "torchcodec", "msgspec", "xxhash")
 
 
 def software_versions() -> dict[str, str]:
-    """Versions by the name of the distribution, Pillow's or its stand-in's first.
+    """Versions by distribution name, that of Pillow or Pillow-SIMD first.
 
     Raises:
-        ConfigError: one is missing, or it cannot be told which Pillow is imported.
+        ConfigError: a package is missing, or it is unclear which Pillow is imported.
     """
-    found = {name: installed for name in (*_PILLOWS, *_PACKAGES) if (installed := _version(name)) is not None}
-    serving = [name for name in _PILLOWS if found.get(name) == PIL.__version__]
-    if len(serving) != 1:
+    versions = {name: found for name in (*_PILLOWS, *_PACKAGES) if (found := _version(name)) is not None}
+    imported = [name for name in _PILLOWS if versions.get(name) == PIL.__version__]
+    if len(imported) != 1:
+        installed = _listed({name: versions[name] for name in _PILLOWS if name in versions})
         raise ConfigError(
-            f"the Pillow that is imported has version {PIL.__version__}, but installed are "
-            f"{_listed({name: found[name] for name in _PILLOWS if name in found})}. Uninstall both and install one: "
+            f"the imported Pillow has version {PIL.__version__}, but the installed packages are {installed}. Uninstall "
+            "both and install one: "
             "pip uninstall pillow pillow-simd; pip install --force-reinstall pillow"
         )
-    missing = [name for name in _PACKAGES if name not in found]
+    missing = [name for name in _PACKAGES if name not in versions]
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be installed: pip install {' '.join(missing)}")
-    return {name: found[name] for name in (*serving, *_PACKAGES)}
+    return {name: versions[name] for name in (*imported, *_PACKAGES)}
 
 
 def environment() -> dict[str, str]:
-    """:func:`software_versions`, and what else must be the same wherever tasks of one build run: Python's version up to
-    the minor one, vlprep, and the packages that tasks and results pass through. A package that is not installed is
-    left out.
+    """Versions that must agree on all machines of a build: those of :func:`software_versions`, Python (major and
+    minor), vlprep, and the packages that serialise tasks and results. Packages that are not installed are left out.
     """
     others = {name: installed for name in _OTHERS if (installed := _version(name)) is not None}
     return {"Python": ".".join(platform.python_version_tuple()[:2]), **others, **software_versions()}

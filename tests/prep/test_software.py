@@ -45,6 +45,7 @@ def test_metadata_that_were_left_behind_do_not_count(simd: None) -> None:
 def test_a_pillow_that_nothing_installed_tells_of_is_an_error(simd: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL, "__version__", "1.0")
     with pytest.raises(
-        ConfigError, match=rf"is imported has version 1\.0, but installed are pillow-simd {SIMD}, pillow"
+        ConfigError,
+        match=rf"imported Pillow has version 1\.0, but the installed packages are pillow-simd {SIMD}, pillow",
     ):
         software_versions()
