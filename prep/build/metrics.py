@@ -1,8 +1,8 @@
-"""How long things took: per sample and per stage, mergeable across workers, in bounded memory.
+"""Times of a build: per sample and per stage, mergeable across workers, in bounded memory.
 
-A :class:`Durations` counts durations in bins of equal ratio (12 % wide), so that percentiles of a hundred million
-samples take two kilobytes; means are exact. :class:`BuildMetrics` is what ``build_metrics.json`` holds: the counts of
-the manifest, and times, which the manifest must not hold.
+A :class:`Durations` is a histogram with bins of equal ratio (12 % wide), so that percentiles of a hundred million
+samples take two kilobytes. Means are exact. :class:`BuildMetrics` is the content of ``build_metrics.json``: the counts
+of the manifest, and times, which the manifest must not contain.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUM_BINS = 9 * _BINS_PER_DECADE + 1
 
 
 class DurationSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds a sample: how many were measured, exact mean, percentiles to within 12 %."""
+    """Seconds a sample: number of samples, exact mean, percentiles to within 12 %."""
 
     num: int
     mean_s: float
@@ -35,7 +35,7 @@ class DurationSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Durations(msgspec.Struct, kw_only=True):
-    """A histogram of durations with bins of equal ratio from a microsecond on."""
+    """A histogram of durations with bins of equal ratio, starting at a microsecond."""
 
     counts: list[int] = msgspec.field(default_factory=lambda: [0] * _NUM_BINS)
     total_s: float = 0.0
@@ -43,13 +43,13 @@ class Durations(msgspec.Struct, kw_only=True):
 
     def add(self, seconds: float, num: int = 1) -> None:
         """Count ``num`` samples that took ``seconds`` each."""
-        place = math.ceil(math.log10(max(seconds, _SHORTEST_S) / _SHORTEST_S) * _BINS_PER_DECADE)
-        self.counts[min(place, _NUM_BINS - 1)] += num
+        index = math.ceil(math.log10(max(seconds, _SHORTEST_S) / _SHORTEST_S) * _BINS_PER_DECADE)
+        self.counts[min(index, _NUM_BINS - 1)] += num
         self.total_s += seconds * num
         self.max_s = max(self.max_s, seconds)
 
     def merge(self, other: Durations) -> None:
-        """Count what ``other`` counted."""
+        """Add the counts of ``other``."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts)]
         self.total_s += other.total_s
         self.max_s = max(self.max_s, other.max_s)
@@ -67,20 +67,20 @@ class Durations(msgspec.Struct, kw_only=True):
         )
 
     def _percentile(self, share: float) -> float:
-        wanted, seen = share * sum(self.counts), 0
-        for place, count in enumerate(self.counts):
+        rank, seen = share * sum(self.counts), 0
+        for index, count in enumerate(self.counts):
             seen += count
-            if count and seen >= wanted:
-                return min(_SHORTEST_S * 10 ** (place / _BINS_PER_DECADE), self.max_s)
+            if count and seen >= rank:
+                return min(_SHORTEST_S * 10 ** (index / _BINS_PER_DECADE), self.max_s)
         return 0.0
 
 
 Timings = dict[str, Durations]
-"""Durations by the name of what was timed."""
+"""Name of a step -> its durations."""
 
 
 class timed:
-    """Time a block that handles ``num`` samples; each is counted with an equal part."""
+    """Time a block that handles ``num`` samples. Each counts with an equal share of the time."""
 
     __slots__ = ("_name", "_num", "_start", "_timings")
 
@@ -108,8 +108,8 @@ def merge_timings(into: Timings, other: Timings) -> None:
 class BuildMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Contents of ``build_metrics.json``.
 
-    ``stages_s`` are wall seconds of the stages of this run; ``samples`` are seconds a sample inside the workers, of the
-    samples that this run handled (an interrupted build that goes on does not handle all of them).
+    ``stages_s`` are the wall seconds of the stages of this run. ``samples`` are seconds a sample inside the workers, for
+    the samples of this run: a resumed build does not process all samples.
     """
 
     num_workers: int

@@ -1,8 +1,8 @@
-"""Where a set of shards goes: a folder, or a URL that finished files are uploaded to.
+"""The destination of a set of shards: a folder, or a URL that finished files are uploaded to.
 
-Files are made in :attr:`Output.folder` and then :meth:`~Output.put` in their place. For a folder that is the same
-place; for a URL it is a folder of the work folder, which a file leaves once the store has it whole. Whether something
-is in its place, the place is asked.
+Files are written in :attr:`Output.folder` and published with :meth:`~Output.put`. For a folder, this is the destination
+itself. For a URL, it is inside the work folder, and a file is deleted there once the store has all of it. The
+destination alone decides which files exist.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from storage.urls import Location, Url
 
 
 class Output(Protocol):
-    """What the build needs from the place of its shards. Pickles, so that workers put shards by themselves."""
+    """What the build needs from the destination of its shards. It pickles, so that workers publish shards themselves."""
 
     @property
     def folder(self) -> Path:
-        """Where files are made."""
+        """The local folder in which files are written."""
         ...
 
     def check(self) -> None:
-        """Hold that the place is there.
+        """Check that the destination exists and can be listed.
 
         Raises:
-            VlprepError: it is not, or cannot be looked at.
+            VlprepError: it does not, or cannot.
         """
         ...
 
     def put(self, name: str) -> Stored:
-        """Bring a file from the folder to its place, whole or not at all; what the place knows of it then."""
+        """Publish a file of the folder, atomically. Returns its size and tag at the destination."""
         ...
 
     def placed(self, names: Iterable[str]) -> dict[str, Stored]:
-        """Those of some files that are in their place."""
+        """Size and tag of those files that exist at the destination."""
         ...
 
     def names(self) -> list[str]:
-        """All files in the place."""
+        """Names of all files at the destination."""
         ...
 
     def read(self, name: str) -> bytes | None:
-        """Contents of a small file; None if it is not there."""
+        """Contents of a small file; None if it does not exist."""
         ...
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files from the place; those that are not there are removed already."""
+        """Remove files from the destination. Missing files are ignored."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FolderOutput:
-    """A folder on a file system here."""
+    """A folder of a local file system."""
 
     folder: Path
 
@@ -66,16 +66,16 @@ class FolderOutput:
         return str(self.folder)
 
     def check(self) -> None:
-        """See :class:`Output`; the folder is made with the work folder in it."""
+        """See :class:`Output`. Nothing to check: creating the work folder inside creates the folder."""
 
     def put(self, name: str) -> Stored:
-        """See :class:`Output`; the file is there already."""
+        """See :class:`Output`. The file is already in its place."""
         return Stored((self.folder / name).stat().st_size, "")
 
     def placed(self, names: Iterable[str]) -> dict[str, Stored]:
         """See :class:`Output`."""
-        found = {name: self.folder / name for name in names}
-        return {name: Stored(path.stat().st_size, "") for name, path in found.items() if path.is_file()}
+        paths = {name: self.folder / name for name in names}
+        return {name: Stored(path.stat().st_size, "") for name, path in paths.items() if path.is_file()}
 
     def names(self) -> list[str]:
         """See :class:`Output`."""
@@ -94,11 +94,11 @@ class FolderOutput:
 
 @dataclass(frozen=True, slots=True)
 class UrlOutput:
-    """A place on object storage.
+    """A folder of an object store.
 
     Attributes:
-        url: the place.
-        folder: where files are made.
+        url: the folder.
+        folder: local folder in which files are written.
     """
 
     url: Url
@@ -108,35 +108,35 @@ class UrlOutput:
         return str(self.url)
 
     def check(self) -> None:
-        """See :class:`Output`. The place need not hold anything, but its bucket must be there."""
+        """See :class:`Output`. The folder may be empty, but its bucket must exist."""
         storage.listing(self.url)
 
     def put(self, name: str) -> Stored:
         """See :class:`Output`.
 
-        A lost worker's task may run twice at the same time, and make the same file: each attempt uploads under a link
-        of its own, and what the other one has put already is not put again.
+        If a worker is lost, its task may run twice at the same time and write the same file twice. So each attempt
+        uploads its own hard link, and skips a file that the other attempt has published.
         """
         path = self.folder / name
-        held = temporary_path(path)
-        held.mkdir()
+        link = temporary_path(path)
+        link.mkdir()
         try:
-            (held / name).hardlink_to(path)
-            stored = storage.upload(held / name, self.url / name)
+            (link / name).hardlink_to(path)
+            stored = storage.upload(link / name, self.url / name)
         except FileNotFoundError:
             return storage.stat(self.url / name)
         finally:
-            shutil.rmtree(held)
+            shutil.rmtree(link)
         path.unlink(missing_ok=True)
         return stored
 
     def placed(self, names: Iterable[str]) -> dict[str, Stored]:
         """See :class:`Output`."""
-        wanted = list(names)
-        if len(wanted) > 1:
-            found = storage.listing(self.url)
-            return {name: found[name] for name in wanted if name in found}
-        stats = {name: self._stat(name) for name in wanted}
+        requested = list(names)
+        if len(requested) > 1:
+            listing = storage.listing(self.url)
+            return {name: listing[name] for name in requested if name in listing}
+        stats = {name: self._stat(name) for name in requested}
         return {name: stored for name, stored in stats.items() if stored is not None}
 
     def names(self) -> list[str]:
@@ -162,5 +162,5 @@ class UrlOutput:
 
 
 def open_output(out: Location, folder: Path) -> FolderOutput | UrlOutput:
-    """The output that a path or a URL names; ``folder`` is where files for a URL are made."""
+    """The output for a path or URL. Files for a URL are written in ``folder`` first."""
     return UrlOutput(out, folder) if isinstance(out, Url) else FolderOutput(out)

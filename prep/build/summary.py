@@ -1,4 +1,4 @@
-"""What a build came to, for a person."""
+"""The summary of a build, as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from storage.urls import Location
 
 
 def build_summary(manifest: Manifest, out: Location) -> str:
-    """A few lines: packed and rejected, fill, tokens, media, bytes."""
+    """A few lines: packed and rejected annotations, fill, tokens, media, bytes."""
     counts = manifest.counts
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     lines = [

@@ -1,20 +1,20 @@
-"""The work folder of a build: who holds it, and what an earlier run left there.
+"""The work folder of a build: its lock, and the results of earlier runs.
 
-It is ``<out>/.build``; for an output that is a URL, a folder of the user's cache named after it, or ``--work-dir``.
+It is ``<out>/.build``. For an output that is a URL, it is ``--work-dir``, or a folder of the user's cache.
 
 ::
 
     .build/
-      lock            held while a build runs; says by whom
-      index/          what was found out about annotation files, by path, size and time of change
-      spool/          remote annotation files, what compressed ones decompress to; removed when the build is complete
-      out/            what is on its way to an output that is a URL
+      lock            locked while a build runs; names its process and host
+      index/          indexes of annotation files, by path, size and modification time
+      spool/          copies of remote and of decompressed annotation files; removed when the build is complete
+      out/            files on their way to an output that is a URL
       scan/           parts of the scan, by what they depend on
       write-<key>/    results of the shards of one plan; removed when the build is complete
-      finished        key and manifest of the build that is complete
+      finished        key and manifest hash of the complete build
 
-Whatever is written gets its name when it is complete, so a name that is there can be trusted; temporary files of a
-run that was killed are removed by the next one.
+A file gets its name when it is complete, so a file that exists can be trusted. The next run removes the temporary files
+of a killed one.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _decoder = msgspec.msgpack.Decoder(FileIndex, dec_hook=lambda kind, value: kind(
 
 
 class WorkFolder:
-    """Paths below the work folder.
+    """The work folder of one output.
 
     Args:
         out: folder or URL of the shards.
-        root: the work folder, or None for the one that belongs to ``out``.
+        root: the work folder; None for the default one of ``out``.
 
     Attributes:
-        output: where the shards go.
-        scan: parts of the scan.
-        spool: annotation files as they can be read here.
+        output: destination of the shards.
+        scan: folder of the parts.
+        spool: folder of local copies of annotation files.
     """
 
     def __init__(self, out: Location, root: Path | None = None) -> None:
@@ -69,11 +69,11 @@ class WorkFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder, and hold it against other builds until the end of the block.
+        """Create the folder and lock it against other builds; a context manager.
 
         Raises:
-            ConfigError: it cannot be written, or the place of the shards is not there.
-            VlprepError: another build holds it.
+            ConfigError: it cannot be written, or the destination of the shards does not exist.
+            VlprepError: another build has locked it.
         """
         try:
             for folder in (self.scan, self.spool, self._index, self.output.folder):
@@ -102,7 +102,7 @@ class WorkFolder:
             os.close(lock)
 
     def write_results(self, key: str) -> Path:
-        """Folder of the shard results of one plan; results and shards of another plan are removed."""
+        """Folder of the shard results of one plan. Removes results and shards of any other plan."""
         folder = self._root / f"write-{key}"
         if not folder.exists():
             for stale in self._root.glob("write-*"):
@@ -112,22 +112,22 @@ class WorkFolder:
         return folder
 
     def keep_shards(self, names: set[str]) -> None:
-        """Remove the shards of earlier plans, all but those in ``names``; other files are not touched."""
+        """Remove all shards except those in ``names``. Other files stay."""
         self.output.remove(name for name in self.output.names() if _SHARD.fullmatch(name) and name not in names)
 
     def finished(self, key: str) -> Manifest | None:
-        """The manifest of a build that is complete with the same inputs and settings, if there is one."""
+        """The manifest, if a build with the same inputs and settings is complete; else None."""
         data = self.output.read(MANIFEST_FILE) if self._finished.exists() else None
         if data is None or self._finished.read_bytes() != _finish_line(key, data):
             return None
         manifest = decode_manifest(data, where=f"{self.output}, {MANIFEST_FILE}")
         files = {file.file: file.num_bytes for file in (*manifest.shards, *manifest.tables)}
         placed = self.output.placed(files)
-        whole = all(name in placed and placed[name].num_bytes == num_bytes for name, num_bytes in files.items())
-        return manifest if whole else None
+        is_complete = all(name in placed and placed[name].num_bytes == num_bytes for name, num_bytes in files.items())
+        return manifest if is_complete else None
 
     def finish(self, key: str, manifest: Manifest) -> None:
-        """Note that the build is complete, and remove what only an unfinished build needs."""
+        """Record that the build is complete, and :meth:`tidy`."""
         write_synced(self._finished, _finish_line(key, encode_manifest(manifest)))
         self.tidy()
 
@@ -137,28 +137,28 @@ class WorkFolder:
             shutil.rmtree(folder)
 
     def index(self, path: Location, *, needs_data: bool) -> FileIndex | None:
-        """What an earlier run found out about an annotation file that has not changed since.
+        """The index of an annotation file that an earlier run made, if the file has not changed since.
 
         Args:
             path: annotation file.
-            needs_data: whether what was fetched of a remote file, or decompressed, must still be there.
+            needs_data: whether the local copy of a remote or compressed file must still exist.
         """
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            found = _decoder.decode(self._index_path(path).read_bytes())
-            if found.data.exists() or not needs_data:
-                return found
+            index = _decoder.decode(self._index_path(path).read_bytes())
+            if index.data.exists() or not needs_data:
+                return index
         return None
 
     def make_index(self, path: Location) -> FileIndex:
-        """Walk an annotation file, and keep what was found out."""
-        name = self._index_path(path)
-        found = index_file(path, self.spool)
-        write_synced(name, msgspec.msgpack.encode(found, enc_hook=str))
-        return found
+        """Index an annotation file, and keep the index."""
+        kept = self._index_path(path)  # before reading, so that a change meanwhile gives another path
+        index = index_file(path, self.spool)
+        write_synced(kept, msgspec.msgpack.encode(index, enc_hook=str))
+        return index
 
     @property
     def written_by_tasks(self) -> list[Path]:
-        """Folders that workers write into; all of them must see them."""
+        """Folders that workers write into. All workers must see them."""
         return [self._root, self.output.folder]
 
     @property
@@ -170,22 +170,22 @@ class WorkFolder:
 
     def _remove_temporary_files(self) -> None:
         if self._is_folder:
-            own = [path for path in self.output.folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+            leftovers = [path for path in self.output.folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
         else:
-            own = list(self.output.folder.iterdir())
+            leftovers = list(self.output.folder.iterdir())
         for folder in (self._root, self.scan, self.spool, self._index, *self._root.glob("write-*")):
-            own.extend(folder.glob(".*.tmp"))
-        for leftover in own:
-            # Media that were fetched for one task lie in a folder.
+            leftovers.extend(folder.glob(".*.tmp"))
+        for leftover in leftovers:
+            # A folder holds media that were fetched for one task.
             if leftover.is_dir():
-                # A task that a cluster gave up, on a node that is cut off, may still write there.
+                # A task on a node that the cluster lost may still be writing there.
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
 
 
 def default_root(out: Location) -> Path:
-    """The work folder that belongs to an output: inside the folder, or for a URL below the user's cache folder."""
+    """The default work folder of an output: inside a folder; for a URL, below the user's cache folder."""
     if isinstance(out, Path):
         return out / WORK_FOLDER
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -193,7 +193,7 @@ def default_root(out: Location) -> Path:
 
 
 def _identity(path: Location) -> str:
-    """What tells an annotation file from others, and from itself after a change."""
+    """Identifies a state of an annotation file: path, size, and modification time or tag."""
     if not isinstance(path, Path):
         stored = storage.stat(path)
         return f"{path.url}\0{stored.num_bytes}\0{stored.tag}"

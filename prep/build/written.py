@@ -1,7 +1,7 @@
-"""What the shards came to: the rows of ``bins.parquet`` as columns, and the few samples that did not go as planned.
+"""Collects the results of shards: the rows of ``bins.parquet`` as columns, and the samples that did not go as planned.
 
-Input: shard results as they arrive, in the order of the shards. Holds 76 bytes a bin, and some hundred for each shard
-and for each sample that failed; the results themselves are not kept.
+Input: shard results, in the order of the shards. Memory: 76 bytes a bin, and a few hundred bytes a shard and a failed
+sample. The results themselves are not kept.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from schemas.tables import BINS_COLUMNS
 from storage.tables import arrow_schema
 
 _ROWS = 1 << 14
-"""Bins that are held as objects before they become a piece of the table."""
+"""Rows that are kept as objects before they become a piece of the table."""
 
 
 class WrittenShards:
-    """Sums of the results of all shards.
+    """The results of all shards.
 
     Attributes:
         shards: those that have a file.
-        failed: problem of every sample that failed, by its place in the plan's order.
-        backends: video decoders where another one served than the scan named, likewise.
+        failed: position in the plan's order -> problem, for every sample that failed.
+        backends: position -> video decoders, for samples that used others than the scan.
         timings: how long samples took.
-        drift: what a lossy codec did to the measured frames; None with a lossless one.
+        drift: of a lossy codec; None with a lossless one.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class WrittenShards:
         self._tables: list[pa.Table] = []
 
     def add(self, result: ShardResult) -> None:
-        """Take the result of the next shard."""
+        """Add the result of the next shard."""
         self.failed.update(result.failed)
         self.backends.update(result.backends)
         merge_timings(self.timings, result.timings)
