@@ -108,8 +108,8 @@ def merge_timings(into: Timings, other: Timings) -> None:
 class BuildMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Contents of ``build_metrics.json``.
 
-    ``stages_s`` are the wall seconds of the stages of this run. ``samples`` are seconds a sample inside the workers, for
-    the samples of this run: a resumed build does not process all samples.
+    ``stages_s`` are the wall seconds of the stages of this run. ``samples`` are seconds a sample inside the workers,
+    for the samples of this run: a resumed build does not process all samples.
     """
 
     num_workers: int

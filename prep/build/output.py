@@ -20,7 +20,7 @@ from storage.urls import Location, Url
 
 
 class Output(Protocol):
-    """What the build needs from the destination of its shards. It pickles, so that workers publish shards themselves."""
+    """What the build needs from the destination of its shards. It pickles, so that workers publish their own shards."""
 
     @property
     def folder(self) -> Path:
