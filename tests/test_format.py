@@ -82,13 +82,13 @@ def expected_lines(codec: str) -> list[str]:
         ("With `webdataset`", "zstd"),
         ("With `webdataset`", "raw"),
         ("With `webdataset`", "jpeg"),
-        ("Without anything", "raw"),
+        ("With the standard library alone", "raw"),
     ],
 )
 def test_the_programs_of_the_page_read_the_shards(tmp_path: Path, title: str, codec: str) -> None:
     folder = write_shards(tmp_path / "set", BINS, codec=codec)
     (tmp_path / "reader.py").write_text(program(title))
-    isolated = ["-I"] if title == "Without anything" else []
+    isolated = ["-I"] if title == "With the standard library alone" else []
     command = [sys.executable, *isolated, str(tmp_path / "reader.py"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
