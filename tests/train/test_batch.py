@@ -85,22 +85,22 @@ def test_bins_of_both_codecs_share_one_batch() -> None:
     rng = np.random.default_rng(1)
     samples = [[make_sample(rng, [make_medium(rng, 2, 4), make_medium(rng, 4, 2, steps=1)])] for _ in range(3)]
     codecs = ["raw", "zstd", "raw"]
-    mixed = build_micro_batch([as_bin(one, codec=codec) for one, codec in zip(samples, codecs)])
-    alone = [build_micro_batch([as_bin(one, codec="raw")]) for one in samples]
-    assert torch.equal(pixel_values(mixed.vision), torch.cat([pixel_values(one.vision) for one in alone]))
+    mixed = build_micro_batch([as_bin(samples_of_bin, codec=codec) for samples_of_bin, codec in zip(samples, codecs)])
+    alone = [build_micro_batch([as_bin(samples_of_bin, codec="raw")]) for samples_of_bin in samples]
+    assert torch.equal(pixel_values(mixed.vision), torch.cat([pixel_values(micro.vision) for micro in alone]))
     assert mixed.vision.residuals
     assert not alone[0].vision.residuals
 
 
 def test_raw_planes_of_one_bin_are_not_copied() -> None:
-    one = as_bin(make_bins(num_bins=2)[1], codec="raw")
-    assert build_micro_batch([one]).vision.planes.data_ptr() == one.pixels.ctypes.data
+    bin_ = as_bin(make_bins(num_bins=2)[1], codec="raw")
+    assert build_micro_batch([bin_]).vision.planes.data_ptr() == bin_.pixels.ctypes.data
 
 
 @pytest.mark.filterwarnings("error")
 def test_read_only_bytes_are_copied_without_a_warning() -> None:
-    one = as_bin(make_bins(num_bins=2)[1], codec="raw", writable=False)
-    assert np.array_equal(build_micro_batch([one]).vision.planes.numpy(), one.pixels)
+    bin_ = as_bin(make_bins(num_bins=2)[1], codec="raw", writable=False)
+    assert np.array_equal(build_micro_batch([bin_]).vision.planes.numpy(), bin_.pixels)
 
 
 @pytest.mark.parametrize("bins", [[], [as_bin([text_sample([10, 11], [1])])]], ids=["empty position", "text only"])
@@ -142,32 +142,32 @@ def test_bin_ids_of_a_mix_replace_those_of_the_folders() -> None:
 
 def test_the_window_size_of_the_model_is_used() -> None:
     rng = np.random.default_rng(2)
-    one = as_bin([make_sample(rng, [make_medium(rng, 8, 8)])])
-    assert build_micro_batch([one]).vision.max_window_seqlen == 64
-    assert build_micro_batch([one], window_size=56).vision.max_window_seqlen == 16
+    bin_ = as_bin([make_sample(rng, [make_medium(rng, 8, 8)])])
+    assert build_micro_batch([bin_]).vision.max_window_seqlen == 64
+    assert build_micro_batch([bin_], window_size=56).vision.max_window_seqlen == 16
 
 
-def with_pixels(one: Bin, pixels: bytes) -> Bin:
-    return dataclasses.replace(one, pixels=np.frombuffer(pixels, dtype=np.uint8))
+def with_pixels(bin_: Bin, pixels: bytes) -> Bin:
+    return dataclasses.replace(bin_, pixels=np.frombuffer(pixels, dtype=np.uint8))
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
 @pytest.mark.parametrize("change", [-1, 1])
 def test_pixels_of_the_wrong_size_raise(codec: str, change: int) -> None:
     rng = np.random.default_rng(3)
-    one = as_bin([make_sample(rng, [make_medium(rng, 4, 4)])], index=6, codec=codec)
-    other = dataclasses.replace(one, grid_thw=np.array([[1, 4, 4 + 2 * change]], dtype=np.int32))
+    bin_ = as_bin([make_sample(rng, [make_medium(rng, 4, 4)])], index=6, codec=codec)
+    other = dataclasses.replace(bin_, grid_thw=np.array([[1, 4, 4 + 2 * change]], dtype=np.int32))
     with pytest.raises(ShardError, match=r"bin 6: its pixels have .* bytes, its media need"):
         build_micro_batch([other])
 
 
 def test_pixels_that_do_not_decompress_raise() -> None:
-    one = as_bin(make_bins(num_bins=2)[1], index=1)
-    whole = one.pixels.tobytes()
+    bin_ = as_bin(make_bins(num_bins=2)[1], index=1)
+    stored = bin_.pixels.tobytes()
     with pytest.raises(ShardError, match="shard 5: its pixels have"):
-        build_micro_batch([with_pixels(one, whole[: len(whole) // 2])], where=["shard 5"])
+        build_micro_batch([with_pixels(bin_, stored[: len(stored) // 2])], where=["shard 5"])
     with pytest.raises(ShardError, match="bin 1: its pixels do not decompress"):
-        build_micro_batch([with_pixels(one, b"no zstd frame at all")])
+        build_micro_batch([with_pixels(bin_, b"no zstd frame at all")])
 
 
 def test_a_micro_batch_is_immutable() -> None:

@@ -26,8 +26,8 @@ BINS = make_bins(num_bins=8)
 def decoded(bins: list[list[Sample]]) -> list[list[Sample]]:
     """Return the bins with their pixels after JPEG compression."""
     return [
-        [replace(sample, media=[as_stored(medium, "jpeg") for medium in sample.media]) for sample in one]
-        for one in bins
+        [replace(sample, media=[as_stored(medium, "jpeg") for medium in sample.media]) for sample in samples_of_bin]
+        for samples_of_bin in bins
     ]
 
 
@@ -39,7 +39,7 @@ def pixels_by_bin(shards: str) -> dict[tuple[int, ...], torch.Tensor]:
     with BinStream(index, order, **layout) as steps:
         for batch in steps:
             micro += batch.micro_batches
-    return {one.bins: pixel_values(one.vision) for one in micro}
+    return {batch.bins: pixel_values(batch.vision) for batch in micro}
 
 
 def test_a_stream_of_jpeg_shards_yields_the_decoded_pixels(tmp_path: Path) -> None:
@@ -63,27 +63,32 @@ def test_a_lossless_and_a_jpeg_folder_form_one_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codecs", [("jpeg", "jpeg"), ("zstd", "jpeg"), ("jpeg", "raw"), ("raw", "jpeg", "zstd")])
 def test_bins_of_several_codecs_share_a_micro_batch(codecs: tuple[str, ...]) -> None:
     samples = [BINS[1], BINS[3], BINS[2]][: len(codecs)]
-    together = build_micro_batch([as_bin(one, codec=codec) for one, codec in zip(samples, codecs)])
-    kept = [decoded([one])[0] if codec == "jpeg" else one for one, codec in zip(samples, codecs)]
-    apart = [pixel_values(build_micro_batch([as_bin(one, codec="raw")]).vision) for one in kept]
+    together = build_micro_batch(
+        [as_bin(samples_of_bin, codec=codec) for samples_of_bin, codec in zip(samples, codecs)]
+    )
+    kept = [
+        decoded([samples_of_bin])[0] if codec == "jpeg" else samples_of_bin
+        for samples_of_bin, codec in zip(samples, codecs)
+    ]
+    apart = [pixel_values(build_micro_batch([as_bin(samples_of_bin, codec="raw")]).vision) for samples_of_bin in kept]
     assert together.vision.residuals == ("zstd" in codecs)
     assert torch.equal(pixel_values(together.vision), torch.cat(apart))
 
 
 def test_a_text_only_bin_has_an_empty_pixel_member() -> None:
-    one = as_bin(BINS[0], codec="jpeg")
-    assert one.pixels.size == 0
-    assert torch.equal(build_micro_batch([one]).vision.planes, build_micro_batch([]).vision.planes)
+    bin_ = as_bin(BINS[0], codec="jpeg")
+    assert bin_.pixels.size == 0
+    assert torch.equal(build_micro_batch([bin_]).vision.planes, build_micro_batch([]).vision.planes)
 
 
-def with_member(one: Bin, member: bytes) -> Bin:
-    return replace(one, pixels=np.frombuffer(member, dtype=np.uint8))
+def with_member(bin_: Bin, member: bytes) -> Bin:
+    return replace(bin_, pixels=np.frombuffer(member, dtype=np.uint8))
 
 
 def test_damaged_streams_raise_with_their_location() -> None:
     """Sizes reveal a table that does not match, the decoder reveals a corrupt stream."""
     medium = BINS[2][0].media[0]
-    one = as_bin(BINS[2], codec="jpeg")
+    bin_ = as_bin(BINS[2], codec="jpeg")
     streams = [jpeg_of(frame) for frame in medium.frames]
     at = streams[1].index(b"\xff\xc4")  # Huffman tables; the code lengths are made impossible
     corrupt = streams[1][: at + 5] + b"\xff" * 16 + streams[1][at + 21 :]
@@ -93,7 +98,7 @@ def test_damaged_streams_raise_with_their_location() -> None:
         (jpeg_member([streams[0], corrupt, *streams[2:]]), "shard, bin 3: frame 1 of its pixels does not decode"),
     ):
         with pytest.raises(ShardError, match=f"^{message}"):
-            build_micro_batch([with_member(one, member)], where=["shard, bin 3"])
+            build_micro_batch([with_member(bin_, member)], where=["shard, bin 3"])
 
 
 def test_without_pillow_only_jpeg_shards_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

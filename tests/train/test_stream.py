@@ -172,8 +172,8 @@ def test_a_stream_started_at_a_step_continues_bit_for_bit(index: ShardIndex, res
     assert [batch.step for batch in actual] == list(range(resume_at, 5))
     for ours, theirs in zip(actual, expected):
         assert (ours.bins, ours.num_targets) == (theirs.bins, theirs.num_targets)
-        for one, other in zip(ours.micro_batches, theirs.micro_batches):
-            assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other)))
+        for micro, other in zip(ours.micro_batches, theirs.micro_batches):
+            assert all(torch.equal(a, b) for a, b in zip(tensors_of(micro), tensors_of(other)))
 
 
 def test_a_stream_ends_before_its_end_step(index: ShardIndex) -> None:
