@@ -8,7 +8,7 @@ timeout and is retried after growing, random pauses if it fails in a way that ma
 from __future__ import annotations
 
 from storage.errors import FolderError, NotThereError, RefusedError, StorageError
-from storage.folders import check_folder, file_sizes, listing, matches, sub_folders
+from storage.folders import check_folder, file_names, file_sizes, listing, matches, sub_folders
 from storage.reading import Stored, download, in_parallel, local_copy, open_file, read, read_into, read_range, stat
 from storage.writing import remove, upload
 
@@ -20,6 +20,7 @@ __all__ = [
     "Stored",
     "check_folder",
     "download",
+    "file_names",
     "file_sizes",
     "in_parallel",
     "listing",

@@ -67,6 +67,15 @@ def listing(folder: Url) -> dict[str, Stored]:
     return {entry.name: entry.stored or no_size(folder / entry.name) for entry in files}
 
 
+def file_names(folder: Url) -> list[str]:
+    """Names of the files directly in a folder; none where the store has no listings.
+
+    Raises:
+        VlprepError: as :func:`listing`.
+    """
+    return [entry.name for entry in entries(folder) if not entry.is_folder]
+
+
 def file_sizes(folder: Location, names: Iterable[str]) -> dict[str, int]:
     """Sizes of files of a folder in bytes; files that do not exist are left out.
 

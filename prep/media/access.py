@@ -83,7 +83,7 @@ class LocalMedia:
         """See :class:`MediaAccess`."""
         if not isinstance(request.root, Path):
             raise TypeError(f"{request.root} is not a folder")
-        return resolve_media(request.root, request.name, max_bytes=request.max_bytes, where=self._resolve)
+        return resolve_media(request.root, request.name, max_bytes=request.max_bytes, resolve=self._resolve)
 
     def complete(self, request: MediaRequest) -> MediaSource:
         """See :class:`MediaAccess`."""

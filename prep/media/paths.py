@@ -1,8 +1,8 @@
-"""Keeps media inside their root: the only place where a name from an annotation becomes a path or a URL.
+"""Keeps media inside their root: only here does a name from an annotation become a path or a URL.
 
-A name is taken literally (no URL or percent decoding, no ``~``). What counts is where the file really lies: an absolute
-path or a symbolic link is fine as long as it stays inside the root. Below a root that is a URL there are no links;
-``.``, ``..`` and doubled slashes mean what they mean to a file system, and an absolute URL below the root is fine.
+Names are literal (no URL or percent decoding, no ``~``). The real path of the file counts: an absolute path or a
+symbolic link is allowed if it stays inside the root. A root that is a URL has no links; ``.``, ``..`` and double
+slashes mean what they mean to a file system, and an absolute URL inside the root is allowed.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from schemas.errors import MediaError
 from storage.urls import Url, is_url, without_secrets
 
 _MAX_KEY_BYTES = 1024
-"""Longest name that object stores allow."""
+"""Longest key that object stores allow."""
 
 
 def real_folder(folder: str) -> str:
-    """Where a folder really lies."""
+    """Real path of a folder."""
     return os.path.realpath(folder)
 
 
-def resolve_media(root: Path, name: str, *, max_bytes: int, where: Callable[[str], str] = real_folder) -> MediaSource:
+def resolve_media(root: Path, name: str, *, max_bytes: int, resolve: Callable[[str], str] = real_folder) -> MediaSource:
     """The medium ``name`` below ``root``.
 
     Args:
-        root: folder that all media of the dataset lie in.
+        root: folder that holds all media of the dataset.
         name: as the annotation spells it, relative to ``root``.
-        max_bytes: a larger file is refused before it is opened.
-        where: :func:`real_folder`, or one that knows the folders of the media before.
+        max_bytes: a larger file is rejected before it is opened.
+        resolve: :func:`real_folder`, or a cached version of it.
 
     Raises:
         MediaError: ``media_outside_root``, ``media_missing``, ``media_unreadable`` (no permission), ``media_empty``
@@ -49,11 +49,11 @@ def resolve_media(root: Path, name: str, *, max_bytes: int, where: Callable[[str
         )
     path = root / name
     try:
-        # A file that is no link itself lies in the real folder.
-        real = os.path.join(where(str(path.parent)), path.name)
+        # A file that is not a link lies in the real folder.
+        real = os.path.join(resolve(str(path.parent)), path.name)
         if path.name == ".." or os.path.islink(real):
             real = os.path.realpath(real)
-        if not _is_inside(real, where(str(root))):
+        if not _is_inside(real, resolve(str(root))):
             raise MediaError(
                 ReasonCode.MEDIA_OUTSIDE_ROOT, f"{name!r} leads outside the media root; move the file below the root"
             )
@@ -70,11 +70,11 @@ def media_url(root: Url, name: str) -> Url:
     """The URL of the medium ``name`` below a root that is a URL.
 
     Args:
-        root: that all media of the dataset lie below.
+        root: URL that all media of the dataset lie below.
         name: as the annotation spells it, relative to ``root``, or an absolute URL below it.
 
     Raises:
-        MediaError: ``media_outside_root``, or ``media_missing`` where no file can have such a name.
+        MediaError: ``media_outside_root``, or ``media_missing`` if no file can have such a name.
     """
     _check_name(name)
     below = root.below(name) if is_url(name) else name
@@ -97,7 +97,7 @@ def media_url(root: Url, name: str) -> Url:
 
 
 def embedded_media(name: str, data: bytes, *, max_bytes: int) -> MediaSource:
-    """The medium ``name`` that came inside a record.
+    """The medium ``name`` that is embedded in a record.
 
     Raises:
         MediaError: ``media_empty`` or ``media_too_large``.
@@ -107,7 +107,7 @@ def embedded_media(name: str, data: bytes, *, max_bytes: int) -> MediaSource:
 
 
 def check_size(name: str, num_bytes: int, max_bytes: int) -> None:
-    """Hold the size of a medium against the bounds.
+    """Check the size of a medium against the bounds.
 
     Raises:
         MediaError: ``media_empty`` or ``media_too_large``.
@@ -129,7 +129,7 @@ def _check_name(name: str) -> None:
 
 
 def _is_inside(path: str, folder: str) -> bool:
-    """Whether one real path is another or lies below it."""
+    """Whether a real path is a folder or lies inside it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 

@@ -6,7 +6,7 @@ well): ``/plain/...``; ``/slow/...`` after 0.2 s; ``/flaky/...`` with an error f
 ``/short/...`` with a complete answer that has too few bytes, the first time; ``/stall/...`` with half an answer, the
 first time, and then silence; ``/silent/...`` so always; ``/whole/...`` with the whole file whatever the range;
 ``/sizeless/...`` without a length; ``/refused/...`` with 403; ``/signed/...`` with 403, tables too, unless the query
-is ``?X-Amz-Signature=SECRET``;
+is ``?X-Amz-Signature=SECRET``; ``/indexed/...`` with a page of links for a folder;
 ``/garbled/...`` with something that is not HTTP. ``/stats`` counts requests and how many were answered at once.
 """
 
@@ -45,6 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         if behaviour == "signed" and query != "X-Amz-Signature=SECRET":
             return self.send(403, b"")
         path = FOLDER / name
+        if behaviour == "indexed" and path.is_dir():
+            names = (f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.iterdir())
+            return self.send(200, "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode())
         if not path.is_file():
             return self.send(404, b"")
         data = path.read_bytes()

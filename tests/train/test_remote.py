@@ -236,6 +236,13 @@ def test_a_server_that_tells_no_sizes_is_refused(server: Server) -> None:
         open_shards(f"{server.address}/sizeless/set")
 
 
+def test_an_index_page_is_a_listing_without_sizes(server: Server, folder: Path) -> None:
+    """Sub-folders are found by it, and sizes are asked for one by one."""
+    root = f"{server.address}/indexed"
+    assert [str(found) for found in open_shards(root).folders] == [f"{root}/set"]
+    assert sorted(storage.file_names(Url(f"{root}/set"))) == sorted(path.name for path in folder.iterdir())
+
+
 def test_a_shard_of_another_size_stops_at_start(in_memory: str, folder: Path) -> None:
     system = fsspec.filesystem("memory")
     system.pipe_file("/bucket/set/bins-00002.tar", (folder / "bins-00002.tar").read_bytes()[:-1])

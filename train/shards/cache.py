@@ -1,14 +1,14 @@
-"""Remote bins on a local disk: a folder of files, one a bin, that holds no more than a limit.
+"""A cache of remote bins on a local disk: a folder of bounded size with one file per bin.
 
-Key and bytes of a bin -> the bytes again, later, in any process. The least recently used bins go first. Ranks of a
-node may share a folder: files appear whole (written beside, synced, renamed), and who reads one keeps it open while
-another process removes it. A process that is killed leaves at most a temporary file, which a later one removes.
+In: key and bytes of a bin. Out: the same bytes later, in any process. The least recently used bins are evicted first.
+Ranks of a node may share a folder: files appear atomically (temporary name, sync, rename), and a reader keeps a file
+open while another process removes it. A killed process leaves at most a temporary file, which a later one removes.
 
-The key is that of the contents (SHA-256 of the shard, offset, length), so bins of another build are never mistaken.
-A folder that holds other files too is no danger to them: only names that a cache gives are counted and removed.
+The key identifies the contents (SHA-256 of the shard, offset, length), so bins of another build are never confused.
+Other files in the folder are safe: only names that the cache itself assigns are counted and removed.
 
-Cost: a hit is one read and one change of a time stamp; a new bin is one synced write and one short lock. When the
-folder is full it is listed once, and a tenth of the limit is freed.
+Cost: a hit is one read and one update of a time stamp; a new bin is one synced write and one short lock. A full folder
+is listed once, and a tenth of the limit is freed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _KEEP_SHARE = 0.9
 _STALE_S = 3600.0
-"""A temporary file this old belongs to a process that was killed."""
+"""A temporary file of this age belongs to a killed process."""
 
 _LOCK_FILE = ".lock"
 _SIZE_FILE = ".size"
@@ -49,11 +49,11 @@ class BinCache:
     """A folder of bins with a size limit. Threads and processes may share it."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        """Describe a cache; the folder is made with the first bin.
+        """Describe a cache. The folder is created with the first bin.
 
         Args:
-            folder: best one that holds nothing else.
-            max_bytes: of all bins together.
+            folder: preferably one that holds nothing else.
+            max_bytes: size limit of all bins together.
 
         Raises:
             ConfigError: the limit is not positive.
@@ -65,30 +65,32 @@ class BinCache:
         self._gave_up = False
 
     def read(self, key: str, out: memoryview) -> bool:
-        """Fill ``out`` with a bin; False where it is not here, or not whole."""
+        """Fill ``out`` with a bin; False if it is missing or incomplete."""
         path = self._path(key)
         try:
             with path.open("rb", buffering=0) as file:
                 got = 0
                 while got < len(out) and (count := file.readinto(out[got:])):
                     got += count
-                whole = got == len(out) and not file.read(1)
+                is_complete = got == len(out) and not file.read(1)
         except FileNotFoundError:
             return False
         except OSError as error:
-            logger.warning("%s cannot be read (%s): its bin is fetched again", path, error.strerror or error)
+            logger.warning(
+                "%s cannot be read (%s): reading its bin from the shard again", path, error.strerror or error
+            )
             return False
-        if not whole:
+        if not is_complete:
             self.remove(key)
             return False
-        with suppress(OSError):  # removed by another process since it was opened, or of a cache that is only read
+        with suppress(OSError):  # another process removed it meanwhile, or the cache is read-only
             os.utime(path)
         return True
 
     def write(self, key: str, data: memoryview) -> None:
-        """Keep a bin, at the expense of those not used for longest.
+        """Store a bin, evicting the least recently used ones if needed.
 
-        Bins larger than the limit are not kept; a folder that cannot be written to is said once and then left alone.
+        A bin larger than the limit is not stored. If the folder is not writable, this warns once and stores nothing.
         """
         if self._gave_up or len(data) > self._max_bytes:
             return
@@ -106,7 +108,7 @@ class BinCache:
                     while written < len(data):
                         written += file.write(data[written:])
                     os.fdatasync(file.fileno())
-                with self._locked():  # who lists the folder meanwhile might see neither name
+                with self._locked():  # a concurrent listing might see neither name
                     os.replace(temporary, path)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
@@ -114,18 +116,18 @@ class BinCache:
         except OSError as error:
             self._gave_up = True
             logger.warning(
-                "the cache %s cannot be written to (%s): bins are no longer kept there",
+                "the cache %s is not writable (%s): training continues without storing bins there",
                 self._folder,
                 error.strerror or error,
             )
 
     def remove(self, key: str) -> None:
-        """Forget a bin that turned out to be damaged; in a cache that is only read it stays."""
+        """Remove a damaged bin. In a read-only cache it stays."""
         with suppress(OSError):
             self._path(key).unlink()
 
     def size(self) -> int:
-        """Bytes of all bins, those being written included, by a look at every file."""
+        """Bytes of all bins, including those being written, from the size of every file."""
         return sum(size for _, size, _ in self._files())
 
     def _path(self, key: str) -> Path:
@@ -135,13 +137,13 @@ class BinCache:
     def _locked(self) -> Iterator[None]:
         with (self._folder / _LOCK_FILE).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield  # closing the file unlocks it, however the process ends
+            yield  # closing the file releases the lock, however the process ends
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Reserve bytes, or find that bins being written leave no room; the lock is held.
+        """Reserve bytes; False if bins being written leave no space. The lock is held.
 
-        The noted size is never below the true one: bins are noted before they are written, and what a killed process
-        or a second copy of a bin notes in vain is put right by the next look at the files.
+        The recorded size is never below the true one: bins are recorded before they are written. What a killed process
+        recorded in vain is corrected by the next listing.
         """
         noted = self._noted_size()
         if noted is None or noted + num_bytes > self._max_bytes:
@@ -175,7 +177,7 @@ class BinCache:
         return size
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of last use, size and path of every bin, those being written included; stale temporary files go."""
+        """Time of last use, size and path of every bin, unfinished ones included; removes stale temporary files."""
         now = time.time()
         folders = [entry.path for entry in _entries(self._folder) if _FOLDER_NAME.fullmatch(entry.name)]
         for entry in (entry for folder in folders for entry in _entries(folder) if _FILE_NAME.fullmatch(entry.name)):
@@ -192,7 +194,7 @@ class BinCache:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What a folder holds; nothing where there is no folder."""
+    """Entries of a folder; none if it does not exist."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)

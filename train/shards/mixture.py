@@ -29,7 +29,7 @@ _MAX_CYCLE = 1 << 31
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One part of ``--shards``: a folder or URL, and how much of the mixture it is.
+    """One part of ``--shards``: a folder or URL, and its share of the mixture.
 
     Attributes:
         path: the path or URL as written.
@@ -43,7 +43,7 @@ class Source:
 
 
 def parse_sources(text: str) -> tuple[Source, ...]:
-    """Parse ``a``, ``a,b`` (all bins alike), ``a:0.7,b:0.3`` (weights) or ``a:2epochs,b:0.5epochs``.
+    """Parse ``a``, ``a,b`` (all bins equally), ``a:0.7,b:0.3`` (weights) or ``a:2epochs,b:0.5epochs``.
 
     If a folder with exactly this name exists, the text names that folder.
 

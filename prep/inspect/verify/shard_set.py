@@ -134,7 +134,7 @@ def _unlisted_files(folder: Location, manifest: Manifest) -> Iterator[Finding]:
         WORK_FOLDER,
         *(stored.file for stored in (*manifest.shards, *manifest.tables)),
     }
-    names = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else storage.listing(folder)
+    names = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else storage.file_names(folder)
     for name in sorted(names):
         if name not in known and not name.endswith(_PAGE_SUFFIX):
             yield Finding(
