@@ -43,7 +43,7 @@ _PLAIN_FIELD_SHARE = 0.75
 
 
 def plan_demo(seed: int, count: int, *, held_out: bool) -> list[Planned]:
-    """Returns the annotations of the training part (good records only) or of the held-out part.
+    """Return the annotations of the training part (good records only) or of the held-out part.
 
     Both parts ask the same kinds of questions, as far as a part has enough annotations, about different media. No chat
     occurs in both.
@@ -63,7 +63,7 @@ def plan_demo(seed: int, count: int, *, held_out: bool) -> list[Planned]:
 
 
 def build_record(draft: Draft[M], paths: Sequence[str], *, identifier: str, rng: np.random.Generator) -> Record:
-    """Returns the record of a draft, with variations that real datasets have.
+    """Return the record of a draft, with variations that real datasets have.
 
     Tags stand at the start, at the end or in the middle of the text. Paths stand under ``image``, ``images``, ``video``
     or ``videos``, as strings or lists.

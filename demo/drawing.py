@@ -56,7 +56,7 @@ class Figure:
 
 
 def draw_figures(width: int, height: int, background: RGB, figures: Iterable[Figure]) -> Image.Image:
-    """Returns an RGB image of the figures on a plain background, painted in the given order."""
+    """Return an RGB image of the figures on a plain background, painted in the given order."""
     canvas = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), background)
     draw = ImageDraw.Draw(canvas)
     for figure in figures:
@@ -77,7 +77,7 @@ def draw_figures(width: int, height: int, background: RGB, figures: Iterable[Fig
 
 @lru_cache(maxsize=32)
 def font(size: int) -> Font:
-    """Returns Pillow's built-in font (Latin letters only), so that no system font is needed."""
+    """Return Pillow's built-in font (Latin letters only), so that no system font is needed."""
     return ImageFont.load_default(size=size)
 
 
@@ -93,7 +93,7 @@ PNG, JPEG, TURNED_JPEG = Encoding("PNG"), Encoding("JPEG"), Encoding("JPEG", tur
 
 
 def encode_image(image: Image.Image, encoding: Encoding) -> bytes:
-    """Returns the file of an RGB drawing.
+    """Return the file of an RGB drawing.
 
     A gray copy keeps only brightness. A palette keeps 128 colours. A transparent copy makes the plain background (the
     colour of the corner) transparent and keeps its colour underneath.

@@ -62,23 +62,23 @@ class Draft(Generic[M]):
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
-    """Returns a PCG64 generator for one purpose, independent of those for other purposes and seeds."""
+    """Return a PCG64 generator for one purpose, independent of those for other purposes and seeds."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
 def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    """Returns one of the options, all equally likely."""
+    """Return one of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def sample_names(rng: np.random.Generator, names: Sequence[str], count: int) -> list[str]:
-    """Returns ``count`` different names in random order."""
+    """Return ``count`` different names in random order."""
     return [names[i] for i in rng.permutation(len(names))[:count]]
 
 
 def allocate(count: int, weights: Sequence[int]) -> list[int]:
-    """Divides ``count`` by weights (largest remainders), with one for each weight if there are enough."""
+    """Divide ``count`` by weights (largest remainders), with one for each weight if there are enough."""
     base = 1 if count >= len(weights) else 0
     left = count - base * len(weights)
     exact = [left * weight / sum(weights) for weight in weights]
@@ -90,14 +90,14 @@ def allocate(count: int, weights: Sequence[int]) -> list[int]:
 
 
 def balanced(rng: np.random.Generator, answers: Sequence[str], count: int) -> list[str]:
-    """Returns ``count`` answers in random order. The counts of any two answers differ by at most one."""
+    """Return ``count`` answers in random order. The counts of any two answers differ by at most one."""
     quotient, rest = divmod(count, len(answers))
     chosen = list(answers) * quotient + [answers[i] for i in rng.permutation(len(answers))[:rest]]
     return [chosen[i] for i in rng.permutation(count)]
 
 
 def compose(kinds: Sequence[Kind[M]], count: int, rng: np.random.Generator, *, held_out: bool) -> list[Draft[M]]:
-    """Returns ``count`` drafts of these kinds in random order.
+    """Return ``count`` drafts of these kinds in random order.
 
     A question without media belongs to the training part or to the held-out part, depending on a hash of its text.
     Media differ between the parts anyway.

@@ -52,7 +52,7 @@ class Page:
     height: int
 
     def draw(self) -> Image.Image:
-        """Returns the RGB image."""
+        """Return the RGB image."""
         image = Image.new("RGB", (self.width, self.height), "white")
         draw = ImageDraw.Draw(image)
         middle, right = self.width / 2, self.width - _MARGIN
@@ -72,7 +72,7 @@ class Page:
 
 
 def sample_document(rng: np.random.Generator) -> Document:
-    """Draws the facts of a document: 2 to 4 pages with different titles, one with a table."""
+    """Draw the facts of a document: 2 to 4 pages with different titles, one with a table."""
     count = int(rng.integers(_MIN_PAGES, _MAX_PAGES + 1))
     width, height = _SIZES[int(rng.integers(len(_SIZES)))]
     with_table = int(rng.integers(count))

@@ -1,10 +1,10 @@
-"""The tokenizer of Qwen2.5-VL, rebuilt without a hub: a ``qwen.tiktoken`` file -> the files of a checkpoint.
+"""The tokenizer of Qwen2.5-VL, rebuilt offline: a ``qwen.tiktoken`` file -> the tokenizer files of a checkpoint.
 
-A ``tiktoken`` vocabulary lists 151,643 byte strings with their ranks; the merges of a byte-level BPE tokenizer follow
-from it, because the last merge that makes a token is what BPE with only the lower ranks leaves of its bytes. The file
-comes with the ``dashscope`` wheel, which is located but never imported.
+A ``tiktoken`` vocabulary lists 151,643 byte strings with their ranks. It determines the merges of a byte-level BPE
+tokenizer: BPE with only the lower ranks reduces the bytes of a token to two parts, and these are its last merge. The
+file comes with the ``dashscope`` wheel, which is located but never imported.
 
-Cost: about 3 s on one core, nearly all of it recovering the merges.
+Cost: about 3 s on one core, almost all of it to recover the merges.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PLAIN_ADDED_TOKENS = (
     "<|repo_name|>",
     "<|file_sep|>",
 )
-"""Added after the control tokens, 151657 to 151664; a tokenizer finds them whole but does not count them as special."""
+"""Added after the control tokens, 151657 to 151664. A tokenizer matches them as units but not as special tokens."""
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How text is cut before BPE. Source: ``tokenizer.json`` of the Qwen2.5 checkpoints."""
+"""Pattern that splits text before BPE. Source: ``tokenizer.json`` of the Qwen2.5 checkpoints."""
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -68,20 +68,20 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Source: ``chat_template.json`` of the Qwen2.5-VL-Instruct checkpoints (all sizes have the same)."""
+"""Source: ``chat_template.json`` of the Qwen2.5-VL-Instruct checkpoints, the same for all sizes."""
 
 
 def find_tiktoken_file(source: Path | None = None) -> Path:
-    """Where the vocabulary lies.
+    """Locate the vocabulary.
 
     Args:
-        source: a ``qwen.tiktoken`` file, a folder that holds one, or None for the one in the ``dashscope`` package.
+        source: A ``qwen.tiktoken`` file, its folder, or None for the one in the ``dashscope`` package.
 
     Returns:
         Path of an existing file.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: If there is no such file.
     """
     if source is not None:
         path = source / TIKTOKEN_FILE if source.is_dir() else source
@@ -100,79 +100,83 @@ def find_tiktoken_file(source: Path | None = None) -> Path:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a ``tiktoken`` vocabulary: one line a token, its bytes in base64, a space, its rank.
+    """Read a ``tiktoken`` vocabulary: one token per line, its bytes in base64, a space, its rank.
 
     Returns:
-        Rank of every token, in the order of ranks 0, 1, 2, ….
+        The rank of every token, in the order of ranks 0, 1, 2, ….
 
     Raises:
-        ConfigError: the file is not such a vocabulary, or not that of Qwen2.5 (151,643 tokens).
+        ConfigError: If the file is not such a vocabulary, or not that of Qwen2.5 (151,643 tokens).
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for line_number, line in enumerate(path.read_bytes().splitlines(), start=1):
         fields = line.split()
         try:
             encoded, rank = fields
             token, expected = base64.b64decode(encoded, validate=True), len(ranks)
             if int(rank) != expected or token in ranks:
-                raise ConfigError(f"{path}:{number}: expected a new token of rank {expected}, found rank {int(rank)}.")
+                raise ConfigError(
+                    f"{path}:{line_number}: expected a new token of rank {expected}, found rank {int(rank)}."
+                )
         except (ValueError, binascii.Error) as error:
-            raise ConfigError(f"{path}:{number}: not a line of a tiktoken vocabulary (base64, space, rank).") from error
+            raise ConfigError(
+                f"{path}:{line_number}: not a line of a tiktoken vocabulary (base64, space, rank)."
+            ) from error
         ranks[token] = expected
     if len(ranks) != ENDOFTEXT:
-        raise ConfigError(f"{path}: {len(ranks)} tokens, the vocabulary of Qwen2.5 has {ENDOFTEXT}. Give that file.")
+        raise ConfigError(f"{path}: {len(ranks)} tokens, the vocabulary of Qwen2.5 has {ENDOFTEXT}. Use that file.")
     return ranks
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that BPE joins last when it makes a token of two bytes or more.
+    """Return the two parts that BPE joins last to form a token of two or more bytes.
 
     Args:
-        token: a key of ``ranks``.
-        ranks: rank of every token; single bytes are tokens.
+        token: A key of ``ranks``.
+        ranks: The rank of every token. Single bytes are tokens.
 
     Returns:
-        The parts; both are tokens of lower rank.
+        The parts, both tokens of lower rank.
 
     Raises:
-        ValueError: merges of lower rank do not lead to the token.
+        ValueError: If merges of lower rank do not lead to the token.
     """
-    above = len(ranks)
+    no_token = len(ranks)
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, above) for left, right in pairwise(parts)]
+        pairs = [ranks.get(left + right, no_token) for left, right in pairwise(parts)]
         rank = min(pairs)
         if rank >= ranks[token]:
-            raise ValueError(f"token {token!r} cannot be made by merges of lower rank")
+            raise ValueError(f"token {token!r} cannot be formed by merges of lower rank")
         first = pairs.index(rank)
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts[0], parts[1]
 
 
 def build_tokenizer(source: Path | None = None) -> Tokenizer:
-    """The Qwen2.5 tokenizer: NFC, the split pattern, byte-level BPE, control tokens from 151643 on.
+    """Build the Qwen2.5 tokenizer: NFC, the split pattern, byte-level BPE, control tokens from 151643.
 
     Args:
-        source: where the vocabulary lies, see :func:`find_tiktoken_file`.
+        source: The vocabulary, see :func:`find_tiktoken_file`.
 
     Returns:
-        A tokenizer that gives the ids of the official checkpoints.
+        A tokenizer with the ids of the official checkpoints.
 
     Raises:
-        ConfigError: there is no vocabulary, or it is not that of Qwen2.5.
+        ConfigError: If there is no vocabulary, or it is not that of Qwen2.5.
     """
     path = find_tiktoken_file(source)
     ranks = read_ranks(path)
     alphabet = _byte_alphabet()
-    spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    spelling = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     try:
         pairs = [last_merge(token, ranks) for token in ranks if len(token) > 1]
     except ValueError as error:
         raise ConfigError(f"{path} is not a byte-pair vocabulary: {error}.") from error
     tokenizer = Tokenizer(
         BPE(
-            vocab={spelled[token]: rank for token, rank in ranks.items()},
-            merges=[(spelled[left], spelled[right]) for left, right in pairs],
+            vocab={spelling[token]: rank for token, rank in ranks.items()},
+            merges=[(spelling[left], spelling[right]) for left, right in pairs],
         )
     )
     tokenizer.normalizer = normalizers.NFC()
@@ -191,14 +195,14 @@ def build_tokenizer(source: Path | None = None) -> Tokenizer:
 
 
 def write_tokenizer_files(out: Path, source: Path | None = None) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.json`` as official checkpoints have them.
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.json`` of the official checkpoints.
 
     Args:
-        out: an existing folder.
-        source: where the vocabulary lies, see :func:`find_tiktoken_file`.
+        out: An existing folder.
+        source: The vocabulary, see :func:`find_tiktoken_file`.
 
     Raises:
-        ConfigError: there is no vocabulary, or it is not that of Qwen2.5.
+        ConfigError: If there is no vocabulary, or it is not that of Qwen2.5.
     """
     tokenizer = build_tokenizer(source)
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
@@ -207,13 +211,13 @@ def write_tokenizer_files(out: Path, source: Path | None = None) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file as checkpoints have them: UTF-8, indented by two, keys in the order given."""
+    """Write a JSON file in the style of checkpoints: UTF-8, indented by two, keys in their own order."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     added = {
-        str(number): {
+        str(token_id): {
             "content": token.content,
             "lstrip": token.lstrip,
             "normalized": token.normalized,
@@ -221,7 +225,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
             "single_word": token.single_word,
             "special": token.special,
         }
-        for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     return {
         "add_bos_token": False,
@@ -242,12 +246,12 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte in byte-level BPE.
+    """Return the character for each byte in byte-level BPE.
 
-    Printable bytes of Latin-1 stand for themselves, the others for U+0100 and up in order. Source: GPT-2
+    Printable bytes of Latin-1 map to themselves, the others to U+0100 and up in order. Source: GPT-2
     (``encoder.py``, ``bytes_to_unicode``).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    rest = (byte for byte in range(256) if byte not in printable)
-    moved = {byte: 0x100 + place for place, byte in enumerate(rest)}
-    return [chr(moved.get(byte, byte)) for byte in range(256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    code_points = {byte: 0x100 + i for i, byte in enumerate(others)}
+    return [chr(code_points.get(byte, byte)) for byte in range(256)]

@@ -36,16 +36,16 @@ class Scene:
     figures: tuple[Figure, ...]
 
     def draw(self) -> Image.Image:
-        """Returns the RGB image."""
+        """Return the RGB image."""
         return draw_figures(self.width, self.height, self.background, self.figures)
 
     def select(self, *, colour: str | None = None, shape: str | None = None) -> list[Figure]:
-        """Returns the figures of this colour and this shape (None: any)."""
+        """Return the figures of this colour and this shape (None: any)."""
         return [f for f in self.figures if colour in (None, f.colour) and shape in (None, f.shape)]
 
 
 def sample_scene(rng: np.random.Generator, *, min_shapes: int = 1, max_shapes: int = 6, max_colours: int = 3) -> Scene:
-    """Draws the facts of a scene: 1 to 9 shapes with their positions, in a few different colours."""
+    """Draw the facts of a scene: 1 to 9 shapes with their positions, in a few different colours."""
     count = int(rng.integers(min_shapes, max_shapes + 1))
     cells_a_side = 1 if count == 1 else 2 if count <= 3 else 3
     width, height = _side(rng, cells_a_side), _side(rng, cells_a_side)

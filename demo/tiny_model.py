@@ -1,10 +1,11 @@
-"""A tiny random Qwen2.5-VL: seed -> the folder of a complete checkpoint, so that the whole path runs on a laptop.
+"""A tiny random Qwen2.5-VL checkpoint, so that the whole pipeline runs on a laptop.
 
-It has the tokenizer, chat template and processor files of the real checkpoints; only the weights are small (9.9 M
-parameters, 9.7 M of them the tied embeddings) and random. ``python -m train.tiny_model OUT`` writes one.
+seed -> the folder of a complete checkpoint. Tokenizer, chat template and processor files are those of the real
+checkpoints. The weights are random and few (9.9 M parameters, of which 9.7 M are the tied embeddings).
+``python -m train.tiny_model OUT`` writes one.
 
-Cost: about 3 s for the tokenizer and 1 s for 40 MB of weights; with a small vocabulary (for tests that need no
-tokenizer) a tenth of a second and 1 MB.
+Cost: about 3 s for the tokenizer and 1 s for 40 MB of weights. A small vocabulary, for tests that need no tokenizer,
+takes 0.1 s and 1 MB.
 """
 
 from __future__ import annotations
@@ -24,46 +25,50 @@ from schemas import qwen
 from schemas.errors import ConfigError, VlprepError
 
 VOCAB_SIZE = 151936
-"""Rows of the embeddings (a few more than there are tokens). Source: ``config.json`` of Qwen2.5-VL-3B-Instruct."""
+"""Rows of the embeddings, a few more than there are tokens. Source: ``config.json`` of Qwen2.5-VL-3B-Instruct."""
 
 NUM_TOKENS = qwen.ENDOFTEXT + len(qwen.CONTROL_TOKENS) + len(PLAIN_ADDED_TOKENS)
-"""Tokens of the real tokenizer: 151,665."""
+"""Size of the real tokenizer: 151,665 tokens."""
 
 MIN_VOCAB_SIZE = 64
 
 EMBEDDING_STD = 0.25
-"""Spread of the embeddings, which are also the output layer.
+"""Standard deviation of the embeddings, which are also the output layer.
 
-The final norm gives vectors of length sqrt(64) = 8, so logits start with a spread of 8 * 0.25 = 2 and the loss at 12 to
-14, little above that of a guess, log(151936) = 11.9. With the usual 0.02 they start at 0.16, and a few dozen steps
-cannot grow them to the 10 or more that a sure answer needs in so large a vocabulary: on questions about the colour of a
-square, 60 AdamW steps (rate 2e-3) brought the loss to 4.7 with 0.02, to 1.4 with 0.125, to 0.3 with 0.25.
+The final norm returns vectors of length sqrt(64) = 8. Logits therefore start with a standard deviation of
+8 * 0.25 = 2, and the loss at 12 to 14, slightly above that of a uniform guess, log(151936) = 11.9. With the usual 0.02
+the logits start at 0.16. A confident answer in so large a vocabulary needs 10 or more, which a few dozen steps cannot
+reach: on questions about the colour of a square, 60 AdamW steps (learning rate 2e-3) reduced the loss to 4.7 with 0.02,
+to 1.4 with 0.125 and to 0.3 with 0.25.
 """
 
 ADDED_TO_INPUT = ("attn.proj.weight", "o_proj.weight", "down_proj.weight")
-"""Last matrices of attention and MLP, whose outputs are added to what the layer got."""
+"""Last matrices of attention and MLP, whose outputs are added to the residual stream."""
 
 EDGES, BRIGHTNESS = 0.9, 0.03
-"""Sizes of the cosines of a patch. Frequencies weigh more the higher they are, as they are weaker in pictures. On the
-charts of the learning benchmark an output has a spread of 4, and mean brightness makes 2."""
+"""Scales of the cosine filters of a patch and of the one for mean brightness.
+
+Higher frequencies have larger weights because they are weaker in images. On the charts of the learning benchmark, the
+outputs have a standard deviation of 4, and mean brightness contributes 2.
+"""
 
 
 def tiny_config(
     vocab_size: int = VOCAB_SIZE, *, num_hidden_layers: int = 2, vision_hidden_size: int = 32
 ) -> Qwen2_5_VLConfig:
-    """Configuration of the tiny model: every part of Qwen2.5-VL is there, with window and full attention blocks.
+    """Return the configuration of the tiny model, which has every part of Qwen2.5-VL, both kinds of attention too.
 
     Args:
-        vocab_size: rows of the embeddings. Below 151,665 the control tokens of the real tokenizer do not fit: the last
+        vocab_size: Rows of the embeddings. Below 151,665 the control tokens of the real tokenizer do not fit. The last
             rows of the vocabulary then stand for them, in the same order (``image_token_id`` is ``vocab_size - 10``).
-        num_hidden_layers: of the language model.
-        vision_hidden_size: width of the vision tower, in heads of 16.
+        num_hidden_layers: Layers of the language model.
+        vision_hidden_size: Width of the vision tower, a multiple of the head size of 16.
 
     Returns:
         A configuration with tied embeddings.
 
     Raises:
-        ConfigError: the vocabulary is too small to hold the control tokens and some text.
+        ConfigError: If the vocabulary is too small for the control tokens and some text.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(f"vocab_size is {vocab_size}; allowed: {MIN_VOCAB_SIZE} or more.")
@@ -78,7 +83,7 @@ def tiny_config(
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-6,
-            # the sections share out the 8 rotary frequencies of a head of 16
+            # The sections (t, h, w) divide the 8 rotary frequencies of a head of size 16.
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
             "bos_token_id": qwen.ENDOFTEXT + shift,
             "eos_token_id": qwen.IM_END + shift,
@@ -116,23 +121,23 @@ def write_tiny_checkpoint(
     cosines: bool = False,
     tokenizer: Path | None = None,
 ) -> None:
-    """Write a tiny checkpoint that ``from_pretrained`` loads. Same seed, same bytes.
+    """Write a tiny checkpoint that ``from_pretrained`` loads. The same seed gives the same bytes.
 
-    ``preprocessor_config.json`` is written last: where it stands, the checkpoint is complete.
+    ``preprocessor_config.json`` is written last: if it exists, the checkpoint is complete.
 
     Args:
-        out: folder to write to; made if need be, files of the same names are replaced.
-        seed: decides the weights, which are float32.
-        vocab_size: rows of the embeddings, by default those of the real model. With fewer rows than the real tokenizer
+        out: Output folder, created if missing. Files of the same names are replaced.
+        seed: Seed of the weights, which are float32.
+        vocab_size: Rows of the embeddings. Default: those of the real model. With fewer rows than the real tokenizer
             has tokens, no tokenizer files are written.
-        num_hidden_layers: of the language model.
-        vision_hidden_size: width of the vision tower, in heads of 16.
-        cosines: whether patches are embedded by cosines and layers add less to their inputs, for a model that is to
+        num_hidden_layers: Layers of the language model.
+        vision_hidden_size: Width of the vision tower, a multiple of the head size of 16.
+        cosines: Whether patches are embedded by cosines and layers start with smaller outputs, for a model that has to
             learn to read: see :func:`patch_cosines`.
-        tokenizer: a ``qwen.tiktoken`` file or its folder, by default the one in the ``dashscope`` package.
+        tokenizer: A ``qwen.tiktoken`` file or its folder. Default: the one in the ``dashscope`` package.
 
     Raises:
-        ConfigError: there is no tokenizer vocabulary, or ``vocab_size`` is too small.
+        ConfigError: If there is no tokenizer vocabulary, or ``vocab_size`` is too small.
     """
     config = tiny_config(
         VOCAB_SIZE if vocab_size is None else vocab_size,
@@ -155,7 +160,7 @@ def write_tiny_checkpoint(
 
 
 def preprocessor_config() -> dict[str, object]:
-    """Contents of ``preprocessor_config.json`` of the Qwen2.5-VL-Instruct checkpoints (all sizes have the same)."""
+    """Return ``preprocessor_config.json`` of the Qwen2.5-VL-Instruct checkpoints, the same for all sizes."""
     return {
         "min_pixels": 4 * qwen.FACTOR**2,
         "max_pixels": 16384 * qwen.FACTOR**2,
@@ -170,15 +175,17 @@ def preprocessor_config() -> dict[str, object]:
 
 
 def _random_model(config: Qwen2_5_VLConfig, seed: int, *, cosines: bool) -> Qwen2_5_VLForConditionalGeneration:
-    """A model whose matrices keep the size of their input (spread 1 / sqrt(fan-in)); norms are 1, biases 0.
+    """Return a model whose matrices preserve the scale of their input (std 1 / sqrt(fan-in)). Norms are 1, biases 0.
 
-    The usual spread of 0.02 suits thousands of inputs; with 32 to 128 of them it would shrink every signal tenfold a
-    layer. With cosines, what a layer adds to its input is smaller: all layers together add about as much as they get.
+    The usual standard deviation of 0.02 suits thousands of inputs. With 32 to 128 inputs it would shrink every signal
+    tenfold in each layer. With ``cosines``, residual branches start smaller: together they add about as much as the
+    input of the first layer.
     """
     with torch.random.fork_rng(devices=[]):
         model = Qwen2_5_VLForConditionalGeneration(config)
     embeddings = model.get_input_embeddings().weight
     visual, language_model = model.model.visual, model.model.language_model
+    # (vision hidden size, 3 channels, 2 frames, 14, 14)
     patches = visual.patch_embed.proj.weight
     depths = {"visual": len(visual.blocks), "language_model": len(language_model.layers)}
     with torch.no_grad():
@@ -197,31 +204,32 @@ def _random_model(config: Qwen2_5_VLConfig, seed: int, *, cosines: bool) -> Qwen
     return model
 
 
-def patch_cosines(number: int) -> torch.Tensor:
-    """What a patch can be embedded by: its lowest cosines, half of brightness, half of two differences of colour.
+def patch_cosines(num_filters: int) -> torch.Tensor:
+    """Return filters for the patch embedding: low-frequency cosines, half of brightness, half of colour differences.
 
-    With random weights words are hardly learnt. White paper has values near 2 all over, so that a random sum of a
-    patch says more of its brightness than of what is drawn on it; and moved by a pixel, the same stroke would give an
-    unrelated sum. In a trial on words cut out of charts, a tiny model knew half of 25 words after 25,000 pictures with
-    cosines; with random weights, none after 30,000.
+    With random weights, words are hardly learned. White paper has values near 2 everywhere, so a random projection of a
+    patch depends more on its brightness than on what is drawn on it. Shifted by a pixel, the same stroke would give an
+    unrelated projection. In a trial on words cropped from charts, a tiny model knew half of 25 words after 25,000
+    images with cosines, and none after 30,000 with random weights.
 
     Args:
-        number: H, of weights.
+        num_filters: H, the vision hidden size.
 
     Returns:
-        (H, 3, 2, 14, 14) float32: orthogonal; one has mean brightness, and is small.
+        (H, 3, 2, 14, 14) float32, orthogonal. The filter of mean brightness comes first and is scaled down.
     """
     side = torch.arange(qwen.PATCH_SIZE)
-    # (frequency, pixel), orthonormal: the DCT-II of JPEG
+    # (14 frequencies, 14 pixels), orthonormal: the DCT-II of JPEG
     waves = torch.cos(math.pi / qwen.PATCH_SIZE * side[:, None] * (side + 0.5))
     waves /= waves.norm(dim=1, keepdim=True)
     frequencies = sorted(
         itertools.product(range(qwen.PATCH_SIZE), repeat=2), key=lambda pair: (math.hypot(*pair), pair)
     )
+    # (filter type, R G B): brightness, R - G, R + G - 2 B
     channels = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
     channels /= channels.norm(dim=1, keepdim=True)
     filters = []
-    for channel, count in zip(channels, (number - 2 * (number // 4), number // 4, number // 4)):
+    for channel, count in zip(channels, (num_filters - 2 * (num_filters // 4), num_filters // 4, num_filters // 4)):
         for row, column in frequencies[:count]:
             wave = torch.outer(waves[row], waves[column]) * EDGES * (1 + row + column)
             filters.append(channel[:, None, None, None] * wave.expand(1, qwen.TEMPORAL_PATCH_SIZE, -1, -1))
@@ -231,7 +239,7 @@ def patch_cosines(number: int) -> torch.Tensor:
 
 @click.command(name="python -m train.tiny_model")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides the weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),

@@ -52,7 +52,7 @@ class Video:
     end: Figure
 
     def frame(self, index: int) -> Image.Image:
-        """Returns frame ``index`` as an RGB image, as drawn (the codec changes it slightly)."""
+        """Return frame ``index`` as an RGB image, as drawn (the codec changes it slightly)."""
         progress = index / (self.num_frames - 1)
         figure = replace(
             self.start if progress < 0.5 else self.end,
@@ -64,7 +64,7 @@ class Video:
 
 
 def sample_video(rng: np.random.Generator, *, events: tuple[str, ...] = EVENTS) -> Video:
-    """Draws the facts of a video: a shape to which one of ``events`` happens."""
+    """Draw the facts of a video: a shape to which one of ``events`` happens."""
     width, height = _SIZES[int(rng.integers(len(_SIZES)))]
     duration_s, fps = _LENGTHS[int(rng.integers(len(_LENGTHS)))]
     event, direction = pick(rng, events), ""
@@ -86,7 +86,7 @@ def sample_video(rng: np.random.Generator, *, events: tuple[str, ...] = EVENTS) 
 
 
 def encode_video(video: Video) -> bytes:
-    """Returns the video as an MP4 file: H.264 if PyAV has an encoder for it, else MPEG-4 part 2.
+    """Return the video as an MP4 file: H.264 if PyAV has an encoder for it, else MPEG-4 part 2.
 
     The bytes depend only on the facts and the versions of the libraries.
     """

@@ -42,20 +42,20 @@ class Wording:
     variant: int = 0
 
     def say(self, en: str | Sequence[str], zh: str | Sequence[str]) -> str:
-        """Returns the phrasing in this language. ``variant`` picks one of several."""
+        """Return the phrasing in this language. ``variant`` picks one of several."""
         phrases = en if self.language == "en" else zh
         return phrases if isinstance(phrases, str) else phrases[self.variant % len(phrases)]
 
     def word(self, name: str) -> str:
-        """Returns a fact's word in this language. Numbers, letters and names are the same in both."""
+        """Return a fact's word in this language. Numbers, letters and names are the same in both."""
         return self.say(name, _CHINESE.get(name, name))
 
     def thing(self, colour: str, shape: str) -> str:
-        """Returns "red circle" in this language."""
+        """Return "red circle" in this language."""
         return self.say(f"{colour} {shape}", f"{self.word(colour)}的{self.word(shape)}")
 
     def ask(self, question: str, value: object, *, short: str | None = None, sentence: str | None = None) -> Exchange:
-        """Returns a question with its answer, a full sentence if this wording wants one and ``sentence`` is given.
+        """Return a question with its answer, a full sentence if this wording wants one and ``sentence`` is given.
 
         Args:
             question: The question, in this language.

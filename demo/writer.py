@@ -1,4 +1,4 @@
-"""Draws, encodes and writes the demo dataset, with a few records that are broken on purpose.
+"""The files of the demo dataset, with a few records that are broken on purpose.
 
 seed -> a folder with ``annotations.jsonl``, ``heldout.jsonl``, ``images/`` and ``videos/``. The training file is
 written last: if it exists, the folder is complete. Cost: about 4 s on one core and 4 MB on disk for 400 annotations.
@@ -51,7 +51,7 @@ class DemoSummary:
 
 
 def write_demo(out: Path, *, seed: int = 0, num_annotations: int = 400) -> DemoSummary:
-    """Writes the demo dataset. The same seed gives the same annotations and the same pixels.
+    """Write the demo dataset. The same seed gives the same annotations and the same pixels.
 
     Files of the same names in ``out`` are replaced, others left alone. All paths in the annotations are relative to
     ``out``. The bytes of the media also depend on the versions of Pillow and PyAV.
@@ -94,7 +94,7 @@ def write_demo(out: Path, *, seed: int = 0, num_annotations: int = 400) -> DemoS
 
 
 def _write_part(out: Path, plan: Sequence[Planned], seed: int, prefix: str) -> list[str]:
-    """Draws and writes the media of one part. Returns the lines of its annotation file."""
+    """Draw and writes the media of one part. Return the lines of its annotation file."""
     rng = generator(seed, f"{prefix}records")
     counts: Counter[str] = Counter()
     lines = []
@@ -128,7 +128,7 @@ def _write_damaged_media(out: Path, seed: int) -> None:
 
 
 def broken_lines() -> list[tuple[ReasonCode, str]]:
-    """Returns lines that cannot become samples, each with one fault and the reason code of its rejection."""
+    """Return lines that cannot become samples, each with one fault and the reason code of its rejection."""
     colour = [("human", "<image>\nWhat colour is the shape?"), ("gpt", "red")]
     motion = [("human", "<video>\nWhat moves?"), ("gpt", "a star")]
     twice = [colour[0], ("human", "Well?"), colour[1]]
@@ -154,5 +154,6 @@ def broken_lines() -> list[tuple[ReasonCode, str]]:
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Writes under a temporary name first: the file is complete or does not exist."""
-    write_synced(path, "".join(f"{line}\n" for line in lines).encode())
+    """Write under a temporary name first: the file is complete or does not exist."""
+    write_synced(path, "".join(f"{line}
+" for line in lines).encode())

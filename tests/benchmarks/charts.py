@@ -65,7 +65,7 @@ class Chart:
     height: int
 
     def draw(self) -> Image.Image:
-        """Returns the RGB image."""
+        """Return the RGB image."""
         s = SUPERSAMPLING
         canvas = Image.new("RGB", (self.width * s, self.height * s), _PAPER)
         draw = ImageDraw.Draw(canvas)
@@ -83,16 +83,16 @@ class Chart:
         return canvas.reduce(s)
 
     def point(self, column: int) -> tuple[int, int]:
-        """Returns the end of a bar or the point of a line, in pixels from the left and from the top."""
+        """Return the end of a bar or the point of a line, in pixels from the left and from the top."""
         return _MARGIN + column * COLUMN_WIDTH + COLUMN_WIDTH // 2, self.height_of(self.values[column])
 
     def height_of(self, value: int) -> int:
-        """Returns the height of a value, in pixels from the top."""
+        """Return the height of a value, in pixels from the top."""
         return self.height - _MARGIN - _ROW * value // 10
 
 
 def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = ("bar", "line")) -> Chart:
-    """Draws the facts of a chart: type, topic, categories, their values and colours."""
+    """Draw the facts of a chart: type, topic, categories, their values and colours."""
     chart_type = pick(rng, chart_types)
     topic = pick(rng, tuple(TOPICS))
     count = int(rng.integers(_MIN_CATEGORIES, len(TOPICS[topic]) + 1))
@@ -113,7 +113,7 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = ("bar"
 
 
 def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[int, int]]:
-    """Paints title and grid. Returns the point of every value, in pixels of the enlarged canvas."""
+    """Paint title and grid. Return the point of every value, in pixels of the enlarged canvas."""
     s = SUPERSAMPLING
     draw.text((chart.width * s / 2, 6 * s), chart.title, fill=INK, font=font(_TITLE_SIZE * s), anchor="ma")
     points = [chart.point(column) for column in range(len(chart.values))]
@@ -125,7 +125,7 @@ def _paint_axes(draw: ImageDraw.ImageDraw, chart: Chart) -> list[tuple[int, int]
 
 
 def _paint_labels(draw: ImageDraw.ImageDraw, chart: Chart, points: list[tuple[int, int]]) -> None:
-    """Paints the value above every point, and its name above the value."""
+    """Paint the value above every point, and its name above the value."""
     s = SUPERSAMPLING
     for (x, y), category, value in zip(points, chart.categories, chart.values, strict=True):
         for row, text in enumerate((str(value), category)):

@@ -61,7 +61,7 @@ def auto_tokenizer(tiny_checkpoint: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def encode_by_ranks() -> Callable[[str], list[int]]:
-    """An independent encoder: tiktoken's rule, which joins the neighbours of lowest rank and knows no merges."""
+    """An independent encoder by tiktoken's rule, which joins the neighbours of lowest rank and needs no merges."""
     ranks = read_ranks(find_tiktoken_file())
 
     def encode(text: str) -> list[int]:
@@ -102,7 +102,7 @@ def test_control_tokens_have_the_official_ids(tokenizer: Tokenizer) -> None:
     assert special == ADDED_TOKENS[:14]
 
 
-def test_there_are_as_many_merges_as_tokens_of_two_bytes_and_more(tiny_checkpoint: Path) -> None:
+def test_there_is_one_merge_for_every_token_of_two_or_more_bytes(tiny_checkpoint: Path) -> None:
     model = json.loads((tiny_checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     assert len(model["merges"]) == 151387 == len(model["vocab"]) - 256
     assert model["merges"][:3] == [["Ġ", "Ġ"], ["ĠĠ", "ĠĠ"], ["i", "n"]]
@@ -138,8 +138,8 @@ def test_ids_equal_those_of_an_encoder_without_merges(
     assert tokenizer.encode(text).ids == encode_by_ranks(text)
 
 
-def test_the_longest_tokens_are_made_whole(tokenizer: Tokenizer) -> None:
-    """Tokens of many bytes need many merges in the right order; each must come out as itself."""
+def test_the_longest_tokens_encode_to_themselves(tokenizer: Tokenizer) -> None:
+    """Tokens of many bytes need many merges in the right order."""
     ranks = read_ranks(find_tiktoken_file())
     checked = 0
     for token, rank in sorted(ranks.items(), key=lambda item: -len(item[0]))[:2000]:
@@ -186,7 +186,7 @@ def test_a_system_message_replaces_the_default(auto_tokenizer: PreTrainedTokeniz
     assert ids == [151644, 8948, 198, *brief, 151645, 198, 151644, 872, 198, *hi, 151645, 198]
 
 
-def test_pictures_are_numbered_on_request(auto_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_images_are_numbered_on_request(auto_tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "video"}]}]
     text = auto_tokenizer.apply_chat_template(messages, tokenize=False, add_vision_id=True)
     assert isinstance(text, str)
@@ -209,25 +209,25 @@ def test_the_contract_accepts_the_tokenizer(tiny_checkpoint: Path) -> None:
 
 
 def test_last_merge_is_what_lower_ranks_leave() -> None:
-    """Worked by hand: "aab" is "a" + "ab" once "ab" is known, since "aa" has a higher rank than "ab"."""
+    """Worked by hand: "aab" is "a" + "ab", because "ab" has a lower rank than "aa" and is joined first."""
     ranks = {token: rank for rank, token in enumerate([b"a", b"b", b"ab", b"aa", b"aab"])}
     assert last_merge(b"ab", ranks) == (b"a", b"b")
     assert last_merge(b"aab", ranks) == (b"a", b"ab")
 
 
-def test_last_merge_names_a_token_that_lower_ranks_cannot_make() -> None:
+def test_last_merge_names_a_token_that_lower_ranks_cannot_form() -> None:
     ranks = {token: rank for rank, token in enumerate([b"a", b"b", b"abb", b"ab"])}
     with pytest.raises(ValueError, match="b'abb'"):
         last_merge(b"abb", ranks)
 
 
-def test_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qwen_tokenizer, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install --no-deps dashscope"):
         find_tiktoken_file()
 
 
-def test_vocabulary_can_be_given_as_a_file_or_its_folder(tmp_path: Path) -> None:
+def test_the_vocabulary_is_a_file_or_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "qwen.tiktoken"
     with pytest.raises(ConfigError, match=r"no tokenizer vocabulary at .*qwen\.tiktoken"):
         find_tiktoken_file(path)
