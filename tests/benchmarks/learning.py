@@ -1,21 +1,20 @@
-"""A tiny model learns to see: ``python -m tests.benchmarks.learning`` (see ``--help`` for its lessons).
+"""A tiny model learns to see: ``python -m tests.benchmarks.learning`` (``--help`` lists the lessons).
 
-Questions of the demo dataset about one picture (its colour, its shape, how many shapes; the value of a bar that is
-named by its colour, or of a bar or a point that is named by a word), for training and, about other pictures, held out.
-Every answer of a kind comes equally often, so the text of a question says nothing about its answer. They go the whole
-way: ``vlprep build``, then ``train/main.py`` from random weights, vision tower included, with the held-out shards as
-``--eval_shards``. An answer is right where all its tokens are.
+The lessons ask questions about one image: the colour or shape of a figure, the number of figures, the value of a bar
+named by its colour, the value of a bar or a point named by a word. Some questions are for training, others, about other
+images, are held out. All answers of a kind are equally frequent, so the text of a question does not reveal its answer.
+The data take the usual path: ``vlprep build``, then ``train/main.py`` from random weights, vision tower included, with
+the held-out shards as ``--eval_shards``. An answer is right if all its tokens are.
 
-To find a word in a chart, a model must be able to read. So the lesson on charts begins with exercises on charts of
-their own: read a word that is cut out; give the value that belongs to a name or a colour, in one or two columns that
-are cut out, then in whole charts. The answer repeats the name before the value: what to look for is what was said last.
+To find a word in a chart, a model must be able to read. The lesson on charts therefore begins with exercises on other
+charts: read a cropped word, give the value of a name or a colour in one or two cropped columns, then in full charts.
+The answer repeats the name before the value, so it starts with the item being looked up.
 
-Beside it stand
+Three baselines:
 
-- the same held-out questions with their pictures exchanged among them (each gets that of another question of its
-  kind): what a model that sees must lose;
-- the same model trained on the same questions without their pictures: the text-only baseline;
-- the answer that came most often in training with the same words of the question: what text alone can give at best.
+- exchanged: the same held-out questions, each with the image of another question of its kind;
+- text only: the same model, trained on the same questions without images;
+- likeliest: the most frequent training answer to the same question text, a bound on what text alone can give.
 """
 
 from __future__ import annotations
@@ -54,39 +53,39 @@ KINDS: dict[str, Kind[Any]] = {
     "values_by_colour": next(kind for kind in CHART_KINDS if kind.name == "chart/value_by_colour"),
     "values_by_name": next(kind for kind in CHART_KINDS if kind.name == "chart/value"),
 }
-"""What is asked, by the name of its dataset."""
+"""Kinds of questions by dataset name."""
 
 EXCHANGED = "exchanged"
 MIN_PIXELS = (4 * PATCH_SIZE) ** 2
-"""No picture is enlarged: the smallest ones are words that are cut out."""
+"""No image is enlarged. The smallest ones are cropped words."""
 
 Record = dict[str, Any]
 
 
-def cut_word(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
-    """Read the name of a column: two by two merged tokens about its label, which is a patch off at most."""
+def crop_word(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
+    """Ask for the name of a column: 2 x 2 merged tokens around its label, off by at most one patch."""
     x, y = chart.point(column)
     left, top = (int(at + PATCH_SIZE * rng.integers(-1, 2)) for at in (x - 2 * PATCH_SIZE, y - 3 * PATCH_SIZE))
     exchange = Exchange(question="Read the word.", answer=chart.categories[column], value=chart.categories[column])
     return exchange, chart.draw().crop((left, top, left + 4 * PATCH_SIZE, top + 4 * PATCH_SIZE))
 
 
-def cut_columns(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
-    """Say the value of a column: that column, most often with a neighbour, without margins."""
+def crop_columns(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
+    """Ask for the value of a column: that column without margins, usually with a neighbour."""
     num = 1 if rng.random() < 0.2 else 2
     first = min(max(0, column - int(rng.integers(num))), len(chart.values) - num)
     left, bottom = chart.point(first)[0] - COLUMN_WIDTH // 2, chart.height_of(0)
-    picture = chart.draw().crop((left, bottom - 12 * PATCH_SIZE, left + num * COLUMN_WIDTH, bottom))
-    return _name_and_value(chart, column, rng), picture
+    image = chart.draw().crop((left, bottom - 12 * PATCH_SIZE, left + num * COLUMN_WIDTH, bottom))
+    return _name_and_value(chart, column, rng), image
 
 
 def whole_chart(chart: Chart, column: int, rng: np.random.Generator) -> tuple[Exchange, Image.Image]:
-    """Say the value of a column of a chart."""
+    """Ask for the value of a column in the full chart."""
     return _name_and_value(chart, column, rng), chart.draw()
 
 
 def _name_and_value(chart: Chart, column: int, rng: np.random.Generator) -> Exchange:
-    """Half of the bars are named by their colours; what names the column is said again right before the value."""
+    """Half of the bars are named by their colours. The answer repeats the name right before the value."""
     name, value = chart.categories[column], str(chart.values[column])
     if chart.chart_type == "bar" and rng.random() < 0.5:
         language: Language = "zh" if rng.random() < 0.2 else "en"
@@ -97,16 +96,16 @@ def _name_and_value(chart: Chart, column: int, rng: np.random.Generator) -> Exch
 Exercise = Callable[[Chart, int, np.random.Generator], tuple[Exchange, Image.Image]]
 
 EXERCISES: dict[str, Exercise] = {
-    "words": cut_word,
-    "columns": cut_columns,
+    "words": crop_word,
+    "columns": crop_columns,
     "whole_charts": whole_chart,
 }
-"""What is read about a column of a chart of bars or points before anything is asked, by the name of its dataset."""
+"""Exercises about one column of a bar or line chart, by dataset name. They come before the questions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Shares of the held-out questions of one kind that are answered right."""
+    """Shares of right answers to the held-out questions of one kind."""
 
     seeing: float
     exchanged: float
@@ -116,20 +115,20 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lesson:
-    """How long to learn, and from what.
+    """Data, model and duration of a training.
 
     Attributes:
-        questions: of each kind to learn from, by keys of :data:`KINDS`.
-        exercises: of each kind to begin with, by keys of :data:`EXERCISES`.
-        exercise_steps: steps of the optimizer for them, at a constant rate.
-        num_held_out: questions of each kind to be asked.
-        steps: of the optimizer.
-        text_steps: the same for the text-only baseline, whose bins hold several times as many questions.
-        max_length: tokens of a bin; each rank gets one in each step.
-        learning_rate: peak.
-        num_layers: of the language model.
-        vision_size: width of the vision tower.
-        cosines: whether patches are embedded by cosines.
+        questions: Number of training questions by kind, a key of :data:`KINDS`.
+        exercises: Number of exercises before them by kind, a key of :data:`EXERCISES`.
+        exercise_steps: Optimizer steps of the exercises, at a constant learning rate.
+        num_held_out: Held-out questions of each kind.
+        steps: Optimizer steps of the questions.
+        text_steps: Optimizer steps of the text-only baseline, whose bins hold several times as many questions.
+        max_length: Tokens of a bin. Each rank gets one bin per step.
+        learning_rate: Peak learning rate.
+        num_layers: Layers of the language model.
+        vision_size: Width of the vision tower.
+        cosines: Whether patches are embedded by cosines.
     """
 
     questions: Mapping[str, int]
@@ -146,52 +145,54 @@ class Lesson:
 
 
 def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
-    """Draw, build, train and ask.
+    """Draw the data of a lesson, build shards, train and evaluate.
 
     Args:
-        lesson: what and how long.
-        folder: an empty folder to work in.
-        ranks: processes that train.
+        lesson: The lesson.
+        folder: An empty working folder.
+        ranks: Number of training processes.
 
     Returns:
-        What came of every kind.
+        The scores of every kind of question.
     """
     model = folder / "model"
     write_tiny_checkpoint(
         model, num_hidden_layers=lesson.num_layers, vision_hidden_size=lesson.vision_size, cosines=lesson.cosines
     )
     train = {name: draw_questions(name, num, folder, held_out=False) for name, num in lesson.questions.items()}
-    asked = {name: draw_questions(name, lesson.num_held_out, folder, held_out=True) for name in lesson.questions}
-    everything = [record for records in train.values() for record in records]
-    exchanged = {f"{name}_{EXCHANGED}": exchange_pictures(records) for name, records in asked.items()}
-    seen = {"train": everything, **asked, **exchanged}
-    blind = {
-        name: [without_picture(record) for record in records]
-        for name, records in {"train": everything, **asked}.items()
+    held_out = {name: draw_questions(name, lesson.num_held_out, folder, held_out=True) for name in lesson.questions}
+    all_train = [record for records in train.values() for record in records]
+    exchanged = {f"{name}_{EXCHANGED}": exchange_images(records) for name, records in held_out.items()}
+    with_images = {"train": all_train, **held_out, **exchanged}
+    text_only = {
+        name: [without_image(record) for record in records]
+        for name, records in {"train": all_train, **held_out}.items()
     }
     exercises = {name: draw_exercises(name, num, folder) for name, num in lesson.exercises.items()}
-    first_models = {"seeing": model, "text": model}
+    initial_models = {"seeing": model, "text": model}
     if exercises:
         build(exercises, tuple(exercises), folder, "seeing", "exercises", lesson, model)
-        first_models["seeing"] = exercise(folder, lesson, model, ranks)
-    found: dict[str, dict[str, float]] = {}
-    for way, datasets, steps in (("seeing", seen, lesson.steps), ("text", blind, lesson.text_steps)):
+        initial_models["seeing"] = exercise(folder, lesson, model, ranks)
+    accuracy: dict[str, dict[str, float]] = {}
+    for way, datasets, steps in (("seeing", with_images, lesson.steps), ("text", text_only, lesson.text_steps)):
         build(datasets, ("train",), folder, way, f"{way}-train", lesson, model)
-        build(datasets, tuple(name for name in datasets if name != "train"), folder, way, f"{way}-asked", lesson, model)
-        found[way] = train_and_ask(folder, way, steps, lesson, first_models[way], ranks)
+        build(
+            datasets, tuple(name for name in datasets if name != "train"), folder, way, f"{way}-held-out", lesson, model
+        )
+        accuracy[way] = train_and_ask(folder, way, steps, lesson, initial_models[way], ranks)
     return {
         name: Scores(
-            seeing=found["seeing"][name],
-            exchanged=found["seeing"][f"{name}_{EXCHANGED}"],
-            text_only=found["text"][name],
-            likeliest=likeliest_answers(train[name], asked[name]),
+            seeing=accuracy["seeing"][name],
+            exchanged=accuracy["seeing"][f"{name}_{EXCHANGED}"],
+            text_only=accuracy["text"][name],
+            likeliest=likeliest_answers(train[name], held_out[name]),
         )
         for name in lesson.questions
     }
 
 
 def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list[Record]:
-    """Records of one kind; their pictures lie in ``folder``."""
+    """Return records of one kind, with their images in ``folder``."""
     part = "heldout" if held_out else "train"
     drafts: list[Draft[Any]] = compose([KINDS[name]], num, generator(0, f"{part}/{name}"), held_out=held_out)
     rng = generator(0, f"{part}/{name}/records")
@@ -207,40 +208,40 @@ def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list
 
 
 def draw_exercises(name: str, num: int, folder: Path) -> list[Record]:
-    """Records of one kind of exercise; their pictures lie in ``folder``."""
+    """Return records of one kind of exercise, with their images in ``folder``."""
     (folder / "images").mkdir(exist_ok=True)
     return [draw_exercise(name, folder, number) for number in range(num)]
 
 
 def draw_exercise(name: str, folder: Path, number: int) -> Record:
-    """The record of one exercise, on a chart of its own; two of three have bars."""
+    """Return the record of one exercise on its own chart. Two of three charts have bars."""
     rng = generator(0, f"exercises/{name}/{number}")
     chart = sample_chart(rng, ("bar", "bar", "line"))
-    exchange, picture = EXERCISES[name](chart, int(rng.integers(len(chart.values))), rng)
+    exchange, image = EXERCISES[name](chart, int(rng.integers(len(chart.values))), rng)
     path = f"images/exercise-{name}-{number:05d}.png"
-    (folder / path).write_bytes(encode_image(picture, PNG))
+    (folder / path).write_bytes(encode_image(image, PNG))
     turns = [("human", f"<image>\n{exchange.question}"), ("gpt", exchange.answer)]
     return {"id": path, "image": path, "conversations": [{"from": who, "value": text} for who, text in turns]}
 
 
-def exchange_pictures(records: Sequence[Record]) -> list[Record]:
-    """The same questions and answers, each with the picture of the next one."""
-    pictures = [record["image"] for record in records]
-    return [{**record, "image": picture} for record, picture in zip(records, [*pictures[1:], pictures[0]])]
+def exchange_images(records: Sequence[Record]) -> list[Record]:
+    """Return the same questions and answers, each with the image of the next one."""
+    images = [record["image"] for record in records]
+    return [{**record, "image": image} for record, image in zip(records, [*images[1:], images[0]])]
 
 
-def without_picture(record: Record) -> Record:
-    """The same question and answer without the picture."""
+def without_image(record: Record) -> Record:
+    """Return the same question and answer without the image."""
     question, answer = record["conversations"]
     bare = {"from": "human", "value": question["value"].replace("<image>", "").strip()}
     return {"id": record["id"], "conversations": [bare, answer]}
 
 
-def likeliest_answers(train: Sequence[Record], asked: Sequence[Record]) -> float:
-    """Share that is right of answering what came most often in training with the same words (or at all)."""
+def likeliest_answers(train: Sequence[Record], held_out: Sequence[Record]) -> float:
+    """Return the share of right answers if each is the most frequent one to the same text in training (or overall)."""
 
     def words(record: Record) -> str:
-        text: str = without_picture(record)["conversations"][0]["value"]
+        text: str = without_image(record)["conversations"][0]["value"]
         return text
 
     by_words: dict[str, Counter[str]] = {}
@@ -250,9 +251,9 @@ def likeliest_answers(train: Sequence[Record], asked: Sequence[Record]) -> float
     of_all: Counter[str] = sum(by_words.values(), Counter())
     right = sum(
         by_words.get(words(record), of_all).most_common(1)[0][0] == record["conversations"][1]["value"]
-        for record in asked
+        for record in held_out
     )
-    return right / len(asked)
+    return right / len(held_out)
 
 
 def build(
@@ -278,7 +279,7 @@ def build(
 
 
 def exercise(folder: Path, lesson: Lesson, model: Path, ranks: int) -> Path:
-    """Train on the exercises and return where the model lies that knows them."""
+    """Train on the exercises and return the folder of the trained model."""
     out = folder / "exercises-run"
     train(
         folder / "exercises", out, lesson.exercise_steps, lesson, model, ranks, lr_scheduler_type="constant_with_warmup"
@@ -287,15 +288,15 @@ def exercise(folder: Path, lesson: Lesson, model: Path, ranks: int) -> Path:
 
 
 def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Path, ranks: int) -> dict[str, float]:
-    """Train on ``<way>-train`` and return the share of right answers of every dataset in ``<way>-asked``."""
+    """Train on ``<way>-train`` and return the share of right answers for every dataset of ``<way>-held-out``."""
     out = folder / f"{way}-run"
-    train(folder / f"{way}-train", out, steps, lesson, model, ranks, eval_shards=folder / f"{way}-asked")
+    train(folder / f"{way}-train", out, steps, lesson, model, ranks, eval_shards=folder / f"{way}-held-out")
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     return {name: scores["exact_match"] for name, scores in last["eval_datasets"].items()}
 
 
 def train(shards: Path, out: Path, steps: int, lesson: Lesson, model: Path, ranks: int, **more: object) -> None:
-    """Run ``train/main.py``, with some settings more."""
+    """Run ``train/main.py``. ``more`` are further settings."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     settings: dict[str, object] = {
         "shards": shards,
@@ -339,16 +340,18 @@ LESSONS = {"scenes": SCENES, "charts": CHARTS}
 
 @click.command()
 @click.argument("lessons", type=click.Choice(list(LESSONS)), nargs=-1)
-@click.option("--steps", type=click.IntRange(min=1), help="Of the optimizer.")
-@click.option("--exercise-steps", type=click.IntRange(min=1), help="The same of the exercises before.")
-@click.option("--samples", type=click.IntRange(min=1), help="Questions and exercises of each kind, of all as many.")
-@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Each with a core of its own.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of the questions.")
+@click.option("--exercise-steps", type=click.IntRange(min=1), help="Optimizer steps of the exercises.")
+@click.option("--samples", type=click.IntRange(min=1), help="Number of questions and exercises of each kind.")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Training processes, one per core."
+)
 def main(
     lessons: Sequence[str], steps: int | None, exercise_steps: int | None, samples: int | None, ranks: int
 ) -> None:
-    """Train a tiny model from random weights and ask it about pictures that it has not seen.
+    """Train a tiny model from random weights and ask it about images that it has not seen.
 
-    LESSONS are scenes (colours, shapes, counts) and charts (values); both if not given.
+    LESSONS are scenes (colours, shapes, counts) and charts (values). Default: both.
     """
     click.echo(describe_machine("torch", "transformers", "deepspeed"))
     for name in lessons or LESSONS:
@@ -365,20 +368,20 @@ def main(
 
 
 def report(lesson: Lesson, scores: dict[str, Scores], *, ranks: int) -> str:
-    """What a lesson took and what came of it, as a table."""
+    """Return the settings and the scores of a lesson as a table."""
     width = max(len(name) for name in scores) + 2
-    learnt_from, begun_with = (
+    questions, exercises = (
         ", ".join(f"{num} {name}" for name, num in kinds.items()) for kinds in (lesson.questions, lesson.exercises)
     )
-    before = f"; before them {lesson.exercise_steps} steps of exercises: {begun_with}" if begun_with else ""
+    before = f"; before them {lesson.exercise_steps} steps of exercises: {exercises}" if exercises else ""
     lines = [
-        f"\nquestions to learn from: {learnt_from}; {lesson.num_held_out} of each held out; {lesson.steps} steps of "
+        f"\ntraining questions: {questions}; {lesson.num_held_out} of each held out; {lesson.steps} steps of "
         f"{ranks} bins of {lesson.max_length} tokens{before}",
         f"{'':<{width}}{'seeing':>12}{'exchanged':>12}{'text only':>12}{'likeliest':>12}",
     ]
     shares = {name: (one.seeing, one.exchanged, one.text_only, one.likeliest) for name, one in scores.items()}
     if len(scores) > 1:
-        # As many of each kind are held out.
+        # The kinds have equally many held-out questions.
         shares["all"] = tuple(sum(column) / len(scores) for column in zip(*shares.values()))
     lines += [f"{name:<{width}}" + "".join(f"{share:>12.1%}" for share in columns) for name, columns in shares.items()]
     return "\n".join(lines)

@@ -1,7 +1,6 @@
-"""What is built and trained is enough to learn to see: the whole way on one kind of question, in a minute or two of two
-processors.
+"""Builds and training teach a tiny model to see: the whole pipeline on one kind of question, in 1 to 2 minutes.
 
-``python -m tests.benchmarks.learning`` does it with shapes and counts, and with the values of charts, for longer.
+``python -m tests.benchmarks.learning`` also trains on shapes, counts and the values of charts, for longer.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from tests.benchmarks.learning import (
     Record,
     Scores,
     draw_questions,
-    exchange_pictures,
+    exchange_images,
     learn,
     likeliest_answers,
-    without_picture,
+    without_image,
 )
 
 
@@ -40,24 +39,24 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
 
 
 def test_a_tiny_model_learns_colours_from_pixels_alone(scores: Scores) -> None:
-    """Random weights before, nine of ten right after; five colours come equally often, so one of five by guessing."""
+    """From random weights to 9 of 10 right. The 5 colours are equally frequent, so a guess is right 1 of 5 times."""
     assert scores.seeing >= 0.9
     assert max(scores.text_only, scores.likeliest) <= 0.3
 
 
-def test_with_exchanged_pictures_it_knows_no_more_than_the_text(scores: Scores) -> None:
+def test_with_exchanged_images_the_model_knows_no_more_than_the_text(scores: Scores) -> None:
     assert scores.exchanged <= 0.3
 
 
-def test_no_question_keeps_its_picture_when_they_are_exchanged(tmp_path: Path) -> None:
+def test_no_question_keeps_its_image_when_images_are_exchanged(tmp_path: Path) -> None:
     records = draw_questions("shapes", 12, tmp_path, held_out=True)
-    exchanged = exchange_pictures(records)
+    exchanged = exchange_images(records)
     assert [record["conversations"] for record in exchanged] == [record["conversations"] for record in records]
     assert all(one["image"] != other["image"] for one, other in zip(exchanged, records))
     assert sorted(record["image"] for record in exchanged) == sorted(record["image"] for record in records)
 
 
-def test_the_likeliest_answer_is_that_of_the_same_words() -> None:
+def test_the_likeliest_answer_is_the_most_frequent_one_to_the_same_text() -> None:
     def record(question: str, answer: str) -> Record:
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         return {"id": "", "image": "", "conversations": turns}
@@ -72,7 +71,7 @@ def test_the_likeliest_answer_is_that_of_the_same_words() -> None:
         record("new?", "one"),
     ]
     assert likeliest_answers(train, asked) == 3 / 5
-    assert without_picture(asked[0])["conversations"][0]["value"] == "A?"
+    assert without_image(asked[0])["conversations"][0]["value"] == "A?"
 
 
 def colour_words(colour: str) -> set[str]:
@@ -81,35 +80,35 @@ def colour_words(colour: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("words", {(56, 56)}), ("columns", {(56, 168), (112, 168)})])
-def test_what_is_cut_out_shows_the_column_that_is_named(name: str, sizes: set[tuple[int, int]]) -> None:
-    """With its name written otherwise it is another picture, in the place of a name alone."""
+def test_a_crop_shows_the_column_that_its_question_names(name: str, sizes: set[tuple[int, int]]) -> None:
+    """Another name changes the crop, and only where the name stands."""
     rng = generator(0, "test")
-    found = set()
+    sizes_seen = set()
     for number in range(40):
         chart = sample_chart(rng, ("bar", "line"))
         column = int(rng.integers(len(chart.values)))
-        exchange, picture = EXERCISES[name](chart, column, generator(number, "cut"))
+        exchange, image = EXERCISES[name](chart, column, generator(number, "cut"))
         category, value = chart.categories[column], str(chart.values[column])
         named = {category} if name == "words" else {category, *colour_words(chart.colours[column])}
         assert exchange.answer in {one + (value if name == "columns" else "") for one in named}
         assert name == "words" or exchange.answer.removesuffix(value) in exchange.question
         renamed = replace(chart, categories=(*chart.categories[:column], "ox", *chart.categories[column + 1 :]))
         other = EXERCISES[name](renamed, column, generator(number, "cut"))[1]
-        rows, columns = np.nonzero((np.asarray(picture) != np.asarray(other)).any(axis=-1))
+        rows, columns = np.nonzero((np.asarray(image) != np.asarray(other)).any(axis=-1))
         assert rows.size >= 20
         assert np.ptp(rows) < 1.5 * PATCH_SIZE and np.ptp(columns) < COLUMN_WIDTH
-        found.add(picture.size)
-    assert found == sizes
+        sizes_seen.add(image.size)
+    assert sizes_seen == sizes
 
 
-def test_exercises_on_whole_charts_show_them_whole() -> None:
+def test_exercises_on_full_charts_show_the_full_chart() -> None:
     chart = sample_chart(generator(1, "test"), ("bar",))
-    exchange, picture = EXERCISES["whole_charts"](chart, 1, generator(1, "cut"))
+    exchange, image = EXERCISES["whole_charts"](chart, 1, generator(1, "cut"))
     assert exchange.answer.endswith(str(chart.values[1]))
-    np.testing.assert_array_equal(np.asarray(picture), np.asarray(chart.draw()))
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(chart.draw()))
 
 
-def test_who_sees_begins_with_the_exercises_and_who_reads_does_not(
+def test_training_with_images_starts_with_the_exercises_and_text_only_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: dict[str, tuple[str, ...]] = {}
