@@ -155,5 +155,4 @@ def broken_lines() -> list[tuple[ReasonCode, str]]:
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     """Write under a temporary name first: the file is complete or does not exist."""
-    write_synced(path, "".join(f"{line}
-" for line in lines).encode())
+    write_synced(path, "".join(f"{line}\n" for line in lines).encode())
