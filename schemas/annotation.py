@@ -18,7 +18,7 @@ class Turn(msgspec.Struct, frozen=True, gc=False, rename={"role": "from"}):
     value: str
 
 
-class Annotation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class LlavaRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One record: a conversation, and the media that its ``<image>`` and ``<video>`` tags stand for, in order."""
 
     conversations: list[Turn]
@@ -47,8 +47,8 @@ class Message(msgspec.Struct, frozen=True):
     content: str | list[Part]
 
 
-class MessagesAnnotation(msgspec.Struct, frozen=True, kw_only=True):
-    """A record whose turns are spelled as ``messages``; otherwise as :class:`Annotation`."""
+class MessagesRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A record whose turns are spelled as ``messages``; otherwise as :class:`LlavaRecord`."""
 
     messages: list[Message]
     image: str | list[str] | None = None
@@ -65,7 +65,7 @@ class Exchange(msgspec.Struct, frozen=True):
     assistant: str
 
 
-class TextsAnnotation(msgspec.Struct, frozen=True, kw_only=True):
+class TextsRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A record as the Cauldron and FineVision have it: ``texts``, a list of exchanges.
 
     Where no ``<image>`` tag stands in them, the pictures come first: one tag and a newline each before the first text.
@@ -95,6 +95,9 @@ class ReasonCode(str, Enum):
     MEDIA_EMPTY = "media_empty"
     MEDIA_OUTSIDE_ROOT = "media_outside_root"
     UNSUPPORTED_MEDIA = "unsupported_media"
+    UNSUPPORTED_FIELD = "unsupported_field"
+    BAD_BOX = "bad_box"
+    AMBIGUOUS_BOX = "ambiguous_box"
     BAD_ASPECT_RATIO = "bad_aspect_ratio"
     MEDIA_TOO_LARGE = "media_too_large"
     TOO_LONG = "too_long"

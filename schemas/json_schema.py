@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from schemas.annotation import Annotation, MessagesAnnotation, Problem, SampleRef, TextsAnnotation
+from schemas.annotation import LlavaRecord, MessagesRecord, Problem, SampleRef, TextsRecord
 from schemas.manifest import Manifest
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
@@ -28,7 +28,7 @@ _TYPES: dict[str, Any] = {
 def json_schemas() -> dict[str, bytes]:
     """Contents of every schema file by its name."""
     spellings, definitions = msgspec.json.schema_components(
-        (Annotation, MessagesAnnotation, TextsAnnotation), ref_template="#/$defs/{name}"
+        (LlavaRecord, MessagesRecord, TextsRecord), ref_template="#/$defs/{name}"
     )
     schemas: dict[str, dict[str, Any]] = {"annotation": {"anyOf": list(spellings), "$defs": definitions}}
     schemas |= {name: msgspec.json.schema(kind) for name, kind in _TYPES.items()}

@@ -1,20 +1,23 @@
-"""Validates records: JSON text in, an :class:`Annotation` or all of its problems out.
+"""From the text of a record to an annotation, or to everything that is wrong with it.
 
-Each problem has a reason code, a JSON path and a fix. A valid record costs one ``msgspec`` decode and a few passes over
-its joined text. Only if these notice something unusual is the record checked turn by turn.
+Input: the JSON text of one record. Output: a :class:`Checked` annotation with all its problems, each with a code, the
+JSON path and what would be right. A good record costs one ``msgspec`` decode and a few passes over all its text at
+once; only where these find something odd are its turns checked one by one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 
+from prep.annotations.annotation import Annotation, MediaItem
+from prep.annotations.boxes import GROUNDING_TOKENS, Shape, find_shapes, may_have_shapes, without_grounding_tokens
 from prep.annotations.chunks import Record
 from prep.annotations.dialects import MAX_DEPTH, ROLES, Places, decode_common, fault, read_record
-from schemas.annotation import Annotation, Problem, ReasonCode, Turn
+from schemas.annotation import Problem, ReasonCode, Turn
 from schemas.qwen import CONTROL_TOKENS
 
 
@@ -25,11 +28,11 @@ class _OnlyId(msgspec.Struct):
 _id_decoder = msgspec.json.Decoder(_OnlyId)
 
 MAX_MEDIA = 1 << 14
-"""Most media of a record. Each takes at least one token, and four times as many would fill the model's context."""
+"""Media that a record may name: each is one token at least, and four times as many would fill the model's context."""
 
 MAX_TEXT_CHARACTERS = 1 << 20
-"""A conversation with more text is rejected as ``too_long`` before tokenization, which takes 100 times its memory. This
-is about four times the model's context of 128k tokens."""
+"""A conversation with more text is rejected as ``too_long`` before it is tokenized (which takes 100 times its memory):
+it would be four times what the model's context of 128k tokens holds."""
 
 TAG = re.compile(r"<(image|video)>")
 RESERVED = re.compile("|".join(re.escape(token) for token in CONTROL_TOKENS))
@@ -37,39 +40,57 @@ RESERVED = re.compile("|".join(re.escape(token) for token in CONTROL_TOKENS))
 _EXCHANGES = ["human", "gpt"] * 256
 
 
-def parse_record(data: bytes, *, reserved: str = "reject") -> tuple[Annotation | None, list[Problem]]:
+class Checked(NamedTuple):
+    """A record after its check.
+
+    Attributes:
+        annotation: whatever could be read; None for an unreadable record, or one with too many media.
+        problems: everything that is wrong; none for a valid record.
+        unused: names of its fields that nobody reads.
+        embedded: bytes of media that came inside the record, by name.
+    """
+
+    annotation: Annotation | None
+    problems: list[Problem]
+    unused: tuple[str, ...] = ()
+    embedded: Mapping[str, bytes] = {}
+
+
+def parse_record(
+    data: bytes,
+    *,
+    reserved: str = "reject",
+    coordinates: str | None = "off",
+    embedded: Mapping[str, bytes] | None = None,
+) -> Checked:
     """Decode and check one record.
 
     Args:
         data: JSON text of the record.
         reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
-
-    Returns:
-        The annotation and no problems; or what could be decoded, if anything, and all problems. A record with too many
-        media gives None, so that nobody opens them.
+        coordinates: what the boxes of its dataset have, or None where nothing says so.
+        embedded: bytes of media that came beside the text.
     """
     annotation = decode_common(data)
     if annotation is not None and _is_plain(annotation, data, reserved):
-        return annotation, []
-    reading = read_record(data)
+        return Checked(annotation, [], (), embedded or {})
+    reading = read_record(data, embedded)
     annotation = reading.annotation
     if annotation is not None:
-        reading.problems.extend(_semantic_problems(annotation, reading.places, reserved, reading.unreadable))
-        if max(map(len, media_names(annotation))) > MAX_MEDIA:
+        annotation = _with_shapes(annotation, reading.places, coordinates, reading.problems.add)
+        reading.problems.extend(
+            _semantic_problems(annotation, reading.places, reserved, coordinates, reading.unreadable)
+        )
+        if max(len(annotation.images), len(annotation.videos)) > MAX_MEDIA:
             annotation = None
-    return annotation, reading.problems.listed()
+    return Checked(annotation, reading.problems.listed(), reading.unused, reading.embedded)
 
 
-def check_record(record: Record, reserved: str) -> tuple[Annotation | None, list[Problem]]:
-    """Check a record as :func:`parse_record` does. A record without text has one problem, ``bad_json``."""
+def check_record(record: Record, reserved: str, coordinates: str | None = "off") -> Checked:
+    """As :func:`parse_record`, for a record whose text may not be there."""
     if record.data is None:
-        return None, [Problem(ReasonCode.BAD_JSON, record.fault)]
-    return parse_record(record.data, reserved=reserved)
-
-
-def media_names(annotation: Annotation) -> tuple[list[str], list[str]]:
-    """Names of the images and of the videos of a record, each in order."""
-    return _names(annotation.image, annotation.images), _names(annotation.video, annotation.videos)
+        return Checked(None, [Problem(ReasonCode.BAD_JSON, record.fault)])
+    return parse_record(record.data, reserved=reserved, coordinates=coordinates, embedded=record.embedded)
 
 
 def record_id(annotation: Annotation | None) -> str | None:
@@ -78,28 +99,21 @@ def record_id(annotation: Annotation | None) -> str | None:
 
 
 def read_id(data: bytes) -> str | None:
-    """Decode only the id of a record, as text; None if it has none."""
+    """The id of a record that is not otherwise looked at, as text; None if it has none."""
     try:
-        identity = _id_decoder.decode(data).id
+        value = _id_decoder.decode(data).id
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
-    return str(identity) if isinstance(identity, (str, int)) and not isinstance(identity, bool) else None
-
-
-def _names(single: str | list[str] | None, several: list[str] | None) -> list[str]:
-    if single is None:
-        return list(several or [])
-    return [single] if isinstance(single, str) else list(single)
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
 def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
-    """Whether a record in canonical spelling has no problem, by a few passes over its joined text.
+    """Whether nothing is wrong with a record of canonical spelling, told by a few passes over all its text at once.
 
-    False for some valid records: those with other role names, with hundreds of turns, or with unread fields that are
-    large or not ASCII.
+    Says no to some good ones: those with boxes, with hundreds of turns, or whose text is not ASCII and large.
     """
-    roles = [turn.role for turn in annotation.conversations]
-    values = [turn.value for turn in annotation.conversations]
+    roles = [turn.role for turn in annotation.turns]
+    values = [turn.value for turn in annotation.turns]
     first = 1 if roles and roles[0] == "system" else 0
     num_turns = len(roles) - first
     if num_turns < 1 or num_turns % 2 or roles[first:] != _EXCHANGES[:num_turns] or not all(map(str.strip, values)):
@@ -108,7 +122,7 @@ def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
     num_images = num_videos = 0
     num_brackets = text.count("<")
     if num_brackets:
-        # In most records, only the first question has tags.
+        # Most records have no tag but in their first question.
         num_images = values[first].count("<image>")
         if num_brackets != num_images:
             questions = "\n".join(values[first::2])
@@ -119,34 +133,75 @@ def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
             return False
     return (
         len(text) <= MAX_TEXT_CHARACTERS
-        and _has_count(num_images, annotation.image, annotation.images)
-        and _has_count(num_videos, annotation.video, annotation.videos)
-        # Bytes outside the turns' text are too few to be nested deeply, or are checked for it.
+        and num_images == len(annotation.images) <= MAX_MEDIA
+        and num_videos == len(annotation.videos) <= MAX_MEDIA
+        and not may_have_shapes(text)
+        # What is not text of the turns is too short to be nested deeply, or is looked at.
         and ((data.isascii() and len(data) - len(text) <= 2 * MAX_DEPTH) or fault(data) is None)
     )
 
 
-def _has_count(expected: int, single: str | list[str] | None, several: list[str] | None) -> bool:
-    """Whether one of the two fields of a kind of media, and not both, names ``expected`` media, within the limit."""
-    if expected > MAX_MEDIA:
-        return False
-    if single is None:
-        return expected == (0 if several is None else len(several))
-    return several is None and expected == (1 if isinstance(single, str) else len(single))
+def _with_shapes(annotation: Annotation, places: Places, coordinates: str | None, fail: Any) -> Annotation:
+    """The annotation with the boxes, points and polygons of its turns, each of which must belong to one image."""
+    if coordinates == "off" and annotation.coordinates is None:
+        return annotation
+    shapes = dict(annotation.shapes)
+    for index, turn in enumerate(annotation.turns):
+        if coordinates != "off" and may_have_shapes(turn.value):
+            in_text, faults = find_shapes(turn.value, is_answer=turn.role != "human")
+            for message in faults:
+                fail(ReasonCode.BAD_BOX, f"{places.value_of(index)}: {message}")
+            own = shapes.get(index, ())
+            taken = {span for shape in own for span in shape.spans}
+            more = [shape for shape in in_text if taken.isdisjoint(shape.spans)]
+            if own or more:
+                shapes[index] = (*own, *more)
+        for shape in shapes.get(index, ()):
+            _check_image(shape, len(annotation.images), places.value_of(index), fail)
+    has_tokens = coordinates != "off" and any(
+        token in turn.value for turn in annotation.turns if "<|" in turn.value for token in GROUNDING_TOKENS
+    )
+    if not shapes and not has_tokens:
+        return annotation
+    return msgspec.structs.replace(annotation, shapes=shapes, grounding=has_tokens)
+
+
+def _check_image(shape: Shape, num_images: int, place: str, fail: Any) -> None:
+    if shape.image is None and num_images != 1:
+        fail(
+            ReasonCode.AMBIGUOUS_BOX,
+            f"{place}: {shape.excerpt} belongs to none of {num_images} images; name its image in the same object, "
+            'as "image_id": 0 for the first one',
+        )
+    elif shape.image is not None and shape.image >= num_images:
+        fail(
+            ReasonCode.AMBIGUOUS_BOX,
+            f"{place}: {shape.excerpt} names image {shape.image} of {num_images}; they are counted from 0",
+        )
 
 
 def _semantic_problems(
-    annotation: Annotation, places: Places, reserved: str, unreadable: Collection[str]
+    annotation: Annotation, places: Places, reserved: str, coordinates: str | None, unreadable: Collection[str]
 ) -> Iterator[Problem]:
-    """Problems of a record whose types are right. Media in ``unreadable`` fields are not counted."""
-    turns = annotation.conversations
-    if not turns:
-        yield Problem(
-            ReasonCode.MISSING_CONVERSATIONS, f"$.{places.turns} is empty; give at least a question and an answer"
-        )
-    yield from _order_problems([turn.role for turn in turns], places)
+    """What is wrong with a record of the right types; kinds of media in ``unreadable`` are not counted."""
+    turns = annotation.turns
+    if not annotation.is_text:
+        if not turns:
+            yield Problem(
+                ReasonCode.MISSING_CONVERSATIONS, f"{places.turns} is empty; give at least a question and an answer"
+            )
+        yield from _order_problems([turn.role for turn in turns], places)
+        if (
+            turns
+            and turns[-1].role == "gpt"
+            and {i for i, turn in enumerate(turns) if turn.role == "gpt"} <= set(annotation.untrained)
+        ):
+            yield Problem(ReasonCode.NO_TARGETS, "every turn of the model is marked as not trained; drop the record")
+    if annotation.coordinates is not None:
+        yield Problem(ReasonCode.UNSUPPORTED_FIELD, "$.objects is not supported")
+    num_tags = {"image": 0, "video": 0}
     for index, turn in enumerate(turns):
-        yield from _turn_problems(turn, places.value_of(index), reserved)
+        yield from _text_problems(turn, places.value_of(index), reserved, coordinates, num_tags)
     num_characters = sum(len(turn.value) for turn in turns)
     if num_characters > MAX_TEXT_CHARACTERS:
         yield Problem(
@@ -154,73 +209,71 @@ def _semantic_problems(
             f"the turns have {num_characters:,} characters; at most {MAX_TEXT_CHARACTERS:,} are tokenized. Cut the "
             "text into several records",
         )
-    yield from _media_problems("image", annotation.image, annotation.images, turns, unreadable)
-    yield from _media_problems("video", annotation.video, annotation.videos, turns, unreadable)
+    for kind, items in (("image", annotation.images), ("video", annotation.videos)):
+        if kind not in unreadable:
+            yield from _count_problems(kind, items, num_tags[kind])
 
 
-def _turn_problems(turn: Turn, path: str, reserved: str) -> Iterator[Problem]:
-    """Problems of the text of one turn, which stands at ``path`` in the record."""
+def _text_problems(
+    turn: Turn, place: str, reserved: str, coordinates: str | None, num_tags: dict[str, int]
+) -> Iterator[Problem]:
+    """What is wrong with the text of one turn; its tags are added to ``num_tags``."""
     if not turn.value.strip():
-        yield Problem(ReasonCode.EMPTY_TURN, f"{path} is empty; write what the {turn.role} says or drop the exchange")
+        yield Problem(ReasonCode.EMPTY_TURN, f"{place} is empty; write what the {turn.role} says or drop the exchange")
+        return
+    if "<" not in turn.value:
         return
     tags: list[str] = TAG.findall(turn.value)
-    if tags and turn.role != "human":
+    if tags and turn.role not in ("human", "text"):
         yield Problem(
             ReasonCode.TAG_IN_ANSWER,
-            f"{path} has <{tags[0]}> in a {turn.role} turn; media tags belong in human turns only",
+            f"{place} has <{tags[0]}> in a {turn.role} turn; media tags stand in human turns only",
         )
-    if reserved == "reject" and (control := RESERVED.search(turn.value)):
+    else:
+        for tag in tags:
+            num_tags[tag] += 1
+    text = turn.value if coordinates == "off" else without_grounding_tokens(turn.value)
+    if reserved == "reject" and (control := RESERVED.search(text)):
         yield Problem(
             ReasonCode.RESERVED_TOKEN,
-            f"{path} spells the control token {control.group()}; remove it, or use --reserved escape to encode it as "
+            f"{place} spells the control token {control.group()}; remove it, or use --reserved escape to encode it as "
             "ordinary text",
         )
 
 
-def _media_problems(
-    kind: str,
-    single: str | list[str] | None,
-    several: list[str] | None,
-    turns: Sequence[Turn],
-    unreadable: Collection[str],
-) -> Iterator[Problem]:
-    """Problems of the two fields of a kind of media, ``$.image`` and ``$.images``, say."""
-    if single is not None and several is not None:
-        yield Problem(ReasonCode.BAD_FIELD, f"$.{kind} and $.{kind}s are both given; give one of them")
-        return
-    if kind in unreadable or f"{kind}s" in unreadable:
-        return
-    num_media = len(_names(single, several))
-    if num_media > MAX_MEDIA:
-        field = kind if several is None else f"{kind}s"
+def _count_problems(kind: str, items: list[MediaItem], num_tags: int) -> Iterator[Problem]:
+    if any(item.settings is not None or item.frames for item in items):
+        yield Problem(
+            ReasonCode.UNSUPPORTED_FIELD,
+            f"{kind}s with settings of their own, or given as lists of frames, are not supported",
+        )
+    if len(items) > MAX_MEDIA:
         yield Problem(
             ReasonCode.BAD_FIELD,
-            f"$.{field} names {num_media:,} media; at most {MAX_MEDIA:,} are allowed. Cut the record into several",
+            f"$.{kind}s names {len(items):,} media; at most {MAX_MEDIA:,} are allowed. Cut the record into several",
         )
-    num_tags = sum(turn.value.count(f"<{kind}>") for turn in turns if turn.role == "human")
-    if num_tags != num_media:
+    if num_tags != len(items):
         yield Problem(
             ReasonCode.TAG_MISMATCH,
-            f"{num_tags} <{kind}> tags in human turns and {num_media} {kind}s; every {kind} needs one tag",
+            f"{num_tags} <{kind}> tags in human turns and {len(items)} {kind}s; every {kind} needs one tag",
         )
 
 
 def _order_problems(roles: list[str], places: Places) -> Iterator[Problem]:
-    canonical = set(ROLES.values())
-    unknown = [number for number, role in enumerate(roles) if role not in canonical]
-    for number in unknown:
+    unknown = [index for index, role in enumerate(roles) if role not in ("system", "human", "gpt")]
+    for index in unknown:
         yield Problem(
-            ReasonCode.UNKNOWN_ROLE, f"{places.role_of(number)} is {roles[number][:40]!r}; allowed: {', '.join(ROLES)}"
+            ReasonCode.UNKNOWN_ROLE, f"{places.role_of(index)} is {roles[index][:40]!r}; allowed: {', '.join(ROLES)}"
         )
     if unknown or not roles:
         return
     first = 1 if roles[0] == "system" else 0
-    for number, role in enumerate(roles[first:]):
-        expected = ("human", "gpt")[number % 2]
+    for index, role in enumerate(roles[first:]):
+        expected = ("human", "gpt")[index % 2]
         if role != expected:
             yield Problem(
                 ReasonCode.BAD_TURN_ORDER,
-                f"{places.role_of(number + first)} is {role!r}, expected {expected!r}; turns alternate human (user), "
+                f"{places.role_of(index + first)} is {role!r}, expected {expected!r}; turns alternate human (user), "
                 "gpt (assistant), and a system turn may only come first",
             )
             return

@@ -17,9 +17,10 @@ from typing import BinaryIO, NamedTuple
 import msgspec
 import xxhash
 
+from prep.annotations.annotation import Annotation
 from prep.annotations.chunks import Chunk, Record
 from prep.annotations.records import read_chunk
-from prep.annotations.validation import check_record, media_names, read_id, record_id
+from prep.annotations.validation import Checked, check_record, read_id, record_id
 from prep.build.metrics import Timings, timed
 from prep.build.parts import (
     PART_VERSION,
@@ -37,7 +38,7 @@ from prep.media.fetch import open_media
 from prep.samples.sample import Medium, measure, media_requests, probe_media, shrink
 from prep.samples.text import build_templates
 from prep.samples.tokenizer import load_tokenizer
-from schemas.annotation import Annotation, Problem, ReasonCode
+from schemas.annotation import Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
@@ -166,9 +167,8 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
         part_file(task.folder, lambda: media_path(part_path(task, kinds))) as media_file,
         open_media([task.media_root], beginnings=True, scratch=temporary_path(task.folder / "media")) as access,
     ):
-        for record, copies, annotation, problems in access.prefetch(
-            _checked(task, timings), partial(_requests, task, probed)
-        ):
+        for record, copies, checked in access.prefetch(_checked(task, timings), partial(_requests, task, probed)):
+            annotation, problems = checked.annotation, checked.problems
             row = rows.add(record=record.number, line=record.line, copies=copies, id=_record_id(record, annotation))
             if not copies:
                 continue
@@ -177,13 +177,13 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
                 kinds |= _kinds(annotation)
                 with timed(timings, "probe"):
                     media, media_problems = probe_media(
-                        annotation, task.media_root, task.media, record.embedded, access, probed
+                        annotation, task.media_root, task.media, checked.embedded, access, probed
                     )
                 problems = problems + media_problems
             if problems or annotation is None:
                 rows.reject(row, problems)
             else:
-                media = _store_embedded(media, record.embedded, media_file)
+                media = _store_embedded(media, checked.embedded, media_file)
                 accepted.append(_Accepted(row, record.number, annotation, media))
         _require_unchanged(task)
     return accepted, kinds
@@ -212,8 +212,7 @@ def _tokenize_and_measure(
 
 def _kinds(annotation: Annotation) -> set[int]:
     """Kinds of media that an annotation names."""
-    images, videos = media_names(annotation)
-    return {kind for kind, names in ((MEDIA_IMAGE, images), (MEDIA_VIDEO, videos)) if names}
+    return {kind for kind, items in ((MEDIA_IMAGE, annotation.images), (MEDIA_VIDEO, annotation.videos)) if items}
 
 
 def _record_id(record: Record, annotation: Annotation | None) -> str | None:
@@ -228,32 +227,32 @@ def _require_unchanged(task: ScanTask) -> None:
         raise ConfigError(f"annotation file {task.file} changed while it was being read; run the command again.")
 
 
-class _Checked(NamedTuple):
+class _Drawn(NamedTuple):
     """A record after the checks that need no media. A record that is not drawn is not checked."""
 
     record: Record
     copies: int
-    annotation: Annotation | None
-    problems: list[Problem]
+    checked: Checked
 
 
-def _checked(task: ScanTask, timings: Timings) -> Iterator[_Checked]:
+def _checked(task: ScanTask, timings: Timings) -> Iterator[_Drawn]:
     copies_of = memoryview(task.copies).cast("H")
     for record, copies in zip(read_chunk(task.file, task.chunk), copies_of, strict=True):
         if not copies:
-            yield _Checked(record, copies, None, [])
+            yield _Drawn(record, copies, Checked(None, []))
             continue
         with timed(timings, "validate"):
-            annotation, problems = check_record(record, task.reserved)
-        yield _Checked(record, copies, annotation, problems)
+            checked = check_record(record, task.reserved)
+        yield _Drawn(record, copies, checked)
 
 
-def _requests(task: ScanTask, probed: ProbeCache, checked: _Checked) -> list[MediaRequest]:
+def _requests(task: ScanTask, probed: ProbeCache, drawn: _Drawn) -> list[MediaRequest]:
     """The media of a record that have not been probed yet."""
-    if checked.annotation is None:
+    annotation, _, _, embedded = drawn.checked
+    if annotation is None:
         return []
-    requests = media_requests(checked.annotation, task.media_root, task.media, checked.record.embedded)
-    return [request for request in requests if not probed.has(request)]
+    media = media_requests(annotation, task.media_root, task.media, embedded)
+    return [request for request in media if not probed.has(request)]
 
 
 def _store_embedded(media: list[Medium], embedded: Mapping[str, bytes], file: BinaryIO) -> list[Medium]:

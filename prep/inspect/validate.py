@@ -20,17 +20,18 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
+from prep.annotations.annotation import Annotation
 from prep.annotations.chunks import Chunk, Record
 from prep.annotations.records import ANNOTATION_SUFFIXES, index_file, is_read_in_place, read_chunk
 from prep.annotations.registry import check_root, find_files, find_sources
-from prep.annotations.validation import check_record, media_names, read_id, record_id
+from prep.annotations.validation import Checked, check_record, read_id, record_id
 from prep.engines import Engine
 from prep.engines.progress import progress
 from prep.inspect.wording import counted
 from prep.media.access import MediaAccess, MediaRequest
 from prep.media.fetch import open_media
 from prep.samples.sample import check_media, media_requests, probe_media
-from schemas.annotation import Annotation, Problem, ReasonCode
+from schemas.annotation import Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
 from storage.urls import Location, Url
@@ -230,7 +231,8 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
     modalities: Counter[str] = Counter()
     rejects: list[Reject] = []
     valid: list[bytes] = []
-    for record, annotation, problems in _checked(task):
+    for record, checked in _checked(task):
+        annotation, problems = checked.annotation, checked.problems
         if annotation is not None and not problems:
             num_valid += 1
             modalities[_modality(annotation)] += 1
@@ -250,37 +252,37 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
     return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects, valid=valid)
 
 
-class _Checked(NamedTuple):
-    """A record, its annotation if it could be parsed, and its problems."""
+class _CheckedRecord(NamedTuple):
+    """A record with the outcome of its check."""
 
     record: Record
-    annotation: Annotation | None
-    problems: list[Problem]
+    checked: Checked
 
 
-def _checked(task: _ChunkTask) -> Iterator[_Checked]:
-    """Read and check the records of a chunk."""
-    parsed = (
-        _Checked(record, *check_record(record, task.request.reserved)) for record in read_chunk(task.data, task.chunk)
+def _checked(task: _ChunkTask) -> Iterator[_CheckedRecord]:
+    """The records of a chunk with all their problems."""
+    records = (
+        _CheckedRecord(record, check_record(record, task.request.reserved))
+        for record in read_chunk(task.data, task.chunk)
     )
     with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:
-        for record, annotation, problems in access.prefetch(parsed, partial(_wanted, task)):
-            if annotation is not None:
-                problems = problems + _media_problems(task, record, annotation, access)
-            yield _Checked(record, annotation, problems)
+        for record, checked in access.prefetch(records, partial(_requests, task)):
+            problems = checked.problems + _media_problems(task, checked, access)
+            yield _CheckedRecord(record, checked._replace(problems=problems))
 
 
-def _wanted(task: _ChunkTask, checked: _Checked) -> list[MediaRequest]:
-    if checked.annotation is None:
+def _requests(task: _ChunkTask, record: _CheckedRecord) -> list[MediaRequest]:
+    annotation, _, _, embedded = record.checked
+    return [] if annotation is None else media_requests(annotation, task.root, task.media, embedded)
+
+
+def _media_problems(task: _ChunkTask, checked: Checked, access: MediaAccess) -> list[Problem]:
+    annotation, _, _, embedded = checked
+    if annotation is None:
         return []
-    return media_requests(checked.annotation, task.root, task.media, checked.record.embedded)
-
-
-def _media_problems(task: _ChunkTask, record: Record, annotation: Annotation, access: MediaAccess) -> list[Problem]:
-    settings = task.media
-    media, problems = probe_media(annotation, task.root, settings, record.embedded, access)
+    media, problems = probe_media(annotation, task.root, task.media, embedded, access)
     if task.request.deep:
-        problems = problems + check_media(media, task.root, settings, record.embedded, access)
+        problems = problems + check_media(media, task.root, task.media, embedded, access)
     return problems
 
 
@@ -310,5 +312,5 @@ def _compact(data: bytes) -> bytes:
 
 
 def _modality(annotation: Annotation) -> str:
-    images, videos = media_names(annotation)
-    return " + ".join(kind for kind, names in (("image", images), ("video", videos)) if names) or "text only"
+    kinds = (("image", annotation.images), ("video", annotation.videos))
+    return " + ".join(kind for kind, items in kinds if items) or "text only"

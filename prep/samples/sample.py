@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from prep.annotations.annotation import Annotation, MediaItem
 from prep.annotations.problems import Problems
-from prep.annotations.validation import media_names
 from prep.media.access import LOCAL_MEDIA, MediaAccess, MediaRequest
 from prep.media.caches import FrameCache, ProbeCache
 from prep.media.decode import MediaInfo
@@ -27,7 +27,7 @@ from prep.media.sandbox import sandbox
 from prep.media.source import HeadTooShortError, MediaSource
 from prep.samples.mrope import position_ids
 from prep.samples.text import Template, expand, num_tokens
-from schemas.annotation import Annotation, Problem, ReasonCode
+from schemas.annotation import Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, stored_bytes
 from schemas.errors import MediaError
 from schemas.qwen import FACTOR, PATCH_SIZE, Grid
@@ -162,14 +162,19 @@ class MediaLocation:
         return MediaRequest(self.root, medium.name, medium.media_type, max_bytes)
 
 
+def media_items(annotation: Annotation) -> list[tuple[int, MediaItem]]:
+    """The media of an annotation with their kinds: the images and then the videos."""
+    return [(MEDIA_IMAGE, item) for item in annotation.images] + [(MEDIA_VIDEO, item) for item in annotation.videos]
+
+
 def media_requests(
     annotation: Annotation, root: Location, settings: MediaSettings, embedded: Mapping[str, bytes]
 ) -> list[MediaRequest]:
-    """Requests for the media of a record that are not embedded: the images and then the videos, in its order."""
+    """All media of a record that did not come inside it: the images and then the videos, in its order."""
     return [
-        MediaRequest(root, name, media_type, settings.max_source_bytes)
-        for media_type, name in _named_media(annotation)
-        if name not in embedded
+        MediaRequest(root, item.name, kind, settings.max_source_bytes)
+        for kind, item in media_items(annotation)
+        if item.name not in embedded
     ]
 
 
@@ -196,7 +201,8 @@ def probe_media(
     """
     media: list[Medium] = []
     problems = Problems()
-    for media_type, name in _named_media(annotation):
+    for media_type, item in media_items(annotation):
+        name = item.name
         try:
             if name in embedded:
                 source = embedded_media(name, embedded[name], max_bytes=settings.max_source_bytes)
@@ -209,12 +215,6 @@ def probe_media(
         except MediaError as error:
             problems.add(error.code, error.message)
     return media, problems.listed()
-
-
-def _named_media(annotation: Annotation) -> list[tuple[int, str]]:
-    """Type and name of all media of a record: the images, then the videos."""
-    images, videos = media_names(annotation)
-    return [(MEDIA_IMAGE, name) for name in images] + [(MEDIA_VIDEO, name) for name in videos]
 
 
 def _medium(media_type: int, name: str, info: MediaInfo) -> Medium:

@@ -11,7 +11,7 @@ media are known. Cost: tokenization, about 1 MB of text a second and core.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,12 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
+from prep.annotations.annotation import Annotation
+from prep.annotations.boxes import split_grounding_tokens
 from prep.annotations.validation import TAG
 from prep.samples.tokenizer import TextTokenizer
-from schemas.annotation import Annotation
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.qwen import (
+    CONTROL_TOKENS,
     DEFAULT_SYSTEM,
+    ENDOFTEXT,
     IGNORE_INDEX,
     IM_END,
     IM_START,
@@ -86,25 +89,65 @@ _TRAINED_LINE_END = _Text("\n", 0)
 
 def _layout(annotation: Annotation) -> tuple[list[_Ids | _Text], tuple[int, ...]]:
     """ChatML of a conversation as runs of text and control tokens, and the kinds of its media."""
-    turns = [(turn.role, turn.value) for turn in annotation.conversations]
+    if annotation.is_text:
+        return _text_layout(annotation)
+    turns = [(turn.role, turn.value) for turn in annotation.turns]
+    untrained = annotation.untrained
     if turns[0][0] != "system":
         turns.insert(0, ("system", DEFAULT_SYSTEM))
+        untrained = frozenset(index + 1 for index in untrained)
     layout: list[_Ids | _Text] = []
     kinds: list[int] = []
-    for role, value in turns:
+    for index, (role, value) in enumerate(turns):
         header = _HEADERS[role]
-        if role == "gpt":
-            layout += (_START, _Text(header + value, len(header)), _TRAINED_END, _TRAINED_LINE_END)
-            continue
-        pieces = TAG.split(header + value) if role == "human" and "<" in value else [header + value]
-        layout += (_START, _Text(pieces[0], _NEVER))
-        for kind, text in zip(pieces[1::2], pieces[2::2]):
-            kinds.append(MEDIA_IMAGE if kind == "image" else MEDIA_VIDEO)
-            layout.append(_MEDIA[kind])
-            if text:
-                layout.append(_Text(text, _NEVER))
-        layout += (_END, _LINE_END)
+        is_trained = role == "gpt" and index not in untrained
+        layout.append(_START)
+        if annotation.grounding and "<|" in value:
+            layout += _with_grounding(header, value, kinds, is_trained=is_trained)
+        elif role == "human" and "<" in value:
+            layout += _with_media(header + value, kinds)
+        else:
+            layout.append(_Text(header + value, len(header) if is_trained else _NEVER))
+        layout += (_TRAINED_END, _TRAINED_LINE_END) if is_trained else (_END, _LINE_END)
     return layout, tuple(kinds)
+
+
+def _with_media(text: str, kinds: list[int], trained_from: int = _NEVER) -> Iterator[_Ids | _Text]:
+    """Runs of a text with media tags; the kinds of its media are added to ``kinds``."""
+    pieces = TAG.split(text)
+    if pieces[0]:
+        yield _Text(pieces[0], trained_from)
+    for kind, piece in zip(pieces[1::2], pieces[2::2]):
+        kinds.append(MEDIA_IMAGE if kind == "image" else MEDIA_VIDEO)
+        yield _MEDIA[kind]
+        if piece:
+            yield _Text(piece, trained_from)
+
+
+def _with_grounding(header: str, value: str, kinds: list[int], *, is_trained: bool) -> Iterator[_Ids | _Text]:
+    """Runs of a text in which the tokens of boxes and names of objects stand as control tokens."""
+    text_at = _Text(header, _NEVER)
+    for piece, is_token in split_grounding_tokens(value):
+        if is_token:
+            if text_at.text:
+                yield text_at
+            yield _control(CONTROL_TOKENS[piece], trained=is_trained)
+            text_at = _Text("", _NEVER)
+        elif is_trained:
+            yield _Text(text_at.text + piece, len(text_at.text))
+            text_at = _Text("", _NEVER)
+        else:
+            yield from _with_media(text_at.text + piece, kinds)
+            text_at = _Text("", _NEVER)
+    if text_at.text:
+        yield text_at
+
+
+def _text_layout(annotation: Annotation) -> tuple[list[_Ids | _Text], tuple[int, ...]]:
+    """Text for continued pretraining: no template, all text trained, the end of text after it."""
+    kinds: list[int] = []
+    layout = list(_with_media(annotation.turns[0].value, kinds, trained_from=0))
+    return [*layout, _control(ENDOFTEXT, trained=True)], tuple(kinds)
 
 
 def build_templates(annotations: Sequence[Annotation], tokenizer: TextTokenizer) -> list[Template]:
@@ -115,6 +158,8 @@ def build_templates(annotations: Sequence[Annotation], tokenizer: TextTokenizer)
     for layout, kinds in layouts:
         pieces = [encoded[piece] if isinstance(piece, _Text) else piece for piece in layout]
         ids, trained = b"".join([piece[0] for piece in pieces]), b"".join([piece[1] for piece in pieces])
+        # The first token of a sample has nothing before it that could predict it.
+        trained = b"\0" + trained[1:]
         templates.append(
             Template(
                 ids=np.frombuffer(ids, dtype=np.int32),

@@ -51,7 +51,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 def _check_all(records: Sequence[bytes]) -> None:
     for record in records:
-        annotation, problems = parse_record(record)
+        annotation, problems, *_ = parse_record(record)
         if annotation is None or problems:
             raise RuntimeError(f"a record of the benchmark is not good: {problems}")
 

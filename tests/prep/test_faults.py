@@ -351,7 +351,7 @@ def test_a_record_that_names_millions_of_media_is_one_problem_and_none_is_looked
     record = {"id": "many", "images": names, "conversations": turn("<image>" * len(names))}
     if spelling == "reordered":
         record = {"conversations": record["conversations"], "images": names, "extra": "é"}
-    annotation, problems = parse_record(json.dumps(record).encode())
+    annotation, problems, *_ = parse_record(json.dumps(record).encode())
     assert annotation is None
     assert [(problem.code, problem.message) for problem in problems] == [
         (
@@ -361,6 +361,6 @@ def test_a_record_that_names_millions_of_media_is_one_problem_and_none_is_looked
     ]
     record["images"] = names[1:]
     record["conversations"] = turn("<image>" * MAX_MEDIA)
-    annotation, problems = parse_record(json.dumps(record).encode())
+    annotation, problems, *_ = parse_record(json.dumps(record).encode())
     assert annotation is not None
     assert problems == []

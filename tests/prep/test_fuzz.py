@@ -17,7 +17,7 @@ import pytest
 from prep.annotations import json_records
 from prep.annotations.records import index_file, read_chunk
 from prep.annotations.registry import find_sources
-from prep.annotations.validation import check_record, media_names, parse_record, read_id
+from prep.annotations.validation import check_record, parse_record, read_id
 from prep.build.pipeline import BuildRequest, build
 from prep.engines import SerialEngine
 from prep.media.decode import MediaInfo
@@ -122,7 +122,7 @@ def test_any_text_is_a_good_record_or_has_problems() -> None:
     codes: Counter[str] = Counter()
     for number in range(NUM_RECORDS):
         data = mutated(rng, SEEDS[number % len(SEEDS)])
-        annotation, problems = parse_record(data)
+        annotation, problems, *_ = parse_record(data)
         read_id(data)
         codes.update({problem.code.value for problem in problems} or {"good"})
         if problems:
@@ -132,9 +132,8 @@ def test_any_text_is_a_good_record_or_has_problems() -> None:
             continue
         assert annotation is not None
         assert is_json(data)
-        text = "".join(turn.value for turn in annotation.conversations)
-        images, videos = media_names(annotation)
-        assert (text.count("<image>"), text.count("<video>")) == (len(images), len(videos))
+        text = "".join(turn.value for turn in annotation.turns)
+        assert (text.count("<image>"), text.count("<video>")) == (len(annotation.images), len(annotation.videos))
     assert codes["good"] > NUM_RECORDS // 50
     assert codes["bad_json"] > NUM_RECORDS // 5
     assert {"bad_field", "missing_conversations", "not_an_object", "unknown_role", "tag_mismatch"} <= set(codes)

@@ -100,7 +100,7 @@ def test_a_record_wrong_in_a_million_places_is_rejected_in_bounded_memory(
 
 def test_what_is_left_out_of_a_long_list_of_problems_is_counted_for_each_code() -> None:
     record = {"conversations": [{"from": "robot", "value": ""}] * 25, "id": 1.5}
-    _, problems = parse_record(json.dumps(record).encode())
+    _, problems, *_ = parse_record(json.dumps(record).encode())
     by_code = {code: [problem.message for problem in problems if problem.code is code] for code in ReasonCode}
     assert len(by_code[ReasonCode.BAD_FIELD]) == 1
     for code in (ReasonCode.UNKNOWN_ROLE, ReasonCode.EMPTY_TURN):
@@ -361,10 +361,10 @@ def test_text_that_a_writer_stored_as_bytes_is_text(tmp_path: Path) -> None:
     rows = [[{"from": role.encode(), "value": "é".encode()} for role in ("human", "gpt")]]
     path = parquet(tmp_path / "a.parquet", {"conversations": pa.array(rows, type=kind)})
     (record,) = records_of(path)
-    annotation, problems = parse_record(record.data or b"")
+    annotation, problems, *_ = parse_record(record.data or b"")
     assert problems == []
     assert annotation is not None
-    assert [one.value for one in annotation.conversations] == ["é", "é"]
+    assert [one.value for one in annotation.turns] == ["é", "é"]
 
 
 def test_text_of_a_row_that_is_not_utf_8_costs_that_row(tmp_path: Path) -> None:

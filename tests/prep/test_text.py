@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from prep.annotations.annotation import Annotation
 from prep.annotations.validation import RESERVED
 from prep.samples.text import Template, build_templates, expand, num_tokens
 from prep.samples.tokenizer import TextTokenizer
-from schemas.annotation import Annotation, Turn
+from schemas.annotation import Turn
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.qwen import CONTROL_TOKENS, IGNORE_INDEX, IM_END, IMAGE_PAD, VIDEO_PAD, Grid
 
@@ -32,7 +33,7 @@ def tokenizer(tiny_checkpoint: Path) -> TextTokenizer:
 
 
 def conversation(*turns: tuple[str, str]) -> Annotation:
-    return Annotation(conversations=[Turn(role, value) for role, value in turns])
+    return Annotation(turns=[Turn(role, value) for role, value in turns])
 
 
 def template_of(tokenizer: TextTokenizer, *turns: tuple[str, str]) -> Template:

@@ -1,0 +1,90 @@
+"""The canonical form of an annotation: what every dialect is turned into, and all that the rest of the program knows.
+
+Turns are ChatML already: tools stand in the system text, tool calls in the model's turns, tool results in the user's
+turns, as the Qwen2.5 chat template lays them out. Media are listed in the order of their tags.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from prep.annotations.boxes import Shape
+from schemas.annotation import Turn
+
+
+class ItemSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Settings of one image or video that replace those of the build. Names and meaning are those of ``qwen_vl_utils``.
+
+    Attributes:
+        min_pixels: lower bound of the pixels of the image, or of a frame.
+        max_pixels: upper bound.
+        resized_height: height after resizing, rounded to a multiple of 28; comes with ``resized_width``.
+        resized_width: width after resizing, likewise.
+        fps: frames to sample a second; of a list of frames, the rate at which they were taken.
+        nframes: frames to sample.
+        min_frames: lower bound of the frames, with ``fps``.
+        max_frames: upper bound of the frames, with ``fps``.
+        total_pixels: bound of the pixels of all frames together, divided by two (frames are merged in pairs).
+        video_start: second at which sampling starts.
+        video_end: second at which sampling ends.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    total_pixels: int | None = None
+    video_start: float | None = None
+    video_end: float | None = None
+
+
+class MediaItem(msgspec.Struct, frozen=True):
+    """One image or video of an annotation.
+
+    Attributes:
+        name: path below the media root, URL, or the name of bytes that came inside the record.
+        frames: names of the images that make up a video given as a list of frames; else empty.
+        settings: its own settings, or None.
+    """
+
+    name: str
+    frames: tuple[str, ...] = ()
+    settings: ItemSettings | None = None
+
+
+class Annotation(msgspec.Struct, frozen=True, kw_only=True):
+    """One annotation in canonical form.
+
+    Attributes:
+        turns: roles ``system`` (first, if at all), ``human`` and ``gpt``; of continued pretraining one ``text``.
+        images: in the order of the ``<image>`` tags.
+        videos: in the order of the ``<video>`` tags.
+        id: the record's own id, if any.
+        untrained: indices of ``gpt`` turns without loss.
+        shapes: boxes, points and polygons by the index of their turn.
+        coordinates: what their coordinates are where the record itself says so; else the setting of its dataset counts.
+        grounding: whether the tokens of boxes and names of objects in its turns are control tokens.
+    """
+
+    turns: list[Turn]
+    images: list[MediaItem] = []
+    videos: list[MediaItem] = []
+    id: str | int | None = None
+    untrained: frozenset[int] = frozenset()
+    shapes: dict[int, tuple[Shape, ...]] = {}
+    coordinates: str | None = None
+    grounding: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is text for continued pretraining: no chat template, all of it trained."""
+        return len(self.turns) == 1 and self.turns[0].role == "text"
+
+    @property
+    def num_shapes(self) -> int:
+        """Boxes, points and polygons."""
+        return sum(map(len, self.shapes.values()))

@@ -1,0 +1,350 @@
+"""Boxes, points and polygons in text: where they stand, what is wrong with them, and the text with other coordinates.
+
+Qwen2.5-VL was trained on absolute integer coordinates of the *resized* image. Annotations have others: pixels of the
+original image, or shares of it. Input: the text of a turn and the sizes of the record's images. Output: the same text,
+byte for byte, except for the digits of the coordinates.
+
+Recognised are the forms that the model and its tools use:
+
+===============================================  =======================================================
+``"bbox_2d": [x1, y1, x2, y2]``                  JSON, with ``point_2d`` likewise; also lists of them, in fenced
+                                                 blocks, and inside a JSON string
+``data-bbox="x1 y1 x2 y2"``, ``data-polygon``    the model's HTML of documents
+``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``      the control tokens of Qwen2-VL; one pair of numbers is a point
+===============================================  =======================================================
+
+Cost: one regular expression over each text that has any of the marker words; exact rational arithmetic a coordinate.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import NamedTuple
+
+COORDINATES = ("pixels", "norm1", "norm1000", "resized", "off")
+"""What coordinates can be: pixels of the original image as displayed, shares of it between 0 and 1, the same between 0
+and 1000, pixels of the resized image, or nothing (text that only looks like boxes)."""
+
+GROUNDING_TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
+"""Control tokens that well-formed grounding may contain."""
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
+_MARKER = re.compile(
+    r"""(?P<quote>\\*["'])(?P<key>bbox_2d|point_2d)(?P=quote)\s*:\s*"""
+    r"""|\bdata-(?P<attribute>bbox|polygon)\s*=\s*(?P<mark>\\*["'])(?P<list>[^"'<>\\]*)(?P=mark)"""
+    r"""|<\|box_start\|>(?P<pairs>.*?)<\|box_end\|>""",
+    re.DOTALL,
+)
+_TOKEN = re.compile("|".join(map(re.escape, GROUNDING_TOKENS)))
+_WELL_FORMED = re.compile(
+    rf"<\|object_ref_start\|>(?:(?!<\|).)*<\|object_ref_end\|>"
+    rf"|<\|box_start\|>\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)(?:\s*,\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\))*\s*<\|box_end\|>",
+    re.DOTALL,
+)
+_LIST_ITEM = re.compile(rf"\s*(?:(?P<number>{_NUMBER})(?![\w.])|(?P<mark>[\[\],])|(?P<other>[^\s\[\],]+))")
+_SEPARATED = re.compile(r"[^\s,]+")
+_PAIR = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
+_IMAGE_INDEX = re.compile(r"""(?P<quote>\\*["'])image_(?:id|index)(?P=quote)\s*:\s*(?P<index>\d{1,6})\b""")
+_PLACEHOLDER = re.compile(r"[A-Za-z_]\w*\Z")
+
+_MAX_EXCERPT = 60
+
+
+class ImageSize(NamedTuple):
+    """Pixels of an image before (as displayed) and after resizing."""
+
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One box, point or polygon in a text.
+
+    Attributes:
+        spans: start and end, in characters, of each number as it stands in the text: x, y, x, y, …
+        values: the numbers.
+        is_box: whether they are two opposite corners.
+        image: index (from 0) of the image that the text names, or None.
+        excerpt: how it reads, for messages.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    values: tuple[Fraction, ...]
+    is_box: bool
+    image: int | None = None
+    excerpt: str
+
+
+class BoxError(ValueError):
+    """A shape whose coordinates cannot be right; the message says why."""
+
+
+class Shapes(NamedTuple):
+    """What :func:`find_shapes` returns: the shapes in the order of the text, and sentences about malformed ones."""
+
+    shapes: list[Shape]
+    faults: list[str]
+
+
+def may_have_shapes(text: str) -> bool:
+    """Whether a text has any of the marker words. Cheap; says yes to some texts without shapes."""
+    return "_2d" in text or "data-" in text or "<|box_start|>" in text
+
+
+def find_shapes(text: str, *, is_answer: bool = True) -> Shapes:
+    """Find all boxes, points and polygons.
+
+    Args:
+        text: of one turn.
+        is_answer: whether the model says it. A question may describe the format with names in place of numbers
+            (``"bbox_2d": [x1, y1, x2, y2]``); these are no boxes.
+    """
+    found = Shapes([], [])
+    if not may_have_shapes(text):
+        return found
+    for match in _MARKER.finditer(text):
+        try:
+            found.shapes.extend(_shapes_at(text, match, is_answer=is_answer))
+        except BoxError as error:
+            found.faults.append(str(error))
+    return found
+
+
+def rewrite(text: str, shapes: Sequence[Shape], sizes: Sequence[ImageSize], coordinates: str) -> str:
+    """The text with coordinates of the resized images.
+
+    Every coordinate is scaled exactly, rounded once, half to even, and clamped to the image.
+
+    Args:
+        text: of one turn.
+        shapes: those of the text, checked by :func:`check`.
+        sizes: of the record's images.
+        coordinates: one of :data:`COORDINATES`.
+    """
+    if coordinates in ("resized", "off"):
+        return text
+    pieces: list[str] = []
+    position = 0
+    numbers = sorted(
+        (span, value, axis, sizes[shape.image or 0])
+        for shape in shapes
+        for axis, (span, value) in enumerate(zip(shape.spans, shape.values))
+    )
+    for (start, end), value, axis, size in numbers:
+        pieces += (text[position:start], str(_scale(value, axis % 2, size, coordinates)))
+        position = end
+    return "".join((*pieces, text[position:]))
+
+
+def check(shape: Shape, sizes: Sequence[ImageSize], coordinates: str) -> None:
+    """Check a shape against its image.
+
+    Args:
+        shape: the shape.
+        sizes: of the record's images; the shape's own index must be below their number.
+        coordinates: one of :data:`COORDINATES`.
+
+    Raises:
+        BoxError: it lies outside the image by more than one pixel (of the image that its coordinates refer to), or the
+            second corner of a box comes before the first.
+    """
+    if coordinates == "off":
+        return
+    size = sizes[shape.image or 0]
+    for axis, value in enumerate(shape.values):
+        extent, limit, slack = _extent(axis % 2, size, coordinates)
+        if not -slack <= value <= limit + slack:
+            direction = ("wide", "high")[axis % 2]
+            raise BoxError(
+                f"{shape.excerpt} has {'xy'[axis % 2]} = {_plain(value)}, outside the image, which is {extent} pixels "
+                f"{direction} ({coordinates}: 0 to {limit})"
+            )
+    if shape.is_box:
+        x1, y1, x2, y2 = shape.values
+        for name, low, high in (("x", x1, x2), ("y", y1, y2)):
+            if low > high:
+                raise BoxError(f"{shape.excerpt} has {name}1 = {_plain(low)} beyond {name}2 = {_plain(high)}")
+
+
+def without_grounding_tokens(text: str) -> str:
+    """The text without well-formed grounding: what remains must spell no control token."""
+    return _WELL_FORMED.sub("", text)
+
+
+def split_grounding_tokens(text: str) -> Iterator[tuple[str, bool]]:
+    """Cut a text at its grounding tokens: ``(piece, is_token)``, without empty pieces."""
+    position = 0
+    for match in _TOKEN.finditer(text):
+        if match.start() > position:
+            yield text[position : match.start()], False
+        yield match.group(), True
+        position = match.end()
+    if position < len(text):
+        yield text[position:], False
+
+
+def number_shape(values: Sequence[object], *, image: int | None) -> tuple[str, Shape]:
+    """A box or point that a record gives as a list of numbers beside its text, and how it is written into the text.
+
+    Args:
+        values: ``[x1, y1, x2, y2]``, or ``[x, y]`` for a point.
+        image: index of its image, or None.
+
+    Returns:
+        ``[x1, y1, x2, y2]`` as text, and the shape within that text.
+
+    Raises:
+        BoxError: they are not two or four numbers.
+    """
+    text = f"[{', '.join(map(str, values))}]"
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        raise BoxError(f"{_short(text)} has something that is not a number")
+    if len(values) not in (2, 4):
+        raise BoxError(f"{_short(text)} has {len(values)} numbers; a box has 4, a point 2")
+    spans, position = [], 1
+    for value in values:
+        spans.append((position, position + len(str(value))))
+        position = spans[-1][1] + 2
+    return text, _shape(text, spans, is_box=len(values) == 4, image=image, excerpt=text)
+
+
+def moved(shape: Shape, offset: int) -> Shape:
+    """The same shape ``offset`` characters further on."""
+    return Shape(
+        spans=tuple((start + offset, end + offset) for start, end in shape.spans),
+        values=shape.values,
+        is_box=shape.is_box,
+        image=shape.image,
+        excerpt=shape.excerpt,
+    )
+
+
+def _shapes_at(text: str, match: re.Match[str], *, is_answer: bool) -> Iterator[Shape]:
+    if match["key"] is not None:
+        yield from _json_shapes(text, match, is_answer=is_answer)
+    elif match["attribute"] is not None:
+        start = match.start("list")
+        spans = [(start + item.start(), start + item.end()) for item in _SEPARATED.finditer(match["list"])]
+        is_box = match["attribute"] == "bbox"
+        if len(spans) != 4 if is_box else len(spans) < 4 or len(spans) % 2:
+            expected = "4" if is_box else "an even number, 4 or more,"
+            raise BoxError(f"{_short(match.group())} has {len(spans)} numbers; expected {expected}")
+        yield _shape(text, spans, is_box=is_box, image=None, excerpt=match.group())
+    else:
+        start = match.start("pairs")
+        pairs = list(_PAIR.finditer(match["pairs"]))
+        if not pairs or not _WELL_FORMED.fullmatch(match.group()):
+            raise BoxError(f"{_short(match.group())} is not (x1,y1),(x2,y2) between its tokens")
+        spans = [(start + pair.start(side), start + pair.end(side)) for pair in pairs for side in (1, 2)]
+        yield _shape(text, spans, is_box=len(pairs) == 2, image=None, excerpt=match.group())
+
+
+def _json_shapes(text: str, match: re.Match[str], *, is_answer: bool) -> Iterator[Shape]:
+    """The shapes of a JSON value: one list of numbers, or a list of such lists; two corners may be lists themselves."""
+    rows, end, names = _number_lists(text, match.end())
+    excerpt = text[match.start() : end]
+    if names and not is_answer and all(_PLACEHOLDER.match(name) for name in names) and not any(rows):
+        return
+    if names:
+        raise BoxError(f"{_short(excerpt)} has {names[0][:20]!r}, which is not a number")
+    is_box = match["key"] == "bbox_2d"
+    expected = 4 if is_box else 2
+    if is_box and [len(row) for row in rows] == [2, 2]:
+        rows = [rows[0] + rows[1]]
+    if not rows or any(len(row) != expected for row in rows):
+        count = len(rows[0]) if rows else 0
+        raise BoxError(f"{_short(excerpt)} has {count} numbers; {match['key']} has {expected}")
+    image = _image_index(text, match.start(), end)
+    for row in rows:
+        yield _shape(text, row, is_box=is_box, image=image, excerpt=excerpt)
+
+
+def _number_lists(text: str, position: int) -> tuple[list[list[tuple[int, int]]], int, list[str]]:
+    """Spans of the numbers of a JSON array by innermost list, where the array ends, and what in it is no number."""
+    rows: list[list[tuple[int, int]]] = []
+    names: list[str] = []
+    row: list[tuple[int, int]] = []
+    depth = 0
+    while (item := _LIST_ITEM.match(text, position)) is not None:
+        position = item.end()
+        if item["number"] is not None:
+            row.append(item.span("number"))
+        elif item["other"] is not None:
+            names.append(item["other"])
+        elif item["mark"] != ",":
+            if row:
+                rows.append(row)
+                row = []
+            depth += 1 if item["mark"] == "[" else -1
+        if depth <= 0:
+            break
+    return rows, position, names
+
+
+def _image_index(text: str, start: int, end: int) -> int | None:
+    """``image_id`` or ``image_index`` of the JSON object around a range of characters."""
+    opened = _object_edge(text, range(start - 1, -1, -1), "{", "}")
+    closed = _object_edge(text, range(end, len(text)), "}", "{")
+    match = _IMAGE_INDEX.search(text, opened, closed)
+    return None if match is None else int(match["index"])
+
+
+def _object_edge(text: str, positions: range, edge: str, opposite: str) -> int:
+    depth = 0
+    for position in positions[:100_000]:
+        if text[position] == edge:
+            if depth == 0:
+                return position
+            depth -= 1
+        elif text[position] == opposite:
+            depth += 1
+    return positions.start
+
+
+def _shape(text: str, spans: Sequence[tuple[int, int]], *, is_box: bool, image: int | None, excerpt: str) -> Shape:
+    values = tuple(_number(text[start:end], excerpt) for start, end in spans)
+    return Shape(spans=tuple(spans), values=values, is_box=is_box, image=image, excerpt=_short(excerpt))
+
+
+def _number(text: str, excerpt: str) -> Fraction:
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not value.is_finite():
+        raise BoxError(f"{_short(excerpt)} has {text[:20]!r}, which is not a number")
+    if value and value.adjusted() > 12:
+        raise BoxError(f"{_short(excerpt)} has {text[:20]}, which no image has")
+    return Fraction(value) if value.adjusted() > -40 else Fraction(0)
+
+
+def _extent(axis: int, size: ImageSize, coordinates: str) -> tuple[int, int, Fraction]:
+    """Pixels of the image along an axis, the largest coordinate, and one pixel in units of the coordinates."""
+    if coordinates == "resized":
+        extent = (size.resized_width, size.resized_height)[axis]
+        return extent, extent, Fraction(1)
+    extent = (size.width, size.height)[axis]
+    limit = {"pixels": extent, "norm1": 1, "norm1000": 1000}[coordinates]
+    return extent, limit, Fraction(limit, extent)
+
+
+def _scale(value: Fraction, axis: int, size: ImageSize, coordinates: str) -> int:
+    _, limit, _ = _extent(axis, size, coordinates)
+    resized = (size.resized_width, size.resized_height)[axis]
+    return min(max(round(value * resized / limit), 0), resized)
+
+
+def _plain(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
+
+
+def _short(excerpt: str) -> str:
+    line = " ".join(excerpt.split())
+    return line if len(line) <= _MAX_EXCERPT else f"{line[: _MAX_EXCERPT - 1]}…"

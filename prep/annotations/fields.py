@@ -1,0 +1,86 @@
+"""Fields that change the meaning of a record in some tool's format and are not supported, and near misses of names.
+
+Every field of a record is used, or listed here and rejected as ``unsupported_field``, or counted by its name and
+reported. A field that is null, or an empty list, text or object, says nothing and counts as absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+UNSUPPORTED_FIELDS = {
+    "rejected_response": "ms-swift, for preference training",
+    "rejected_messages": "ms-swift, for preference training",
+    "rejected_images": "ms-swift, for preference training",
+    "positive_messages": "ms-swift, for embedding models",
+    "negative_messages": "ms-swift, for embedding models",
+    "chosen": "TRL and LLaMA-Factory, for preference training",
+    "rejected": "TRL and LLaMA-Factory, for preference training",
+    "kto_tag": "LLaMA-Factory, for KTO",
+    "label": "TRL and ms-swift, for KTO and classifiers",
+    "margin": "ms-swift, for reward models",
+    "loss_scale": "ms-swift, a weight of the loss",
+    "teacher_prompt": "ms-swift, for distillation",
+    "teacher_images": "ms-swift, for distillation",
+    "audio": "ms-swift, LLaMA-Factory and qwen_vl_utils; Qwen2.5-VL has no audio",
+    "audios": "ms-swift and LLaMA-Factory; Qwen2.5-VL has no audio",
+}
+"""Fields of a record, and the tool in whose format each has a meaning."""
+
+UNSUPPORTED_TURN_FIELDS = {
+    "loss_scale": "ms-swift, a weight of the loss",
+    "audio": "OpenAI and qwen_vl_utils; Qwen2.5-VL has no audio",
+    "audios": "ms-swift; Qwen2.5-VL has no audio",
+    "refusal": "OpenAI, an answer of another kind",
+    "reasoning_content": "reasoning models; write it into the answer",
+    "chosen": "preference training",
+    "rejected": "preference training",
+}
+"""Fields of a turn."""
+
+UNSUPPORTED_PART_FIELDS = {
+    "audio": "qwen_vl_utils; Qwen2.5-VL has no audio",
+    "audio_url": "OpenAI; Qwen2.5-VL has no audio",
+    "input_audio": "OpenAI; Qwen2.5-VL has no audio",
+    "raw_fps": "qwen_vl_utils, which uses it for other models",
+}
+"""Fields of a part of a turn's content."""
+
+KNOWN_FIELDS = (
+    *("conversations", "messages", "texts", "prompt", "completion", "instruction", "input", "output", "query"),
+    *("response", "history", "text", "system", "tools", "objects", "id", "image", "images", "video", "videos", "fps"),
+    *("from", "value", "role", "content", "loss", "train", "weight", "tool_calls"),
+)
+"""Names that are used somewhere, for suggestions."""
+
+
+def says_something(value: object) -> bool:
+    """Whether a field holds anything: not null, nor an empty list, text or object."""
+    return value is not None and value != [] and value != "" and value != {}
+
+
+def unsupported(fields: Mapping[str, object], table: Mapping[str, str], where: str) -> Iterable[str]:
+    """A sentence for each unsupported field."""
+    for name, tool in table.items():
+        if says_something(fields.get(name)):
+            yield f"{where}.{name} is not supported ({tool}); remove it, or train on such records with another tool"
+
+
+def suggestion(name: str) -> str | None:
+    """The used field that a name may be meant for: of ``img`` it is ``image``."""
+    leaf = name.rpartition(".")[2]
+    if leaf.lower() in ("img", "image_path", "img_path", "image_file", "pic", "picture"):
+        return "image"
+    if leaf in KNOWN_FIELDS:
+        return None
+    return next(iter(get_close_matches(leaf.lower(), KNOWN_FIELDS, n=1, cutoff=0.8)), None)
+
+
+def describe_unused(counts: Mapping[str, int]) -> str:
+    """``width ×1,204, img ×3 (did you mean image?)``, the most frequent first."""
+    parts = []
+    for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        near = suggestion(name)
+        parts.append(f"{name} ×{count:,}" + (f" (did you mean {near}?)" if near else ""))
+    return ", ".join(parts)
