@@ -75,7 +75,7 @@ def running(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def proxy(running: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The server, behaving well and with nothing asked yet; patience is short."""
+    """The server without faults and without recorded requests; retries are quick."""
     monkeypatch.setattr(storage_request, "DEFAULT_POLICY", QUICK)
     running.reset()
     yield running
@@ -130,7 +130,7 @@ def test_workers_put_shards_by_themselves_and_nothing_is_left_in_the_work_folder
     assert left == {"lock", "finished", "scan", "index"}
 
 
-def test_a_finished_build_asks_what_is_there_and_does_nothing(
+def test_a_finished_build_only_lists_what_exists(
     proxy: Proxy, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Url("s3://bucket/twice")
@@ -186,7 +186,7 @@ def start(out: Url, model: Path, work: Path) -> tuple[list[str], subprocess.Pope
     return command, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
 
 
-def test_a_build_that_is_killed_in_the_middle_of_an_upload_goes_on(
+def test_a_build_killed_during_an_upload_resumes(
     proxy: Proxy, finished: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = Url("s3://bucket/killed")
@@ -212,7 +212,7 @@ def test_a_build_that_is_killed_in_the_middle_of_an_upload_goes_on(
 # Network faults that stay, and refusals.
 
 
-def test_a_fault_that_outlasts_patience_stops_the_build_and_loses_no_sample(
+def test_a_fault_that_outlasts_all_retries_stops_the_build_and_loses_no_sample(
     proxy: Proxy, finished: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     request = request_for(tmp_path / "out", tiny_checkpoint)
@@ -290,7 +290,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_what_another_attempt_would_not_change_is_one_sentence_at_once(
+def test_a_final_answer_is_one_sentence_without_retries(
     proxy: Proxy, tiny_checkpoint: Path, tmp_path: Path, corpus_file: Path
 ) -> None:
     annotations = f"{CORPUS}/annotations.jsonl"
@@ -326,7 +326,7 @@ def test_what_another_attempt_would_not_change_is_one_sentence_at_once(
         assert (code, "the store refuses access" in output, "Traceback" in output) == (2, True, False), output
 
 
-def test_wrong_credentials_are_told_from_faults() -> None:
+def test_wrong_credentials_are_distinguished_from_faults() -> None:
     class NoCredentialsError(Exception):
         pass
 
@@ -457,7 +457,7 @@ def test_urls_of_media_stay_below_the_root() -> None:
             media_url(root, name)
 
 
-def test_more_media_than_may_be_held_are_had_in_any_order_and_leave_no_file(
+def test_more_media_than_the_memory_budget_are_read_in_any_order_and_leave_no_file(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One item wants far more bytes than may be ahead, and asks from the last medium on; so does an unforeseen one."""
@@ -479,7 +479,7 @@ def test_more_media_than_may_be_held_are_had_in_any_order_and_leave_no_file(
     assert not scratch.exists()
 
 
-def test_media_of_the_next_items_are_fetched_while_one_is_worked_on(proxy: Proxy, tmp_path: Path) -> None:
+def test_media_of_the_next_items_are_prefetched(proxy: Proxy, tmp_path: Path) -> None:
     wanted = [MediaRequest(CORPUS, f"{number}.png", MEDIA_IMAGE, 1 << 20) for number in range(6)]
     with open_media([CORPUS], beginnings=True, scratch=tmp_path) as access:
         items = access.prefetch([[each] for each in wanted], lambda item: item)
@@ -490,7 +490,7 @@ def test_media_of_the_next_items_are_fetched_while_one_is_worked_on(proxy: Proxy
             time.sleep(0.01)
 
 
-def test_a_medium_used_by_many_samples_is_fetched_once_a_chunk_and_once_a_shard(
+def test_a_medium_of_many_samples_is_downloaded_once_per_chunk_and_once_per_shard(
     proxy: Proxy, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     records = [{"id": n, "image": f"{n % 3}.png", "conversations": turn("<image>")} for n in range(60)]
@@ -552,7 +552,7 @@ def test_annotations_of_every_kind_are_read_by_url_glob_and_registry(
     assert "ready: s3://bucket/kinds/deep/a.json" in output
 
 
-def test_a_changed_annotation_file_is_fetched_again(proxy: Proxy, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_changed_annotation_file_is_downloaded_again(proxy: Proxy, tiny_checkpoint: Path, tmp_path: Path) -> None:
     path, url = tmp_path / "a.jsonl", Url("s3://bucket/changing/a.jsonl")
     for answer in ("Red.", "Blue"):
         path.write_text(json.dumps({"conversations": turn("Colour?", answer)}))
@@ -611,7 +611,7 @@ def test_verify_show_and_report_read_sets_behind_urls(
 # Single requests.
 
 
-def test_an_upload_that_arrives_damaged_is_made_again(
+def test_an_upload_damaged_in_transit_is_repeated(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.writing._opaque_tags", set())
@@ -623,7 +623,7 @@ def test_an_upload_that_arrives_damaged_is_made_again(
     assert sum(seen.fault == "damage" for seen in proxy.seen) > 0
 
 
-def test_where_etags_are_no_digests_the_first_upload_is_read_back(
+def test_the_first_upload_is_read_back_if_etags_are_not_digests(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.writing._opaque_tags", set())
@@ -636,7 +636,7 @@ def test_where_etags_are_no_digests_the_first_upload_is_read_back(
     ]  # fmt: skip
 
 
-def test_a_task_that_runs_twice_puts_its_shard_once_or_twice_and_fails_never(proxy: Proxy, tmp_path: Path) -> None:
+def test_a_task_that_runs_twice_uploads_its_shard_and_never_fails(proxy: Proxy, tmp_path: Path) -> None:
     output = open_output(Url("s3://bucket/two"), tmp_path)
     (tmp_path / "shard").write_bytes(b"the same bytes")
     first = output.put("shard")
@@ -646,7 +646,7 @@ def test_a_task_that_runs_twice_puts_its_shard_once_or_twice_and_fails_never(pro
     assert proxy.stored() == ["two/shard"]
 
 
-def test_a_large_upload_goes_on_where_a_part_of_it_failed(proxy: Proxy, tmp_path: Path) -> None:
+def test_a_large_upload_repeats_only_the_part_that_failed(proxy: Proxy, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(20 << 20))
     proxy.rule = lambda method, key, earlier: "slowdown" if method == "PUT" and earlier == 0 else None
@@ -655,7 +655,7 @@ def test_a_large_upload_goes_on_where_a_part_of_it_failed(proxy: Proxy, tmp_path
     assert sum(seen.query == "uploads" for seen in proxy.seen) == 1
 
 
-def test_downloads_are_whole_or_not_there(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_are_complete_or_absent(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.reading.PIECE_BYTES", 1000)
     data = storage.read(CORPUS / "annotations.jsonl")
     proxy.rule = lambda method, key, earlier: "error" if len(proxy.seen) > 4 else None
@@ -693,7 +693,7 @@ def test_urls_never_show_passwords_or_signatures() -> None:
     assert str(Url("s3://bucket/what?.jpg")) == "s3://bucket/what?.jpg"
 
 
-def test_urls_are_told_from_paths() -> None:
+def test_urls_are_distinguished_from_paths() -> None:
     assert parse_location("s3://bucket/a/") == Url("s3://bucket/a")
     assert parse_location("simplecache::s3://bucket/a").__class__ is Url
     assert parse_location("file:///data/a") == Path("/data/a")
@@ -703,7 +703,7 @@ def test_urls_are_told_from_paths() -> None:
     assert names_below_common_folder([Path("/data/a.jsonl"), files[0]]) == ("a.jsonl", "s3://bucket/a/x.jsonl")
 
 
-def test_local_roots_need_no_fetching(tmp_path: Path) -> None:
+def test_local_roots_need_no_downloads(tmp_path: Path) -> None:
     with open_media([tmp_path, tmp_path / "a"], beginnings=True, scratch=tmp_path / "scratch") as access:
         assert isinstance(access, LocalMedia)
     with pytest.raises(ConfigError, match="is not a folder"):

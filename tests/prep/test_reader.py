@@ -1,4 +1,4 @@
-"""Reading a finished set: exact pictures, and one sentence for a bin that is not there or not whole."""
+"""Reading a complete set: exact images, and one sentence for a bin that is missing or incomplete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shards(finished: Path, tmp_path: Path) -> ShardSet:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
-def test_frames_are_the_resized_picture_to_the_last_bit(tmp_path: Path, tiny_checkpoint: Path, codec: str) -> None:
+def test_frames_equal_the_resized_image_bit_for_bit(tmp_path: Path, tiny_checkpoint: Path, codec: str) -> None:
     """56x84 pixels are a multiple of 28 and within bounds, so that nothing is resized."""
     pixels = np.random.default_rng(1).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -52,7 +52,7 @@ def test_a_video_has_two_frames_for_every_temporal_step(finished: Path) -> None:
     assert {kind for _, kind in found.grids()} == {0, 1}
 
 
-def test_the_ledger_of_a_bin_comes_by_slot(finished: Path) -> None:
+def test_the_ledger_of_a_bin_is_sorted_by_slot(finished: Path) -> None:
     shards = open_set(finished)
     rows = shards.packed_in(1)
     assert [row.slot for row in rows] == list(range(shards.row(1).num_samples))
@@ -61,7 +61,7 @@ def test_the_ledger_of_a_bin_comes_by_slot(finished: Path) -> None:
     ]
 
 
-def test_a_bin_that_is_not_there_is_wrong_use(finished: Path) -> None:
+def test_a_missing_bin_is_wrong_use(finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no bin 99; it holds bins 0 to 3\."):
         open_set(finished).read(99)
 
@@ -96,7 +96,7 @@ def with_pixels(found: Bin, data: bytes) -> Bin:
     return replace(found, pixels=np.frombuffer(data, dtype=np.uint8))
 
 
-def test_pixels_must_be_exactly_as_many_as_the_grids_ask_for(finished: Path) -> None:
+def test_pixels_have_exactly_the_size_of_the_grids(finished: Path) -> None:
     found = open_set(finished).read(0)
     content = decode_pixels(found, where="here").tobytes()
     compress = zstandard.ZstdCompressor().compress

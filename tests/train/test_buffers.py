@@ -40,7 +40,7 @@ def test_buffers_in_use_never_overlap(sizes: list[int]) -> None:
         assert bool((buffer == (2 * place + 1) % 251).all())
 
 
-def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_huge_pages_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     class Small(mmap.mmap):
         def madvise(self, *args: int) -> None:
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -52,7 +52,7 @@ def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "hold", ["the tensor", "a slice", "an array", "a slice of an array", "a memoryview", "bytes of it"]
 )
-def test_a_buffer_goes_back_when_the_last_view_of_it_does(hold: str) -> None:
+def test_a_buffer_is_reused_once_its_last_view_is_gone(hold: str) -> None:
     buffers = ReusedBuffers()
     tensor = buffers.take(100_000)
     views: dict[str, object] = {
@@ -77,7 +77,7 @@ def test_a_buffer_goes_back_when_the_last_view_of_it_does(hold: str) -> None:
     assert address in (first.data_ptr(), second.data_ptr())
 
 
-def test_more_free_memory_than_the_limit_is_given_back() -> None:
+def test_free_memory_beyond_the_limit_is_released() -> None:
     buffers = ReusedBuffers(max_free_bytes=300_000)
     taken = [buffers.take(100_000) for _ in range(5)]
     taken.clear()
@@ -104,7 +104,7 @@ def test_threads_share_buffers() -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
-def test_a_stream_uses_its_memory_again_and_leaves_batches_alone(tmp_path: Path, codec: str) -> None:
+def test_a_stream_reuses_its_memory_but_not_that_of_live_batches(tmp_path: Path, codec: str) -> None:
     """A batch that is kept still holds its planes when many others have come and gone."""
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=12), codec=codec))
     order = DataOrder(index.cost(), seed=0, global_batch=3)
@@ -121,7 +121,7 @@ def test_a_stream_uses_its_memory_again_and_leaves_batches_alone(tmp_path: Path,
     assert all(torch.equal(micro.vision.planes, planes) for micro, planes in kept)
 
 
-def test_raw_planes_of_one_bin_are_a_part_of_what_was_read(tmp_path: Path) -> None:
+def test_raw_planes_of_one_bin_are_views_of_its_bytes(tmp_path: Path) -> None:
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=4), codec="raw"))
     loaded = BinReader(index).read(3)
     planes = build_micro_batch([loaded.bin], memory=[loaded.buffer]).vision.planes
@@ -131,7 +131,7 @@ def test_raw_planes_of_one_bin_are_a_part_of_what_was_read(tmp_path: Path) -> No
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
-def test_page_locked_memory_is_used_again_only_after_copies_from_it(tmp_path: Path, codec: str) -> None:
+def test_page_locked_memory_is_reused_only_after_copies_from_it(tmp_path: Path, codec: str) -> None:
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=4), codec=codec))
     reader, buffers = BinReader(index, buffers=PinnedBuffers()), PinnedBuffers()
     for _ in range(50):

@@ -63,13 +63,13 @@ def test_the_least_recently_used_bins_go_first(tmp_path: Path) -> None:
     assert cache.size() == 9_000
 
 
-def test_a_bin_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
+def test_a_bin_larger_than_the_cache_is_not_stored(tmp_path: Path) -> None:
     cache = BinCache(tmp_path / "cache", 999)
     cache.write(key_of(0), memoryview(data_of(0)))
     assert cache.size() == 0
 
 
-def test_a_torn_file_counts_as_absent_and_goes(tmp_path: Path) -> None:
+def test_an_incomplete_file_counts_as_missing_and_is_removed(tmp_path: Path) -> None:
     cache = BinCache(tmp_path, 10_000)
     cache.write(key_of(0), memoryview(data_of(0)))
     (path,) = held(tmp_path)
@@ -98,7 +98,7 @@ def test_other_files_in_the_folder_are_neither_counted_nor_removed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("noted", ["-9999999", "", "many", "99999999999999999999"])
-def test_a_wrong_note_of_the_size_does_not_let_the_cache_grow(tmp_path: Path, noted: str) -> None:
+def test_a_wrong_recorded_size_does_not_let_the_cache_grow(tmp_path: Path, noted: str) -> None:
     for number in range(10):
         if cached := list(tmp_path.glob(".size")):
             cached[0].write_text(noted)
@@ -106,7 +106,7 @@ def test_a_wrong_note_of_the_size_does_not_let_the_cache_grow(tmp_path: Path, no
     assert 0 < BinCache(tmp_path, 3_000).size() <= 3_000
 
 
-def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that belongs to another user, or on a file system mounted for reading."""
     cache = BinCache(tmp_path, 10_000)
     cache.write(key_of(1), memoryview(data_of(1)))
@@ -122,14 +122,14 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pyte
     assert read(cache, 1) is None, "a torn bin is not taken, though it cannot be removed"
 
 
-def test_a_cache_that_cannot_be_written_is_said_once_and_left_alone(
+def test_an_unwritable_cache_warns_once_and_is_then_not_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     cache = BinCache(tmp_path / "cache", 10_000)
     for number in range(3):
         cache.write(key_of(number), memoryview(data_of(number)))
-    assert [record.message for record in caplog.records if "cannot be written" in record.message] == [
+    assert [record.message for record in caplog.records if "is not writable" in record.message] == [
         caplog.records[0].message
     ]
 
@@ -159,7 +159,7 @@ def hammer(folder: Path, *, limit: int, seed: int, turns: int) -> subprocess.Pop
     return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
 
 
-def test_processes_that_share_a_cache_keep_to_the_limit_and_read_what_was_written(tmp_path: Path) -> None:
+def test_processes_that_share_a_cache_respect_its_limit_and_read_what_was_written(tmp_path: Path) -> None:
     running = [hammer(tmp_path, limit=20_000, seed=seed, turns=150) for seed in range(3)]
     assert [process.wait(120) for process in running] == [0, 0, 0]
     assert 0 < BinCache(tmp_path, 20_000).size() <= 20_000
@@ -180,9 +180,7 @@ def test_processes_that_are_killed_leave_no_wrong_bin_and_no_lock(tmp_path: Path
     assert hammer(tmp_path, limit=20_000, seed=9, turns=100).wait(60) == 0
 
 
-def test_what_a_killed_process_left_half_written_goes_when_it_is_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_temporary_file_of_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = BinCache(tmp_path, 3_000)
     cache.write(key_of(0), memoryview(data_of(0)))
     left = tmp_path / key_of(0)[:2] / ".tmp-left"
@@ -217,7 +215,7 @@ def reader(index: ShardIndex, folder: Path, **changes: object) -> BinReader:
 
 
 @pytest.mark.parametrize("verify", ["always", "first", "never"])
-def test_bins_come_from_the_cache_when_they_were_read_before(
+def test_bins_read_before_come_from_the_cache(
     remote: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: str
 ) -> None:
     first = reader(remote, tmp_path / "cache", verify=verify)
@@ -227,7 +225,7 @@ def test_bins_come_from_the_cache_when_they_were_read_before(
         assert [one.read(number).bin.input_ids.tolist() for number in range(12)] == wanted
 
 
-def test_a_damaged_bin_of_the_cache_is_fetched_again(remote: ShardIndex, tmp_path: Path) -> None:
+def test_a_damaged_bin_in_the_cache_is_read_from_its_shard(remote: ShardIndex, tmp_path: Path) -> None:
     one = reader(remote, tmp_path / "cache")
     one.read(4)
     (path,) = held(tmp_path / "cache")
@@ -237,9 +235,7 @@ def test_a_damaged_bin_of_the_cache_is_fetched_again(remote: ShardIndex, tmp_pat
     assert path.read_bytes() == good
 
 
-def test_a_bin_of_the_cache_that_is_no_bin_is_fetched_again_even_without_checksums(
-    remote: ShardIndex, tmp_path: Path
-) -> None:
+def test_a_cached_file_that_is_not_a_bin_is_replaced_even_without_checksums(remote: ShardIndex, tmp_path: Path) -> None:
     one = reader(remote, tmp_path / "cache", verify="never")
     one.read(4)
     (path,) = held(tmp_path / "cache")
@@ -249,7 +245,7 @@ def test_a_bin_of_the_cache_that_is_no_bin_is_fetched_again_even_without_checksu
     assert path.read_bytes() == good
 
 
-def test_bytes_that_are_wrong_at_the_source_never_enter_the_cache(remote: ShardIndex, tmp_path: Path) -> None:
+def test_wrong_bytes_of_a_shard_never_enter_the_cache(remote: ShardIndex, tmp_path: Path) -> None:
     """Not even where checksums are not asked for."""
     system = fsspec.filesystem("memory")
     data = bytearray(system.cat_file("/cached/bins-00000.tar"))
@@ -273,7 +269,7 @@ def test_bins_of_another_build_are_not_taken_from_the_cache(
     assert reader(other, tmp_path / "cache").read(0).bin.input_ids.tolist() == wanted.input_ids.tolist()
 
 
-def test_a_cache_for_shards_on_a_disk_is_wrong_use(tmp_path: Path) -> None:
+def test_a_cache_for_local_shards_is_wrong_use(tmp_path: Path) -> None:
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=1)))
     with pytest.raises(ConfigError, match="has no effect: all shards lie on a file system"):
         reader(index, tmp_path / "cache")

@@ -87,7 +87,7 @@ def test_folders_are_mixed_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert np.array_equal(index.xxh3[5:], alone.xxh3)
 
 
-def test_the_fingerprint_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_bytes_and_not_on_the_location(tmp_path: Path) -> None:
     first = open_shards(write_shards(tmp_path / "first", make_bins(seed=1))).fingerprint
     assert first == open_shards(write_shards(tmp_path / "moved", make_bins(seed=1))).fingerprint
     assert first != open_shards(write_shards(tmp_path / "other", make_bins(seed=2))).fingerprint
@@ -100,7 +100,7 @@ def test_a_folder_without_shards_says_what_to_run(tmp_path: Path, path: str) -> 
         open_shards(tmp_path / path)
 
 
-def test_an_unfinished_build_is_not_left_out_of_a_mix(tmp_path: Path, folder: Path) -> None:
+def test_an_unfinished_build_is_not_silently_left_out_of_a_mixture(tmp_path: Path, folder: Path) -> None:
     root = tmp_path / "mixed"
     shutil.copytree(folder, root / "complete")
     shutil.copytree(folder, root / "unfinished")
@@ -175,7 +175,7 @@ def test_folders_of_different_tokenizers_are_not_mixed(tmp_path: Path) -> None:
         open_shards(tmp_path / "mixed")
 
 
-def test_shards_for_another_normalisation_stop(folder: Path) -> None:
+def test_shards_with_another_normalisation_stop(folder: Path) -> None:
     prints = Fingerprints(tokenizer="0" * 32, image_mean=(0.5, 0.5, 0.5), image_std=IMAGE_STD)
     change_manifest(folder, fingerprints=prints)
     with pytest.raises(ShardError, match="normalised with mean"):

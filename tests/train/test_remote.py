@@ -116,9 +116,7 @@ def test_an_epoch_from_an_object_store_equals_that_of_the_disk(in_memory: str, f
     assert source_samples(index, [7]) == source_samples(open_shards(folder), [7])
 
 
-def test_no_thread_of_pyarrow_is_given_a_python_file(
-    in_memory: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_thread_of_pyarrow_gets_a_python_file(in_memory: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a thread may let go of the file when the interpreter is ending, and abort it."""
     asked: list[tuple[object, dict[str, object]]] = []
 
@@ -137,12 +135,12 @@ def test_no_thread_of_pyarrow_is_given_a_python_file(
     assert isinstance(other, Path)
 
 
-def test_an_answer_that_stalls_is_asked_for_again(server: Server, folder: Path) -> None:
+def test_a_stalled_answer_is_retried(server: Server, folder: Path) -> None:
     policy = RetryPolicy(attempts=6, timeout_s=3.0, first_delay_s=0.01)
     assert_same_stream(f"{server.address}/stall/set", folder, ReadSettings(retry_policy=policy, connections=24))
 
 
-def test_requests_run_at_once_up_to_the_limit(server: Server, folder: Path) -> None:
+def test_requests_run_concurrently_up_to_the_limit(server: Server, folder: Path) -> None:
     """24 bins of 0.2 s each: 8 at a time take 0.6 s, one after the other would take 4.8 s."""
     read = ReadSettings(retry_policy=QUICK, connections=8)
     with stream_of(open_shards(f"{server.address}/slow/set"), read, num_threads=1, prefetch=1) as stream:
@@ -160,9 +158,7 @@ def test_requests_run_at_once_up_to_the_limit(server: Server, folder: Path) -> N
         ("garbled", r"no good answer in 3 attempts over \d+ s, the last: 400, .*Bad status line.*to resume"),
     ],
 )
-def test_a_server_that_never_answers_well_stops_with_shard_bin_and_offset(
-    server: Server, behaviour: str, says: str
-) -> None:
+def test_a_server_that_always_fails_stops_with_shard_bin_and_offset(server: Server, behaviour: str, says: str) -> None:
     index = open_shards(f"{server.address}/{behaviour}/set")
     policy = RetryPolicy(attempts=3, timeout_s=0.3, first_delay_s=0.01)
     began = time.monotonic()
@@ -185,7 +181,7 @@ def test_a_server_that_dies_stops_the_stream(server: Server) -> None:
     assert next(stream, None) is None
 
 
-def test_a_server_that_comes_back_is_waited_for(server: Server, folder: Path, tmp_path: Path) -> None:
+def test_reads_wait_for_a_server_that_restarts(server: Server, folder: Path, tmp_path: Path) -> None:
     """A port that refuses connections for a while, as behind a load balancer that restarts."""
     index = open_shards(f"{server.address}/plain/set")
     port = server.address.rpartition(":")[2]
@@ -216,7 +212,7 @@ def test_closing_a_stream_does_not_wait_for_a_dead_server(server: Server) -> Non
     assert time.monotonic() - began < 5
 
 
-def test_a_missing_set_and_a_dead_server_are_told_apart_at_start(
+def test_a_missing_set_is_distinguished_from_a_dead_server_at_start(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ShardError, match=r"holds no manifest\.json"):
@@ -231,7 +227,7 @@ def test_a_missing_set_and_a_dead_server_are_told_apart_at_start(
         storage.file_sizes(served, ["bins-00000.tar"])
 
 
-def test_a_server_that_tells_no_sizes_is_refused(server: Server) -> None:
+def test_a_server_without_content_lengths_is_refused(server: Server) -> None:
     with pytest.raises(storage.RefusedError, match=r"http://.*/sizeless/set/.*: the store does not report its size"):
         open_shards(f"{server.address}/sizeless/set")
 
@@ -267,7 +263,7 @@ def test_a_changed_byte_in_an_object_store_stops(in_memory: str) -> None:
         list(stream_of(index))
 
 
-def test_a_url_that_cannot_be_read_here_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_of_an_unsupported_protocol_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
         ConfigError, match=r"gs://bucket/set/manifest\.json needs a package that is not installed: pip install gcsfs"
@@ -277,7 +273,7 @@ def test_a_url_that_cannot_be_read_here_names_the_package(monkeypatch: pytest.Mo
         open_shards("no-such://x")
 
 
-def test_a_listing_that_fails_is_not_taken_for_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_listing_is_not_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of shards in it would be left out."""
 
     class Failing(MemoryFileSystem):
@@ -292,7 +288,7 @@ def test_a_listing_that_fails_is_not_taken_for_an_empty_folder(monkeypatch: pyte
         open_shards("s3://bucket/sets")
 
 
-def test_a_refusal_at_start_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing credentials are told at once, as botocore raises them."""
 
     class NoCredentialsError(Exception):
@@ -331,7 +327,7 @@ def test_a_signed_url_is_joined_in_front_of_its_query_and_never_printed(server: 
 
 
 @pytest.mark.parametrize("password", ["secret", "sec:ret", "sec@ret", "@ret"])
-def test_messages_hold_no_password(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_contain_no_password(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(Url(f"http://user:{password}@host/a") / "b@c") == "http://***@host/a/b%40c"
     monkeypatch.setattr(request, "DEFAULT_POLICY", RetryPolicy(attempts=1))
     with pytest.raises(storage.StorageError, match="no good answer in 1 attempt ") as failed:

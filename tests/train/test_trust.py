@@ -101,7 +101,7 @@ def test_without_checksums_a_changed_pixel_is_not_seen(made: Path, tmp_path: Pat
     assert np.count_nonzero(found != before) == 1
 
 
-def test_first_looks_once_and_always_looks_every_time(made: Path, tmp_path: Path) -> None:
+def test_first_verifies_each_bin_once_and_always_verifies_every_read(made: Path, tmp_path: Path) -> None:
     index = copy_of(made, tmp_path)
     readers = {verify: BinReader(index, ReadSettings(verify=verify)) for verify in VERIFY}
     for reader in readers.values():
@@ -129,7 +129,7 @@ def test_a_shard_cut_short_after_the_start_stops(made: Path, tmp_path: Path, ver
 
 
 @pytest.mark.parametrize("verify", ["always", "first"])
-def test_shards_of_another_build_stop_even_where_all_sizes_agree(made: Path, tmp_path: Path, verify: str) -> None:
+def test_shards_of_another_build_stop_even_if_all_sizes_agree(made: Path, tmp_path: Path, verify: str) -> None:
     """Other samples of the same lengths and media: files of the same sizes with bins at the same places."""
     index = copy_of(made, tmp_path, "raw")
     other = write_shards(tmp_path / "other", make_bins(seed=9, num_bins=8), codec="raw")
@@ -201,7 +201,7 @@ def test_damage_before_the_start_stops_there(made: Path, tmp_path: Path, name: s
         open_shards(tmp_path / "zstd")
 
 
-def test_a_link_that_leads_nowhere_is_not_left_out(made: Path, tmp_path: Path) -> None:
+def test_a_broken_link_is_not_silently_left_out(made: Path, tmp_path: Path) -> None:
     """What it stood for would be missing from the run without a word."""
     copy_of(made, tmp_path)
     (tmp_path / "mp_doc").symlink_to("/mnt/not/mounted")
@@ -215,7 +215,7 @@ def test_a_link_that_leads_nowhere_is_not_left_out(made: Path, tmp_path: Path) -
         open_shards(tmp_path / "mp_doc")
 
 
-def test_a_folder_that_is_there_twice_is_wrong_use(made: Path, tmp_path: Path) -> None:
+def test_a_folder_named_twice_is_wrong_use(made: Path, tmp_path: Path) -> None:
     """By another name, through a link, inside another one, at a URL: its bins would be used twice."""
     (tmp_path / "link").symlink_to(made / "raw")
     for other in (f"{made}/zstd/../raw", tmp_path / "link", made, tmp_path):
@@ -245,7 +245,7 @@ def test_a_file_is_not_a_folder(made: Path) -> None:
         open_shards(made / "raw" / "manifest.json")
 
 
-def test_a_shard_that_may_not_be_read_is_told_from_one_that_is_missing(
+def test_a_shard_without_permission_is_distinguished_from_a_missing_one(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = copy_of(made, tmp_path)
@@ -304,7 +304,7 @@ def test_an_image_of_several_temporal_steps_stops(made: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 700, 4096, 1 << 20])
-def test_a_checksum_taken_in_pieces_is_that_of_the_whole_bin(
+def test_a_checksum_computed_in_pieces_is_that_of_the_bin(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     monkeypatch.setattr(storage, "_DIGEST_BYTES", piece_bytes)
@@ -321,9 +321,7 @@ def test_a_checksum_taken_in_pieces_is_that_of_the_whole_bin(
 
 @given(st.binary(max_size=3000), st.integers(0, 3000), st.integers(0, 3000), st.integers(1, 700))
 @settings(deadline=None, max_examples=60)
-def test_a_digest_is_given_the_bytes_that_were_read_once_and_in_order(
-    content: bytes, offset: int, length: int, piece_bytes: int
-) -> None:
+def test_a_digest_gets_the_bytes_once_and_in_order(content: bytes, offset: int, length: int, piece_bytes: int) -> None:
     """Also where the file ends before the range does."""
     with tempfile.NamedTemporaryFile() as file, pytest.MonkeyPatch.context() as monkeypatch:
         file.write(content)
@@ -336,7 +334,7 @@ def test_a_digest_is_given_the_bytes_that_were_read_once_and_in_order(
     assert digest.digest() == hashlib.sha256(expected).digest()
 
 
-def test_settings_of_nonsense_are_wrong_use() -> None:
+def test_invalid_read_settings_are_wrong_use() -> None:
     for changes in ({"verify": "sometimes"}, {"connections": 0}, {"cache_bytes": 0}):
         with pytest.raises(ConfigError, match=f"{next(iter(changes))} is"):
             ReadSettings(**changes)  # type: ignore[arg-type]
