@@ -59,8 +59,7 @@ def write_demo(out: Path, *, seed: int = 0, num_annotations: int = 400) -> DemoS
     Args:
         out: Output folder, created if missing.
         seed: Any integer.
-        num_annotations: Lines of the training file, broken ones included, at least 40. The held-out file has a fifth
-            as many.
+        num_annotations: Lines of the training file, at least 40. The held-out file has a fifth as many.
 
     Raises:
         ConfigError: If PyAV is not installed, ``out`` cannot be created, or ``num_annotations`` is too small.
