@@ -1,9 +1,8 @@
-"""Real runs of the trainer in processes of their own, and what they leave.
+"""Real runs of the trainer in separate processes, and the files that they leave.
 
-Importing what a rank needs takes longer than most of these runs. So :func:`run_ranks` forks its ranks from a process
-that has imported it and done nothing else; the other functions start the trainer as a user does, with a launcher or
-without. What forked ranks cannot show is left to those: ranks whose sets and dictionaries hash differently, and what
-happens when an interpreter ends.
+Importing the trainer takes longer than most of these runs. So :func:`run_ranks` forks its ranks from a process that has
+only imported it. The other functions start the trainer as a user does, with or without a launcher. They are for what
+forked ranks cannot show: ranks whose sets and dictionaries hash differently, and the exit of an interpreter.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""For glibc: what is freed is kept for what comes next, in huge pages. Otherwise the system clears the pages of
-hundreds of megabytes of logits (151,936 a target) over and over, almost half of a rank's processor time."""
+"""Settings of glibc that keep freed memory for reuse, in huge pages. Otherwise the system clears the pages of hundreds
+of megabytes of logits (151,936 per target) again and again, which takes almost half of a rank's processor time."""
 
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
 TIMINGS = {"tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "tflops", "max_memory_bytes"}
-"""What differs between two runs that are the same."""
+"""Metrics that differ between two equal runs."""
 
 LIMIT_S, GRACE_S = 300, 60
-"""How long a run may take, and how long the other ranks may go on when one has failed."""
+"""Time limit of a run, and of the other ranks after one has failed."""
 
 IMPORTED = (
     "tests.train.launching",
@@ -53,56 +52,56 @@ IMPORTED = (
     "train.run.loop",
     "train.preflight.dry_run",
     "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every run imports, and with it all of torch's compiler
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every run imports it, and with it torch's compiler
     "peft",
     "pyarrow.dataset",
 )
-"""What ranks are forked with; one that is not installed is left out."""
+"""Modules that ranks are forked with, if installed."""
 
 
 def as_flags(settings: Mapping[str, object]) -> list[str]:
-    """Settings as the command line has them."""
+    """Settings as flags of the command line."""
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
 def run_ranks(
     num_ranks: int, *flags: str, prepare: Callable[[], object] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the trainer with ranks on this machine to its end. The test fails where a rank does not come to an end.
+    """Run the trainer on several ranks until it ends. The test fails if a rank does not end.
 
     Args:
-        num_ranks: how many.
+        num_ranks: ranks on this machine.
         flags: of the trainer.
-        prepare: called in each rank before the trainer, a function of a module.
+        prepare: a module-level function that each rank calls before the trainer.
 
     Returns:
-        The first exit code that is not 0, if any, and what all ranks wrote to stderr.
+        The first exit code other than 0, if any, and the stderr of all ranks.
     """
     context, port = _forks(), free_port()
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder, "stderr")
-        told.touch()
+        stderr = Path(folder, "stderr")
+        stderr.touch()
         ranks: list[ForkServerProcess] = []
         try:
-            for number in range(num_ranks):
-                args = (number, num_ranks, port, told, prepare, flags)
-                rank = context.Process(target=_be_rank, args=args, name=f"rank {number}")
-                rank.start()
-                ranks.append(rank)
+            for rank in range(num_ranks):
+                args = (rank, num_ranks, port, stderr, prepare, flags)
+                process = context.Process(target=_be_rank, args=args, name=f"rank {rank}")
+                process.start()
+                ranks.append(process)
             stuck = _wait_for(ranks)
         finally:
-            for rank in ranks:
-                rank.kill()
-                rank.join()
-        errors = told.read_text(encoding="utf-8")
+            for process in ranks:
+                process.kill()
+                process.join()
+        errors = stderr.read_text(encoding="utf-8")
         if stuck:
             pytest.fail(f"{', '.join(stuck)} did not end:\n{errors}")
-        code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+        code = next((process.exitcode for process in ranks if process.exitcode), 0)
         return subprocess.CompletedProcess(flags, code, stderr=errors)
 
 
 def _forks() -> ForkServerContext:
-    """Start the process that ranks are forked from, where it does not run already."""
+    """Start the process that ranks are forked from, unless it is running."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     with pytest.MonkeyPatch.context() as patch:
@@ -113,16 +112,16 @@ def _forks() -> ForkServerContext:
 
 
 def _be_rank(
-    number: int, num_ranks: int, port: int, told: Path, prepare: Callable[[], object] | None, flags: Sequence[str]
+    rank: int, num_ranks: int, port: int, stderr: Path, prepare: Callable[[], object] | None, flags: Sequence[str]
 ) -> None:
-    """Become a rank as launchers start it."""
+    """Be a rank, with the environment that a launcher sets."""
     from train.main import main
 
-    with told.open("ab") as errors, open(os.devnull, "wb") as output:
+    with stderr.open("ab") as errors, open(os.devnull, "wb") as output:
         os.dup2(errors.fileno(), 2)
         os.dup2(output.fileno(), 1)
-    places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
-    os.environ.update({name: str(place) for name, place in places.items()}, MASTER_ADDR="127.0.0.1")
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     os.chdir(REPOSITORY)
     if prepare is not None:
         prepare()
@@ -130,7 +129,7 @@ def _be_rank(
 
 
 def _wait_for(ranks: Sequence[ForkServerProcess]) -> list[str]:
-    """Wait until all have ended, or one has failed and others still go on; give the names of these."""
+    """Wait until all ranks have ended, or a limit is over. Return the names of those that still run."""
     until = time.monotonic() + LIMIT_S
     running = {rank.sentinel: rank for rank in ranks}
     while running and (left := until - time.monotonic()) > 0:
@@ -141,47 +140,47 @@ def _wait_for(ranks: Sequence[ForkServerProcess]) -> list[str]:
 
 
 def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command until it ends."""
     return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def alone(*flags: str) -> subprocess.CompletedProcess[str]:
-    """The trainer as a program, without a launcher."""
+    """Run the trainer without a launcher."""
     return launch(sys.executable, "train/main.py", *flags)
 
 
 def start_alone(*flags: str) -> subprocess.Popen[str]:
-    """The same, without waiting for its end."""
+    """Start the trainer without a launcher, and do not wait for it."""
     command = (sys.executable, "train/main.py", *flags)
     return subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def torchrun_command(num_ranks: int, *flags: str) -> tuple[str, ...]:
-    """Ranks on this machine by ``torchrun``."""
+    """Command that starts ranks on this machine with ``torchrun``."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
     return (*launcher, "train/main.py", *flags)
 
 
 def torchrun(num_ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
+    """Run the trainer with ``torchrun``."""
     return launch(*torchrun_command(num_ranks, *flags))
 
 
 def deepspeed_command(num_ranks: int, *flags: str) -> tuple[str, ...]:
-    """Ranks on this machine by ``deepspeed``."""
+    """Command that starts ranks on this machine with ``deepspeed``."""
     launcher = (str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port()))
-    # Of processors, unlike GPUs, it takes one where it is not told.
-    number = () if num_ranks == 1 else ("--num_accelerators", str(num_ranks))
-    return (*launcher, *number, "train/main.py", *flags)
+    # On CPUs, unlike GPUs, it starts one rank by default.
+    count = () if num_ranks == 1 else ("--num_accelerators", str(num_ranks))
+    return (*launcher, *count, "train/main.py", *flags)
 
 
 def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:
-    """One rank by it, to its end."""
+    """Run the trainer on one rank with ``deepspeed``."""
     return launch(*deepspeed_command(1, *flags))
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -189,14 +188,14 @@ def free_port() -> int:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that is made once a test run, also when several workers ask for it at the same time."""
+    """A folder that is made once per test run, even if several workers need it at the same time."""
     base = factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     out = root / f"launch-{name}"
     with FileLock(root / f"launch-{name}.lock"):
         if not out.exists():
             part = out.with_name(f"{out.name}.part")
-            shutil.rmtree(part, ignore_errors=True)  # a run that failed must not go on from its checkpoints
+            shutil.rmtree(part, ignore_errors=True)  # a failed run must not be resumed
             make(part)
             part.rename(out)
     return out
@@ -209,7 +208,7 @@ def run_once(
     *flags: str,
     launcher: Callable[..., subprocess.CompletedProcess[str]] = run_ranks,
 ) -> Path:
-    """The folder of a run that is made once a test run."""
+    """The folder of a training run that is made once per test run."""
 
     def run(out: Path) -> None:
         done = launcher(num_ranks, *flags, "--output_dir", str(out))
@@ -218,14 +217,14 @@ def run_once(
     return made_once(factory, name, run)
 
 
-def go_on(run: Path, out: Path, num_ranks: int, *flags: str, step: int = 2) -> None:
-    """Do the steps of a run after a checkpoint once more, as if it had been killed while it saved the next one.
+def resume(run: Path, out: Path, num_ranks: int, *flags: str, step: int = 2) -> None:
+    """Resume a copy of a run from a checkpoint, as if it had been killed while saving the next one.
 
     Args:
         run: folder of the run, all of whose steps are logged.
-        out: folder to go on in, empty or not there.
-        num_ranks: of the run that goes on.
-        flags: its flags, but for the folder.
+        out: folder of the copy, empty or missing.
+        num_ranks: ranks of the resumed run.
+        flags: its flags, without the folder.
         step: of the checkpoint.
     """
     folder = out / f"checkpoint-{step}"
@@ -250,40 +249,40 @@ def read_untimed(run: Path) -> list[dict[str, Any]]:
 
 
 def read_weights(run: Path) -> dict[str, torch.Tensor]:
-    """The weights that a run ended with."""
+    """The weights that a run exported."""
     return load_file(run / "final" / "model.safetensors")
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    """Two runs logged the same and ended with the same weights, to the bit."""
-    assert read_untimed(found) == read_untimed(expected)
-    weights, found_weights = read_weights(expected), read_weights(found)
-    assert found_weights.keys() == weights.keys()
-    assert [name for name, weight in weights.items() if not torch.equal(found_weights[name], weight)] == []
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Two runs have equal metrics and weights, to the bit."""
+    assert read_untimed(run) == read_untimed(expected)
+    weights, expected_weights = read_weights(run), read_weights(expected)
+    assert weights.keys() == expected_weights.keys()
+    assert [name for name, weight in weights.items() if not torch.equal(weight, expected_weights[name])] == []
 
 
-def assert_close_metrics(found: Path, expected: Path, *names: str, rel: float) -> None:
-    """Two runs made the same steps of the same data, and what else is named agrees to rounding where it is logged."""
+def assert_close_metrics(run: Path, expected: Path, *names: str, rel: float) -> None:
+    """Two runs made the same steps of the same data, and the named metrics agree to rounding where they are logged."""
     assert {*names} <= read_metrics(expected)[-1].keys()
-    for one, other in zip(read_metrics(found), read_metrics(expected), strict=True):
+    for record, other in zip(read_metrics(run), read_metrics(expected), strict=True):
         for name in ("step", "epoch", "learning_rates", "num_tokens", "num_targets"):
-            assert one[name] == other[name]
+            assert record[name] == other[name]
         for name in names:
             if name in other:
-                assert one[name] == pytest.approx(other[name], rel=rel), name
+                assert record[name] == pytest.approx(other[name], rel=rel), name
 
 
-def assert_close_weights(found: Path, expected: Path) -> None:
-    """Two runs ended with weights that are a hundredth of the way of a step of Adam apart at most."""
-    weights, found_weights = read_weights(expected), read_weights(found)
-    assert found_weights.keys() == weights.keys()
+def assert_close_weights(run: Path, expected: Path) -> None:
+    """The weights of two runs differ by at most a hundredth of a step of Adam."""
+    weights, expected_weights = read_weights(run), read_weights(expected)
+    assert weights.keys() == expected_weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(
-            found_weights[name], weight, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            weight, expected_weights[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
 def fingerprint_of(checkpoint: Path) -> str:
-    """Of the tokenizer of a checkpoint, for shards that it can train on."""
+    """Fingerprint of the tokenizer of a checkpoint, for shards that it can train on."""
     path = checkpoint / "tokenizer.json"
     return tokenizer_fingerprint(path.read_bytes(), where=str(path))

@@ -1,7 +1,7 @@
-"""Runs with LoRA: ranks and ZeRO stages agree, a resumed run is the unbroken run, what is written is what was trained.
+"""Runs with LoRA: ranks and ZeRO stages agree, resumed runs equal uninterrupted ones, exports equal the engine.
 
-Runs are real launches in processes of their own; each is made once and looked at by several tests. All parts have
-adapters, and in every micro-step one rank has text alone and the other media.
+Runs are launched in separate processes; each is made once and shared by several tests. All parts have adapters, and in
+every micro-step one rank has text alone and the other media.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tests.train.launching import (
     assert_close_metrics,
     assert_same_run,
     fingerprint_of,
-    go_on,
     made_once,
     read_metrics,
     read_weights,
+    resume,
     run_once,
     torchrun,
 )
@@ -188,13 +188,13 @@ def test_checkpoints_hold_the_adapters_and_not_the_model(two_ranks: Path, tiny_c
 
 
 @pytest.mark.parametrize(("before", "ways"), [("zero2_with_dropout", DROPOUT), ("zero3", ZERO_3)])
-def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
+def test_a_resumed_run_equals_the_uninterrupted_run_to_the_bit(
     flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, before: str, ways: tuple[str, str]
 ) -> None:
-    unbroken: Path = request.getfixturevalue(before)
-    go_on(unbroken, tmp_path, 2, *flags, *TIMES_TWO, *ways)
-    assert_same_run(tmp_path, unbroken)
-    expected, found = read_adapter(unbroken), read_adapter(tmp_path)
+    uninterrupted: Path = request.getfixturevalue(before)
+    resume(uninterrupted, tmp_path, 2, *flags, *TIMES_TWO, *ways)
+    assert_same_run(tmp_path, uninterrupted)
+    expected, found = read_adapter(uninterrupted), read_adapter(tmp_path)
     assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
 
 
@@ -215,12 +215,12 @@ def test_dropout_is_drawn_anew_on_every_rank_and_in_every_step_of_training_alone
 
 
 @pytest.mark.parametrize(("before", "num_ranks"), [("one_rank", 2), ("zero3", 1)])
-def test_another_number_of_ranks_goes_on_with_the_same_losses_and_adapters(
+def test_another_number_of_ranks_resumes_with_the_same_losses_and_adapters(
     flags: list[str], request: pytest.FixtureRequest, tmp_path: Path, before: str, num_ranks: int
 ) -> None:
     run: Path = request.getfixturevalue(before)
     stage = ZERO_3 if before == "zero3" else ()
-    go_on(run, tmp_path, num_ranks, *flags, *stage, *(TIMES_FOUR if num_ranks == 1 else TIMES_TWO))
+    resume(run, tmp_path, num_ranks, *flags, *stage, *(TIMES_FOUR if num_ranks == 1 else TIMES_TWO))
     assert_close_metrics(tmp_path, run, "loss", "grad_norm", "eval_loss", rel=1e-5)
     assert_close(read_adapter(tmp_path), read_adapter(run))
 
@@ -229,7 +229,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses_and_adapters(
     ("change", "name"),
     [(("--lora_alpha", "16"), "adapters = r 4, alpha 8"), (("--lora_enable", "False"), "adapters = r 4, alpha 8")],
 )
-def test_other_adapters_do_not_go_on_from_a_checkpoint(
+def test_resuming_with_other_adapters_is_refused(
     flags: list[str], zero3: Path, change: tuple[str, str], name: str
 ) -> None:
     if "--lora_enable" in change:
@@ -239,7 +239,7 @@ def test_other_adapters_do_not_go_on_from_a_checkpoint(
         make_plan(parse_arguments([*flags, *TIMES_FOUR, *ZERO_3, *change, "--output_dir", str(zero3)]))
 
 
-def test_adapters_do_not_go_on_beside_other_frozen_weights(
+def test_resuming_beside_other_frozen_weights_is_refused(
     flags: list[str], zero3: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     write_tiny_checkpoint(tmp_path, seed=1)

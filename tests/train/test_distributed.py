@@ -1,7 +1,7 @@
-"""Several ranks compute what one computes, under every way of sharding, and a resumed run is the unbroken run.
+"""Several ranks compute what one computes under every sharding, and a resumed run equals the uninterrupted one.
 
-The bins are chosen so that in every micro-step one rank has text alone and the other a picture and a clip. Runs are
-real launches in processes of their own; each is made once and looked at by several tests.
+The bins are chosen so that in every micro-step one rank has text alone and the other an image and a video. Runs
+are launched in separate processes; each is made once and shared by several tests.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tests.train.launching import (
     assert_same_run,
     deepspeed,
     fingerprint_of,
-    go_on,
     made_once,
     read_metrics,
     read_weights,
+    resume,
     run_once,
     run_ranks,
     torchrun,
@@ -46,7 +46,7 @@ from train.shards.reader import read_checked_bin
 NUM_STEPS = 3
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 STRATEGIES = {"zero2": ()} | {name: ("--deepspeed", f"{name}.json") for name in ("zero1", "zero3", "zero3_offload")}
-"""How ranks share the work -> the flags for it; ZeRO-2 is the default."""
+"""Sharding strategy -> its flags. ZeRO-2 is the default."""
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def two_ranks(request: pytest.FixtureRequest, under: Callable[[str], Path]) -> P
     return under(request.param)
 
 
-def test_in_every_micro_step_one_rank_has_text_and_the_other_a_picture_and_a_clip(
+def test_in_every_micro_step_one_rank_has_text_and_the_other_an_image_and_a_video(
     shards: Path, tiny_checkpoint: Path
 ) -> None:
     index = open_shards(shards)
@@ -155,7 +155,7 @@ def test_two_ranks_have_the_losses_and_weights_of_one_with_twice_the_accumulatio
 
 @pytest.fixture(scope="module")
 def short_flags(flags: list[str]) -> list[str]:
-    """Of a run whose second and last step has one bin for four places, with a picture and a clip."""
+    """Flags of a run whose second and last step has one bin for four slots, with an image and a video."""
     settings = dict(zip(flags[::2], flags[1::2]))
     del settings["--max_steps"], settings["--save_total_limit"]
     settings.update({"--num_train_epochs": "1.25", "--save_steps": "0"})
@@ -164,7 +164,7 @@ def short_flags(flags: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_by_one(short_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same by one rank, one bin a forward pass."""
+    """The same run on one rank, one bin per forward pass."""
     return run_once(tmp_path_factory, "one-by-one", 1, *short_flags, *TIMES_FOUR)
 
 
@@ -172,7 +172,7 @@ def one_by_one(short_flags: list[str], tmp_path_factory: pytest.TempPathFactory)
     ("num_ranks", "per_device", "accumulation", "strategy"),
     [(2, 1, 2, "zero2"), (2, 1, 2, "zero3"), (2, 2, 1, "zero2"), (1, 2, 2, "zero2")],
 )
-def test_losses_and_weights_do_not_depend_on_how_a_step_is_dealt_though_its_places_be_empty(
+def test_losses_and_weights_do_not_depend_on_how_a_step_is_dealt_even_with_empty_slots(
     short_flags: list[str],
     shards: Path,
     one_by_one: Path,
@@ -194,7 +194,7 @@ def test_losses_and_weights_do_not_depend_on_how_a_step_is_dealt_though_its_plac
     assert_close_weights(tmp_path, one_by_one)
 
 
-def test_the_comparison_of_weights_means_something(one_rank: Path, tiny_checkpoint: Path) -> None:
+def test_training_moves_every_weight_further_than_runs_may_differ(one_rank: Path, tiny_checkpoint: Path) -> None:
     """Training moved every tensor a hundred times further than the runs may differ."""
     before = load_file(tiny_checkpoint / "model.safetensors")
     after = read_weights(one_rank)
@@ -230,35 +230,33 @@ def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks:
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "zero3_offload"])
-def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
+def test_a_resumed_run_equals_the_uninterrupted_run_to_the_bit(
     flags: list[str], under: Callable[[str], Path], tmp_path: Path, strategy: str
 ) -> None:
-    go_on(under(strategy), tmp_path, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy])
+    resume(under(strategy), tmp_path, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy])
     assert_same_run(tmp_path, under(strategy))
     assert not (tmp_path / "checkpoint-3.tmp").exists()
 
 
-def test_a_run_of_other_settings_does_not_go_on_from_a_checkpoint(
-    flags: list[str], under: Callable[[str], Path]
-) -> None:
+def test_resuming_with_other_settings_is_refused(flags: list[str], under: Callable[[str], Path]) -> None:
     done = run_ranks(1, *flags, *TIMES_TWO, "--output_dir", str(under("zero2")))
     assert done.returncode == 2
     assert "checkpoint-3 was saved with bins of a step = 4, this run has 2" in done.stderr
 
 
 @pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
-def test_one_rank_goes_on_where_two_were_with_the_same_losses_and_weights(
+def test_one_rank_resumes_a_run_of_two_with_the_same_losses_and_weights(
     flags: list[str], under: Callable[[str], Path], tmp_path: Path, strategy: str
 ) -> None:
-    go_on(under(strategy), tmp_path, 1, *flags, *TIMES_FOUR, *STRATEGIES[strategy])
+    resume(under(strategy), tmp_path, 1, *flags, *TIMES_FOUR, *STRATEGIES[strategy])
     assert_close_metrics(tmp_path, under(strategy), "loss", "grad_norm", "eval_loss", rel=1e-6)
     assert_close_weights(tmp_path, under(strategy))
 
 
-def test_two_ranks_go_on_where_one_was_with_the_same_losses_and_weights(
+def test_two_ranks_resume_a_run_of_one_with_the_same_losses_and_weights(
     flags: list[str], one_rank: Path, tmp_path: Path
 ) -> None:
-    go_on(one_rank, tmp_path, 2, *flags, *TIMES_TWO)
+    resume(one_rank, tmp_path, 2, *flags, *TIMES_TWO)
     assert_close_metrics(tmp_path, one_rank, "loss", "grad_norm", "eval_loss", rel=1e-6)
     assert_close_weights(tmp_path, one_rank)
 
@@ -276,7 +274,7 @@ def test_frozen_parts_keep_their_weights_to_the_bit(shards: Path, tiny_checkpoin
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3, 4]
 
 
-def test_a_damaged_bin_on_one_rank_fails_the_whole_launch(flags: list[str], shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_bin_on_one_rank_fails_the_launch(flags: list[str], shards: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(shards, tmp_path / "shards")
     location = open_shards(damaged).locate(0)
     with open(location.path, "r+b") as shard:

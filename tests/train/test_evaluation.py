@@ -1,4 +1,4 @@
-"""Evaluation is exact: the numbers of each sample run alone, whatever bin it is in and however many ranks there are."""
+"""Evaluation is exact: the metrics of each sample run alone, whatever its bin and the number of ranks."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ranks(
+def test_metrics_are_those_of_samples_run_alone_on_any_number_of_ranks(
     flags: list[str], model: PackedQwen, data: dict[str, list[list[Sample]]], tmp_path: Path
 ) -> None:
     """Seven bins on one rank and, with ZeRO-3, on two, one of which has none in the last pass."""
@@ -109,10 +109,10 @@ def test_numbers_are_those_of_samples_run_alone_and_the_same_on_any_number_of_ra
     assert (first["step"], last["step"]) == (1, 2)
     assert {**first, "step": 2} == last
     assert evaluations(tmp_path / "two") == [last]
-    (told,) = [line for line in done.stderr.splitlines() if "evaluation after step 2: " in line]
-    assert told.endswith(format_evaluation(last))
-    assert f"loss {last['eval_loss']:.4f}, {last['eval_token_accuracy']:.1%} of the tokens and " in told
-    assert f"; b: loss {last['eval_datasets']['b']['loss']:.4f}, " in told
+    (message,) = [line for line in done.stderr.splitlines() if "evaluation after step 2: " in line]
+    assert message.endswith(format_evaluation(last))
+    assert f"loss {last['eval_loss']:.4f}, {last['eval_token_accuracy']:.1%} of the tokens and " in message
+    assert f"; b: loss {last['eval_datasets']['b']['loss']:.4f}, " in message
     assert f"evaluating on 7 bins with {last['eval_num_samples']} samples of " in done.stderr
     assert "train: 4 bins, share 100 %" in done.stderr
 
@@ -143,7 +143,7 @@ def expected_of(samples: list[tuple[float, list[bool]]]) -> dict[str, Any]:
     }
 
 
-def test_scores_are_summed_by_sample_as_worked_out_by_hand() -> None:
+def test_scores_are_summed_by_sample() -> None:
     rng = np.random.default_rng(0)
     bin_ = as_bin([make_sample(rng, num_targets=2), make_sample(rng, num_targets=1), make_sample(rng, num_targets=3)])
     micro = build_micro_batch([bin_], bin_ids=[7])
@@ -176,7 +176,9 @@ def test_a_ledger_that_does_not_fit_the_bins_is_an_error(tmp_path: Path) -> None
     ("strategy", "eval_steps", "expected"),
     [("no", None, [10]), ("steps", 4, [4, 8, 10]), ("steps", None, [10]), ("epoch", None, [3, 5, 8, 10])],
 )
-def test_when_a_run_evaluates(strategy: str, eval_steps: int | None, expected: list[int]) -> None:
+def test_a_run_evaluates_at_the_steps_of_its_strategy(
+    strategy: str, eval_steps: int | None, expected: list[int]
+) -> None:
     """Steps of four bins, ten in all: epochs end inside step 3, with step 5, inside step 8, with step 10."""
     plan: Any = SimpleNamespace(
         args=SimpleNamespace(eval_strategy=strategy, eval_steps=eval_steps),
@@ -186,8 +188,8 @@ def test_when_a_run_evaluates(strategy: str, eval_steps: int | None, expected: l
     assert [step for step in range(1, 11) if is_due(plan, step)] == expected
 
 
-def test_a_loss_that_is_no_number_is_left_out_as_that_of_a_step_is() -> None:
-    """``NaN`` in metrics.jsonl would be no JSON."""
+def test_an_evaluation_loss_that_is_not_finite_is_null() -> None:
+    """``NaN`` is not JSON."""
     results = np.zeros(2, dtype=evaluation._RESULT)
     results["num_targets"], results["num_right"], results["loss"] = 4, (4, 1), (1.0, np.nan)
     found = evaluation._summarise(results)

@@ -1,4 +1,4 @@
-"""What a run exports, read again by transformers, gives the logits of the trained engine, to the bit."""
+"""An exported model, loaded by transformers, has the logits of the trained engine, to the bit."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from train.batches.batch import build_micro_batch
 from train.model import pretrained
 from train.model.packed import PackedQwen, TargetHead
 from train.run import loop
+from train.run.engine import Engine
 from train.run.plan import Plan
 from train.shards.index import open_shards
 from train.shards.reader import read_checked_bin
@@ -25,8 +26,8 @@ from train.shards.reader import read_checked_bin
 LOGITS = "logits.pt"
 
 
-def give_logits(head: TargetHead, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """In place of numbers of each target: its logits, (V, T) float32."""
+def give_logits(head: TargetHead, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Logits of each target instead of its scores, (V, T) float32."""
     return functional.linear(rows, head.weight).float().T
 
 
@@ -38,15 +39,15 @@ def logits_of(model: Any, shards: str) -> list[torch.Tensor]:
 
 
 def note_logits() -> None:
-    """Have a rank write the logits of the engine before the model is exported, in several files."""
+    """Make a rank write the logits of its engine, then export the model in several files."""
     export = loop.export
 
-    def note_and_export(running: Any, plan: Plan) -> None:
-        running.eval()
-        logits = logits_of(running, plan.args.shards)
+    def note_and_export(engine: Engine, plan: Plan) -> None:
+        engine.eval()
+        logits = logits_of(engine, plan.args.shards)
         if plan.ranks.is_first:
             torch.save(logits, plan.args.run_dir / LOGITS)
-        export(running, plan)
+        export(engine, plan)
 
     patch = pytest.MonkeyPatch()  # a rank ends with its run: nothing is undone
     patch.setattr(TargetHead, "_chunk_scores", give_logits)
@@ -56,7 +57,7 @@ def note_logits() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As ranks have: sums of several threads can be others."""
+    """As in ranks: several threads may sum in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -93,11 +94,11 @@ def test_the_exported_model_has_the_logits_of_the_trained_engine(
     if (strategy, precision) == ("zero3", "bfloat16"):
         # Its linear layers add the bias to a product that is rounded already; in float32 that makes no difference here.
         monkeypatch.setattr(functional, "linear", zero3_linear_wrap)
-    found = {}
+    logits = {}
     for folder in (exported, tiny_checkpoint):
         hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto")
         assert folder == tiny_checkpoint or hf.dtype == getattr(torch, precision)
-        found[folder] = logits_of(PackedQwen(hf, attn_implementation="sdpa").eval(), str(shards))
-    for engine, again, before in zip(torch.load(tmp_path / "run" / LOGITS), found[exported], found[tiny_checkpoint]):
+        logits[folder] = logits_of(PackedQwen(hf, attn_implementation="sdpa").eval(), str(shards))
+    for engine, again, before in zip(torch.load(tmp_path / "run" / LOGITS), logits[exported], logits[tiny_checkpoint]):
         assert engine.shape[0] == 151936 and torch.equal(engine, again)
         assert (engine - before).abs().max() > 0.1, "training has hardly changed the model: nothing is compared"

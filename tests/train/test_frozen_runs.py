@@ -1,4 +1,4 @@
-"""Runs with frozen parts: checkpoints leave them out, and going on, also with other ranks, has them as they were."""
+"""Runs with frozen parts: checkpoints leave them out, and resuming restores them on any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.train.launching import (
     assert_close_weights,
     assert_same_run,
     fingerprint_of,
-    go_on,
     made_once,
     read_weights,
+    resume,
     run_once,
 )
 from tests.train.synthetic import make_bins, write_shards
@@ -77,20 +77,20 @@ def assert_frozen(run: Path, part: str, tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("trained", [RUNS[0], RUNS[3]], ids=name_of, indirect=True)
-def test_a_resumed_run_is_the_unbroken_run_to_the_bit(
+def test_a_resumed_run_equals_the_uninterrupted_run_to_the_bit(
     trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    part, unbroken, flags = trained
-    go_on(unbroken, tmp_path, 2, *flags, *TIMES_TWO)
-    assert_same_run(tmp_path, unbroken)
+    part, uninterrupted, flags = trained
+    resume(uninterrupted, tmp_path, 2, *flags, *TIMES_TWO)
+    assert_same_run(tmp_path, uninterrupted)
     assert_frozen(tmp_path, part, tiny_checkpoint)
 
 
-def test_one_rank_goes_on_where_two_were_with_the_same_losses_and_the_frozen_weights_to_the_bit(
+def test_one_rank_resumes_a_run_of_two_with_the_same_losses_and_frozen_weights(
     trained: tuple[str, Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     part, before, flags = trained
-    go_on(before, tmp_path, 1, *flags, *TIMES_FOUR)
+    resume(before, tmp_path, 1, *flags, *TIMES_FOUR)
     assert_frozen(tmp_path, part, tiny_checkpoint)
     assert_close_metrics(tmp_path, before, "loss", "grad_norm", rel=1e-5)
     assert_close_weights(tmp_path, before)

@@ -1,7 +1,7 @@
 """Training in 16 bits. In float16 the loss is scaled, a scale that is too large is lowered, and norms are unscaled.
 
-Processors compute in float16 slowly, and DeepSpeed takes some for unable; here it is told that they can. In bfloat16
-DeepSpeed shares out another optimizer under ZeRO-1 than under ZeRO-2 and 3.
+CPUs are slow in float16, and DeepSpeed believes that some do not support it; the tests tell it that they do. In
+bfloat16 DeepSpeed uses another optimizer under ZeRO-1 than under ZeRO-2 and 3.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tests.train.launching import (
     assert_close_metrics,
     assert_same_run,
     fingerprint_of,
-    go_on,
     made_once,
     read_metrics,
     read_weights,
+    resume,
     run_once,
     run_ranks,
 )
@@ -34,7 +34,7 @@ from train.settings.deepspeed_file import CONFIGS
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 
 
-def say_that_float16_is_supported() -> None:
+def pretend_float16_is_supported() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
@@ -75,7 +75,7 @@ def test_losses_and_norms_are_those_of_float32_once_the_scale_fits(
 ) -> None:
     config = write_config(tmp_path, stage, initial_scale_power=20)
     command = [*flags, *CHANGE_NOTHING, *TIMES_TWO, "--fp16", *config]
-    done = run_ranks(1, *command, "--output_dir", str(tmp_path / "run"), prepare=say_that_float16_is_supported)
+    done = run_ranks(1, *command, "--output_dir", str(tmp_path / "run"), prepare=pretend_float16_is_supported)
     assert done.returncode == 0, done.stderr
 
     half = read_metrics(tmp_path / "run")
@@ -90,18 +90,18 @@ def test_losses_and_norms_are_those_of_float32_once_the_scale_fits(
             assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
 
 
-def test_a_gradient_that_overflows_at_the_lowest_scale_is_as_bad_as_any(flags: list[str], tmp_path: Path) -> None:
-    """Losses are finite, but no scale makes the gradient fit: the run stops in place of going on for ever."""
+def test_a_gradient_that_overflows_at_the_lowest_scale_stops_the_run(flags: list[str], tmp_path: Path) -> None:
+    """Losses are finite, but the gradient fits at no scale. The run stops instead of skipping for ever."""
     config = write_config(tmp_path, 2, initial_scale_power=21, min_loss_scale=2**20)
     command = [*flags, *CHANGE_NOTHING, "--gradient_accumulation_steps", "1", "--fp16", *config]
-    done = run_ranks(1, *command, "--output_dir", str(tmp_path / "run"), prepare=say_that_float16_is_supported)
+    done = run_ranks(1, *command, "--output_dir", str(tmp_path / "run"), prepare=pretend_float16_is_supported)
     assert done.returncode == 1, done.stderr
     assert "step 1 skipped: its gradient overflowed, lowering the loss scale" in done.stderr
     assert "error: the gradient of step 2 is not finite, though all losses are; bins [" in done.stderr
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(4.0, True), (2.0, False)])
-def test_a_scale_can_be_lowered_down_to_the_lowest(scale: float, expected: bool) -> None:
+def test_a_scale_can_be_lowered_until_the_minimum(scale: float, expected: bool) -> None:
     def engine(scaler: object) -> object:
         return SimpleNamespace(fp16_enabled=lambda: True, optimizer=SimpleNamespace(loss_scaler=scaler))
 
@@ -137,20 +137,20 @@ def test_two_ranks_in_bfloat16_have_the_losses_of_float32(
     assert_close_metrics(run, in_float32, "grad_norm", rel=5e-2)
 
 
-def test_a_resumed_run_in_bfloat16_is_the_unbroken_run_to_the_bit(
+def test_a_resumed_run_in_bfloat16_is_the_uninterrupted_run_to_the_bit(
     in_bfloat16: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     run, flags = in_bfloat16
-    go_on(run, tmp_path, 2, *flags, *TIMES_TWO)
+    resume(run, tmp_path, 2, *flags, *TIMES_TWO)
     assert_same_run(tmp_path, run)
 
 
-def test_one_rank_goes_on_in_bfloat16_where_two_were(
+def test_one_rank_resumes_a_bfloat16_run_of_two(
     in_bfloat16: tuple[Path, list[str]], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """Sums of gradients are rounded otherwise; weights are a fiftieth of the way apart that training moved them."""
     run, flags = in_bfloat16
-    go_on(run, tmp_path, 1, *flags, *TIMES_FOUR)
+    resume(run, tmp_path, 1, *flags, *TIMES_FOUR)
     assert_close_metrics(tmp_path, run, "loss", rel=1e-6)
     assert_close_metrics(tmp_path, run, "grad_norm", rel=1e-4)
     before = load_file(tiny_checkpoint / "model.safetensors")

@@ -1,8 +1,8 @@
-"""Two hosts, each with a launcher of its own, compute what one host with as many ranks does; the guide's script runs.
+"""Two hosts, each with its own launcher, compute what one host with as many ranks does. The guide's script runs.
 
-The hosts are two launches on this machine that know of each other what hosts of a cluster do: the address of the first
-one, its port, and their own number. Every rank is the first and only one of its host. Slurm is a program of its name
-that starts tasks and passes signals on as ``srun`` does.
+The hosts are two launches on this machine that know what hosts of a cluster know: address and port of the first host,
+and their own index. Every rank is the only one of its host. A stand-in for Slurm starts tasks and forwards signals as
+``srun`` does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ADDRESS = "127.0.0.1"
 
 @pytest.fixture(scope="module")
 def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Pictures on one rank and text on the other in every micro-step."""
+    """Flags of a run with images on one rank and text on the other in every micro-step."""
     rng = np.random.default_rng(0)
     bins = [
         [make_sample(rng, [make_medium(rng, 8, 8)]) if number % 2 else make_sample(rng, num_text=30)]
@@ -95,12 +95,12 @@ def run_hosts(commands: list[list[str]], flags: list[str]) -> None:
         for command in commands
     ]
     try:
-        told = [host.communicate(timeout=300)[1] for host in hosts]
+        errors = [host.communicate(timeout=300)[1] for host in hosts]
     finally:
         for host in hosts:
             if host.poll() is None:
                 os.killpg(host.pid, 9)
-    assert [host.returncode for host in hosts] == [0, 0], "\n".join(told)
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
 
 
 @pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
@@ -111,8 +111,8 @@ def test_two_hosts_train_what_one_host_trains(kind: str, flags: list[str], one_h
     assert len(read_untimed(run)) == NUM_STEPS
 
 
-def test_a_run_of_one_host_goes_on_with_two(flags: list[str], one_host: Path, tmp_path: Path) -> None:
-    """What a host saves, another one finds: the checkpoint of step 2 ends in the losses of the unbroken run."""
+def test_two_hosts_resume_a_run_of_one(flags: list[str], one_host: Path, tmp_path: Path) -> None:
+    """The hosts see the same files: resumed from step 2, they have the losses of the uninterrupted run."""
     run = tmp_path / "run"
     settings = [*flags, "--output_dir", str(run), "--resume", str(one_host / "checkpoint-2")]
     run_hosts(launchers("torchrun", tmp_path), settings)
@@ -204,14 +204,14 @@ def toml_values(flags: list[str]) -> dict[str, object]:
 def test_the_slurm_script_of_the_guide_trains(flags: list[str], one_host: Path, tmp_path: Path) -> None:
     slurm = Slurm(tmp_path, toml_values(flags))
     job = slurm.submit()
-    _, told = job.communicate(timeout=300)
-    assert job.returncode == 0, told
+    _, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, errors
     assert read_untimed(slurm.run) == read_untimed(one_host)
     assert (slurm.run / "final").is_dir()
     assert not slurm.requeued
 
 
-def test_a_slurm_job_whose_time_is_up_saves_and_queues_itself_again(flags: list[str], tmp_path: Path) -> None:
+def test_a_slurm_job_at_its_time_limit_saves_and_requeues_itself(flags: list[str], tmp_path: Path) -> None:
     slurm = Slurm(tmp_path, {**toml_values(flags), "max_steps": 5000, "save_steps": 0})
     job = slurm.submit()
     try:
@@ -222,11 +222,11 @@ def test_a_slurm_job_whose_time_is_up_saves_and_queues_itself_again(flags: list[
             time.sleep(0.2)
         (srun,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         os.kill(int(srun), signal.SIGUSR1)
-        _, told = job.communicate(timeout=240)
+        _, errors = job.communicate(timeout=240)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    assert job.returncode == 0, told
+    assert job.returncode == 0, errors
     assert slurm.requeued
     (saved,) = list_checkpoints(slurm.run)
     assert saved[0] == read_metrics(slurm.run)[-1]["step"]

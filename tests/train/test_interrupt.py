@@ -1,4 +1,4 @@
-"""A run that is told to stop, or killed, goes on from where it was and ends as if nothing had happened."""
+"""A run that is stopped or killed resumes where it was and ends as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -32,6 +31,7 @@ from tests.train.launching import (
 )
 from tests.train.synthetic import make_bins, write_shards
 from train.run import loop
+from train.run.engine import Engine
 from train.run.evaluation import Evaluation
 from train.run.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
 from train.run.metrics import Record
@@ -43,7 +43,7 @@ NUM_STEPS = 24
 
 @pytest.fixture(scope="module")
 def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Many short steps, all of them logged."""
+    """Flags of a run with many short steps, all of them logged."""
     fingerprint = fingerprint_of(tiny_checkpoint)
     shards = made_once(
         tmp_path_factory, "short", lambda out: write_shards(out, make_bins(num_bins=8), tokenizer=fingerprint)
@@ -59,9 +59,9 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 @pytest.fixture(scope="module")
-def unbroken(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     length = ("--max_steps", str(NUM_STEPS), "--save_steps", "0")
-    return run_once(tmp_path_factory, "unbroken", 1, *flags, *length)
+    return run_once(tmp_path_factory, "uninterrupted", 1, *flags, *length)
 
 
 def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -77,8 +77,8 @@ def has_logged(run: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def test_a_run_told_to_stop_saves_and_the_same_command_ends_as_the_unbroken_run(
-    flags: list[str], unbroken: Path, tmp_path: Path
+def test_a_stopped_run_saves_and_its_resumption_equals_the_uninterrupted_run(
+    flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "0", "--output_dir", str(tmp_path)]
     process = start_alone(*command)
@@ -95,12 +95,12 @@ def test_a_run_told_to_stop_saves_and_the_same_command_ends_as_the_unbroken_run(
     done = run_ranks(1, *command)
 
     assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path, unbroken)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 @contextmanager
 def launched(command: tuple[str, ...], run: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A launcher and its ranks by their numbers, which have logged a step. Whatever goes on in the end is killed."""
+    """A launcher and its two ranks, after they have logged a step. Processes that outlive the block are killed."""
     launcher = subprocess.Popen(
         command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -108,8 +108,8 @@ def launched(command: tuple[str, ...], run: Path) -> Iterator[tuple[subprocess.P
     try:
         wait_until(lambda: has_logged(run), launcher)
         started += started[0].children(recursive=True)
-        numbers = {process.environ().get("RANK"): process for process in started}
-        yield launcher, [numbers[number] for number in ("0", "1")]
+        by_rank = {process.environ().get("RANK"): process for process in started}
+        yield launcher, [by_rank[rank] for rank in ("0", "1")]
     finally:
         for process in started:
             with suppress(psutil.NoSuchProcess):
@@ -118,7 +118,7 @@ def launched(command: tuple[str, ...], run: Path) -> Iterator[tuple[subprocess.P
 
 
 def saved_by_two_ranks(run: Path) -> tuple[int, Path]:
-    """The only checkpoint of a run of two ranks, and its step, after which nothing was trained."""
+    """Step and folder of the only checkpoint of a run of two ranks, which trained no step after it."""
     ((step, folder),) = list_checkpoints(run)
     state = read_state(folder)
     assert (state.step, state.ranks) == (step, 2)
@@ -128,19 +128,21 @@ def saved_by_two_ranks(run: Path) -> tuple[int, Path]:
     return step, folder
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_tells_of_it(
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_reports_it(
     flags: list[str], tmp_path: Path
 ) -> None:
     command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
     with launched(command, tmp_path) as (launcher, ranks):
         ranks[1].send_signal(signal.SIGUSR1)
         _, errors = launcher.communicate(timeout=240)
-    assert launcher.returncode == 1, "torchrun has a code of its own, and ends the other ranks when one has ended so"
+    assert launcher.returncode == 1, (
+        "torchrun has an exit code of its own, and ends the other ranks when one has ended with another code than 0"
+    )
     assert f"exitcode  : {REQUEUE_EXIT_CODE}" in errors
     saved_by_two_ranks(tmp_path)
 
 
-def test_deepspeed_ends_with_the_code_of_its_ranks_when_one_was_told_to_stop(flags: list[str], tmp_path: Path) -> None:
+def test_deepspeed_exits_with_the_code_of_its_stopped_ranks(flags: list[str], tmp_path: Path) -> None:
     command = deepspeed_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
     with launched(command, tmp_path) as (launcher, ranks):
         ranks[1].send_signal(signal.SIGUSR1)
@@ -149,9 +151,7 @@ def test_deepspeed_ends_with_the_code_of_its_ranks_when_one_was_told_to_stop(fla
     saved_by_two_ranks(tmp_path)
 
 
-def test_torchrun_told_to_stop_lets_its_ranks_save_and_the_same_command_goes_on(
-    flags: list[str], tmp_path: Path
-) -> None:
+def test_stopping_torchrun_lets_its_ranks_save_and_the_same_command_resumes(flags: list[str], tmp_path: Path) -> None:
     command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "0", "--output_dir", str(tmp_path)]
     with launched(torchrun_command(2, *command), tmp_path) as (launcher, _):
         launcher.send_signal(signal.SIGTERM)
@@ -168,8 +168,8 @@ def test_torchrun_told_to_stop_lets_its_ranks_save_and_the_same_command_goes_on(
     assert (tmp_path / "final").is_dir()
 
 
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
-    flags: list[str], unbroken: Path, tmp_path: Path
+def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(
+    flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "2", "--output_dir", str(tmp_path)]
     process = start_alone(*command)
@@ -184,22 +184,22 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
     assert done.returncode == 0, done.stderr
     assert f"resuming from {tmp_path / 'checkpoint-2'}" in done.stderr
     assert not list(tmp_path.glob("*.tmp"))
-    assert_same_run(tmp_path, unbroken)
+    assert_same_run(tmp_path, uninterrupted)
 
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """A process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_has_its_usual_effect_unless_it_comes_at_once(
+def test_a_second_signal_has_its_default_effect_unless_it_is_the_same_request(
     process_group: None, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once it is the same request: a launcher passes on what its ranks were told as well."""
+    """Within seconds it is the same request: a launcher forwards a signal that its ranks have received as well."""
     now = 100.0
     monkeypatch.setattr("train.run.interrupt.time", SimpleNamespace(monotonic=lambda: now))
     usual = []
@@ -222,18 +222,18 @@ def test_a_second_signal_has_its_usual_effect_unless_it_comes_at_once(
 
 
 def stop_while_exporting() -> None:
-    """What a scheduler does that wants the machines back when training is just done."""
+    """A scheduler reclaims the machines when training has just ended."""
     export = loop.export
 
-    def told(running: Any, plan: Plan) -> None:
-        for number in SIGNALS:
-            signal.raise_signal(number)
-        export(running, plan)
+    def signalled(engine: Engine, plan: Plan) -> None:
+        for signum in SIGNALS:
+            signal.raise_signal(signum)
+        export(engine, plan)
 
-    pytest.MonkeyPatch().setattr(loop, "export", told)
+    pytest.MonkeyPatch().setattr(loop, "export", signalled)
 
 
-def test_a_signal_while_the_model_is_written_lets_it_be_written(flags: list[str], tmp_path: Path) -> None:
+def test_a_signal_during_the_export_does_not_stop_it(flags: list[str], tmp_path: Path) -> None:
     length = ("--max_steps", "2", "--save_steps", "0", "--output_dir", str(tmp_path / "run"))
     done = run_ranks(2, *flags, *length, prepare=stop_while_exporting)
     assert done.returncode == 0, done.stderr
@@ -241,15 +241,15 @@ def test_a_signal_while_the_model_is_written_lets_it_be_written(flags: list[str]
 
 
 def stop_while_evaluating() -> None:
-    """One rank is told to stop while the model is evaluated."""
+    """One rank receives a signal during an evaluation."""
     run = Evaluation.run
 
-    def told(evaluation: Evaluation, running: Any) -> Record:
+    def signalled(evaluation: Evaluation, engine: Engine) -> Record:
         if os.environ["RANK"] == "1":
             signal.raise_signal(signal.SIGTERM)
-        return run(evaluation, running)
+        return run(evaluation, engine)
 
-    pytest.MonkeyPatch().setattr(Evaluation, "run", told)
+    pytest.MonkeyPatch().setattr(Evaluation, "run", signalled)
 
 
 def test_a_signal_during_evaluation_stops_right_after_it(flags: list[str], tmp_path: Path) -> None:

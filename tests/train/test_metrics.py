@@ -1,4 +1,4 @@
-"""What a run tells about itself: whole lines, one story a file, and numbers that add up."""
+"""Metrics of a run: complete lines, every step once, and values that add up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEN_TERAFLOPS = ModelFlops(
 
 
 def batch(step: int, num_targets: int = 10) -> StepBatch:
-    """Of two micro-steps."""
+    """A step of two micro-steps."""
     return StepBatch(
         step=step,
         micro_batches=(TEN_TOKENS, TEN_TOKENS),
@@ -54,7 +54,7 @@ def batch(step: int, num_targets: int = 10) -> StepBatch:
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """A process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -99,7 +99,7 @@ def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_wind
     json.dumps(record)
 
 
-def test_where_the_device_is_not_known_there_is_no_share_of_its_peak(window: Window) -> None:
+def test_mfu_is_absent_if_the_peak_of_the_device_is_unknown(window: Window) -> None:
     unknown = Window(window._order, torch.device("cpu"), TEN_TERAFLOPS, peak_tflops=None)
     unknown.add(batch(0))
     record = unknown.summarise(batch(0), torch.ones(1), {"merger": 1.0}, 0.0, 0)
@@ -107,7 +107,7 @@ def test_where_the_device_is_not_known_there_is_no_share_of_its_peak(window: Win
     assert "mfu" not in record
 
 
-def test_the_last_step_ends_with_the_last_epoch_though_it_has_fewer_bins(window: Window) -> None:
+def test_the_last_step_ends_the_last_epoch_even_with_fewer_bins(window: Window) -> None:
     """Four steps an epoch, but the run ends after 0.8 of one."""
     window.add(batch(3))
     assert window.summarise(batch(3), torch.ones(1), {"merger": 1.0}, 0.0, 0)["epoch"] == 0.8
@@ -130,14 +130,14 @@ def test_a_window_begins_anew_after_each_record(window: Window) -> None:
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_or_norm_that_is_no_number_is_written_as_none(window: Window, loss: float) -> None:
+def test_a_loss_or_norm_that_is_not_finite_is_null(window: Window, loss: float) -> None:
     window.add(batch(4))
     record = window.summarise(batch(4), torch.tensor([loss, 1.0]), {"merger": 1.0}, float("inf"), 1)
     assert (record["loss"], record["grad_norm"]) == (None, None)
     assert "NaN" not in json.dumps(record)
 
 
-def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path: Path) -> None:
+def test_resuming_drops_the_lines_of_later_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     drop_later_steps(path, 2)
@@ -145,7 +145,7 @@ def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_is_not_there_has_no_lines_to_drop(tmp_path: Path) -> None:
+def test_dropping_later_steps_of_a_missing_file_does_nothing(tmp_path: Path) -> None:
     drop_later_steps(tmp_path / "metrics.jsonl", 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -157,7 +157,7 @@ def record_of(step: int) -> Record:
     return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}, **speeds, **sizes}
 
 
-def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> None:
+def test_only_the_first_rank_writes_metrics(tmp_path: Path) -> None:
     args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
     for is_first in (False, True):
         with open_log(args, is_first=is_first, start_step=0, num_steps=2) as log:
@@ -171,14 +171,14 @@ def test_the_first_rank_appends_and_the_others_write_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_screen_shows_what_matters(
+def test_the_screen_shows_the_main_metrics(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
     record = {**record_of(1), "loss": None}
     if not known:
         del record["mfu"]
-    # a bar ends with the screen, the numbers do not
+    # the screen truncates a bar, but not the metrics
     monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((40, 24)))
     with open_log(args, is_first=True, start_step=0, num_steps=2) as log:
         log.write(record)
@@ -189,7 +189,7 @@ def test_the_screen_shows_what_matters(
         assert part in shown
 
 
-def test_the_screen_shows_each_rate_where_they_differ_and_one_where_they_do_not() -> None:
+def test_the_screen_shows_every_learning_rate_only_if_they_differ() -> None:
     rates = {"language_model": 2e-7, "merger": 1e-5, "vision_tower": 1e-6}
     shown = format_record({**record_of(3), "learning_rates": rates})
     assert shown.startswith("step 3: loss=1.0000, norm=0.5, ")
@@ -199,7 +199,7 @@ def test_the_screen_shows_each_rate_where_they_differ_and_one_where_they_do_not(
     assert "lr_" not in shown
 
 
-def test_the_other_ranks_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
     with open_log(args, is_first=False, start_step=0, num_steps=2) as log:
         log.advance()
@@ -207,13 +207,13 @@ def test_the_other_ranks_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
 
 
-def test_numbers_of_parts_get_names_of_their_own() -> None:
+def test_nested_metrics_are_flattened() -> None:
     record = {"loss": 1.0, "grad_norm": None, "rates": {"merger": 1e-5}, "eval_datasets": {"a": {"loss": 2.0}}}
     assert flatten(record) == {"loss": 1.0, "rates/merger": 1e-5, "eval_datasets/a/loss": 2.0}
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_reporter_whose_package_is_missing_is_an_error_with_the_remedy(
+def test_a_missing_reporter_package_is_an_error_with_the_pip_command(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
@@ -222,7 +222,7 @@ def test_a_reporter_whose_package_is_missing_is_an_error_with_the_remedy(
         require_reporter(package)
 
 
-def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="tensorboard")
@@ -234,7 +234,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     assert (loss.step, loss.value) == (1, 1.0)
 
 
-def test_tensorboard_forgets_steps_that_are_trained_again(tmp_path: Path) -> None:
+def test_tensorboard_purges_steps_that_are_trained_again(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="tensorboard")
@@ -246,7 +246,7 @@ def test_tensorboard_forgets_steps_that_are_trained_again(tmp_path: Path) -> Non
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (4, 6.0)]
 
 
-def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     # Nothing leaves the machine.
@@ -261,7 +261,7 @@ def test_wandb_gets_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
-def test_lines_of_the_log_stand_on_lines_of_their_own_beside_the_bar(
+def test_log_lines_do_not_run_into_the_progress_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = logging.getLogger()

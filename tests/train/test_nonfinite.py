@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite changes nothing, is told with its samples, and may not be repeated."""
+"""A step whose loss or gradient is not finite changes no weight, is reported with its samples, and may not repeat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.run.nonfinite import SkippedSteps
 from train.shards.index import ShardIndex, open_shards
 
 POISON = 9
-"""A token that no sample has but the poisoned one."""
+"""A token that only the poisoned sample has."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def run(poisoned: Path, out: Path, *flags: str) -> tuple[int, str]:
     ("strategy", "precision"),
     [("zero2", "fp32"), ("zero3", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3_offload", "bf16")],
 )
-def test_a_bin_that_poisons_the_loss_is_skipped_and_told_with_its_samples(
+def test_a_bin_that_poisons_the_loss_is_skipped_and_reported_with_its_samples(
     poisoned: Path, tmp_path: Path, strategy: str, precision: str
 ) -> None:
     """Two ranks of one bin: in each epoch one of the two steps has the bin, on one of the ranks.
@@ -93,7 +93,7 @@ def test_a_bin_that_poisons_the_loss_is_skipped_and_told_with_its_samples(
     assert [name for name, weight in weights.items() if not weight.isfinite().all()] == []
 
 
-def test_more_such_steps_in_a_row_than_allowed_stop_the_run(poisoned: Path, tmp_path: Path) -> None:
+def test_too_many_consecutive_skipped_steps_stop_the_run(poisoned: Path, tmp_path: Path) -> None:
     code, errors = run(poisoned, tmp_path, "--max_skipped_steps", "0")
     assert code == 1
     assert "is not finite in bins [2]: 1 consecutive skipped step. Lower the learning rate" in errors
@@ -107,7 +107,7 @@ def index(tmp_path: Path) -> ShardIndex:
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """A process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -136,7 +136,7 @@ def skipped_steps(index: ShardIndex, *, max_consecutive: int) -> SkippedSteps:
 INFINITE = torch.tensor([1.0, float("inf")])
 
 
-def test_a_good_step_between_bad_ones_begins_the_count_anew(process_group: None, index: ShardIndex) -> None:
+def test_a_finite_step_resets_the_count_of_consecutive_skips(process_group: None, index: ShardIndex) -> None:
     skipped = skipped_steps(index, max_consecutive=1)
     for _ in range(3):
         skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
@@ -148,20 +148,20 @@ def test_a_good_step_between_bad_ones_begins_the_count_anew(process_group: None,
         skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=False)
 
 
-def test_a_gradient_that_is_not_finite_under_finite_losses_names_bins_and_samples_of_the_step(
+def test_a_gradient_that_is_not_finite_reports_all_bins_and_samples_of_the_step(
     process_group: None, index: ShardIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
     skipped = skipped_steps(index, max_consecutive=0)
     with pytest.raises(VlprepError, match=r"gradient of step 5 is not finite, though all losses are; bins \[0, 1\]"):
         skipped.note_skipped(step_of(0, 1), torch.ones(2), scales_loss=False)
-    told = [line.split(":")[0] for line in caplog.text.splitlines() if line.startswith("  bin")]
-    assert told == [f"  bin {number}" for number in (0, 1) for _ in range(index.num_samples[number])]
+    reported = [line.split(":")[0] for line in caplog.text.splitlines() if line.startswith("  bin")]
+    assert reported == [f"  bin {number}" for number in (0, 1) for _ in range(index.num_samples[number])]
 
 
-def test_a_scaled_gradient_that_overflows_is_nothing_unusual(
+def test_a_scaled_gradient_may_overflow(
     process_group: None, index: ShardIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Float16 finds its scale by overflowing; a loss that is not finite is as bad as ever."""
+    """Float16 finds its scale by overflowing. A loss that is not finite still counts."""
     caplog.set_level(logging.INFO)
     skipped = skipped_steps(index, max_consecutive=0)
     for _ in range(5):
@@ -171,7 +171,7 @@ def test_a_scaled_gradient_that_overflows_is_nothing_unusual(
         skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=True)
 
 
-def test_samples_of_a_set_without_ledger_are_unknown_but_the_step_is_skipped_all_the_same(
+def test_a_step_is_skipped_even_if_the_ledger_of_its_samples_is_missing(
     process_group: None, index: ShardIndex, caplog: pytest.LogCaptureFixture
 ) -> None:
     Path(str(index.folders[0]), "samples.parquet").unlink()

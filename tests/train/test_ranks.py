@@ -1,4 +1,4 @@
-"""Ranks that depend on each other outside of the steps: they wait as long as it takes, and make the same run."""
+"""Ranks outside of training steps: they wait for the first one as long as it needs, and make the same run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def flags(tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
 
 
 def wait_for_the_first() -> None:
-    """The first rank does something alone for longer than ranks wait for each other between steps."""
+    """The first rank works alone for longer than ranks wait for each other between steps."""
 
     def wait(_: TrainArguments) -> bool:
         process_group.join(torch.device("cpu"))
@@ -46,19 +46,19 @@ def wait_for_the_first() -> None:
     patch.setattr(loop, "train", wait)
 
 
-def test_ranks_wait_for_what_the_first_one_does_alone(flags: list[str]) -> None:
+def test_ranks_wait_for_work_that_the_first_one_does_alone(flags: list[str]) -> None:
     done = run_ranks(2, *flags, prepare=wait_for_the_first)
     assert done.returncode == 0, done.stderr
 
 
 def see_less_on_the_second() -> None:
-    """The second rank does not see the checkpoint that the first one goes on from."""
+    """The second rank does not see the checkpoint that the first one resumes from."""
     if os.environ["RANK"] == "1":
         pytest.MonkeyPatch().setattr("train.run.plan.choose_checkpoint", lambda *_: None)
 
 
-def test_ranks_that_would_not_make_the_same_run_end_before_it(flags: list[str], tmp_path: Path) -> None:
-    """As on machines that have disks of their own."""
+def test_ranks_with_different_plans_end_before_training(flags: list[str], tmp_path: Path) -> None:
+    """As on machines with separate disks."""
     assert run_ranks(2, *flags, "--max_steps", "1").returncode == 0
     done = run_ranks(2, *flags, "--max_steps", "2", prepare=see_less_on_the_second)
     assert done.returncode == 2
