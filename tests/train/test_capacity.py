@@ -16,6 +16,7 @@ from train.memory import capacity
 from train.memory.capacity import Written, check_device, check_disk, check_held, check_host, host_bytes, written
 from train.memory.states import DEVICE, GIB, MOMENTS, Memory, Phase, Term
 from train.model.sizes import sizes_of
+from train.run.resume import ResumePoint
 from train.settings.arguments import TrainArguments
 
 
@@ -80,13 +81,12 @@ def plan_of(
 ) -> Any:
     return SimpleNamespace(
         args=TrainArguments(shards="shards", output_dir=run, **flags),
-        dtype=torch.bfloat16,
+        compute=SimpleNamespace(dtype=torch.bfloat16),
         deepspeed={"zero_optimization": {"stage": stage}},
         num_steps=steps,
         start_step=start,
         adapters=object() if lora else None,
-        resume_from=converts,
-        is_converted=converts is not None,
+        resume=None if converts is None else ResumePoint(folder=converts, step=start, is_resharded=True),
     )
 
 

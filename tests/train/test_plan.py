@@ -23,8 +23,10 @@ from train.model import pretrained
 from train.model.attention import FLASH_ATTENTION
 from train.model.sizes import sizes_of
 from train.order.dealing import Grouping
+from train.run.checks import read_settings
 from train.run.loop import open_stream
-from train.run.plan import Plan, make_plan, read_settings
+from train.run.plan import Plan, make_plan
+from train.run.resume import ResumePoint
 from train.run.run_dir import RunState
 from train.settings.flags import parse_arguments
 from train.shards.index import open_shards
@@ -149,7 +151,7 @@ def test_the_number_of_steps_follows_from_steps_or_epochs(
     plan = make_plan(parse_arguments([*flags, *length]))
     assert plan.num_steps == num_steps
     assert plan.order.global_batch == plan.deepspeed["train_batch_size"] == 4
-    assert (plan.resume_from, plan.start_step) == (None, 0)
+    assert (plan.resume, plan.start_step) == (None, 0)
     steps = sum(1 for _ in open_stream(plan))
     assert steps == num_steps
 
@@ -186,7 +188,11 @@ def test_a_sliding_window_is_refused_without_flash_attention(
 
 def test_a_run_on_a_cpu_computes_in_float32_with_sdpa(flags: list[str], tokenizers_agree: None) -> None:
     plan = make_plan(parse_arguments(flags))
-    assert (plan.device, plan.dtype, plan.attention) == (torch.device("cpu"), torch.float32, "sdpa")
+    assert (plan.compute.device, plan.compute.dtype, plan.compute.attention) == (
+        torch.device("cpu"),
+        torch.float32,
+        "sdpa",
+    )
 
 
 @pytest.fixture
@@ -207,7 +213,7 @@ def save_state(plan: Plan, *, step: int) -> Path:
 
 def test_the_same_command_goes_on_from_its_checkpoint(flags: list[str], saved: Path) -> None:
     plan = make_plan(parse_arguments(flags))
-    assert (plan.resume_from, plan.start_step) == (saved, 4)
+    assert plan.resume == ResumePoint(folder=saved, step=4, is_resharded=False)
     assert [batch.step for batch in open_stream(plan)] == [4, 5]
 
 
@@ -300,7 +306,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_bins(
         for rank in range(world):
             as_rank(monkeypatch, rank, world)
             plan = make_plan(parse_arguments([*flags, *grouped, "--gradient_accumulation_steps", str(4 // world)]))
-            assert (plan.start_step, plan.is_converted) == (2, True)
+            assert plan.resume is not None
+            assert (plan.start_step, plan.resume.is_resharded) == (2, True)
             with open_stream(plan) as stream:
                 for batch in stream:
                     mine = [number for micro in batch.micro_batches for number in micro.bins]
@@ -400,7 +407,8 @@ def test_a_run_with_frozen_parts_does_not_go_on_beside_other_frozen_weights(
     """The vision tower is frozen, so no checkpoint holds it. A copy of the same checkpoint elsewhere will do."""
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     moved = [*flags, "--model_name_or_path", str(copy)]
-    assert make_plan(parse_arguments(moved)).resume_from == saved
+    resume = make_plan(parse_arguments(moved)).resume
+    assert resume is not None and resume.folder == saved
     with (copy / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
@@ -433,7 +441,7 @@ def test_shards_to_evaluate_on_must_have_their_ledger(
     fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
     held_out = write_shards(tmp_path / "held-out", make_bins(num_bins=2), tokenizer=fingerprint)
     plan = make_plan(parse_arguments([*flags, "--eval_shards", str(held_out)]))
-    assert plan.eval_datasets is not None and plan.eval_datasets.names == ("synthetic",)
+    assert plan.held_out is not None and plan.held_out.datasets.names == ("synthetic",)
     (held_out / "samples.parquet").unlink()
     with pytest.raises(ShardError, match=r"held-out/samples\.parquet is missing"):
         make_plan(parse_arguments([*flags, "--eval_shards", str(held_out)]))

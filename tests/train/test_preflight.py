@@ -152,7 +152,7 @@ def test_a_pass_beside_the_gradients_of_another_is_looked_at_and_no_step_is_done
     running, index = Passes(), open_shards(shards)
     plan = SimpleNamespace(
         index=index,
-        device=torch.device("cpu"),
+        compute=SimpleNamespace(device=torch.device("cpu")),
         recipe=SimpleNamespace(accumulation=accumulation),
         shape=SimpleNamespace(window_size=112),
     )

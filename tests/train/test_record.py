@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from schemas.errors import ConfigError
 from tests.train.synthetic import make_bins, write_shards
 from train.model import pretrained
-from train.run import engine
 from train.run.plan import Plan, make_plan
 from train.run.record import record_run, resolved_arguments
 from train.settings.arguments import TrainArguments
@@ -92,7 +91,7 @@ def test_a_folder_without_a_record_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flags(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(engine, "choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     # Comparing tokenizers is tested elsewhere and takes most of the time of a plan.
@@ -108,7 +107,7 @@ def decisions(plan: Plan) -> dict[str, object]:
         "settings": plan.settings,
         "deepspeed": plan.deepspeed,
         "recipe": plan.recipe,
-        "computation": (plan.device, plan.dtype, plan.attention),
+        "computation": (plan.compute.device, plan.compute.dtype, plan.compute.attention),
         "num_steps": plan.num_steps,
         "costs": plan.order.cost.tolist(),
         "stream": plan.order.state_dict(1),

@@ -140,7 +140,7 @@ def written(plan: Plan, sizes: Sizes) -> Written:
         plan: the run.
         sizes: of its model, as it is trained.
     """
-    args, width = plan.args, plan.dtype.itemsize
+    args, width = plan.args, plan.compute.dtype.itemsize
     saves = plan.num_steps // args.save_steps - plan.start_step // args.save_steps if args.save_steps else 0
     num_checkpoints = max(1, saves)  # a run that is told to stop saves one in any case
     if args.save_total_limit is not None:
@@ -149,12 +149,12 @@ def written(plan: Plan, sizes: Sizes) -> Written:
         num_checkpoints = max(1, min(num_checkpoints, room))
     # ZeRO-3 leaves it at the float32 weights.
     holds_weights = plan.deepspeed["zero_optimization"]["stage"] < 3
-    before = plan.resume_from
+    resume = plan.resume
     is_converted_here = (
-        plan.is_converted
-        and before is not None
-        and before.parent.resolve() == args.run_dir.resolve()
-        and not (before / UNIVERSAL_TAG).is_dir()
+        resume is not None
+        and resume.is_resharded
+        and resume.folder.parent.resolve() == args.run_dir.resolve()
+        and not (resume.folder / UNIVERSAL_TAG).is_dir()
     )
     return Written(
         num_checkpoints=num_checkpoints,

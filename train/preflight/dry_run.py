@@ -41,10 +41,11 @@ from train.model.attention import FLASH_ATTENTION
 from train.model.sizes import Sizes, sizes_of
 from train.preflight.parity import compare_packed, read_micro_batch
 from train.run import process_group
+from train.run.checks import read_settings
 from train.run.engine import Engine, initialize, register_zero3_loading
 from train.run.loop import build_model, describe
 from train.run.metrics import peak_memory_bytes
-from train.run.plan import Plan, check_same_plan, make_plan, read_settings
+from train.run.plan import Plan, check_same_plan, make_plan
 from train.run.process_group import Ranks
 from train.run.run_dir import check_files
 from train.settings.arguments import TrainArguments
@@ -66,8 +67,8 @@ def preflight(args: TrainArguments) -> None:
     """
     plan = make_plan(args)
     check_folder(args.run_dir)
-    if plan.resume_from is not None and plan.ranks.is_first:
-        check_files(plan.resume_from)
+    if plan.resume is not None and plan.ranks.is_first:
+        check_files(plan.resume.folder)
     prints = plan.index.manifests[0].fingerprints
     logger.info("tokenizer and processor of %s are those of the shards (%s)", plan.source, prints.tokenizer)
     sizes = sizes_of(read_config(plan.source), args)
@@ -76,20 +77,20 @@ def preflight(args: TrainArguments) -> None:
         plan.recipe.per_device,
         sizes,
         checkpointed=args.gradient_checkpointing,
-        dtype=plan.dtype,
+        dtype=plan.compute.dtype,
     )
     memory = show_memory(plan, sizes, bins)
-    if plan.device.type == "cuda" and plan.attention != FLASH_ATTENTION:
+    if plan.compute.device.type == "cuda" and plan.compute.attention != FLASH_ATTENTION:
         logger.info(
             "attention is %s: it is called for each sample and each window by itself, and the vision tower waits for "
             "the device in every layer; flash attention does neither (pip install flash-attn --no-build-isolation)",
-            plan.attention,
+            plan.compute.attention,
         )
-    process_group.join(plan.device)
+    process_group.join(plan.compute.device)
     check_same_plan(plan)
     problems = check_host(memory, count_neighbours(plan.ranks), host_bytes())
-    if plan.device.type == "cuda":
-        problems += check_held(memory, device_bytes(plan.device))
+    if plan.compute.device.type == "cuda":
+        problems += check_held(memory, device_bytes(plan.compute.device))
     end_where_wrong(problems, plan.ranks, ConfigError)
     with room_for("the model with its optimizer"):
         zero3_loading = register_zero3_loading(plan.deepspeed)
@@ -106,8 +107,8 @@ def preflight(args: TrainArguments) -> None:
             problems += compare_packed(engine, plan, reader)
     finally:
         reader.close()
-    if plan.device.type == "cuda":
-        problems += check_device(memory, peak_memory_bytes(plan.device), device_bytes(plan.device))
+    if plan.compute.device.type == "cuda":
+        problems += check_device(memory, peak_memory_bytes(plan.compute.device), device_bytes(plan.compute.device))
     del zero3_loading
     end_where_wrong(problems, plan.ranks, VlprepError)
     process_group.leave()
@@ -167,11 +168,11 @@ def show_memory(plan: Plan, sizes: Sizes, bins: list[int]) -> Memory:
     args, world, checkpointed = plan.args, plan.ranks.world, plan.args.gradient_checkpointing
     load = budget.load_of_bins(plan.index, bins, checkpointed=checkpointed)
     config = read_config(plan.source)
-    memory = budget.budget(config, sizes, args, load, deepspeed=plan.deepspeed, world=world, dtype=plan.dtype)
+    memory = budget.budget(config, sizes, args, load, deepspeed=plan.deepspeed, world=world, dtype=plan.compute.dtype)
     if plan.ranks.is_first:
         logger.info("memory of a rank:\n%s", memory.format())
-        load_of = budget.loads_of_shards(plan.index, checkpointed=checkpointed, dtype=plan.dtype)
-        table = budget.size_table(args, load_of, world=world, dtype=plan.dtype)
+        load_of = budget.loads_of_shards(plan.index, checkpointed=checkpointed, dtype=plan.compute.dtype)
+        table = budget.size_table(args, load_of, world=world, dtype=plan.compute.dtype)
         logger.info(f"{budget.TABLE_TITLE}\n%s", world, table)
     return memory
 
@@ -197,7 +198,7 @@ def run_largest(engine: Engine, plan: Plan, reader: BinReader, bins: list[int]) 
         for number in range(min(2, plan.recipe.accumulation)):
             if number > 0:
                 engine.step()  # within a step: it goes on to the next micro-batch, no weight changes
-            loss = engine(micro.to(plan.device))
+            loss = engine(micro.to(plan.compute.device))
             engine.backward(loss / max(1, micro.targets.numel()))
         mean = loss.item() / max(1, micro.targets.numel())
     logger.info(
@@ -208,7 +209,7 @@ def run_largest(engine: Engine, plan: Plan, reader: BinReader, bins: list[int]) 
         micro.targets.numel(),
         mean,
         time.perf_counter() - began,
-        peak_memory_bytes(plan.device) / GIB,
+        peak_memory_bytes(plan.compute.device) / GIB,
     )
     return [] if np.isfinite(mean) else [f"the loss of the largest micro-batch, bins {bins}, is {mean}"]
 
@@ -219,16 +220,16 @@ def run_evaluation(engine: Engine, plan: Plan) -> list[str]:
     Raises:
         ConfigError: the device has not memory enough.
     """
-    if plan.eval_index is None:
+    if plan.held_out is None:
         return []
-    index, problems = plan.eval_index, []
+    index, problems = plan.held_out.index, []
     reader = BinReader(index, read_settings(plan.args, index))
     engine.eval()
     try:
         for number in dict.fromkeys([int(index.num_tokens.argmax()), int(index.num_patches.argmax())]):
             micro = read_micro_batch(plan, reader, [number])
             with room_for(f"bin {number} of --eval_shards"), torch.no_grad():
-                scores = engine(micro.to(plan.device), scores=True)
+                scores = engine(micro.to(plan.compute.device), scores=True)
                 mean = scores[0].sum().item() / max(1, micro.targets.numel())
             size = (micro.num_tokens, index.num_patches[number])
             logger.info("to evaluate on, bin %d: %d tokens, %d patches; loss %.4f", number, *size, mean)

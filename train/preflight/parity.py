@@ -57,7 +57,7 @@ def compare_packed(engine: Engine, plan: Plan, reader: BinReader) -> list[str]:
 
     All ranks call this together, and run the same.
     """
-    tolerance, bins = TOLERANCES[plan.dtype], bins_to_compare(plan.index)
+    tolerance, bins = TOLERANCES[plan.compute.dtype], bins_to_compare(plan.index)
     if not bins:
         logger.info("no bin holds several samples: there is nothing to compare")
         return []
@@ -84,7 +84,7 @@ def compare_packed(engine: Engine, plan: Plan, reader: BinReader) -> list[str]:
         num_samples,
         bins,
         largest,
-        str(plan.dtype).removeprefix("torch."),
+        str(plan.compute.dtype).removeprefix("torch."),
         tolerance,
     )
     return problems
@@ -152,7 +152,7 @@ def _compare_neighbours(engine: Engine, plan: Plan, one: Bin, micro: MicroBatch,
     """Change every second sample, then the others; give the samples that notice."""
     # Kernels that do not give the same twice would be told apart from a leak by their size only.
     again = _losses(engine, plan, micro)
-    allowed = 0.0 if np.array_equal(again, losses) else TOLERANCES[plan.dtype]
+    allowed = 0.0 if np.array_equal(again, losses) else TOLERANCES[plan.compute.dtype]
     problems, (number,) = [], micro.bins
     for kept in (0, 1):
         slots = [slot for slot in range(losses.size) if slot % 2 != kept]
@@ -181,6 +181,6 @@ def _borders_of_samples(one: Bin) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 def _losses(engine: Engine, plan: Plan, micro: MicroBatch) -> Any:
     """Mean loss of every sample of a micro-batch: (S,) float64."""
     with torch.no_grad():
-        scores = engine(micro.to(plan.device), scores=True).double().cpu().numpy()
+        scores = engine(micro.to(plan.compute.device), scores=True).double().cpu().numpy()
     results = sum_by_sample(micro, scores)
     return results["loss"] / np.maximum(1, results["num_targets"])

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from train.batches.batch import MicroBatch
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder
+from train.run.checks import read_settings
 from train.run.engine import Engine
 from train.run.metrics import Record, format_loss
-from train.run.plan import Plan, read_settings
+from train.run.plan import Plan
 
 EVAL_STEPS = 1000
 """Default steps between two evaluations with ``--eval_strategy steps``."""
@@ -47,9 +48,9 @@ class Evaluation:
 
     def __init__(self, plan: Plan) -> None:
         """Take the shards to evaluate on from a plan that has some."""
-        assert plan.eval_index is not None and plan.eval_datasets is not None
-        self._index = plan.eval_index
-        self._datasets = plan.eval_datasets
+        assert plan.held_out is not None
+        self._index = plan.held_out.index
+        self._datasets = plan.held_out.datasets
         self._plan = plan
 
     def run(self, engine: Engine) -> Record:
@@ -77,7 +78,7 @@ class Evaluation:
         with torch.no_grad(), self._open_stream() as stream:
             for batch in stream:
                 for micro in batch.micro_batches:
-                    moved = micro.to(self._plan.device, non_blocking=True)
+                    moved = micro.to(self._plan.compute.device, non_blocking=True)
                     parts.append(sum_by_sample(micro, engine(moved, scores=True).double().cpu().numpy()))
         engine.train()
         return np.concatenate(parts)
@@ -101,7 +102,7 @@ class Evaluation:
             window_size=plan.shape.window_size,
             num_threads=plan.args.dataloader_num_workers,
             read_timeout_s=plan.args.read_timeout_s,
-            pin_device=plan.device if plan.device.type == "cuda" else None,
+            pin_device=plan.compute.device if plan.compute.device.type == "cuda" else None,
             read=read_settings(plan.args, self._index),
         )
 

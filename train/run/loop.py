@@ -24,6 +24,7 @@ from train.model import adapters, kernels, optim, pretrained
 from train.model.flops import ModelFlops
 from train.model.packed import PackedQwen, checkpoint_activations
 from train.run import checkpoint, process_group
+from train.run.checks import read_settings
 from train.run.engine import (
     Engine,
     can_lower_scale,
@@ -36,9 +37,9 @@ from train.run.evaluation import Evaluation, format_evaluation, is_due
 from train.run.interrupt import StopRequest
 from train.run.metrics import Record, Window, open_log
 from train.run.nonfinite import SkippedSteps
-from train.run.plan import ADAPTER_DIR, FINAL_DIR, Plan, check_same_plan, make_plan, read_settings
+from train.run.plan import Plan, check_same_plan, make_plan
 from train.run.record import record_run
-from train.run.run_dir import RunState, check_files, lock_run_dir, remove_unfinished
+from train.run.run_dir import ADAPTER_DIR, FINAL_DIR, RunState, check_files, lock_run_dir, remove_unfinished
 from train.run.schedule import LearningRates, count_warmup_steps, schedule
 from train.settings.arguments import TrainArguments
 
@@ -61,7 +62,7 @@ def train(args: TrainArguments) -> bool:
     with lock_run_dir(args.run_dir) if is_first else nullcontext():
         if is_first:
             clean_run_dir(plan)
-        process_group.join(plan.device)
+        process_group.join(plan.compute.device)
         check_same_plan(plan)
         if is_first:
             record_run(plan)
@@ -127,14 +128,14 @@ class Trainer:
         self.engine = start_engine(model, optimizer, plan)
         self.step = plan.start_step
         self._plan = plan
-        self._evaluation = None if plan.eval_index is None else Evaluation(plan)
+        self._evaluation = None if plan.held_out is None else Evaluation(plan)
         self._skipped = SkippedSteps(
             plan.index,
             max_consecutive=args.max_skipped_steps,
             is_first=plan.ranks.is_first,
             order_command=plan.order_command,
         )
-        self._window = Window(plan.order, plan.device, flops, peak_tflops=plan.peak_tflops)
+        self._window = Window(plan.order, plan.compute.device, flops, peak_tflops=plan.compute.peak_tflops)
 
     def run_step(self, batch: StepBatch) -> StepResult:
         """Make one optimizer step, or skip it if its gradient is not finite. Collective."""
@@ -151,7 +152,7 @@ class Trainer:
 
     def should_stop(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop and there are steps left. Collective."""
-        return stop.is_agreed(self._plan.device) and self.step < self._plan.num_steps
+        return stop.is_agreed(self._plan.compute.device) and self.step < self._plan.num_steps
 
     def should_evaluate(self) -> bool:
         """Whether an evaluation follows this step."""
@@ -196,20 +197,20 @@ class Trainer:
 def clean_run_dir(plan: Plan) -> None:
     """Remove unfinished checkpoints, and check the files of the one to resume from. The first rank does this."""
     remove_unfinished(plan.args.run_dir)
-    if plan.resume_from is not None:
-        check_files(plan.resume_from)
+    if plan.resume is not None:
+        check_files(plan.resume.folder)
 
 
 def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:
     """The model in training mode, with the weights that the run starts from, and its parameter groups."""
-    hf = pretrained.load_model(plan.source, dtype=plan.dtype, attn_implementation=plan.attention)
+    hf = pretrained.load_model(plan.source, dtype=plan.compute.dtype, attn_implementation=plan.compute.attention)
     if plan.args.use_liger_kernel:
         kernels.use_liger(hf)
     if plan.adapters is not None:
         adapters.add_adapters(hf, plan.adapters, seed=plan.args.seed)
     if plan.args.torch_compile:
-        kernels.compile_layers(hf, attn_implementation=plan.attention)
-    model = PackedQwen(hf, attn_implementation=plan.attention)
+        kernels.compile_layers(hf, attn_implementation=plan.compute.attention)
+    model = PackedQwen(hf, attn_implementation=plan.compute.attention)
     model.train()
     groups = optim.group_parameters(model, optim.learning_rates(plan.args, plan.recipe.learning_rate))
     if plan.args.gradient_checkpointing:
@@ -219,13 +220,13 @@ def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:
 
 def start_engine(model: PackedQwen, optimizer: torch.optim.Optimizer, plan: Plan) -> Engine:
     """Wrap the model into an engine, in the state of the checkpoint to resume from if there is one. Collective."""
-    is_resharded = plan.is_converted
-    if plan.resume_from is not None and is_resharded:
-        checkpoint.reshard(plan.resume_from, plan.ranks)
+    is_resharded = plan.resume is not None and plan.resume.is_resharded
+    if plan.resume is not None and plan.resume.is_resharded:
+        checkpoint.reshard(plan.resume.folder, plan.ranks)
     engine = initialize(model, optimizer, plan.deepspeed, is_resharded=is_resharded)
     seed_dropout(plan.args.seed, plan.ranks, plan.start_step)
-    if plan.resume_from is not None:
-        checkpoint.load(engine, optimizer, plan.resume_from, plan.ranks, is_resharded=is_resharded)
+    if plan.resume is not None:
+        checkpoint.load(engine, optimizer, plan.resume.folder, plan.ranks, is_resharded=is_resharded)
     return engine
 
 
@@ -246,7 +247,7 @@ def open_stream(plan: Plan) -> BinStream:
         num_threads=num_threads,
         prefetch=2 * max(accumulation, num_threads) if factor is None else factor * num_threads,
         read_timeout_s=args.read_timeout_s,
-        pin_device=plan.device if plan.device.type == "cuda" else None,
+        pin_device=plan.compute.device if plan.compute.device.type == "cuda" else None,
         read=read_settings(args, plan.index),
     )
 
@@ -264,7 +265,7 @@ def forward_backward(engine: Engine, batch: StepBatch, plan: Plan) -> torch.Tens
     weight = num_micro_steps / max(1, batch.num_targets)
     losses = []
     for micro in batch.micro_batches:
-        loss_sum = engine(micro.to(plan.device, non_blocking=True))
+        loss_sum = engine(micro.to(plan.compute.device, non_blocking=True))
         engine.backward(loss_sum * weight)
         engine.step()
         losses.append(loss_sum.detach())
@@ -289,7 +290,8 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
     index, ranks = plan.index, plan.ranks
     for folder, num_bins, share in zip(index.folders, np.diff(index.first_bins).tolist(), index.shares()):
         logger.info("%s: %d bins, share %.4g %%", folder, num_bins, 100 * share)
-    if (held_out := plan.eval_index) is not None:
+    if plan.held_out is not None:
+        held_out = plan.held_out.index
         folders = ", ".join(map(str, held_out.folders))
         logger.info(
             "evaluating on %d bins with %d samples of %s", held_out.num_bins, held_out.num_samples.sum(), folders
@@ -301,14 +303,14 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
         "%d rank%s on %s, %s, %s, ZeRO-%d; steps %d to %d of %d bins each",
         ranks.world,
         "" if ranks.world == 1 else "s",
-        plan.device.type,
-        str(plan.dtype).removeprefix("torch."),
-        plan.attention,
+        plan.compute.device.type,
+        str(plan.compute.dtype).removeprefix("torch."),
+        plan.compute.attention,
         plan.deepspeed["zero_optimization"]["stage"],
         plan.start_step + 1,
         plan.num_steps,
         plan.order.global_batch,
     )
     logger.info("parameters:\n%s", optim.format_table(groups, weight_decay=plan.args.weight_decay))
-    if plan.resume_from is not None:
-        logger.info("resuming from %s", plan.resume_from)
+    if plan.resume is not None:
+        logger.info("resuming from %s", plan.resume.folder)

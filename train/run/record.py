@@ -56,9 +56,9 @@ def resolved_arguments(plan: Plan) -> TrainArguments:
         lora_r=None if adapters is None else adapters.rank,
         lora_alpha=None if adapters is None else adapters.alpha,
         lora_dropout=None if adapters is None else adapters.dropout,
-        bf16={torch.bfloat16: True, torch.float32: False}.get(plan.dtype, args.bf16),
-        fp16=True if plan.dtype == torch.float16 else args.fp16,
-        attn_implementation=plan.attention,
+        bf16={torch.bfloat16: True, torch.float32: False}.get(plan.compute.dtype, args.bf16),
+        fp16=True if plan.compute.dtype == torch.float16 else args.fp16,
+        attn_implementation=plan.compute.attention,
     )
 
 

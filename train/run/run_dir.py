@@ -27,6 +27,9 @@ from schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+FINAL_DIR, ADAPTER_DIR = "final", "adapter"
+"""Folders of the trained model, and of its adapters alone."""
+
 STATE_FILE = "state.json"
 ENGINE_TAG = "engine"
 UNIVERSAL_TAG = "universal"

@@ -17,7 +17,7 @@ import msgspec
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import Manifest
 from train.run.metrics import METRICS_FILE
-from train.run.plan import FINAL_DIR
+from train.run.run_dir import FINAL_DIR
 from train.shards.index import open_shards
 
 
