@@ -1,4 +1,4 @@
-"""A medium that several samples use is probed once a chunk and decoded once a shard, and the bytes do not show it."""
+"""A reused medium is probed once per chunk and decoded once per shard, and the bytes of the shards do not change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.prep.test_videos import write_video
 
 
 class Requests:
-    """What the decoder process was really asked for: number of probes and decodes by the name of the medium."""
+    """Probes and decodes that reached the decoder process, counted by the name of the medium."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kinds = {"probe": Counter[str](), "decode": Counter[str]()}
@@ -42,11 +42,11 @@ class Requests:
 
     @staticmethod
     def _watched(real: Any, counted: Counter[str]) -> Any:
-        def ask(box: Sandbox, source: Any, *rest: Any) -> Any:
+        def request(box: Sandbox, source: Any, *rest: Any) -> Any:
             counted[source.name] += 1
             return real(box, source, *rest)
 
-        return ask
+        return request
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
 
 
 def write_corpus(folder: Path, *, share: bool, num: int = 12) -> Path:
-    """Records that use one picture, one clip and one broken picture, or each a copy of its own."""
+    """Records that share one image, one video and one truncated image, or have a copy of each."""
     folder.mkdir(parents=True)
     colours = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    Image.fromarray(colours).resize((150, 220)).save(folder / "picture.png")
+    Image.fromarray(colours).resize((150, 220)).save(folder / "image.png")
     Image.fromarray(colours).resize((300, 300)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:700])
-    write_video(folder / "clip.mp4", 12, 2)
+    write_video(folder / "video.mp4", 12, 2)
 
     def medium(name: str, number: int) -> str:
         if share:
@@ -72,10 +72,10 @@ def write_corpus(folder: Path, *, share: bool, num: int = 12) -> Path:
 
     records: list[dict[str, Any]] = []
     for number in range(num):
-        picture, clip, cut = (medium(name, number) for name in ("picture.png", "clip.mp4", "cut.jpg"))
+        image, video, cut = (medium(name, number) for name in ("image.png", "video.mp4", "cut.jpg"))
         records += [
-            {"images": [picture, picture], "conversations": turn("<image> and <image>")},
-            {"image": picture, "video": clip, "conversations": turn("<video> of this <image>?")},
+            {"images": [image, image], "conversations": turn("<image> and <image>")},
+            {"image": image, "video": video, "conversations": turn("<video> of this <image>?")},
             {"image": cut, "conversations": turn("<image>")},
         ]
     lines = [json.dumps({"id": number, **record}) for number, record in enumerate(records)]
@@ -88,26 +88,26 @@ MANY_SHARDS = BuildSettings(max_length=1500, shard_bytes=2_000_000)
 
 
 @pytest.mark.parametrize("settings", [ONE_SHARD, MANY_SHARDS])
-def test_shared_media_are_decoded_once_a_shard_and_give_the_bytes_of_separate_ones(
+def test_shared_media_are_decoded_once_per_shard_and_give_the_bytes_of_separate_copies(
     tmp_path: Path, tiny_checkpoint: Path, requests: Requests, settings: BuildSettings
 ) -> None:
     shared = write_corpus(tmp_path / "shared", share=True)
     manifest = build(request_for(shared, tmp_path / "one", tiny_checkpoint, settings), SerialEngine())
-    assert requests.kinds["probe"] == {"picture.png": 1, "clip.mp4": 1, "cut.jpg": 1}
+    assert requests.kinds["probe"] == {"image.png": 1, "video.mp4": 1, "cut.jpg": 1}
     num_shards = len(manifest.shards)
     assert (num_shards == 1) == (settings is ONE_SHARD)
     if num_shards == 1:
-        assert requests.kinds["decode"] == {"picture.png": 1, "clip.mp4": 1, "cut.jpg": 1}
+        assert requests.kinds["decode"] == {"image.png": 1, "video.mp4": 1, "cut.jpg": 1}
     else:
         assert all(1 <= number <= num_shards for number in requests.kinds["decode"].values())
     assert manifest.counts.rejects_by_code == {"media_unreadable": 12}
 
     separate = write_corpus(tmp_path / "separate", share=False)
     build(request_for(separate, tmp_path / "two", tiny_checkpoint, settings), SerialEngine())
-    # No name of a medium goes into a shard: with the same pictures, it is the same bytes.
-    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert {name: one[name] for name in one if name.endswith(".tar")} == {
-        name: two[name] for name in two if name.endswith(".tar")
+    # Shards do not contain the names of media, so equal pixels give equal bytes.
+    shared_files, separate_files = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert {name: data for name, data in shared_files.items() if name.endswith(".tar")} == {
+        name: data for name, data in separate_files.items() if name.endswith(".tar")
     }
     assert leftovers(tmp_path / "one") == []
 
@@ -126,8 +126,8 @@ def test_a_broken_medium_is_tried_once_and_fails_every_sample_with_its_message(
     assert "'cut.jpg' cannot be decoded" in failed[0]
 
 
-def test_one_picture_at_two_sizes_is_two_media(tmp_path: Path, tiny_checkpoint: Path, requests: Requests) -> None:
-    """A sample that is too long has its picture shrunk; the others keep theirs."""
+def test_one_image_at_two_sizes_is_decoded_twice(tmp_path: Path, tiny_checkpoint: Path, requests: Requests) -> None:
+    """An overlong sample has its image shrunk, and the other samples keep its full size."""
     colours = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(colours).resize((560, 560)).save(tmp_path / "p.png")
     records = [{"image": "p.png", "conversations": turn("<image>")} for _ in range(4)]
@@ -139,15 +139,13 @@ def test_one_picture_at_two_sizes_is_two_media(tmp_path: Path, tiny_checkpoint: 
     assert requests.kinds["decode"] == {"p.png": 2}
 
 
-def test_media_inside_records_that_have_one_name_are_not_taken_for_each_other(
-    tmp_path: Path, tiny_checkpoint: Path
-) -> None:
-    pictures = []
+def test_embedded_media_with_equal_names_are_not_confused(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    images = []
     for level in (40, 200):
         buffer = io.BytesIO()
         Image.new("RGB", (112, 112), (level, level, level)).save(buffer, "PNG")
-        pictures.append({"bytes": buffer.getvalue(), "path": "same.png"})
-    rows = [{"id": str(number), "image": pictures[number % 2], "conversations": turn("<image>")} for number in range(4)]
+        images.append({"bytes": buffer.getvalue(), "path": "same.png"})
+    rows = [{"id": str(number), "image": images[number % 2], "conversations": turn("<image>")} for number in range(4)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     build(request_for(tmp_path / "a.parquet", tmp_path / "out", tiny_checkpoint, ONE_SHARD), SerialEngine())
     packed = packed_samples(tmp_path / "out")
@@ -155,13 +153,13 @@ def test_media_inside_records_that_have_one_name_are_not_taken_for_each_other(
     assert levels == [{40}, {200}, {40}, {200}]
 
 
-def test_what_comes_again_is_handed_out_again(tmp_path: Path) -> None:
-    found = [decoded_once(tmp_path, [b"a", b"b", b"a", b"b", b"a"]), decoded_once(tmp_path, [b"a", b"b", b"c"])]
-    assert found == [2, 3]
+def test_reused_media_are_decoded_once(tmp_path: Path) -> None:
+    assert decoded_once(tmp_path, [b"a", b"b", b"a", b"b", b"a"]) == 2
+    assert decoded_once(tmp_path, [b"a", b"b", b"c"]) == 3
 
 
 def decoded_once(folder: Path, keys: list[bytes]) -> int:
-    """Ask for media whose frames differ by key; returns how many were decoded. A context without a file left over."""
+    """Get media whose frames differ by key, and return how many were decoded. Checks that no file remains."""
     decodes = 0
 
     def decode(key: bytes) -> tuple[MediaInfo, np.ndarray[Any, np.dtype[np.uint8]]]:
@@ -169,51 +167,49 @@ def decoded_once(folder: Path, keys: list[bytes]) -> int:
         decodes += 1
         return MediaInfo(Grid(1, 2, 2), 28, 28), np.full((1, 3, 28, 28), key[0], dtype=np.uint8)
 
-    with FrameCache(keys, folder) as decoded:
+    with FrameCache(keys, folder) as cache:
         for key in keys:
-            facts, frames = decoded.get(key, lambda key=key: decode(key))  # type: ignore[misc]
-            assert facts.grid == Grid(1, 2, 2)
+            info, frames = cache.get(key, lambda key=key: decode(key))  # type: ignore[misc]
+            assert info.grid == Grid(1, 2, 2)
             assert (frames == key[0]).all()
             frames[:] = 0
     assert list(folder.iterdir()) == []
     return decodes
 
 
-def test_a_medium_is_held_no_longer_than_it_is_needed(tmp_path: Path) -> None:
-    with FrameCache([b"a", b"a", b"b"], tmp_path) as decoded:
-        assert not decoded.has(b"a")
+def test_a_medium_is_dropped_after_its_last_use(tmp_path: Path) -> None:
+    with FrameCache([b"a", b"a", b"b"], tmp_path) as cache:
+        assert not cache.has(b"a")
         for expected in (True, False):
-            decoded.get(b"a", lambda: (MediaInfo(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
-            assert decoded.has(b"a") is expected
-        decoded.get(b"b", lambda: (MediaInfo(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
-        assert not decoded.has(b"b")
+            cache.get(b"a", lambda: (MediaInfo(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
+            assert cache.has(b"a") is expected
+        cache.get(b"b", lambda: (MediaInfo(Grid(1, 2, 2), 28, 28), np.zeros((1, 3, 28, 28), dtype=np.uint8)))
+        assert not cache.has(b"b")
 
 
-def test_without_room_for_what_comes_again_media_are_decoded_as_often_as_they_are_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_full_disk_media_are_decoded_at_every_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(caches.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))  # noqa: SIM115
         assert decoded_once(tmp_path, [b"a", b"b", b"a", b"b", b"a"]) == 5
     assert decoded_once(tmp_path, [b"a", b"b", b"a", b"b", b"a"]) == 2
 
 
-def test_facts_of_the_media_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_cache_evicts_the_least_recently_used_medium(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "_MAX_PROBED", 3)
-    probed, asked = ProbeCache(), Counter[str]()
+    cache, num_probes = ProbeCache(), Counter[str]()
 
     def probe(name: str) -> MediaInfo:
-        asked[name] += 1
+        num_probes[name] += 1
         if name == "broken":
             raise MediaError(ReasonCode.MEDIA_MISSING, "'broken' does not exist")
         return MediaInfo(Grid(1, 2, 2), 28, 28)
 
     for name in ("a", "b", "broken", "a", "broken", "c", "b", "a", "broken"):
         try:
-            probed.get((name, MEDIA_IMAGE), lambda name=name: probe(name))  # type: ignore[misc]
+            cache.get((name, MEDIA_IMAGE), lambda name=name: probe(name))  # type: ignore[misc]
         except MediaError as error:
             assert (name, error.code) == ("broken", ReasonCode.MEDIA_MISSING)
         else:
             assert name != "broken"
-    # c takes the place of b, which was used before a and broken; then b that of a, a that of broken, broken that of c.
-    assert asked == {"a": 2, "b": 2, "broken": 2, "c": 1}
+    # c evicts b, which was used before a and broken. Then b evicts a, a evicts broken, and broken evicts c.
+    assert num_probes == {"a": 2, "b": 2, "broken": 2, "c": 1}
