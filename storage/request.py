@@ -26,10 +26,6 @@ T = TypeVar("T")
 
 S3 = ("s3", "s3a")
 
-_HTTP_BUFFER_BYTES = 4 << 20
-"""Buffer of a connection. With aiohttp's 64 KiB, 16 concurrent requests for 8 MiB are half as fast: fsspec's one thread
-then wakes up for every few chunks."""
-
 MAX_REQUESTS = 16
 """Requests that one process has in flight at the same time."""
 
@@ -163,9 +159,6 @@ def _system(root: str, timeout_s: float, uploads: bool) -> Any:
             "retries": {"mode": "standard", "total_max_attempts": 3 if uploads else 1},
         }
         options["config_kwargs"] = {**connection, **fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
-    if Url(root).is_http:
-        client = fsspec.config.conf.get(Url(root).protocol, {}).get("client_kwargs", {})
-        options["client_kwargs"] = {"read_bufsize": _HTTP_BUFFER_BYTES, **client}
     system, _ = fsspec.core.url_to_fs(root, **options)
     if Url(root).protocol in S3 and not uploads:
         system.retries = 1
