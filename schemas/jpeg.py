@@ -1,9 +1,9 @@
-"""The member ``pixels.jpeg``: a table of sizes, then one JPEG stream a frame.
+"""The member ``pixels.jpeg``: a table of sizes, then one JPEG stream per frame.
 
 F sizes as little-endian uint32, then F streams without gaps; F follows from grids and media types. A stream is baseline
-JPEG as JFIF has it: YCbCr, three components of 8 bits, none subsampled, its sides those of the frame, and no segments
-but those that decoding needs. That is checked before any decoder sees a stream: what a damaged or hostile member can
-make a decoder do is to decode a picture of the size that the grids ask for.
+JPEG as in JFIF: YCbCr, three components of 8 bits without subsampling, with the height and width of the frame, and only
+the segments that decoding needs. This is checked before any decoder sees a stream: the most that a damaged or hostile
+member can cause is the decoding of an image of the size in the grids.
 
 Input: a bin. Output: the streams. No pixel is decoded here; a stream costs 20 us and a copy.
 """
@@ -38,17 +38,17 @@ def join_streams(streams: Sequence[bytes]) -> list[bytes]:
     return [np.array([len(stream) for stream in streams], dtype=_SIZE).tobytes(), *streams]
 
 
-def split_streams(found: Bin, *, where: str) -> list[tuple[tuple[int, int, int], bytes]]:
+def split_streams(bin_: Bin, *, where: str) -> list[tuple[tuple[int, int, int], bytes]]:
     """Shape (3, H, W) and stream of every stored frame of a bin whose codec is ``jpeg``.
 
     Args:
-        found: the bin.
-        where: how to name the place in messages.
+        bin_: the bin.
+        where: how messages name the bin.
 
     Raises:
         ShardError: the sizes do not fill the member, or a stream is not a JPEG of its frame's shape.
     """
-    member, num_frames = found.pixels, found.num_frames
+    member, num_frames = bin_.pixels, bin_.num_frames
     at = num_frames * _SIZE.itemsize
     if at > member.size:
         raise ShardError(
@@ -61,7 +61,7 @@ def split_streams(found: Bin, *, where: str) -> list[tuple[tuple[int, int, int],
             f"{where}: pixels.jpeg has {member.size} bytes, its table of {num_frames} sizes asks for "
             f"{at + sum(sizes)}. {MEND_SHARDS}"
         )
-    shapes = [frame_shape(grid) for grid, kind in found.grids() for _ in range(stored_frames(grid, kind))]
+    shapes = [frame_shape(grid) for grid, kind in bin_.grids() for _ in range(stored_frames(grid, kind))]
     streams: list[tuple[tuple[int, int, int], bytes]] = []
     for number, (size, shape) in enumerate(zip(sizes, shapes)):
         stream = member[at : at + size].tobytes()
@@ -78,7 +78,7 @@ def _problem(stream: bytes, shape: tuple[int, int, int]) -> str | None:
     if not stream.startswith(_START):
         return "is no JPEG"
     at, marker = len(_START), b""
-    found: list[tuple[int, ...]] = []
+    headers: list[tuple[int, ...]] = []
     while marker != _SCAN:
         marker, length = stream[at : at + 2], int.from_bytes(stream[at + 2 : at + 4], "big")
         if marker not in _SEGMENTS or length < 2:
@@ -86,11 +86,11 @@ def _problem(stream: bytes, shape: tuple[int, int, int]) -> str | None:
         if marker == _FRAME:
             if length != 2 + _FRAME_HEADER.size or at + 2 + length > len(stream):
                 return f"has a frame header of {length} bytes; that of three components has {2 + _FRAME_HEADER.size}"
-            found.append(_FRAME_HEADER.unpack_from(stream, at + 4))
+            headers.append(_FRAME_HEADER.unpack_from(stream, at + 4))
         at += 2 + length
-    if len(found) != 1:
-        return f"has {len(found)} frame headers, not one"
-    bits, height, width, components, *sampling = found[0]
+    if len(headers) != 1:
+        return f"has {len(headers)} frame headers, not one"
+    bits, height, width, components, *sampling = headers[0]
     if (components, height, width) != shape:
         return f"is {width}x{height} pixels in {components} components, its grid asks for {shape[2]}x{shape[1]} in 3"
     if bits != _BITS or (*sampling[0::3], *sampling[1::3]) != (*_COMPONENTS, *_NOT_SUBSAMPLED):

@@ -119,7 +119,7 @@ def sub_folders(folder: Location) -> list[Location]:
         except NotThereError:
             names = []
         folders = [folder / name for name in names if not name.startswith(".")]
-    return sorted(folders, key=lambda found: found.name)
+    return sorted(folders, key=lambda child: child.name)
 
 
 def matches(pattern: Url) -> list[Url]:

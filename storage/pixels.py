@@ -74,36 +74,36 @@ def decode_jpegs(streams: Sequence[tuple[tuple[int, int, int], bytes]], out: NDA
         at = end
 
 
-def decode_pixels(found: Bin, *, where: str) -> NDArray[np.uint8]:
+def decode_pixels(bin_: Bin, *, where: str) -> NDArray[np.uint8]:
     """All stored frames of a bin, decompressed or decoded; the residuals of ``zstd`` are not undone.
 
     Args:
-        found: the bin.
+        bin_: the bin.
         where: how messages name it.
 
     Returns:
-        ``found.num_pixel_bytes`` uint8.
+        ``bin_.num_pixel_bytes`` uint8.
 
     Raises:
         ShardError: the member does not decode to exactly that many bytes.
     """
-    if found.codec == "jpeg":
+    if bin_.codec == "jpeg":
         # Every stream is checked before memory for any frame is allocated.
-        streams = split_streams(found, where=where)
-        pixels = np.empty(found.num_pixel_bytes, dtype=np.uint8)
+        streams = split_streams(bin_, where=where)
+        pixels = np.empty(bin_.num_pixel_bytes, dtype=np.uint8)
         decode_jpegs(streams, pixels, where)
         return pixels
-    expected = found.num_pixel_bytes
-    if found.codec == "zstd":
+    expected = bin_.num_pixel_bytes
+    if bin_.codec == "zstd":
         try:
-            frame = found.pixels.data
+            frame = bin_.pixels.data
             size = zstandard.frame_content_size(frame)
             # Nothing is allocated for a size that the grids do not ask for.
-            pixels = _decompress(frame) if size == expected else found.pixels
+            pixels = _decompress(frame) if size == expected else bin_.pixels
         except zstandard.ZstdError as error:
             raise ShardError(f"{where}: the pixels cannot be decompressed: {error}. {COPY_AGAIN}.") from error
     else:
-        size, pixels = found.pixels.size, found.pixels
+        size, pixels = bin_.pixels.size, bin_.pixels
     if size != expected:
         raise ShardError(f"{where}: the pixels are {size:,} bytes, the grids ask for {expected:,}. {BUILD_AGAIN}.")
     return pixels
@@ -121,7 +121,7 @@ def _decompress(frame: memoryview) -> NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8)
 
 
-def decode_frames(found: Bin, *, where: str) -> list[NDArray[np.uint8]]:
+def decode_frames(bin_: Bin, *, where: str) -> list[NDArray[np.uint8]]:
     """The stored frames of a bin.
 
     Returns:
@@ -130,12 +130,12 @@ def decode_frames(found: Bin, *, where: str) -> list[NDArray[np.uint8]]:
     Raises:
         ShardError: the pixels do not decode to what the grids ask for.
     """
-    pixels = decode_pixels(found, where=where)
+    pixels = decode_pixels(bin_, where=where)
     media: list[NDArray[np.uint8]] = []
     at = 0
-    for grid, kind in found.grids():
+    for grid, kind in bin_.grids():
         end = at + stored_bytes(grid, kind)
         frames = pixels[at:end].reshape(-1, *frame_shape(grid))
-        media.append(np.stack([decode_residuals(frame) for frame in frames]) if found.codec == "zstd" else frames)
+        media.append(np.stack([decode_residuals(frame) for frame in frames]) if bin_.codec == "zstd" else frames)
         at = end
     return media

@@ -123,14 +123,14 @@ class BinReader:
         buffer = self._buffers.take(location.num_bytes)
         data = buffer.numpy().data
         cache = self._cache if isinstance(location.path, Url) else None
-        one = None if cache is None else self._read_cached(cache, number, location, data)
-        if one is None:
+        bin_ = None if cache is None else self._read_cached(cache, number, location, data)
+        if bin_ is None:
             # Nothing unchecked enters the cache, whatever the settings: damage must not be kept.
             self._fetch(number, location, data, verify=cache is not None or self._is_checked(number))
-            one = self._parse(number, location, data)
+            bin_ = self._parse(number, location, data)
             if cache is not None:
                 cache.write(self._key(number), data)
-        return LoadedBin(one, location, buffer)
+        return LoadedBin(bin_, location, buffer)
 
     def close(self) -> None:
         """Make reads that wait for a retry fail at once."""
@@ -159,10 +159,10 @@ class BinReader:
     def _parse(self, number: int, location: BinLocation, data: memoryview) -> Bin:
         """Parse a bin and check its structure and counts against the index."""
         where = str(location)
-        one = parse_bin(data, location.local_bin, where=where)
-        self._check_counts(number, one, where=where)
-        check_samples(one, where=where)
-        return one
+        bin_ = parse_bin(data, location.local_bin, where=where)
+        self._check_counts(number, bin_, where=where)
+        check_samples(bin_, where=where)
+        return bin_
 
     def _key(self, number: int) -> str:
         index = self._index
@@ -178,15 +178,15 @@ class BinReader:
         if self._settings.verify == "first":
             self._verified[number] = True
 
-    def _check_counts(self, number: int, one: Bin, *, where: str) -> None:
+    def _check_counts(self, number: int, bin_: Bin, *, where: str) -> None:
         index = self._index
         counts = {
-            "tokens": (one.input_ids.size, int(index.num_tokens[number])),
-            "targets": (int(np.count_nonzero(one.labels != IGNORE_INDEX)), int(index.num_targets[number])),
-            "samples": (one.cu_seqlens.size - 1, int(index.num_samples[number])),
-            "patches": (sum(t * h * w for t, h, w in one.grid_thw.tolist()), int(index.num_patches[number])),
-            "images": (int(np.count_nonzero(one.media_type == MEDIA_IMAGE)), int(index.num_images[number])),
-            "videos": (int(np.count_nonzero(one.media_type == MEDIA_VIDEO)), int(index.num_videos[number])),
+            "tokens": (bin_.input_ids.size, int(index.num_tokens[number])),
+            "targets": (int(np.count_nonzero(bin_.labels != IGNORE_INDEX)), int(index.num_targets[number])),
+            "samples": (bin_.cu_seqlens.size - 1, int(index.num_samples[number])),
+            "patches": (sum(t * h * w for t, h, w in bin_.grid_thw.tolist()), int(index.num_patches[number])),
+            "images": (int(np.count_nonzero(bin_.media_type == MEDIA_IMAGE)), int(index.num_images[number])),
+            "videos": (int(np.count_nonzero(bin_.media_type == MEDIA_VIDEO)), int(index.num_videos[number])),
         }
         for name, (count, expected) in counts.items():
             if count != expected:
