@@ -58,39 +58,42 @@ def train(args: TrainArguments) -> bool:
         VlprepError: the loss or the gradient is not finite in too many consecutive steps.
     """
     plan = make_plan(args)
-    is_first = plan.ranks.is_first
-    with lock_run_dir(args.run_dir) if is_first else nullcontext():
-        if is_first:
-            clean_run_dir(plan)
-        process_group.join(plan.compute.device)
-        check_same_plan(plan)
-        if is_first:
-            record_run(plan)
+    with lock_run_dir(args.run_dir) if plan.ranks.is_first else nullcontext():
+        join_ranks(plan)
         zero3_loading = register_zero3_loading(plan.deepspeed)
         trainer = Trainer(plan)
-        is_stopped = False
         # The request is caught until the export is done: one that comes too late must not cost the model.
         with StopRequest() as stop:
-            log = open_log(args, is_first=is_first, start_step=plan.start_step, num_steps=plan.num_steps)
-            with log as metrics, open_stream(plan) as stream:
-                for batch in stream:
-                    result = trainer.run_step(batch)
-                    metrics.advance()
-                    is_stopped = trainer.should_stop(stop)
-                    evaluates = not is_stopped and trainer.should_evaluate()
-                    if evaluates or trainer.should_log():
-                        metrics.write(trainer.summarise(result, evaluates=evaluates))
-                    if evaluates:  # it may have taken minutes, and a request leaves few
-                        is_stopped = trainer.should_stop(stop)
-                    if is_stopped or trainer.should_save():
-                        trainer.save(stream, is_stopped=is_stopped)
-                    if is_stopped:
-                        break
-            if not is_stopped:
+            is_complete = run_steps(trainer, plan, stop)
+            if is_complete:
                 export(trainer.engine, plan)
         del zero3_loading
         process_group.leave()
-    return not is_stopped
+    return is_complete
+
+
+def run_steps(trainer: Trainer, plan: Plan, stop: StopRequest) -> bool:
+    """Train until the last step or a request to stop. Collective.
+
+    Returns:
+        Whether the last step is done.
+    """
+    log = open_log(plan.args, is_first=plan.ranks.is_first, start_step=plan.start_step, num_steps=plan.num_steps)
+    with log as metrics, open_stream(plan) as stream:
+        for batch in stream:
+            result = trainer.run_step(batch)
+            metrics.advance()
+            is_stopped = trainer.should_stop(stop)
+            evaluates = not is_stopped and trainer.should_evaluate()
+            if evaluates or trainer.should_log():
+                metrics.write(trainer.summarise(result, evaluates=evaluates))
+            if evaluates:  # it may have taken minutes, and a request leaves few
+                is_stopped = trainer.should_stop(stop)
+            if is_stopped or trainer.should_save():
+                trainer.save(stream, is_stopped=is_stopped)
+            if is_stopped:
+                return False
+    return True
 
 
 class StepResult(NamedTuple):
@@ -194,11 +197,20 @@ class Trainer:
             )
 
 
-def clean_run_dir(plan: Plan) -> None:
-    """Remove unfinished checkpoints, and check the files of the one to resume from. The first rank does this."""
-    remove_unfinished(plan.args.run_dir)
-    if plan.resume is not None:
-        check_files(plan.resume.folder)
+def join_ranks(plan: Plan) -> None:
+    """Join the process group and check that all ranks have the same plan. Collective.
+
+    The first rank prepares the folder of the run: it removes unfinished checkpoints, checks the files of the one to
+    resume from before any rank waits for it, and records the settings that all ranks agree on.
+    """
+    if plan.ranks.is_first:
+        remove_unfinished(plan.args.run_dir)
+        if plan.resume is not None:
+            check_files(plan.resume.folder)
+    process_group.join(plan.compute.device)
+    check_same_plan(plan)
+    if plan.ranks.is_first:
+        record_run(plan)
 
 
 def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:

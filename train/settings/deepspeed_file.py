@@ -190,17 +190,7 @@ def complete_config(
         ConfigError: the file contradicts the flags, or leaves a value open that no flag decides.
     """
     complete: dict[str, Any] = json.loads(json.dumps(config))
-    per_device, accumulation = recipe.per_device, recipe.accumulation
-    flags = {
-        "train_micro_batch_size_per_gpu": (per_device, "--per_device_train_batch_size"),
-        "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
-        "train_batch_size": (per_device * accumulation * world, "the number of bins in a step"),
-        "gradient_clipping": (args.max_grad_norm, "--max_grad_norm"),
-    }
-    for key, (value, flag) in flags.items():
-        if complete.get(key, AUTO) not in (AUTO, value):
-            raise contradiction(args.deepspeed, key, complete[key], flag, value)
-        complete[key] = value
+    _apply_flags(complete, args, recipe, world)
     for name, of_section in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         values = {**section(complete, name, args.deepspeed), "enabled": True}
         complete.pop(name, None)
@@ -243,6 +233,21 @@ def contradiction(path: str, key: str, in_file: object, flag: str, value: object
     return ConfigError(
         f'--deepspeed {path} says {key} = {in_file}, but {flag} is {value}: write "auto" in the file, or change one.'
     )
+
+
+def _apply_flags(config: dict[str, Any], args: TrainArguments, recipe: Recipe, world: int) -> None:
+    """Set what flags decide, in place."""
+    per_device, accumulation = recipe.per_device, recipe.accumulation
+    flags = {
+        "train_micro_batch_size_per_gpu": (per_device, "--per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
+        "train_batch_size": (per_device * accumulation * world, "the number of bins in a step"),
+        "gradient_clipping": (args.max_grad_norm, "--max_grad_norm"),
+    }
+    for key, (value, flag) in flags.items():
+        if config.get(key, AUTO) not in (AUTO, value):
+            raise contradiction(args.deepspeed, key, config[key], flag, value)
+        config[key] = value
 
 
 def _check_with_classes(config: Mapping[str, Any], path: str) -> None:
