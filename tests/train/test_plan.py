@@ -1,4 +1,4 @@
-"""Whatever is wrong is said in one sentence with the documented exit code, before anything expensive starts."""
+"""Every error is one sentence with the documented exit code, before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def only_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
     return code, lines[0]
 
 
-def test_shards_without_a_manifest_are_an_error_in_the_data(
+def test_shards_without_a_manifest_are_a_data_error(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, line = only_error([*flags, "--shards", str(tmp_path)], capsys)
@@ -102,7 +102,7 @@ def test_debug_shows_the_traceback(flags: list[str], tmp_path: Path) -> None:
         main([*flags, "--shards", str(tmp_path), "--debug"])
 
 
-def test_one_rank_says_for_all_that_the_command_line_is_wrong(
+def test_only_the_first_rank_reports_a_wrong_command_line(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -130,7 +130,7 @@ def test_nothing_is_written_before_a_run_starts(flags: list[str], tmp_path: Path
 
 @pytest.fixture
 def tokenizers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what is tested above: it takes most of the time of a plan."""
+    """Skip the comparison that the tests above cover: it takes most of the time of a plan."""
     monkeypatch.setattr(pretrained, "check_fingerprints", lambda *_, **__: None)
 
 
@@ -156,7 +156,7 @@ def test_the_number_of_steps_follows_from_steps_or_epochs(
     assert steps == num_steps
 
 
-def test_a_sliding_window_is_refused_without_flash_attention(
+def test_a_sliding_window_requires_flash_attention(
     flags: list[str],
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -164,7 +164,7 @@ def test_a_sliding_window_is_refused_without_flash_attention(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What slides is a layer of that kind with the window switched on; the memory of one can be worked out anyway."""
+    """A window counts only if a layer uses it and it is switched on. The memory of such a model is known anyway."""
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "windowed"))
     config = json.loads((copy / "config.json").read_bytes())
     config["text_config"] |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
@@ -197,13 +197,13 @@ def test_a_run_on_a_cpu_computes_in_float32_with_sdpa(flags: list[str], tokenize
 
 @pytest.fixture
 def saved(flags: list[str], tokenizers_agree: None) -> Path:
-    """A checkpoint that the run of ``flags`` left after four of its six steps."""
+    """A checkpoint of the run of ``flags`` after four of its six steps."""
     args = parse_arguments(flags)
     return save_state(make_plan(args), step=4)
 
 
 def save_state(plan: Plan, *, step: int) -> Path:
-    """What a checkpoint of this plan would have in its ``state.json``."""
+    """Write the ``state.json`` that a checkpoint of this plan would have."""
     folder = plan.args.run_dir / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     state = RunState(stream=plan.order.state_dict(step), ranks=plan.ranks.world, settings=plan.settings)
@@ -211,13 +211,13 @@ def save_state(plan: Plan, *, step: int) -> Path:
     return folder
 
 
-def test_the_same_command_goes_on_from_its_checkpoint(flags: list[str], saved: Path) -> None:
+def test_the_same_command_resumes_from_its_checkpoint(flags: list[str], saved: Path) -> None:
     plan = make_plan(parse_arguments(flags))
     assert plan.resume == ResumePoint(folder=saved, step=4, is_resharded=False)
     assert [batch.step for batch in open_stream(plan)] == [4, 5]
 
 
-def test_a_run_may_end_where_its_checkpoint_is_or_later_but_not_before(flags: list[str], saved: Path) -> None:
+def test_a_run_may_end_at_its_checkpoint_or_later_but_not_before(flags: list[str], saved: Path) -> None:
     for num_steps, steps_left in ((9, [4, 5, 6, 7, 8]), (4, [])):
         plan = make_plan(parse_arguments([*flags, "--max_steps", str(num_steps)]))
         assert [batch.step for batch in open_stream(plan)] == steps_left
@@ -240,14 +240,12 @@ def test_a_run_may_end_where_its_checkpoint_is_or_later_but_not_before(flags: li
         (["--lr_scheduler_type", "linear"], "lr_scheduler_type"),
     ],
 )
-def test_other_settings_do_not_go_on_from_a_checkpoint(
-    flags: list[str], saved: Path, change: list[str], name: str
-) -> None:
+def test_a_checkpoint_of_other_settings_is_refused(flags: list[str], saved: Path, change: list[str], name: str) -> None:
     with pytest.raises(ConfigError, match=f"{saved} was saved with {name} = "):
         make_plan(parse_arguments([*flags, *change]))
 
 
-def test_other_shards_do_not_go_on_from_a_checkpoint(flags: list[str], saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_shards_is_refused(flags: list[str], saved: Path, tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", make_bins(seed=1, num_bins=8))
     with pytest.raises(ConfigError, match="was saved with shards = "):
         make_plan(parse_arguments([*flags, "--shards", str(other)]))
@@ -272,7 +270,7 @@ def test_weighted_sets_of_shards_reach_the_order_of_the_run(tmp_path: Path, tiny
     assert sum(number < 4 for number in drawn) == 6
 
 
-def test_bins_are_dealt_by_the_costs_of_the_model_that_is_trained(flags: list[str], tokenizers_agree: None) -> None:
+def test_bins_are_dealt_by_the_costs_of_the_trained_model(flags: list[str], tokenizers_agree: None) -> None:
     trained = {"tune_llm": False, "tune_vision": True, "gradient_checkpointing": False}
     plan = make_plan(
         parse_arguments([*flags, "--tune_mm_llm", "False", "--tune_mm_vision", "--gradient_checkpointing", "False"])
@@ -282,7 +280,7 @@ def test_bins_are_dealt_by_the_costs_of_the_model_that_is_trained(flags: list[st
     assert not np.array_equal(plan.order.cost, make_plan(parse_arguments(flags)).order.cost)
 
 
-def test_windows_of_steps_have_as_many_runs_as_a_step_has_micro_steps(flags: list[str], tokenizers_agree: None) -> None:
+def test_grouped_steps_have_a_run_for_each_micro_step(flags: list[str], tokenizers_agree: None) -> None:
     assert make_plan(parse_arguments(flags)).order.grouping is None
     assert make_plan(parse_arguments([*flags, "--group_steps", "2"])).order.grouping == Grouping(steps=2, runs=4)
 
@@ -293,16 +291,16 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
 
 
 @pytest.mark.parametrize("grouped", [[], ["--group_steps", "2"]])
-def test_another_number_of_ranks_goes_on_with_the_same_bins(
+def test_another_number_of_ranks_resumes_with_the_same_bins(
     flags: list[str], tokenizers_agree: None, monkeypatch: pytest.MonkeyPatch, grouped: list[str]
 ) -> None:
-    """Saved by one rank with four micro-steps; goes on with two ranks of two, then with four of one."""
+    """A rank with four micro-steps saves. Two ranks with two each resume, then four ranks with one each."""
     before = make_plan(parse_arguments([*flags, *grouped]))
     with open_stream(before) as stream:
         unbroken = [sorted(batch.bins) for batch in stream]
     save_state(before, step=2)
     for world in (2, 4):
-        found: dict[int, list[int]] = {}
+        seen: dict[int, list[int]] = {}
         for rank in range(world):
             as_rank(monkeypatch, rank, world)
             plan = make_plan(parse_arguments([*flags, *grouped, "--gradient_accumulation_steps", str(4 // world)]))
@@ -311,11 +309,11 @@ def test_another_number_of_ranks_goes_on_with_the_same_bins(
             with open_stream(plan) as stream:
                 for batch in stream:
                     mine = [number for micro in batch.micro_batches for number in micro.bins]
-                    found[batch.step] = sorted(found.get(batch.step, []) + mine)
-        assert found == {step: unbroken[step] for step in range(2, 6)}
+                    seen[batch.step] = sorted(seen.get(batch.step, []) + mine)
+        assert seen == {step: unbroken[step] for step in range(2, 6)}
 
 
-def test_another_number_of_ranks_must_make_the_same_steps(
+def test_another_number_of_ranks_must_keep_the_size_of_a_step(
     flags: list[str], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_rank(monkeypatch, 0, 2)
@@ -349,9 +347,7 @@ def in_memory(shards: Path) -> str:
     return "memory://plan/set"
 
 
-def test_flags_of_reading_reach_the_reader(
-    flags: list[str], tokenizers_agree: None, in_memory: str, tmp_path: Path
-) -> None:
+def test_read_flags_reach_the_reader(flags: list[str], tokenizers_agree: None, in_memory: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     given = ["--verify", "first", "--read_connections", "3", "--cache_dir", str(cache), "--cache_bytes", "1000000"]
     plan = make_plan(parse_arguments([*flags, "--shards", in_memory, *given]))
@@ -363,18 +359,18 @@ def test_flags_of_reading_reach_the_reader(
     assert [path for path in cache.glob("??/*") if path.is_file()]
 
 
-def test_the_defaults_of_reading_are_those_of_the_reader(flags: list[str], in_memory: str, shards: Path) -> None:
+def test_read_flags_default_to_those_of_the_reader(flags: list[str], in_memory: str, shards: Path) -> None:
     args = parse_arguments(flags)
     for place in (in_memory, shards):
         assert read_settings(args, open_shards(place)) == ReadSettings()
 
 
-def test_a_way_to_verify_that_there_is_not_is_wrong_use(flags: list[str]) -> None:
+def test_an_unknown_value_of_verify_is_wrong_use(flags: list[str]) -> None:
     with pytest.raises(ConfigError, match="verify is sometimes; allowed: always, first, never"):
         make_plan(parse_arguments([*flags, "--verify", "sometimes"]))
 
 
-def test_a_read_that_stalls_stops_the_run_after_the_time_given(
+def test_a_stalled_read_stops_the_run_after_the_timeout(
     flags: list[str], tokenizers_agree: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(parse_arguments([*flags, "--read_timeout_s", "0.05"]))
@@ -387,7 +383,7 @@ def test_a_read_that_stalls_stops_the_run_after_the_time_given(
 
 
 @pytest.mark.parametrize(("given", "expected"), [([], 8), (["--dataloader_prefetch_factor", "3"], 12)])
-def test_so_many_forward_passes_are_kept_ready(
+def test_the_prefetch_covers_two_steps_or_what_the_flag_says(
     flags: list[str],
     tokenizers_agree: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -401,10 +397,10 @@ def test_so_many_forward_passes_are_kept_ready(
     assert (seen["num_threads"], seen["prefetch"]) == (4, expected)
 
 
-def test_a_run_with_frozen_parts_does_not_go_on_beside_other_frozen_weights(
+def test_a_run_with_frozen_parts_does_not_resume_with_other_frozen_weights(
     flags: list[str], saved: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The vision tower is frozen, so no checkpoint holds it. A copy of the same checkpoint elsewhere will do."""
+    """The vision tower is frozen, so no checkpoint holds it. A copy of the base checkpoint is as good."""
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     moved = [*flags, "--model_name_or_path", str(copy)]
     resume = make_plan(parse_arguments(moved)).resume
@@ -416,27 +412,27 @@ def test_a_run_with_frozen_parts_does_not_go_on_beside_other_frozen_weights(
         make_plan(parse_arguments(moved))
 
 
-def test_without_frozen_parts_the_weights_to_start_from_do_not_matter_when_a_run_goes_on(
+def test_without_frozen_parts_the_base_weights_do_not_matter_on_resume(
     flags: list[str], tokenizers_agree: None
 ) -> None:
     assert make_plan(parse_arguments([*flags, "--tune_mm_vision"])).settings["frozen weights"] is None
 
 
-def test_shards_to_evaluate_on_take_no_weights(flags: list[str], shards: Path, tokenizers_agree: None) -> None:
+def test_eval_shards_take_no_weights(flags: list[str], shards: Path, tokenizers_agree: None) -> None:
     with pytest.raises(ConfigError, match=r"--eval_shards .*:1epochs gives weights or epochs"):
         make_plan(parse_arguments([*flags, "--eval_shards", f"{shards}:1epochs"]))
 
 
-def test_shards_to_evaluate_on_must_be_of_the_same_tokenizer(flags: list[str], tmp_path: Path) -> None:
+def test_eval_shards_must_have_the_same_tokenizer(flags: list[str], tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", make_bins(num_bins=2), tokenizer="f" * 32)
     with pytest.raises(ConfigError, match=f"differs from the one that {other} was built with"):
         make_plan(parse_arguments([*flags, "--eval_shards", str(other)]))
 
 
-def test_shards_to_evaluate_on_must_have_their_ledger(
+def test_eval_shards_must_have_their_ledger(
     flags: list[str], tiny_checkpoint: Path, tmp_path: Path, tokenizers_agree: None
 ) -> None:
-    """It says which dataset a sample is of; better found now than after the last step."""
+    """The ledger has the dataset of every sample. A missing one is detected now, not after the last step."""
     path = tiny_checkpoint / "tokenizer.json"
     fingerprint = tokenizer_fingerprint(path.read_bytes(), where=str(path))
     held_out = write_shards(tmp_path / "held-out", make_bins(num_bins=2), tokenizer=fingerprint)
@@ -448,10 +444,10 @@ def test_shards_to_evaluate_on_must_have_their_ledger(
 
 
 @pytest.mark.parametrize("name", ["final", "adapter"])
-def test_a_trained_model_takes_the_place_of_a_folder_only(
+def test_a_trained_model_replaces_only_a_folder(
     flags: list[str], tmp_path: Path, name: str, tokenizers_agree: None
 ) -> None:
-    """A link would be found out when training is done."""
+    """A link would fail only when training is done."""
     run = tmp_path / "run"
     run.mkdir()
     (run / name).symlink_to(tmp_path)
@@ -459,7 +455,7 @@ def test_a_trained_model_takes_the_place_of_a_folder_only(
         make_plan(parse_arguments([*flags, "--output_dir", str(run)]))
 
 
-def test_a_run_does_not_replace_what_it_starts_from(
+def test_a_run_does_not_replace_its_base_checkpoint(
     flags: list[str], tiny_checkpoint: Path, tmp_path: Path, tokenizers_agree: None
 ) -> None:
     final = tmp_path / "run" / "final"
