@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
@@ -32,10 +33,16 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: temporary name, sync, rename, sync of the folder."""
+def write_synced(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file completely or not at all: temporary name, sync, rename, sync of the folder.
+
+    Args:
+        path: the file.
+        data: its contents.
+        mode: its permissions, before the umask.
+    """
     temporary = temporary_path(path)
-    with naming(path), temporary.open("wb") as file:
+    with naming(path), open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -9,16 +9,14 @@ Cost: none.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from schemas.errors import ConfigError
-from storage.files import naming, temporary_path
+from storage.files import write_synced
 from storage.urls import without_secrets
 from train.settings.arguments import TrainArguments
 from train.settings.flags import FIELDS, read_flag_file, read_toml
@@ -68,13 +66,7 @@ def write_record(run_dir: Path, args: TrainArguments, facts: RunFacts, versions:
     tables = {"run": msgspec.to_builtins(facts), "versions": dict(versions)}
     text = _HEADER + format_toml(flags) + "".join(f"\n[{name}]\n{format_toml(table)}" for name, table in tables.items())
     mode = 0o666 if without_secrets(text) == text else 0o600
-    path = run_dir / SETTINGS_FILE
-    temporary = temporary_path(path)
-    with naming(path), open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
-        file.write(text.encode("utf-8", errors="surrogateescape"))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_synced(run_dir / SETTINGS_FILE, text.encode("utf-8", errors="surrogateescape"), mode=mode)
 
 
 def read_record(run_dir: Path) -> tuple[TrainArguments, RunFacts]:
