@@ -1,4 +1,4 @@
-"""What a backward pass keeps is worked out to the byte: compared with the tensors that autograd saves."""
+"""The estimate of a backward pass equals the bytes of the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from schemas.checkpoints import read_config
 from tests.train.synthetic import as_bin, make_medium, make_sample
 from train.batches.batch import MicroBatch, build_micro_batch
-from train.memory.activations import ANGLES, VISION_ANGLES, Load, activation_terms
-from train.memory.states import Phase
+from train.memory.activations import ROTARY, STORED_PIXELS, VISION_ROTARY, Load, activation_terms
+from train.memory.terms import Phase
 from train.model import optim
 from train.model.packed import PackedQwen, checkpoint_activations
 from train.model.sizes import Sizes, sizes_of
@@ -25,13 +25,13 @@ PARTS = ("llm", "mlp", "vision")
 
 
 def saved_bytes(model: PackedQwen, micro: MicroBatch) -> int:
-    """Of the tensors that the graph up to the last hidden states keeps, without the weights."""
+    """Bytes of the tensors that the graph keeps up to the last hidden states, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in weights:
-            saved[place] = tensor
+        if (address := tensor.untyped_storage().data_ptr()) not in weights:
+            saved[address] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -47,8 +47,8 @@ def kept_bytes(sizes: Sizes, micro: MicroBatch, dtype: torch.dtype, *, checkpoin
         is_checkpointed=checkpointed,
     )
     terms = activation_terms(sizes, load, dtype)
-    # Planes are no part of the graph; nor are angles where checkpointing holds them.
-    outside = {"pixels, as stored", *((ANGLES, VISION_ANGLES) if checkpointed else ())}
+    # Planes are not part of the graph; nor are rotary embeddings, if checkpointing holds them.
+    outside = {STORED_PIXELS, *((ROTARY, VISION_ROTARY) if checkpointed else ())}
     return sum(term.num_bytes for term in terms if term.phase == Phase.BACKWARD and term.name not in outside)
 
 
@@ -60,12 +60,12 @@ def one_sample(rows: int, num_text: int) -> MicroBatch:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("trained", FROZEN_SETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_token_and_a_patch_keep_what_was_worked_out(
+def test_a_token_and_a_patch_keep_what_was_estimated(
     tiny_checkpoint: Path, dtype: torch.dtype, trained: tuple[bool, ...], checkpointed: bool
 ) -> None:
-    """Compared between two bins, so that what does not depend on their size drops out.
+    """The difference of two bins is compared, so that constants drop out.
 
-    Indices (9 bytes a token, 4 a patch) are left out of the arithmetic.
+    The estimate leaves out indices (9 bytes per token, 4 per patch).
     """
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=dtype)
     model = PackedQwen(hf, attn_implementation="sdpa").train()
@@ -77,16 +77,16 @@ def test_a_token_and_a_patch_keep_what_was_worked_out(
     sizes = sizes_of(read_config(tiny_checkpoint), args)
     small, long, wide = one_sample(8, 500), one_sample(8, 900), one_sample(16, 500)
     for other in (long, wide):
-        found = saved_bytes(model, other) - saved_bytes(model, small)
+        measured = saved_bytes(model, other) - saved_bytes(model, small)
         expected = kept_bytes(sizes, other, dtype, checkpointed=checkpointed)
         expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed)
         indices = 9 * (other.num_tokens - small.num_tokens) + 4 * (other.vision.num_patches - small.vision.num_patches)
-        assert 0 <= found - expected <= indices
+        assert 0 <= measured - expected <= indices
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_samples_that_are_packed_keep_no_more_than_their_tokens(
+def test_packed_samples_keep_no_more_than_their_tokens(
     tiny_checkpoint: Path, dtype: torch.dtype, checkpointed: bool
 ) -> None:
     """Nothing grows with the square of a bin."""
@@ -99,11 +99,11 @@ def test_samples_that_are_packed_keep_no_more_than_their_tokens(
     sizes = sizes_of(read_config(tiny_checkpoint), args)
     rng = np.random.default_rng(0)
     small, large = (
-        build_micro_batch([as_bin([make_sample(rng, num_text=number) for number in lengths])])
+        build_micro_batch([as_bin([make_sample(rng, num_text=num_text) for num_text in lengths])])
         for lengths in ((198, 302), (298, 606))
     )
     assert (small.num_tokens, large.num_tokens) == (504, 908)
-    found = saved_bytes(model, large) - saved_bytes(model, small)
+    measured = saved_bytes(model, large) - saved_bytes(model, small)
     expected = kept_bytes(sizes, large, dtype, checkpointed=checkpointed)
     expected -= kept_bytes(sizes, small, dtype, checkpointed=checkpointed)
-    assert 0 <= found - expected <= 9 * (large.num_tokens - small.num_tokens)
+    assert 0 <= measured - expected <= 9 * (large.num_tokens - small.num_tokens)

@@ -10,19 +10,20 @@ import torch
 
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
 from train.arithmetic.dimensions import OFFICIAL
-from train.memory import budget
-from train.memory.activations import activation_terms
-from train.memory.states import Memory
+from train.memory.activations import Load, activation_terms
+from train.memory.budget import size_table
+from train.memory.loads import fullest_load, largest_bins, load_of_bins
+from train.memory.terms import Memory
 from train.model.sizes import Sizes, sizes_of
 from train.settings.arguments import TrainArguments
 from train.shards.index import ShardIndex, open_shards
 
 LONG, LARGE, COSTLY = 0, 1, 2
-"""Of :func:`bins`: most tokens, most patches, most operations."""
+"""Indices in :func:`bins`: most tokens, most patches, most FLOPs."""
 
 
 def bins() -> list[list[Sample]]:
-    """Two texts; a picture; a text two tokens shorter than both together, whose attention takes more; and others."""
+    """Two texts; an image; a text two tokens shorter than both together, whose attention costs more; and others."""
     rng = np.random.default_rng(0)
     return [
         [make_sample(rng, num_text=295, num_targets=2) for _ in range(2)],
@@ -41,7 +42,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 @pytest.fixture(scope="module")
 def few_targets(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    """The first three of the bins, with four targets each."""
+    """The first three bins, with four targets each."""
     return open_shards(write_shards(tmp_path_factory.mktemp("budget") / "few", bins()[:3]))
 
 
@@ -49,51 +50,51 @@ def sizes(*, vision: bool) -> Sizes:
     return sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards", tune_mm_vision=vision))
 
 
-def largest(index: ShardIndex, number: int, of: Sizes, *, checkpointed: bool = True) -> list[int]:
-    return budget.largest_bins(index, number, of, checkpointed=checkpointed, dtype=torch.bfloat16)
+def largest(index: ShardIndex, num_bins: int, of: Sizes, *, checkpointed: bool = True) -> list[int]:
+    return largest_bins(index, num_bins, of, checkpointed=checkpointed, dtype=torch.bfloat16)
 
 
-def test_the_bin_with_most_operations_is_not_the_largest(few_targets: ShardIndex) -> None:
+def test_the_bin_with_most_flops_is_not_the_largest(few_targets: ShardIndex) -> None:
     assert (int(few_targets.cost().argmax()), int(few_targets.num_tokens.argmax())) == (COSTLY, LONG)
     assert largest(few_targets, 1, sizes(vision=False)) == [LONG]
 
 
-def test_patches_count_where_the_vision_tower_is_trained(few_targets: ShardIndex) -> None:
+def test_patches_count_if_the_vision_tower_is_trained(few_targets: ShardIndex) -> None:
     assert int(few_targets.num_patches.argmax()) == LARGE
     assert largest(few_targets, 1, sizes(vision=True)) == [LARGE]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("num_bins", [1, 2, 3])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("vision", [False, True])
-def test_no_other_bins_take_more(index: ShardIndex, vision: bool, checkpointed: bool, number: int) -> None:
+def test_no_other_bins_take_more(index: ShardIndex, vision: bool, checkpointed: bool, num_bins: int) -> None:
     of = sizes(vision=vision)
 
     def peak(chosen: tuple[int, ...]) -> int:
-        load = budget.load_of_bins(index, list(chosen), checkpointed=checkpointed)
+        load = load_of_bins(index, list(chosen), checkpointed=checkpointed)
         return Memory(tuple(activation_terms(of, load, torch.bfloat16))).peak()
 
-    found = largest(index, number, of, checkpointed=checkpointed)
-    assert peak(tuple(found)) == max(map(peak, itertools.combinations(range(index.num_bins), number)))
+    chosen = largest(index, num_bins, of, checkpointed=checkpointed)
+    assert peak(tuple(chosen)) == max(map(peak, itertools.combinations(range(index.num_bins), num_bins)))
 
 
-def test_a_forward_pass_of_more_bins_than_there_are_holds_some_twice(index: ShardIndex) -> None:
-    found = largest(index, 7, sizes(vision=False))
-    assert len(found) == 7
-    assert sorted(set(found)) == list(range(6))
+def test_a_micro_batch_of_more_bins_than_there_are_uses_some_twice(index: ShardIndex) -> None:
+    chosen = largest(index, 7, sizes(vision=False))
+    assert len(chosen) == 7
+    assert sorted(set(chosen)) == list(range(6))
 
 
-def test_the_table_has_the_largest_bins_of_each_size() -> None:
-    """Bins of the 3B are eight in a forward pass, of the 72B one."""
-    asked: dict[int, int] = {}
+def test_the_table_uses_the_recommended_bins_of_each_size() -> None:
+    """A micro-batch of the 3B has eight bins, of the 72B one."""
+    requested: dict[int, int] = {}
 
-    def load_of(number: int, of: Sizes) -> budget.Load:
-        asked[of.dims.hidden_size] = number
-        return budget.fullest_load(64, number, checkpointed=True)
+    def load_of(num_bins: int, of: Sizes) -> Load:
+        requested[of.dims.hidden_size] = num_bins
+        return fullest_load(64, num_bins, checkpointed=True)
 
     args = TrainArguments(shards="shards")
-    table = budget.size_table(args, load_of, world=8, dtype=torch.bfloat16)
-    assert asked == {2048: 8, 3584: 4, 5120: 2, 8192: 1}
+    table = size_table(args, load_of, world=8, dtype=torch.bfloat16)
+    assert requested == {2048: 8, 3584: 4, 5120: 2, 8192: 1}
     head, *rows = table.splitlines()
     assert head.split() == ["zero1", "zero2", "zero3", "zero3_offload"]
     assert [row.split()[0] for row in rows] == ["3B", "7B", "32B", "72B"]

@@ -1,4 +1,4 @@
-"""Whether there is room for a run is told from what it takes and from what there is."""
+"""A run fits if device, host and disk have as much as it needs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import torch
 
 from train.arithmetic.dimensions import OFFICIAL
 from train.memory import capacity
-from train.memory.capacity import Written, check_device, check_disk, check_held, check_host, host_bytes, written
-from train.memory.states import DEVICE, GIB, MOMENTS, Memory, Phase, Term
+from train.memory.capacity import DiskUsage, check_device, check_disk, check_held, check_host, disk_usage, host_bytes
+from train.memory.states import MOMENTS
+from train.memory.terms import DEVICE, GIB, HOST, Memory, Phase, Term
 from train.model.sizes import sizes_of
 from train.run.resume import ResumePoint
 from train.settings.arguments import TrainArguments
 
 
 def test_a_step_must_fit_the_device() -> None:
-    """Seen 60 bytes without the moments, which add 20; a step was worked out to take 50 + 25."""
+    """60 bytes were measured without the moments, which add 20; the estimate of a step is 50 + 25."""
     terms = {"weights": (30, Phase.ALWAYS), MOMENTS: (20, Phase.ALWAYS), "copies": (25, Phase.STEP)}
     memory = Memory(
         tuple(
-            Term(name=name, num_bytes=size, arithmetic="", place=DEVICE, phase=phase)
+            Term(name=name, num_bytes=size, formula="", location=DEVICE, phase=phase)
             for name, (size, phase) in terms.items()
         )
     )
@@ -35,27 +36,24 @@ def test_a_step_must_fit_the_device() -> None:
     assert len(check_device(memory, 10, 74)) == 1
 
 
-def of_places(device: int, host: int) -> Memory:
-    """Memory that is always held."""
-    places = ((DEVICE, device), ("cpu", host))
-    return Memory(tuple(Term(name="a", num_bytes=size, arithmetic="", place=place) for place, size in places))
+def always_held(device: int, host: int) -> Memory:
+    sizes = {DEVICE: device, HOST: host}
+    return Memory(tuple(Term(name="a", num_bytes=size, formula="", location=where) for where, size in sizes.items()))
 
 
-def test_what_is_always_held_must_fit_the_device() -> None:
-    assert check_held(of_places(80, 1000), 80) == []
-    (problem,) = check_held(of_places(81 * GIB, 0), 80 * GIB)
-    assert "take 81.0 GiB of a device that has 80.0 GiB" in problem
+def test_always_held_memory_must_fit_the_device() -> None:
+    assert check_held(always_held(80, 1000), 80) == []
+    (problem,) = check_held(always_held(81 * GIB, 0), 80 * GIB)
+    assert "need 81.0 GiB, but the device has 80.0 GiB" in problem
 
 
-def test_what_all_ranks_of_a_machine_offload_must_fit_its_memory() -> None:
-    assert check_host(of_places(1000, 100), 8, 800) == []
-    (problem,) = check_host(of_places(0, 100 * GIB), 8, 799 * GIB)
-    assert "offloading takes 800.0 GiB of a machine that has 799.0 GiB (8 ranks with 100.0 GiB each)" in problem
+def test_memory_offloaded_by_all_ranks_must_fit_the_machine() -> None:
+    assert check_host(always_held(1000, 100), 8, 800) == []
+    (problem,) = check_host(always_held(0, 100 * GIB), 8, 799 * GIB)
+    assert "offloading needs 800.0 GiB (8 ranks with 100.0 GiB each), but the machine has 799.0 GiB" in problem
 
 
-def test_a_machine_has_what_it_has_or_what_its_control_group_may_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_memory_is_limited_by_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < host_bytes() <= physical
     monkeypatch.setattr(capacity, "CGROUPS", tmp_path)
@@ -95,52 +93,52 @@ def plan_of(
     [
         ({}, 0, 4),  # every 500 steps
         ({"start": 700}, 1, 3),
-        ({"save_steps": 0}, 0, 1),  # when told to stop
+        ({"save_steps": 0}, 0, 1),  # when stopped
         ({"save_steps": 600}, 0, 3),
-        ({"save_total_limit": 2}, 0, 3),  # the oldest goes when the newest is complete
+        ({"save_total_limit": 2}, 0, 3),  # the oldest is deleted after the newest is complete
         ({"save_total_limit": 9}, 0, 4),
         ({"save_total_limit": 2, "start": 1000}, 2, 1),
         ({"save_total_limit": 2, "start": 1000}, 5, 1),
     ],
 )
-def test_checkpoints_are_counted_as_many_as_there_are_at_a_time(
+def test_checkpoints_are_counted_that_exist_at_a_time(
     tmp_path: Path, flags: dict[str, Any], existing: int, expected: int
 ) -> None:
     for number in range(existing):
         (tmp_path / f"checkpoint-{number}").mkdir()
     sizes = sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards"))
-    assert written(plan_of(tmp_path, **flags), sizes).num_checkpoints == expected
+    assert disk_usage(plan_of(tmp_path, **flags), sizes).num_checkpoints == expected
 
 
 def test_bytes_of_the_7b_worked_out_by_hand(tmp_path: Path) -> None:
     """8.292 billion parameters, all trained: 12 bytes each, and 2 more before ZeRO-3; the model has 2."""
     sizes = sizes_of(OFFICIAL["7B"], TrainArguments(shards="shards", tune_mm_vision=True))
     total = 8_292_166_656
-    assert written(plan_of(tmp_path), sizes) == Written(num_checkpoints=4, checkpoint=14 * total, model=2 * total)
-    assert written(plan_of(tmp_path, stage=3), sizes).checkpoint == 12 * total
+    assert disk_usage(plan_of(tmp_path), sizes) == DiskUsage(num_checkpoints=4, checkpoint=14 * total, model=2 * total)
+    assert disk_usage(plan_of(tmp_path, stage=3), sizes).checkpoint == 12 * total
 
 
-def test_with_adapters_checkpoints_are_small_and_the_adapters_are_written_as_well(tmp_path: Path) -> None:
+def test_with_adapters_checkpoints_are_small_and_the_adapters_are_written_too(tmp_path: Path) -> None:
     args = TrainArguments(shards="shards", lora_enable=True, lora_target_modules="q_proj", tune_mm_mlp=False)
     sizes = sizes_of(OFFICIAL["3B"], args)
     num_trained = 36 * 64 * (2048 + 2048)
     assert sizes.num_trained == num_trained
-    found = written(plan_of(tmp_path, lora=True), sizes)
-    # parameters of the adapters are among all, and once more in a file of their own
-    assert (found.checkpoint, found.model) == (14 * num_trained, 2 * (3_754_622_976 + 2 * num_trained))
+    usage = disk_usage(plan_of(tmp_path, lora=True), sizes)
+    # the adapters are part of the model, and in a file of their own
+    assert (usage.checkpoint, usage.model) == (14 * num_trained, 2 * (3_754_622_976 + 2 * num_trained))
 
 
-def test_a_checkpoint_that_is_dealt_out_anew_takes_room_once_and_where_it_lies(tmp_path: Path) -> None:
+def test_a_resharded_checkpoint_takes_room_once_and_next_to_the_original(tmp_path: Path) -> None:
     sizes = sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards"))
     run = tmp_path / "run"
     here, elsewhere = run / "checkpoint-2", tmp_path / "other" / "checkpoint-2"
     here.mkdir(parents=True)
-    plain, found = written(plan_of(run), sizes), written(plan_of(run, converts=here), sizes)
-    assert (plain.converted, found.converted) == (0, 12 * sizes.num_trained)
-    assert found.num_bytes - plain.num_bytes == found.converted
-    assert written(plan_of(run, converts=elsewhere), sizes).converted == 0
+    plain, converting = disk_usage(plan_of(run), sizes), disk_usage(plan_of(run, converts=here), sizes)
+    assert (plain.converted, converting.converted) == (0, 12 * sizes.num_trained)
+    assert converting.num_bytes - plain.num_bytes == converting.converted
+    assert disk_usage(plan_of(run, converts=elsewhere), sizes).converted == 0
     (here / "universal").mkdir()
-    assert written(plan_of(run, converts=here), sizes).converted == 0
+    assert disk_usage(plan_of(run, converts=here), sizes).converted == 0
 
 
 class Usage(NamedTuple):
@@ -149,19 +147,19 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_what_a_run_writes_must_fit_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Path] = []
+def test_the_files_of_a_run_must_fit_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queried: list[Path] = []
 
-    def disk_usage(path: Path) -> Usage:
-        asked.append(path)
+    def fake_usage(path: Path) -> Usage:
+        queried.append(path)
         return Usage(100 * GIB, 68 * GIB, 32 * GIB)
 
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(shutil, "disk_usage", fake_usage)
     run = tmp_path / "new" / "run"
-    assert check_disk(run, Written(num_checkpoints=3, checkpoint=10 * GIB, model=2 * GIB)) == []
-    (problem,) = check_disk(run, Written(num_checkpoints=3, checkpoint=10 * GIB, model=2 * GIB + 1))
-    assert "3 x 10.00 GiB of checkpoints and 2.00 GiB of the trained model do not fit" in problem
-    assert "32.00 GiB are free" in problem
-    (problem,) = check_disk(run, Written(num_checkpoints=1, checkpoint=GIB, model=GIB, converted=31 * GIB))
-    assert problem.startswith("31.00 GiB of the checkpoint to go on from, dealt out anew, 1 x 1.00 GiB of checkpoints")
-    assert asked == [tmp_path] * 3
+    assert check_disk(run, DiskUsage(num_checkpoints=3, checkpoint=10 * GIB, model=2 * GIB)) == []
+    (problem,) = check_disk(run, DiskUsage(num_checkpoints=3, checkpoint=10 * GIB, model=2 * GIB + 1))
+    assert "3 x 10.00 GiB of checkpoints and 2.00 GiB of trained model do not fit" in problem
+    assert "32.00 GiB free" in problem
+    (problem,) = check_disk(run, DiskUsage(num_checkpoints=1, checkpoint=GIB, model=GIB, converted=31 * GIB))
+    assert problem.startswith("31.00 GiB of resharded checkpoint, 1 x 1.00 GiB of checkpoints")
+    assert queried == [tmp_path] * 3

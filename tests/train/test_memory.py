@@ -1,4 +1,4 @@
-"""Bytes that are worked out are those that DeepSpeed holds, and official sizes are the official ones."""
+"""The estimate of weights, gradients and optimizer states equals the bytes that DeepSpeed holds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from schemas.checkpoints import read_config
 from tests.train.launching import launch, made_once
 from tests.train.synthetic import make_bins, write_shards
 from train.arithmetic.dimensions import OFFICIAL
-from train.memory import budget
-from train.memory.states import DEVICE, Memory, Phase, Sharding, Term, state_terms
+from train.memory.cli import main
+from train.memory.states import MOMENTS, Sharding, state_terms
+from train.memory.terms import DEVICE, HOST, Memory, Phase, Term
 from train.model.sizes import sizes_of
 from train.settings.arguments import TrainArguments
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
@@ -42,7 +43,7 @@ def offloading(folder: Path, stage: int) -> str:
     return str(path)
 
 
-def worked_out(terms: list[Term], *names: str, phases: tuple[Phase, ...] = (Phase.ALWAYS, Phase.BACKWARD)) -> int:
+def estimate(terms: list[Term], *names: str, phases: tuple[Phase, ...] = (Phase.ALWAYS, Phase.BACKWARD)) -> int:
     return sum(term.num_bytes for term in terms if term.phase in phases and term.name in names)
 
 
@@ -61,7 +62,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def held(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks hold in every case, and the files of DeepSpeed that they had."""
+    """Bytes that two ranks hold in every case, and the DeepSpeed files that they used."""
 
     def run(out: Path) -> None:
         out.mkdir()
@@ -79,55 +80,57 @@ def held(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize(("strategy", "dtype", "tune"), CASES)
-def test_two_ranks_hold_what_was_worked_out(
+def test_two_ranks_hold_what_was_estimated(
     held: Path, tiny_checkpoint: Path, strategy: str, dtype: str, tune: str
 ) -> None:
-    """To a hundredth: partitions are padded."""
-    found = json.loads((held / "held.json").read_text())[CASES.index((strategy, dtype, tune))]
+    """To a hundredth, because partitions are padded."""
+    measured = json.loads((held / "held.json").read_text())[CASES.index((strategy, dtype, tune))]
     file = str(held / f"{strategy}.json") if strategy.startswith("offload") else f"{strategy}.json"
 
     flags = {f"tune_mm_{part}": digit == "1" for part, digit in zip(("llm", "mlp", "vision"), tune)}
     sizes = sizes_of(read_config(tiny_checkpoint), TrainArguments(shards="shards", **flags))
     terms = state_terms(sizes, sharding(file, getattr(torch, dtype)))
-    assert found["steps"]["weights"] == pytest.approx(
-        worked_out(terms, "weights", "weights too small to divide"), rel=0.01
+    assert measured["steps"]["weights"] == pytest.approx(
+        estimate(terms, "weights", "unpartitioned small weights"), rel=0.01
     )
-    # Offloaded gradients outlive the step; others are parts of the sums below.
-    kinds = ("float32 weights", "moments of AdamW", *(("float32 gradients",) if "offload" in strategy else ()))
-    for name in kinds:
-        assert found["steps"][name] == pytest.approx(worked_out(terms, name), rel=0.01), name
-    summed = worked_out(terms, "gradients", "gradients, added up", "gradients across borders")
-    of_a_pass = worked_out(terms, "gradients of a pass")
-    backward = found["backward"]
+    # Offloaded gradients outlive the step; others are part of the accumulated gradients below.
+    kinds = {"float32 weights": "float32 weights", "moments of AdamW": MOMENTS}
+    if "offload" in strategy:
+        kinds["float32 gradients"] = "float32 gradients"
+    for name, term in kinds.items():
+        assert measured["steps"][name] == pytest.approx(estimate(terms, term), rel=0.01), name
+    accumulated = estimate(terms, "gradients", "accumulated gradients", "gradients across boundaries")
+    of_micro_batch = estimate(terms, "micro-batch gradients")
+    backward = measured["backward"]
     if strategy == "zero1" and dtype == "float32":
-        # They stay with the parameters until the last micro-step takes them over.
-        assert max(backward["gradients"], backward["gradients of a pass"]) == pytest.approx(summed, rel=0.02)
+        # They stay with the parameters until the last micro-step moves them.
+        assert max(backward["gradients"], backward["gradients of a pass"]) == pytest.approx(accumulated, rel=0.02)
     else:
-        assert backward["gradients"] == pytest.approx(summed, rel=0.02)
-        assert backward["gradients of a pass"] == pytest.approx(of_a_pass, rel=0.01, abs=20_000)
+        assert backward["gradients"] == pytest.approx(accumulated, rel=0.02)
+        assert backward["gradients of a pass"] == pytest.approx(of_micro_batch, rel=0.01, abs=20_000)
 
 
-def test_the_peak_is_what_is_always_held_and_the_larger_of_two_phases() -> None:
-    def term(name: str, num_bytes: int, phase: Phase, place: str = DEVICE) -> Term:
-        return Term(name=name, num_bytes=num_bytes, arithmetic="", place=place, phase=phase)
+def test_the_peak_is_what_is_always_held_plus_the_larger_of_two_phases() -> None:
+    def term(name: str, num_bytes: int, phase: Phase, location: str = DEVICE) -> Term:
+        return Term(name=name, num_bytes=num_bytes, formula="", location=location, phase=phase)
 
-    always = (term("a", 100, Phase.ALWAYS), term("h", 7, Phase.ALWAYS, "cpu"))
-    backward = (term("b", 10, Phase.BACKWARD), term("m", 5, Phase.MOMENT), term("n", 9, Phase.MOMENT))
+    always = (term("a", 100, Phase.ALWAYS), term("h", 7, Phase.ALWAYS, HOST))
+    backward = (term("b", 10, Phase.BACKWARD), term("m", 5, Phase.TRANSIENT), term("n", 9, Phase.TRANSIENT))
     assert Memory((*always, *backward, term("s", 18, Phase.STEP))).peak() == 100 + 10 + 9
     memory = Memory((*always, *backward, term("s", 12, Phase.STEP), term("t", 11, Phase.STEP)))
     assert memory.peak() == 100 + 12 + 11
-    assert (memory.held(), memory.peak("cpu"), memory.peak("nvme")) == (100, 7, 0)
+    assert (memory.held(), memory.peak(HOST), memory.peak("nvme")) == (100, 7, 0)
 
 
-def test_a_stage_shares_out_what_it_says(tiny_checkpoint: Path) -> None:
-    """7B in bfloat16 on 64 ranks: 2 + 2 bytes of weights and gradients in a pass, 4 of sums, 12 of the optimizer."""
+def test_each_stage_partitions_what_zero_says(tiny_checkpoint: Path) -> None:
+    """7B in bfloat16 on 64 ranks: 2 bytes of weights, 4 of accumulated gradients, 12 of optimizer states."""
     sizes = sizes_of(OFFICIAL["7B"], ARGS)
     total = sizes.num_parameters
     held = {
         stage: sum(
             term.num_bytes
             for term in state_terms(sizes, sharding(f"zero{stage}.json", torch.bfloat16, world=64, hidden_size=3584))
-            if term.name in ("weights", "float32 weights", "moments of AdamW", "gradients", "gradients, added up")
+            if term.name in ("weights", "float32 weights", MOMENTS, "gradients", "accumulated gradients")
         )
         for stage in (1, 2, 3)
     }
@@ -137,12 +140,12 @@ def test_a_stage_shares_out_what_it_says(tiny_checkpoint: Path) -> None:
 
 
 def run_cli(*flags: str) -> str:
-    done = CliRunner().invoke(budget.main, flags)
+    done = CliRunner().invoke(main, flags)
     assert done.exit_code == 0, done.output
     return done.output
 
 
-def test_memory_can_be_asked_for_before_there_are_shards_or_a_checkpoint() -> None:
+def test_memory_needs_neither_shards_nor_a_checkpoint() -> None:
     output = run_cli(
         "--world-size", "64", "--model_name_or_path", "7B", "--deepspeed", "zero3.json", "--max-length", "4096"
     )
@@ -164,12 +167,12 @@ def test_memory_of_real_shards_is_that_of_their_largest_bin(tiny_checkpoint: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "nothing says what bins hold: give --shards, or --max-length where there are no shards yet."),
-        (["--max-length", "4096", "--shards", "s"], "--max-length 4096 and --shards s both say what bins hold"),
+        ([], "the size of a bin is unknown: pass --shards, or --max-length if there are no shards yet."),
+        (["--max-length", "4096", "--shards", "s"], "--max-length 4096 and --shards s exclude each other"),
         (["--max-length", "99999999999999999999"], "99999999999999999999 is not in the range"),
     ],
 )
-def test_either_shards_or_the_length_of_a_bin_must_be_given(flags: list[str], message: str) -> None:
-    done = CliRunner().invoke(budget.main, ["--world-size", "2", *flags])
+def test_shards_and_max_length_exclude_each_other_and_one_is_needed(flags: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["--world-size", "2", *flags])
     assert done.exit_code == 2
     assert message in done.output

@@ -1,5 +1,5 @@
-"""``python -m train.memory``: see :mod:`train.memory.budget`."""
+"""``python -m train.memory``: see :mod:`train.memory.cli`."""
 
-from train.memory.budget import main
+from train.memory.cli import main
 
 main()

@@ -1,9 +1,9 @@
-"""Memory that a micro-batch takes: sizes of a model and contents of the micro-batch -> memory terms.
+"""Memory of a micro-batch: parameter counts, what is trained, and the contents of the micro-batch -> memory terms.
 
-What a backward pass keeps is the sum of the tensors that autograd saves in the layers of transformers 5.23, exact but
-for the kernel of attention: what is said here is of SDPA, flash attention keeps a little less; keys and values that are
-repeated for every head (:func:`train.model.attention.has_grouped_kernel`) come on top. Adapters are taken for trained
-weights, which is a little too much.
+The backward pass keeps the tensors that autograd saves in the layers of transformers 5.23, which are counted exactly
+for SDPA. Flash attention keeps a little less; keys and values that are repeated for every head
+(:func:`train.model.attention.has_grouped_kernel`) come on top. Adapters count as trained weights, a slight
+overestimate.
 
 Cost: none.
 """
@@ -14,19 +14,21 @@ from dataclasses import dataclass
 
 import torch
 
-from schemas.qwen import PATCH_DIM
-from train.memory.states import Phase, Term
-from train.model import optim
+from schemas.qwen import MERGED_PATCHES, PATCH_DIM
+from train.arithmetic.weights import Stage, matrix_inputs
+from train.memory.terms import Phase, Term
+from train.model.optim import LANGUAGE_MODEL, MERGER, VISION_TOWER
 from train.model.packed import CHUNK
 from train.model.sizes import Sizes
 
-VISION_ANGLES, ANGLES = "angles of patches", "angles of tokens"
-"""Cosines and sines of rotary positions, shared by all layers."""
+STORED_PIXELS = "stored pixels"
+VISION_ROTARY, ROTARY = "rotary embeddings of patches", "rotary embeddings of tokens"
+"""Cosines and sines, shared by all layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What a micro-batch holds at most.
+    """Contents of a micro-batch.
 
     Attributes:
         num_tokens: tokens.
@@ -42,98 +44,93 @@ class Load:
 
 
 def activation_terms(sizes: Sizes, load: Load, dtype: torch.dtype) -> list[Term]:
-    """What forward and backward pass of a micro-batch hold beside weights and gradients."""
+    """Memory that forward and backward pass of a micro-batch hold, without weights and gradients."""
     return [*_vision_terms(sizes, load, dtype.itemsize), *_language_terms(sizes, load, dtype.itemsize)]
 
 
 def _vision_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
-    hidden, depth, patches = sizes.dims.vision_hidden_size, sizes.dims.vision_depth, load.num_patches
+    dims, patches = sizes.dims, load.num_patches
+    hidden, depth = dims.vision_hidden_size, dims.vision_depth
     terms = [
-        _term("pixels, as stored", PATCH_DIM, patches, "patches"),
-        _term("pixels, on their way", (4 + 2 * width) * PATCH_DIM, patches, "patches", Phase.MOMENT),
+        _term(STORED_PIXELS, PATCH_DIM, patches, "patches"),
+        _term("pixels being normalized", (4 + 2 * width) * PATCH_DIM, patches, "patches", Phase.TRANSIENT),
     ]
-    if optim.VISION_TOWER in sizes.trained_parts:
-        block = _vision_block(sizes, width)
+    # A frozen vision tower keeps nothing.
+    if VISION_TOWER in sizes.trained_parts:
+        block = _vision_block_bytes(sizes, width)
         terms.append(_term("pixels", width * PATCH_DIM, patches, "patches"))
-        terms.append(_term(VISION_ANGLES, 2 * 4 * (hidden // sizes.dims.vision_num_heads), patches, "patches"))
+        terms.append(_term(VISION_ROTARY, 2 * 4 * (hidden // dims.vision_num_heads), patches, "patches"))
         if load.is_checkpointed:
             terms.append(_term(f"inputs of {depth} blocks", width * hidden * depth, patches, "patches"))
-            terms.append(_term("a block, recomputed", block, patches, "patches", Phase.MOMENT))
+            terms.append(_term("recomputed block", block, patches, "patches", Phase.TRANSIENT))
         else:
             terms.append(_term(f"{depth} blocks", block * depth, patches, "patches"))
-    # Nothing is kept of a frozen vision tower.
-    if sizes.trained_parts & {optim.VISION_TOWER, optim.MERGER}:
-        terms.append(_term("merger", _merger(sizes, width), patches, "patches"))
+    if sizes.trained_parts & {VISION_TOWER, MERGER}:
+        terms.append(_term("merger", _merger_bytes(sizes, width), patches, "patches"))
     return terms
 
 
 def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
-    hidden, depth, tokens = sizes.dims.hidden_size, sizes.dims.num_layers, load.num_tokens
-    num_layers, phase = (1, Phase.MOMENT) if load.is_checkpointed else (depth, Phase.BACKWARD)
-    layers = _term(
-        "a layer, recomputed" if load.is_checkpointed else f"{depth} layers",
-        num_layers * _language_layer(sizes, width),
-        tokens,
-        "tokens",
-        phase,
-    )
-    terms = [_term(ANGLES, 2 * width * (hidden // sizes.dims.num_heads), tokens, "tokens")]
+    dims, tokens = sizes.dims, load.num_tokens
+    hidden, depth = dims.hidden_size, dims.num_layers
+    layer = _language_layer_bytes(sizes, width)
+    terms = [_term(ROTARY, 2 * width * (hidden // dims.num_heads), tokens, "tokens")]
     if load.is_checkpointed:
         terms.append(_term(f"inputs of {depth} layers", width * hidden * depth, tokens, "tokens"))
-    terms.append(layers)
-    is_trained = optim.LANGUAGE_MODEL in sizes.trained_parts
-    last = 4 * hidden + 4 + (width * hidden if is_trained else 0)
-    terms.append(_term("last norm", last, tokens, "tokens"))
-    # Of a chunk: logits, the same in float32, their logarithms, and gradients of all three.
+        terms.append(_term("recomputed layer", layer, tokens, "tokens", Phase.TRANSIENT))
+    else:
+        terms.append(_term(f"{depth} layers", depth * layer, tokens, "tokens"))
+    is_trained = LANGUAGE_MODEL in sizes.trained_parts
+    terms.append(_term("final norm", _norm_bytes(hidden, width, is_trained=is_trained), tokens, "tokens"))
+    # Logits of a chunk, the same in float32, their logarithms, and gradients of all three.
     logits = 12 if width == 4 else 12 + 2 * width
     rows = min(CHUNK, load.num_targets)
-    terms.append(_term("a chunk of logits", logits * sizes.dims.vocab_size, rows, "targets", Phase.MOMENT))
+    terms.append(_term("chunk of logits", logits * dims.vocab_size, rows, "targets", Phase.TRANSIENT))
     return terms
 
 
-def _language_layer(sizes: Sizes, width: int) -> int:
-    """Bytes that a layer of the language model saves for each token.
+def _language_layer_bytes(sizes: Sizes, width: int) -> int:
+    """Bytes that a layer of the language model saves per token.
 
-    Two norms save their inputs in float32 and their root; where weights are trained, what they multiply, too. Attention
-    saves queries, keys, values, its output and the sums of its rows. The MLP saves gate, gate after SiLU, the other
-    factor and, where weights are trained, the product. Trained matrices save their inputs; that of the last one of
-    attention is its output once more, joined.
+    Attention saves queries, keys, values, its output and the float32 sums of its rows. The MLP saves gate, SiLU of the
+    gate, and the other factor. Trained matrices save their inputs.
     """
-    hidden, keys = sizes.dims.hidden_size, sizes.dims.key_value_size
-    norms = 2 * (4 * hidden + 4)
-    attention = width * (2 * hidden + 2 * keys) + 4 * sizes.dims.num_heads
-    mlp = 3 * width * sizes.dims.intermediate_size
-    if optim.LANGUAGE_MODEL in sizes.trained_parts:
-        norms += 2 * width * hidden
-        attention += 2 * width * hidden
-        mlp += width * (hidden + sizes.dims.intermediate_size)
-    return norms + attention + mlp
+    dims, is_trained = sizes.dims, LANGUAGE_MODEL in sizes.trained_parts
+    norms = 2 * _norm_bytes(dims.hidden_size, width, is_trained=is_trained)
+    attention = width * (2 * dims.hidden_size + 2 * dims.key_value_size) + 4 * dims.num_heads
+    mlp = 3 * width * dims.intermediate_size
+    inputs = width * matrix_inputs(dims, Stage.LAYERS) if is_trained else 0
+    return norms + attention + mlp + inputs
 
 
-def _vision_block(sizes: Sizes, width: int) -> int:
-    """Bytes that a trained block of the vision tower saves for each patch.
+def _vision_block_bytes(sizes: Sizes, width: int) -> int:
+    """Bytes that a trained block of the vision tower saves per patch.
 
-    Values are a part of the output of ``qkv``, which is kept with them; the outputs of the windows are kept once alone
-    and once joined.
+    Attention saves the output of ``qkv``, of which values are a part, queries and keys after rotation, the output and
+    the float32 sums of its rows. The MLP saves the same as in the language model.
     """
-    hidden = sizes.dims.vision_hidden_size
-    return (
-        width * (11 * hidden + 4 * sizes.dims.vision_intermediate_size)
-        + 8 * (hidden + 1)
-        + 4 * sizes.dims.vision_num_heads
-    )
+    dims = sizes.dims
+    norms = 2 * _norm_bytes(dims.vision_hidden_size, width, is_trained=True)
+    attention = width * (3 + 2 + 1) * dims.vision_hidden_size + 4 * dims.vision_num_heads
+    mlp = 3 * width * dims.vision_intermediate_size
+    return norms + attention + mlp + width * matrix_inputs(dims, Stage.BLOCKS)
 
 
-def _merger(sizes: Sizes, width: int) -> int:
-    """Bytes that the merger saves for each patch: what its norm needs, and the inputs of its matrices and GELU."""
+def _merger_bytes(sizes: Sizes, width: int) -> int:
+    """Bytes that the merger saves per patch: the input of GELU, and what its norm and its matrices need."""
     hidden = sizes.dims.vision_hidden_size
     saved = width * hidden
-    if optim.VISION_TOWER in sizes.trained_parts:
-        saved += 4 * hidden + 4
-    if optim.MERGER in sizes.trained_parts:
-        saved += 3 * width * hidden
+    if VISION_TOWER in sizes.trained_parts:
+        saved += _norm_bytes(hidden, width, is_trained=False)
+    if MERGER in sizes.trained_parts:
+        saved += width * (hidden + matrix_inputs(sizes.dims, Stage.MERGER) // MERGED_PATCHES)
     return saved
 
 
-def _term(name: str, width: int, number: int, unit: str, phase: Phase = Phase.BACKWARD) -> Term:
-    return Term(name=name, num_bytes=width * number, arithmetic=f"{width:,} B x {number:,} {unit}", phase=phase)
+def _norm_bytes(hidden: int, width: int, *, is_trained: bool) -> int:
+    """Bytes that a norm saves per row: its input and root in float32, and what a trained weight is multiplied with."""
+    return 4 * hidden + 4 + (width * hidden if is_trained else 0)
+
+
+def _term(name: str, width: int, count: int, unit: str, phase: Phase = Phase.BACKWARD) -> Term:
+    return Term(name=name, num_bytes=width * count, formula=f"{width:,} B x {count:,} {unit}", phase=phase)

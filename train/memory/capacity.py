@@ -1,4 +1,4 @@
-"""Whether there is room for a run: what it takes of device, host and disk, and what these have -> problems, in words.
+"""Whether a run fits: its demand on device, host and disk, and what these have -> problems, in words.
 
 Cost: none.
 """
@@ -15,111 +15,109 @@ from pathlib import Path
 import torch
 
 from storage.disk import nearest_existing
-from train.memory.states import DEVICE, GIB, MOMENTS, Memory, Phase
+from train.memory.states import MOMENTS
+from train.memory.terms import DEVICE, GIB, HOST, Memory, Phase
 from train.model.sizes import Sizes
 from train.run.plan import Plan
 from train.run.run_dir import UNIVERSAL_TAG, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
-HOST = "cpu"
-"""Where DeepSpeed offloads to in memory; the other place is ``nvme``."""
-
 STATE_BYTES = 12
-"""Of a trained parameter in a checkpoint, at any ZeRO stage: float32 weight and both moments of AdamW."""
+"""Bytes of a trained parameter in a checkpoint at any ZeRO stage: float32 weight and both moments of AdamW."""
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Control groups of Linux (version 2), and a file that says which one this process is in."""
+"""Control groups of Linux (version 2), and the file that names the one of this process."""
 
 
 def device_bytes(device: torch.device) -> int:
-    """What this process can have of a CUDA device: what is free and what torch holds already.
+    """Bytes of a CUDA device available to this process: free memory, and what torch has already reserved.
 
-    The context of CUDA, buffers of NCCL and other processes are off.
+    The CUDA context, NCCL's buffers and other processes are excluded.
     """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or as much of it as the container or job of this process may have."""
+    """Memory of this machine, or the limit of the container or job that this process runs in."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError):  # no control groups
         entries = [line.split(":", 2) for line in OWN_CGROUP.read_text().splitlines()]
-        for own in (CGROUPS / path.lstrip("/") for number, _, path in entries if number == "0"):
+        for own in (CGROUPS / path.lstrip("/") for hierarchy, _, path in entries if hierarchy == "0"):
             for group in (own, *own.parents):
-                with suppress(OSError, ValueError):  # there is none, or it is "max"
+                with suppress(OSError, ValueError):  # the file is missing, or says "max"
                     limits.append(int((group / "memory.max").read_text()))
     return min(limits)
 
 
 def check_held(memory: Memory, available: int) -> list[str]:
-    """Whether weights, gradients and optimizer states fit the device, before anything is loaded.
+    """Check, before anything is loaded, that weights, gradients and optimizer states fit the device.
 
     Args:
-        memory: of a rank.
-        available: bytes of its device.
+        memory: memory of a rank.
+        available: bytes available on its device.
     """
     if memory.held() <= available:
         return []
     return [
-        f"weights, gradients and optimizer states take {memory.held() / GIB:.1f} GiB of a device that has "
-        f"{available / GIB:.1f} GiB: take a higher ZeRO stage, more ranks, offloading or LoRA"
+        f"weights, gradients and optimizer states need {memory.held() / GIB:.1f} GiB, but the device has "
+        f"{available / GIB:.1f} GiB: use a higher ZeRO stage, more ranks, offloading or LoRA"
     ]
 
 
 def check_device(memory: Memory, peak: int, available: int) -> list[str]:
-    """Whether a step fits the device, by what was seen of its backward pass and what was worked out of the rest.
+    """Check that a step fits the device, from the measured peak of its backward pass and the estimate of the rest.
 
     Args:
-        memory: as worked out.
-        peak: bytes that a forward and a backward pass took at most. The moments of the optimizer are not there yet:
-            its first step makes them.
-        available: bytes of the device.
+        memory: the estimate.
+        peak: measured peak of a forward and a backward pass in bytes. It lacks the moments of the optimizer, which are
+            allocated by its first step.
+        available: bytes available on the device.
     """
-    terms = [term for term in memory.terms if term.place == DEVICE]
+    terms = [term for term in memory.terms if term.location == DEVICE]
     moments = sum(term.num_bytes for term in terms if term.name == MOMENTS)
     step = memory.held() + sum(term.num_bytes for term in terms if term.phase == Phase.STEP)
     needed = max(peak + moments, step)
     logger.info(
-        "of %.1f GiB a step takes %.1f GiB: %.1f GiB were seen, moments of AdamW add %.1f GiB; worked out: %.1f GiB",
+        "device memory, GiB: %.1f available, %.1f needed (measured %.1f, AdamW moments %.1f; estimate %.1f)",
         *(size / GIB for size in (available, needed, peak, moments, memory.peak())),
     )
     if needed <= available:
         return []
     return [
-        f"a step takes {needed / GIB:.1f} GiB of a device that has {available / GIB:.1f} GiB: lower "
-        "--per_device_train_batch_size and raise --gradient_accumulation_steps, or take a higher ZeRO stage, more "
+        f"a step needs {needed / GIB:.1f} GiB, but the device has {available / GIB:.1f} GiB: lower "
+        "--per_device_train_batch_size and raise --gradient_accumulation_steps, or use a higher ZeRO stage, more "
         "ranks or offloading"
     ]
 
 
 def check_host(memory: Memory, num_ranks: int, available: int) -> list[str]:
-    """Whether what ranks offload fits the memory of their machine.
+    """Check that the offloaded memory of all ranks of a machine fits its host memory.
 
     Args:
-        memory: of a rank.
-        num_ranks: on this machine.
-        available: bytes of its memory.
+        memory: memory of a rank.
+        num_ranks: ranks on this machine.
+        available: bytes of host memory.
     """
-    of_rank = memory.peak(HOST)
-    if num_ranks * of_rank <= available:
+    per_rank = memory.peak(HOST)
+    if num_ranks * per_rank <= available:
         return []
     return [
-        f"offloading takes {num_ranks * of_rank / GIB:.1f} GiB of a machine that has {available / GIB:.1f} GiB "
-        f"({num_ranks} ranks with {of_rank / GIB:.1f} GiB each): take more machines, or offload less"
+        f"offloading needs {num_ranks * per_rank / GIB:.1f} GiB ({num_ranks} ranks with {per_rank / GIB:.1f} GiB "
+        f"each), but the machine has {available / GIB:.1f} GiB: use more machines, or offload less"
     ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """What a run adds to its folder, at most at a time.
+class DiskUsage:
+    """Peak disk usage of a run.
 
     Attributes:
-        num_checkpoints: checkpoints to resume from.
-        checkpoint: bytes of each.
+        num_checkpoints: checkpoints that exist at a time.
+        checkpoint: bytes of each checkpoint.
         model: bytes of the trained model, and of its adapters.
-        converted: bytes of a checkpoint of another number of ranks in its universal form; 0 where none is made.
+        converted: bytes of the universal form of a checkpoint of another number of ranks; 0 if none is written.
     """
 
     num_checkpoints: int
@@ -129,25 +127,25 @@ class Written:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all that."""
+        """Total bytes."""
         return self.num_checkpoints * self.checkpoint + self.model + self.converted
 
 
-def written(plan: Plan, sizes: Sizes) -> Written:
-    """What a run is going to write.
+def disk_usage(plan: Plan, sizes: Sizes) -> DiskUsage:
+    """Peak disk usage of a run.
 
     Args:
         plan: the run.
-        sizes: of its model, as it is trained.
+        sizes: parameter counts of its model.
     """
     args, width = plan.args, plan.compute.dtype.itemsize
     saves = plan.num_steps // args.save_steps - plan.start_step // args.save_steps if args.save_steps else 0
-    num_checkpoints = max(1, saves)  # a run that is told to stop saves one in any case
+    num_checkpoints = max(1, saves)  # a run that is stopped always saves one
     if args.save_total_limit is not None:
-        # The oldest one goes when the newest is complete.
+        # The oldest checkpoint is deleted after the newest is complete.
         room = args.save_total_limit + 1 - len(list_checkpoints(args.run_dir))
         num_checkpoints = max(1, min(num_checkpoints, room))
-    # ZeRO-3 leaves it at the float32 weights.
+    # ZeRO-3 saves the float32 weights only.
     holds_weights = plan.deepspeed["zero_optimization"]["stage"] < 3
     resume = plan.resume
     is_converted_here = (
@@ -156,7 +154,7 @@ def written(plan: Plan, sizes: Sizes) -> Written:
         and resume.folder.parent.resolve() == args.run_dir.resolve()
         and not (resume.folder / UNIVERSAL_TAG).is_dir()
     )
-    return Written(
+    return DiskUsage(
         num_checkpoints=num_checkpoints,
         checkpoint=sizes.num_trained * (STATE_BYTES + (width if holds_weights else 0)),
         model=width * (sizes.num_parameters if plan.adapters is None else sizes.num_parameters + sizes.num_trained),
@@ -164,24 +162,24 @@ def written(plan: Plan, sizes: Sizes) -> Written:
     )
 
 
-def check_disk(folder: Path, plans: Written) -> list[str]:
-    """Whether there is room for what a run writes.
+def check_disk(folder: Path, usage: DiskUsage) -> list[str]:
+    """Check that the disk has room for a run.
 
     Args:
-        folder: of the run; it need not be there.
-        plans: what is going to be written.
+        folder: folder of the run; it need not exist.
+        usage: peak disk usage of the run.
     """
     free = shutil.disk_usage(nearest_existing(folder)).free
-    what = (
-        f"{plans.num_checkpoints} x {plans.checkpoint / GIB:.2f} GiB of checkpoints and {plans.model / GIB:.2f} GiB of "
-        "the trained model"
+    files = (
+        f"{usage.num_checkpoints} x {usage.checkpoint / GIB:.2f} GiB of checkpoints and {usage.model / GIB:.2f} GiB of "
+        "trained model"
     )
-    if plans.converted:
-        what = f"{plans.converted / GIB:.2f} GiB of the checkpoint to go on from, dealt out anew, {what}"
-    logger.info("the run writes up to %s to %s, where %.1f GiB are free", what, folder, free / GIB)
-    if plans.num_bytes <= free:
+    if usage.converted:
+        files = f"{usage.converted / GIB:.2f} GiB of resharded checkpoint, {files}"
+    logger.info("disk: the run writes up to %s to %s, which has %.1f GiB free", files, folder, free / GIB)
+    if usage.num_bytes <= free:
         return []
     return [
-        f"{what} do not fit {folder}, where {free / GIB:.2f} GiB are free: make room, keep fewer checkpoints "
-        "(--save_total_limit), or give another --output_dir"
+        f"{files} do not fit {folder}, which has {free / GIB:.2f} GiB free: free some space, keep fewer checkpoints "
+        "(--save_total_limit), or use another --output_dir"
     ]
