@@ -99,7 +99,7 @@ def have_no_disk() -> None:
             "zero3_offload",
             have_no_memory,
             2,
-            "offloading needs 0.5 GiB (2 ranks with 0.3 GiB each), but the machine has 0.0 GiB",
+            "offloading needs 0.3 GiB (2 ranks with 0.1 GiB each), but the machine has 0.0 GiB",
         ),
         ("zero2", have_no_disk, 1, "1 x 0.15 GiB of checkpoints"),
     ],
