@@ -1,9 +1,9 @@
-"""How evenly ranks are loaded, and what that costs in randomness: ``python -m tests.benchmarks.balance``.
+"""How evenly ranks are loaded, and the price in randomness: ``python -m tests.benchmarks.balance``.
 
-A realistic mixture is packed, and every means is measured on the same bins: efficiency (mean cost over highest cost of
-the ranks, mean over micro-steps), and the variance of the mixture of datasets from step to step, as a multiple of that
-of bins drawn at random. Then what a budget of patches does to that, and how long a run takes to go on at any step of
-ten million bins. No file is read; it takes less than a minute.
+A realistic mixture is packed, and every method is measured on the same bins: efficiency (mean over highest cost of the
+ranks, averaged over micro-steps), and the variance of the mixture of datasets between steps, relative to bins drawn at
+random. Then the effect of a patch budget, and the time to resume at any step of ten million bins. It reads no file and
+takes less than a minute.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ MAX_PATCHES = 12_288
 
 @lru_cache(maxsize=2)
 def mixture(max_patches: int | None) -> PackedMixture:
-    """The mixture, packed with a budget of patches or without."""
+    """The packed mixture, with or without a patch budget."""
     return packed_mixture(num_samples=300_000, max_length=4096, max_patches=max_patches, seed=0)
 
 
-def variance_of_chance(packed: PackedMixture, global_batch: int) -> float:
-    """Variance of the mixture of datasets over steps whose bins are drawn at random."""
+def random_variance(packed: PackedMixture, global_batch: int) -> float:
+    """Variance of the mixture of datasets over steps of bins drawn at random."""
     drawn = np.random.default_rng(0).integers(0, packed.num_bins, (8000, global_batch))
     return mixture_variance(packed.composition, drawn)
 
 
-def time_of_going_on(grouping: Grouping | None, num_bins: int = 10_000_000) -> float:
-    """Milliseconds from the state of a run to the bins of its next step, the median of several."""
+def resume_ms(grouping: Grouping | None, num_bins: int = 10_000_000) -> float:
+    """Median time from the state of a run to the bins of its next step, in milliseconds."""
     cost = np.random.default_rng(0).random(num_bins)
     state = DataOrder(cost, seed=0, global_batch=512, grouping=grouping).state_dict(10**9)
     times = []
@@ -60,18 +60,18 @@ def time_of_going_on(grouping: Grouping | None, num_bins: int = 10_000_000) -> f
 def measure(
     model: CostModel, *, max_patches: int | None, world_size: int, accumulation: int, num_steps: int
 ) -> Iterator[tuple[str, float, float]]:
-    """Name, efficiency and ratio of variances of every means, a random deal first."""
+    """Name, efficiency and relative variance of every method, a random deal first."""
     packed = mixture(max_patches)
     cost = model.bin_flops(**packed.columns)
     global_batch = world_size * accumulation
-    of_chance = variance_of_chance(packed, global_batch)
+    reference = random_variance(packed, global_batch)
     for window in WINDOWS:
         grouping = Grouping(steps=window, runs=accumulation) if window else None
         order = DataOrder(cost, seed=0, global_batch=global_batch, grouping=grouping)
         steps = np.stack([order.global_bins(step) for step in range(num_steps)])
-        ratio = mixture_variance(packed.composition, steps) / of_chance
+        ratio = mixture_variance(packed.composition, steps) / reference
         if window is None:
-            # The same bins in the order they are drawn, which is a random one.
+            # The same bins in the order of the draw, which is random.
             at_random = cost[steps].reshape(-1, world_size)
             yield f"random deal (fill {packed.fill:.3f})", _efficiency(at_random), ratio
         dealt = [
@@ -91,28 +91,28 @@ def _efficiency(load: np.ndarray) -> float:
 @click.option("--accumulation", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--num-steps", type=click.IntRange(min=2), default=2000, show_default=True)
 def main(world_size: int, accumulation: int, num_steps: int) -> None:
-    """Measure what balances the ranks."""
+    """Measure how evenly ranks are loaded."""
     click.echo(describe_machine("numpy"))
     click.echo(f"mixture of {', '.join(KINDS)}; {world_size} ranks, {accumulation} micro-steps, {num_steps} steps")
     for name, model in MODELS.items():
         for max_patches in (None, MAX_PATCHES):
-            found = measure(
+            results = measure(
                 model,
                 max_patches=max_patches,
                 world_size=world_size,
                 accumulation=accumulation,
                 num_steps=num_steps,
             )
-            for means, efficiency, ratio in found:
+            for method, efficiency, ratio in results:
                 budget = f"{max_patches:,} patches" if max_patches else "no budget"
-                click.echo(f"{name:<16} {budget:<16} {means:<28} efficiency {efficiency:.4f}  variance x {ratio:.2f}")
+                click.echo(f"{name:<16} {budget:<16} {method:<28} efficiency {efficiency:.4f}  variance x {ratio:.2f}")
     with_budget, without = (
-        variance_of_chance(mixture(max_patches), world_size * accumulation) for max_patches in (MAX_PATCHES, None)
+        random_variance(mixture(max_patches), world_size * accumulation) for max_patches in (MAX_PATCHES, None)
     )
-    click.echo(f"budget of {MAX_PATCHES:,} patches: variance of steps drawn at random x {with_budget / without:.2f}")
+    click.echo(f"budget of {MAX_PATCHES:,} patches: variance of random steps x {with_budget / without:.2f}")
     for grouping in (None, Grouping(steps=8, runs=8)):
         name = "grouped over 8 steps" if grouping else "not grouped"
-        click.echo(f"going on among ten million bins, {name}: {time_of_going_on(grouping):.2f} ms")
+        click.echo(f"resume among ten million bins, {name}: {resume_ms(grouping):.2f} ms")
 
 
 if __name__ == "__main__":

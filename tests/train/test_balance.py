@@ -1,4 +1,4 @@
-"""Ranks meet in every micro-step with bins of similar cost; what that costs in randomness is known."""
+"""In every micro-step ranks have bins of similar cost, and the price in randomness is measured."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ groupings = st.builds(Grouping, steps=st.integers(2, 5), runs=st.integers(1, 5))
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 2**63), st.integers(1, 25), groupings)
-def test_a_window_of_steps_has_the_bins_that_were_drawn_for_it(
+def test_a_window_of_steps_has_exactly_the_bins_drawn_for_it(
     num_bins: int, seed: int, batch: int, grouping: Grouping
 ) -> None:
-    """Every bin exactly as often as without grouping, so exactly once an epoch up to the borders of windows."""
+    """Every bin is used as often as without grouping, so once per epoch up to the boundaries of windows."""
     cost = np.random.default_rng(num_bins).lognormal(size=num_bins)
     grouped = DataOrder(cost, seed=seed, global_batch=batch, grouping=grouping)
     plain = DataOrder(cost, seed=seed, global_batch=batch)
@@ -42,10 +42,10 @@ def test_a_window_of_steps_has_the_bins_that_were_drawn_for_it(
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 99), st.integers(1, 12), groupings, st.sampled_from([0.3, 1.0, 1.5, 2.0]))
-def test_a_grouped_sequence_that_ends_uses_exactly_what_a_plain_one_uses(
+def test_a_finite_grouped_sequence_uses_exactly_the_bins_of_a_plain_one(
     num_bins: int, seed: int, batch: int, grouping: Grouping, epochs: float
 ) -> None:
-    """The last window, cut short by the end, included."""
+    """Including the last window, which the end cuts short."""
     cost = np.random.default_rng(num_bins).lognormal(size=num_bins)
     orders = [DataOrder(cost, seed=seed, global_batch=batch, epochs=epochs, grouping=how) for how in (grouping, None)]
     uses = [
@@ -117,7 +117,7 @@ def test_a_state_of_another_order_is_refused() -> None:
         return DataOrder(arguments.pop("cost"), **arguments)  # type: ignore[arg-type]
 
     state = order().state_dict(3)
-    assert order(epochs=2.0).step_of(state) == 3, "a run may be made longer or shorter"
+    assert order(epochs=2.0).step_of(state) == 3, "the length of a run may change"
     for changes, says in [
         ({"seed": 2}, "seed 1, now 2"),
         ({"global_batch": 8}, "global_batch 4, now 8"),
@@ -138,7 +138,7 @@ def test_a_state_of_another_order_is_refused() -> None:
     assert order(grouping=Grouping(steps=4, runs=2)).step_of({**grouped, "step": 8}) == 8
 
 
-def test_a_grouping_of_nonsense_is_wrong_use() -> None:
+def test_an_invalid_grouping_is_an_error() -> None:
     for steps, runs in ((1, 4), (2, 0)):
         with pytest.raises(ConfigError, match=f"grouping over {steps} steps in {runs} runs"):
             Grouping(steps=steps, runs=runs)
@@ -149,10 +149,10 @@ def mixture(max_patches: int | None = 12_288) -> PackedMixture:
     return packed_mixture(num_samples=120_000, max_length=4096, max_patches=max_patches, seed=0)
 
 
-def measured(
+def measure(
     model: CostModel, grouping: Grouping | None, max_patches: int | None = 12_288
 ) -> tuple[float, float, float, float]:
-    """Efficiency of a random deal and of ours, and the variances of the mixture of datasets in a step."""
+    """Efficiency of a random deal and of the order, and variances of the mixture in its steps and in random draws."""
     packed = mixture(max_patches)
     cost = model.bin_flops(**packed.columns)
     plain = DataOrder(cost, seed=0, global_batch=256)
@@ -170,10 +170,10 @@ def measured(
 
 @pytest.mark.parametrize("model", [MODEL_7B, MODEL_3B], ids=["7B", "3B"])
 def test_a_budget_of_patches_and_sorting_the_random_batch_are_enough_for_64_ranks(model: CostModel) -> None:
-    """A mixture of pictures, pages, charts, clips and text; dealt at random, ranks idle for a tenth of the time."""
-    random, sorted_alone, _, _ = measured(model, None, max_patches=None)
+    """A mixture of images, pages, charts, videos and text. In a random deal, ranks idle for a tenth of the time."""
+    random, sorted_alone, _, _ = measure(model, None, max_patches=None)
     assert 0.85 < random < 0.93
-    with_budget, ours, variance, random_variance = measured(model, None)
+    with_budget, ours, variance, random_variance = measure(model, None)
     assert random < with_budget < ours
     assert sorted_alone < ours
     assert ours >= 0.97
@@ -182,7 +182,7 @@ def test_a_budget_of_patches_and_sorting_the_random_batch_are_enough_for_64_rank
 
 
 def test_the_default_leaves_the_mixture_of_a_step_as_random_as_a_random_deal() -> None:
-    """The same over 2000 steps, where a tenth can be seen: the bins of a step are a random draw."""
+    """The bins of a step are a random draw; 2000 steps suffice to see a difference of a tenth."""
     order = DataOrder(np.ones(mixture().num_bins), seed=1, global_batch=256)
     steps = np.stack([order.global_bins(step) for step in range(2000)])
     drawn = np.random.default_rng(0).integers(0, mixture().num_bins, (8000, 256))
@@ -191,17 +191,17 @@ def test_the_default_leaves_the_mixture_of_a_step_as_random_as_a_random_deal() -
 
 
 def test_grouping_balances_better_and_makes_the_mixture_vary_more() -> None:
-    """So it is off by default: what it adds to a budget and sorting costs a multiple of the variance."""
-    _, plain, _, random_variance = measured(MODEL_3B, None)
-    _, grouped, variance, _ = measured(MODEL_3B, Grouping(steps=4, runs=4))
+    """Grouping is off by default, because it multiplies the variance of the mixture."""
+    _, plain, _, random_variance = measure(MODEL_3B, None)
+    _, grouped, variance, _ = measure(MODEL_3B, Grouping(steps=4, runs=4))
     assert plain < 0.985 < grouped
     assert variance > 2 * random_variance
 
 
-def test_going_on_at_any_step_of_ten_million_bins_makes_no_array_over_all_bins() -> None:
+def test_resuming_at_any_step_of_ten_million_bins_allocates_no_array_over_all_bins() -> None:
     """The order holds the costs, 8 bytes a bin; state, resume and steps take less than one byte a bin more.
 
-    What a resume takes in milliseconds is measured in tests/benchmarks/balance.py.
+    tests/benchmarks/balance.py measures the time.
     """
     cost = np.arange(10_000_000, dtype=np.float64)
     dealt = {"world_size": 64, "accumulation": 8, "per_device": 1}
