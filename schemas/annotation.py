@@ -1,4 +1,4 @@
-"""What a user's record looks like, and why one can be rejected.
+"""The format of a user's record, and the reasons to reject one.
 
 The structs are what ``msgspec`` decodes records into (fields of other names are ignored); the JSON Schema files under
 ``schemas/json/`` are generated from them, for editors and other languages.
@@ -68,7 +68,7 @@ class Exchange(msgspec.Struct, frozen=True):
 class TextsRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A record as the Cauldron and FineVision have it: ``texts``, a list of exchanges.
 
-    Where no ``<image>`` tag stands in them, the pictures come first: one tag and a newline each before the first text.
+    If they have no ``<image>`` tag, the images come first: one tag and a newline each before the first text.
     """
 
     texts: list[Exchange]
@@ -106,7 +106,7 @@ class ReasonCode(str, Enum):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is wrong with a record: the code, and a sentence that names the place and the remedy."""
+    """One problem of a record: its code, and a sentence that names the field and the fix."""
 
     code: ReasonCode
     message: str

@@ -59,9 +59,12 @@ def processor_file(folder: Path) -> Path:
     Raises:
         ConfigError: ``processor_config.json`` is none.
     """
-    whole, alone = (folder / name for name in PROCESSOR_FILES)
-    if whole.is_file() and _decode(whole.read_bytes(), _ProcessorFile, str(whole)).image_processor is not None:
-        return whole
+    processor, alone = (folder / name for name in PROCESSOR_FILES)
+    if (
+        processor.is_file()
+        and _decode(processor.read_bytes(), _ProcessorFile, str(processor)).image_processor is not None
+    ):
+        return processor
     return alone
 
 

@@ -1,7 +1,7 @@
-"""Facts about Qwen2.5-VL that both programs rely on: control tokens, patch geometry, normalisation.
+"""Constants of Qwen2.5-VL that both programs rely on: control tokens, patch geometry, normalisation.
 
-Sources: ``config.json``, ``preprocessor_config.json`` and ``tokenizer_config.json`` of the Qwen2.5-VL checkpoints. What
-a checkpoint at hand says is compared with these constants at start; a difference stops the program.
+Sources: ``config.json``, ``preprocessor_config.json`` and ``tokenizer_config.json`` of the Qwen2.5-VL checkpoints. Each
+program compares its checkpoint with these constants at start. A difference stops it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PATCH_SIZE = 14
 MERGE_SIZE = 2
 TEMPORAL_PATCH_SIZE = 2
 FACTOR = PATCH_SIZE * MERGE_SIZE
-"""Sides of a resized picture are multiples of this many pixels (28): one token is a square of 28 by 28 pixels."""
+"""Sides of a resized image are multiples of this many pixels (28): one token is a square of 28 by 28 pixels."""
 
 MERGED_PATCHES = MERGE_SIZE * MERGE_SIZE
 """Patches that the merger turns into one token."""

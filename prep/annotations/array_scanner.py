@@ -1,8 +1,8 @@
 """Finds the ends of the elements of a JSON array by structure alone, block by block, vectorised.
 
 Input: consecutive blocks of the bytes after the array's opening bracket. Output: where each top-level element ends.
-State between blocks is three values (depth, inside a string, escape pending), and blocks are looked at in pieces that
-fit a processor's cache, so that memory does not grow with the array. Cost: about 0.3 GB/s.
+The state between blocks is three values (depth, inside a string, escape pending). Blocks are scanned in pieces that fit
+the processor's cache, and memory does not grow with the array. Cost: about 0.3 GB/s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KINDS = bytes(
     {0x22: _QUOTE, 0x2C: _COMMA, 0x5B: _OPEN, 0x7B: _OPEN, 0x5D: _CLOSE, 0x7D: _CLOSE}.get(n, 0) for n in range(256)
 )
 _STEPS = np.asarray([0, 0, 0, 1, -1], dtype=np.int8)
-"""What each kind does to the depth."""
+"""Change of the depth by each kind of byte."""
 
 
 class ArrayScanner:
@@ -31,30 +31,30 @@ class ArrayScanner:
 
     @property
     def closed(self) -> bool:
-        """Whether the array's closing bracket has been seen; what follows it is not part of the array."""
+        """Whether the closing bracket of the array has been seen."""
         return self._depth <= 0
 
     @property
     def deepest(self) -> int:
-        """Most brackets that were open at once, that of the array included."""
+        """Maximum depth so far, including the array itself."""
         return self._deepest
 
     @property
     def between_elements(self) -> bool:
-        """Whether the last element is complete: an array that ends here lacks its closing bracket and no more."""
+        """Whether the last element is complete, so that an array that ends here lacks only its closing bracket."""
         return self._depth == 1 and not self._in_string
 
     def element_ends(self, block: bytes) -> NDArray[np.int64]:
-        """Positions in ``block`` just behind each top-level comma, and behind the bracket that closes the array.
+        """Positions in ``block`` just after each top-level comma, and after the closing bracket of the array.
 
-        After the closing bracket no more ends are reported.
+        Nothing after the closing bracket counts.
         """
-        found = [np.empty(0, dtype=np.int64)]
+        ends = [np.empty(0, dtype=np.int64)]
         for start in range(0, len(block), _PIECE_BYTES):
             if self.closed:
                 break
-            found.append(self._ends(block[start : start + _PIECE_BYTES]) + start)
-        return np.concatenate(found)
+            ends.append(self._ends(block[start : start + _PIECE_BYTES]) + start)
+        return np.concatenate(ends)
 
     def _ends(self, piece: bytes) -> NDArray[np.int64]:
         kinds = np.frombuffer(self._without_escapes(piece).translate(_KINDS), dtype=np.uint8)
@@ -63,7 +63,7 @@ class ArrayScanner:
             return at
         kinds = kinds[at]
         quotes = kinds == _QUOTE
-        # A bracket or comma counts where an even number of quotes stands before it; eight bits hold the parity.
+        # A bracket or comma counts if an even number of quotes precedes it. Eight bits suffice for the parity.
         inside = (np.cumsum(quotes, dtype=np.uint8) & 1 == 1) ^ self._in_string
         self._in_string = bool(inside[-1])
         outside = ~(inside | quotes)
@@ -83,23 +83,24 @@ class ArrayScanner:
         return ends
 
     def _without_escapes(self, piece: bytes) -> bytes:
-        """The piece with blanks for escaped backslashes and quotes; remembers whether its last byte escapes the next
-        piece's first.
+        """The piece with escaped backslashes and quotes blanked.
+
+        Remembers if its last byte escapes the first byte of the next piece.
         """
-        # Nothing else is touched, so that it makes no difference where pieces begin, even in what is not JSON.
+        # Nothing else changes, so the result does not depend on where pieces begin, even for invalid JSON.
         if self._escape_pending and piece[0] in b'\\"':
             piece = b" " + piece[1:]
         if b"\\" not in piece:
             self._escape_pending = False
             return piece
-        # Pairs are replaced from the left, so that what is left of a run of backslashes escapes what follows it.
+        # Pairs are replaced from the left, so a remaining backslash of a run escapes the byte after it.
         piece = piece.replace(b"\\\\", b"  ")
         self._escape_pending = piece.endswith(b"\\")
         return piece.replace(b'\\"', b"  ")
 
 
 def nesting_depth(data: bytes) -> int:
-    """How many arrays and objects stand inside one another in the JSON text ``data``."""
+    """Maximum number of nested arrays and objects in the JSON text ``data``."""
     scanner = ArrayScanner()
     scanner.element_ends(data)
     return scanner.deepest - 1

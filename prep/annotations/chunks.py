@@ -1,4 +1,4 @@
-"""What annotation files are cut into: chunks of whole records, and the records."""
+"""Chunks, which annotation files are cut into, and their records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 MAX_RECORD_BYTES = 16 << 20
-"""A record longer than this is rejected as ``bad_json`` without being held in memory."""
+"""A longer record is rejected as ``bad_json`` without being read into memory."""
 
 
 Kind = Literal["lines", "array", "rest", "rows", "oversized", "unclosed"]
@@ -16,16 +16,16 @@ Kind = Literal["lines", "array", "rest", "rows", "oversized", "unclosed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A run of whole records of one file.
+    """A run of complete records of one file.
 
     Attributes:
-        kind: ``lines`` of JSONL, elements of an ``array``, the ``rest`` behind an array's last separator (one record),
-            ``rows`` of a Parquet file, one ``oversized`` record that is too long to be read, or ``unclosed``: the end
+        kind: ``lines`` of JSONL, elements of an ``array``, the ``rest`` after an array's last separator (one record),
+            ``rows`` of a Parquet file, one ``oversized`` record that is too long to read, or ``unclosed``: the end
             of a file whose array lacks its closing bracket, which counts as one bad record.
         start: first byte (of ``rows``: first row) of the run.
-        stop: byte (row) behind the run.
-        first_line: line (from 1) that ``start`` lies in; of ``rows``: number of the row, from 1.
-        first_record: number (from 0) of the first annotation, within the file.
+        stop: first byte (row) after the run.
+        first_line: line of ``start``, from 1; of ``rows``: the row, from 1.
+        first_record: index of the first annotation within the file, from 0.
         num_records: annotations in the run.
     """
 
@@ -38,14 +38,14 @@ class Chunk:
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One annotation as it was found.
+    """One annotation, not validated yet.
 
     Attributes:
-        data: its JSON text; None where it cannot be had.
-        line: line (from 1) that it starts in.
-        number: place (from 0) among the annotations of the file.
-        embedded: encoded media that came inside the record, by the name that ``data`` gives them.
-        fault: why ``data`` is None, in words.
+        data: its JSON text; None if it cannot be read.
+        line: line on which it starts, from 1.
+        number: index among the annotations of the file, from 0.
+        embedded: encoded media that came inside the record, by their names in ``data``.
+        fault: why ``data`` is None.
     """
 
     data: bytes | None

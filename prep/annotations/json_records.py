@@ -1,7 +1,7 @@
-"""JSON and JSONL: cuts files into chunks of whole records, and chunks into records.
+"""JSON and JSONL: cuts files into chunks of complete records, and chunks into records.
 
 Input: the bytes of a file, in blocks. Output: chunks (byte ranges with their lines and numbers), and the text of each
-record. Holds one block and one unfinished record at a time. Indexing JSONL runs at about 0.7 GB/s, JSON arrays at
+record. Holds one block and one incomplete record at a time. Indexing JSONL runs at about 0.7 GB/s, JSON arrays at
 0.2 GB/s.
 
 A JSON array is cut by its structure alone (quotes, brackets, commas): a record that is not valid JSON does not spoil
@@ -24,10 +24,10 @@ from prep.annotations.chunks import MAX_RECORD_BYTES, Chunk, Kind, Record
 from schemas.errors import ConfigError
 
 CHUNK_RECORDS = 4096
-"""Most records in a chunk; a chunk also ends with the block of bytes that it was read in."""
+"""Maximum number of records in a chunk. A chunk also ends with the block of bytes that it was read from."""
 
 MAX_PACKED_RECORDS = 1 << 16
-"""A record that is a list of more annotations than this is left as it is, to be rejected as no object."""
+"""A record that is a list of more annotations stays one record, and is rejected as ``not_an_object``."""
 
 _BLOCK_BYTES = 4 << 20
 _OPENING_BYTES = 1 << 16
@@ -43,9 +43,7 @@ _raw_list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def _is_array(file: BinaryIO) -> bool:
-    """Whether a file is one JSON array: it starts with ``[``, and its first line is not a list with more lines behind
-    it.
-    """
+    """Whether a file is one JSON array: it starts with ``[``, and its first line is not a list before other lines."""
     head = file.read(_OPENING_BYTES)
     start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not start.startswith(b"["):
@@ -60,7 +58,7 @@ def _annotations(piece: bytes) -> list[bytes]:
     """The annotations in one record: itself, or the elements of the upstream framework's packed form."""
     if not piece.startswith(b"["):
         return [piece]
-    # Counting first keeps a long list of next to nothing from becoming millions of objects.
+    # Count first, so that a long list of tiny elements does not become millions of objects.
     if len(piece) > 2 * MAX_PACKED_RECORDS and ArrayScanner().element_ends(piece[1:]).size > MAX_PACKED_RECORDS:
         return [piece]
     try:
@@ -71,7 +69,7 @@ def _annotations(piece: bytes) -> list[bytes]:
 
 
 def cut(path: Path) -> Iterator[Chunk]:
-    """Cut a file into chunks, holding one block and one unfinished record at a time."""
+    """Cut a file into chunks. Memory: one block and one incomplete record."""
     with path.open("rb") as file:
         is_array = _is_array(file)
         file.seek(0)
@@ -111,7 +109,7 @@ def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
 
 
 class _Cutter:
-    """Cuts a stream of blocks into chunks of whole records."""
+    """Cuts a stream of blocks into chunks of complete records."""
 
     def __init__(self, is_array: bool) -> None:
         self._scanner = ArrayScanner() if is_array else None
@@ -121,12 +119,12 @@ class _Cutter:
         self._offset, self._line, self._record = 0, 1, 0
 
     def skip(self, data: bytes) -> None:
-        """Pass over bytes that belong to no record."""
+        """Skip bytes that belong to no record."""
         self._offset += len(data)
         self._line += data.count(b"\n")
 
     def feed(self, block: bytes) -> Iterator[Chunk]:
-        """Take a block; yield the chunks that are complete."""
+        """Add a block; yields the chunks that are complete."""
         ends = _line_ends(block) if self._scanner is None else self._scanner.element_ends(block)
         ends = ends + len(self._carried)
         self._carried += block
@@ -152,7 +150,7 @@ class _Cutter:
             self._carried.clear()
 
     def finish(self) -> Iterator[Chunk]:
-        """Yield what is left at the end of the file."""
+        """Yield the rest at the end of the file."""
         data = bytes(self._carried)
         if self._dropped_bytes:
             yield self._chunk("oversized", data, num_records=1)
@@ -185,12 +183,12 @@ class _Cutter:
 
 
 def _line_ends(data: bytes) -> NDArray[np.int64]:
-    """Positions just behind each line break."""
+    """Positions just after each line break."""
     return np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 0x0A) + 1
 
 
 def _ends_within(data: bytes, chunk: Chunk) -> list[int]:
-    """Positions behind the separators in the data of a chunk."""
+    """Positions after the separators in the data of a chunk."""
     if chunk.kind == "rest":
         return []
     ends: list[int] = (ArrayScanner().element_ends(data) if chunk.kind == "array" else _line_ends(data)).tolist()
@@ -198,9 +196,7 @@ def _ends_within(data: bytes, chunk: Chunk) -> list[int]:
 
 
 def _pieces(data: bytes, ends: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """Records in a run of them: (first byte, text), given the positions behind their separators; blank ones are passed
-    over.
-    """
+    """Start and text of each record of a run, given the positions after their separators. Blank records are skipped."""
     start = 0
     for end in [*ends, len(data) + 1]:
         text = data[start : end - 1].removeprefix(_BYTE_ORDER_MARK)

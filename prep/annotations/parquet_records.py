@@ -1,8 +1,8 @@
-"""Parquet: rows as records, also as Hugging Face datasets store them, with pictures inside.
+"""Parquet: rows as records, including Hugging Face datasets with embedded images.
 
 Input: a Parquet file. Output: chunks (ranges of rows within a row group), and the records of a chunk as JSON text. A
-media column holds names, or ``{bytes, path}`` as ``datasets.Image`` stores pictures, or bare bytes; bytes travel
-beside the record under a name of their own (``images[0]``). Memory is bounded by the file's own row groups.
+media column has names, or ``{bytes, path}`` as ``datasets.Image`` stores images, or bare bytes. Bytes travel beside the
+record under a generated name (``images[0]``). Memory is bounded by the row groups of the file.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _COLUMNS = (*_TEXT_COLUMNS, *_MEDIA_COLUMNS)
 
 
 def cut(path: Path) -> Iterator[Chunk]:
-    """Cut a file into chunks from its footer alone."""
+    """Cut a file into chunks. Reads only its footer."""
     metadata = pq.read_metadata(path)
     first = 0
     for group in range(metadata.num_row_groups):
-        behind = first + metadata.row_group(group).num_rows
-        for start in range(first, behind, CHUNK_ROWS):
-            stop = min(start + CHUNK_ROWS, behind)
+        end = first + metadata.row_group(group).num_rows
+        for start in range(first, end, CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, end)
             yield Chunk(
                 kind="rows", start=start, stop=stop, first_line=start + 1, first_record=start, num_records=stop - start
             )
-        first = behind
+        first = end
 
 
 def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
@@ -51,7 +51,7 @@ def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
         if group is None or chunk.stop > file.metadata.num_rows:
             raise ConfigError(f"annotation file {path} changed while it was being read; run the command again.")
         columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
-        # Some writers leave out that bytes are text; msgspec would spell them in base64.
+        # Some writers do not mark bytes as text. msgspec would encode them in base64.
         has_bytes = any(
             "binary" in str(file.schema_arrow.field(name).type) for name in columns if name in _TEXT_COLUMNS
         )
@@ -68,10 +68,10 @@ def _row_group(metadata: Any, row: int) -> tuple[int | None, int]:
     """The row group that holds ``row``, and its first row."""
     first = 0
     for group in range(metadata.num_row_groups):
-        behind = first + metadata.row_group(group).num_rows
-        if row < behind:
+        end = first + metadata.row_group(group).num_rows
+        if row < end:
             return group, first
-        first = behind
+        first = end
     return None, first
 
 
@@ -86,7 +86,7 @@ def _record(batch: pa.RecordBatch, number: int, has_bytes: bool) -> Record:
     for column in _MEDIA_COLUMNS:
         value = row.get(column)
         if isinstance(value, list):
-            row[column] = [_named(item, f"{column}[{place}]", embedded) for place, item in enumerate(value)]
+            row[column] = [_named(item, f"{column}[{index}]", embedded) for index, item in enumerate(value)]
         elif value is not None:
             row[column] = _named(value, column, embedded)
     data = msgspec.json.encode(row, enc_hook=str)
@@ -96,7 +96,7 @@ def _record(batch: pa.RecordBatch, number: int, has_bytes: bool) -> Record:
 
 
 def _text(value: Any) -> Any:
-    """A value with text in the place of bytes."""
+    """A value with its bytes decoded to text."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list):
@@ -104,15 +104,15 @@ def _text(value: Any) -> Any:
     return {name: _text(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _named(value: Any, place: str, embedded: dict[str, bytes]) -> Any:
-    """The name of a medium; its bytes, if it has any, go to ``embedded``."""
+def _named(value: Any, field: str, embedded: dict[str, bytes]) -> Any:
+    """The name of a medium. Its bytes, if any, go to ``embedded``."""
     path = None
     if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
         value, path = value.get("bytes"), value.get("path")
         if value is None:
             return path
     if isinstance(value, (bytes, bytearray)):
-        name = f"{place} {path}" if path else place
+        name = f"{field} {path}" if path else field
         embedded[name] = bytes(value)
         return name
     return value

@@ -45,11 +45,11 @@ class Source:
     """One dataset of a build.
 
     Attributes:
-        name: what the ledger calls it.
-        files: annotation files, in order; paths or URLs.
-        file_names: what the ledger calls them: relative to their common folder.
-        media_root: folder or URL that all media lie below.
-        rate: share taken; 1 is all, 2 every annotation twice.
+        name: in the ledger.
+        files: paths or URLs of the annotation files, in order.
+        file_names: their names in the ledger, relative to their common folder.
+        media_root: folder or URL that contains all media.
+        rate: share that is drawn: 1 draws every annotation once, 2 twice.
         media: media settings of this dataset.
     """
 
@@ -106,7 +106,7 @@ def parse_expression(expression: str) -> list[tuple[str, Fraction]]:
 def find_sources(
     expression: str, *, registry: Path | None, media_root: Location | None, media: MediaSettings
 ) -> list[Source]:
-    """Resolve what the user named into datasets with existing files.
+    """Resolve a dataset argument of the command line into datasets with existing files.
 
     Args:
         expression: a registry expression, the path of an annotation file, or a URL of one or (by wildcards) several.
@@ -144,16 +144,16 @@ def _file_source(path: Path, media_root: Location | None, media: MediaSettings) 
     )
 
 
-def _url_source(place: Location, media_root: Location | None, media: MediaSettings) -> Source:
-    if isinstance(place, Path):
-        return _file_source(place, media_root, media)
-    files = find_files(place)
-    folder = place.parent
+def _url_source(location: Location, media_root: Location | None, media: MediaSettings) -> Source:
+    if isinstance(location, Path):
+        return _file_source(location, media_root, media)
+    files = find_files(location)
+    folder = location.parent
     while _WILDCARD.search(folder.url.partition("://")[2]):
         folder = folder.parent
     root = media_root if media_root is not None else folder
     check_root(root)
-    name = folder.name if place not in files else _without_suffix(place.name)
+    name = folder.name if location not in files else _without_suffix(location.name)
     return Source(
         name=name,
         files=files,
@@ -177,17 +177,17 @@ def find_files(pattern: Url) -> tuple[Url, ...]:
         ConfigError: there are none.
         StorageError: the store does not answer.
     """
-    found = storage.matches(pattern)
-    if not found:
+    files = storage.matches(pattern)
+    if not files:
         raise ConfigError(f"{pattern} matches no file. Check the pattern, the bucket and the endpoint.")
-    return tuple(found)
+    return tuple(files)
 
 
 def check_root(root: Location) -> None:
-    """Hold that a media root is there.
+    """Check that a media root exists.
 
     Raises:
-        ConfigError: it is not a folder, or holds nothing, or may not be looked at.
+        ConfigError: it is not a folder, is empty, or cannot be read.
         StorageError: the store does not answer.
     """
     if isinstance(root, Url):
@@ -232,7 +232,7 @@ class Registry:
         try:
             own = msgspec.convert({**msgspec.to_builtins(media), **entry.media}, MediaSettings)
         except (msgspec.ValidationError, ConfigError) as error:
-            raise ConfigError(f"{self._place(name, 'media')}: {str(error).rstrip('.')}.") from error
+            raise ConfigError(f"{self._line_of(name, 'media')}: {str(error).rstrip('.')}.") from error
         return Source(
             name=name,
             files=files,
@@ -247,8 +247,8 @@ class Registry:
         rows = []
         for name in self.tables:
             try:
-                found = self.source(name, Fraction(1), MediaSettings())
-                rows.append(Listed(name=name, files=found.files, media_root=found.media_root, state="ready"))
+                source = self.source(name, Fraction(1), MediaSettings())
+                rows.append(Listed(name=name, files=source.files, media_root=source.media_root, state="ready"))
             except VlprepError as error:
                 rows.append(Listed(name=name, files=(), media_root=None, state=str(error)))
         return rows
@@ -269,32 +269,32 @@ class Registry:
         try:
             entry = msgspec.convert(self.tables[name], _Entry)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{self._place(name)}: {error}.") from error
+            raise ConfigError(f"{self._line_of(name)}: {error}.") from error
         if entry.media_root is not None and entry.data_path is not None:
-            raise ConfigError(f"{self._place(name, 'data_path')}: media_root and data_path mean the same; give one.")
+            raise ConfigError(f"{self._line_of(name, 'data_path')}: media_root and data_path mean the same; give one.")
         if not 0 < entry.sampling_rate <= _MAX_PERCENT / 100:
             raise ConfigError(
-                f"{self._place(name, 'sampling_rate')}: sampling_rate is {entry.sampling_rate}; allowed: above 0, at "
+                f"{self._line_of(name, 'sampling_rate')}: sampling_rate is {entry.sampling_rate}; allowed: above 0, at "
                 f"most {_MAX_PERCENT // 100}."
             )
         return entry
 
     def _files(self, name: str, entry: _Entry) -> tuple[Location, ...]:
         patterns = [entry.annotation_path] if isinstance(entry.annotation_path, str) else entry.annotation_path
-        where = self._place(name, "annotation_path")
+        where = self._line_of(name, "annotation_path")
         if not patterns or not all(patterns):
             raise ConfigError(f'{where}: the path of dataset {name} is not set. Edit that line: annotation_path = "…".')
         files: list[Location] = []
         for pattern in patterns:
             target = self._below(pattern)
-            found = self._matches(pattern, target, where)
-            if not found:
+            matches = self._matches(pattern, target, where)
+            if not matches:
                 raise ConfigError(f"{where}: {target} does not exist. Edit that line, or put the file there.")
-            files.extend(hit for hit in found if hit not in files)
+            files.extend(file for file in matches if file not in files)
         return tuple(files)
 
     def _matches(self, pattern: str, target: Location, where: str) -> list[Location]:
-        """Files that a path, a URL or a glob names, in order. The registry's own folder is no part of a glob."""
+        """Files that a path, a URL or a glob matches, in order. Wildcards in the registry's own folder do not count."""
         if isinstance(target, Url):
             try:
                 return list(find_files(target))
@@ -302,13 +302,13 @@ class Registry:
                 raise ConfigError(f"{where}: {error}") from error
         if target.is_file():
             return [target]
-        whole = os.path.join(glob.escape(str(self.path.parent)), os.path.expanduser(pattern))
-        return [Path(hit) for hit in sorted(glob.glob(whole, recursive=True)) if Path(hit).is_file()]
+        expanded = os.path.join(glob.escape(str(self.path.parent)), os.path.expanduser(pattern))
+        return [Path(hit) for hit in sorted(glob.glob(expanded, recursive=True)) if Path(hit).is_file()]
 
     def _root(self, name: str, entry: _Entry) -> Location:
         key = "data_path" if entry.data_path is not None else "media_root"
         value = entry.data_path if entry.data_path is not None else entry.media_root
-        where = self._place(name, key)
+        where = self._line_of(name, key)
         if not value:
             raise ConfigError(f'{where}: the media root of dataset {name} is not set. Edit that line: {key} = "…".')
         root = self._below(value)
@@ -326,7 +326,7 @@ class Registry:
         location = parse_location(path)
         return location if isinstance(location, Url) else self.path.parent / location.expanduser()
 
-    def _place(self, name: str, key: str | None = None) -> str:
+    def _line_of(self, name: str, key: str | None = None) -> str:
         """``file:line`` of a table, or of a key in it (the table's line where the key is missing)."""
         header = re.compile(rf"\s*\[\s*[\"']?{re.escape(name)}[\"']?\s*(\]|\.)")
         lines = self.text.splitlines()
@@ -341,18 +341,18 @@ class Registry:
 
 
 def draw(num_annotations: int, rate: Fraction, *, seed: int, dataset: str) -> NDArray[np.uint16]:
-    """How often each annotation of a dataset is taken.
+    """How often each annotation of a dataset is drawn.
 
-    Exactly ``floor(num_annotations * rate)`` in all. Whole multiples of the rate take every annotation; the rest goes
-    to the first places of a permutation that depends on seed and dataset alone, so that a smaller share is always a
+    Exactly ``floor(num_annotations * rate)`` in all. The integer part of the rate draws every annotation; the rest goes
+    to the first indices of a permutation that depends on seed and dataset alone, so that a smaller share is always a
     subset.
 
     Returns:
         (num_annotations,) uint16.
     """
-    whole = math.floor(rate)
-    copies = np.full(num_annotations, whole, dtype=np.uint16)
-    extra = math.floor(num_annotations * rate) - whole * num_annotations
+    base = math.floor(rate)
+    copies = np.full(num_annotations, base, dtype=np.uint16)
+    extra = math.floor(num_annotations * rate) - base * num_annotations
     if extra:
         generator = np.random.Generator(np.random.PCG64(seed_for(seed, dataset, "draw")))
         copies[generator.permutation(num_annotations)[:extra]] += 1

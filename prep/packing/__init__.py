@@ -1,8 +1,8 @@
-"""Samples into bins: the sizes of every sample in, the bin of every sample out.
+"""Packs samples into bins.
 
-:func:`pack` is the way in. :mod:`~prep.packing.best_fit` packs one budget of tokens, :mod:`~prep.packing.bin_slack`
-what best fit leaves open with narrow lengths, :mod:`~prep.packing.two_budgets` tokens and vision patches together.
-Pure functions of NumPy arrays; nothing here knows samples or files.
+In: the sizes of every sample. Out: the bin of every sample, from :func:`pack`. :mod:`~prep.packing.best_fit` packs a
+token budget, :mod:`~prep.packing.bin_slack` fills bins better if lengths are narrow, and
+:mod:`~prep.packing.two_budgets` packs tokens and vision patches together. Pure functions of NumPy arrays.
 """
 
 from prep.packing.best_fit import pack

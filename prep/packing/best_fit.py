@@ -162,7 +162,7 @@ def constant_volume(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.int64
     bins = np.empty(sizes.size, dtype=np.int64)
     num_bins = 0
     for start in range(0, sizes.size, WINDOW):
-        window = {start + place: size for place, size in enumerate(sizes[start : start + WINDOW].tolist())}
+        window = {start + index: size for index, size in enumerate(sizes[start : start + WINDOW].tolist())}
         for members in to_constant_volume(window, capacity):
             if members:
                 bins[list(members)] = num_bins

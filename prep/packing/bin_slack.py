@@ -1,14 +1,14 @@
-"""Packs by minimum bin slack: bin after bin is filled as nearly as the samples that are left allow.
+"""Packs by minimum bin slack: each bin is filled as full as the remaining samples allow.
 
-Best-fit-decreasing puts like samples together, and where none is short there are none to fill the rest: six of 620
-tokens in 4096, and no seventh. Here a bin begins with one sample, and the others are chosen together, by a subset-sum
-over the histogram of what is left (J. Gupta and J. Ho, "A new heuristic algorithm for the one-dimensional bin-packing
+Best-fit-decreasing puts similar samples together. If none is short, gaps remain: six samples of 620 tokens fit into
+4096, and no seventh. Here a bin begins with one sample, and the others are chosen together, by a subset sum over the
+histogram of the remaining samples (J. Gupta and J. Ho, "A new heuristic algorithm for the one-dimensional bin-packing
 problem", 1999; the first sample is fixed as in K. Fleszar and K. Hindi, 2002). A *pattern*, how many samples of which
-sizes a bin holds, is used as often as samples last.
+sizes a bin holds, is used as long as samples last.
 
-Input: sizes. Output: the bin of every sample. Pure functions, of integers alone. Cost: a pattern uses up a size or
-nearly so, so there are some twice as many patterns as distinct sizes; each takes 0.1 to 1 ms for a few hundred distinct
-sizes and bins of 4096, whatever the number of samples.
+Input: sizes. Output: the bin of every sample. Pure functions, of integers alone. Cost: a
+pattern uses up a size, or nearly so, so there are about twice as many patterns as distinct sizes. Each takes 0.1 to
+1 ms for a few hundred distinct sizes and bins of 4096, whatever the number of samples.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 Counts = dict[int, int]
-"""Size -> number of samples of it that are left."""
+"""Size -> number of remaining samples."""
 
 Run = tuple[int, int, int]
 """First bin, number of bins, samples of one size in each."""
 
 MAX_WORK = 1 << 24
-"""Distinct sizes times capacity, up to which packing by slack is a matter of seconds: 4096 sizes in bins of 4096."""
+"""Up to this product of distinct sizes and capacity, packing by slack takes seconds: 4096 sizes in bins of 4096."""
 
 _FEW = 64
-"""Sizes that are tried before all are; nearly always enough to fill a bin to the last token."""
+"""Sizes that are tried first. They nearly always suffice to fill a bin to the last token."""
 
 
 def min_bins(sizes: NDArray[np.int64], capacity: int) -> int:
-    """A number of bins that no packing can do without.
+    """A lower bound on the number of bins of any packing.
 
     The bound L2 of S. Martello and P. Toth, "Knapsack Problems", 1990, chapter 8: for every threshold up to half a bin,
-    samples that leave less room than the threshold need a bin each, as do all others larger than half a bin; what is
-    between the threshold and half a bin fills the room in those first.
+    samples that leave less room than the threshold need a bin each, as do all others larger than half a bin. Samples
+    between the threshold and half a bin fill the room in the latter first.
 
     Args:
         sizes: (N,) int64, each from 1 to ``capacity``.
@@ -47,10 +47,10 @@ def min_bins(sizes: NDArray[np.int64], capacity: int) -> int:
     num_upto = np.concatenate(([0], np.cumsum(of_size[distinct])))
     sum_upto = np.concatenate(([0], np.cumsum(of_size[distinct] * distinct)))
     half = int(np.searchsorted(distinct, capacity // 2, side="right"))
-    # Sizes alone: a threshold between two of them proves no more than the larger one does.
+    # Sizes suffice as thresholds: one between two sizes proves no more than the larger size.
     thresholds = distinct[:half]
     num_large = num_upto[-1] - num_upto[half]
-    # Between half a bin and capacity - threshold, there is room for something between the threshold and half a bin.
+    # Samples from half a bin to capacity - threshold leave room for samples from the threshold to half a bin.
     upto = np.searchsorted(distinct, capacity - thresholds, side="right")
     room = (num_upto[upto] - num_upto[half]) * capacity - (sum_upto[upto] - sum_upto[half])
     small = sum_upto[half] - sum_upto[:half]
@@ -58,24 +58,24 @@ def min_bins(sizes: NDArray[np.int64], capacity: int) -> int:
 
 
 def largest_first(left: Counts) -> list[int]:
-    """Sizes from the largest on: what is hard to place goes first."""
+    """Sizes in descending order: those that are hard to place go first."""
     return sorted(left, reverse=True)
 
 
 def most_frequent_first(left: Counts) -> list[int]:
-    """Sizes from the most frequent on: where no sample is large, rare sizes are worth more as what completes a bin."""
+    """Sizes by descending frequency: if no sample is large, rare sizes are more useful to complete bins."""
     return sorted(left, key=lambda size: (-left[size], -size))
 
 
 def minimum_bin_slack(
     sizes: NDArray[np.int64], capacity: int, preferred: Callable[[Counts], list[int]]
 ) -> NDArray[np.int64]:
-    """Fill bin after bin with the least slack, from the preferred sizes.
+    """Fill one bin after another with the least slack, starting with the preferred sizes.
 
     Args:
         sizes: (N,) int64, each from 1 to ``capacity``.
         capacity: of a bin.
-        preferred: puts the sizes that are left in order; the first begins the bin.
+        preferred: orders the remaining sizes. The first one begins the bin.
 
     Returns:
         (N,) int64 bin numbers from 0 without gaps; samples of equal size keep their order.
@@ -97,7 +97,7 @@ def minimum_bin_slack(
 
 
 def _pattern(left: Counts, order: Sequence[int], capacity: int) -> Counts:
-    """The fullest bin that begins with the first size: how many samples of which size."""
+    """The fullest bin that begins with the first size: size -> number of samples."""
     first, room = order[0], capacity - order[0]
     fitting = [(size, left[size] - (size == first)) for size in order if size <= room]
     chosen = _subset_sum(fitting[:_FEW], room)
@@ -107,10 +107,10 @@ def _pattern(left: Counts, order: Sequence[int], capacity: int) -> Counts:
 
 
 def _subset_sum(available: Sequence[tuple[int, int]], room: int) -> Counts:
-    """The choice with the highest sum up to ``room``; of several, the one with most of the first, then of the next."""
+    """The choice with the highest sum up to ``room``. Of several, that with most of the first size, then the next."""
     within = (1 << (room + 1)) - 1
-    sums = 1  # bit s: some choice adds up to s
-    sums_without: list[int] = []  # the same before each size came in, the last size first
+    sums = 1  # bit s is set if some choice adds up to s
+    sums_without: list[int] = []  # `sums` before each size was added, the last size first
     for size, number in reversed(available):
         sums_without.append(sums)
         number, step = min(number, room // size), 1
@@ -132,14 +132,14 @@ def _subset_sum(available: Sequence[tuple[int, int]], room: int) -> Counts:
 
 
 def spread(sizes: NDArray[np.int64], runs: Sequence[Run]) -> NDArray[np.int64]:
-    """Deal samples out to runs of bins.
+    """Assign samples to runs of bins.
 
     Args:
         sizes: (N,) int64.
-        runs: those of the largest size first, together as many samples of every size as there are.
+        runs: those of the largest size first. Together they hold all samples of every size.
 
     Returns:
-        (N,) int64 bin numbers; samples of equal size keep their order.
+        (N,) int64 bin numbers. Samples of equal size keep their order.
     """
     first_bins, num, each_of = (np.asarray(column, dtype=np.int64) for column in zip(*runs))
     bin_of_run = np.repeat(first_bins, num) + _ramp(num)

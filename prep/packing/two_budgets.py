@@ -1,17 +1,17 @@
 """Packs samples under two budgets at once: tokens and vision patches.
 
-Input: two sizes of every sample and the two capacities of a bin. Output: the bin of every sample. Best-fit-decreasing
-in two dimensions, for batches instead of single samples: sizes are grouped on a raster (rounded up), open bins by
-their two rooms on the same raster (rounded down), so that a batch goes into whole groups of bins at once. Sizes and
-rooms themselves stay exact: the raster decides only who meets whom.
+Input: two sizes of every sample and the two capacities of a bin. Output: the bin of every sample. The algorithm is
+best-fit-decreasing in two dimensions, for batches instead of single samples. Sizes are grouped on a grid (rounded up),
+and open bins by their two rooms on the same grid (rounded down), so a batch goes into groups of bins at once. Sizes and
+rooms stay exact: the grid only decides which batch meets which bins.
 
-Of the bins that a batch fits, those come first whose rooms stand to each other as the sizes of the batch do: samples
-rich in patches go where patches are left over, text where they have run out. Batches run from large to small by what
-they take of the scarcer budget, and a little by what they take of the other. How fine the raster should be in either
-budget depends on how scarce the other one is; several ways are tried on the first samples, and the best is taken.
+A batch prefers bins whose rooms have the same proportion as its sizes: samples with many patches go where patches are
+left, text goes where they are not. Batches are ordered from large to small, mainly by their share of the scarcer budget
+and a little by that of the other. The best resolution of the grid in either budget depends on how scarce the other one
+is. Several strategies are tried on the first samples, and the best one is used.
 
-Cost: some ten thousand batches, whatever the number of samples, and a few passes over them; 170 bytes a sample at
-most. Ten million samples take seven to ten seconds.
+Cost: about ten thousand batches, whatever the number of samples, a few passes over the samples, and at most 170 bytes a
+sample. Ten million samples take seven to ten seconds.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEW_SAMPLES = 1 << 16
-"""So few samples are packed in every way, singly in windows too, and the best is taken."""
+"""Up to this many samples, every strategy packs all of them, as do single samples in windows, and the best one wins."""
 
 _TRIAL_SAMPLES = 1 << 13
-"""Of more, the ways are tried on so many."""
+"""Larger sets try the strategies on this many samples."""
 
 WINDOW = 1000
-"""Samples that are placed one by one together."""
+"""Samples in a window of :func:`singly_in_windows`."""
 
 _DIRECTIONS = 1.5
-"""How much it counts that rooms are not in proportion, from one budget alone to the other alone."""
+"""Weight of a mismatch in proportions; it is reached by a bin with room in one budget only, for the other one only."""
 
 _LARGE = 1 / 16
-"""Samples that take more of a budget than this go into their bins one by one."""
+"""A bin takes only one sample of a batch at a time if the samples take more than this share of a budget."""
 
 Ints = NDArray[np.int64]
 Sizes = tuple[Ints, Ints]
@@ -43,10 +43,13 @@ Capacities = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """Steps of the raster are at most ``1 / fineness`` of a size (the scarcer budget first); the other budget counts
-    ``other_weight`` in the order of the batches; how full a bin is counts ``room_weight`` against how well its rooms
-    are in proportion.
+class _Strategy:
+    """Parameters of a packing.
+
+    Attributes:
+        fineness: steps of the grid are at most ``1 / fineness`` of a size; the scarcer budget first.
+        other_weight: weight of the other budget in the order of the batches.
+        room_weight: weight of the room left in a bin, against a mismatch in proportions.
     """
 
     fineness: tuple[int, int]
@@ -54,22 +57,21 @@ class _Way:
     room_weight: float
 
 
-_WAYS = (
-    _Way((60, 28), 0.3, 0.05),
-    _Way((30, 120), 0.1, 1.0),
-    _Way((60, 28), 1.0, 0.05),
-    _Way((512, 4), 0.3, 0.05),
+_STRATEGIES = (
+    _Strategy((60, 28), 0.3, 0.05),
+    _Strategy((30, 120), 0.1, 1.0),
+    _Strategy((60, 28), 1.0, 0.05),
+    _Strategy((512, 4), 0.3, 0.05),
 )
-"""Best, in this order, where both budgets are scarce, where they are so scarce that they cannot both be filled, where
-most samples take more of one than of the other, and where one is plentiful; found by trial on mixtures of text,
-pictures, documents and clips."""
+"""These are best, in this order, if both budgets are scarce; if they cannot both be filled; if most samples take more
+of one than of the other; and if one is plentiful. Found by trial on mixtures of text, images, documents and videos."""
 
 
 def pack_two_budgets(sizes: Sizes, capacities: Capacities) -> Ints:
     """Assign every sample to a bin.
 
     Args:
-        sizes: (N,) int64 each, from 0 to its capacity; not both 0. The first samples should be like the others.
+        sizes: (N,) int64 each, from 0 to its capacity, not both 0. The first samples should resemble the others.
         capacities: of a bin.
 
     Returns:
@@ -81,72 +83,72 @@ def pack_two_budgets(sizes: Sizes, capacities: Capacities) -> Ints:
     if loads[1] > loads[0]:
         sizes, capacities = sizes[::-1], capacities[::-1]
     if sizes[0].size <= FEW_SAMPLES:
-        packings = [_in_batches(sizes, capacities, way) for way in _WAYS]
+        packings = [_in_batches(sizes, capacities, strategy) for strategy in _STRATEGIES]
         return min(*packings, singly_in_windows(sizes, capacities), key=np.max)
     first = (sizes[0][:_TRIAL_SAMPLES], sizes[1][:_TRIAL_SAMPLES])
-    best = min(_WAYS, key=lambda way: int(_in_batches(first, capacities, way).max()))
+    best = min(_STRATEGIES, key=lambda strategy: int(_in_batches(first, capacities, strategy).max()))
     return _in_batches(sizes, capacities, best)
 
 
 def singly_in_windows(sizes: Sizes, capacities: Capacities) -> Ints:
-    """Best-fit-decreasing of single samples in consecutive windows; 15 microseconds a sample."""
+    """Best-fit-decreasing of single samples in consecutive windows. Cost: 15 microseconds a sample."""
     bins = np.empty(sizes[0].size, dtype=np.int64)
     num_bins = 0
     for start in range(0, bins.size, WINDOW):
-        found = _one_by_one((sizes[0][start : start + WINDOW], sizes[1][start : start + WINDOW]), capacities)
-        bins[start : start + WINDOW] = num_bins + found
-        num_bins += int(found.max()) + 1
+        window = _one_by_one((sizes[0][start : start + WINDOW], sizes[1][start : start + WINDOW]), capacities)
+        bins[start : start + WINDOW] = num_bins + window
+        num_bins += int(window.max()) + 1
     return bins
 
 
 def _one_by_one(sizes: Sizes, capacities: Capacities) -> Ints:
-    """Best-fit-decreasing of single samples, the largest share of a budget first, each into the bin that has least left
-    of both budgets together.
+    """Best-fit-decreasing of single samples, the largest share of a budget first. Each goes into the bin that has the
+    least room, summed over both budgets.
     """
-    # Both sizes in one unit, whole numbers, in which a bin holds the same of either.
+    # (N,) both sizes as integers in one unit, in which a bin has the same capacity for either.
     shares = (sizes[0] * capacities[1], sizes[1] * capacities[0])
     rooms = np.full((2, sizes[0].size), capacities[0] * capacities[1])
     bins = np.empty(sizes[0].size, dtype=np.int64)
     num_bins = 0
     order = np.lexsort((-shares[0], -(shares[0] + shares[1]), -np.maximum(*shares)))
-    for number in order.tolist():
-        share = np.asarray([[shares[0][number]], [shares[1][number]]])
+    for sample in order.tolist():
+        share = np.asarray([[shares[0][sample]], [shares[1][sample]]])
         fitting = np.flatnonzero((rooms[:, :num_bins] >= share).all(axis=0))
-        place = int(fitting[np.argmin(rooms[:, fitting].sum(axis=0))]) if fitting.size else num_bins
-        num_bins = max(num_bins, place + 1)
-        rooms[:, place] -= share[:, 0]
-        bins[number] = place
+        tightest = int(fitting[np.argmin(rooms[:, fitting].sum(axis=0))]) if fitting.size else num_bins
+        num_bins = max(num_bins, tightest + 1)
+        rooms[:, tightest] -= share[:, 0]
+        bins[sample] = tightest
     return bins
 
 
-def _in_batches(sizes: Sizes, capacities: Capacities, way: _Way) -> Ints:
-    """The way of the module's description."""
-    rasters = (_Raster.of(capacities[0], way.fineness[0]), _Raster.of(capacities[1], way.fineness[1]))
+def _in_batches(sizes: Sizes, capacities: Capacities, strategy: _Strategy) -> Ints:
+    """Pack all samples in batches, as the module describes."""
+    rasters = (_Raster.of(capacities[0], strategy.fineness[0]), _Raster.of(capacities[1], strategy.fineness[1]))
     width = rasters[1].levels.size
-    # In 16 bits, where they suffice, they are sorted ten times as fast.
+    # 16-bit cells, if sufficient, sort ten times as fast.
     dtype = np.min_scalar_type(rasters[0].levels.size * width)
     cells = (rasters[0].up(sizes[0]) * width + rasters[1].up(sizes[1])).astype(dtype)
     order = np.argsort(cells, kind="stable")
     cells = cells[order]
     sizes = (sizes[0][order], sizes[1][order])
     placed = np.empty(order.size, dtype=np.int64)
-    open_bins = _OpenBins(rasters, order.size, way.room_weight)
-    for batch in _batches(cells, sizes, rasters, way.other_weight):
+    open_bins = _OpenBins(rasters, order.size, strategy.room_weight)
+    for batch in _batches(cells, sizes, rasters, strategy.other_weight):
         at = batch.start
         while at < batch.stop:
-            found = open_bins.take(batch, batch.stop - at)
-            if not found.size:
+            candidates = open_bins.take(batch, batch.stop - at)
+            if not candidates.size:
                 open_bins.open(-(-(batch.stop - at) // batch.copies(capacities)))
                 continue
-            ends = at + np.cumsum(open_bins.copies(found, batch))
-            # Of the last bin that is needed only a part may be; what stands behind it is not.
+            ends = at + np.cumsum(open_bins.copies(candidates, batch))
+            # The last bin may be needed in part only, and those after it not at all.
             ends = np.minimum(ends[: int(np.searchsorted(ends, batch.stop)) + 1], batch.stop)
             starts = np.append(at, ends[:-1])
             at = int(ends[-1])
-            filled = found[: ends.size]
+            filled = candidates[: ends.size]
             placed[starts[0] : at] = np.repeat(filled, ends - starts)
             open_bins.fill(filled, [np.add.reduceat(size[:at], starts) for size in sizes])
-            open_bins.put(found)
+            open_bins.put(candidates)
     bins = np.empty(order.size, dtype=np.int64)
     bins[order] = placed
     return bins
@@ -154,7 +156,7 @@ def _in_batches(sizes: Sizes, capacities: Capacities, way: _Way) -> Ints:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Raster:
-    """Levels (K,) int64 from 0 to a capacity, each number up to some size, then at equal ratios."""
+    """Levels (K,) int64 from 0 to a capacity: first every integer, then steps of equal ratio."""
 
     levels: Ints
 
@@ -170,23 +172,23 @@ class _Raster:
         return int(self.levels[-1])
 
     def up(self, sizes: Ints) -> Ints:
-        """Number of the lowest level that is not below each size."""
+        """Index of the lowest level that is not below each size."""
         largest = int(sizes.max())
         if sizes.size <= largest:
             return np.searchsorted(self.levels, sizes)
-        # Looked up in a table rather than searched for, ten times as fast.
+        # A lookup table is ten times as fast as a search.
         levels: Ints = np.searchsorted(self.levels, np.arange(largest + 1))[sizes]
         return levels
 
     def down(self, rooms: Ints) -> Ints:
-        """Number of the highest level that is not above each room."""
+        """Index of the highest level that is not above each room."""
         return np.searchsorted(self.levels, rooms, side="right") - 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Samples of one cell of the raster, which are neighbours once they are sorted: where they start and stop, the row
-    and column of the cell, and the largest of their sizes.
+    """The samples of one grid cell: their range in the sorted order, the row and column of the cell, and the largest of
+    their sizes.
     """
 
     start: int
@@ -195,14 +197,14 @@ class _Batch:
     sizes: tuple[int, int]
 
     def copies(self, capacities: Capacities) -> int:
-        """How many of them fit into an empty bin."""
+        """Number of samples that fit into an empty bin."""
         return min(capacity // size for capacity, size in zip(capacities, self.sizes) if size)
 
 
 def _batches(
     cells: NDArray[np.unsignedinteger], sizes: Sizes, rasters: tuple[_Raster, _Raster], other_weight: float
 ) -> Iterator[_Batch]:
-    """All samples, given their cells in ascending order, in batches, in the order in which they are placed."""
+    """Batches of all samples, in the order in which they are placed. ``cells`` must ascend."""
     starts = _run_starts(cells)
     stops = np.append(starts[1:], cells.size)
     rows, columns = np.divmod(cells[starts].astype(np.int64), rasters[1].levels.size)
@@ -218,14 +220,14 @@ def _batches(
 
 
 def _run_starts(values: NDArray[np.integer]) -> Ints:
-    """First places of the runs of equal values, one value or more."""
+    """Start of every run of equal values. Expects at least one value."""
     is_first = np.ones(values.size, dtype=np.bool_)
     np.not_equal(values[1:], values[:-1], out=is_first[1:])
     return np.flatnonzero(is_first)
 
 
 class _OpenBins:
-    """Bins by the rooms that they have left: for each cell of the raster, the numbers of its bins."""
+    """Bins by their rooms: for each grid cell, the indices of its bins."""
 
     def __init__(self, rasters: tuple[_Raster, _Raster], max_bins: int, room_weight: float) -> None:
         self._rasters = rasters
@@ -233,10 +235,10 @@ class _OpenBins:
         self._num_bins = 0
         self._bins: dict[int, list[Ints]] = {}
         self._width = rasters[1].levels.size
-        # Of every cell, row by row:
+        # For every cell, row by row:
         shares = np.meshgrid(*(raster.levels / raster.capacity for raster in rasters), indexing="ij")
         both = shares[0] + shares[1]
-        # An angle would do as well, but its last digit is another one on other processors, and so would the bins be.
+        # An angle would do too, but its last digit differs between processors, and then the bins would.
         self._directions = (_DIRECTIONS * shares[1] / np.maximum(both, np.finfo(np.float64).tiny)).reshape(-1)
         self._rooms_left = room_weight * both.reshape(-1)
         self._columns = np.tile(np.arange(self._width), rasters[0].levels.size)
@@ -265,8 +267,8 @@ class _OpenBins:
         for cell, start, end in zip(cells.tolist(), starts.tolist(), ends.tolist()):
             self._bins.setdefault(cell, []).append(bins[start:end])
 
-    def take(self, batch: _Batch, wanted: int) -> Ints:
-        """Remove and return the bins of the cells that a batch fits best, until there are as many as ``wanted``."""
+    def take(self, batch: _Batch, num: int) -> Ints:
+        """Remove and return the bins of the best cells for a batch, at least ``num`` bins if there are as many."""
         row, column = batch.cell
         cells = row * self._width + np.flatnonzero(self._occupied[row * self._width :])
         cells = cells[self._columns[cells] >= column]
@@ -275,13 +277,13 @@ class _OpenBins:
         direction = self._directions[row * self._width + column]
         misfit = np.abs(self._directions[cells] - direction) + self._rooms_left[cells]
         cells = cells[np.argsort(misfit, kind="stable")]
-        cells = cells[: int(np.searchsorted(np.cumsum(self._counts[cells]), wanted)) + 1]
+        cells = cells[: int(np.searchsorted(np.cumsum(self._counts[cells]), num)) + 1]
         self._counts[cells] = 0
         self._occupied[cells] = False
         return np.concatenate([bins for cell in cells.tolist() for bins in self._bins.pop(cell)])
 
     def copies(self, bins: Ints, batch: _Batch) -> Ints:
-        """How many samples of a batch each of some bins takes now, at least 1."""
+        """Number of samples of a batch that each bin takes now, at least 1."""
         pairs = [(raster, room, size) for raster, room, size in zip(self._rasters, self._rooms, batch.sizes) if size]
         if any(size > _LARGE * raster.capacity for raster, _, size in pairs):
             return np.ones(bins.size, dtype=np.int64)
@@ -289,6 +291,6 @@ class _OpenBins:
         return copies
 
     def fill(self, bins: Ints, sizes: list[Ints]) -> None:
-        """Note what some bins have been given."""
+        """Reduce the rooms of bins by the sizes of their new samples."""
         for room, size in zip(self._rooms, sizes):
             room[bins] -= size

@@ -1,8 +1,8 @@
 """Multimodal rotary positions, as the model was trained with them.
 
 Source: ``get_rope_index`` of transformers 4.49 (``modeling_qwen2_5_vl.py``) and the Qwen2.5-VL report, section 2.1.3:
-the temporal index of a video step is ``floor(k * second_per_grid_t * tokens_per_second)``, that of an image 0, and text
-after a medium goes on at the maximum over all three axes plus 1.
+the temporal index of a video step is ``floor(k * second_per_grid_t * tokens_per_second)``, that of an image 0. Text
+after a medium continues at the maximum over all three axes plus 1.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def position_ids(
     """Positions (3, L) int32 of one sample: rows are time, height, width.
 
     Args:
-        input_ids: (L,) int32 with the pad tokens of every medium written out.
+        input_ids: (L,) int32 with all pad tokens of every medium.
         grids: size of every medium in sequence order, in patches.
-        second_per_grid_t: seconds that one temporal step of each medium stands for; not read for images.
+        second_per_grid_t: seconds of a temporal step of each medium; ignored for images.
 
     Raises:
-        ValueError: the runs of pad tokens are not those of ``grids``.
+        ValueError: the runs of pad tokens do not match ``grids``.
     """
     length = input_ids.size
     is_pad = (input_ids == IMAGE_PAD) | (input_ids == VIDEO_PAD)
@@ -40,6 +40,7 @@ def position_ids(
         following += start - at
         rows, columns = grid.h // MERGE_SIZE, grid.w // MERGE_SIZE
         seconds_per_step = seconds if input_ids[start] == VIDEO_PAD else 0.0
+        # (3, t, rows, columns): one position per merged patch, in the order of the pad tokens.
         steps = np.floor(np.arange(grid.t) * seconds_per_step * TOKENS_PER_SECOND)
         medium = np.empty((3, grid.t, rows, columns), dtype=np.int32)
         medium[0] = steps.astype(np.int32)[:, None, None]

@@ -1,10 +1,10 @@
-"""Conversations to token ids and labels, in one pass, with one pad token a medium.
+"""Turns conversations into token ids and labels in one pass, with one pad token per medium.
 
-A conversation is laid out in ChatML as the model's chat template does; between two control tokens stands one run of
-text, which is tokenized as a whole (as the reference does), so that merges across the header's newline come out the
-same. Labels come from the layout, never from a search for role markers in the ids.
+A conversation is laid out in ChatML, as by the model's chat template. Each run of text between two control tokens is
+tokenized in one piece, as by the reference, so that merges across the header's newline are the same. Labels come from
+the layout, never from a search for role markers in the ids.
 
-Input: validated annotations. Output: a :class:`Template` each; :func:`expand` writes out the pads once the sizes of the
+Input: validated annotations. Output: a :class:`Template` each; :func:`expand` repeats the pads once the sizes of the
 media are known. Cost: tokenization, about 1 MB of text a second and core.
 """
 
@@ -151,7 +151,7 @@ def _text_layout(annotation: Annotation) -> tuple[list[_Ids | _Text], tuple[int,
 
 
 def build_templates(annotations: Sequence[Annotation], tokenizer: TextTokenizer) -> list[Template]:
-    """Tokenize many validated conversations, with few calls of the tokenizer."""
+    """Tokenize many validated conversations in few calls of the tokenizer."""
     layouts = [_layout(annotation) for annotation in annotations]
     encoded = _encode({piece for layout, _ in layouts for piece in layout if isinstance(piece, _Text)}, tokenizer)
     templates: list[Template] = []
@@ -171,7 +171,7 @@ def build_templates(annotations: Sequence[Annotation], tokenizer: TextTokenizer)
 
 
 def _encode(texts: Iterable[_Text], tokenizer: TextTokenizer) -> dict[_Text | _Ids, _Ids]:
-    """Tokenize in batches that bound the memory of what the tokenizer returns: hundreds of bytes a token."""
+    """Tokenize in batches, since the tokenizer returns hundreds of bytes a token."""
     encoded: dict[_Text | _Ids, _Ids] = {}
     batch: list[_Text] = []
     num_characters = 0
@@ -196,19 +196,19 @@ def _num_characters(run: _Text) -> int:
 def _num_untrained(encoding: Encoding, num_tokens: int, trained_from: int) -> int:
     """Number of leading tokens that end at or before character ``trained_from``.
 
-    A token that also holds the header's newline is part of the answer as soon as it holds some of it.
+    A token that spans the header's newline and the start of the answer belongs to the answer.
     """
     if trained_from in (0, _NEVER):
         return num_tokens if trained_from else 0
-    for number in range(num_tokens):
-        place = encoding.token_to_chars(number)
-        if place is not None and place[1] > trained_from:
-            return number
+    for index in range(num_tokens):
+        span = encoding.token_to_chars(index)
+        if span is not None and span[1] > trained_from:
+            return index
     return num_tokens
 
 
 def expand(template: Template, grids: Sequence[Grid]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Write out the pads of all media.
+    """Repeat the pad of every medium as often as its size asks for.
 
     Args:
         template: ids with one pad a medium.

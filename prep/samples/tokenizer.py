@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint, in the one way the build uses it: text to ids that can never be a control token.
+"""The tokenizer of a checkpoint, set up so that text never becomes a control token.
 
-Only the tokenizer and processor files of the checkpoint are read (from a folder, or by hub id); ``tokenizers`` does the
-encoding, so that a worker starts in a fraction of a second and torch is not needed.
+Only the tokenizer and processor files of the checkpoint are read, from a folder or by hub id. ``tokenizers`` does the
+encoding, so a worker starts in a fraction of a second and needs no torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def find_model_files(model: str) -> ModelFiles:
     """Locate the tokenizer and processor files of a checkpoint folder or hub id (fetched into the hub's cache).
 
     Raises:
-        ConfigError: the folder lacks one of them, or the hub does not deliver.
+        ConfigError: the folder lacks one of them, or the hub cannot provide them.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -60,14 +60,14 @@ def _fetch(model: str) -> ModelFiles:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    whole, alone = PROCESSOR_FILES
+    processor_name, image_processor_name = PROCESSOR_FILES
     try:
         tokenizer = Path(hf_hub_download(model, TOKENIZER_FILE))
-        # The published checkpoints have but the second.
+        # The published checkpoints have only the second file.
         with suppress(EntryNotFoundError):
-            hf_hub_download(model, whole)
-        if processor_file(tokenizer.parent).name == alone:
-            hf_hub_download(model, alone)
+            hf_hub_download(model, processor_name)
+        if processor_file(tokenizer.parent).name == image_processor_name:
+            hf_hub_download(model, image_processor_name)
     # The hub client raises OSError for connections that fail.
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -82,7 +82,7 @@ def read_fingerprints(files: ModelFiles) -> Fingerprints:
     """Check a checkpoint's files against :mod:`schemas.qwen` and fingerprint them for the manifest.
 
     Raises:
-        ConfigError: they are not those of a Qwen2.5-VL checkpoint.
+        ConfigError: they do not belong to a Qwen2.5-VL checkpoint.
     """
     where = str(files.processor)
     processor = image_processor(files.processor.read_bytes(), where=where)
@@ -101,16 +101,16 @@ def read_fingerprints(files: ModelFiles) -> Fingerprints:
 
 
 class TextTokenizer:
-    """Encodes text as ordinary text: control tokens are not known to it, whatever the text spells."""
+    """Encodes everything as ordinary text: it knows no control tokens, whatever the text spells."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
-        # The merges, most of the file, are passed on as they are.
+        # The merges, which are most of the file, stay undecoded.
         content = msgspec.json.decode(tokenizer_json, type=dict[str, msgspec.Raw])
         model = msgspec.json.decode(content["model"], type=dict[str, msgspec.Raw])
         vocabulary = msgspec.json.decode(model["vocab"], type=dict[str, int])
         added = msgspec.json.decode(content["added_tokens"], type=list[dict[str, Any]])
         ordinary = [token for token in added if token["content"] not in CONTROL_TOKENS]
-        # Added tokens that are not in the vocabulary would be numbered anew, from where the control tokens were.
+        # Added tokens that are not in the vocabulary would get new ids, from those of the control tokens on.
         vocabulary.update({token["content"]: token["id"] for token in ordinary})
         changed = {
             **content,
@@ -127,7 +127,5 @@ class TextTokenizer:
 
 @lru_cache(maxsize=2)
 def load_tokenizer(path: Path, fingerprint: str) -> TextTokenizer:
-    """The tokenizer in ``path``, which has this fingerprint; kept for the life of the process, since a worker uses one
-    for all its tasks.
-    """
+    """Load the tokenizer in ``path`` with this fingerprint. It is cached, since a worker uses it for all its tasks."""
     return TextTokenizer(path.read_bytes())

@@ -3,8 +3,8 @@
 Input: frames (3, H, W) uint8. Output: the member in parts, nothing copied that need not be. Encoding takes no memory
 beside a frame's residuals, which are overwritten by the next frame, and what is handed out.
 
-Cost, one core and 1.3 MB of planes (a picture of 576 tokens): ``zstd`` about 2 ms, ``jpeg`` about 3 ms, ``raw`` none;
-decoding and resizing the picture before takes 15 to 20 ms. ``docs/storage.md`` has the figures.
+Cost, one core and 1.3 MB of planes (an image of 576 tokens): ``zstd`` about 2 ms, ``jpeg`` about 3 ms, ``raw`` none;
+decoding and resizing the image takes 15 to 20 ms. ``docs/storage.md`` has the figures.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ class PixelEncoder:
 
 def encode_jpeg(frame: NDArray[np.uint8], quality: int) -> bytes:
     """One frame (3, H, W) uint8 as a baseline JPEG without chroma subsampling."""
-    picture = Image.merge("RGB", [Image.fromarray(plane) for plane in frame])
+    image = Image.merge("RGB", [Image.fromarray(plane) for plane in frame])
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=quality, subsampling="4:4:4")
+    image.save(buffer, format="JPEG", quality=quality, subsampling="4:4:4")
     return buffer.getvalue()
 
 

@@ -1,7 +1,7 @@
-"""Writes one shard: bins as tar members, to a temporary name, checked to disk, then renamed.
+"""Writes one shard: bins as tar members, under a temporary name, synced to disk, then renamed.
 
-Input: encoded samples, bin by bin. Output: the tar file and one row of ``bins.parquet`` a bin. Headers carry no time,
-owner or host: the same bins give the same bytes. The writer holds one bin at a time.
+Input: encoded samples, bin by bin. Output: the tar file and one row of ``bins.parquet`` per bin. Headers have no time,
+owner or host, so the same bins give the same bytes. Memory: one bin.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from schemas.tables import BinRow
 from storage.files import naming, temporary_path
 
 _Parts = list[bytes | memoryview]
-"""Contents of a member, in pieces that follow one another."""
+"""Contents of a member, in consecutive pieces."""
 
 
 class ShardWriter:
-    """Writes a shard; use as a context manager, then :meth:`close` to keep the file.
+    """Writes a shard. A context manager; without :meth:`close`, the file is removed at its end.
 
     Args:
         path: final path of the shard.
@@ -59,7 +59,7 @@ class ShardWriter:
     ) -> None:
         if self._file is not None:
             try:
-                # Where there is no room, what is still to be written fails once more.
+                # On a full disk, flushing the rest fails once more.
                 with naming(self._path):
                     self._file.close()
             finally:
@@ -67,11 +67,11 @@ class ShardWriter:
 
     @property
     def drift(self) -> DriftSums | None:
-        """What a lossy codec did to the measured frames of the bins so far; None with a lossless one."""
+        """Drift of a lossy codec over the bins so far; None with a lossless codec."""
         return self._encoder.drift
 
     def write_bin(self, index: int, samples: Sequence[tuple[SampleRef, EncodedSample]]) -> BinRow:
-        """Append a bin of at least one sample; return its row."""
+        """Append a bin of at least one sample; returns its row."""
         encoded = [sample for _, sample in samples]
         members = _members(samples)
         members[PIXELS_MEMBER[self._encoder.codec]] = self._encoder.encode(
@@ -101,7 +101,7 @@ class ShardWriter:
         )
 
     def close(self) -> tuple[int, str]:
-        """End the archive, sync it to disk and give it its name; return its size and SHA-256."""
+        """Finish the archive, sync it to disk and rename it; returns its size and SHA-256."""
         self._append(bytes(2 * TAR_BLOCK))
         file = self._opened()
         with naming(self._path):
@@ -125,14 +125,14 @@ class ShardWriter:
 
 
 def _members(samples: Sequence[tuple[SampleRef, EncodedSample]]) -> dict[str, _Parts]:
-    """The arrays of a bin, as they are stored."""
+    """The arrays of a bin, by member name."""
     encoded = [sample for _, sample in samples]
-    borders = np.cumsum([0, *(sample.input_ids.size for sample in encoded)])
+    boundaries = np.cumsum([0, *(sample.input_ids.size for sample in encoded)])
     arrays: dict[str, NDArray[np.int32] | NDArray[np.uint8]] = {
         "input_ids.npy": np.concatenate([sample.input_ids for sample in encoded]),
         "labels.npy": np.concatenate([sample.labels for sample in encoded]),
         "position_ids.npy": np.concatenate([sample.position_ids for sample in encoded], axis=1),
-        "cu_seqlens.npy": borders.astype(np.int32),
+        "cu_seqlens.npy": boundaries.astype(np.int32),
         "grid_thw.npy": np.asarray([grid for sample in encoded for grid in sample.grids], dtype=np.int32).reshape(
             -1, 3
         ),
