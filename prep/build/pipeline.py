@@ -42,6 +42,7 @@ from prep.samples.tokenizer import ModelFiles, find_model_files, read_fingerprin
 from schemas.manifest import (
     MANIFEST_FILE,
     METRICS_FILE,
+    DatasetStatistics,
     Fingerprints,
     InputDataset,
     InputFile,
@@ -168,10 +169,7 @@ def _build_shards(
     merge_timings(clock.timings, written.timings)
     work.keep_shards({shard.file for shard in written.shards})
     clock.lap("write")
-    names = [source.name for source in request.sources]
-    ledger = Ledger(names, plan, len(samples.num_tokens), request.settings.max_length, written)
-    with naming(work.output.folder / SAMPLES_FILE):
-        statistics = ledger.write(work.output.folder / SAMPLES_FILE, parts)
+    statistics = _write_ledger(request, work.output, parts, plan, len(samples.num_tokens), written)
     check_share(
         sum(dataset.num_rejected for dataset in statistics),
         sum(dataset.num_drawn for dataset in identity.inputs),
@@ -192,6 +190,21 @@ def _build_shards(
     work.output.put(METRICS_FILE)
     work.finish(key, manifest)
     return manifest
+
+
+def _write_ledger(
+    request: BuildRequest,
+    output: Output,
+    parts: Sequence[ScannedPart],
+    plan: Plan,
+    num_samples: int,
+    written: WrittenShards,
+) -> list[DatasetStatistics]:
+    """Write ``samples.parquet`` into the output's folder; returns the totals of every dataset."""
+    names = [source.name for source in request.sources]
+    ledger = Ledger(names, plan, num_samples, request.settings.max_length, written)
+    with naming(output.folder / SAMPLES_FILE):
+        return ledger.write(output.folder / SAMPLES_FILE, parts)
 
 
 def _read_by_tasks(request: BuildRequest, files: ModelFiles) -> list[Path]:
