@@ -23,7 +23,7 @@ def build_summary(manifest: Manifest, out: Location) -> str:
         f"{counts.num_tokens:,} tokens, {counts.num_targets:,} of them targets",
         *(_dataset_line(dataset) for dataset in manifest.statistics),
         f"{counts.num_images:,} images and {counts.num_videos:,} videos, {counts.num_patches:,} patches; "
-        f"{len(manifest.shards):,} shards, {num_bytes / 1e6:,.1f} MB",
+        f"{len(manifest.shards):,} {'shard' if len(manifest.shards) == 1 else 'shards'}, {num_bytes / 1e6:,.1f} MB",
         *drift_lines(manifest),
     ]
     if counts.num_rejected:
