@@ -54,7 +54,7 @@ def test_ranks_wait_for_work_that_the_first_one_does_alone(flags: list[str]) -> 
 def see_less_on_the_second() -> None:
     """The second rank does not see the checkpoint that the first one resumes from."""
     if os.environ["RANK"] == "1":
-        pytest.MonkeyPatch().setattr("train.run.plan.choose_checkpoint", lambda *_: None)
+        pytest.MonkeyPatch().setattr("train.run.resume.choose_checkpoint", lambda *_: None)
 
 
 def test_ranks_with_different_plans_end_before_training(flags: list[str], tmp_path: Path) -> None:
