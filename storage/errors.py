@@ -204,7 +204,7 @@ def explained(error: Exception, where: object, duration: str) -> VlprepError:
 
 def describe(error: BaseException) -> str:
     """The first line of a library's message, with the store's error code, without passwords and signatures."""
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None and verdict(error) is Verdict.TRANSIENT:
         error = error.__cause__  # over HTTP it only repeats the URL
     text = str(error).strip().splitlines()
     said = text[0] if text else ""
