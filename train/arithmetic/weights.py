@@ -141,6 +141,7 @@ def weight_table(dims: Dimensions) -> tuple[Weight, ...]:
         [_matrix(f"mlp.{name}", hidden, mlp) for name in ("gate_proj", "up_proj")],
         [_matrix("mlp.down_proj", mlp, hidden)],
     ]
+    head = [[_matrix("lm_head", hidden, vocab, tied=dims.has_tied_embeddings)]]
     return (
         *_rows(Stage.PATCH_EMBED, "model.visual.patch_embed.", [[_matrix("proj", PATCH_DIM, vision)]]),
         *_rows(Stage.BLOCKS, "model.visual.blocks.{}.", block, copies=dims.vision_depth),
@@ -148,7 +149,7 @@ def weight_table(dims: Dimensions) -> tuple[Weight, ...]:
         *_rows(Stage.EMBEDDINGS, "model.language_model.", [[embeddings]]),
         *_rows(Stage.LAYERS, "model.language_model.layers.{}.", layer, copies=dims.num_layers),
         *_rows(Stage.FINAL_NORM, "model.language_model.", [[_norm("norm", hidden)]]),
-        *_rows(Stage.HEAD, "", [[_matrix("lm_head", hidden, vocab, tied=dims.has_tied_embeddings)]]),
+        *_rows(Stage.HEAD, "", head),
     )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -73,7 +72,14 @@ def compare_packed(
     if not bins:
         logger.info("no bin holds several samples: there is nothing to compare")
         return []
-    losses_of = partial(_mean_losses, engine, device)
+
+    def losses_of(micro: MicroBatch) -> NDArray[np.float64]:
+        with torch.no_grad():
+            scores = engine(micro.to(device), scores=True).double().cpu().numpy()
+        results = sum_by_sample(micro, scores)
+        means: NDArray[np.float64] = results["loss"] / np.maximum(1, results["num_targets"])
+        return means
+
     problems, num_samples, largest = [], 0, 0.0
     engine.eval()
     for number in bins:
@@ -95,14 +101,6 @@ def compare_packed(
         TOLERANCES[dtype],
     )
     return problems
-
-
-def _mean_losses(engine: Engine, device: torch.device, micro: MicroBatch) -> NDArray[np.float64]:
-    with torch.no_grad():
-        scores = engine(micro.to(device), scores=True).double().cpu().numpy()
-    results = sum_by_sample(micro, scores)
-    means: NDArray[np.float64] = results["loss"] / np.maximum(1, results["num_targets"])
-    return means
 
 
 def bins_to_compare(index: ShardIndex) -> list[int]:
