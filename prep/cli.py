@@ -15,7 +15,7 @@ from typing import Any, ParamSpec
 import click
 from msgspec import UNSET
 
-from prep.annotations.registry import DEFAULT_REGISTRY, Registry, find_sources
+from prep.annotations.registry import DEFAULT_REGISTRY, Registry, find_all_sources
 from prep.build.metrics import read_metrics
 from prep.build.pipeline import BuildRequest, build
 from prep.build.summary import build_summary, metrics_summary
@@ -199,7 +199,7 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
 
 
 @main.command("build")
-@click.argument("datasets")
+@click.argument("datasets", nargs=-1, required=True)
 @click.option("--out", type=_FOLDER_OR_URL, required=True, help="Folder or URL of the shards.")
 @click.option(
     "--work-dir",
@@ -210,7 +210,7 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
 @click.option(
     "--media-root",
     type=_FOLDER_OR_URL,
-    help="For an annotation file: folder or URL of its media.  [default: its own folder]",
+    help="For annotation files: folder or URL of their media.  [default: the folder of each file]",
 )
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
@@ -228,7 +228,7 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
 @_setting_options(MediaSettings)
 @_guarded
 def build_command(
-    datasets: str,
+    datasets: tuple[str, ...],
     out: Location,
     work_dir: Path | None,
     registry: Path | None,
@@ -241,8 +241,8 @@ def build_command(
     ray_address: str | None,
     **settings_options: Any,
 ) -> None:
-    """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc), or the path or URL of an
-    annotation file.
+    """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc), or paths or URLs of annotation
+    files, each with an optional share (a.jsonl b.jsonl%50).
     """
     if work_dir is not None and isinstance(out, Path):
         raise ConfigError(
@@ -253,7 +253,7 @@ def build_command(
             f"--out {out}: {_NOT_FOR_OUTPUT[out.protocol]}. Give a folder, or a URL such as s3://bucket/shards."
         )
     settings = _build_settings(settings_options)
-    sources = find_sources(datasets, registry=registry, media_root=media_root, media=settings.media)
+    sources = find_all_sources(datasets, registry=registry, media_root=media_root, media=settings.media)
     request = BuildRequest(
         sources=tuple(sources),
         out=out,

@@ -1,6 +1,6 @@
 """Which annotation files and media a build reads, and how much of each dataset.
 
-Input: a registry expression (``mp_doc%50,clevr_mc``) with ``datasets.toml``, or the path of an annotation file.
+Input: a registry expression (``mp_doc%50,clevr_mc``) with ``datasets.toml``, or an annotation file (``a.jsonl%50``).
 Output: a list of :class:`Source`. Also draws the sample of a dataset: a seeded permutation, the same on every
 machine.
 """
@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +37,9 @@ else:
 DEFAULT_REGISTRY = Path("datasets.toml")
 
 _TERM = re.compile(r"(?P<name>[^%]+?)(?:%(?P<percent>[0-9]+(?:\.[0-9]+)?))?")
+_FILE_TERM = re.compile(
+    rf"(?P<name>.+({'|'.join(map(re.escape, ANNOTATION_SUFFIXES))}))%(?P<percent>[0-9]+(?:\.[0-9]+)?)", re.DOTALL
+)
 _MAX_PERCENT = 1000
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -92,15 +96,33 @@ def parse_expression(expression: str) -> list[tuple[str, Fraction]]:
         match = _TERM.fullmatch(text.strip())
         if match is None:
             raise ConfigError(f"{text.strip()!r} in {expression!r} is not name or name%percent, such as mp_doc%50.")
-        percent = Fraction(match["percent"] or "100")
-        if not 0 < percent <= _MAX_PERCENT:
-            raise ConfigError(f"{text.strip()!r} takes {match['percent']} %; allowed: above 0, at most {_MAX_PERCENT}.")
+        share = _share(match["percent"] or "100", text.strip())
         if match["name"] in [name for name, _ in terms]:
             raise ConfigError(
                 f"dataset {match['name']!r} appears twice in {expression!r}; name it once, with one share."
             )
-        terms.append((match["name"], percent / 100))
+        terms.append((match["name"], share))
     return terms
+
+
+def find_all_sources(
+    arguments: Iterable[str], *, registry: Path | None, media_root: Location | None, media: MediaSettings
+) -> list[Source]:
+    """Resolve all dataset arguments of the command line, each as by :func:`find_sources`.
+
+    Raises:
+        ConfigError: see there; or two datasets have the same name.
+    """
+    sources: dict[str, Source] = {}
+    for argument in arguments:
+        for source in find_sources(argument, registry=registry, media_root=media_root, media=media):
+            if source.name in sources:
+                raise ConfigError(
+                    f"{source.files[0]} and {sources[source.name].files[0]} would both be the dataset "
+                    f"{source.name!r}. Rename one of the files, or register both in {registry or DEFAULT_REGISTRY}."
+                )
+            sources[source.name] = source
+    return list(sources.values())
 
 
 def find_sources(
@@ -109,7 +131,8 @@ def find_sources(
     """Resolve a dataset argument of the command line into datasets with existing files.
 
     Args:
-        expression: a registry expression, the path of an annotation file, or a URL of one or (by wildcards) several.
+        expression: a registry expression; or the path of an annotation file, or a URL of one or (by wildcards) several,
+            each with an optional ``%percent``.
         registry: the registry, or None for ``datasets.toml`` in the working folder.
         media_root: for annotation files: folder or URL of their media (default: where the file lies).
         media: settings that a dataset's own table overrides.
@@ -118,18 +141,38 @@ def find_sources(
         ConfigError: an unknown dataset, a path that is not set or does not exist; it names file and line to edit.
         StorageError: a store does not answer.
     """
-    if is_url(expression):
-        return [_url_source(parse_location(expression), media_root, media)]
-    path = Path(expression)
-    if path.is_file() or ("," not in expression and path.name.endswith(ANNOTATION_SUFFIXES)):
-        return [_file_source(path, media_root, media)]
+    file, rate = split_share(expression)
+    if is_url(file):
+        return [_url_source(parse_location(file), media_root, media, rate)]
+    path = Path(file)
+    if path.is_file() or ("," not in file and path.name.endswith(ANNOTATION_SUFFIXES)):
+        return [_file_source(path, media_root, media, rate)]
     if media_root is not None:
-        raise ConfigError("--media-root goes with an annotation file; a registered dataset has its own media_root.")
+        raise ConfigError("--media-root goes with annotation files; a registered dataset has its own media_root.")
     book = Registry.read(registry or DEFAULT_REGISTRY)
     return [book.source(name, rate, media) for name, rate in parse_expression(expression)]
 
 
-def _file_source(path: Path, media_root: Location | None, media: MediaSettings) -> Source:
+def split_share(argument: str) -> tuple[str, Fraction]:
+    """Split ``file.jsonl%50`` into the file and its share. Any other argument has the share 1.
+
+    Raises:
+        ConfigError: the percentage is not from above 0 to 1000.
+    """
+    match = _FILE_TERM.fullmatch(argument)
+    if match is None or Path(argument).is_file():
+        return argument, Fraction(1)
+    return match["name"], _share(match["percent"], argument)
+
+
+def _share(percent: str, term: str) -> Fraction:
+    value = Fraction(percent)
+    if not 0 < value <= _MAX_PERCENT:
+        raise ConfigError(f"{term!r} takes {percent} %; allowed: above 0, at most {_MAX_PERCENT}.")
+    return value / 100
+
+
+def _file_source(path: Path, media_root: Location | None, media: MediaSettings, rate: Fraction) -> Source:
     if not path.is_file():
         raise ConfigError(f"annotation file {path} does not exist.")
     root = media_root if media_root is not None else path.parent
@@ -139,14 +182,14 @@ def _file_source(path: Path, media_root: Location | None, media: MediaSettings) 
         files=(path,),
         file_names=(path.name,),
         media_root=root,
-        rate=Fraction(1),
+        rate=rate,
         media=media,
     )
 
 
-def _url_source(location: Location, media_root: Location | None, media: MediaSettings) -> Source:
+def _url_source(location: Location, media_root: Location | None, media: MediaSettings, rate: Fraction) -> Source:
     if isinstance(location, Path):
-        return _file_source(location, media_root, media)
+        return _file_source(location, media_root, media, rate)
     files = find_files(location)
     folder = location.parent
     while _WILDCARD.search(folder.url.partition("://")[2]):
@@ -159,7 +202,7 @@ def _url_source(location: Location, media_root: Location | None, media: MediaSet
         files=files,
         file_names=names_below_common_folder(files),
         media_root=root,
-        rate=Fraction(1),
+        rate=rate,
         media=media,
     )
 
@@ -228,7 +271,7 @@ class Registry:
         """The dataset ``name`` with existing files, ``rate`` times its own sampling rate."""
         entry = self._entry(name)
         files = self._files(name, entry)
-        root = self._root(name, entry)
+        root = self._root(name, entry, files)
         try:
             own = msgspec.convert({**msgspec.to_builtins(media), **entry.media}, MediaSettings)
         except (msgspec.ValidationError, ConfigError) as error:
@@ -257,9 +300,8 @@ class Registry:
         if name not in self.tables:
             if "/" in name or name.endswith(ANNOTATION_SUFFIXES):
                 raise ConfigError(
-                    f"{name} is a path, and paths are not mixed or cut to a share on the command line: there, give one "
-                    f"annotation file (or a URL) and nothing else. To mix datasets or to take a share of one, register "
-                    f"each in {self.path}: a table [name] with annotation_path and media_root."
+                    f"{name} is a path, and paths are not joined by commas. Give each annotation file as an argument "
+                    f"of its own: a.jsonl b.jsonl%50."
                 )
             known = ", ".join(self.tables) or "none"
             raise ConfigError(
@@ -305,10 +347,19 @@ class Registry:
         expanded = os.path.join(glob.escape(str(self.path.parent)), os.path.expanduser(pattern))
         return [Path(hit) for hit in sorted(glob.glob(expanded, recursive=True)) if Path(hit).is_file()]
 
-    def _root(self, name: str, entry: _Entry) -> Location:
+    def _root(self, name: str, entry: _Entry, files: Sequence[Location]) -> Location:
+        """The media root of a dataset: by default the folder of its files."""
         key = "data_path" if entry.data_path is not None else "media_root"
         value = entry.data_path if entry.data_path is not None else entry.media_root
         where = self._line_of(name, key)
+        if value is None:
+            folders = list(dict.fromkeys(file.parent for file in files))
+            if len(folders) > 1:
+                raise ConfigError(
+                    f"{where}: the files of dataset {name} lie in {len(folders)} folders, so its media root must be "
+                    f'set. Add a line: media_root = "…".'
+                )
+            return folders[0]
         if not value:
             raise ConfigError(f'{where}: the media root of dataset {name} is not set. Edit that line: {key} = "…".')
         root = self._below(value)

@@ -8,7 +8,6 @@ headers of media, and with ``deep`` it decodes all of them.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -23,7 +22,7 @@ import msgspec
 from prep.annotations.annotation import Annotation
 from prep.annotations.chunks import Chunk, Record
 from prep.annotations.records import ANNOTATION_SUFFIXES, index_file, is_read_in_place, read_chunk
-from prep.annotations.registry import check_root, find_files, find_sources
+from prep.annotations.registry import check_root, find_files, find_sources, split_share
 from prep.annotations.validation import Checked, check_record, read_id, record_id
 from prep.engines import Engine
 from prep.engines.progress import progress
@@ -34,7 +33,7 @@ from prep.samples.sample import check_media, media_requests, probe_media
 from schemas.annotation import Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
-from storage.urls import Location, Url
+from storage.urls import Location, Url, parse_location
 
 _EXAMPLES_PER_CODE = 3
 
@@ -183,19 +182,14 @@ class _Input(NamedTuple):
 
 
 def _inputs(request: ValidateRequest, argument: Location) -> list[_Input]:
-    """Find the annotation files that a command-line argument names."""
-    if _is_file_argument(argument):
-        files = find_files(argument) if isinstance(argument, Url) else (argument,)
+    """Find the annotation files that a command-line argument names. Shares are ignored: every record is checked."""
+    text = argument.url if isinstance(argument, Url) else str(argument)
+    file = parse_location(split_share(text)[0])
+    if _is_file_argument(file):
+        files = find_files(file) if isinstance(file, Url) else (file,)
         return [_Input(file, request.media_root or file.parent, request.media) for file in files]
-    if isinstance(argument, Path) and re.search("[%,]", argument.name):
-        raise ConfigError(
-            f"{argument} is a mixture or has a sampling rate, but validate checks every record; give each dataset as "
-            "its own argument, without %."
-        )
-    [source] = find_sources(
-        str(argument), registry=request.registry, media_root=request.media_root, media=request.media
-    )
-    return [_Input(file, source.media_root, source.media) for file in source.files]
+    sources = find_sources(text, registry=request.registry, media_root=request.media_root, media=request.media)
+    return [_Input(file, source.media_root, source.media) for source in sources for file in source.files]
 
 
 def _is_file_argument(argument: Location) -> bool:

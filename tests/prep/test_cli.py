@@ -214,13 +214,16 @@ def test_validate_checks_a_registered_dataset_with_its_own_root_and_settings(cor
     for option in ("--fixed", "--rejects"):
         result = run("validate", "small", *options, option, tmp_path / "lists" / "all.jsonl")
         assert (result.exit_code, "would overwrite" in result.stderr) == (2, True)
-    for wrong, part in [
-        ("mine%50", "validate checks every record"),
-        ("mine,small", "each dataset as its own argument"),
-        ("nope", "not registered"),
-    ]:
-        result = run("validate", wrong, *options)
-        assert (result.exit_code, part in result.stderr) == (2, True)
+    result = run("validate", "nope", *options)
+    assert (result.exit_code, "not registered" in result.stderr) == (2, True)
+
+
+def test_validate_checks_every_record_of_a_mixture_whatever_its_shares(corpus: Path, tmp_path: Path) -> None:
+    table = f'annotation_path = "{corpus}"\nmedia_root = "{corpus.parent}"\n'
+    (tmp_path / "datasets.toml").write_text(f"[a]\n{table}[b]\n{table}")
+    for arguments in (["a%50,b"], ["a", f"{corpus}%50"], [corpus, f"{corpus}%200"]):
+        result = run("validate", *arguments, "--registry", tmp_path / "datasets.toml", "--workers", 1)
+        assert "58 annotations: 52 valid, 6 rejected" in result.stdout
 
 
 def test_validate_distinguishes_a_dataset_from_a_folder_of_the_same_name(

@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prep.annotations.registry import Registry, draw, find_sources, parse_expression
+from prep.annotations.registry import Registry, Source, draw, find_all_sources, find_sources, parse_expression
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def find_all(*arguments: str, registry: Path) -> list[Source]:
+    return find_all_sources(arguments, registry=registry, media_root=None, media=MediaSettings())
 
 
 def sources(
@@ -50,6 +54,9 @@ annotation_paht = "a/one.json"
 
 [rootless]
 annotation_path = "b/x.jsonl"
+
+[scattered]
+annotation_path = ["a/one.json", "b/x.jsonl"]
 
 [bad.media]
 max_pixels = 3
@@ -103,8 +110,8 @@ def test_a_dataset_has_sorted_files_its_own_rate_and_its_own_media_settings(regi
         ("unset", 16, "annotation_path"),
         ("gone", 19, "nothing.json"),
         ("typo", 22, "annotation_paht"),
-        ("rootless", 25, "media_root"),
-        ("bad", 28, "max_pixels"),
+        ("scattered", 28, "media root"),
+        ("bad", 31, "max_pixels"),
     ],
 )
 def test_a_wrong_entry_names_the_file_and_the_line_to_edit(registry: Path, name: str, line: int, part: str) -> None:
@@ -148,10 +155,37 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
             sources(expression, registry, root)
 
 
-@pytest.mark.parametrize("expression", ["x.jsonl%50", "a,b/x.jsonl", "one.json,two.json.gz", "b/"])
-def test_paths_in_an_expression_are_told_what_to_do_instead(registry: Path, expression: str) -> None:
-    with pytest.raises(ConfigError, match="is a path, and paths are not mixed or cut to a share"):
+@pytest.mark.parametrize("expression", ["a,b/x.jsonl", "one.json,two.json.gz", "b/", "x.jsonl,y.jsonl%50"])
+def test_paths_joined_by_commas_are_told_what_to_do_instead(registry: Path, expression: str) -> None:
+    with pytest.raises(ConfigError, match="Give each annotation file as an argument of its own"):
         sources(expression, registry)
+
+
+def test_a_file_with_a_share_is_a_dataset_named_by_its_stem(tmp_path: Path) -> None:
+    (tmp_path / "x.v1.jsonl").write_text("")
+    assert sources(f"{tmp_path}/x.v1.jsonl%12.5") == [("x.v1", Fraction(1, 8))]
+    with pytest.raises(ConfigError, match="takes 1001 %"):
+        sources(f"{tmp_path}/x.v1.jsonl%1001")
+
+
+def test_a_file_whose_name_ends_like_a_share_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl%50").write_text("")
+    assert sources(f"{tmp_path}/x.jsonl%50") == [("x.jsonl%50", Fraction(1))]
+
+
+def test_the_media_root_of_a_dataset_is_by_default_the_folder_of_its_files(registry: Path) -> None:
+    assert find_all("rootless", registry=registry)[0].media_root == registry.parent / "b"
+    with pytest.raises(ConfigError, match="lie in 2 folders, so its media root must be set"):
+        find_all("scattered", registry=registry)
+
+
+def test_datasets_of_all_arguments_are_joined_unless_two_have_the_same_name(registry: Path) -> None:
+    folder = registry.parent
+    (folder / "a" / "x.json").write_text("[]")
+    found = find_all(f"{folder}/a/one.json%50", f"{folder}/b/x.jsonl", "a%200", registry=registry)
+    assert [(source.name, source.rate) for source in found] == [("one", 1 / 2), ("x", 1), ("a", Fraction(1, 5))]
+    with pytest.raises(ConfigError, match=r"a/x.json and .*b/x.jsonl would both be the dataset 'x'"):
+        find_all(f"{folder}/b/x.jsonl", f"{folder}/a/x.json%50", registry=registry)
 
 
 def test_every_entry_is_listed_with_its_state(registry: Path) -> None:
