@@ -1,7 +1,7 @@
-"""Tools, tool calls and tool results as the chat template of Qwen2.5 lays them out in text.
+"""Tools, tool calls and tool results as text, laid out as by the chat template of Qwen2.5.
 
-The checkpoint of Qwen2.5-VL has the tokens (``<tool_call>``, ``</tool_call>``) and its template does not mention tools;
-the layout is that of the text models of the same family.
+The tokenizer of Qwen2.5-VL has the tokens (``<tool_call>``, ``</tool_call>``), but its chat template does not mention
+tools. The layout is that of the text models of the same family (``Qwen/Qwen2.5-7B-Instruct``).
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from typing import Any
+
+import msgspec
+
+from schemas.qwen import DEFAULT_SYSTEM
 
 _TOOLS_HEAD = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -20,43 +24,57 @@ _TOOLS_TAIL = (
     "</tool_call>"
 )
 
+# Unlike json.loads, msgspec refuses NaN and lone surrogates, which no tokenizer can encode.
+_decoder = msgspec.json.Decoder(float_hook=float)
+
 
 class ToolError(ValueError):
-    """Tools or a call that cannot be laid out; the message says why."""
+    """Tools or a call that cannot be laid out. The message says why."""
 
 
 def system_with_tools(system: str, tools: object) -> str:
-    """The system text with the signatures of tools behind it.
+    """The system text, followed by the signatures of the tools. Without tools, it is unchanged.
 
     Args:
-        system: the system text.
-        tools: a list of objects ``{"type": "function", "function": {...}}`` or of bare functions, or one of them, or
-            the JSON text of any of these.
+        system: the system text; empty for the default one.
+        tools: a list of objects ``{"type": "function", "function": {...}}`` or of bare functions, a single one, or the
+            JSON text of any of these.
 
     Raises:
         ToolError: they are something else.
     """
-    tools = _parsed(tools, "tools")
-    if isinstance(tools, dict):
+    tools = _parsed(tools, "the field")
+    if isinstance(tools, dict) and tools:
         tools = [tools]
+    if not tools:
+        return system
     if not isinstance(tools, list):
-        raise ToolError("tools are not a list of objects")
+        raise ToolError("the field is not a list of objects")
     lines = []
     for tool in tools:
         tool = _parsed(tool, "a tool")
         if not isinstance(tool, dict):
             raise ToolError("a tool is not an object")
         lines.append("\n" + _dump(tool if "function" in tool else {"type": "function", "function": tool}))
-    return f"{system}{_TOOLS_HEAD}{''.join(lines)}{_TOOLS_TAIL}"
+    return f"{system or DEFAULT_SYSTEM}{_TOOLS_HEAD}{''.join(lines)}{_TOOLS_TAIL}"
+
+
+def calls_in_text(text: str) -> list[Any]:
+    """The calls in a JSON text: an object, or a list of them.
+
+    Raises:
+        ToolError: it is not JSON.
+    """
+    calls = _parsed(text, "a tool call")
+    return calls if isinstance(calls, list) and calls else [calls]
 
 
 def call_text(call: object) -> str:
-    """One call: an object ``{"name", "arguments"}``, alone, below ``function``, or as JSON text.
+    """One call: an object ``{"name", "arguments"}``, alone or below ``function``.
 
     Raises:
-        ToolError: it has no name, or arguments that are not an object.
+        ToolError: it has no name, or its arguments are not an object.
     """
-    call = _parsed(call, "a tool call")
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
         call = call["function"]
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -68,23 +86,33 @@ def call_text(call: object) -> str:
 
 
 def answer_with_calls(content: str, calls: Iterable[object]) -> str:
-    """The model's turn: what it says, if anything, and its calls, a line each."""
+    """The model's turn: its text, if any, then its calls, each on a new line.
+
+    Raises:
+        ToolError: a call cannot be laid out.
+    """
     return "\n".join([*([content] if content else []), *map(call_text, calls)])
 
 
 def result_text(content: str) -> str:
-    """A result, as a piece of the user's turn."""
+    """A tool's result as a piece of the user's turn."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ToolError("a number is too large for JSON") from error
 
 
 def _parsed(value: Any, what: str) -> Any:
+    """The value, or the JSON in it if it is text."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        return _decoder.decode(value)
+    except RecursionError:
+        raise ToolError(f"{what} is nested too deeply") from None
+    except (msgspec.MsgspecError, UnicodeEncodeError) as error:
         raise ToolError(f"{what} is text that is not JSON ({error})") from error

@@ -16,7 +16,10 @@ import msgspec
 from prep.annotations.annotation import Annotation, MediaItem
 from prep.annotations.boxes import GROUNDING_TOKENS, Shape, find_shapes, may_have_shapes, without_grounding_tokens
 from prep.annotations.chunks import Record
-from prep.annotations.dialects import MAX_DEPTH, ROLES, Places, decode_common, fault, read_record
+from prep.annotations.dialects import read_record
+from prep.annotations.plain import MAX_DEPTH, decode_plain, fault
+from prep.annotations.reading import Places
+from prep.annotations.turns import ROLES
 from schemas.annotation import Problem, ReasonCode, Turn
 from schemas.qwen import CONTROL_TOKENS
 
@@ -71,7 +74,7 @@ def parse_record(
         coordinates: what the boxes of its dataset have, or None where nothing says so.
         embedded: bytes of media that came beside the text.
     """
-    annotation = decode_common(data)
+    annotation = decode_plain(data)
     if annotation is not None and _is_plain(annotation, data, reserved):
         return Checked(annotation, [], (), embedded or {})
     reading = read_record(data, embedded)

@@ -1,0 +1,87 @@
+"""ms-swift's ``objects``: boxes and names of objects that replace ``<bbox>`` and ``<ref-object>`` in the turns.
+
+In: the field and the turns. Out: turns with the text of the boxes, and their shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prep.annotations.boxes import BoxError, Shape, moved, number_shape
+from prep.annotations.fields import says_something
+from prep.annotations.reading import FieldReader, type_name
+from schemas.annotation import ReasonCode, Turn
+
+_COORDINATES = {"real": "pixels", "norm1": "norm1"}
+
+
+def place_objects(
+    objects: object, turns: list[Turn], fields: FieldReader
+) -> tuple[dict[int, tuple[Shape, ...]], str | None]:
+    """Put the boxes and names of ``objects`` into the turns.
+
+    Args:
+        objects: the field's value.
+        turns: of the record; changed in place.
+        fields: collects problems.
+
+    Returns:
+        The shapes by the index of their turn, and what their coordinates are (None without boxes).
+    """
+    if not says_something(objects):
+        return {}, None
+    if not isinstance(objects, dict):
+        fields.fail(f"$.objects is of type {type_name(objects)}; expected an object {{ref, bbox}}")
+        return {}, None
+    fields.count_unused(objects, {"ref", "bbox", "bbox_type", "image_id", "width", "height"}, "objects")
+    names, boxes, images = (objects.get(key) or [] for key in ("ref", "bbox", "image_id"))
+    kind = objects.get("bbox_type") or "real"
+    if not all(isinstance(value, list) for value in (names, boxes, images)) or kind not in [*_COORDINATES]:
+        fields.fail('$.objects has ref, bbox and image_id as lists, and bbox_type as "real" or "norm1"')
+        return {}, None
+    if images and len(images) != len(boxes):
+        fields.fail(f"$.objects.image_id names {len(images)} images for {len(boxes)} boxes; give one for each box")
+        return {}, None
+    for tag, values in (("<ref-object>", names), ("<bbox>", boxes)):
+        num_tags = sum(turn.value.count(tag) for turn in turns)
+        if num_tags != len(values):
+            fields.fail(f"$.objects has {len(values)} entries for {num_tags} {tag} in the turns")
+            return {}, None
+    waiting = {"<ref-object>": iter(names), "<bbox>": iter(zip(boxes, images or [None] * len(boxes)))}
+    shapes: dict[int, tuple[Shape, ...]] = {}
+    for index, turn in enumerate(turns):
+        try:
+            text, in_turn = _filled(turn.value, waiting)
+        except BoxError as error:
+            fields.fail(f"$.objects.bbox: {error}", ReasonCode.BAD_BOX)
+            continue
+        turns[index] = Turn(turn.role, text)
+        if in_turn:
+            shapes[index] = tuple(in_turn)
+    return shapes, _COORDINATES[kind]
+
+
+def _filled(text: str, waiting: Mapping[str, Iterator[Any]]) -> tuple[str, list[Shape]]:
+    """Replace the placeholders of a text with the next names and boxes; returns it with the boxes in it."""
+    pieces: list[str] = []
+    shapes: list[Shape] = []
+    length = 0
+    rest = text
+    while True:
+        position, tag = min((rest.find(tag), tag) if tag in rest else (len(rest), "") for tag in waiting)
+        pieces.append(rest[:position])
+        length += position
+        if not tag:
+            return "".join(pieces), shapes
+        if tag == "<bbox>":
+            values, image = next(waiting[tag])
+            if not isinstance(values, list):
+                raise BoxError(f"{str(values)[:40]!r} is not a list of numbers")
+            written, shape = number_shape(values, image=image)
+            shapes.append(moved(shape, length))
+        else:
+            written = str(next(waiting[tag]))
+        pieces.append(written)
+        length += len(written)
+        rest = rest[position + len(tag) :]
