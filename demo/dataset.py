@@ -65,8 +65,8 @@ def plan_demo(seed: int, count: int, *, held_out: bool) -> list[Planned]:
 def build_record(draft: Draft[M], paths: Sequence[str], *, identifier: str, rng: np.random.Generator) -> Record:
     """Return the record of a draft, with variations that real datasets have.
 
-    Tags stand at the start, at the end or in the middle of the text. Paths stand under ``image``, ``images``, ``video``
-    or ``videos``, as strings or lists.
+    Tags are at the start, at the end or in the middle of the text. Paths are under ``image``, ``images``, ``video`` or
+    ``videos``, as strings or lists.
 
     Args:
         draft: What is said.

@@ -18,7 +18,7 @@ from demo.wording import Exchange, Wording
 
 Document = tuple["Page", ...]
 Table = tuple[tuple[str, int], ...]
-"""Rows of items and numbers; the last row is the total."""
+"""Rows of items and numbers. The last row is the total."""
 
 _ITEMS = ("pens", "cups", "books", "lamps", "chairs", "maps", "boxes", "keys")
 _ADJECTIVES = ("Annual", "Short", "Final", "Second", "Public", "Early")

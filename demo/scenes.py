@@ -121,7 +121,7 @@ def ask_colour_of(scenes: Scenes, rng: np.random.Generator, wording: Wording) ->
 
 
 def ask_left_or_right(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """Whether some figure is left or right of another; each is the only one of its colour and shape."""
+    """Whether one figure is left or right of another. Each is the only one of its colour and shape."""
     one, other = (scenes[0].figures[i] for i in rng.permutation(len(scenes[0].figures))[:2])
     unique = all(len(scenes[0].select(colour=f.colour, shape=f.shape)) == 1 for f in (one, other))
     if not unique or abs(one.x - other.x) < one.radius + other.radius:

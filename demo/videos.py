@@ -2,7 +2,7 @@
 
 ``sample_video`` -> ``Video`` (facts) -> ``Video.frame`` (RGB images) -> ``encode_video`` (an MP4 file). A move or a
 change of size takes the whole video, and a change of colour happens half way, so 4 frames from first to last show it.
-Cost: about 1.5 ms a frame for drawing and encoding.
+Cost: about 1.5 ms per frame for drawing and encoding.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def split_streams(bin_: Bin, *, where: str) -> list[tuple[tuple[int, int, int], 
 def _problem(stream: bytes, shape: tuple[int, int, int]) -> str | None:
     """What keeps a stream from being a JPEG of this shape, or None."""
     if not stream.startswith(_START):
-        return "is no JPEG"
+        return "is not a JPEG"
     at, marker = len(_START), b""
     headers: list[tuple[int, ...]] = []
     while marker != _SCAN:

@@ -1,4 +1,4 @@
-"""How settings are declared: help, unit, bounds and choices stand beside the field, and nowhere else.
+"""How settings are declared: help, unit, bounds and choices are beside the field, and nowhere else.
 
 A field of a dataclass or a msgspec Struct is annotated with a :class:`Setting`::
 

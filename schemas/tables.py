@@ -23,7 +23,7 @@ BINS_COLUMNS: dict[str, str] = {
     "num_videos": "int32",
     "sum_squared_lengths": "int64",
 }
-"""One row a bin, ordered by ``bin``; a number is absent where every sample of a planned bin failed.
+"""One row per bin, ordered by ``bin``. A number is absent if every sample of a planned bin failed.
 
 ``xxh3`` is the XXH3-64 of the ``num_bytes`` bytes at ``offset``;
 ``num_targets`` counts labels that are not -100; ``sum_squared_lengths`` sums the squares of the samples' lengths."""
@@ -44,7 +44,7 @@ SAMPLES_COLUMNS: dict[str, str] = {
     "num_patches": "int32",
     "video_backend": "string",
 }
-"""The ledger: one row an annotation (one row a copy, where a dataset is taken more than once), ordered by dataset as
+"""The ledger: one row per annotation (one per copy, if a dataset is sampled more than once), ordered by dataset as
 named, then ``record``. ``line`` counts from 1, ``record`` from 0 over the files of the dataset. Null where it has no
 meaning: ``bin`` and ``slot`` of what is not packed, sizes of what was not measured, ``message`` of what is fine."""
 

@@ -44,7 +44,7 @@ _TRANSIENT_CODES = frozenset(
 """Codes of S3 that a retry may change, whatever their status: S3 calls a body damaged in transit a bad request."""
 
 _NETWORK = frozenset({"TimeoutError", "ClientError"})
-"""Names of errors of asyncio and aiohttp that are no OSError."""
+"""Names of errors of asyncio and aiohttp that are not an OSError."""
 
 _CREDENTIALS = frozenset(
     {

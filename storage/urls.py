@@ -40,7 +40,7 @@ class Url:
 
     @property
     def protocol(self) -> str:
-        """What precedes ``://``; the last one of a chain."""
+        """What precedes ``://``, of the last URL in a chain."""
         return self.url.partition("://")[0].rpartition("::")[2]
 
     @property
@@ -80,17 +80,17 @@ class Url:
         return self.protocol in ("http", "https")
 
     def _parted(self) -> tuple[str, str, str]:
-        """URL, question mark and query; only over HTTP does a question mark begin one."""
+        """URL, question mark and query. Only over HTTP does a question mark begin a query."""
         return self.url.partition("?") if self.is_http else (self.url, "", "")
 
 
-# A union with `|` is no type to ``isinstance`` under Python 3.10 in all places; this one is.
+# Not `Path | Url`: Python 3.10 does not accept such a union everywhere.
 Location = Union[Path, Url]  # noqa: UP007
 """A file or folder: a path on a file system here, or a URL."""
 
 
 def parse_location(text: str) -> Location:
-    """A path, or a URL if the text starts like one; ``file://`` is a path."""
+    """A path, or a URL if the text starts like one. ``file://`` is a path."""
     if _LOCAL.match(text):
         return Path(_LOCAL.sub("", text, count=1))
     return Url(text.rstrip("/")) if is_url(text) else Path(text)

@@ -118,7 +118,7 @@ def _check_digest(path: Path, url: Url, info: dict[str, Any], digests: _Digests)
                 piece = file.read(PIECE_BYTES)
                 if cat(url, at, at + len(piece)) != piece:
                     raise DamagedUploadError(f"other bytes than the file's arrived, from byte {at:,} on")
-        # The contents are right, so the tag is no digest; reading everything back once is enough.
+        # The contents are right, so the tag is not a digest. Reading everything back once is enough.
         _opaque_tags.add(url.root)
 
 

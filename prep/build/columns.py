@@ -1,7 +1,7 @@
 """Columns over all measured samples: the sizes that the plan needs, and the bytes of a part that hold each sample.
 
 Input: the parts of the scan. Output: :class:`SampleColumns`, one row for each time that a sample is drawn. Cost: one
-pass over the parts, and 28 bytes a row.
+pass over the parts, and 28 bytes per row.
 """
 
 from __future__ import annotations

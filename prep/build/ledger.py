@@ -1,7 +1,7 @@
-"""The ledger: one row an annotation with its outcome, and the totals of every dataset.
+"""The ledger: one row per annotation with its outcome, and the totals of every dataset.
 
 Input: the parts of the scan, the plan, the results of the shards. Output: ``samples.parquet`` and statistics. It works
-part by part. Memory: 8 bytes a sample, and histograms of sizes that do not grow with the samples.
+part by part. Memory: 8 bytes per sample, and histograms of sizes that do not grow with the samples.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Counts:
         self._counts = counts
 
     def distribution(self) -> Distribution | None:
-        """Exact totals and quantiles; None without values."""
+        """Exact totals and quantiles, or None without values."""
         ends = np.cumsum(self._counts)
         num_values = int(ends[-1]) if ends.size else 0
         if not num_values:
@@ -116,7 +116,7 @@ class Ledger:
         self._positions = plan.positions(num_samples)
 
     def write(self, path: Path, parts: Iterable[ScannedPart]) -> list[DatasetStatistics]:
-        """Write ``samples.parquet``, one row group a part; returns the totals of every dataset."""
+        """Write ``samples.parquet``, one row group per part, and return the totals of every dataset."""
         tallies = [_Tally(name) for name in self._names]
         first = 0
         with pq.ParquetWriter(path, arrow_schema(SAMPLES_COLUMNS), compression="zstd") as writer:

@@ -108,7 +108,7 @@ def merge_timings(into: Timings, other: Timings) -> None:
 class BuildMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Contents of ``build_metrics.json``.
 
-    ``stages_s`` are the wall seconds of the stages of this run. ``samples`` are seconds a sample inside the workers,
+    ``stages_s`` are the wall seconds of the stages of this run. ``samples`` are seconds per sample inside the workers,
     for the samples of this run: a resumed build does not process all samples.
     """
 
@@ -120,7 +120,7 @@ class BuildMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_metrics(out: Location) -> BuildMetrics | None:
-    """Read the ``build_metrics.json`` of a finished build; None if it is missing, unreadable or damaged."""
+    """Read the ``build_metrics.json`` of a finished build, or None if it is missing, unreadable or damaged."""
     try:
         path = out / METRICS_FILE
         data = path.read_bytes() if isinstance(path, Path) else storage.read(path)

@@ -48,7 +48,7 @@ class Output(Protocol):
         ...
 
     def read(self, name: str) -> bytes | None:
-        """Contents of a small file; None if it does not exist."""
+        """Contents of a small file, or None if it does not exist."""
         ...
 
     def remove(self, names: Iterable[str]) -> None:
@@ -69,7 +69,7 @@ class FolderOutput:
         """See :class:`Output`. Nothing to check: creating the work folder inside creates the folder."""
 
     def put(self, name: str) -> Stored:
-        """See :class:`Output`. The file is already in its place."""
+        """See :class:`Output`. The file is already where it belongs."""
         return Stored((self.folder / name).stat().st_size, "")
 
     def placed(self, names: Iterable[str]) -> dict[str, Stored]:

@@ -42,7 +42,7 @@ def _dataset_line(dataset: DatasetStatistics) -> str:
     if dataset.tokens is not None:
         tokens = dataset.tokens
         lengths = (
-            f"; tokens a sample: mean {tokens.mean:,.0f}, median {tokens.p50:,}, 99 % {tokens.p99:,}, "
+            f"; tokens per sample: mean {tokens.mean:,.0f}, median {tokens.p50:,}, 99 % {tokens.p99:,}, "
             f"most {tokens.max:,}"
         )
     return f"  {dataset.dataset}: {kinds}{others}{lengths}"
@@ -57,5 +57,5 @@ def metrics_summary(metrics: BuildMetrics) -> str:
     )
     return (
         f"{metrics.num_workers} workers: {stages}\n"
-        f"ms a sample, mean (median, 99 %): {samples or 'nothing was left to do'}"
+        f"ms per sample, mean (median, 99 %): {samples or 'nothing was left to do'}"
     )

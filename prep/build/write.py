@@ -1,4 +1,4 @@
-"""Write: decodes the media of one planned shard, assembles its bins, writes the tar and moves it to its place.
+"""Write: decodes the media of one planned shard, assembles its bins, writes the tar file and publishes it.
 
 Input: a :class:`WriteTask`. Output: the shard, and a :class:`ShardResult` in the work folder, so that a rerun skips
 finished shards. If a medium fails to decode, only its sample is dropped: the bin gets shorter and the ledger says why.
@@ -43,7 +43,7 @@ SHARD_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WriteTask:
-    """One shard to write. Its K samples are columns, 17 bytes a sample, in the order in which they are written.
+    """One shard to write. Its K samples are columns, 17 bytes per sample, in the order in which they are written.
 
     Attributes:
         shard: index of the shard.

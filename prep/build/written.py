@@ -1,7 +1,7 @@
 """Collects the results of shards: the rows of ``bins.parquet`` as columns, and the samples that did not go as planned.
 
-Input: shard results, in the order of the shards. Memory: 76 bytes a bin, and a few hundred bytes a shard and a failed
-sample. The results themselves are not kept.
+Input: shard results, in the order of the shards. Memory: 76 bytes per bin, and a few hundred bytes per shard and
+per failed sample. The results themselves are not kept.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _with_media(text: str, kinds: list[int], trained_from: int = _NEVER) -> Iter
 
 
 def _with_grounding(header: str, value: str, kinds: list[int], *, is_trained: bool) -> Iterator[_Ids | _Text]:
-    """Runs of a text in which the tokens of boxes and names of objects stand as control tokens."""
+    """Runs of a text in which the tokens of boxes and object names are control tokens."""
     text_at = _Text(header, _NEVER)
     for piece, is_token in split_grounding_tokens(value):
         if is_token:
@@ -171,7 +171,7 @@ def build_templates(annotations: Sequence[Annotation], tokenizer: TextTokenizer)
 
 
 def _encode(texts: Iterable[_Text], tokenizer: TextTokenizer) -> dict[_Text | _Ids, _Ids]:
-    """Tokenize in batches, since the tokenizer returns hundreds of bytes a token."""
+    """Tokenize in batches, since the tokenizer returns hundreds of bytes per token."""
     encoded: dict[_Text | _Ids, _Ids] = {}
     batch: list[_Text] = []
     num_characters = 0

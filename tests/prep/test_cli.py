@@ -171,8 +171,8 @@ def test_the_summary_has_a_line_for_each_dataset(corpus: Path, tmp_path: Path, t
     command = ["build", "half%50,all", "--registry", tmp_path / "datasets.toml", "--out", tmp_path / "out"]
     result = run(*command, "--model", tiny_checkpoint, "--workers", 1)
     half, full = (line for line in result.stdout.splitlines() if line.startswith(("  half: ", "  all: ")))
-    assert ", 15 not sampled; tokens a sample" in half
-    assert ", 4 rejected; tokens a sample" in full
+    assert ", 15 not sampled; tokens per sample" in half
+    assert ", 4 rejected; tokens per sample" in full
 
 
 def test_a_closed_pipe_does_not_change_the_exit_code(corpus: Path) -> None:

@@ -397,7 +397,7 @@ DAMAGE: dict[str, tuple[Callable[[list[int], list[bytes]], bytes], str]] = {
     ),
     "no picture": (
         lambda sizes, streams: rebuilt(sizes, [b"\0" * sizes[0], *streams[1:]]),
-        "frame 0 of pixels.jpeg is no JPEG",
+        "frame 0 of pixels.jpeg is not a JPEG",
     ),
     "not decodable": (
         lambda sizes, streams: rebuilt(sizes, [senseless(streams[0]), *streams[1:]]),

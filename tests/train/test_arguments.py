@@ -60,9 +60,12 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: b
         ("--learnin_rate 1e-5", "unknown flag --learnin_rate; did you mean --learning_rate?"),
         ("--frobnicate", "unknown flag --frobnicate; --help lists the flags."),
         ("--learning 1e-5", "unknown flag --learning; did you mean --learning_rate?"),
-        ("--max_pixels=1000", "--max_pixels is no flag of the trainer: it was decided when the shards were built"),
+        ("--max_pixels=1000", "--max_pixels is not a flag of the trainer: it was decided when the shards were built"),
         ("--dataset_use mp_doc%50", "make shards DATASET="),
-        ("--per_device_eval_batch_size 8", "--per_device_eval_batch_size is no flag of the trainer: evaluation takes"),
+        (
+            "--per_device_eval_batch_size 8",
+            "--per_device_eval_batch_size is not a flag of the trainer: evaluation takes",
+        ),
         (
             "--save_strategy steps",
             "--save_steps says how often to save, 0 only when the run is asked to stop. Leave it out.",
@@ -212,7 +215,7 @@ def test_the_command_line_overrides_the_flags_of_a_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("learnin_rate = 1e-5", "unknown flag learnin_rate; did you mean learning_rate?"),
-        ("max_pixels = 1", "max_pixels is no flag of the trainer: it was decided when the shards were built"),
+        ("max_pixels = 1", "max_pixels is not a flag of the trainer: it was decided when the shards were built"),
         ("max_steps = 1.5", "max_steps is 1.5; a value of type int is expected."),
         ("max_steps = true", "max_steps is True; a value of type int is expected."),
         ("bf16 = 1", "bf16 is 1; a value of type bool is expected."),

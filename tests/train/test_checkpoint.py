@@ -65,7 +65,7 @@ def test_none_starts_a_new_run_from_the_beginning(tmp_path: Path) -> None:
 def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, contents: bytes | None) -> None:
     if contents is not None:
         (tmp_path / "state.json").write_bytes(contents)
-    with pytest.raises(ConfigError, match=r"is no complete checkpoint to resume from \(state\.json"):
+    with pytest.raises(ConfigError, match=r"is not a complete checkpoint to resume from \(state\.json"):
         run_dir.choose_checkpoint(tmp_path / "run", str(tmp_path))
 
 

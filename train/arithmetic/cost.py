@@ -94,7 +94,7 @@ class CostModel:
 
     @property
     def flops_per_patch(self) -> float:
-        """Matrices of the vision tower and merger, and attention within windows, all of which are taken as full."""
+        """Matrices of the vision tower and merger, and attention within windows, all assumed full."""
         dims = self.dims
         num_window_blocks = dims.vision_depth - dims.num_full_attention_blocks
         windows = num_window_blocks * dims.window_patches * attention_flops(dims, Stage.BLOCKS)
@@ -116,7 +116,7 @@ class CostModel:
         num_images: NDArray[np.int32],
         num_videos: NDArray[np.int32],
     ) -> NDArray[np.float64]:
-        """FLOPs of every bin. All temporal steps of a bin are taken to have the same number of patches.
+        """FLOPs of every bin. All temporal steps of a bin are assumed to have the same number of patches.
 
         Args:
             num_tokens: (B,) tokens, a column of ``bins.parquet`` like all others.

@@ -1,4 +1,4 @@
-"""FLOPs of the steps that ran, and the peak of the device: what model FLOPs utilisation (MFU) is made of.
+"""FLOPs of the steps that ran, and the peak of the device: the two parts of model FLOPs utilisation (MFU).
 
 A :class:`PackedQwen` with its frozen parameters -> :class:`ModelFlops`; a micro-batch -> its FLOPs. A multiplication
 with its addition counts 2. What the model requires counts, however it is computed:
@@ -34,7 +34,7 @@ from train.batches.batch import MicroBatch
 from train.model.packed import PackedQwen
 
 Position = tuple[Stage, int, int, bool]
-"""Where a module stands in the order of computation: stage, layer, step in the layer, whether it is the second matrix
+"""Position of a module in the order of computation: stage, layer, step in the layer, whether it is the second matrix
 of an adapter, which multiplies the output of the first."""
 
 _LAYER_INDEX = re.compile(r"\d+")
@@ -158,7 +158,7 @@ def known_peak(name: str) -> float | None:
 
 
 def _position(name: str, rows: Sequence[Weight]) -> Position:
-    """Position of a module or parameter, by its name in :class:`PackedQwen`; adapters stand where their matrix does."""
+    """Position of a module or parameter, by its name in :class:`PackedQwen`; adapters have that of their matrix."""
     path = f"{name.removeprefix('hf.')}."
     for row in rows:
         # "model.visual.blocks.{}.attn.qkv" -> "model.visual.blocks.", ".attn.qkv."

@@ -18,7 +18,7 @@ def check_outputs(run_dir: Path, source: Path) -> None:
     """Check that the trained model can be written without replacing the checkpoint that the run starts from.
 
     Raises:
-        ConfigError: a link or a file takes its place, or the checkpoint lies there.
+        ConfigError: its folder is a link or a file, or contains the checkpoint.
     """
     for out in (run_dir / FINAL_DIR, run_dir / ADAPTER_DIR):
         if out.is_symlink() or (out.exists() and not out.is_dir()):

@@ -2,7 +2,7 @@
 
 ``checkpoint-N`` holds the state after N steps::
 
-    state.json          what the run is and where it stands, see :class:`RunState`
+    state.json          what the run is and how far it has come, see :class:`RunState`
     engine/             DeepSpeed's files, one of optimizer states per rank
     random-00000.pt …   random state of each rank
     universal/          DeepSpeed's universal form, made when the checkpoint is resharded
@@ -44,7 +44,7 @@ Setting = str | int | float | bool | None
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run is, and where it stands.
+    """What a run is, and how far it has come.
 
     Attributes:
         stream: state of the stream of bins, see :meth:`train.order.dealing.DataOrder.state_dict`.
@@ -123,7 +123,7 @@ def read_state(folder: Path) -> RunState:
     """Read ``state.json`` of a checkpoint.
 
     Raises:
-        ConfigError: the folder is no complete checkpoint.
+        ConfigError: the folder is not a complete checkpoint.
     """
     path = folder / STATE_FILE
     try:
@@ -133,7 +133,8 @@ def read_state(folder: Path) -> RunState:
         return state
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(
-            f"{folder} is no complete checkpoint to resume from ({path.name}: {error}). Give a checkpoint-N of a run."
+            f"{folder} is not a complete checkpoint to resume from ({path.name}: {error}). "
+            "Give a checkpoint-N of a run."
         ) from error
 
 

@@ -191,8 +191,8 @@ def _text(kind: type[str] | type[Path], text: str) -> str | Path:
 def _explain_unknown(written: str, name: str, prefix: str) -> str:
     if name in BUILD_TIME_FLAGS:
         where = BUILD_TIME_FLAGS[name]
-        return f"{written} is no flag of the trainer: it was decided when the shards were built ({where})."
+        return f"{written} is not a flag of the trainer: it was decided when the shards were built ({where})."
     if name in UNNEEDED_FLAGS:
-        return f"{written} is no flag of the trainer: {UNNEEDED_FLAGS[name]}. Leave it out."
+        return f"{written} is not a flag of the trainer: {UNNEEDED_FLAGS[name]}. Leave it out."
     near = difflib.get_close_matches(name, FIELDS, n=1)
     return f"unknown flag {written}" + (f"; did you mean {prefix}{near[0]}?" if near else "; --help lists the flags.")

@@ -1,6 +1,6 @@
 """The record of a run: resolved settings -> ``<run>/settings.toml``, and back.
 
-The flags stand at the top of the file, so that ``--config`` reads them back. Two tables follow that set nothing:
+The flags are at the top of the file, so that ``--config`` reads them back. Two tables follow that set nothing:
 ``[run]`` with what the run determined besides its flags, and ``[versions]`` with the packages it ran with.
 
 Cost: none.
@@ -36,7 +36,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What a run determined besides its flags, as far as its order of bins depends on it.
 
     Attributes:
-        checkpoint: folder that ``model_name_or_path`` stands for.
+        checkpoint: folder that ``model_name_or_path`` resolves to.
         world_size: number of ranks.
         global_batch: bins of a step, over all ranks and micro-steps.
         num_steps: optimizer steps of the run.
