@@ -25,11 +25,11 @@ from prep.inspect.show import save_frames, show
 from prep.inspect.transcript import open_transcriber
 from prep.inspect.validate import ValidateRequest, validate
 from prep.inspect.verify import verify
-from prep.inspect.wording import counted
 from prep.samples.tokenizer import DEFAULT_MODEL
 from schemas.errors import ConfigError, VlprepError
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
+from schemas.wording import counted
 from storage.shard_set import open_set
 from storage.urls import Location, Url, is_url, parse_location
 
@@ -224,6 +224,7 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
     help="Fail if a larger share of the annotations is rejected.",
 )
 @click.option("--retry-media", is_flag=True, help="Retry media that an earlier run could not use.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print the times of the stages and of the work on a sample.")
 @_engine_options
 @_setting_options(MediaSettings)
 @_guarded
@@ -236,6 +237,7 @@ def build_command(
     model: str,
     max_rejected: Fraction,
     retry_media: bool,
+    verbose: bool,
     workers: int | None,
     engine: str,
     ray_address: str | None,
@@ -266,7 +268,7 @@ def build_command(
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         manifest = build(request, workforce)
     _say(build_summary(manifest, out))
-    metrics = read_metrics(out)
+    metrics = read_metrics(out) if verbose else None
     if metrics is not None:
         _say(metrics_summary(metrics))
 

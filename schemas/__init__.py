@@ -11,6 +11,7 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 ``manifest``        ``manifest.json``, which seals a set of shards
 ``qwen``            control tokens, patch geometry and normalisation of Qwen2.5-VL
 ``errors``          the one family of exceptions
+``wording``         counts in messages for people
 ==================  ====================================================================================
 
 Vocabulary: an *annotation* (one input record) becomes a *sample* (token ids, labels, media); samples are packed

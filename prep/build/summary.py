@@ -5,6 +5,7 @@ from __future__ import annotations
 from prep.build.metrics import BuildMetrics
 from prep.shards.drift import drift_lines
 from schemas.manifest import DatasetStatistics, Manifest
+from schemas.wording import counted
 from storage.urls import Location
 
 
@@ -13,17 +14,14 @@ def build_summary(manifest: Manifest, out: Location) -> str:
     counts = manifest.counts
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     lines = [
-        f"{out}: {counts.num_annotations:,} annotations = {counts.num_packed:,} packed + "
+        f"{out}: {counted(counts.num_annotations, 'annotation')} = {counts.num_packed:,} packed + "
         f"{counts.num_rejected:,} rejected + {counts.num_not_sampled:,} not sampled",
-        *(
-            f"  {code}: {number:,}"
-            for code, number in sorted(counts.rejects_by_code.items(), key=lambda item: -item[1])
-        ),
-        f"{counts.num_bins:,} bins of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
-        f"{counts.num_tokens:,} tokens, {counts.num_targets:,} of them targets",
+        *(f"  {code}: {count:,}" for code, count in sorted(counts.rejects_by_code.items(), key=lambda item: -item[1])),
+        f"{counted(counts.num_bins, 'bin')} of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
+        f"{counted(counts.num_tokens, 'token')}, {counts.num_targets:,} of them targets",
         *(_dataset_line(dataset) for dataset in manifest.statistics),
-        f"{counts.num_images:,} images and {counts.num_videos:,} videos, {counts.num_patches:,} patches; "
-        f"{len(manifest.shards):,} {'shard' if len(manifest.shards) == 1 else 'shards'}, {num_bytes / 1e6:,.1f} MB",
+        f"{counted(counts.num_images, 'image')} and {counted(counts.num_videos, 'video')}, "
+        f"{counts.num_patches:,} patches; {counted(len(manifest.shards), 'shard')}, {num_bytes / 1e6:,.1f} MB",
         *drift_lines(manifest),
     ]
     if counts.num_rejected:
@@ -32,11 +30,11 @@ def build_summary(manifest: Manifest, out: Location) -> str:
 
 
 def _dataset_line(dataset: DatasetStatistics) -> str:
-    kinds = ", ".join(f"{number:,} {kind}" for kind, number in dataset.modalities.items()) or "nothing packed"
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in dataset.modalities.items()) or "nothing packed"
     others = "".join(
-        f", {number:,} {what}"
-        for number, what in ((dataset.num_rejected, "rejected"), (dataset.num_not_sampled, "not sampled"))
-        if number
+        f", {count:,} {outcome}"
+        for count, outcome in ((dataset.num_rejected, "rejected"), (dataset.num_not_sampled, "not sampled"))
+        if count
     )
     lengths = ""
     if dataset.tokens is not None:
@@ -56,6 +54,6 @@ def metrics_summary(metrics: BuildMetrics) -> str:
         for name, times in metrics.samples.items()
     )
     return (
-        f"{metrics.num_workers} workers: {stages}\n"
+        f"{counted(metrics.num_workers, 'worker')}: {stages}\n"
         f"ms per sample, mean (median, 99 %): {samples or 'nothing was left to do'}"
     )

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
-from prep.inspect.wording import counted
 from schemas.bins import MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
 from schemas.tables import LedgerRow
+from schemas.wording import counted
 from storage.pixels import decode_frames
 from storage.shard_set import ShardSet
 

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from prep.inspect.wording import counted
 from prep.samples.tokenizer import ModelFiles, find_model_files, read_fingerprints
 from schemas.checkpoints import TOKENIZER_FILE, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest
 from schemas.qwen import CONTROL_TOKENS, IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD
+from schemas.wording import counted
 
 _CONTROL_TEXTS = {token: text for text, token in CONTROL_TOKENS.items()}
 _LINE_BREAK = "↵"

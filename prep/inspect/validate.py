@@ -26,13 +26,13 @@ from prep.annotations.registry import check_root, find_files, find_sources, spli
 from prep.annotations.validation import Checked, check_record, read_id, record_id
 from prep.engines import Engine
 from prep.engines.progress import progress
-from prep.inspect.wording import counted
 from prep.media.access import MediaAccess, MediaRequest
 from prep.media.fetch import open_media
 from prep.samples.sample import check_media, media_requests, probe_media
 from schemas.annotation import Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
+from schemas.wording import counted
 from storage.urls import Location, Url, parse_location
 
 _EXAMPLES_PER_CODE = 3

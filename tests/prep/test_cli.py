@@ -75,13 +75,28 @@ def test_validate_reports_the_missing_video_of_the_real_data(qwen_demo: Path) ->
 
 
 def test_build_prints_the_balance_and_the_rejects_by_code(corpus: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    result = run(
-        "build", corpus, "--out", tmp_path / "out", "--model", tiny_checkpoint, "--workers", 2, "--max-length", 1200
-    )
+    command = ["build", corpus, "--out", tmp_path / "out", "--model", tiny_checkpoint, "--max-length", 1200]
+    result = run(*command, "--workers", 2)
     assert result.exit_code == 0, result.output
     assert "29 annotations = 24 packed + 5 rejected + 0 not sampled" in result.stdout
     assert "too_long: 1" in result.stdout
     assert read_manifest(tmp_path / "out").settings.max_length == 1200
+
+
+def test_build_prints_its_times_on_request_only(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """The counts of a single annotation are in the singular."""
+    record = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "good.json").write_text(json.dumps([record]))
+    command = ["build", tmp_path / "good.json", "--out", tmp_path / "out", "--model", tiny_checkpoint, "--workers", 1]
+    quiet, verbose = run(*command), run(*command, "-v")
+    assert (quiet.exit_code, verbose.exit_code) == (0, 0)
+    assert "1 annotation = 1 packed + 0 rejected" in quiet.stdout
+    assert "\n1 bin of " in quiet.stdout
+    assert "; 1 shard, " in quiet.stdout
+    times = verbose.stdout.removeprefix(quiet.stdout)
+    assert times.startswith("1 worker: scan ")
+    assert "tokenize " in times
+    assert times not in quiet.stdout
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import msgspec
 
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import Manifest
+from schemas.wording import counted
 from train.run.metrics import METRICS_FILE
 from train.run.run_dir import FINAL_DIR
 from train.shards.index import open_shards
@@ -56,7 +57,7 @@ def summarise(shards: Path, run: Path) -> str:
         ("rejected", _rejected(manifests)),
         (
             "training",
-            f"{_count(steps[-1].step, 'step')} at {speed:,.0f} tokens/s, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
+            f"{counted(steps[-1].step, 'step')} at {speed:,.0f} tokens/s, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
         ),
         ("model", str(final)),
     ]
@@ -89,7 +90,7 @@ def _packed(manifests: tuple[Manifest, ...]) -> str:
     num_bins = sum(manifest.counts.num_bins for manifest in manifests)
     num_tokens = sum(manifest.counts.num_tokens for manifest in manifests)
     capacity = sum(manifest.counts.num_bins * manifest.settings.max_length for manifest in manifests)
-    return f"{_count(num_packed, 'sample')} packed into {_count(num_bins, 'bin')}, {num_tokens / capacity:.1%} filled"
+    return f"{counted(num_packed, 'sample')} packed into {counted(num_bins, 'bin')}, {num_tokens / capacity:.1%} filled"
 
 
 def _rejected(manifests: tuple[Manifest, ...]) -> str:
@@ -101,10 +102,6 @@ def _rejected(manifests: tuple[Manifest, ...]) -> str:
         f"{code} {count:,}" for code, count in sorted(codes.items(), key=lambda item: (-item[1], item[0]))
     )
     return f"{num_rejected:,}" + (f" ({reasons})" if reasons else "")
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @click.command(name="python -m train.tools.summary")

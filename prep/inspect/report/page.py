@@ -17,9 +17,9 @@ from prep.inspect.report.charts import Histogram, doubling_histogram, number_his
 from prep.inspect.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.inspect.report.style import STYLE
 from prep.inspect.transcript import printable
-from prep.inspect.wording import counted
 from prep.shards.drift import decibels
 from schemas.manifest import Distribution, Drift, Manifest
+from schemas.wording import counted
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _COLOURS = {"text only": "c-text-only", "images": "c-images", "video": "c-video"}

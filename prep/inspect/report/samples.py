@@ -16,8 +16,8 @@ from PIL import Image
 
 from prep.inspect.show import ShownSample, as_image, describe_medium, samples_of
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
-from prep.inspect.wording import counted
 from schemas.bins import MEDIA_VIDEO, Bin
+from schemas.wording import counted
 from storage.pixels import decode_frames
 from storage.shard_set import ShardSet
 

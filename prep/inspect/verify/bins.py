@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from prep.inspect.verify.findings import Finding, inconsistent, unreadable
 from prep.inspect.verify.positions import position_problem
 from prep.inspect.verify.statistics import modality
-from prep.inspect.wording import counted
 from schemas.annotation import SampleRef
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, Bin
 from schemas.errors import ShardError
@@ -37,6 +36,7 @@ from schemas.qwen import (
 )
 from schemas.settings import BuildSettings
 from schemas.tables import LedgerRow, StoredBin
+from schemas.wording import counted
 from storage.pixels import decode_pixels
 
 _PADS = {MEDIA_IMAGE: IMAGE_PAD, MEDIA_VIDEO: VIDEO_PAD}

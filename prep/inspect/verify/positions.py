@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.inspect.wording import counted
 from schemas.bins import MEDIA_VIDEO
 from schemas.qwen import MERGE_SIZE, Grid
+from schemas.wording import counted
 
 _ROUNDINGS = 4
 """Float64 steps by which the writer's products may exceed the exact ones."""

@@ -20,13 +20,13 @@ import xxhash
 import storage
 from prep.inspect.verify.bins import BinCheck
 from prep.inspect.verify.findings import Finding, damaged, inconsistent, unreadable
-from prep.inspect.wording import counted
 from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
 from schemas.errors import ShardError
 from schemas.manifest import StoredShard
 from schemas.pixels import PIXELS_MEMBER
 from schemas.settings import BuildSettings
 from schemas.tables import LedgerRow, StoredBin
+from schemas.wording import counted
 from storage.bins import parse_bin, read_bytes
 from storage.shard_set import ledger_rows, locate
 from storage.urls import Location

@@ -25,11 +25,11 @@ from prep.inspect.verify.findings import Finding, damaged, unreadable
 from prep.inspect.verify.shard import ShardOutcome, ShardTask, check_shard, file_digest
 from prep.inspect.verify.statistics import check_modalities, check_statistics
 from prep.inspect.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
-from prep.inspect.wording import counted
 from prep.shards.drift import drift_lines
 from schemas.errors import ShardError
 from schemas.manifest import MANIFEST_FILE, METRICS_FILE, WORK_FOLDER, Manifest, StoredFile
 from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED, LedgerRow
+from schemas.wording import counted
 from storage.shard_set import bin_rows, read_manifest
 from storage.tables import read_table
 from storage.urls import Location

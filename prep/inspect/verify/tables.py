@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from prep.inspect.verify.findings import Finding, inconsistent
-from prep.inspect.wording import counted
 from schemas.annotation import ReasonCode
 from schemas.bins import shard_name
 from schemas.manifest import MANIFEST_FILE, InputDataset, Manifest
@@ -28,6 +27,7 @@ from schemas.tables import (
     STATUS_PACKED,
     STATUS_REJECTED,
 )
+from schemas.wording import counted
 
 _CODES = {code.value for code in ReasonCode}
 _SIZES = ("num_tokens", "num_targets", "num_patches")
