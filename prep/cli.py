@@ -283,6 +283,7 @@ def build_command(
 @click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object per line.")
 @click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object per line.")
 @_setting_options(BuildSettings, "reserved")
+@click.option("--json", "as_json", is_flag=True, help="Print counts and examples as one JSON object.")
 @_engine_options
 @_setting_options(MediaSettings)
 @_guarded
@@ -294,6 +295,7 @@ def validate_command(
     rejects: Path | None,
     fixed: Path | None,
     reserved: str,
+    as_json: bool,
     workers: int | None,
     engine: str,
     ray_address: str | None,
@@ -312,8 +314,8 @@ def validate_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         report = validate(request, workforce)
-    _say(report.text())
-    return 1 if report.num_rejected else 0
+    _say(report.json() if as_json else report.text())
+    return report.exit_code
 
 
 @main.command("datasets")

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,16 +26,14 @@ from prep.annotations.registry import check_root, find_files, find_sources, spli
 from prep.annotations.validation import Checked, check_record, read_id, record_id
 from prep.engines import Engine
 from prep.engines.progress import progress
+from prep.inspect.validation_report import FileCounts, Reject, Report
 from prep.media.access import MediaAccess, MediaRequest
 from prep.media.fetch import open_media
 from prep.samples.sample import check_media, media_requests, probe_media
 from schemas.annotation import Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
-from schemas.wording import counted
 from storage.urls import Location, Url, parse_location
-
-_EXAMPLES_PER_CODE = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,54 +59,6 @@ class ValidateRequest:
     fixed: Path | None
     reserved: str
     media: MediaSettings
-
-
-class Reject(msgspec.Struct, frozen=True, kw_only=True):
-    """A rejected record as ``--rejects`` writes it: its origin, all problems, and the record (null if not JSON)."""
-
-    file: str
-    line: int
-    record: int
-    id: str | None
-    problems: list[Problem]
-    annotation: msgspec.Raw
-
-
-@dataclass(kw_only=True, slots=True)
-class Report:
-    """Counts over all records by reason code and by modality, with the first examples of each code."""
-
-    num_valid: int = 0
-    num_rejected: int = 0
-    codes: Counter[str] = field(default_factory=Counter)
-    modalities: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, chunk: ChunkReport) -> None:
-        """Add the counts of a chunk."""
-        self.num_valid += chunk.num_valid
-        self.num_rejected += len(chunk.rejects)
-        self.modalities.update(chunk.modalities)
-        for reject in chunk.rejects:
-            self.codes.update({problem.code.value for problem in reject.problems})
-            for problem in reject.problems:
-                examples = self.examples.setdefault(problem.code.value, [])
-                if len(examples) < _EXAMPLES_PER_CODE:
-                    name = f" (id {reject.id})" if reject.id is not None else ""
-                    examples.append(f"{reject.file}:{reject.line}{name}: {problem.message}")
-
-    def text(self) -> str:
-        """The report as text."""
-        total = self.num_valid + self.num_rejected
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.modalities.most_common())
-        lines = [
-            f"{counted(total, 'annotation')}: {self.num_valid:,} valid, {self.num_rejected:,} rejected",
-            f"valid: {kinds or 'none'}",
-        ]
-        for code, count in self.codes.most_common():
-            lines.append(f"{code}: {count:,}")
-            lines.extend(f"  {example}" for example in self.examples[code])
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,11 +91,12 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     """
     if isinstance(request.media_root, Path) and not request.media_root.is_dir():
         raise ConfigError(f"--media-root {request.media_root} is not a folder.")
-    report = Report()
+    report = Report(rejects=request.rejects)
     with ExitStack() as stack:
         spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
         inputs = [file for argument in request.files for file in _inputs(request, argument)]
         tasks = list(_tasks(request, inputs, engine, spool))
+        report.files = {str(file.file): FileCounts() for file in inputs}
         if request.fixed is not None and request.rejects is not None and _is_same(request.fixed, request.rejects):
             raise ConfigError(f"--fixed and --rejects are the same file, {request.fixed}; give two different names.")
         rejects = stack.enter_context(_output("--rejects", request.rejects, inputs))
@@ -153,7 +104,7 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
         total = sum(task.chunk.num_records for task in tasks)
         bar = stack.enter_context(progress("validate", total, "record"))
         for task, chunk in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
-            report.add(chunk)
+            report.add(str(task.file), chunk.num_valid, chunk.modalities, chunk.rejects)
             bar.update(task.chunk.num_records)
             rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in chunk.rejects)
             fixed.writelines(record + b"\n" for record in chunk.valid)

@@ -1,0 +1,123 @@
+"""What ``vlprep validate`` says: counts by file, reason code and modality, and the first examples of each code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from schemas.annotation import Problem
+from schemas.wording import counted
+
+_EXAMPLES_PER_CODE = 3
+
+
+class Reject(msgspec.Struct, frozen=True, kw_only=True):
+    """A rejected record as ``--rejects`` writes it: its origin, all problems, and the record (null if not JSON)."""
+
+    file: str
+    line: int
+    record: int
+    id: str | None
+    problems: list[Problem]
+    annotation: msgspec.Raw
+
+
+@dataclass(kw_only=True, slots=True)
+class FileCounts:
+    """The number of records of one annotation file."""
+
+    num_valid: int = 0
+    num_rejected: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """Counts over all records, with the first examples of each reason code.
+
+    Attributes:
+        files: counts by annotation file.
+        codes: number of rejected records by reason code.
+        modalities: number of valid records by kind of their media.
+        num_problems: number of problems by reason code. A record may have several.
+        examples: the first problems by reason code, as text.
+        rejects: file with all rejects; None if it is not written.
+    """
+
+    files: dict[str, FileCounts] = field(default_factory=dict)
+    codes: Counter[str] = field(default_factory=Counter)
+    modalities: Counter[str] = field(default_factory=Counter)
+    num_problems: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    rejects: Path | None = None
+
+    def add(self, file: str, num_valid: int, modalities: Mapping[str, int], rejects: Sequence[Reject]) -> None:
+        """Add the counts and rejects of some records of a file."""
+        counts = self.files[file]
+        counts.num_valid += num_valid
+        counts.num_rejected += len(rejects)
+        self.modalities.update(modalities)
+        for reject in rejects:
+            self.codes.update({problem.code.value for problem in reject.problems})
+            for problem in reject.problems:
+                self.num_problems[problem.code.value] += 1
+                examples = self.examples.setdefault(problem.code.value, [])
+                if len(examples) < _EXAMPLES_PER_CODE:
+                    name = f" (id {reject.id})" if reject.id is not None else ""
+                    examples.append(f"{reject.file}:{reject.line}{name}: {problem.message}")
+
+    @property
+    def num_valid(self) -> int:
+        """Valid records of all files."""
+        return sum(counts.num_valid for counts in self.files.values())
+
+    @property
+    def num_rejected(self) -> int:
+        """Rejected records of all files."""
+        return sum(counts.num_rejected for counts in self.files.values())
+
+    @property
+    def empty_files(self) -> list[str]:
+        """Files without any record."""
+        return [file for file, counts in self.files.items() if not counts.num_valid + counts.num_rejected]
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a record is rejected or a file is empty, else 0."""
+        return 1 if self.num_rejected or self.empty_files else 0
+
+    def text(self) -> str:
+        """The report as text."""
+        total = self.num_valid + self.num_rejected
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.modalities.most_common())
+        lines = [
+            f"{counted(total, 'annotation')}: {self.num_valid:,} valid, {self.num_rejected:,} rejected",
+            f"valid: {kinds or 'none'}",
+        ]
+        for code, count in self.codes.most_common():
+            lines.append(f"{code}: {count:,}")
+            lines.extend(f"  {example}" for example in self.examples[code])
+            num_more = self.num_problems[code] - len(self.examples[code])
+            if num_more:
+                lines.append(f"  … {num_more:,} more; {self._where_all()}")
+        lines.extend(f"{file}: the file holds no annotation. Check the path." for file in self.empty_files)
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        """The report as one JSON object."""
+        content = {
+            "num_annotations": self.num_valid + self.num_rejected,
+            "num_valid": self.num_valid,
+            "num_rejected": self.num_rejected,
+            "modalities": dict(sorted(self.modalities.items())),
+            "rejects_by_code": dict(sorted(self.codes.items())),
+            "files": {file: msgspec.to_builtins(counts) for file, counts in self.files.items()},
+            "examples": dict(sorted(self.examples.items())),
+        }
+        return msgspec.json.encode(content).decode()
+
+    def _where_all(self) -> str:
+        return "--rejects FILE writes all" if self.rejects is None else f"all are in {self.rejects}"
