@@ -1,18 +1,17 @@
-"""How fast a whole build is, beside the reference's image processor alone: ``python -m tests.benchmarks.build``.
+"""Speed of a full build compared with the reference's image processor: ``python -m tests.benchmarks.build``.
 
-A corpus of photographs (drawn ones of about a megapixel, or ``--pictures``: one's own), each with a question and an
-answer. In turns, in one run, on the same files and the same cores, each in a fresh process:
+The corpus is photographs (generated, about a megapixel each, or ``--images DIR``), each with a question and an answer.
+In turns, in one run, on the same files and cores, each in a fresh process:
 
-- the Pillow pipeline of transformers: open the picture, ``Qwen2VLImageProcessorPil``, nothing else; as many processes
-  as cores;
-- ``vlprep build``: index, scan, plan, write, seal, with as many workers as cores, into an empty folder.
+- the Pillow pipeline of transformers: open the image, run ``Qwen2VLImageProcessorPil``, with a process per core;
+- ``vlprep build``: index, scan, plan, write, seal, with a worker per core, into an empty folder.
 
-Starting the interpreter and importing are left out of both and stated; what a build costs whatever its size (starting
-decoders and workers, the tables) is in, and stated from a build of one picture. Wall seconds are the best of the
-rounds; seconds of processor time, of all processes together, stand beside them: other programs disturb these less.
+Starting the interpreter and importing are not counted. Start-up that does not depend on size (decoders, workers,
+tables) is counted, and also measured alone by a build of one image. Wall seconds are the best of the rounds. Processor
+seconds of all processes together are shown too, because other programs disturb these less.
 
-``--profile`` needs perf. It says in which libraries the processor time of workers and decoders goes, for pictures,
-document pages, large pictures, clips and texts.
+``--profile`` needs perf. It shows in which libraries workers and decoders spend their processor time, for images,
+document pages, large images, videos and texts.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from tests.benchmarks.profiling import profile_builds
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARD_BYTES = 1 << 26
-"""An eighth of the default, so that few pictures fill enough shards to keep all workers busy."""
+"""An eighth of the default, so that a small corpus still fills enough shards to keep all workers busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class Cost:
     wall_s: float
     cpu_s: float
 
-    def least(self, other: Cost) -> Cost:
+    def minimum(self, other: Cost) -> Cost:
         """The smaller of both figures."""
         return Cost(min(self.wall_s, other.wall_s), min(self.cpu_s, other.cpu_s))
 
@@ -59,7 +58,7 @@ def _timed(program: Sequence[str]) -> Cost:
 
 
 def reference(python: str, paths: Path, cores: int) -> Cost:
-    """Cost of the reference on all pictures, with as many processes as cores."""
+    """Cost of the reference on all images, with as many processes as cores."""
     return _timed([python, "-m", "tests.benchmarks.timed_reference", str(cores), str(paths)])
 
 
@@ -71,19 +70,19 @@ def build(annotations: Path, media_root: Path, out: Path, model: Path, cores: in
     return _timed(program)
 
 
-def annotate(pictures: Path, folder: Path, num_samples: int) -> Path:
-    """Write annotations for the JPEG files below ``pictures``."""
-    names = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.jp*g"))[:num_samples]
+def annotate(images: Path, folder: Path, num_samples: int) -> Path:
+    """Write annotations for the JPEG files below ``images``."""
+    names = sorted(str(path.relative_to(images)) for path in images.rglob("*.jp*g"))[:num_samples]
     turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A photograph."}]
     path = folder / "annotations.jsonl"
     path.write_text("".join(json.dumps({"image": name, "conversations": turns}) + "\n" for name in names))
     return path
 
 
-def compare(annotations: Path, pictures: Path, folder: Path, model: Path, rounds: int, reference_python: str) -> None:
+def compare(annotations: Path, images: Path, folder: Path, model: Path, rounds: int, reference_python: str) -> None:
     """Measure both on one core and on all, and print the table."""
     names = [json.loads(line)["image"] for line in annotations.read_text().splitlines()]
-    paths = [pictures / name for name in names]
+    paths = [images / name for name in names]
     listed = folder / "paths.json"
     listed.write_text(json.dumps([str(path.absolute()) for path in paths]))
     single = folder / "single.jsonl"
@@ -94,17 +93,15 @@ def compare(annotations: Path, pictures: Path, folder: Path, model: Path, rounds
         for number in cores:
             runs = {
                 "reference": reference(reference_python, listed, number),
-                "build": build(annotations, pictures, folder / f"{turn}-{number}", model, number),
-                "build of one": build(single, pictures, folder / f"single-{turn}-{number}", model, number),
+                "build": build(annotations, images, folder / f"{turn}-{number}", model, number),
+                "build of one": build(single, images, folder / f"single-{turn}-{number}", model, number),
             }
             for name, cost in runs.items():
                 key = (name, number)
-                best[key] = cost.least(best.get(key, cost))
+                best[key] = cost.minimum(best.get(key, cost))
     counts = read_manifest(folder / f"0-{cores[0]}").counts
     megapixels = sum(_megapixels(path) for path in paths) / len(paths)
-    size = (
-        f"{len(paths)} pictures of {megapixels:.2f} megapixels, {counts.num_tokens:,} tokens in {counts.num_bins} bins"
-    )
+    size = f"{len(paths)} images of {megapixels:.2f} megapixels, {counts.num_tokens:,} tokens in {counts.num_bins} bins"
     click.echo(f"{size}; best of {rounds} rounds, load {os.getloadavg()[0]:.1f} at the end\n")
     click.echo(f"{'':<22}{'cores':>6}{'wall ms/image':>15}{'cpu ms/image':>14}{'images/s':>10}{'tokens/s':>10}")
     for (name, number), cost in best.items():
@@ -117,7 +114,7 @@ def compare(annotations: Path, pictures: Path, folder: Path, model: Path, rounds
         ours, theirs, fixed = (best[name, number] for name in ("build", "reference", "build of one"))
         click.echo(
             f"build / reference, {number} cores: wall {ours.wall_s / theirs.wall_s:.2f}, processor time "
-            f"{ours.cpu_s / theirs.cpu_s:.2f} (without what a build of one picture takes, {fixed.wall_s:.1f} s and "
+            f"{ours.cpu_s / theirs.cpu_s:.2f} (without start-up, {fixed.wall_s:.1f} s and "
             f"{fixed.cpu_s:.1f} s: {(ours.wall_s - fixed.wall_s) / theirs.wall_s:.2f}, "
             f"{(ours.cpu_s - fixed.cpu_s) / theirs.cpu_s:.2f})"
         )
@@ -133,35 +130,37 @@ def compare(annotations: Path, pictures: Path, folder: Path, model: Path, rounds
 def _megapixels(path: Path) -> float:
     from PIL import Image
 
-    with Image.open(path) as picture:
-        return picture.width * picture.height / 1e6
+    with Image.open(path) as image:
+        return image.width * image.height / 1e6
 
 
 @click.command()
 @click.option("--samples", "num_samples", type=click.IntRange(min=8), default=800, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--pictures", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of JPEG files.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of JPEG files.")
 @click.option("--reference-python", help="Interpreter of the reference, with another Pillow.  [default: this one]")
-@click.option("--profile", is_flag=True, help="Say where the processor time goes, instead.")
-def main(num_samples: int, rounds: int, pictures: Path | None, reference_python: str | None, profile: bool) -> None:
-    """Measure a whole build beside the reference's image processor."""
+@click.option("--profile", is_flag=True, help="Show where the processor time goes instead.")
+def main(num_samples: int, rounds: int, images: Path | None, reference_python: str | None, profile: bool) -> None:
+    """Compare a full build with the reference's image processor."""
     click.echo(describe_machine("numpy", "transformers", "tokenizers", "zstandard"))
     from prep.engines.software import software_versions
 
-    click.echo("software of the build: " + ", ".join(f"{name} {found}" for name, found in software_versions().items()))
+    click.echo(
+        "software of the build: " + ", ".join(f"{name} {version}" for name, version in software_versions().items())
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "model"
         write_tiny_checkpoint(model)
-        if pictures is None:
-            pictures = folder / "pictures"
-            annotations = write_photographs(pictures, num_samples)
+        if images is None:
+            images = folder / "images"
+            annotations = write_photographs(images, num_samples)
         else:
-            annotations = annotate(pictures, folder, num_samples)
+            annotations = annotate(images, folder, num_samples)
         if profile:
-            profile_builds(annotations, pictures, folder, model)
+            profile_builds(annotations, images, folder, model)
         else:
-            compare(annotations, pictures, folder, model, rounds, reference_python or sys.executable)
+            compare(annotations, images, folder, model, rounds, reference_python or sys.executable)
 
 
 if __name__ == "__main__":

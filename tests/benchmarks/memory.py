@@ -120,7 +120,7 @@ def main(num_annotations: int, workers: int, max_length: int, folder: Path | Non
     for stage, peak in watch.peaks(metrics.stages_s).items():
         click.echo(
             f"planning process, {stage:<6} {metrics.stages_s[stage]:7.1f} s  peak {peak / 1e6:7,.0f} MB  "
-            f"{peak / num_annotations:7.1f} bytes an annotation"
+            f"{peak / num_annotations:7.1f} bytes per annotation"
         )
     for peak in sorted(watch.workers.values(), reverse=True)[:workers]:
         click.echo(f"worker                           peak {peak / 1e6:7,.0f} MB")

@@ -132,7 +132,7 @@ TWO_BUDGETS: dict[str, Packer] = {
 
 
 def _measure(path: Path, packer: str, max_patches: int | None) -> tuple[int, float, float, float]:
-    """Bins, share of the binding budget that is filled, seconds of processor time, bytes a sample; own process."""
+    """Bins, share of the binding budget that is filled, seconds of processor time, bytes per sample. Own process."""
     lengths, patches = np.load(path)
     held = _peak_bytes()
     start = time.process_time()
@@ -173,7 +173,7 @@ def _compare(distribution: str, packers: Sequence[str], num: int, max_patches: i
                 num_bins, fill, seconds, num_bytes = pool.apply(_measure, (path, packer, max_patches))
             click.echo(
                 f"  {packer:<48}{num_bins:>12,} bins  fill {fill:.4f}  {num / seconds:>12,.0f} samples/s"
-                f"  {seconds:7.2f} s" + (f"  {num_bytes:5.0f} bytes a sample" if num >= 1_000_000 else "")
+                f"  {seconds:7.2f} s" + (f"  {num_bytes:5.0f} bytes per sample" if num >= 1_000_000 else "")
             )
 
 

@@ -1,7 +1,7 @@
-"""Document pages as they are rendered for training: text, a table and a bar chart on A4 at 150 dots an inch.
+"""Document pages as they are rendered for training: text, a table and a bar chart on A4 at 150 dots per inch.
 
-A seed -> PNG files of 1240×1754 pixels. Letters are smoothed, as a renderer of PDF does it, and every page is
-different. Most of a page is paper, which compresses to nothing; the default settings keep a fifth of its pixels.
+A seed -> PNG files of 1240×1754 pixels. Letters are antialiased, as in a rendered PDF, and every page is
+different. Most of a page is blank and compresses to nothing. The default settings keep a fifth of its pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHART_HEIGHT = 300
 
 
 def write_pages(folder: Path, num_pages: int, seed: int = 0) -> list[Path]:
-    """Write ``num_pages`` pages; returns their paths in order."""
+    """Write ``num_pages`` pages and return their paths in order."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number}.png" for number in range(num_pages)]
@@ -34,12 +34,12 @@ def write_pages(folder: Path, num_pages: int, seed: int = 0) -> list[Path]:
 
 def page(rng: np.random.Generator) -> Image.Image:
     """One page: paragraphs, then a table or a chart, then paragraphs to its foot."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, HEIGHT), (255, 255, 255))
+    pen = ImageDraw.Draw(image)
     y = _paragraphs(rng, pen, _MARGIN, _MARGIN + 16 * _LINE_HEIGHT)
     y = _table(rng, pen, y) if rng.random() < 0.5 else _chart(rng, pen, y)
     _paragraphs(rng, pen, y, HEIGHT - _MARGIN)
-    return picture
+    return image
 
 
 def _paragraphs(rng: np.random.Generator, pen: ImageDraw.ImageDraw, y: int, bottom: int) -> int:

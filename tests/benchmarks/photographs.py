@@ -1,7 +1,7 @@
-"""A corpus for measurements: pictures with the statistics of photographs, each with a question and an answer.
+"""A corpus for benchmarks: images with the statistics of photographs, each with a question and an answer.
 
-A seed -> JPEG files of about a megapixel and ``annotations.jsonl``. The spectrum of the pictures falls as that of
-natural scenes does (amplitude as 1/f, D. Field, 1987), colours go together, and there is some sensor noise.
+A seed -> JPEG files of about a megapixel and ``annotations.jsonl``. Their spectrum falls like that of natural
+scenes (amplitude as 1/f, D. Field, 1987), colours are correlated, and there is some sensor noise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WORDS = ("the", "a", "red", "green", "small", "large", "house", "tree", "person"
 
 
 def write_photographs(folder: Path, num_samples: int, seed: int = 0) -> Path:
-    """Write a corpus of ``num_samples`` pictures; returns the annotation file."""
+    """Write a corpus of ``num_samples`` images and return the annotation file."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -43,7 +43,7 @@ def write_photographs(folder: Path, num_samples: int, seed: int = 0) -> Path:
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """One picture, (height, width, 3) uint8."""
+    """One image, (height, width, 3) uint8."""
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     amplitude = 1 / np.maximum(np.hypot(down, across), 1 / max(height, width))
 

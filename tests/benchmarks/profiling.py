@@ -1,10 +1,9 @@
-"""Where the processor time of a build goes: samples of the stacks of worker and decoder, by ``perf``.
+"""Where the processor time of a build goes: stack samples of worker and decoder, by ``perf``.
 
-Builds by one worker (the pictures of the comparison, document pages, large pictures, clips, texts) -> a table each:
-shares of the samples whose stack goes through the libraries that do the work that nobody can save (Pillow with
-libjpeg, FFmpeg, the tokenizer), and of all others, by the library or the caller. What starts once (interpreter,
-imports, tokenizer, decoder) is measured by a build of a single record of the kind, subtracted and stated. Samples are
-of processor time, so that waiting for a busy core is not in.
+Builds by one worker (images, document pages, large images, videos, texts) -> a table for each: the share of samples in
+the libraries whose work cannot be avoided (Pillow with libjpeg, FFmpeg, the tokenizer), and in everything else, by
+library or caller. Start-up (interpreter, imports, tokenizer, decoder) is measured by a build of a single record of the
+kind, subtracted and reported. Samples count processor time, so waiting for a busy core is not included.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ import click
 import numpy as np
 from PIL import Image
 
-from tests.benchmarks.clips import write_clips
 from tests.benchmarks.pages import write_pages
 from tests.benchmarks.photographs import photograph
 from tests.benchmarks.validation import llava_record
+from tests.benchmarks.videos import write_videos
 
 _NUM_PAGES = 160
 _NUM_LARGE = 80
 _LARGE = (1728, 2304)
-_NUM_CLIPS = 24
+_NUM_VIDEOS = 24
 _NUM_TEXTS = 20_000
 _RATE = 199
 _STACK_BYTES = 16384
@@ -61,8 +60,8 @@ def _write_pages(folder: Path) -> Path:
     return _annotate(write_pages(folder, _NUM_PAGES), "image", "What does it say?", "Nothing of note.")
 
 
-def _write_large_pictures(folder: Path) -> Path:
-    """Pictures of 4 megapixels, as scanned pages and telephones have them."""
+def _write_large_images(folder: Path) -> Path:
+    """Images of 4 megapixels, like those of scanners and phones."""
     folder.mkdir()
     drawn = photograph(np.random.default_rng(0), *_LARGE)
     paths = [folder / f"{number}.jpg" for number in range(_NUM_LARGE)]
@@ -71,8 +70,8 @@ def _write_large_pictures(folder: Path) -> Path:
     return _annotate(paths, "image", "What is this?", "A photograph.")
 
 
-def _write_clips(folder: Path) -> Path:
-    return _annotate(write_clips(folder, _NUM_CLIPS), "video", "What happens?", "The camera moves.")
+def _write_videos(folder: Path) -> Path:
+    return _annotate(write_videos(folder, _NUM_VIDEOS), "video", "What happens?", "The camera moves.")
 
 
 def _write_texts(folder: Path) -> Path:
@@ -89,11 +88,11 @@ def _write_texts(folder: Path) -> Path:
 
 
 def _samples(annotations: Path, media_root: Path, folder: Path, model: Path) -> Counter[str]:
-    """Build under perf; returns samples by what they are for."""
+    """Build under perf and count the samples by group."""
     if shutil.which("perf") is None:
         raise click.ClickException("--profile needs perf (linux-perf, linux-tools)")
     data = folder / f"{annotations.parent.name}-{annotations.stem}.perf"
-    # With addresses at random, perf cannot follow the stacks of a child that was started by vfork, as the decoder is.
+    # With randomized addresses, perf cannot follow the stacks of a child started by vfork, such as the decoder.
     command = [
         "setarch",
         "--addr-no-randomize",
@@ -121,28 +120,28 @@ def _group(stack: str) -> str:
     return next((name for name, pattern in _GROUPS if re.search(pattern, stack)), "Python")
 
 
-def profile_builds(pictures: Path, media_root: Path, folder: Path, model: Path) -> None:
-    """Build pictures, pages, large pictures, clips and texts under perf and print where the time goes."""
-    pages, large = _write_pages(folder / "pages"), _write_large_pictures(folder / "large")
-    clips, texts = _write_clips(folder / "clips"), _write_texts(folder / "texts")
+def profile_builds(images: Path, media_root: Path, folder: Path, model: Path) -> None:
+    """Build images, pages, large images, videos and texts under perf and print where the time goes."""
+    pages, large = _write_pages(folder / "pages"), _write_large_images(folder / "large")
+    videos, texts = _write_videos(folder / "videos"), _write_texts(folder / "texts")
     for name, path, root in (
-        ("pictures", pictures, media_root),
+        ("images", images, media_root),
         ("document pages", pages, pages.parent),
-        ("large pictures", large, large.parent),
-        ("clips", clips, clips.parent),
+        ("large images", large, large.parent),
+        ("videos", videos, videos.parent),
         ("texts", texts, texts.parent),
     ):
         single = path.with_name("single.jsonl")
         single.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
         once = _samples(single, root, folder, model)
-        # What is measured but once cannot be told from noise: a group may have fewer samples in the longer build.
-        found = Counter(
+        # Sampling is noisy: a group may have fewer samples in the longer build.
+        samples = Counter(
             {group: max(number - once[group], 0) for group, number in _samples(path, root, folder, model).items()}
         )
-        inside = sum(found[group] for group in LIBRARIES)
+        inside = sum(samples[group] for group in LIBRARIES)
         click.echo(
-            f"\n{name}: {inside / found.total():.1%} of {found.total() / _RATE:.1f} s in {', '.join(LIBRARIES)} "
-            f"({once.total() / _RATE:.1f} s more for what starts once)"
+            f"\n{name}: {inside / samples.total():.1%} of {samples.total() / _RATE:.1f} s in {', '.join(LIBRARIES)} "
+            f"({once.total() / _RATE:.1f} s more for start-up)"
         )
-        for group, number in found.most_common():
-            click.echo(f"  {number / found.total():>6.1%}  {group}")
+        for group, number in samples.most_common():
+            click.echo(f"  {number / samples.total():>6.1%}  {group}")

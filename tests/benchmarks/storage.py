@@ -1,14 +1,14 @@
-"""What pixels cost on disk and in time, by codec: ``python -m tests.benchmarks.storage``.
+"""Cost of pixels on disk and in time, by codec: ``python -m tests.benchmarks.storage``.
 
-Pictures and clips, decoded and resized as a build does it with its default settings -> for every codec of ``--pixels``
-and for file formats that others store pictures in: bytes a token, time to encode and to decode a token, PSNR, and
-encoding as a share of decoding and resizing. Then the size of the same planes by other lossless codings than ``zstd``.
+Images and videos, decoded and resized as by a build with default settings -> for every codec of ``--pixels``, and for
+common image formats: bytes per token, time to encode and to decode a token, PSNR, and encoding as a share of decoding
+and resizing. Then the size of the same planes with lossless codings other than ``zstd``.
 
-The sets: generated photographs of about a megapixel, document pages of 2.2 megapixels, a clip of 640×360, the drawn
-pages of the demo and the clips of the folder of real media, where that lies beside the repository (both so
-small that next to nothing is to be decoded); ``--pictures`` adds a folder of your own. Contenders take turns; each
-figure is the best of several rounds (two for the slow file formats) in seconds of processor time, so that other work
-on the machine disturbs it little. Takes two to three minutes.
+The sets: generated photographs of about a megapixel, document pages of 2.2 megapixels, a video of 640×360, the drawn
+pages of the demo, and the videos of the folder of real media, if that exists beside the repository. The last two are
+so small that there is little to decode. ``--images`` adds a folder of your own. Contenders take turns. Each figure is
+the best of several rounds (two for the slow file formats) in processor seconds, so that other load on the machine has
+little effect. A run takes two to three minutes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from schemas.pixels import encode_residuals
 from schemas.qwen import Grid
 from schemas.settings import MediaSettings
 from storage.pixels import decode_frames, decode_pixels
-from tests.benchmarks.clips import write_clips
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.pages import write_pages
 from tests.benchmarks.photographs import write_photographs
+from tests.benchmarks.videos import write_videos
 
 REAL_MEDIA = Path(__file__).resolve().parents[3] / "shared" / "data" / "qwen_demo"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 Planes = NDArray[np.uint8]
 Encoded = list[bytes | memoryview]
@@ -51,7 +51,7 @@ Encoded = list[bytes | memoryview]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Media as they lie in files, and as they are stored: every medium (frames, 3, H, W)."""
+    """Media as files, and as stored: every medium (frames, 3, H, W)."""
 
     name: str
     sources: list[tuple[MediaSource, int]]
@@ -75,10 +75,10 @@ class Contender:
     """A way to store frames.
 
     Attributes:
-        encode: frames -> what lies on disk.
-        decode: to what the trainer hands to its device.
-        undo: to frames, on the processor.
-        is_file: makes a file of every frame; slow, and takes part in two rounds only.
+        encode: frames -> bytes on disk.
+        decode: bytes on disk -> what the trainer hands to its device.
+        undo: bytes on disk -> frames, on the processor.
+        is_file: makes a file of every frame. Slow, so it takes part in two rounds only.
     """
 
     encode: Callable[[Sequence[Planes]], Encoded]
@@ -88,7 +88,7 @@ class Contender:
 
 
 def read(name: str, paths: Sequence[Path]) -> Corpus:
-    """Decode and resize pictures and clips, with the default settings."""
+    """Decode and resize images and videos, with the default settings."""
     kinds = [MEDIA_VIDEO if path.suffix == ".mp4" else MEDIA_IMAGE for path in paths]
     sources = [(MediaSource(path.name, path), kind) for path, kind in zip(paths, kinds)]
     media = [(source, kind, decode(source, kind, MediaSettings())) for source, kind in sources]
@@ -96,7 +96,7 @@ def read(name: str, paths: Sequence[Path]) -> Corpus:
 
 
 def stored(corpus: Corpus, codec: str, parts: Encoded) -> Bin:
-    """A bin around a pixels member; only its media matter here."""
+    """A bin around a pixels member. Only its media matter here."""
     ids = np.zeros(1, dtype=np.int32)
     return Bin(
         index=0,
@@ -113,7 +113,7 @@ def stored(corpus: Corpus, codec: str, parts: Encoded) -> Bin:
 
 
 def of_codec(codec: str, quality: int | None = None) -> Contender:
-    """A codec of ``--pixels``, by the code that builds and reads."""
+    """A codec of ``--pixels``, with the code of the build and the trainer."""
 
     def undo(corpus: Corpus, parts: Encoded) -> Sequence[Planes]:
         media = decode_frames(stored(corpus, codec, parts), where="benchmark")
@@ -127,14 +127,14 @@ def of_codec(codec: str, quality: int | None = None) -> Contender:
 
 
 def of_pillow(file_format: str, **settings: object) -> Contender:
-    """A file format of Pillow, one file a frame."""
+    """A file format of Pillow, one file per frame."""
 
     def encode(frames: Sequence[Planes]) -> Encoded:
         return [as_file(Image.merge("RGB", [Image.fromarray(plane) for plane in frame])) for frame in frames]
 
-    def as_file(picture: Image.Image) -> bytes:
+    def as_file(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
-        picture.save(buffer, file_format, **settings)
+        image.save(buffer, file_format, **settings)
         return buffer.getvalue()
 
     def undo(corpus: Corpus, parts: Encoded) -> Sequence[Planes]:
@@ -156,12 +156,12 @@ CONTENDERS = {
     "WebP lossless": of_pillow("WEBP", lossless=True),
     "WebP lossless, method 0": of_pillow("WEBP", lossless=True, method=0, quality=0),
 }
-"""Pillow writes QOI too, in Python: some 300 times slower than ``zstd``, and larger."""
+"""Not QOI, which Pillow writes in Python: some 300 times slower than ``zstd``, and larger."""
 
 
 @dataclass
 class Figure:
-    """Best times of a contender in seconds, its size, and the squared error of what comes back."""
+    """Best times of a contender in seconds, its size, and the squared error of the decoded frames."""
 
     num_bytes: int = 0
     encode_s: float = float("inf")
@@ -170,7 +170,7 @@ class Figure:
     squared_error: int = 0
 
     def time(self, contender: Contender, corpus: Corpus) -> Encoded:
-        """Let a contender store the frames and get them back; the best times stay."""
+        """Encode and decode the frames, and keep the best times."""
         began = time.process_time()
         parts = contender.encode(corpus.frames)
         encoded = time.process_time()
@@ -187,7 +187,7 @@ class Figure:
         return parts
 
     def compare(self, contender: Contender, corpus: Corpus, parts: Encoded) -> None:
-        """Take the size, and the error against the original frames."""
+        """Record the size, and the error relative to the original frames."""
         self.num_bytes = sum(len(part) for part in parts)
         for original, back in zip(corpus.frames, contender.undo(corpus, parts), strict=True):
             self.squared_error += int(np.square(original.astype(np.int32) - back).sum(dtype=np.int64))
@@ -195,7 +195,7 @@ class Figure:
 
 def measure(corpus: Corpus, rounds: int) -> tuple[float, dict[str, Figure]]:
     """Seconds to decode and resize the files, and a figure for every contender."""
-    found = {name: Figure() for name in CONTENDERS}
+    figures = {name: Figure() for name in CONTENDERS}
     prepare_s = float("inf")
     for turn in range(rounds):
         began = time.process_time()
@@ -204,25 +204,25 @@ def measure(corpus: Corpus, rounds: int) -> tuple[float, dict[str, Figure]]:
         prepare_s = min(prepare_s, time.process_time() - began)
         for name, contender in CONTENDERS.items():
             if turn < 2 or not contender.is_file:
-                parts = found[name].time(contender, corpus)
+                parts = figures[name].time(contender, corpus)
                 if turn == 0:
-                    found[name].compare(contender, corpus, parts)
-    return prepare_s, found
+                    figures[name].compare(contender, corpus, parts)
+    return prepare_s, figures
 
 
 def lines_of(corpus: Corpus, rounds: int) -> Iterator[str]:
-    """The table of one set."""
-    prepare_s, found = measure(corpus, rounds)
+    """Lines of the table of one set."""
+    prepare_s, figures = measure(corpus, rounds)
     per_token = 1e6 / corpus.num_tokens
     yield (
         f"\n{corpus.name}: {len(corpus.media)} media, {len(corpus.frames)} frames, {corpus.num_tokens:,} tokens, "
-        f"{corpus.num_bytes / 1e6:.1f} MB of planes; decoding and resizing {prepare_s * per_token:.1f} us a token"
+        f"{corpus.num_bytes / 1e6:.1f} MB of planes; decoding and resizing {prepare_s * per_token:.1f} us per token"
     )
     yield (
         f"{'':<24} {'bytes/token':>11} {'of raw':>7} {'encode':>8} {'decode':>8} {'to planes':>9} {'PSNR':>7} "
         f"{'encode/prepare':>14}"
     )
-    for name, figure in found.items():
+    for name, figure in figures.items():
         error = figure.squared_error / corpus.num_bytes
         drift = f"{10 * np.log10(255**2 / error):.1f} dB" if error else "exact"
         yield (
@@ -232,7 +232,7 @@ def lines_of(corpus: Corpus, rounds: int) -> Iterator[str]:
         )
 
 
-# Other lossless codings, by their size alone
+# Other lossless codings, compared by size
 
 
 def green_subtracted(frame: Planes) -> Planes:
@@ -242,13 +242,13 @@ def green_subtracted(frame: Planes) -> Planes:
 
 
 def neighbours(planes: Planes) -> tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.int16]]:
-    """Left, upper and upper left neighbour of every value; 0 outside."""
+    """Left, upper and upper left neighbour of every value, 0 outside the frame."""
     padded = np.pad(planes, ((0, 0), (1, 0), (1, 0))).astype(np.int16)
     return padded[:, 1:, :-1], padded[:, :-1, 1:], padded[:, :-1, :-1]
 
 
 def median_edge(frame: Planes) -> Planes:
-    """Residuals of LOCO-I's predictor (M. Weinberger and others, 1996), as JPEG-LS has it; undone value by value."""
+    """Residuals of LOCO-I's predictor (M. Weinberger and others, 1996), as in JPEG-LS. Undone value by value."""
     planes = green_subtracted(frame)
     left, upper, corner = neighbours(planes)
     low, high = np.minimum(left, upper), np.maximum(left, upper)
@@ -257,7 +257,7 @@ def median_edge(frame: Planes) -> Planes:
 
 
 def paeth(frame: Planes) -> Planes:
-    """Residuals of PNG's fourth filter; undone value by value."""
+    """Residuals of PNG's fourth filter. Undone value by value."""
     planes = green_subtracted(frame)
     left, upper, corner = neighbours(planes)
     guess = left + upper - corner
@@ -266,8 +266,8 @@ def paeth(frame: Planes) -> Planes:
     return (planes - predicted).astype(np.uint8)
 
 
-def from_the_frame_before(frames: Sequence[Planes]) -> list[Planes]:
-    """Every frame of a clip but the first as its difference to the one before."""
+def temporal_differences(frames: Sequence[Planes]) -> list[Planes]:
+    """Every frame of a video but the first, as the difference to the previous one."""
     return [frames[0], *(later - earlier for earlier, later in itertools.pairwise(frames))]
 
 
@@ -280,7 +280,7 @@ def along_rows(frame: Planes) -> Planes:
 
 
 def temporal(corpus: Corpus) -> list[Planes]:
-    return [encode_residuals(frame) for _, _, frames in corpus.media for frame in from_the_frame_before(list(frames))]
+    return [encode_residuals(frame) for _, _, frames in corpus.media for frame in temporal_differences(list(frames))]
 
 
 def zstd(**changes: int) -> zstandard.ZstdCompressionParameters:
@@ -290,9 +290,9 @@ def zstd(**changes: int) -> zstandard.ZstdCompressionParameters:
 
 
 CODINGS: dict[str, tuple[Callable[[Corpus], list[Planes]], zstandard.ZstdCompressionParameters]] = {
-    "as zstd does it": (by_frame(encode_residuals), zstd()),
-    "difference to the frame before first": (temporal, zstd()),
-    "differences along rows alone": (by_frame(along_rows), zstd()),
+    "as --pixels zstd": (by_frame(encode_residuals), zstd()),
+    "difference to the previous frame first": (temporal, zstd()),
+    "differences along rows only": (by_frame(along_rows), zstd()),
     "median edge predictor": (by_frame(median_edge), zstd()),
     "Paeth predictor": (by_frame(paeth), zstd()),
     "blocks of 32 KiB": (by_frame(encode_residuals), zstd(window_log=15)),
@@ -300,58 +300,62 @@ CODINGS: dict[str, tuple[Callable[[Corpus], list[Planes]], zstandard.ZstdCompres
     "plain level 1": (by_frame(encode_residuals), zstandard.ZstdCompressionParameters.from_level(1)),
     "plain level 3": (by_frame(encode_residuals), zstandard.ZstdCompressionParameters.from_level(3)),
     "level 19": (by_frame(encode_residuals), zstandard.ZstdCompressionParameters.from_level(19)),
-    "no residuals, plain level 1": (by_frame(lambda frame: frame), zstandard.ZstdCompressionParameters.from_level(1)),
+    "unchanged planes, plain level 1": (
+        by_frame(lambda frame: frame),
+        zstandard.ZstdCompressionParameters.from_level(1),
+    ),
 }
 
 
 def lossless_lines(corpora: Sequence[Corpus], rounds: int) -> Iterator[str]:
-    """Size against raw and, over all sets, speed of zstd alone for the codings."""
-    yield "\nother lossless codings: size of raw; GB/s of zstd alone, there and back"
-    yield f"{'':<38}" + "".join(f"{corpus.name[:16]:>17}" for corpus in corpora) + f"{'there':>9}{'back':>7}"
+    """Size of the codings relative to raw, and speed of zstd alone over all sets."""
+    yield "\nother lossless codings: size relative to raw; GB/s of zstd alone"
+    yield f"{'':<38}" + "".join(f"{corpus.name[:16]:>17}" for corpus in corpora) + f"{'compress':>9}{'decompress':>11}"
     for name, (code, parameters) in CODINGS.items():
         data = [b"".join(plane.tobytes() for plane in code(corpus)) for corpus in corpora]
-        there = back = float("inf")
+        compress_s = decompress_s = float("inf")
         for _ in range(1 if name == "level 19" else rounds):
             began = time.process_time()
-            packed = [zstandard.ZstdCompressor(compression_params=parameters).compress(one) for one in data]
+            packed = [zstandard.ZstdCompressor(compression_params=parameters).compress(planes) for planes in data]
             middle = time.process_time()
-            for one in packed:
-                zstandard.ZstdDecompressor().decompress(one)
-            there, back = min(there, middle - began), min(back, time.process_time() - middle)
+            for blob in packed:
+                zstandard.ZstdDecompressor().decompress(blob)
+            compress_s = min(compress_s, middle - began)
+            decompress_s = min(decompress_s, time.process_time() - middle)
         sizes = "".join(f"{len(small) / len(large):17.4f}" for small, large in zip(packed, data))
         total = sum(map(len, data)) / 1e9
-        yield f"{name:<38}{sizes}{total / there:9.3f}{total / back:7.2f}"
+        yield f"{name:<38}{sizes}{total / compress_s:9.3f}{total / decompress_s:11.2f}"
 
 
-def corpora_of(folder: Path, pictures: Path | None, num_photographs: int) -> list[Corpus]:
-    """Write or find the media, decode and resize them."""
+def corpora_of(folder: Path, images: Path | None, num_photographs: int) -> list[Corpus]:
+    """Write or find the media, then decode and resize them."""
     write_photographs(folder / "photographs", num_photographs)
     write_demo(folder / "demo")
     drawn = sorted((folder / "demo" / "images").iterdir(), key=lambda path: (path.stat().st_size, path.name))
-    found = [
+    corpora = [
         read("generated photographs", sorted((folder / "photographs").glob("*.jpg"))),
         read("document pages", write_pages(folder / "pages", num_photographs)),
-        read("clips", write_clips(folder / "clips", 1)),
+        read("videos", write_videos(folder / "videos", 1)),
         read("small drawn pages", drawn[-num_photographs:]),
     ]
-    if pictures is not None:
-        own = sorted(path for path in pictures.iterdir() if path.suffix.lower() in PICTURES)
-        found.append(read(f"pictures in {pictures.name}", own))
+    if images is not None:
+        own = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        corpora.append(read(f"images in {images.name}", own))
     if REAL_MEDIA.is_dir():
-        found.append(read("small real clips", sorted((REAL_MEDIA / "videos").glob("*.mp4"))))
-    return found
+        corpora.append(read("small real videos", sorted((REAL_MEDIA / "videos").glob("*.mp4"))))
+    return corpora
 
 
 @click.command(name="python -m tests.benchmarks.storage")
-@click.option("--pictures", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of real ones.")
-@click.option("--photographs", type=click.IntRange(min=1), default=31, show_default=True, help="Generated pictures.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of your own.")
+@click.option("--photographs", type=click.IntRange(min=1), default=31, show_default=True, help="Generated images.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
-def main(pictures: Path | None, photographs: int, rounds: int) -> None:
-    """Measure what pixels cost by codec."""
+def main(images: Path | None, photographs: int, rounds: int) -> None:
+    """Measure the cost of pixels by codec."""
     click.echo(describe_machine("numpy", "pillow", "zstandard"))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vlprep-bench-")))
-        corpora = corpora_of(folder, pictures, photographs)
+        corpora = corpora_of(folder, images, photographs)
         for corpus in corpora:
             for line in lines_of(corpus, rounds):
                 click.echo(line)

@@ -1,7 +1,7 @@
 """One ``vlprep build`` in a fresh process: ``python -m tests.benchmarks.timed_build CORES ARGUMENT...``.
 
-Prints wall seconds and seconds of processor time of all its processes, from after the imports until everything has
-ended. Imports nothing else itself, since worker processes import what their parent's main module does.
+Prints wall seconds and processor seconds of all its processes, from the end of the imports until every process has
+ended. It imports nothing else itself, since worker processes import what their parent's main module imports.
 """
 
 from __future__ import annotations

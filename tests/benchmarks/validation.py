@@ -1,6 +1,6 @@
 """How fast records are checked and files are cut: ``python -m tests.benchmarks.validation``.
 
-Records of one exchange as LLaVA's instruction data has them, drawn from a seed -> records a second of
+Records of one exchange as LLaVA's instruction data has them, drawn from a seed -> records per second of
 :func:`prep.annotations.validation.parse_record` on one core beside those of ``json.loads`` alone, taken in turns in
 one run, and megabytes a second of indexing an array and JSONL of the same records. The best of several rounds counts,
 and the median stands beside it: other programs on the machine only ever slow a round down. Seconds are of processor
@@ -30,7 +30,7 @@ _WORDS = (
 
 
 def llava_record(rng: np.random.Generator, number: int) -> bytes:
-    """One record: a picture, a question of about ten words, an answer of about forty."""
+    """One record: an image, a question of about ten words, an answer of about forty."""
 
     def words(mean: int) -> str:
         return " ".join(rng.choice(_WORDS.split(), int(rng.poisson(mean)) + 1))
