@@ -1,7 +1,7 @@
-"""A reader of shards that knows docs/format.md and nothing else: what somebody would write for another program.
+"""A reader of shards, written from docs/format.md alone, as for another program.
 
-It takes every sentence of the page at its word and checks what the page says about the bytes. Nothing of this project
-is imported, and pixels are cut into patches by loops: it is slow.
+It checks every statement of the page about the bytes. It imports nothing of this project and cuts pixels into patches
+with loops, so it is slow.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def read_bin(folder: Path, row: dict[str, Any], build: dict[str, Any], mean: lis
     assert len(data) % 512 == 0
     assert xxhash.xxh3_64_intdigest(data, seed=0) == row["xxh3"]
     key = f"{row['bin']:08d}."
-    found = walk(data)
-    assert all(name.startswith(key) for name in found)
-    members = {name[len(key) :]: contents for name, contents in found.items()}
+    contents_of = walk(data)
+    assert all(name.startswith(key) for name in contents_of)
+    members = {name[len(key) :]: contents for name, contents in contents_of.items()}
     arrays = {name[:-4]: parse_npy(contents) for name, contents in members.items() if name.endswith(".npy")}
     samples = json.loads(members["samples.json"])
     check_arrays(row, build["max_length"], arrays, len(samples))
@@ -83,7 +83,7 @@ def read_bin(folder: Path, row: dict[str, Any], build: dict[str, Any], mean: lis
     (name,) = (name for name in members if name.startswith("pixels."))
     assert name == PIXELS[build["pixels"]]
     frames = decode_jpegs(members[name], shapes) if name == "pixels.jpeg" else decode(members[name], name, shapes)
-    patched = [patches(one, kind, mean, std) for one, (*_, kind) in zip(frames, media)]
+    patched = [patches(medium, kind, mean, std) for medium, (*_, kind) in zip(frames, media)]
     return PageBin(row["bin"], arrays, samples, np.concatenate([np.zeros((0, 1176), np.float32), *patched]))
 
 
@@ -111,21 +111,21 @@ def parse_npy(data: bytes) -> NDArray[Any]:
 
 
 def check_arrays(row: dict[str, Any], max_length: int, arrays: dict[str, NDArray[Any]], num_samples: int) -> None:
-    ids, labels, borders = arrays["input_ids"], arrays["labels"], arrays["cu_seqlens"]
+    ids, labels, boundaries = arrays["input_ids"], arrays["labels"], arrays["cu_seqlens"]
     grids, kinds, length = arrays["grid_thw"], arrays["media_type"], row["num_tokens"]
     assert 0 < length <= max_length
     assert ids.shape == labels.shape == (length,)
     assert arrays["position_ids"].shape == (3, length)
-    assert borders.shape == (row["num_samples"] + 1,)
+    assert boundaries.shape == (row["num_samples"] + 1,)
     assert num_samples == row["num_samples"]
-    assert (int(borders[0]), int(borders[-1])) == (0, length)
-    assert (np.diff(borders) > 0).all()
+    assert (int(boundaries[0]), int(boundaries[-1])) == (0, length)
+    assert (np.diff(boundaries) > 0).all()
     trained = labels != -100
     assert trained.sum() == row["num_targets"]
     assert np.array_equal(ids[trained], labels[trained])
-    assert not trained[borders[:-1]].any()
-    assert (arrays["position_ids"][:, borders[:-1]] == 0).all()
-    assert (np.diff(borders).astype(np.int64) ** 2).sum() == row["sum_squared_lengths"]
+    assert not trained[boundaries[:-1]].any()
+    assert (arrays["position_ids"][:, boundaries[:-1]] == 0).all()
+    assert (np.diff(boundaries).astype(np.int64) ** 2).sum() == row["sum_squared_lengths"]
     assert grids.shape == (len(kinds), 3)
     assert (grids[:, 1:] % 2 == 0).all()
     assert (grids[kinds == 0, 0] == 1).all()
@@ -147,31 +147,31 @@ def check_pads(ids: NDArray[Any], media: list[tuple[int, int, int, int]]) -> Non
 def decode(member: bytes, name: str, shapes: list[Shape]) -> list[NDArray[np.uint8]]:
     planes = member if name == "pixels.raw" else zstandard.ZstdDecompressor().decompress(member)
     assert len(planes) == sum(int(np.prod(shape)) for shape in shapes)
-    found, at = [], 0
+    media, at = [], 0
     for shape in shapes:
         frames = np.frombuffer(planes, np.uint8, int(np.prod(shape)), at).reshape(shape).astype(np.int64)
         at += frames.size
         if name == "pixels.zst":
             frames = frames.cumsum(axis=3).cumsum(axis=2)
             frames[:, [0, 2]] += frames[:, [1]]
-        found.append((frames % 256).astype(np.uint8))
-    return found
+        media.append((frames % 256).astype(np.uint8))
+    return media
 
 
 def decode_jpegs(member: bytes, shapes: list[Shape]) -> list[NDArray[np.uint8]]:
     num_frames = sum(shape[0] for shape in shapes)
     sizes = [int.from_bytes(member[4 * frame : 4 * frame + 4], "little") for frame in range(num_frames)]
     assert 4 * num_frames + sum(sizes) == len(member)
-    at, found = 4 * num_frames, []
+    at, media = 4 * num_frames, []
     streams = iter(sizes)
     for shape in shapes:
         frames = []
         for size in (next(streams) for _ in range(shape[0])):
             frames.append(np.asarray(Image.open(io.BytesIO(member[at : at + size]))).transpose(2, 0, 1))
             at += size
-        found.append(np.stack(frames))
-        assert found[-1].shape == shape
-    return found
+        media.append(np.stack(frames))
+        assert media[-1].shape == shape
+    return media
 
 
 def patches(frames: NDArray[np.uint8], kind: int, mean: list[float], std: list[float]) -> NDArray[np.float32]:

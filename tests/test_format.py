@@ -1,4 +1,4 @@
-"""docs/format.md says what the shards are: its tables equal the code, its programs run and find what was written."""
+"""docs/format.md describes the shards: its tables equal the code, and its programs run and read what was written."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ BINS = make_bins(num_bins=8)
 
 def section(title: str) -> str:
     """Text under a heading, up to the next one."""
-    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ )", PAGE + "# ", re.MULTILINE | re.DOTALL)
-    assert found is not None, title
-    return found[1]
+    match = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ )", PAGE + "# ", re.MULTILINE | re.DOTALL)
+    assert match is not None, title
+    return match[1]
 
 
 def rows(title: str) -> list[list[str]]:
-    """First table under a heading, without its head, cell by cell."""
+    """Cells of the first table under a heading, without its header row."""
     lines = [line for line in section(title).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def program(title: str) -> str:
-    found = re.search(r"```python\n(.*?)```", PAGE[PAGE.index(f"\n## {title}\n") :], re.DOTALL)
-    assert found is not None, title
-    return found[1]
+    match = re.search(r"```python\n(.*?)```", PAGE[PAGE.index(f"\n## {title}\n") :], re.DOTALL)
+    assert match is not None, title
+    return match[1]
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_columns_are_those_of_the_code(title: str, columns: dict[str, str]) -> N
 
 
 def test_members_are_those_of_the_code_in_their_order() -> None:
-    found = rows("A shard")
-    arrays = {name.strip("`"): kind.split(" ")[0] for name, kind, _ in found if name.endswith(".npy`")}
+    members = rows("A shard")
+    arrays = {name.strip("`"): kind.split(" ")[0] for name, kind, _ in members if name.endswith(".npy`")}
     assert arrays == {name: dtype.name for name, dtype in ARRAY_MEMBERS.items()}
     assert list(arrays) == list(ARRAY_MEMBERS)
-    others = [re.findall("`([^`]+)`", name) for name, _, _ in found[len(arrays) :]]
+    others = [re.findall("`([^`]+)`", name) for name, _, _ in members[len(arrays) :]]
     assert others == [list(PIXELS_MEMBER.values()), [SAMPLES_MEMBER]]
     assert f"(this page: {FORMAT_VERSION})" in PAGE
 
@@ -100,29 +100,31 @@ def test_a_reader_written_from_the_page_alone_gets_what_the_trainer_gets(tmp_pat
     """Arrays, order of samples, and pixel values to the bit; tests/format_reader.py knows the page and no code."""
     folder = write_shards(tmp_path / "set", BINS, codec=codec)
     index = open_shards(folder)
-    found = list(read_set(folder))
-    assert [one.number for one in found] == list(range(index.num_bins))
-    for one in found:
-        ours = read_checked_bin(index, one.number)
+    bins = list(read_set(folder))
+    assert [page_bin.number for page_bin in bins] == list(range(index.num_bins))
+    for page_bin in bins:
+        ours = read_checked_bin(index, page_bin.number)
         for name in ARRAY_MEMBERS:
-            assert np.array_equal(getattr(ours, name[:-4]), one.arrays[name[:-4]]), name
-        assert [sample["id"] for sample in one.samples] == [sample.id for sample in source_of(folder, one.number)]
+            assert np.array_equal(getattr(ours, name[:-4]), page_bin.arrays[name[:-4]]), name
+        assert [sample["id"] for sample in page_bin.samples] == [
+            sample.id for sample in source_of(folder, page_bin.number)
+        ]
         vision = build_micro_batch([ours]).vision
-        if len(one.pixel_values):
-            assert torch.equal(pixel_values(vision), torch.from_numpy(one.pixel_values))
-    assert sum(len(one.pixel_values) for one in found) == index.num_patches.sum()
+        if len(page_bin.pixel_values):
+            assert torch.equal(pixel_values(vision), torch.from_numpy(page_bin.pixel_values))
+    assert sum(len(page_bin.pixel_values) for page_bin in bins) == index.num_patches.sum()
 
 
 def source_of(folder: Path, number: int) -> list[SourceSample]:
     return source_samples(open_shards(folder), [number])[number]
 
 
-def test_the_program_of_the_short_page_rebuilds_the_pictures(tmp_path: Path) -> None:
+def test_the_program_of_the_short_page_rebuilds_the_frames(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "set", BINS, bins_per_shard=len(BINS))
     short = (REPOSITORY / "shards" / "README.md").read_text()
-    found = re.search(r"```python\n(.*?)```", short, re.DOTALL)
-    assert found is not None
-    text = found[1].replace("shards/demo/", f"{folder}/")
+    match = re.search(r"```python\n(.*?)```", short, re.DOTALL)
+    assert match is not None
+    text = match[1].replace("shards/demo/", f"{folder}/")
     assert str(folder) in text
     (tmp_path / "reader.py").write_text(f"{text.rstrip()}\n        print(bin['__key__'], frames.shape, frames.sum())\n")
     done = subprocess.run(

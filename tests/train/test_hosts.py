@@ -242,12 +242,12 @@ def test_commands_and_manifest_of_the_guide_fit_together() -> None:
     service, job = yaml.safe_load_all(manifest)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    places = {part.partition("=")[0]: part.partition("=")[2] for part in container["args"]}
+    flags = {part.partition("=")[0]: part.partition("=")[2] for part in container["args"]}
     assert container["args"][-2:] == ["train/main.py", "--config=/data/run.toml"]
-    assert int(places["--nnodes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
-    assert places["--master_addr"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert int(flags["--nnodes"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert flags["--master_addr"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"]
-    assert int(places["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
+    assert int(flags["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(places["--nproc_per_node"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(flags["--nproc_per_node"])
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
