@@ -70,7 +70,7 @@ def _texts(record: _Record, turns: TurnReader) -> None:
             continue
         turns.add_field("human", exchange, "user", where)
         turns.add_field("gpt", exchange, "assistant", where)
-        turns.fields.count_unused(exchange, {"user", "assistant"}, "texts[]")
+        turns.fields.account(exchange, {"user", "assistant"}, "texts[]")
 
 
 def _alpaca(record: _Record, turns: TurnReader) -> None:
@@ -170,15 +170,14 @@ def _read(record: _Record, embedded: Mapping[str, bytes]) -> Reading:
     fields = FieldReader()
     media = MediaReader(record, embedded, fields)
     turns = TurnReader(fields, media)
-    fields.refuse(record, UNSUPPORTED_FIELDS, "$")
     key = _recognized(record, turns)
     dialect = _Dialect(lambda *_: None) if key is None else _DIALECTS[key]
     dialect.read(record, turns)
     turns.add_system(record.get("system"), _tools(record, turns))
     media.finish(turns.turns, dialect.inserts_tags)
     shapes, coordinates = place_objects(record.get("objects"), turns.turns, fields)
-    used = {key or "", *dialect.fields, *_SHARED_FIELDS, *media.used_fields, *UNSUPPORTED_FIELDS}
-    fields.count_unused(record, used)
+    used = {key or "", *dialect.fields, *_SHARED_FIELDS, *media.used_fields}
+    fields.account(record, used, refused=UNSUPPORTED_FIELDS)
     annotation = Annotation(
         turns=turns.turns,
         images=media.items["image"],

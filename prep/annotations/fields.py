@@ -6,7 +6,7 @@ reported. A field that is null, or an empty list, text or object, says nothing a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 
 UNSUPPORTED_FIELDS = {
@@ -18,7 +18,7 @@ UNSUPPORTED_FIELDS = {
     "chosen": "TRL and LLaMA-Factory, for preference training",
     "rejected": "TRL and LLaMA-Factory, for preference training",
     "kto_tag": "LLaMA-Factory, for KTO",
-    "label": "TRL and ms-swift, for KTO and classifiers",
+    "label": "TRL and ms-swift, for KTO if it is true or false",
     "margin": "ms-swift, for reward models",
     "loss_scale": "ms-swift, a weight of the loss",
     "teacher_prompt": "ms-swift, for distillation",
@@ -34,6 +34,8 @@ UNSUPPORTED_TURN_FIELDS = {
     "audios": "ms-swift; Qwen2.5-VL has no audio",
     "refusal": "OpenAI, an answer of another kind",
     "reasoning_content": "reasoning models; write it into the answer",
+    "thinking": "TRL, for reasoning models; write it into the answer",
+    "tools": "tools belong to the whole record; move them there",
     "chosen": "preference training",
     "rejected": "preference training",
 }
@@ -43,7 +45,6 @@ UNSUPPORTED_PART_FIELDS = {
     "audio": "qwen_vl_utils; Qwen2.5-VL has no audio",
     "audio_url": "OpenAI; Qwen2.5-VL has no audio",
     "input_audio": "OpenAI; Qwen2.5-VL has no audio",
-    "raw_fps": "qwen_vl_utils, which uses it for other models",
 }
 """Fields of a part of a turn's content."""
 
@@ -60,11 +61,11 @@ def says_something(value: object) -> bool:
     return value is not None and value != [] and value != "" and value != {}
 
 
-def unsupported(fields: Mapping[str, object], table: Mapping[str, str], where: str) -> Iterable[str]:
-    """A sentence for each unsupported field."""
-    for name, tool in table.items():
-        if says_something(fields.get(name)):
-            yield f"{where}.{name} is not supported ({tool}); remove it, or train on such records with another tool"
+def unsupported(name: str, value: object, table: Mapping[str, str], where: str) -> str | None:
+    """A sentence about a field that another tool uses and this one does not support; None for any other field."""
+    if name not in table or not says_something(value) or (name == "label" and not isinstance(value, bool)):
+        return None
+    return f"{where}.{name} is not supported ({table[name]}); remove it, or train on such records with another tool"
 
 
 def suggestion(name: str) -> str | None:

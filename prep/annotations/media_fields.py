@@ -47,6 +47,8 @@ class MediaReader:
         unreadable: kinds of which some names could not be read.
     """
 
+    KEYS = frozenset(_PART_KINDS)
+
     def __init__(self, record: Mapping[str, Any], embedded: Mapping[str, bytes], fields: FieldReader) -> None:
         self.embedded = dict(embedded)
         self.unreadable: set[str] = set()
@@ -182,7 +184,7 @@ class MediaReader:
         path = data = None
         if isinstance(value, dict):
             keys = [key for key in ("url", "bytes", "path") if says_something(value.get(key))]
-            self._fields.count_unused(value, {"url", "bytes", "path"}, _without_indices(where))
+            self._fields.account(value, {"url", "bytes", "path"}, _without_indices(where))
             if "url" in keys and len(keys) > 1:
                 raise FieldError(f"{where} has {' and '.join(keys)}; give one of them")
             data, path = value.get("bytes"), value.get("path")

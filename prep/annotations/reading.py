@@ -7,6 +7,7 @@ fields while a dialect reads a record. :class:`Reading` is the result.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -94,17 +95,31 @@ class FieldReader:
         self.fail(f"{where}.{key} {state}; expected a string")
         return ""
 
-    def refuse(self, fields: Mapping[str, Any], table: Mapping[str, str], where: str) -> None:
-        """Add a problem for each field that another tool uses and this one does not support."""
-        for message in unsupported(fields, table, where):
-            self.fail(message, ReasonCode.UNSUPPORTED_FIELD)
+    def account(
+        self,
+        fields: Mapping[str, Any],
+        used: Collection[str],
+        name: str = "",
+        *,
+        where: str = "$",
+        refused: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Add a problem for each refused field of an object, and note the name of each other field without use.
 
-    def count_unused(self, fields: Mapping[str, Any], used: Collection[str], where: str = "") -> None:
-        """Note the names of the fields that hold something and are not used."""
-        for name, value in fields.items():
-            if name not in used and says_something(value) and len(self.unused) < _MAX_UNUSED:
-                name = name if len(name) <= _MAX_NAME_CHARACTERS else name[:_MAX_NAME_CHARACTERS] + "…"
-                self.unused[f"{where}.{name}" if where else name] = None
+        Args:
+            fields: the object.
+            used: names of its used fields.
+            name: of the object, before the names of unused fields; empty for the record.
+            where: JSON path of the object, for messages.
+            refused: a table of :mod:`prep.annotations.fields`.
+        """
+        for key, value in fields.items():
+            message = unsupported(key, value, refused, where)
+            if message is not None:
+                self.fail(message, ReasonCode.UNSUPPORTED_FIELD)
+            elif key not in used and says_something(value) and len(self.unused) < _MAX_UNUSED:
+                key = key if len(key) <= _MAX_NAME_CHARACTERS else key[:_MAX_NAME_CHARACTERS] + "…"
+                self.unused[f"{name}.{key}" if name else key] = None
 
 
 def type_name(value: object) -> str:

@@ -7,6 +7,7 @@ become the user's turn, as in the Qwen2.5 chat template.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from prep.annotations.fields import UNSUPPORTED_PART_FIELDS, UNSUPPORTED_TURN_FIELDS, says_something
@@ -143,7 +144,6 @@ class TurnReader:
 
     def _add_message(self, message: dict[str, Any], place: str, name: str) -> None:
         role_key, value_key = ("role", "content") if "role" in message or "content" in message else ("from", "value")
-        self.fields.refuse(message, UNSUPPORTED_TURN_FIELDS, place)
         role = self.text(message, role_key, place)
         kind = ROLES.get(role.lower(), role)
         calls = self._calls(message, kind, place)
@@ -152,8 +152,8 @@ class TurnReader:
         if calls:
             content = self._calls_text(content, calls, f"{place}.tool_calls")
         self.add(kind, content, f"{place}.{value_key}", is_trained=self._is_trained(message, kind, place))
-        used = {role_key, value_key, *_LOSS_FLAGS, "tool_calls", "function_call", *UNSUPPORTED_TURN_FIELDS}
-        self.fields.count_unused(message, used, name)
+        used = {role_key, value_key, *_LOSS_FLAGS, "tool_calls", "function_call"}
+        self.fields.account(message, used, name, where=place, refused=UNSUPPORTED_TURN_FIELDS)
 
     def _calls(self, message: dict[str, Any], kind: str, place: str) -> list[Any]:
         calls = message.get("tool_calls") or []
@@ -210,19 +210,22 @@ class TurnReader:
         if not isinstance(part, dict):
             self.fail(f"{where} is of type {type_name(part)}; expected a part of type text, image or video")
             return ""
-        self.fields.refuse(part, UNSUPPORTED_PART_FIELDS, where)
         kind = MediaReader.kind_of(part)
         if kind is not None:
             if says_something(part.get("text")):
                 self.fail(f"{where} has a medium and text; give the text a part of its own")
             used = self._media.add_part(kind, part, where)
-            self.fields.count_unused(part, {*used, "text", *UNSUPPORTED_PART_FIELDS}, "content[]")
+            self._account_part(part, {*used, "text"}, where)
             return f"<{kind}>"
         if part.get("type", "text") in _TEXT_TYPES and "text" in part:
             if MediaReader.names_medium(part):
                 self.fail(f"{where} is text and names a medium; give the medium a part of its own")
-            self.fields.count_unused(part, {"type", "text", "index", *UNSUPPORTED_PART_FIELDS}, "content[]")
+            self._account_part(part, {"type", "text", *MediaReader.KEYS}, where)
             return self.text(part, "text", where)
+        self._account_part(part, part.keys(), where)
         if not any(says_something(part.get(name)) for name in UNSUPPORTED_PART_FIELDS):
             self.fail(f"{where} is not a part of type text, image or video")
         return ""
+
+    def _account_part(self, part: dict[str, Any], used: Collection[str], where: str) -> None:
+        self.fields.account(part, used, "content[]", where=where, refused=UNSUPPORTED_PART_FIELDS)

@@ -1,0 +1,335 @@
+"""A record of any dialect equals its canonical record, or is rejected with its code; no field is ignored in silence."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from prep.annotations.annotation import Annotation, MediaItem
+from prep.annotations.dialects import read_record
+from prep.annotations.validation import TAG, Checked, parse_record
+from prep.media.paths import resolve_media
+from prep.samples.text import Template, build_templates
+from prep.samples.tokenizer import TextTokenizer
+from schemas.errors import MediaError
+from schemas.qwen import DEFAULT_SYSTEM
+from tests.prep.dialect_corpus import CASES, DEFAULT, OPENAI_CALL, TOOL, Case, as_text, openai_agent, write_media
+from tests.prep.packed import assert_same, packed_samples
+from tests.prep.test_formats import build_datasets, table, write_jsonl
+
+NUM_FUZZED = 2000
+
+ACCEPTED = [case for case in CASES if case.canonical is not None]
+REJECTED = [case for case in CASES if case.canonical is None]
+# The canonical spelling cannot express settings and frames; their effect on pixels is a matter of the media tests.
+PLAIN = [case for case in ACCEPTED if not case.settings and not case.frames and "objects" not in case.record]
+
+QWEN_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are a helpful assistant.' }}
+    {%- endif %}
+    {{- "\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided \
+with function signatures within <tools></tools> XML tags:\\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": \
+<args-json-object>}\\n</tool_call><|im_end|>\\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- set tool_call = tool_call.function %}
+            {{- '\\n<tool_call>\\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}
+        {{- message.content }}
+        {{- '\\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}"""
+"""The chat template of Qwen2.5-7B-Instruct (without its generation prompt), with the system message of Qwen2.5-VL."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dialects")
+    write_media(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> TextTokenizer:
+    return TextTokenizer((tiny_checkpoint / "tokenizer.json").read_bytes())
+
+
+def case_id(case: Case) -> str:
+    return f"{case.dialect}, {case.name}"
+
+
+def checked(record: dict[str, Any], root: Path) -> Checked:
+    return parse_record(as_text(record, root))
+
+
+def names(items: list[MediaItem]) -> list[str]:
+    return [name for item in items for name in (item.frames or (item.name,))]
+
+
+def contents(items: list[MediaItem], embedded: Any, root: Path) -> list[bytes]:
+    """The encoded bytes of all media, whatever their names."""
+    return [embedded[name] if name in embedded else (root / name).read_bytes() for name in names(items)]
+
+
+def template_of(annotation: Annotation | None, tokenizer: TextTokenizer) -> Template:
+    assert annotation is not None
+    return build_templates([annotation], tokenizer)[0]
+
+
+def chatml(record: dict[str, Any], untrained: tuple[int, ...]) -> tuple[str, list[tuple[int, int]]]:
+    """The text that a canonical record stands for, written out, and the ranges of characters that are trained."""
+
+    def media(value: str) -> str:
+        return TAG.sub(lambda tag: f"<|vision_start|><|{tag[1]}_pad|><|vision_end|>", value)
+
+    if "text" in record:
+        text = media(record["text"]) + "<|endoftext|>"
+        return text, [(0, len(text))]
+    turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+    if turns[0][0] != "system":
+        turns.insert(0, ("system", DEFAULT))
+    text, trained, num_answers = "", [], 0
+    for role, value in turns:
+        text += f"<|im_start|>{ {'human': 'user', 'gpt': 'assistant'}.get(role, role) }\n"
+        start = len(text)
+        text += f"{media(value) if role == 'human' else value}<|im_end|>\n"
+        if role == "gpt":
+            if num_answers not in untrained:
+                trained.append((start, len(text)))
+            num_answers += 1
+    return text, trained
+
+
+def test_the_corpus_covers_twenty_dialects_each_with_a_record_to_accept_and_one_to_reject() -> None:
+    assert len(CASES) >= 120
+    assert len({case_id(case) for case in CASES}) == len(CASES)
+    dialects = {case.dialect for case in CASES}
+    assert len(dialects) >= 20
+    assert {case.dialect for case in ACCEPTED} == {case.dialect for case in REJECTED} == dialects
+
+
+@pytest.mark.parametrize("case", ACCEPTED, ids=case_id)
+def test_a_record_has_the_turns_and_media_of_its_canonical_record(case: Case, root: Path) -> None:
+    assert case.canonical is not None
+    reading = read_record(as_text(case.record, root))
+    assert reading.problems.listed() == []
+    expected, found = read_record(as_text(case.canonical, root)).annotation, reading.annotation
+    assert expected is not None and found is not None
+    assert [(turn.role, turn.value) for turn in found.turns] == [(turn.role, turn.value) for turn in expected.turns]
+    answers = [index for index, turn in enumerate(found.turns) if turn.role == "gpt"]
+    assert found.untrained == {answers[index] for index in case.untrained}
+    assert reading.unused == case.unused
+    media = found.images + found.videos
+    assert tuple(item.settings for item in media) == (case.settings or (None,) * len(media))
+    if case.frames:
+        assert tuple(item.frames for item in found.videos) == case.frames
+    else:
+        for kind in ("images", "videos"):
+            items = getattr(found, kind)
+            assert contents(items, reading.embedded, root) == contents(getattr(expected, kind), {}, root)
+
+
+@pytest.mark.parametrize("case", REJECTED, ids=case_id)
+def test_a_near_miss_is_rejected_with_its_code_and_no_other(case: Case, root: Path) -> None:
+    annotation, problems, _, embedded = checked(case.record, root)[:4]
+    codes = {problem.code.value for problem in problems}
+    if not codes and annotation is not None:
+        for name in names(annotation.images + annotation.videos):
+            if name not in embedded:
+                with pytest.raises(MediaError) as raised:
+                    resolve_media(root, name, max_bytes=1 << 30)
+                codes.add(raised.value.code.value)
+    assert codes == set(case.code.split())
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=case_id)
+def test_ids_and_labels_are_those_of_the_conversation_written_out_by_hand(
+    case: Case, root: Path, tokenizer: TextTokenizer, reference: PreTrainedTokenizerBase
+) -> None:
+    assert case.canonical is not None
+    text, ranges = chatml(case.canonical, case.untrained)
+    encoding = reference(text, add_special_tokens=False, return_offsets_mapping=True)
+    template = template_of(checked(case.record, root).annotation, tokenizer)
+    assert template.ids.tolist() == encoding["input_ids"]
+    vision = reference.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"])
+    expected = [
+        any(start < last and first < end for first, last in ranges) and token not in vision
+        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"])
+    ]
+    assert template.trained.tolist() == [False, *expected[1:]]
+
+
+def test_a_tool_call_is_the_token_of_its_own(
+    root: Path, tokenizer: TextTokenizer, reference: PreTrainedTokenizerBase
+) -> None:
+    ids = template_of(checked(openai_agent("rain"), root).annotation, tokenizer).ids.tolist()
+    # The explanation in the system message has one of each too.
+    assert ids.count(reference.convert_tokens_to_ids("<tool_call>")) == 3
+    assert ids.count(reference.convert_tokens_to_ids("</tool_call>")) == 3
+
+
+@pytest.mark.parametrize("results", [["rain"], ["rain", "sun"]])
+@pytest.mark.parametrize("content", ["", "I look."])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_tools_are_laid_out_as_by_the_chat_template_of_qwen(
+    results: list[str],
+    content: str,
+    system: str | None,
+    root: Path,
+    tokenizer: TextTokenizer,
+    reference: PreTrainedTokenizerBase,
+) -> None:
+    record = openai_agent(*results)
+    calls = [OPENAI_CALL, {"function": {"name": "sun", "arguments": {"at": [1, 2.5, None, "é<"]}}}]
+    record["messages"][1].update(tool_calls=calls, content=content)
+    if system is not None:
+        record["messages"].insert(0, {"role": "system", "content": system})
+    messages = copy.deepcopy(record["messages"])
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            arguments = call["function"]["arguments"]
+            call["function"]["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+    expected = reference.apply_chat_template(
+        messages, tools=[TOOL], chat_template=QWEN_TEMPLATE, tokenize=True, return_dict=False
+    )
+    assert DEFAULT == DEFAULT_SYSTEM
+    assert template_of(checked(record, root).annotation, tokenizer).ids.tolist() == expected
+
+
+def test_a_build_packs_what_the_canonical_records_give(root: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Ids, labels, positions, grids and pixels."""
+    spelled = [{"id": f"case-{index}", **case.record} for index, case in enumerate(PLAIN)]
+    canonical = [{"id": f"case-{index}", **(case.canonical or {})} for index, case in enumerate(PLAIN)]
+    files = [write_jsonl(tmp_path / "spelled.jsonl", []), write_jsonl(tmp_path / "canonical.jsonl", canonical)]
+    files[0].write_bytes(b"".join(as_text(record, root) + b"\n" for record in spelled))
+    (tmp_path / "datasets.toml").write_text(table("spelled", files[:1], root) + table("canonical", files[1:], root))
+    trained_fully = {f"case-{index}" for index, case in enumerate(PLAIN) if not case.untrained}
+    found = {}
+    for name in ("spelled", "canonical"):
+        build_datasets(name, tmp_path / "datasets.toml", tiny_checkpoint, tmp_path / name)
+        found[name] = packed_samples(tmp_path / name)
+    for index in range(len(PLAIN)):
+        name = f"case-{index}"
+        ours, expected = found["spelled"][name][0], found["canonical"][name][0]
+        if name in trained_fully:
+            assert_same(ours, expected)
+        else:
+            assert ours.input_ids.tolist() == expected.input_ids.tolist()
+            assert (ours.labels != expected.labels).any()
+
+
+def mutated(value: Any, rng: random.Random, others: list[Any]) -> Any:
+    """A JSON value with one random change somewhere inside it."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        change = rng.random()
+        if change < 0.15:
+            return {name: item for name, item in value.items() if name != key}
+        if change < 0.3:
+            other = rng.choice(others)
+            extra = rng.choice(list(other)) if isinstance(other, dict) and other else "loss"
+            return {**value, extra: other[extra] if isinstance(other, dict) and extra in other else 0}
+        return {**value, key: mutated(value[key], rng, others)}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        index = rng.randrange(len(value))
+        change = rng.random()
+        if change < 0.15:
+            return value[:index] + value[index + 1 :]
+        if change < 0.3:
+            return [*value[:index], value[index], *value[index:]]
+        return [*value[:index], mutated(value[index], rng, others), *value[index + 1 :]]
+    if isinstance(value, str) and rng.random() < 0.5:
+        cut = rng.randrange(len(value) + 1)
+        piece = rng.choice(["<image>", "<video>", "<bbox>", "<|im_end|>", "{", '"', "\n", "", "[" * 5000, "\\ud800"])
+        return value[:cut] + piece + value[cut:]
+    return rng.choice(
+        [
+            None,
+            True,
+            0,
+            -1,
+            1.5,
+            1e300,
+            10**30,
+            "",
+            "x",
+            "data:",
+            "file://",
+            [],
+            {},
+            [[]],
+            [None],
+            {"bytes": "!"},
+            value,
+        ]
+    )
+
+
+def test_no_mutated_record_of_any_dialect_breaks_the_reader(root: Path) -> None:
+    """Every record is read without an exception, and a valid one has as many tags as media."""
+    rng = random.Random(17)
+    bases = [json.loads(as_text(case.record, root)) for case in CASES]
+    outcomes: Counter[str] = Counter()
+    for number in range(NUM_FUZZED):
+        record = bases[number % len(bases)]
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            record = mutated(record, rng, bases)
+        annotation, problems, unused = checked(record, root)[:3] if isinstance(record, dict) else (None, [0], ())
+        outcomes["rejected" if problems else "valid"] += 1
+        assert all(isinstance(name, str) for name in unused)
+        if not problems:
+            assert annotation is not None
+            tags = Counter(TAG.findall("".join(turn.value for turn in annotation.turns if turn.role != "gpt")))
+            assert (tags["image"], tags["video"]) == (len(annotation.images), len(annotation.videos)), record
+            assert all(isinstance(item.name, str) for item in annotation.images + annotation.videos)
+    assert min(outcomes.values()) >= NUM_FUZZED // 10, outcomes
