@@ -28,6 +28,7 @@ from pathlib import Path
 import click
 
 from demo.tiny_model import write_tiny_checkpoint
+from schemas.wording import counted
 from storage.shard_set import read_manifest
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.photographs import write_photographs
@@ -102,7 +103,7 @@ def compare(annotations: Path, images: Path, folder: Path, model: Path, rounds: 
     counts = read_manifest(folder / f"0-{cores[0]}").counts
     megapixels = sum(_megapixels(path) for path in paths) / len(paths)
     size = f"{len(paths)} images of {megapixels:.2f} megapixels, {counts.num_tokens:,} tokens in {counts.num_bins} bins"
-    click.echo(f"{size}; best of {rounds} rounds, load {os.getloadavg()[0]:.1f} at the end\n")
+    click.echo(f"{size}; best of {counted(rounds, 'round')}, load {os.getloadavg()[0]:.1f} at the end\n")
     click.echo(f"{'':<22}{'cores':>6}{'wall ms/image':>15}{'cpu ms/image':>14}{'images/s':>10}{'tokens/s':>10}")
     for (name, number), cost in best.items():
         if name != "build of one":
@@ -113,7 +114,7 @@ def compare(annotations: Path, images: Path, folder: Path, model: Path, rounds: 
     for number in cores:
         ours, theirs, fixed = (best[name, number] for name in ("build", "reference", "build of one"))
         click.echo(
-            f"build / reference, {number} cores: wall {ours.wall_s / theirs.wall_s:.2f}, processor time "
+            f"build / reference, {counted(number, 'core')}: wall {ours.wall_s / theirs.wall_s:.2f}, processor time "
             f"{ours.cpu_s / theirs.cpu_s:.2f} (without start-up, {fixed.wall_s:.1f} s and "
             f"{fixed.cpu_s:.1f} s: {(ours.wall_s - fixed.wall_s) / theirs.wall_s:.2f}, "
             f"{(ours.cpu_s - fixed.cpu_s) / theirs.cpu_s:.2f})"
