@@ -1,7 +1,7 @@
 """Bar and line charts with labelled values, and the questions about them that the learning benchmark asks.
 
-``sample_chart`` -> ``Chart`` (facts) -> ``Chart.draw`` (RGB image). Bars and points stand on the grid of the vision
-tower's patches, with their names and values above them: a word has the same patches wherever it stands, so that a tiny
+``sample_chart`` -> ``Chart`` (facts) -> ``Chart.draw`` (RGB image). Bars and points are aligned to the patch grid of
+the vision tower, with their names and values above them. A word has the same patches wherever it appears, so a tiny
 model can learn to read in minutes. A question names a bar by its category or by its colour.
 Cost: 0.03 ms for the facts, 2 ms for the image.
 """
@@ -98,7 +98,7 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = ("bar"
     count = int(rng.integers(_MIN_CATEGORIES, len(TOPICS[topic]) + 1))
     kept = sorted(int(i) for i in rng.permutation(len(TOPICS[topic]))[:count])
     colours = sample_names(rng, COLOURS, count)
-    # Some charts have room to spare at the right of the plot or above it.
+    # Some charts have unused room at the right of the plot or above it.
     spare = 2 * PATCH_SIZE * int(rng.integers(2))
     height = _HEIGHTS[int(rng.integers(len(_HEIGHTS)))]
     return Chart(

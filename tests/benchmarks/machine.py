@@ -1,4 +1,4 @@
-"""What a measurement was taken on and with, for the head of a report."""
+"""Machine and versions, for the head of a report."""
 
 from __future__ import annotations
 

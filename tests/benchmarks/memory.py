@@ -1,12 +1,11 @@
 """Memory of a build with millions of annotations: ``python -m tests.benchmarks.memory --annotations 1000000``.
 
 Text-only annotations of one short exchange -> ``vlprep build`` with some workers, watched from outside: peak memory of
-the planning process in every stage and of its workers, and what that is for each annotation. Memory is the
-proportional set size (a page that several processes share is divided among them). Without media and with tiny samples
-a build has more samples for each byte than any real one has, which is the worst case for whatever is held for each
-sample.
+its workers, and of the planning process in every stage, in total and per annotation. Memory is the proportional set
+size (a page shared by several processes is divided among them). A build of tiny samples without media has more samples
+per byte than any real one, so this is the worst case for everything that is held per sample.
 
-The table of bins grows with bins, not with samples; ``--max-length`` makes bins as small as one likes.
+The table of bins grows with bins, not with samples. ``--max-length`` makes bins as small as you like.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _BLOCK = 100_000
 
 
 def write_annotations(path: Path, num_annotations: int) -> None:
-    """Write as many annotations of one exchange, no two alike, of about 40 tokens each."""
+    """Write annotations of one exchange, all different, of about 40 tokens each."""
     with path.open("w", encoding="ascii") as file:
         for first in range(0, num_annotations, _BLOCK):
             file.writelines(
@@ -54,7 +53,7 @@ class Watch:
         self.workers: dict[int, int] = defaultdict(int)
 
     def look(self) -> None:
-        """Note what is used now."""
+        """Record the memory used now."""
         try:
             self.planner.append((time.perf_counter() - self._start, self._process.memory_full_info().pss))
             for child in self._process.children(recursive=True):
@@ -64,12 +63,12 @@ class Watch:
             return
 
     def peaks(self, stages_s: dict[str, float]) -> dict[str, int]:
-        """Highest bytes of the planning process in each stage, given how long they took; the last one ends last."""
+        """Peak bytes of the planning process in each stage, by their durations. The last stage ends last."""
         end = self.planner[-1][0]
         peaks: dict[str, int] = {}
         for stage, seconds in reversed(stages_s.items()):
             start = max(0.0, end - seconds)
-            # A stage shorter than the time between two looks has the one before it.
+            # A stage between two samples gets the earlier one.
             peaks[stage] = max(
                 [num for at, num in self.planner if start <= at <= end]
                 or [num for at, num in self.planner if at <= end][-1:]

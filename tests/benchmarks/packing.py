@@ -1,8 +1,8 @@
-"""Packers side by side: fill, speed and memory. ``python -m tests.benchmarks.packing``.
+"""Packers compared: fill, speed and memory. ``python -m tests.benchmarks.packing``.
 
 For several distributions of lengths and every packer: the fill of the binding budget, samples per second, and peak
 memory beyond the inputs. Each packer runs in its own process. Packers that place one sample at a time are slow, so all
-run on a subset; the project's own also runs on ten million samples. *At most* is the fill at the lower bound on bins.
+run on a subset. The project's own also runs on ten million samples. *At most* is the fill at the lower bound on bins.
 
 The other packers: *best fit decreasing* and *binpacking* in windows, as upstream tools use them; *first fit* in windows
 (each sample goes into the first bin that has room); and *next fit* (the first sample that does not fit closes the bin,
@@ -76,31 +76,31 @@ def best_fit_in_windows(lengths: Ints, capacity: int) -> Ints:
 
 
 def _first_fit(lengths: Ints, patches: Ints, max_patches: int) -> Ints:
-    """First fit in windows of 1000, both budgets kept."""
+    """First fit in windows of 1000, within both budgets."""
     bins = np.empty(lengths.size, dtype=np.int64)
     num_bins = 0
     for start in range(0, lengths.size, LARGE_WINDOW):
         rooms = np.tile([[MAX_LENGTH], [max_patches]], LARGE_WINDOW)
         window = slice(start, start + LARGE_WINDOW)
-        places = []
+        window_bins = []
         for size in np.stack([lengths[window], patches[window]], axis=1):
-            place = int(np.argmax((rooms >= size[:, None]).all(axis=0)))
-            rooms[:, place] -= size
-            places.append(place)
-        bins[window] = num_bins + np.asarray(places)
-        num_bins += max(places) + 1
+            chosen = int(np.argmax((rooms >= size[:, None]).all(axis=0)))
+            rooms[:, chosen] -= size
+            window_bins.append(chosen)
+        bins[window] = num_bins + np.asarray(window_bins)
+        num_bins += max(window_bins) + 1
     return bins
 
 
 def _next_fit(lengths: Ints, patches: Ints, max_patches: int) -> Ints:
-    places = []
-    number, tokens, held = 0, 0, 0
-    for length, num in zip(lengths.tolist(), patches.tolist()):
-        if tokens + length > MAX_LENGTH or held + num > max_patches:
-            number, tokens, held = number + 1, 0, 0
-        tokens, held = tokens + length, held + num
-        places.append(number)
-    return np.asarray(places)
+    bins = []
+    current, sum_tokens, sum_patches = 0, 0, 0
+    for num_tokens, num_patches in zip(lengths.tolist(), patches.tolist()):
+        if sum_tokens + num_tokens > MAX_LENGTH or sum_patches + num_patches > max_patches:
+            current, sum_tokens, sum_patches = current + 1, 0, 0
+        sum_tokens, sum_patches = sum_tokens + num_tokens, sum_patches + num_patches
+        bins.append(current)
+    return np.asarray(bins)
 
 
 def _one_size(lengths: Ints, patches: Ints, max_patches: int) -> Ints:
@@ -134,14 +134,14 @@ TWO_BUDGETS: dict[str, Packer] = {
 def _measure(path: Path, packer: str, max_patches: int | None) -> tuple[int, float, float, float]:
     """Bins, share of the binding budget that is filled, seconds of processor time, bytes per sample. Own process."""
     lengths, patches = np.load(path)
-    held = _peak_bytes()
+    bytes_before = _peak_bytes()
     start = time.process_time()
-    found = (ONE_BUDGET if max_patches is None else TWO_BUDGETS)[packer](lengths, patches, max_patches or 0)
+    bins = (ONE_BUDGET if max_patches is None else TWO_BUDGETS)[packer](lengths, patches, max_patches or 0)
     seconds = time.process_time() - start
-    num_bytes = _peak_bytes() - held
-    num_bins = int(found.max()) + 1
-    if np.bincount(found, weights=lengths).max() > MAX_LENGTH or (
-        max_patches is not None and np.bincount(found, weights=patches).max() > max_patches
+    num_bytes = _peak_bytes() - bytes_before
+    num_bins = int(bins.max()) + 1
+    if np.bincount(bins, weights=lengths).max() > MAX_LENGTH or (
+        max_patches is not None and np.bincount(bins, weights=patches).max() > max_patches
     ):
         raise RuntimeError(f"{packer} breaks a budget")
     bound = lengths.sum() / MAX_LENGTH
@@ -151,7 +151,7 @@ def _measure(path: Path, packer: str, max_patches: int | None) -> tuple[int, flo
 
 
 def _peak_bytes() -> int:
-    """Most memory that this process has held; ``getrusage`` also counts what its parent held when it was started."""
+    """Peak memory of this process. ``getrusage`` would also count the memory of its parent at the start."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
@@ -159,7 +159,7 @@ def _peak_bytes() -> int:
 def _compare(distribution: str, packers: Sequence[str], num: int, max_patches: int | None = None) -> None:
     lengths, patches = DISTRIBUTIONS[distribution](num)
     if max_patches is not None:
-        # A sample with more patches has a bin of its own, whatever the packer.
+        # Every packer gives a sample with more patches its own bin.
         fits = patches <= max_patches
         lengths, patches = lengths[fits], patches[fits]
     budgets = f"{MAX_LENGTH} tokens" + (f" and {max_patches:,} patches" if max_patches else "")

@@ -1,10 +1,10 @@
-"""How fast records are checked and files are cut: ``python -m tests.benchmarks.validation``.
+"""Speed of checking records and of indexing files: ``python -m tests.benchmarks.validation``.
 
-Records of one exchange as LLaVA's instruction data has them, drawn from a seed -> records per second of
-:func:`prep.annotations.validation.parse_record` on one core beside those of ``json.loads`` alone, taken in turns in
-one run, and megabytes a second of indexing an array and JSONL of the same records. The best of several rounds counts,
-and the median stands beside it: other programs on the machine only ever slow a round down. Seconds are of processor
-time, so that waiting for a busy core does not count.
+Records of one exchange like those of LLaVA's instruction data, drawn from a seed -> records per second of
+:func:`prep.annotations.validation.parse_record` on one core, next to those of ``json.loads`` alone, taken in turns in
+one run, and megabytes per second of indexing an array and JSONL of the same records. The figures are the best of
+several rounds, because other programs only ever slow a round down, and the median. Seconds are of processor time, so
+that waiting for a busy core does not count.
 """
 
 from __future__ import annotations
