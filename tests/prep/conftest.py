@@ -14,7 +14,7 @@ from tests.prep.ray_cluster import NodeProcesses, node_processes
 
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Annotations with images, clips, texts and broken records. Read-only: tests share it."""
+    """Annotations with images, videos, texts and broken records. Read-only: tests share it."""
     return write_corpus(tmp_path_factory.mktemp("finished-corpus"))[0]
 
 

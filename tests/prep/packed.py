@@ -63,7 +63,7 @@ def patchify(frames: NDArray[np.uint8], grid: tuple[int, int, int]) -> NDArray[n
 
 def packed_samples(folder: Path) -> dict[str, list[Packed]]:
     """All samples of a set by ``dataset/record`` and, where the annotation has one, by id; copies in bin order."""
-    found: dict[str, list[Packed]] = defaultdict(list)
+    samples_of: dict[str, list[Packed]] = defaultdict(list)
     for shard in sorted(folder.glob("bins-*.tar")):
         bins: dict[int, dict[str, bytes]] = defaultdict(dict)
         with tarfile.open(shard) as tar:
@@ -72,10 +72,10 @@ def packed_samples(folder: Path) -> dict[str, list[Packed]]:
                 bins[int(number)][member] = tar.extractfile(info).read()  # type: ignore[union-attr]
         for number, members in bins.items():
             for reference, sample in zip(json.loads(members["samples.json"]), _samples(number, members), strict=True):
-                found[f"{reference['dataset']}/{reference['record']}"].append(sample)
+                samples_of[f"{reference['dataset']}/{reference['record']}"].append(sample)
                 if reference["id"] is not None:
-                    found[reference["id"]].append(sample)
-    return dict(found)
+                    samples_of[reference["id"]].append(sample)
+    return dict(samples_of)
 
 
 def _samples(number: int, members: dict[str, bytes]) -> list[Packed]:
@@ -83,9 +83,9 @@ def _samples(number: int, members: dict[str, bytes]) -> list[Packed]:
         name.removesuffix(".npy"): np.load(io.BytesIO(data)) for name, data in members.items() if name.endswith(".npy")
     }
     media = _media(arrays, members)
-    borders = arrays["cu_seqlens"].tolist()
+    boundaries = arrays["cu_seqlens"].tolist()
     samples = []
-    for slot, (start, stop) in enumerate(itertools.pairwise(borders)):
+    for slot, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         ids = arrays["input_ids"][start:stop]
         num_media = int((ids == 151652).sum())  # <|vision_start|>
         samples.append(
@@ -130,16 +130,16 @@ def _jpegs(arrays: dict[str, NDArray[Any]], member: bytes) -> bytes:
     kinds, steps = arrays["media_type"].tolist(), arrays["grid_thw"][:, 0].tolist()
     num_frames = sum(2 * t if kind else 1 for kind, t in zip(kinds, steps, strict=True))
     sizes = np.frombuffer(member, dtype="<u4", count=num_frames).tolist()
-    borders = list(itertools.accumulate(sizes, initial=4 * num_frames))
-    assert borders[-1] == len(member)
-    pictures = [np.asarray(Image.open(io.BytesIO(member[at:end]))) for at, end in itertools.pairwise(borders)]
-    return b"".join(picture.transpose(2, 0, 1).tobytes() for picture in pictures)
+    boundaries = list(itertools.accumulate(sizes, initial=4 * num_frames))
+    assert boundaries[-1] == len(member)
+    images = [np.asarray(Image.open(io.BytesIO(member[at:end]))) for at, end in itertools.pairwise(boundaries)]
+    return b"".join(image.transpose(2, 0, 1).tobytes() for image in images)
 
 
-def assert_same(found: Packed, expected: Packed) -> None:
+def assert_same(actual: Packed, expected: Packed) -> None:
     """The same tokens, labels, positions, media and pixels."""
     for name in ("input_ids", "labels", "position_ids"):
-        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
-    assert [(kind, grid) for kind, grid, _ in found.media] == [(kind, grid) for kind, grid, _ in expected.media]
-    for (_, _, frames), (_, _, others) in zip(found.media, expected.media):
+        assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
+    assert [(kind, grid) for kind, grid, _ in actual.media] == [(kind, grid) for kind, grid, _ in expected.media]
+    for (_, _, frames), (_, _, others) in zip(actual.media, expected.media):
         assert np.array_equal(frames, others)

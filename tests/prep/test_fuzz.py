@@ -80,7 +80,7 @@ WORDS = [
 
 
 def mutated(rng: Rng, text: bytes) -> bytes:
-    """A few changes at random places: bytes put in, taken out, replaced, repeated; or the end cut off."""
+    """A few random changes: bytes inserted, removed, replaced or repeated, or the end cut off."""
     data = bytearray(text)
     for _ in range(int(rng.integers(1, 4))):
         at = int(rng.integers(0, len(data) + 1))
@@ -185,7 +185,7 @@ def damaged(rng: Rng, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def clip(codec: str, name: str, folder: Path) -> bytes:
+def encoded_video(codec: str, name: str, folder: Path) -> bytes:
     return write_video(folder / name, 6, 2, width=32, height=32, codec=codec).read_bytes()
 
 
@@ -209,8 +209,8 @@ KINDS: dict[str, tuple[int, Callable[[Path], bytes]]] = {
     "gif": (MEDIA_IMAGE, animated("GIF")),
     "tif": (MEDIA_IMAGE, still("TIFF")),
     "avif": (MEDIA_IMAGE, still("AVIF")),
-    "mp4": (MEDIA_VIDEO, lambda folder: clip("mpeg4", "seed.mp4", folder)),
-    "mkv": (MEDIA_VIDEO, lambda folder: clip("libx264", "seed.mkv", folder)),
+    "mp4": (MEDIA_VIDEO, lambda folder: encoded_video("mpeg4", "seed.mp4", folder)),
+    "mkv": (MEDIA_VIDEO, lambda folder: encoded_video("libx264", "seed.mkv", folder)),
 }
 
 

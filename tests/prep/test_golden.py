@@ -1,8 +1,9 @@
 """From annotation file to the bytes of a bin, against an implementation that shares nothing with the program.
 
-Token ids come from the checkpoint's chat template and its tokenizer, run live; labels from the places of the answers in
-the rendered text; positions of images and text from the model's own ``get_rope_index``, and of clips from a few lines
-that follow its original definition; pixels from the Pillow image processor, for clips over frames that PyAV decodes.
+Token ids come from the checkpoint's chat template and its tokenizer, run live. Labels come from the positions of the
+answers in the rendered text. Positions of images and text come from the model's own ``get_rope_index``, those of videos
+from a few lines that follow its original definition. Pixels come from the Pillow image processor, for videos over
+frames that PyAV decodes.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from tests.prep.packed import Packed, packed_samples
 from tests.prep.test_images import MODES, random_image, reference_pixel_values
 from tests.prep.test_videos import rotate_video, write_video
 
-# Pictures have the default bounds, which `reference_pixel_values` uses; clips small ones, to be quick.
+# Images have the default bounds, which `reference_pixel_values` uses. Videos have small ones, for speed.
 MEDIA = MediaSettings(video_min_frame_pixels=4 * 784, video_max_frame_pixels=30 * 784)
 SETTINGS = BuildSettings(media=MEDIA, max_length=4096, shard_bytes=4_000_000)
 
 SIZES = [(28, 28), (1, 1), (640, 480), (57, 2000), (1100, 900), (199, 1)]
 
-CLIPS = {  # frames, frames a second, interval 4 s: how many are sampled
+VIDEOS = {  # frames, frames a second, interval 4 s: how many are sampled
     "one": (1, 5),  # 1 frame, repeated
     "three": (3, 1),  # fewer than the least, odd
     "four": (75, 5),  # 15 s: 4
@@ -79,7 +80,7 @@ class Case:
         return {"id": identity, "images": self.images, "videos": self.videos, "conversations": conversations}
 
 
-def asked(name: str, question: str = "<image>\nWhat is this?", answer: str = "A picture.") -> Case:
+def one_image(name: str, question: str = "<image>\nWhat is this?", answer: str = "A picture.") -> Case:
     return Case([("human", question), ("gpt", answer)], images=(name,))
 
 
@@ -90,24 +91,24 @@ def write_media(folder: Path) -> dict[str, Case]:
         for width, height in SIZES:
             name = f"{mode}-{width}x{height}.{'tif' if mode == 'CMYK' else 'png'}"
             random_image(width, height, mode, seed=len(cases)).save(folder / name)
-            cases[f"picture {name}"] = asked(name)
+            cases[f"image {name}"] = one_image(name)
     for orientation in range(1, 9):
         for kind in ("jpg", "png", "webp", "tif"):
             name = f"turned-{orientation}.{kind}"
             exif = Image.Exif()
             exif[ExifTag.Orientation] = orientation
             random_image(300, 120, seed=orientation).save(folder / name, exif=exif)
-            cases[f"picture {name}"] = asked(name)
+            cases[f"image {name}"] = one_image(name)
     random_image(120, 90, seed=9).convert("P", palette=Image.Palette.ADAPTIVE, colors=9).save(
         folder / "hole.png", transparency=2
     )
-    cases["picture hole.png"] = asked("hole.png")
+    cases["image hole.png"] = one_image("hole.png")
     for kind in ("jpg", "webp", "gif", "bmp", "jp2"):
         random_image(250, 130, seed=3).save(folder / f"kind.{kind}")
-        cases[f"picture kind.{kind}"] = asked(f"kind.{kind}")
+        cases[f"image kind.{kind}"] = one_image(f"kind.{kind}")
     a, b, c = "RGB-28x28.png", "turned-6.jpg", "RGBA-1x1.png"
     for language, (question, answer) in LANGUAGES.items():
-        cases[f"language {language}"] = asked(a, question, answer)
+        cases[f"language {language}"] = one_image(a, question, answer)
     cases["text"] = Case([("human", "Hi"), ("gpt", "Hello!")])
     cases["text with system"] = Case([("system", " Be brief.\n"), ("human", "Hi"), ("gpt", "\nHello!")])
     cases["several"] = Case([("human", "First <image>, then <image><image>: same?"), ("gpt", "No.")], images=(a, b, c))
@@ -125,15 +126,15 @@ def write_media(folder: Path) -> dict[str, Case]:
         ],
         images=(b, a, c),
     )
-    for name, (num_frames, fps) in CLIPS.items():
+    for name, (num_frames, fps) in VIDEOS.items():
         write_video(folder / f"{name}.mp4", num_frames, fps, width=64 + 10 * len(name), height=48)
-        cases[f"clip {name}"] = Case(
+        cases[f"video {name}"] = Case(
             [("human", "<video>\nWhat happens?"), ("gpt", "It gets brighter.")], videos=(f"{name}.mp4",)
         )
     write_video(folder / "turned.mp4", 20, 1, width=96, height=64)
     rotate_video(folder / "turned.mp4", 90)
-    cases["clip turned"] = Case([("human", "Look: <video>"), ("gpt", "Up.")], videos=("turned.mp4",))
-    cases["clips and pictures"] = Case(
+    cases["video turned"] = Case([("human", "Look: <video>"), ("gpt", "Up.")], videos=("turned.mp4",))
+    cases["videos and images"] = Case(
         [
             ("human", "<video>, <image> and <video>: which is longer?"),
             ("gpt", "第二个。"),
@@ -174,7 +175,7 @@ class Reference:
         images, videos = iter(case.images), iter(case.videos)
         tags = [tag for role, value in case.turns if role == "human" for tag in re.findall("<(image|video)>", value)]
         kinds = [int(tag == "video") for tag in tags]
-        media = [self.clip(next(videos)) if kind else self.image(next(images)) for kind in kinds]
+        media = [self.video(next(videos)) if kind else self.image(next(images)) for kind in kinds]
         assert next(images, None) is None and next(videos, None) is None
         grids = [grid for _, grid, _ in media]
         ids, labels = self.text(case.turns, [t * h * w // 4 for t, h, w in grids])
@@ -192,44 +193,44 @@ class Reference:
             values, (t, h, w) = reference_pixel_values(image)
         return values, (t, h, w), 0.0
 
-    def clip(self, name: str) -> tuple[NDArray[np.float32], tuple[int, int, int], float]:
+    def video(self, name: str) -> tuple[NDArray[np.float32], tuple[int, int, int], float]:
         with av.open(str(self.folder / name)) as container:
             stream = container.streams.video[0]
             frames = [
                 np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90) for frame in container.decode(stream)
             ]
             duration_s = len(frames) / float(stream.average_rate)
-        wanted = min(max(round(duration_s / 4), 4), 8)
-        taken = sorted({int(place) for place in np.linspace(0, len(frames) - 1, wanted)})
-        shown = [Image.fromarray(np.ascontiguousarray(frames[index])) for index in taken]
+        num_frames = min(max(round(duration_s / 4), 4), 8)
+        sampled = sorted({int(index) for index in np.linspace(0, len(frames) - 1, num_frames)})
+        shown = [Image.fromarray(np.ascontiguousarray(frames[index])) for index in sampled]
         shown += shown[-1:] * (len(shown) % 2)
-        found = self.frames(images=shown, return_tensors="np")
-        _, h, w = found["image_grid_thw"][0].tolist()
-        # Rows of a frame as an image hold it twice; a temporal step of a clip holds two frames.
-        halves = found["pixel_values"].reshape(len(shown) // 2, 2, h * w, 3, 2, 196)
+        processed = self.frames(images=shown, return_tensors="np")
+        _, h, w = processed["image_grid_thw"][0].tolist()
+        # A row of an image has its frame twice. A temporal step of a video has two frames.
+        halves = processed["pixel_values"].reshape(len(shown) // 2, 2, h * w, 3, 2, 196)
         values = np.stack([halves[:, 0, :, :, 0], halves[:, 1, :, :, 1]], axis=3).reshape(-1, 1176)
-        return values, (len(shown) // 2, h, w), 2 * duration_s / len(taken)
+        return values, (len(shown) // 2, h, w), 2 * duration_s / len(sampled)
 
     def text(self, turns: list[tuple[str, str]], num_pads: list[int]) -> tuple[list[int], list[int]]:
-        """Ids of the rendered conversation, and labels from the places where the answers stand in it."""
+        """Ids of the rendered conversation, and labels from the positions of the answers in it."""
         roles = {"human": "user", "gpt": "assistant", "system": "system"}
         messages = [{"role": roles[role], "content": list(parts(role, value))} for role, value in turns]
 
         def rendered(number: int, ask: bool = False) -> str:
             text = self.tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=ask)
             pads = iter(num_pads)
-            return re.sub(r"<\|(?:image|video)_pad\|>", lambda found: found.group() * next(pads), text)
+            return re.sub(r"<\|(?:image|video)_pad\|>", lambda match: match.group() * next(pads), text)
 
-        whole = rendered(len(messages))
+        text = rendered(len(messages))
         spans = [
             (len(rendered(number, ask=True)), len(rendered(number + 1)))
             for number, (role, _) in enumerate(turns)
             if role == "gpt"
         ]
         for start, stop in spans:
-            assert whole[:start].endswith("<|im_start|>assistant\n")
-            assert whole[start:stop].endswith("<|im_end|>\n")
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+            assert text[:start].endswith("<|im_start|>assistant\n")
+            assert text[start:stop].endswith("<|im_end|>\n")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
         # A token that joins the header's newline with newlines of the answer counts as the answer's.
         trained = [any(start < end <= stop for start, stop in spans) for _, end in encoded["offset_mapping"]]
@@ -241,13 +242,13 @@ class Reference:
         if any(kinds):
             return original_positions(ids, grids, seconds)
         tensor = torch.tensor(ids)[None]
-        found, _ = self.model.get_rope_index(
+        rope, _ = self.model.get_rope_index(
             input_ids=tensor,
             mm_token_type_ids=(tensor == IMAGE_PAD).int(),
             image_grid_thw=torch.tensor(grids) if grids else None,
             attention_mask=torch.ones_like(tensor),
         )
-        positions: NDArray[np.int64] = found[:, 0].numpy()
+        positions: NDArray[np.int64] = rope[:, 0].numpy()
         assert np.array_equal(positions, original_positions(ids, grids, seconds))
         return positions
 
@@ -263,7 +264,7 @@ def parts(role: str, value: str) -> Iterator[dict[str, str]]:
 
 
 def original_positions(ids: list[int], grids: list[tuple[int, int, int]], seconds: list[float]) -> NDArray[np.int64]:
-    """Token by token, as transformers 4.49 defines it: the text after a medium goes on behind its largest index."""
+    """Token by token, as transformers 4.49 defines it: the text after a medium continues after its largest index."""
     positions: list[tuple[int, int, int]] = []
     media = iter(zip(grids, seconds))
     at = 0
@@ -276,9 +277,9 @@ def original_positions(ids: list[int], grids: list[tuple[int, int, int]], second
             for step in range(t):
                 for row in range(h // 2):
                     for column in range(w // 2):
-                        # 2 positions a second
-                        places = (int(step * step_s * 2), row, column)
-                        positions.append(tuple(following + place for place in places))  # type: ignore[arg-type]
+                        # 2 positions per second
+                        offsets = (int(step * step_s * 2), row, column)
+                        positions.append(tuple(following + offset for offset in offsets))  # type: ignore[arg-type]
         at = len(positions)
     return np.asarray(positions).T
 
@@ -315,34 +316,34 @@ def test_bins_hold_what_the_reference_implementation_gives(
     packed: dict[str, list[Packed]], expected: dict[str, Expected]
 ) -> None:
     """Ids, labels, positions and grids are equal; pixel values differ by exactly nothing."""
-    for name, wanted in expected.items():
-        (found,) = packed[name]
-        assert found.input_ids.tolist() == wanted.input_ids, name
-        assert found.labels.tolist() == wanted.labels, name
-        assert np.array_equal(found.position_ids, wanted.position_ids), name
-        assert [(kind, grid) for kind, grid, _ in found.media] == list(zip(wanted.kinds, wanted.grids)), name
-        if found.media:
-            values = found.pixel_values()
-            assert values.dtype == wanted.pixel_values.dtype == np.float32, name
-            assert values.shape == wanted.pixel_values.shape, name
-            assert np.abs(values - wanted.pixel_values).max() == 0.0, name
+    for name, reference in expected.items():
+        (sample,) = packed[name]
+        assert sample.input_ids.tolist() == reference.input_ids, name
+        assert sample.labels.tolist() == reference.labels, name
+        assert np.array_equal(sample.position_ids, reference.position_ids), name
+        assert [(kind, grid) for kind, grid, _ in sample.media] == list(zip(reference.kinds, reference.grids)), name
+        if sample.media:
+            values = sample.pixel_values()
+            assert values.dtype == reference.pixel_values.dtype == np.float32, name
+            assert values.shape == reference.pixel_values.shape, name
+            assert np.abs(values - reference.pixel_values).max() == 0.0, name
 
 
 def test_the_cases_are_as_different_as_they_say(
     corpus: tuple[Path, dict[str, Case]], expected: dict[str, Expected]
 ) -> None:
-    """Guards the comparison itself: turned pictures stand upright, clips have odd, even and few frames."""
+    """Guards the comparison itself: turned images are upright, videos have odd, even and few frames."""
     for kind in ("jpg", "png", "webp", "tif"):
-        upright = [expected[f"picture turned-{number}.{kind}"].grids[0] for number in range(1, 9)]
+        upright = [expected[f"image turned-{number}.{kind}"].grids[0] for number in range(1, 9)]
         assert [h > w for _, h, w in upright] == [False] * 4 + [True] * 4
-    steps = {name: expected[f"clip {name}"].grids[0][0] for name in CLIPS}
+    steps = {name: expected[f"video {name}"].grids[0][0] for name in VIDEOS}
     assert steps == {"one": 1, "three": 2, "four": 2, "five": 3, "seven": 4, "eight": 4}
-    assert expected["clip turned"].grids[0][1] > expected["clip turned"].grids[0][2]
-    assert expected["clips and pictures"].kinds == [1, 0, 1, 0, 1]
+    assert expected["video turned"].grids[0][1] > expected["video turned"].grids[0][2]
+    assert expected["videos and images"].kinds == [1, 0, 1, 0, 1]
     with Image.open(corpus[0].parent / "turned-6.jpg") as image:
         assert ImageOps.exif_transpose(image).size == image.size[::-1]
-    # The temporal index of a clip of 76 s in 4 steps of 19 s: 0, 38, 76, 114.
-    eight = expected["clip eight"]
+    # The temporal index of a video of 76 s in 4 steps of 19 s: 0, 38, 76, 114.
+    eight = expected["video eight"]
     is_pad = np.asarray(eight.input_ids) == VIDEO_PAD
     first = int(eight.position_ids[0, is_pad][0])
     assert sorted(set((eight.position_ids[0, is_pad] - first).tolist())) == [0, 38, 76, 114]

@@ -1,6 +1,6 @@
 """Measuring equals encoding: what the scan counted from headers is what lies in the bins, for random data and settings.
 
-Every example is a whole build of a few random records. Pictures and clips are made once; an example draws among them.
+Every example is a full build of a few random records, which draw from images and videos that are made once.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def changed(how: BuildSettings, **changes: Any) -> BuildSettings:
 
 
 def only_one_token_each(how: BuildSettings) -> BuildSettings:
-    """The same settings with pictures and frames of one token each, in bins that hold everything."""
+    """The same settings with images and frames of one token each, in bins that hold everything."""
     sizes = {name: getattr(how.media, name) for name in how.media.__struct_fields__}
     sizes.update(dict.fromkeys(["min_pixels", "max_pixels", "video_min_frame_pixels", "video_max_frame_pixels"], TOKEN))
     return changed(how, media=MediaSettings(**sizes), max_length=1 << 20, overlong="reject")
@@ -203,7 +203,7 @@ def test_shrinking_rejects_only_what_does_not_fit_at_one_token_a_frame(
 
 
 def test_shrinking_goes_down_to_the_last_token(media: Path, tiny_checkpoint: Path) -> None:
-    """Twenty pictures and a clip that fit only at their smallest: one token less is too long. (A frame four times as
+    """Twenty images and a video that fit only at their smallest: one token less is too long. (A frame four times as
     wide as high has two tokens at least, by the arithmetic of the reference.)"""
     record = {
         "images": ["640x480.png"] * 20,
