@@ -1,0 +1,50 @@
+"""What the documents promise about the repository: names and links exist, lines fit on a screen."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    REPOSITORY / name
+    for name in subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split()
+)
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_no_line_of_a_page_is_longer_than_120_characters(page: Path) -> None:
+    long = [number for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
+    assert long == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_file_of_the_repository_that_a_page_names_exists(page: Path) -> None:
+    names = re.findall(r"`((?:demo|docs|prep|schemas|storage|tests|train)/[\w/]+\.(?:py|md|json))`", page.read_text())
+    assert [name for name in names if not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_object_of_the_code_that_a_page_names_exists(page: Path) -> None:
+    for name in re.findall(r"`((?:prep|schemas|storage|train)(?:\.\w+){2,})(?:\([^`]*\))?`", page.read_text()):
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), name
