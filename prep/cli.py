@@ -165,7 +165,7 @@ def _setting_options(settings_class: type, *names: str) -> Callable[[Callable[P,
 
 def _media_settings(options: dict[str, Any]) -> MediaSettings:
     """The values of the options that ``_setting_options(MediaSettings)`` adds."""
-    return MediaSettings(**{name: options[name] for name in setting_fields(MediaSettings)})
+    return MediaSettings(**{name: options[name] for name in setting_fields(MediaSettings) if options[name] is not None})
 
 
 def _build_settings(options: dict[str, Any]) -> BuildSettings:
@@ -301,7 +301,9 @@ def validate_command(
     ray_address: str | None,
     **media_options: Any,
 ) -> int:
-    """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 on problems."""
+    """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 on problems, 2 on
+    boxes whose coordinates are not declared.
+    """
     request = ValidateRequest(
         files=files,
         media_root=media_root,

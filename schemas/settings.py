@@ -18,6 +18,9 @@ TOKEN_PIXELS = 28 * 28
 PACKERS = ("bfd", "binpacking")
 RESERVED_POLICIES = ("reject", "escape")
 OVERLONG_POLICIES = ("reject", "shrink")
+BOX_COORDINATES = ("pixels", "norm1", "norm1000", "resized", "off")
+"""What the coordinates of boxes and points can be: pixels of the original image as displayed, shares of it from 0 to 1,
+the same from 0 to 1000, pixels of the resized image, or nothing (text that only looks like boxes)."""
 
 _FIX = " Change it on the command line."
 _FIX_MEDIA = " Change it on the command line or in datasets.toml."
@@ -59,6 +62,15 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     decode_timeout: Annotated[
         float, Setting("A decoder that takes longer for an image or video is stopped.", unit="seconds", above=0)
     ] = 60.0
+    boxes: Annotated[
+        str | msgspec.UnsetType,
+        Setting(
+            "Coordinates of boxes and points in the text: pixels of the original image, shares of it (norm1: 0 to 1, "
+            "norm1000: 0 to 1000), pixels of the resized image, or off for text that only looks like boxes.",
+            choices=BOX_COORDINATES,
+            unset="undeclared, an error where there are boxes",
+        ),
+    ] = msgspec.UNSET
 
     def __post_init__(self) -> None:
         check_settings(self, spell=_spell, fix=_FIX_MEDIA)

@@ -53,7 +53,7 @@ def real(qwen_demo: Path, tmp_path_factory: pytest.TempPathFactory, tiny_checkpo
     out = tmp_path_factory.mktemp("real")
     done = run(
         *VLPREP, "build", qwen_demo / "annotations.jsonl", "--out", out / "shards", "--model", tiny_checkpoint,
-        "--max-length", "2048",
+        "--max-length", "2048", "--boxes", "off",
     )  # fmt: skip
     assert "7 annotations = 6 packed + 1 rejected + 0 not sampled" in done.stdout
     assert "media_missing: 1" in done.stdout

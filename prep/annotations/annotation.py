@@ -66,7 +66,8 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True):
         id: the record's own id, if any.
         untrained: indices of ``gpt`` turns without loss.
         shapes: boxes, points and polygons by the index of their turn.
-        coordinates: what their coordinates are where the record itself says so; else the setting of its dataset counts.
+        coordinates: what their coordinates are, as the record itself or the setting of its dataset says; None where
+            nothing says so.
         grounding: whether the tokens of boxes and names of objects in its turns are control tokens.
     """
 

@@ -18,6 +18,7 @@ Cost: one regular expression over each text that has any of the marker words; ex
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,33 +26,29 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import NamedTuple
 
-COORDINATES = ("pixels", "norm1", "norm1000", "resized", "off")
-"""What coordinates can be: pixels of the original image as displayed, shares of it between 0 and 1, the same between 0
-and 1000, pixels of the resized image, or nothing (text that only looks like boxes)."""
-
-GROUNDING_TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
-"""Control tokens that well-formed grounding may contain."""
-
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
+# No expression backtracks over an unbounded run of characters, and none looks for the end of a text from each of many
+# beginnings: a text of a million characters takes seconds at most.
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _MARKER = re.compile(
-    r"""(?P<quote>\\*["'])(?P<key>bbox_2d|point_2d)(?P=quote)\s*:\s*"""
-    r"""|\bdata-(?P<attribute>bbox|polygon)\s*=\s*(?P<mark>\\*["'])(?P<list>[^"'<>\\]*)(?P=mark)"""
-    r"""|<\|box_start\|>(?P<pairs>.*?)<\|box_end\|>""",
+    r"""(?P<quote>\\{0,16}["'])(?P<key>bbox_2d|point_2d)(?P=quote)\s*:\s*"""
+    r"""|\bdata-(?P<attribute>bbox|polygon)\s*=\s*(?P<mark>\\{0,16}["'])(?P<list>[^"'<>\\]*)(?P=mark)"""
+    r"""|<\|box_start\|>(?P<pairs>(?:(?!<\|).)*)<\|box_end\|>""",
     re.DOTALL,
 )
-_TOKEN = re.compile("|".join(map(re.escape, GROUNDING_TOKENS)))
+_TOKEN = re.compile(r"<\|(?:object_ref|box)_(?:start|end)\|>")
 _WELL_FORMED = re.compile(
-    rf"<\|object_ref_start\|>(?:(?!<\|).)*<\|object_ref_end\|>"
+    rf"<\|object_ref_start\|>(?:(?!<\|).)+<\|object_ref_end\|>"
     rf"|<\|box_start\|>\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)(?:\s*,\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\))*\s*<\|box_end\|>",
     re.DOTALL,
 )
 _LIST_ITEM = re.compile(rf"\s*(?:(?P<number>{_NUMBER})(?![\w.])|(?P<mark>[\[\],])|(?P<other>[^\s\[\],]+))")
 _SEPARATED = re.compile(r"[^\s,]+")
 _PAIR = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
-_IMAGE_INDEX = re.compile(r"""(?P<quote>\\*["'])image_(?:id|index)(?P=quote)\s*:\s*(?P<index>\d{1,6})\b""")
-_PLACEHOLDER = re.compile(r"[A-Za-z_]\w*\Z")
+_IMAGE_INDEX = re.compile(r"""(?P<quote>\\{0,16}["'])image_(?:id|index)(?P=quote)\s*:\s*(?P<index>\d{1,6})\b""")
+_BRACE = re.compile("[{}]")
 
 _MAX_EXCERPT = 60
+_MAX_DIGITS = 64
 
 
 class ImageSize(NamedTuple):
@@ -103,18 +100,19 @@ def find_shapes(text: str, *, is_answer: bool = True) -> Shapes:
 
     Args:
         text: of one turn.
-        is_answer: whether the model says it. A question may describe the format with names in place of numbers
-            (``"bbox_2d": [x1, y1, x2, y2]``); these are no boxes.
+        is_answer: whether the model says it. Other text may describe the format without numbers, as
+            ``"bbox_2d": [x1, y1, x2, y2]`` does; these are no boxes.
     """
-    found = Shapes([], [])
+    result = Shapes([], [])
     if not may_have_shapes(text):
-        return found
+        return result
+    objects = _Objects(text)
     for match in _MARKER.finditer(text):
         try:
-            found.shapes.extend(_shapes_at(text, match, is_answer=is_answer))
+            result.shapes.extend(_shapes_at(text, match, objects, is_answer=is_answer))
         except BoxError as error:
-            found.faults.append(str(error))
-    return found
+            result.faults.append(str(error))
+    return result
 
 
 def rewrite(text: str, shapes: Sequence[Shape], sizes: Sequence[ImageSize], coordinates: str) -> str:
@@ -126,7 +124,7 @@ def rewrite(text: str, shapes: Sequence[Shape], sizes: Sequence[ImageSize], coor
         text: of one turn.
         shapes: those of the text, checked by :func:`check`.
         sizes: of the record's images.
-        coordinates: one of :data:`COORDINATES`.
+        coordinates: one of :data:`schemas.settings.BOX_COORDINATES`.
     """
     if coordinates in ("resized", "off"):
         return text
@@ -149,7 +147,7 @@ def check(shape: Shape, sizes: Sequence[ImageSize], coordinates: str) -> None:
     Args:
         shape: the shape.
         sizes: of the record's images; the shape's own index must be below their number.
-        coordinates: one of :data:`COORDINATES`.
+        coordinates: one of :data:`schemas.settings.BOX_COORDINATES`.
 
     Raises:
         BoxError: it lies outside the image by more than one pixel (of the image that its coordinates refer to), or the
@@ -173,19 +171,25 @@ def check(shape: Shape, sizes: Sequence[ImageSize], coordinates: str) -> None:
                 raise BoxError(f"{shape.excerpt} has {name}1 = {_plain(low)} beyond {name}2 = {_plain(high)}")
 
 
+def has_grounding_tokens(text: str) -> bool:
+    """Whether a text has well-formed grounding between control tokens."""
+    return "<|" in text and _WELL_FORMED.search(text) is not None
+
+
 def without_grounding_tokens(text: str) -> str:
     """The text without well-formed grounding: what remains must spell no control token."""
     return _WELL_FORMED.sub("", text)
 
 
 def split_grounding_tokens(text: str) -> Iterator[tuple[str, bool]]:
-    """Cut a text at its grounding tokens: ``(piece, is_token)``, without empty pieces."""
+    """Cut a text at the tokens of well-formed grounding: ``(piece, is_token)``, without empty pieces."""
     position = 0
-    for match in _TOKEN.finditer(text):
-        if match.start() > position:
-            yield text[position : match.start()], False
-        yield match.group(), True
-        position = match.end()
+    for formed in _WELL_FORMED.finditer(text):
+        for match in _TOKEN.finditer(text, *formed.span()):
+            if match.start() > position:
+                yield text[position : match.start()], False
+            yield match.group(), True
+            position = match.end()
     if position < len(text):
         yield text[position:], False
 
@@ -226,9 +230,43 @@ def moved(shape: Shape, offset: int) -> Shape:
     )
 
 
-def _shapes_at(text: str, match: re.Match[str], *, is_answer: bool) -> Iterator[Shape]:
+class _Objects:
+    """The JSON objects of a text, by their braces. They are looked for once, when the first is needed."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._edges: list[int] = []
+        self._innermost: list[int] = []
+        self._ends: dict[int, int] = {}
+        self._images: dict[int, int | None] = {}
+
+    def image_at(self, position: int) -> int | None:
+        """``image_id`` or ``image_index`` of the innermost object around a character."""
+        if not self._edges:
+            self._find()
+        start = self._innermost[bisect.bisect_right(self._edges, position) - 1]
+        if start < 0:
+            return None
+        if start not in self._images:
+            match = _IMAGE_INDEX.search(self._text, start, self._ends.get(start, len(self._text)))
+            self._images[start] = None if match is None else int(match["index"])
+        return self._images[start]
+
+    def _find(self) -> None:
+        self._edges, self._innermost = [-1], [-1]
+        opened = [-1]
+        for brace in _BRACE.finditer(self._text):
+            if brace.group() == "{":
+                opened.append(brace.start())
+            elif len(opened) > 1:
+                self._ends[opened.pop()] = brace.start()
+            self._edges.append(brace.start())
+            self._innermost.append(opened[-1])
+
+
+def _shapes_at(text: str, match: re.Match[str], objects: _Objects, *, is_answer: bool) -> Iterator[Shape]:
     if match["key"] is not None:
-        yield from _json_shapes(text, match, is_answer=is_answer)
+        yield from _json_shapes(text, match, objects, is_answer=is_answer)
     elif match["attribute"] is not None:
         start = match.start("list")
         spans = [(start + item.start(), start + item.end()) for item in _SEPARATED.finditer(match["list"])]
@@ -246,14 +284,14 @@ def _shapes_at(text: str, match: re.Match[str], *, is_answer: bool) -> Iterator[
         yield _shape(text, spans, is_box=len(pairs) == 2, image=None, excerpt=match.group())
 
 
-def _json_shapes(text: str, match: re.Match[str], *, is_answer: bool) -> Iterator[Shape]:
+def _json_shapes(text: str, match: re.Match[str], objects: _Objects, *, is_answer: bool) -> Iterator[Shape]:
     """The shapes of a JSON value: one list of numbers, or a list of such lists; two corners may be lists themselves."""
-    rows, end, names = _number_lists(text, match.end())
-    excerpt = text[match.start() : end]
-    if names and not is_answer and all(_PLACEHOLDER.match(name) for name in names) and not any(rows):
+    rows, end, wrong = _number_lists(text, match.end())
+    if wrong is not None:
+        if is_answer or any(rows):
+            raise BoxError(f"{_short(text[match.start() : end])} has {wrong[:20]!r}, which is not a number")
         return
-    if names:
-        raise BoxError(f"{_short(excerpt)} has {names[0][:20]!r}, which is not a number")
+    excerpt = text[match.start() : end]
     is_box = match["key"] == "bbox_2d"
     expected = 4 if is_box else 2
     if is_box and [len(row) for row in rows] == [2, 2]:
@@ -261,51 +299,30 @@ def _json_shapes(text: str, match: re.Match[str], *, is_answer: bool) -> Iterato
     if not rows or any(len(row) != expected for row in rows):
         count = len(rows[0]) if rows else 0
         raise BoxError(f"{_short(excerpt)} has {count} numbers; {match['key']} has {expected}")
-    image = _image_index(text, match.start(), end)
+    image = objects.image_at(match.start())
     for row in rows:
         yield _shape(text, row, is_box=is_box, image=image, excerpt=excerpt)
 
 
-def _number_lists(text: str, position: int) -> tuple[list[list[tuple[int, int]]], int, list[str]]:
-    """Spans of the numbers of a JSON array by innermost list, where the array ends, and what in it is no number."""
-    rows: list[list[tuple[int, int]]] = []
-    names: list[str] = []
-    row: list[tuple[int, int]] = []
+def _number_lists(text: str, position: int) -> tuple[list[list[tuple[int, int]]], int, str | None]:
+    """Spans of the numbers of a JSON array by innermost list, where it ends, and the first thing that is no number.
+
+    Nothing is read beyond such a thing.
+    """
+    rows: list[list[tuple[int, int]]] = [[]]
     depth = 0
     while (item := _LIST_ITEM.match(text, position)) is not None:
         position = item.end()
+        if item["other"] is not None:
+            return rows, position, item["other"]
         if item["number"] is not None:
-            row.append(item.span("number"))
-        elif item["other"] is not None:
-            names.append(item["other"])
+            rows[-1].append(item.span("number"))
         elif item["mark"] != ",":
-            if row:
-                rows.append(row)
-                row = []
+            rows.append([])
             depth += 1 if item["mark"] == "[" else -1
         if depth <= 0:
             break
-    return rows, position, names
-
-
-def _image_index(text: str, start: int, end: int) -> int | None:
-    """``image_id`` or ``image_index`` of the JSON object around a range of characters."""
-    opened = _object_edge(text, range(start - 1, -1, -1), "{", "}")
-    closed = _object_edge(text, range(end, len(text)), "}", "{")
-    match = _IMAGE_INDEX.search(text, opened, closed)
-    return None if match is None else int(match["index"])
-
-
-def _object_edge(text: str, positions: range, edge: str, opposite: str) -> int:
-    depth = 0
-    for position in positions[:100_000]:
-        if text[position] == edge:
-            if depth == 0:
-                return position
-            depth -= 1
-        elif text[position] == opposite:
-            depth += 1
-    return positions.start
+    return [row for row in rows if row], position, None
 
 
 def _shape(text: str, spans: Sequence[tuple[int, int]], *, is_box: bool, image: int | None, excerpt: str) -> Shape:
@@ -314,6 +331,8 @@ def _shape(text: str, spans: Sequence[tuple[int, int]], *, is_box: bool, image: 
 
 
 def _number(text: str, excerpt: str) -> Fraction:
+    if len(text) > _MAX_DIGITS:
+        raise BoxError(f"{_short(excerpt)} has a number of {len(text)} characters")
     try:
         value = Decimal(text)
     except InvalidOperation:

@@ -13,7 +13,7 @@ from prep.annotations.fields import says_something
 from prep.annotations.reading import FieldReader, type_name
 from schemas.annotation import ReasonCode, Turn
 
-_COORDINATES = {"real": "pixels", "norm1": "norm1"}
+_COORDINATES = {None: None, "real": "pixels", "norm1": "norm1"}
 
 
 def place_objects(
@@ -27,7 +27,7 @@ def place_objects(
         fields: collects problems.
 
     Returns:
-        The shapes by the index of their turn, and what their coordinates are (None without boxes).
+        The shapes by the index of their turn, and what their coordinates are if ``bbox_type`` says so.
     """
     if not says_something(objects):
         return {}, None
@@ -36,12 +36,15 @@ def place_objects(
         return {}, None
     fields.account(objects, {"ref", "bbox", "bbox_type", "image_id", "width", "height"}, "objects")
     names, boxes, images = (objects.get(key) or [] for key in ("ref", "bbox", "image_id"))
-    kind = objects.get("bbox_type") or "real"
+    kind = objects.get("bbox_type")
     if not all(isinstance(value, list) for value in (names, boxes, images)) or kind not in [*_COORDINATES]:
         fields.fail('$.objects has ref, bbox and image_id as lists, and bbox_type as "real" or "norm1"')
         return {}, None
     if images and len(images) != len(boxes):
         fields.fail(f"$.objects.image_id names {len(images)} images for {len(boxes)} boxes; give one for each box")
+        return {}, None
+    if not all(isinstance(image, int) and not isinstance(image, bool) and image >= 0 for image in images):
+        fields.fail("$.objects.image_id has an entry that is not 0 or more; images are counted from 0")
         return {}, None
     for tag, values in (("<ref-object>", names), ("<bbox>", boxes)):
         num_tags = sum(turn.value.count(tag) for turn in turns)

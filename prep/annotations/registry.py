@@ -72,6 +72,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     media_root: str | None = None
     data_path: str | None = None
     sampling_rate: float = 1.0
+    boxes: Any = msgspec.UNSET
     media: dict[str, Any] = {}
 
 
@@ -272,18 +273,28 @@ class Registry:
         entry = self._entry(name)
         files = self._files(name, entry)
         root = self._root(name, entry, files)
-        try:
-            own = msgspec.convert({**msgspec.to_builtins(media), **entry.media}, MediaSettings)
-        except (msgspec.ValidationError, ConfigError) as error:
-            raise ConfigError(f"{self._line_of(name, 'media')}: {str(error).rstrip('.')}.") from error
         return Source(
             name=name,
             files=files,
             file_names=names_below_common_folder(files),
             media_root=root,
             rate=rate * Fraction(str(entry.sampling_rate)),
-            media=own,
+            media=self._media(name, entry, media),
         )
+
+    def _media(self, name: str, entry: _Entry, media: MediaSettings) -> MediaSettings:
+        """The media settings of a dataset: its own ones override ``media``."""
+        own = dict(entry.media)
+        if entry.boxes is not msgspec.UNSET:
+            if "boxes" in own:
+                where = self._line_of(name, "boxes")
+                raise ConfigError(f"{where}: boxes is in the table and in its media; give it once.")
+            own["boxes"] = entry.boxes
+        try:
+            return msgspec.convert({**msgspec.to_builtins(media), **own}, MediaSettings)
+        except (msgspec.ValidationError, ConfigError) as error:
+            key = "boxes" if "boxes" in str(error) else "media"
+            raise ConfigError(f"{self._line_of(name, key)}: {str(error).rstrip('.')}.") from error
 
     def listed(self) -> list[Listed]:
         """Every registered dataset and whether its files exist."""

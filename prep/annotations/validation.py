@@ -8,13 +8,20 @@ once; only where these find something odd are its turns checked one by one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
 
 from prep.annotations.annotation import Annotation, MediaItem
-from prep.annotations.boxes import GROUNDING_TOKENS, Shape, find_shapes, may_have_shapes, without_grounding_tokens
+from prep.annotations.boxes import (
+    Shape,
+    find_shapes,
+    has_grounding_tokens,
+    may_have_shapes,
+    without_grounding_tokens,
+)
 from prep.annotations.chunks import Record
 from prep.annotations.dialects import read_record
 from prep.annotations.plain import MAX_DEPTH, decode_plain, fault
@@ -51,19 +58,23 @@ class Checked(NamedTuple):
         problems: everything that is wrong; none for a valid record.
         unused: names of its fields that nobody reads.
         embedded: bytes of media that came inside the record, by name.
+        has_boxes: whether its text may hold boxes or points, so that its check depends on their coordinates.
+        undeclared: the first box or point, as it reads, where nothing says what the coordinates are; else None.
     """
 
     annotation: Annotation | None
     problems: list[Problem]
     unused: tuple[str, ...] = ()
     embedded: Mapping[str, bytes] = {}
+    has_boxes: bool = False
+    undeclared: str | None = None
 
 
 def parse_record(
     data: bytes,
     *,
     reserved: str = "reject",
-    coordinates: str | None = "off",
+    coordinates: str | None = None,
     embedded: Mapping[str, bytes] | None = None,
 ) -> Checked:
     """Decode and check one record.
@@ -71,25 +82,25 @@ def parse_record(
     Args:
         data: JSON text of the record.
         reserved: what to do with text that spells a control token: ``reject`` or ``escape``.
-        coordinates: what the boxes of its dataset have, or None where nothing says so.
+        coordinates: of the boxes in its dataset, one of :data:`schemas.settings.BOX_COORDINATES`; None if undeclared.
         embedded: bytes of media that came beside the text.
     """
     annotation = decode_plain(data)
     if annotation is not None and _is_plain(annotation, data, reserved):
         return Checked(annotation, [], (), embedded or {})
     reading = read_record(data, embedded)
-    annotation = reading.annotation
+    annotation, undeclared, has_boxes = reading.annotation, None, False
     if annotation is not None:
-        annotation = _with_shapes(annotation, reading.places, coordinates, reading.problems.add)
-        reading.problems.extend(
-            _semantic_problems(annotation, reading.places, reserved, coordinates, reading.unreadable)
-        )
+        has_boxes = any(map(_may_have_grounding, annotation.turns)) or bool(annotation.shapes)
+        if has_boxes:
+            annotation, undeclared = _with_shapes(annotation, reading.places, coordinates, reading.problems.add)
+        reading.problems.extend(_semantic_problems(annotation, reading.places, reserved, reading.unreadable))
         if max(len(annotation.images), len(annotation.videos)) > MAX_MEDIA:
             annotation = None
-    return Checked(annotation, reading.problems.listed(), reading.unused, reading.embedded)
+    return Checked(annotation, reading.problems.listed(), reading.unused, reading.embedded, has_boxes, undeclared)
 
 
-def check_record(record: Record, reserved: str, coordinates: str | None = "off") -> Checked:
+def check_record(record: Record, reserved: str, coordinates: str | None = None) -> Checked:
     """As :func:`parse_record`, for a record whose text may not be there."""
     if record.data is None:
         return Checked(None, [Problem(ReasonCode.BAD_JSON, record.fault)])
@@ -144,33 +155,65 @@ def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
     )
 
 
-def _with_shapes(annotation: Annotation, places: Places, coordinates: str | None, fail: Any) -> Annotation:
-    """The annotation with the boxes, points and polygons of its turns, each of which must belong to one image."""
-    if coordinates == "off" and annotation.coordinates is None:
-        return annotation
-    shapes = dict(annotation.shapes)
+def _may_have_grounding(turn: Turn) -> bool:
+    return may_have_shapes(turn.value) or has_grounding_tokens(turn.value)
+
+
+def _with_shapes(
+    annotation: Annotation, places: Places, coordinates: str | None, fail: Callable[[ReasonCode, str], None]
+) -> tuple[Annotation, str | None]:
+    """Find the boxes, points and polygons of an annotation, each of which must lie in one of its images.
+
+    Returns:
+        The annotation with them, and the first one if nothing says what their coordinates are.
+    """
+    default = "pixels" if annotation.shapes else None
+    coordinates = annotation.coordinates or coordinates or default
+    if coordinates == "off":
+        return msgspec.structs.replace(annotation, shapes={}, coordinates=coordinates), None
+    shapes: dict[int, tuple[Shape, ...]] = {}
+    excerpts: list[str] = []
     for index, turn in enumerate(annotation.turns):
-        if coordinates != "off" and may_have_shapes(turn.value):
-            in_text, faults = find_shapes(turn.value, is_answer=turn.role != "human")
+        in_text, faults = find_shapes(turn.value, is_answer=turn.role in ("gpt", "text"))
+        in_turn = _merged(annotation.shapes.get(index, ()), in_text)
+        if in_turn:
+            shapes[index] = in_turn
+        excerpts += [*(shape.excerpt for shape in in_turn[:1]), *faults[:1], *_tokens_excerpt(turn.value)]
+        if coordinates is not None:
+            place = places.value_of(index)
             for message in faults:
-                fail(ReasonCode.BAD_BOX, f"{places.value_of(index)}: {message}")
-            own = shapes.get(index, ())
-            taken = {span for shape in own for span in shape.spans}
-            more = [shape for shape in in_text if taken.isdisjoint(shape.spans)]
-            if own or more:
-                shapes[index] = (*own, *more)
-        for shape in shapes.get(index, ()):
-            _check_image(shape, len(annotation.images), places.value_of(index), fail)
-    has_tokens = coordinates != "off" and any(
-        token in turn.value for turn in annotation.turns if "<|" in turn.value for token in GROUNDING_TOKENS
-    )
-    if not shapes and not has_tokens:
-        return annotation
-    return msgspec.structs.replace(annotation, shapes=shapes, grounding=has_tokens)
+                fail(ReasonCode.BAD_BOX, f"{place}: {message}")
+            for shape in in_turn:
+                _check_image(shape, len(annotation.images), place, fail)
+    grounding = any(has_grounding_tokens(turn.value) for turn in annotation.turns)
+    annotation = msgspec.structs.replace(annotation, shapes=shapes, coordinates=coordinates, grounding=grounding)
+    return annotation, excerpts[0] if excerpts and coordinates is None else None
 
 
-def _check_image(shape: Shape, num_images: int, place: str, fail: Any) -> None:
-    if shape.image is None and num_images != 1:
+def _tokens_excerpt(text: str) -> list[str]:
+    """The first name of an object between control tokens, which is only text where boxes are off."""
+    return [] if not has_grounding_tokens(text) else [text.strip()[:60]]
+
+
+def _merged(beside: Sequence[Shape], in_text: Sequence[Shape]) -> tuple[Shape, ...]:
+    """The shapes that a record gives beside its text and those in its text, each once.
+
+    Shapes beside the text that name no image are in the image that the text around them names.
+    """
+    images = {shape.spans: shape.image for shape in in_text}
+    spans = {shape.spans for shape in beside}
+    named = [replace(shape, image=images.get(shape.spans)) if shape.image is None else shape for shape in beside]
+    return (*named, *(shape for shape in in_text if shape.spans not in spans))
+
+
+def _check_image(shape: Shape, num_images: int, place: str, fail: Callable[[ReasonCode, str], None]) -> None:
+    if not num_images:
+        fail(
+            ReasonCode.AMBIGUOUS_BOX,
+            f"{place}: {shape.excerpt} is a box or point, but the record has no image; if it only looks like one, "
+            "declare boxes as off",
+        )
+    elif shape.image is None and num_images > 1:
         fail(
             ReasonCode.AMBIGUOUS_BOX,
             f"{place}: {shape.excerpt} belongs to none of {num_images} images; name its image in the same object, "
@@ -184,7 +227,7 @@ def _check_image(shape: Shape, num_images: int, place: str, fail: Any) -> None:
 
 
 def _semantic_problems(
-    annotation: Annotation, places: Places, reserved: str, coordinates: str | None, unreadable: Collection[str]
+    annotation: Annotation, places: Places, reserved: str, unreadable: Collection[str]
 ) -> Iterator[Problem]:
     """What is wrong with a record of the right types; kinds of media in ``unreadable`` are not counted."""
     turns = annotation.turns
@@ -200,11 +243,9 @@ def _semantic_problems(
             and {i for i, turn in enumerate(turns) if turn.role == "gpt"} <= set(annotation.untrained)
         ):
             yield Problem(ReasonCode.NO_TARGETS, "every turn of the model is marked as not trained; drop the record")
-    if annotation.coordinates is not None:
-        yield Problem(ReasonCode.UNSUPPORTED_FIELD, "$.objects is not supported")
     num_tags = {"image": 0, "video": 0}
     for index, turn in enumerate(turns):
-        yield from _text_problems(turn, places.value_of(index), reserved, coordinates, num_tags)
+        yield from _text_problems(turn, places.value_of(index), reserved, annotation.grounding, num_tags)
     num_characters = sum(len(turn.value) for turn in turns)
     if num_characters > MAX_TEXT_CHARACTERS:
         yield Problem(
@@ -218,7 +259,7 @@ def _semantic_problems(
 
 
 def _text_problems(
-    turn: Turn, place: str, reserved: str, coordinates: str | None, num_tags: dict[str, int]
+    turn: Turn, place: str, reserved: str, grounding: bool, num_tags: dict[str, int]
 ) -> Iterator[Problem]:
     """What is wrong with the text of one turn; its tags are added to ``num_tags``."""
     if not turn.value.strip():
@@ -235,7 +276,7 @@ def _text_problems(
     else:
         for tag in tags:
             num_tags[tag] += 1
-    text = turn.value if coordinates == "off" else without_grounding_tokens(turn.value)
+    text = without_grounding_tokens(turn.value) if grounding else turn.value
     if reserved == "reject" and (control := RESERVED.search(text)):
         yield Problem(
             ReasonCode.RESERVED_TOKEN,

@@ -30,7 +30,7 @@ from schemas.annotation import Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from storage.files import naming, temporary_path
 
-PART_VERSION = 4
+PART_VERSION = 5
 """Part of every key. Increase it when parts of an older version must not be reused."""
 
 PART_SCHEMA = pa.schema(
@@ -50,10 +50,13 @@ PART_SCHEMA = pa.schema(
         ("num_videos", pa.int32()),
         ("pixel_bytes", pa.int64()),
         ("video_backend", pa.string()),
+        ("num_boxes", pa.int32()),
+        ("undeclared", pa.string()),
     ]
 )
 """Columns of the table. ``record`` counts within the file. Without a sample, ``sample_bytes`` is 0 and the sizes are
-null."""
+null. ``num_boxes`` counts the boxes, points and polygons of a sample. ``undeclared`` is the first one of a record, as
+it reads, if nothing says what its coordinates are."""
 
 _EMPTY_ROW: dict[str, object] = {**dict.fromkeys(PART_SCHEMA.names), "codes": [], "sample_offset": 0, "sample_bytes": 0}
 
@@ -104,7 +107,11 @@ class PartRows:
         codes = list(dict.fromkeys(problem.code.value for problem in problems))
         self._rows[row].update(codes=codes, message="; ".join(problem.message for problem in problems))
 
-    def accept(self, row: int, sample: Measured, offset: int, num_bytes: int) -> None:
+    def mark_undeclared(self, row: int, excerpt: str) -> None:
+        """Record that nothing says what the coordinates of a row's boxes are."""
+        self._rows[row].update(undeclared=excerpt)
+
+    def accept(self, row: int, sample: Measured, num_boxes: int, offset: int, num_bytes: int) -> None:
         """Record the sizes of a row's sample, and which bytes of the samples file hold it."""
         self._rows[row].update(
             sample_offset=offset,
@@ -116,6 +123,7 @@ class PartRows:
             num_videos=sample.num_media(MEDIA_VIDEO),
             pixel_bytes=sample.pixel_bytes,
             video_backend=sample.video_backend,
+            num_boxes=num_boxes,
         )
 
     def write(self, part: Path) -> None:

@@ -24,6 +24,7 @@ import storage
 from prep.annotations.records import FileIndex, is_read_in_place
 from prep.annotations.registry import Source, draw
 from prep.build.columns import SampleColumns, read_columns
+from prep.build.declared import require_declared_boxes
 from prep.build.ledger import Ledger
 from prep.build.metrics import BuildMetrics, Timings, merge_timings
 from prep.build.output import Output
@@ -160,6 +161,7 @@ def _build_shards(
     indexes = _indexes(request, work, engine, needs_data=True)
     parts = _scan(engine, _scan_tasks(request, work, files, identity.fingerprints, indexes), clock.timings)
     clock.lap("scan")
+    require_declared_boxes(parts, [source.name for source in request.sources])
     samples = read_columns(parts)
     check_scan(parts, samples, max_length=request.settings.max_length, max_rejected=request.max_rejected)
     plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)

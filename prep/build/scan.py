@@ -35,9 +35,10 @@ from prep.build.parts import (
 from prep.media.access import MediaRequest
 from prep.media.caches import ProbeCache
 from prep.media.fetch import open_media
+from prep.samples.grounding import box_problems, follows_resize, in_resized_pixels
 from prep.samples.sample import Medium, measure, media_requests, probe_media, shrink
-from prep.samples.text import build_templates
-from prep.samples.tokenizer import load_tokenizer
+from prep.samples.text import Template, build_templates
+from prep.samples.tokenizer import TextTokenizer, load_tokenizer
 from schemas.annotation import Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import ConfigError
@@ -45,7 +46,9 @@ from schemas.settings import MediaSettings
 from storage.files import temporary_path
 from storage.urls import Location, location_key
 
-_ALL_KINDS = ((MEDIA_IMAGE,), (), (MEDIA_VIDEO,), (MEDIA_IMAGE, MEDIA_VIDEO))
+_BOXES = "boxes"
+_MEDIA_KINDS = ((MEDIA_IMAGE,), (), (MEDIA_VIDEO,), (MEDIA_IMAGE, MEDIA_VIDEO))
+_ALL_CONTENTS: tuple[tuple[int | str, ...], ...] = (*_MEDIA_KINDS, *((*kinds, _BOXES) for kinds in _MEDIA_KINDS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,25 +95,26 @@ class ScanResult:
     timings: Timings
 
 
-def part_path(task: ScanTask, kinds: Collection[int]) -> Path:
+def part_path(task: ScanTask, contents: Collection[int | str]) -> Path:
     """Path (without suffix) of the part of a task: a hash of everything that its contents depend on, besides the media
-    files. Settings that do not affect the kinds of media in the chunk are left out, so that the part survives a change
-    of them.
+    files. Settings that do not affect what the records hold are left out, so that the part survives a change of them.
 
     Args:
         task: the task. Of its paths, only the media root counts.
-        kinds: kinds of media that the records name, 0 image, 1 video.
+        contents: what the records hold: 0 images, 1 videos, :data:`_BOXES` text that the setting ``boxes`` decides on.
     """
+    kinds = sorted(kind for kind in contents if isinstance(kind, int))
     unused = _unused_settings(kinds)
-    settings = {name: value for name, value in msgspec.structs.asdict(task.media).items() if name not in unused}
-    fields = (PART_VERSION, task.file_hash, asdict(task.chunk), task.reserved, task.tokenizer_hash, sorted(kinds))
+    settings = {name: value for name, value in msgspec.to_builtins(task.media).items() if name not in unused}
+    fields = (PART_VERSION, task.file_hash, asdict(task.chunk), task.reserved, task.tokenizer_hash, kinds)
     of_media = (settings, task.shrink_to, os.fsencode(location_key(task.media_root)).hex()) if kinds else ()
-    return task.folder / xxhash.xxh3_128_hexdigest(msgspec.json.encode((*fields, *of_media)) + task.copies)
+    of_boxes = (task.media.boxes or None,) if _BOXES in contents else ()
+    return task.folder / xxhash.xxh3_128_hexdigest(msgspec.json.encode((*fields, *of_media, *of_boxes)) + task.copies)
 
 
 def _unused_settings(kinds: Collection[int]) -> set[str]:
-    """Media settings that do not affect media of these kinds."""
-    unused = set[str]()
+    """Media settings that do not affect the pixels of media of these kinds."""
+    unused = {"boxes"}
     if MEDIA_IMAGE not in kinds:
         unused |= {"min_pixels", "max_pixels"}
     if MEDIA_VIDEO not in kinds:
@@ -127,7 +131,7 @@ def scan_chunk(task: ScanTask) -> ScanResult:
 
 def _existing_part(task: ScanTask) -> Path | None:
     """The part that an earlier run made of a chunk; None if there is none, or its media are to be probed again."""
-    for part in (part_path(task, kinds) for kinds in _ALL_KINDS):
+    for part in (part_path(task, contents) for contents in _ALL_CONTENTS):
         if table_path(part).exists():
             if not (task.retry_media and has_media_rejects(part)):
                 return part
@@ -138,8 +142,8 @@ def _existing_part(task: ScanTask) -> Path | None:
 
 def _make_part(task: ScanTask, timings: Timings) -> Path:
     rows = PartRows()
-    accepted, kinds = _check_and_probe(task, rows, timings)
-    part = part_path(task, kinds)
+    accepted, contents = _check_and_probe(task, rows, timings)
+    part = part_path(task, contents)
     _tokenize_and_measure(task, part, accepted, rows, timings)
     rows.write(part)
     return part
@@ -154,17 +158,17 @@ class _Accepted(NamedTuple):
     media: list[Medium]
 
 
-def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[list[_Accepted], set[int]]:
+def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[list[_Accepted], set[int | str]]:
     """Validate the records of a chunk and probe their media, adding a row for each record.
 
     Returns:
-        The records without problems, and the kinds of media that the records name.
+        The records without problems, and what the records hold (see :func:`part_path`).
     """
     probed = ProbeCache()
     accepted: list[_Accepted] = []
-    kinds = set[int]()
+    contents = set[int | str]()
     with (
-        part_file(task.folder, lambda: media_path(part_path(task, kinds))) as media_file,
+        part_file(task.folder, lambda: media_path(part_path(task, contents))) as media_file,
         open_media([task.media_root], beginnings=True, scratch=temporary_path(task.folder / "media")) as access,
     ):
         for record, copies, checked in access.prefetch(_checked(task, timings), partial(_requests, task, probed)):
@@ -172,21 +176,25 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
             row = rows.add(record=record.number, line=record.line, copies=copies, id=_record_id(record, annotation))
             if not copies:
                 continue
+            contents |= _contents(checked)
+            if checked.undeclared is not None:
+                rows.mark_undeclared(row, checked.undeclared)
             media: list[Medium] = []
             if annotation is not None:
-                kinds |= _kinds(annotation)
                 with timed(timings, "probe"):
                     media, media_problems = probe_media(
                         annotation, task.media_root, task.media, checked.embedded, access, probed
                     )
                 problems = problems + media_problems
+            if annotation is not None and not problems:
+                problems = box_problems(annotation, media)
             if problems or annotation is None:
                 rows.reject(row, problems)
             else:
                 media = _store_embedded(media, checked.embedded, media_file)
                 accepted.append(_Accepted(row, record.number, annotation, media))
         _require_unchanged(task)
-    return accepted, kinds
+    return accepted, contents
 
 
 def _tokenize_and_measure(
@@ -195,24 +203,39 @@ def _tokenize_and_measure(
     """Write the samples file of a part, and complete the rows of its samples."""
     with timed(timings, "tokenize", len(accepted)):
         tokenizer = load_tokenizer(task.tokenizer, task.tokenizer_hash)
-        templates = build_templates([record.annotation for record in accepted], tokenizer)
+        resized = [in_resized_pixels(record.annotation, record.media) for record in accepted]
+        templates = build_templates(resized, tokenizer)
     with part_file(task.folder, lambda: samples_path(part)) as samples_file:
         for (row, record, annotation, media), template in zip(accepted, templates):
             sample = measure(template, media)
             if task.shrink_to is not None and sample.num_tokens > task.shrink_to:
-                sample = measure(template, shrink(template, media, task.shrink_to))
+                sample = shrink(partial(_template_of, annotation, template, tokenizer), media, task.shrink_to)
             if not sample.num_targets:
                 problem = Problem(ReasonCode.NO_TARGETS, "no token of the answers is a target; write an answer")
                 rows.reject(row, [problem])
                 continue
             data = msgspec.msgpack.encode(StoredSample(record, record_id(annotation), sample))
-            rows.accept(row, sample, samples_file.tell(), len(data))
+            num_boxes = 0 if annotation.coordinates is None else annotation.num_shapes
+            rows.accept(row, sample, num_boxes, samples_file.tell(), len(data))
             samples_file.write(data)
 
 
-def _kinds(annotation: Annotation) -> set[int]:
-    """Kinds of media that an annotation names."""
-    return {kind for kind, items in ((MEDIA_IMAGE, annotation.images), (MEDIA_VIDEO, annotation.videos)) if items}
+def _template_of(
+    annotation: Annotation, template: Template, tokenizer: TextTokenizer, media: Sequence[Medium]
+) -> Template:
+    """The template of an annotation with media of these sizes; ``template`` if it does not depend on them."""
+    if not follows_resize(annotation):
+        return template
+    return build_templates([in_resized_pixels(annotation, media)], tokenizer)[0]
+
+
+def _contents(checked: Checked) -> set[int | str]:
+    """What a record holds, as :func:`part_path` counts it."""
+    contents: set[int | str] = {_BOXES} if checked.has_boxes else set()
+    if checked.annotation is not None:
+        media = ((MEDIA_IMAGE, checked.annotation.images), (MEDIA_VIDEO, checked.annotation.videos))
+        contents.update(kind for kind, items in media if items)
+    return contents
 
 
 def _record_id(record: Record, annotation: Annotation | None) -> str | None:
@@ -242,16 +265,16 @@ def _checked(task: ScanTask, timings: Timings) -> Iterator[_Drawn]:
             yield _Drawn(record, copies, Checked(None, []))
             continue
         with timed(timings, "validate"):
-            checked = check_record(record, task.reserved)
+            checked = check_record(record, task.reserved, task.media.boxes or None)
         yield _Drawn(record, copies, checked)
 
 
 def _requests(task: ScanTask, probed: ProbeCache, drawn: _Drawn) -> list[MediaRequest]:
     """The media of a record that have not been probed yet."""
-    annotation, _, _, embedded = drawn.checked
+    annotation = drawn.checked.annotation
     if annotation is None:
         return []
-    media = media_requests(annotation, task.media_root, task.media, embedded)
+    media = media_requests(annotation, task.media_root, task.media, drawn.checked.embedded)
     return [request for request in media if not probed.has(request)]
 
 

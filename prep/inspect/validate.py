@@ -29,6 +29,7 @@ from prep.engines.progress import progress
 from prep.inspect.validation_report import FileCounts, Reject, Report
 from prep.media.access import MediaAccess, MediaRequest
 from prep.media.fetch import open_media
+from prep.samples.grounding import box_problems
 from prep.samples.sample import check_media, media_requests, probe_media
 from schemas.annotation import Problem, ReasonCode
 from schemas.errors import ConfigError
@@ -74,12 +75,15 @@ class _ChunkTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkReport:
-    """The outcome of checking one chunk."""
+    """The outcome of checking one chunk. ``undeclared`` has ``file:line`` and a box of each record with boxes whose
+    coordinates nobody declared.
+    """
 
     num_valid: int
     modalities: Counter[str]
     rejects: list[Reject]
     valid: list[bytes]
+    undeclared: list[tuple[str, str]]
 
 
 def validate(request: ValidateRequest, engine: Engine) -> Report:
@@ -105,6 +109,7 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
         bar = stack.enter_context(progress("validate", total, "record"))
         for task, chunk in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
             report.add(str(task.file), chunk.num_valid, chunk.modalities, chunk.rejects)
+            report.undeclared.add(str(task.file), chunk.undeclared)
             bar.update(task.chunk.num_records)
             rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in chunk.rejects)
             fixed.writelines(record + b"\n" for record in chunk.valid)
@@ -176,8 +181,11 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
     modalities: Counter[str] = Counter()
     rejects: list[Reject] = []
     valid: list[bytes] = []
+    undeclared: list[tuple[str, str]] = []
     for record, checked in _checked(task):
         annotation, problems = checked.annotation, checked.problems
+        if checked.undeclared is not None:
+            undeclared.append((f"{task.file}:{record.line}", checked.undeclared))
         if annotation is not None and not problems:
             num_valid += 1
             modalities[_modality(annotation)] += 1
@@ -194,7 +202,7 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
                 annotation=_raw(record, problems),
             )
         )
-    return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects, valid=valid)
+    return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects, valid=valid, undeclared=undeclared)
 
 
 class _CheckedRecord(NamedTuple):
@@ -207,7 +215,7 @@ class _CheckedRecord(NamedTuple):
 def _checked(task: _ChunkTask) -> Iterator[_CheckedRecord]:
     """The records of a chunk with all their problems."""
     records = (
-        _CheckedRecord(record, check_record(record, task.request.reserved))
+        _CheckedRecord(record, check_record(record, task.request.reserved, task.media.boxes or None))
         for record in read_chunk(task.data, task.chunk)
     )
     with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:
@@ -217,15 +225,17 @@ def _checked(task: _ChunkTask) -> Iterator[_CheckedRecord]:
 
 
 def _requests(task: _ChunkTask, record: _CheckedRecord) -> list[MediaRequest]:
-    annotation, _, _, embedded = record.checked
+    annotation, embedded = record.checked.annotation, record.checked.embedded
     return [] if annotation is None else media_requests(annotation, task.root, task.media, embedded)
 
 
 def _media_problems(task: _ChunkTask, checked: Checked, access: MediaAccess) -> list[Problem]:
-    annotation, _, _, embedded = checked
+    annotation, embedded = checked.annotation, checked.embedded
     if annotation is None:
         return []
     media, problems = probe_media(annotation, task.root, task.media, embedded, access)
+    if not problems and not checked.problems:
+        problems = box_problems(annotation, media)
     if task.request.deep:
         problems = problems + check_media(media, task.root, task.media, embedded, access)
     return problems

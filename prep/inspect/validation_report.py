@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from prep.annotations.undeclared import UndeclaredCounts
 from schemas.annotation import Problem
 from schemas.wording import counted
 
@@ -45,6 +46,7 @@ class Report:
         num_problems: number of problems by reason code. A record may have several.
         examples: the first problems by reason code, as text.
         rejects: file with all rejects; None if it is not written.
+        undeclared: records with boxes whose coordinates nobody declared.
     """
 
     files: dict[str, FileCounts] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Report:
     num_problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     rejects: Path | None = None
+    undeclared: UndeclaredCounts = field(default_factory=UndeclaredCounts)
 
     def add(self, file: str, num_valid: int, modalities: Mapping[str, int], rejects: Sequence[Reject]) -> None:
         """Add the counts and rejects of some records of a file."""
@@ -86,7 +89,9 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """1 if a record is rejected or a file is empty, else 0."""
+        """2 if coordinates of boxes are not declared, 1 if a record is rejected or a file is empty, else 0."""
+        if self.undeclared:
+            return 2
         return 1 if self.num_rejected or self.empty_files else 0
 
     def text(self) -> str:
@@ -104,6 +109,8 @@ class Report:
             if num_more:
                 lines.append(f"  … {num_more:,} more; {self._where_all()}")
         lines.extend(f"{file}: the file holds no annotation. Check the path." for file in self.empty_files)
+        if self.undeclared:
+            lines.append(self.undeclared.message())
         return "\n".join(lines)
 
     def json(self) -> str:
@@ -116,6 +123,7 @@ class Report:
             "rejects_by_code": dict(sorted(self.codes.items())),
             "files": {file: msgspec.to_builtins(counts) for file, counts in self.files.items()},
             "examples": dict(sorted(self.examples.items())),
+            "undeclared_boxes": self.undeclared.num_records,
         }
         return msgspec.json.encode(content).decode()
 

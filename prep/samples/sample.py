@@ -6,7 +6,7 @@ again. The scan hands a :class:`Measured` to the write step. It is small: token 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -257,17 +257,23 @@ def check_media(
     return problems.listed()
 
 
-def shrink(template: Template, media: Sequence[Medium], max_length: int) -> list[Medium]:
+def shrink(template_of: Callable[[Sequence[Medium]], Template], media: list[Medium], max_length: int) -> Measured:
     """Lower the pixels of all media by one factor, the largest of :data:`_FACTORS` at which the sample fits.
 
+    Args:
+        template_of: the template with media of given sizes: coordinates in a text follow the sizes of its images.
+        media: the probed media, images first, then videos.
+        max_length: tokens that the sample may have.
+
     Returns:
-        The media with lower bounds, or unchanged if no factor suffices.
+        The sample with smaller media, or with all media as they are if no factor suffices.
     """
     for factor in _FACTORS:
         smaller = [_reduced(medium, factor) for medium in media]
+        template = template_of(smaller)
         if num_tokens(template, [medium.grid for medium in smaller]) <= max_length:
-            return smaller
-    return list(media)
+            return measure(template, smaller)
+    return measure(template_of(media), media)
 
 
 def _reduced(medium: Medium, factor: float) -> Medium:

@@ -36,7 +36,7 @@ from schemas.bins import shard_name
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import METRICS_FILE, WORK_FOLDER, Manifest
 from schemas.pixels import decode_residuals
-from schemas.settings import BuildSettings
+from schemas.settings import BuildSettings, MediaSettings
 from storage.bins import parse_bin
 from storage.shard_set import read_manifest
 from tests.prep.corpus import turn, write_corpus
@@ -628,8 +628,10 @@ def test_times_are_measured_for_every_sample_and_stage(built: Path) -> None:
 
 
 def test_real_pictures_and_clips(qwen_demo: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """One box lies outside its image, whatever its coordinates are, so it is left as text."""
+    settings = BuildSettings(media=MediaSettings(boxes="off"))
     manifest: Manifest = build(
-        request_for(qwen_demo / "annotations.jsonl", tmp_path / "out", tiny_checkpoint, BuildSettings()), SerialEngine()
+        request_for(qwen_demo / "annotations.jsonl", tmp_path / "out", tiny_checkpoint, settings), SerialEngine()
     )
     assert (manifest.counts.num_packed, manifest.counts.num_rejected) == (6, 1)
     assert manifest.counts.rejects_by_code == {"media_missing": 1}

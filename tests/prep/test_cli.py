@@ -68,7 +68,7 @@ def test_validate_exits_with_0_without_problems(tmp_path: Path) -> None:
 
 
 def test_validate_reports_the_missing_video_of_the_real_data(qwen_demo: Path) -> None:
-    result = run("validate", qwen_demo / "annotations.jsonl", "--workers", 1)
+    result = run("validate", qwen_demo / "annotations.jsonl", "--workers", 1, "--boxes", "off")
     assert result.exit_code == 1
     assert "media_missing: 1" in result.stdout
     assert "annotations.jsonl:4: 'videos/v_7bUu05RIksU.mp4' does not exist" in result.stdout

@@ -89,6 +89,7 @@ def media_settings(draw: st.DrawFn) -> MediaSettings:
         video_min_frames=least,
         video_max_frames=least + draw(st.integers(0, 8)),
         base_interval=draw(st.sampled_from([0.3, 1.0, 4.0, 17.5])),
+        boxes="off",
     )
 
 

@@ -1,0 +1,369 @@
+"""Boxes from the annotation to the shard: what is trained are coordinates of the image that the model sees."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from PIL.ExifTags import Base as ExifTag
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from prep.annotations.registry import find_sources
+from prep.build.pipeline import BuildRequest, build
+from prep.cli import main
+from prep.engines import SerialEngine
+from schemas.errors import ConfigError
+from schemas.manifest import Manifest
+from schemas.settings import BuildSettings, MediaSettings
+from storage.shard_set import read_manifest
+from tests.prep.packed import packed_samples
+from tests.prep.test_build import watch_scans
+
+TOKENS = {"photo.png": 294, "turned.jpg": 294, "wide.png": 576}
+"""Tokens of the images: 600x400 is stored as 588x392 (14 x 21 tokens), 1920x1080 as 896x504 (18 x 32)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A record and its text in the shard, where it differs. ``objects`` and other fields go into the record."""
+
+    question: str
+    answer: str
+    trained: str
+    asked: str = ""
+    boxes: str = "pixels"
+    images: tuple[str, ...] = ("photo.png",)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, name: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": self.question}, {"from": "gpt", "value": self.answer}]
+        return {"id": name, "images": list(self.images), "conversations": turns, **self.fields}
+
+    def chatml(self) -> str:
+        """The text of the shard, written out by hand."""
+        names = iter(self.images)
+        question = re.sub(
+            "<image>",
+            lambda _: f"<|vision_start|>{'<|image_pad|>' * TOKENS[next(names)]}<|vision_end|>",
+            self.asked or self.question,
+        )
+        return (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{self.trained}<|im_end|>\n"
+        )
+
+
+BOX = '{"bbox_2d": [100, 200, 300, 400]}'
+PHOTO_BOX = '{"bbox_2d": [98, 196, 294, 392]}'
+
+CASES = {
+    # 588 / 600 = 392 / 400 = 0.98
+    "photo": Case("<image>Where?", BOX, PHOTO_BOX),
+    # Stored lying, displayed 600 wide and 400 high.
+    "turned": Case("<image>Where?", BOX, PHOTO_BOX, images=("turned.jpg",)),
+    # 896 / 1920 = 504 / 1080 = 7 / 15
+    "wide": Case(
+        "<image>Where?",
+        '```json\n[\n\t{"bbox_2d": [150, 300, 960, 1080], "label": "é"}\n]\n```',
+        '```json\n[\n\t{"bbox_2d": [70, 140, 448, 504], "label": "é"}\n]\n```',
+        images=("wide.png",),
+    ),
+    "question": Case(
+        '<image>What is at {"point_2d": [50, 100]}? Answer as {"bbox_2d": [x1, y1, x2, y2]}.',
+        "A cat.",
+        "A cat.",
+        asked='<image>What is at {"point_2d": [49, 98]}? Answer as {"bbox_2d": [x1, y1, x2, y2]}.',
+    ),
+    "several images": Case(
+        "<image> and <image>: where?",
+        '[{"bbox_2d": [150, 300, 960, 1080], "image_id": 1}, {"image_index": 0, "bbox_2d": [0, 0, 600, 400]}]',
+        '[{"bbox_2d": [70, 140, 448, 504], "image_id": 1}, {"image_index": 0, "bbox_2d": [0, 0, 588, 392]}]',
+        images=("photo.png", "wide.png"),
+    ),
+    "shares": Case(
+        "<image>Where?", '{"bbox_2d": [0.25, 0.5, 1, 1.0]}', '{"bbox_2d": [147, 196, 588, 392]}', boxes="norm1"
+    ),
+    "thousandths": Case(
+        "<image>Where?", '{"bbox_2d": [250, 500, 1000, 1000]}', '{"bbox_2d": [147, 196, 588, 392]}', boxes="norm1000"
+    ),
+    "right already": Case("<image>Where?", BOX.replace("400", "391.5"), BOX.replace("400", "391.5"), boxes="resized"),
+    "only text": Case("<image>Where?", BOX.replace("400", "4000"), BOX.replace("400", "4000"), boxes="off"),
+    "page": Case(
+        "<image>",
+        '<body><p data-bbox="100 200 300 400">x</p><i data-polygon="0 0 600 0 600 400"/></body>',
+        '<body><p data-bbox="98 196 294 392">x</p><i data-polygon="0 0 588 0 588 392"/></body>',
+    ),
+    "tokens": Case(
+        "<image>Where is <|object_ref_start|>the cat<|object_ref_end|>?",
+        "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>.",
+        "<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(98,196),(294,392)<|box_end|>.",
+    ),
+    "objects": Case(
+        "<image>Where is <ref-object>?",
+        "<ref-object> is at <bbox>, and the dog at <bbox>.",
+        "the cat is at [98, 196, 294, 392], and the dog at [0, 49].",
+        asked="<image>Where is the cat?",
+        fields={"objects": {"ref": ["the cat", "the cat"], "bbox": [[100, 200, 300, 400], [0, 50]]}},
+    ),
+    # What the record says wins: these are shares in a dataset of pixels.
+    "objects in shares": Case(
+        "<image> and <image>?",
+        '{"bbox_2d": <bbox>}',
+        '{"bbox_2d": [224, 0, 896, 504]}',
+        images=("photo.png", "wide.png"),
+        fields={"objects": {"bbox": [[0.25, 0, 1, 1]], "bbox_type": "norm1", "image_id": [1]}},
+    ),
+    "objects by default": Case(
+        "<image>?",
+        "<bbox>",
+        "[147, 196, 588, 392]",
+        boxes="norm1000",
+        fields={"objects": {"bbox": [[250, 500, 1000, 1000]]}},
+    ),
+}
+
+
+def write_images(folder: Path) -> None:
+    Image.new("RGB", (600, 400), "white").save(folder / "photo.png")
+    Image.new("RGB", (1920, 1080), "white").save(folder / "wide.png")
+    exif = Image.Exif()
+    exif[ExifTag.Orientation] = 6
+    Image.new("RGB", (400, 600), "white").save(folder / "turned.jpg", exif=exif)
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def answered(answer: str, image: str = "photo.png", question: str = "<image>Where?") -> dict[str, Any]:
+    return Case(question, answer, "", images=(image,)).record(answer)
+
+
+def build_registered(folder: Path, expression: str, model: Path, out: str = "out", **settings: Any) -> Manifest:
+    build_settings = BuildSettings(**settings)
+    sources = find_sources(expression, registry=folder / "datasets.toml", media_root=None, media=build_settings.media)
+    request = BuildRequest(
+        sources=tuple(sources), out=folder / out, settings=build_settings, model=str(model), max_rejected=Fraction(1)
+    )
+    return build(request, SerialEngine())
+
+
+def vlprep(*arguments: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A set of all cases; each kind of coordinates is a dataset, declared in its table of the registry."""
+    folder = tmp_path_factory.mktemp("grounding")
+    write_images(folder)
+    tables = []
+    for boxes in ("pixels", "norm1", "norm1000", "resized", "off"):
+        write_records(
+            folder / f"{boxes}.jsonl", [case.record(name) for name, case in CASES.items() if case.boxes == boxes]
+        )
+        tables.append(f'[{boxes}]\nannotation_path = "{boxes}.jsonl"\nmedia_root = "."\nboxes = "{boxes}"\n')
+    (folder / "datasets.toml").write_text("\n".join(tables))
+    build_registered(folder, "pixels,norm1,norm1000,resized,off", tiny_checkpoint)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ids_are_those_of_the_text_with_coordinates_of_the_resized_image(
+    built: Path, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    expected = CASES[name].chatml()
+    (sample,) = packed_samples(built / "out")[name]
+    assert tokenizer.decode(sample.input_ids) == expected
+    assert sample.input_ids.tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(CASES[name].trained + "<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    assert sample.labels[sample.labels != -100].tolist() == answer
+
+
+def test_the_manifest_records_the_coordinates_and_counts_the_boxes(built: Path) -> None:
+    manifest = read_manifest(built / "out")
+    assert {dataset.dataset: dataset.media.boxes for dataset in manifest.inputs} == {
+        name: name for name in ("pixels", "norm1", "norm1000", "resized", "off")
+    }
+
+
+def test_the_files_of_a_set_stay_as_they_are_where_nothing_is_declared() -> None:
+    assert b"boxes" not in msgspec.json.encode(MediaSettings())
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "reason"),
+    [
+        ('{"bbox_2d": [0, 0, 700, 400]}', "bad_box", "x = 700, outside the image, which is 600 pixels wide"),
+        ('{"bbox_2d": [300, 0, 200, 400]}', "bad_box", "x1 = 300 beyond x2 = 200"),
+        ('{"bbox_2d": [0, 0, "a", 400]}', "bad_box", "not a number"),
+        ('{"bbox_2d": [0, 0, 5, 5], "image_id": 1}', "ambiguous_box", "names image 1 of 1"),
+        ("<|box_start|>(1,2),(3,4)", "reserved_token", "<|box_start|>"),
+        ("<|object_ref_start|>a<|object_ref_end|><|im_end|>", "reserved_token", "<|im_end|>"),
+    ],
+)
+def test_a_box_that_cannot_be_right_is_rejected(
+    tmp_path: Path, tiny_checkpoint: Path, answer: str, code: str, reason: str
+) -> None:
+    write_images(tmp_path)
+    file = write_records(tmp_path / "a.jsonl", [answered(BOX), answered(answer)])
+    result = vlprep("validate", file, "--boxes", "pixels", "--workers", 1)
+    assert result.exit_code == 1
+    assert f"{code}: 1" in result.stdout and f"{file}:2" in result.stdout and reason in result.stdout
+    (tmp_path / "datasets.toml").write_text('[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\n')
+    build_registered(tmp_path, "a", tiny_checkpoint, media=MediaSettings(boxes="pixels"))
+    (row,) = pq.read_table(tmp_path / "out" / "samples.parquet", filters=[("status", "=", "rejected")]).to_pylist()
+    assert row["codes"] == [code] and reason in row["message"]
+
+
+def test_a_box_of_several_images_that_names_none_is_ambiguous(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    record = Case("<image><image>", BOX, "", images=("photo.png", "wide.png")).record("two")
+    text = Case("Hi", BOX, "", images=()).record("none")
+    file = write_records(tmp_path / "a.jsonl", [record, text])
+    result = vlprep("validate", file, "--boxes", "pixels", "--workers", 1)
+    assert "belongs to none of 2 images; name its image in the same object" in result.stdout
+    assert "the record has no image" in result.stdout
+    assert vlprep("validate", file, "--boxes", "off", "--workers", 1).exit_code == 0
+
+
+def test_undeclared_boxes_stop_the_build_with_the_choices(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    write_images(tmp_path)
+    plain = answered("A cat.")
+    write_records(tmp_path / "a.jsonl", [plain, answered(BOX), answered(BOX, "wide.png")])
+    write_records(tmp_path / "b.jsonl", [plain, answered("<|object_ref_start|>cat<|object_ref_end|>")])
+    write_records(tmp_path / "c.jsonl", [plain])
+    tables = [f'[{name}]\nannotation_path = "{name}.jsonl"\nmedia_root = "."\n' for name in "abc"]
+    (tmp_path / "datasets.toml").write_text("\n".join(tables))
+    with pytest.raises(ConfigError) as error:
+        build_registered(tmp_path, "a,b,c", tiny_checkpoint)
+    assert error.value.exit_code == 2
+    assert str(error.value) == (
+        "2 records have boxes or points in dataset a, and nothing says what their coordinates are; the first is "
+        'a.jsonl:2: "bbox_2d": [100, 200, 300, 400]\n'
+        "1 record has boxes or points in dataset b, and nothing says what their coordinates are; the first is "
+        "b.jsonl:2: <|object_ref_start|>cat<|object_ref_end|>\n"
+        'Declare them with --boxes, or as boxes = "…" in the table of the dataset in datasets.toml:\n'
+        "  pixels    pixels of the original image, as displayed\n"
+        "  norm1     shares of the image, 0 to 1\n"
+        "  norm1000  shares of the image, 0 to 1000\n"
+        "  resized   pixels of the resized image, as the model was trained: left alone\n"
+        "  off       no coordinates: text that only looks like boxes"
+    )
+    assert not (tmp_path / "out" / "manifest.json").exists() and not list((tmp_path / "out").glob("*.tar"))
+    assert build_registered(tmp_path, "c", tiny_checkpoint, "plain").counts.num_packed == 1
+
+
+def test_validate_reports_undeclared_boxes_with_exit_code_2(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    file = write_records(tmp_path / "a.jsonl", [answered("A cat."), answered(BOX), answered(BOX, "none.png")])
+    result = vlprep("validate", file, "--workers", 1)
+    assert result.exit_code == 2
+    assert "3 annotations: 2 valid, 1 rejected" in result.stdout
+    assert f"2 records have boxes or points in {file}" in result.stdout
+    assert f'the first is {file}:2: "bbox_2d": [100, 200, 300, 400]' in result.stdout
+    assert "norm1000" in result.stdout
+
+
+def test_shrunk_media_have_boxes_of_their_final_size(
+    tmp_path: Path, tiny_checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """600x400 in a bin of 128 tokens: the text has the size that is stored, and its length is that of the bin."""
+    write_images(tmp_path)
+    answer = json.dumps([{"point_2d": [600, 400]}, {"bbox_2d": [150, 100, 300, 200]}])
+    write_records(tmp_path / "a.jsonl", [answered(answer), answered("A cat. " * 20)])
+    (tmp_path / "datasets.toml").write_text('[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\nboxes = "pixels"\n')
+    manifest = build_registered(tmp_path, "a", tiny_checkpoint, max_length=128, overlong="shrink")
+    assert manifest.counts.num_packed == 2
+    (sample,) = packed_samples(tmp_path / "out")[answer]
+    ((_, (_, h, w), frames),) = sample.media
+    height, width = frames.shape[2:]
+    assert (height, width) == (14 * h, 14 * w) and height < 392
+    point, box = json.loads(tokenizer.decode(sample.input_ids[sample.labels != -100]).removesuffix("<|im_end|>\n"))
+    assert point["point_2d"] == [width, height]
+    assert box["bbox_2d"] == [round(width / 4), round(height / 4), round(width / 2), round(height / 2)]
+    row = next(r for r in pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist() if r["id"] == answer)
+    assert row["num_tokens"] == len(sample.input_ids) <= 128
+
+
+def test_media_that_shrink_leave_text_without_boxes_as_it_is(
+    tmp_path: Path, tiny_checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_images(tmp_path)
+    write_records(tmp_path / "a.jsonl", [answered("At [600, 400].")])
+    (tmp_path / "datasets.toml").write_text('[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\nboxes = "pixels"\n')
+    build_registered(tmp_path, "a", tiny_checkpoint, max_length=128, overlong="shrink")
+    (sample,) = packed_samples(tmp_path / "out")["At [600, 400]."]
+    text = tokenizer.decode(sample.input_ids[sample.labels != -100])
+    assert text == "At [600, 400].<|im_end|>\n"
+
+
+def test_other_coordinates_scan_only_the_files_with_boxes(
+    tmp_path: Path, tiny_checkpoint: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path)
+    write_records(tmp_path / "boxes.jsonl", [answered(BOX)])
+    write_records(tmp_path / "text.jsonl", [Case("Hi", BOX, "", images=()).record("text"), answered("A cat.")])
+    write_records(tmp_path / "none.jsonl", [answered("A cat.")])
+    (tmp_path / "datasets.toml").write_text('[all]\nannotation_path = "*.jsonl"\nmedia_root = "."\n')
+    scanned = watch_scans(monkeypatch)
+
+    def scanned_by(boxes: str, **settings: Any) -> list[str]:
+        scanned.clear()
+        build_registered(tmp_path, "all", tiny_checkpoint, media=MediaSettings(boxes=boxes), **settings)
+        return sorted(file.stem for file in scanned)
+
+    assert scanned_by("pixels") == ["boxes", "none", "text"]
+    assert scanned_by("norm1000") == ["boxes", "text"]
+    assert scanned_by("pixels") == []
+    assert scanned_by("off") == ["boxes", "text"]
+    (sample,) = packed_samples(tmp_path / "out")["text"]
+    assert BOX in tokenizer.decode(sample.input_ids)
+
+
+def test_a_box_of_a_record_is_a_box_in_every_copy(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    write_images(tmp_path)
+    write_records(tmp_path / "a.jsonl", [answered(BOX)])
+    (tmp_path / "datasets.toml").write_text('[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\nboxes = "pixels"\n')
+    build_registered(tmp_path, "a%300", tiny_checkpoint)
+    first, *others = packed_samples(tmp_path / "out")[BOX]
+    assert len(others) == 2 and all(np.array_equal(first.input_ids, other.input_ids) for other in others)
+
+
+def test_coordinates_are_declared_in_the_table_the_media_table_or_the_command(tmp_path: Path) -> None:
+    write_records(tmp_path / "a.jsonl", [])
+    registry = tmp_path / "datasets.toml"
+
+    def declared(table: str, boxes: Any = msgspec.UNSET) -> Any:
+        registry.write_text(f'[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\n{table}\n')
+        (source,) = find_sources("a", registry=registry, media_root=None, media=MediaSettings(boxes=boxes))
+        return source.media.boxes
+
+    assert declared("") is msgspec.UNSET
+    assert declared("", "norm1") == "norm1"
+    assert declared('boxes = "pixels"', "norm1") == "pixels"
+    assert declared('[a.media]\nboxes = "off"', "norm1") == "off"
+    allowed = re.escape("boxes is cm; allowed: pixels, norm1, norm1000, resized, off")
+    with pytest.raises(ConfigError, match=f"datasets.toml:4: .*{allowed}"):
+        declared('boxes = "cm"')
+    with pytest.raises(ConfigError, match=f"datasets.toml:5: .*{allowed}"):
+        declared('[a.media]\nboxes = "cm"')
+    with pytest.raises(ConfigError, match=r"datasets.toml:4: .*give it once"):
+        declared('boxes = "off"\nmedia.boxes = "off"')
