@@ -23,7 +23,7 @@ DEMO_TRAINING := train/main.py --shards shards/demo --model_name_or_path checkpo
 	--tune_mm_vision True --max_steps 60 --learning_rate 5e-3 --mm_projector_lr 5e-3 --vision_tower_lr 5e-3 \
 	--gradient_accumulation_steps 1 --gradient_checkpointing False --logging_steps 5 --save_steps 0
 
-.PHONY: help check test bench shards demo clean
+.PHONY: help check test quick bench shards demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,8 +48,14 @@ check: $(ENVIRONMENT) ## format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A worker runs all tests of a file, so that those which share a run do not wait for one another.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(ENVIRONMENT) ## all tests (TESTS=tests/prep: some)
-	$(BIN)/pytest -q -n 2 $(TESTS)
+	$(PYTEST) $(TESTS)
+
+quick: $(ENVIRONMENT) ## unit tests alone: no training, no launches
+	$(PYTEST) -m "not slow" $(TESTS)
 
 shards: $(ENVIRONMENT) $(if $(IS_DEMO),$(DEMO_DATA) $(TINY_MODEL)) ## build shards (DATASET=name, name%50, a,b%20)
 	@test -n "$(DATASET)" || { echo "make shards needs a dataset: make shards DATASET=demo" >&2; exit 2; }

@@ -76,6 +76,7 @@ def expected_lines(codec: str) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "codec"),
     [
@@ -119,6 +120,7 @@ def source_of(folder: Path, number: int) -> list[SourceSample]:
     return source_samples(open_shards(folder), [number])[number]
 
 
+@pytest.mark.slow
 def test_the_program_of_the_short_page_rebuilds_the_frames(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "set", BINS, bins_per_shard=len(BINS))
     short = (REPOSITORY / "shards" / "README.md").read_text()

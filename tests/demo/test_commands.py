@@ -27,6 +27,7 @@ def test_the_demo_is_not_installed() -> None:
     assert not any(fnmatch("demo", pattern) for pattern in patterns)
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_demo_of_its_checkout_from_any_folder(tmp_path: Path) -> None:
     """As after an editable install, which finds ``prep`` but not ``demo``."""
     code = (

@@ -524,6 +524,7 @@ def test_the_same_video_is_encoded_to_the_same_bytes_every_time(size: tuple[int,
     assert len({encode_video(video) for _ in range(12)}) == 1
 
 
+@pytest.mark.slow
 def test_the_plan_does_not_depend_on_the_hash_seed() -> None:
     code = (
         "import hashlib; from demo.dataset import plan_demo; plan = plan_demo(0, 60, held_out=False);"

@@ -234,6 +234,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "start", "filler", "end"),
     [

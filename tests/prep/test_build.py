@@ -42,6 +42,8 @@ from storage.shard_set import read_manifest
 from tests.prep.corpus import turn, write_corpus
 from tests.prep.test_images import reference_pixel_values
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = BuildSettings(max_length=1200, shard_bytes=1_500_000)
 
 

@@ -233,6 +233,7 @@ def test_a_build_with_jpeg_differs_from_a_lossless_one_by_its_drift_alone(lossy:
     )
 
 
+@pytest.mark.slow
 def test_bytes_with_jpeg_are_the_same_for_any_number_of_workers(
     lossy: Path, corpus_file: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:

@@ -31,6 +31,8 @@ from tests.prep.packed import packed_samples
 from tests.prep.test_build import contents, ledger, leftovers, request_for
 from tests.prep.test_videos import write_video
 
+pytestmark = pytest.mark.slow
+
 
 class Requests:
     """Probes and decodes that reached the decoder process, counted by the name of the medium."""

@@ -26,6 +26,8 @@ from schemas.errors import ConfigError, MediaError, ShardError, VlprepError
 from tests.prep.alive import alive
 from tests.prep.ray_cluster import NodeProcesses
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("serial", "local", "ray")
 
 

@@ -43,6 +43,8 @@ from tests.prep.test_build import SETTINGS, contents, ledger, leftovers, replace
 from tests.prep.test_images import random_image
 from tests.prep.test_sandbox import replace_child
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -28,6 +28,8 @@ from tests.prep.packed import Packed, assert_same, packed_samples
 from tests.prep.test_images import random_image
 from tests.prep.test_videos import write_video
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = BuildSettings(
     media=MediaSettings(max_pixels=40 * 784, video_min_frame_pixels=4 * 784, video_max_frame_pixels=12 * 784),
     max_length=1024,

@@ -33,6 +33,8 @@ from tests.prep.packed import Packed, packed_samples
 from tests.prep.test_images import MODES, random_image, reference_pixel_values
 from tests.prep.test_videos import rotate_video, write_video
 
+pytestmark = pytest.mark.slow
+
 # Images have the default bounds, which `reference_pixel_values` uses. Videos have small ones, for speed.
 MEDIA = MediaSettings(video_min_frame_pixels=4 * 784, video_max_frame_pixels=30 * 784)
 SETTINGS = BuildSettings(media=MEDIA, max_length=4096, shard_bytes=4_000_000)

@@ -67,6 +67,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "filler", "end", "codes"),
     [

@@ -26,6 +26,8 @@ from tests.prep.packed import Packed, packed_samples
 from tests.prep.test_images import random_image
 from tests.prep.test_videos import write_video
 
+pytestmark = pytest.mark.slow
+
 Record = dict[str, Any]
 
 PICTURES = {

@@ -51,6 +51,8 @@ from tests.prep.corpus import turn
 from tests.prep.finished import SETTINGS
 from tests.prep.s3_server import KINDS, Proxy, s3_server, seeded
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 CORPUS = Url("s3://bucket/corpus")
 QUICK = RetryPolicy(attempts=6, timeout_s=20, first_delay_s=0.01, max_delay_s=0.05)

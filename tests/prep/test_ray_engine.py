@@ -32,6 +32,8 @@ from tests.guides import blocks
 from tests.prep.corpus import write_corpus
 from tests.prep.ray_cluster import NodeProcesses, kill_while_it_runs
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = BuildSettings(max_length=1200, shard_bytes=400_000)
 

@@ -104,6 +104,7 @@ def test_raw_pixels_with_a_patch_budget_and_sampling_rates_pass(
     assert findings(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_findings_do_not_depend_on_worker_processes(folder: Path) -> None:
     sets.change_array(folder, BIN, "labels", lambda labels: np.full_like(labels, -100))
     (folder / "bins-00001.tar").unlink()

@@ -41,6 +41,8 @@ from train.shards.reader import read_checked_bin
 from train.tools import merge
 from train.tools.merge import check_out, merge_adapter
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS, RANK = 3, 4
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 ZERO_3 = ("--deepspeed", "zero3.json")

@@ -159,12 +159,14 @@ def hammer(folder: Path, *, limit: int, seed: int, turns: int) -> subprocess.Pop
     return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_cache_respect_its_limit_and_read_what_was_written(tmp_path: Path) -> None:
     running = [hammer(tmp_path, limit=20_000, seed=seed, turns=150) for seed in range(3)]
     assert [process.wait(120) for process in running] == [0, 0, 0]
     assert 0 < BinCache(tmp_path, 20_000).size() <= 20_000
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_leave_no_wrong_bin_and_no_lock(tmp_path: Path) -> None:
     for seed in range(4):
         process = hammer(tmp_path, limit=20_000, seed=seed, turns=10**6)

@@ -43,6 +43,8 @@ from train.order.dealing import DataOrder
 from train.shards.index import open_shards
 from train.shards.reader import read_checked_bin
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 3
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 STRATEGIES = {"zero2": ()} | {name: ("--deepspeed", f"{name}.json") for name in ("zero1", "zero3", "zero3_offload")}

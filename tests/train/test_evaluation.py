@@ -93,6 +93,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_metrics_are_those_of_samples_run_alone_on_any_number_of_ranks(
     flags: list[str], model: PackedQwen, data: dict[str, list[list[Sample]]], tmp_path: Path

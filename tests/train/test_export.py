@@ -23,6 +23,8 @@ from train.run.plan import Plan
 from train.shards.index import open_shards
 from train.shards.reader import read_checked_bin
 
+pytestmark = pytest.mark.slow
+
 LOGITS = "logits.pt"
 
 

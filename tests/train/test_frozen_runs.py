@@ -21,6 +21,8 @@ from tests.train.launching import (
 )
 from tests.train.synthetic import make_bins, write_shards
 
+pytestmark = pytest.mark.slow
+
 PARTS = {
     "llm": ("--tune_mm_llm", "True", "--tune_mm_mlp", "False", "--learning_rate", "1e-3"),
     "mlp": ("--tune_mm_llm", "False", "--tune_mm_mlp", "True", "--mm_projector_lr", "1e-3"),

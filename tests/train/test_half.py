@@ -31,6 +31,8 @@ from tests.train.synthetic import make_bins, write_shards
 from train.run.engine import can_lower_scale
 from train.settings.deepspeed_file import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
 
 

@@ -51,6 +51,7 @@ def compiler() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_loss_and_gradients_for_bins_of_any_length(
     tiny_checkpoint: Path, compiler: Any
 ) -> None:
@@ -77,6 +78,7 @@ def test_compiling_keeps_the_names_of_all_weights(tiny_vocab_checkpoint: Path) -
     assert list(model.state_dict()) == before
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_a_run_with_compiled_layers_has_the_losses_of_an_eager_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", make_bins(num_bins=4), tokenizer=fingerprint_of(tiny_checkpoint))

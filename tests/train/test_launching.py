@@ -33,6 +33,7 @@ def hang_second() -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_each_rank_has_its_place_and_the_test_that_starts_them_keeps_its_own_environment() -> None:
     before = dict(os.environ)
     done = run_ranks(2, prepare=tell_environment)
@@ -41,10 +42,12 @@ def test_each_rank_has_its_place_and_the_test_that_starts_them_keeps_its_own_env
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_the_failure_of_a_later_rank_is_seen() -> None:
     assert run_ranks(2, prepare=fail_second).returncode == 7
 
 
+@pytest.mark.slow
 def test_a_rank_that_goes_on_when_another_has_failed_fails_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "GRACE_S", 0.1)
     with pytest.raises(pytest.fail.Exception, match="rank 1 did not end:"):

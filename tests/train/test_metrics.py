@@ -246,6 +246,7 @@ def test_tensorboard_purges_steps_that_are_trained_again(tmp_path: Path) -> None
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (4, 6.0)]
 
 
+@pytest.mark.slow
 def test_wandb_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

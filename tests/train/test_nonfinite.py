@@ -64,6 +64,7 @@ def run(poisoned: Path, out: Path, *flags: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [("zero2", "fp32"), ("zero3", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3_offload", "bf16")],
@@ -93,6 +94,7 @@ def test_a_bin_that_poisons_the_loss_is_skipped_and_reported_with_its_samples(
     assert [name for name, weight in weights.items() if not weight.isfinite().all()] == []
 
 
+@pytest.mark.slow
 def test_too_many_consecutive_skipped_steps_stop_the_run(poisoned: Path, tmp_path: Path) -> None:
     code, errors = run(poisoned, tmp_path, "--max_skipped_steps", "0")
     assert code == 1

@@ -40,6 +40,7 @@ def flags(shards: Path, checkpoint: Path, run: Path) -> list[str]:
     return [*paths, "--max_steps", "3", "--tune_mm_vision", "--dry-run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_a_dry_run_passes_and_leaves_nothing(
     shards: Path, tiny_checkpoint: Path, tmp_path: Path, strategy: str
@@ -63,6 +64,7 @@ def test_a_dry_run_passes_and_leaves_nothing(
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_the_dry_run(shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
     with torch.no_grad():
@@ -92,6 +94,7 @@ def have_no_disk() -> None:
     mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=0)).start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "prepare", "code", "message"),
     [

@@ -17,6 +17,8 @@ from tests.train.synthetic import make_bins, write_shards
 from train.run import loop, process_group
 from train.settings.arguments import TrainArguments
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def flags(tiny_checkpoint: Path, tmp_path: Path) -> list[str]:

@@ -192,6 +192,7 @@ def test_what_the_command_line_says_follows_from_the_table_of_bins_alone(tmp_pat
         assert said in done.stdout, said
 
 
+@pytest.mark.slow
 def test_the_command_line_simulates(tmp_path: Path, tiny_vocab_checkpoint: Path) -> None:
     a, b = (str(write_shards(tmp_path / name, make_bins(num_bins=8))) for name in "ab")
     done = run(
