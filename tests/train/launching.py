@@ -48,6 +48,7 @@ LIMIT_S, GRACE_S = 300, 60
 
 IMPORTED = (
     "tests.train.launching",
+    "tests.train.preloaded",
     "train.main",
     "train.run.loop",
     "train.preflight.dry_run",
