@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+from contextlib import suppress
 
 import torch
 
@@ -64,5 +65,8 @@ def resolved_arguments(plan: Plan) -> TrainArguments:
 
 def _versions() -> dict[str, str]:
     """Versions of the packages; those of a checkout that is not installed are unknown and left out."""
-    installed = {name for distribution in importlib.metadata.distributions() if (name := distribution.name)}
-    return {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+    versions = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
