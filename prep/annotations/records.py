@@ -29,6 +29,7 @@ import zstandard
 import storage
 from prep.annotations import json_records, parquet_records
 from prep.annotations.chunks import Chunk, Record
+from prep.annotations.file_faults import whole_file_fault
 from schemas.errors import ConfigError, VlprepError
 from storage.files import temporary_path
 from storage.urls import Location, Url
@@ -71,7 +72,7 @@ def index_file(path: Location, spool: Path) -> FileIndex:
 
     Raises:
         ConfigError: the file cannot be read.
-        VlprepError: it is damaged: not what its ending says; or its store does not answer.
+        VlprepError: it is damaged or of another format than its ending says; or its store does not answer.
     """
     if isinstance(path, Url):
         return _index_remote(path, spool)
@@ -100,6 +101,8 @@ def _index(path: Path, spool: Path, name: Location) -> FileIndex:
         modified_ns = path.stat().st_mtime_ns
         digest = _digest(path)
         data = _decompressed(path, spool / f"{digest}.jsonl") if path.suffix in _DECOMPRESSORS else path
+        if path.suffix != ".parquet" and (fault := whole_file_fault(data, name)) is not None:
+            raise VlprepError(f"annotation file {name} {fault}.")
         chunks = tuple(parquet_records.cut(data) if path.suffix == ".parquet" else json_records.cut(data))
     return FileIndex(
         num_bytes=path.stat().st_size,

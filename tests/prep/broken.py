@@ -1,6 +1,6 @@
 """A folder of annotation files in which nearly every record is broken, each with the codes it must be rejected for.
 
--> JSONL, arrays whole and damaged, UTF-16, Parquet with pictures inside, and the media that they name, good and bad.
+-> JSONL, arrays whole and damaged, Parquet with pictures inside, and the media that they name, good and bad.
 Good records stand between the broken ones: nothing may spoil its neighbours.
 """
 
@@ -301,7 +301,6 @@ def write_broken(root: Path) -> BrokenFolder:
     found.add(
         "packed.jsonl", b"[" + GOOD + b", 7, {}]\n", [(1, ""), (1, "not_an_object"), (1, "missing_conversations")]
     )
-    found.add("wide.jsonl", GOOD.decode().encode("utf-16") + b"\n\x00", [(1, "bad_json"), (2, "bad_json")])
     found.add("long.jsonl", json.dumps(human("long " * 3000)).encode() + b"\n", [(1, "too_long")], only_build=True)
     found.add("table.parquet", _table(), [(number, codes) for number, (_, codes) in enumerate(_ROWS, start=1)])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ def validate(*arguments: object) -> Result:
 
 def build(model: Path, *arguments: object) -> Result:
     return run("build", *arguments, "--model", model, "--workers", 1)
+
+
+def error_line(result: Result) -> str:
+    """The only line of the errors besides progress."""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("vlprep:")]
+    return line
 
 
 def text_record(answer: str = "b") -> dict[str, object]:
@@ -107,3 +114,73 @@ def test_validate_prints_its_counts_as_json(tmp_path: Path) -> None:
         str(bad): {"num_valid": 1, "num_rejected": 1},
     }
     assert report["examples"]["empty_turn"][0].startswith(f"{bad}:1: ")
+
+
+RECORDS = [image_record(f"{number}.png") for number in range(3)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+PRETTY = "\n".join(json.dumps(record, indent=2) for record in RECORDS)
+
+WRONG_FILES = {
+    "pretty.jsonl": (PRETTY.encode(), "spreads its first record over 13 lines", "jq -c ."),
+    "pretty_crlf.jsonl": (PRETTY.replace("\n", "\r\n").encode(), "spreads its first record over 13 lines", "jq -c ."),
+    "one_pretty.jsonl": (json.dumps(RECORDS[0], indent=1).encode(), "spreads its first record", "jq -c ."),
+    "commas.jsonl": (LINES.replace("\n", ",\n").encode(), "a comma at the end of each line", "sed"),
+    "commas_but_the_last.jsonl": (LINES.strip().replace("\n", ",\n").encode(), "a comma at the end", "sed"),
+    "utf16.jsonl": (LINES.encode("utf-16"), "is UTF-16", "iconv -f UTF-16"),
+    "utf16_unmarked.json": (json.dumps(RECORDS).encode("utf-16-be"), "is UTF-16", "iconv -f UTF-16"),
+    "utf16.json": (json.dumps(RECORDS).encode("utf-16"), "is UTF-16", "iconv -f UTF-16"),
+    "table.csv": (b'image,question,answer\n1.png,"what, then?",yes\n', "a table of comma-separated values", "per line"),
+    "table.jsonl": (b"image\tquestion\tanswer\n1.png\twhat?\tyes\n", "a table of tab-separated values", "per line"),
+    "wrapped.json": (json.dumps({"data": RECORDS}).encode(), "in the field 'data'", "jq -c '.[\"data\"][]'"),
+    "wrapped_pretty.json": (
+        json.dumps({"version": 1.0, "info": {"by": "us"}, "annotations": RECORDS}, indent=2).encode(),
+        "in the field 'annotations'",
+        "jq -c '.[\"annotations\"][]'",
+    ),
+    "wrapped_large.json": (
+        json.dumps({"version": "1", "rows": [image_record("x" * 1000)] * 20_000}).encode(),
+        "in the field 'rows'",
+        "jq -c",
+    ),
+    "marked.jsonl": (b"\xef\xbb\xbf\n" + PRETTY.encode(), "spreads its first record over 13 lines", "jq -c ."),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_file_of_another_format_is_told_once_with_the_mend(tmp_path: Path, tiny_checkpoint: Path, name: str) -> None:
+    content, cause, mend = WRONG_FILES[name]
+    file = tmp_path / name
+    file.write_bytes(content)
+    for result in (validate(file), build(tiny_checkpoint, file, "--out", tmp_path / "out")):
+        assert result.exit_code == 1, result.output
+        message = error_line(result)
+        assert message.startswith(f"vlprep: annotation file {file} ")
+        assert cause in message and mend in message
+        assert "rejected" not in result.output
+
+
+def test_the_cause_is_found_in_compressed_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(PRETTY.encode()))
+    assert "a.jsonl.gz spreads its first record over 13 lines" in validate(tmp_path / "a.jsonl.gz").stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "num_rejected"),
+    [
+        (LINES.replace("\n", ",\n", 1), 1),
+        (LINES.replace(", ", ",\n", 1), 2),
+        ("image,question\n" + LINES, 1),
+        ('{"id": 1}\n' + LINES, 1),
+        ('{"rounds": [{"q": 1}]}\n', 1),
+        (json.dumps({"conversations": RECORDS[0]["conversations"]}), 1),
+        (json.dumps(RECORDS[0]), 0),
+        (json.dumps(RECORDS, indent=2), 0),
+    ],
+)
+def test_a_few_broken_records_do_not_condemn_their_file(tmp_path: Path, content: str, num_rejected: int) -> None:
+    for number in range(3):
+        write_image(tmp_path / f"{number}.png")
+    (tmp_path / "a.jsonl").write_text(content)
+    report = json.loads(validate(tmp_path / "a.jsonl", "--json").stdout)
+    assert report["num_rejected"] == num_rejected
+    assert report["num_annotations"] > 0

@@ -1,0 +1,138 @@
+"""Recognizes files that are not JSON or JSONL as a whole, so that the cause is told once and not for every record.
+
+Input: an annotation file. Output: what it is instead, and how to mend it. A file in which only some records are broken
+is left to the readers. Cost: the first 64 KiB of a file, and more of it only if the first record does not end there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from prep.annotations.array_scanner import ArrayScanner
+from prep.annotations.chunks import MAX_RECORD_BYTES
+from prep.annotations.fields import KNOWN_FIELDS
+
+_HEAD_BYTES = 1 << 16
+_MARK = b"\xef\xbb\xbf"
+_UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|[{\[]\0|\0[{\[]")
+_TABLE_ROW = re.compile(rb'[\w .-]+|"[^"]*"')
+
+# The opening of an object whose first value that is no text, number or literal is a list of objects.
+_TEXT = rb'"(?:[^"\\]|\\.)*"'
+_OPENS_LIST = re.compile(rb"\{\s*(?:%b\s*:\s*(?:%b|[-+\w.]+)\s*,\s*)*(%b)\s*:\s*\[\s*\{" % (_TEXT, _TEXT, _TEXT))
+
+_decoder = msgspec.json.Decoder(dict[str, Any])
+
+
+def whole_file_fault(path: Path, name: object) -> str | None:
+    """What a file is instead of JSON or JSONL, and how to mend it. None if its records can be read one by one.
+
+    Args:
+        path: the file, decompressed.
+        name: what commands in the message call it.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if _UTF_16.match(head):
+        return f"is UTF-16, but JSON is read as UTF-8. Convert it: `iconv -f UTF-16 -t UTF-8 {name} > new.jsonl`"
+    text = head.removeprefix(_MARK).lstrip()
+    if not text or text.startswith(b"["):
+        return None
+    if text.startswith(b"{"):
+        return _line_commas(text, name) or _object_fault(path, len(head) - len(text), name)
+    return _table(text)
+
+
+def _lines(text: bytes) -> Iterator[bytes]:
+    """The lines of a text that are not blank. The last one may be cut short."""
+    return (line for line in text.splitlines() if line.strip())
+
+
+def _line_commas(text: bytes, name: object) -> str | None:
+    lines = [line.rstrip() for line in _lines(text)]
+    # The last line of a list needs no comma, and the head may end inside a line.
+    complete = lines[:-1] or lines
+    if all(line.endswith(b",") and _decoded(line[:-1]) is not None for line in complete):
+        return (
+            "has a comma at the end of each line, but JSONL separates records by line breaks alone. Remove the commas: "
+            f"`sed 's/,[[:space:]]*$//' {name} > new.jsonl`"
+        )
+    return None
+
+
+def _object_fault(path: Path, start: int, name: object) -> str | None:
+    """The fault of a file that starts with an object at ``start``: over several lines, or with the records inside."""
+    with path.open("rb") as file:
+        file.seek(start)
+        line = file.readline(_HEAD_BYTES)
+        if _decoded(line) is not None and file.read(_HEAD_BYTES).strip():
+            return None
+        file.seek(start)
+        text = file.read(MAX_RECORD_BYTES)
+    scanner = ArrayScanner()
+    ends = scanner.element_ends(text[1:])
+    if not scanner.closed:
+        opening = _OPENS_LIST.match(text[:_HEAD_BYTES])
+        key = None if opening is None else opening[1][1:-1].decode(errors="replace")
+        return None if key is None or key in KNOWN_FIELDS else _records_inside(key, name)
+    stop = int(ends[-1]) + 1
+    value = _decoded(text[:stop])
+    if value is None:
+        return None
+    key = _list_of_records(value)
+    if key is not None and not text[stop:].strip():
+        return _records_inside(key, name)
+    num_lines = text.count(b"\n", 0, stop) + 1
+    # With other records that fill a line each, only the first one is broken.
+    if num_lines > 1 and not any(line.startswith(b"{") and _decoded(line) for line in _lines(text[stop:])):
+        return (
+            f"spreads its first record over {num_lines} lines, but JSONL has one record per line. Rewrite it: "
+            f"`jq -c . {name} > new.jsonl`"
+        )
+    return None
+
+
+def _list_of_records(value: dict[str, Any]) -> str | None:
+    """The field of an object that holds a list of records. None for an object that is a record."""
+    if not value.keys().isdisjoint(KNOWN_FIELDS):
+        return None
+    for key, items in value.items():
+        if isinstance(items, list) and items and isinstance(items[0], dict):
+            return None if items[0].keys().isdisjoint(KNOWN_FIELDS) else key
+    return None
+
+
+def _records_inside(key: str, name: object) -> str:
+    return (
+        f"is one object that holds its records in the field {key!r}; they must be an array or JSONL. Take them out: "
+        f"`jq -c '.[\"{key}\"][]' {name} > new.jsonl`"
+    )
+
+
+def _table(text: bytes) -> str | None:
+    lines = list(_lines(text))
+    for separator, sort in ((b",", "comma"), (b"\t", "tab"), (b";", "semicolon")):
+        names = lines[0].strip().split(separator)
+        if (
+            len(names) > 1
+            and all(_TABLE_ROW.fullmatch(field.strip()) for field in names)
+            and not any(line.lstrip().startswith((b"{", b"[")) for line in lines)
+        ):
+            return (
+                f"is a table of {sort}-separated values, but annotations are JSON or Parquet. Convert it to one JSON "
+                "object per line, with a field `conversations` in each"
+            )
+    return None
+
+
+def _decoded(text: bytes) -> dict[str, Any] | None:
+    """The object that a text spells, or None."""
+    try:
+        return _decoder.decode(text)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return None
