@@ -26,6 +26,11 @@ _TABLE_ROW = re.compile(rb'[\w .-]+|"[^"]*"')
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
 _OPENS_LIST = re.compile(rb"\{\s*(?:%b\s*:\s*(?:%b|[-+\w.]+)\s*,\s*)*(%b)\s*:\s*\[\s*\{" % (_TEXT, _TEXT, _TEXT))
 
+_RECORD_FIELDS = frozenset(
+    ("conversations", "messages", "texts", "prompt", "instruction", "query", "image", "images", "video", "videos")
+)
+"""A list of objects with one of these is a list of records. The turns of a record have none of them."""
+
 _decoder = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -103,7 +108,7 @@ def _list_of_records(value: dict[str, Any]) -> str | None:
         return None
     for key, items in value.items():
         if isinstance(items, list) and items and isinstance(items[0], dict):
-            return None if items[0].keys().isdisjoint(KNOWN_FIELDS) else key
+            return None if items[0].keys().isdisjoint(_RECORD_FIELDS) else key
     return None
 
 

@@ -60,7 +60,7 @@ it reads, if nothing says what its coordinates are."""
 
 _EMPTY_ROW: dict[str, object] = {**dict.fromkeys(PART_SCHEMA.names), "codes": [], "sample_offset": 0, "sample_bytes": 0}
 
-_MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
+MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +164,7 @@ def has_media_rejects(part: Path) -> bool:
     if _stale_path(part).exists():
         return True
     codes = pq.read_table(table_path(part), columns=["codes"]).column("codes").combine_chunks().flatten()
-    return not _MEDIA_CODES.isdisjoint(codes.to_pylist())
+    return not MEDIA_CODES.isdisjoint(codes.to_pylist())
 
 
 def read_sample(part: Path, offset: int, num_bytes: int) -> StoredSample:

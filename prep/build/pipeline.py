@@ -27,6 +27,7 @@ from prep.build.columns import SampleColumns, read_columns
 from prep.build.declared import require_declared_boxes
 from prep.build.ledger import Ledger
 from prep.build.metrics import BuildMetrics, Timings, merge_timings
+from prep.build.missing import all_missing
 from prep.build.output import Output
 from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan, make_plan
@@ -162,6 +163,8 @@ def _build_shards(
     parts = _scan(engine, _scan_tasks(request, work, files, identity.fingerprints, indexes), clock.timings)
     clock.lap("scan")
     require_declared_boxes(parts, [source.name for source in request.sources])
+    for message in all_missing(request.sources, parts):
+        logger.warning(message)
     samples = read_columns(parts)
     check_scan(parts, samples, max_length=request.settings.max_length, max_rejected=request.max_rejected)
     plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)

@@ -21,6 +21,7 @@ import msgspec
 
 from prep.annotations.annotation import Annotation
 from prep.annotations.chunks import Chunk, Record
+from prep.annotations.problems import MAX_OF_A_CODE
 from prep.annotations.records import ANNOTATION_SUFFIXES, index_file, is_read_in_place, read_chunk
 from prep.annotations.registry import check_root, find_files, find_sources, split_share
 from prep.annotations.validation import Checked, check_record, read_id, record_id
@@ -29,6 +30,8 @@ from prep.engines.progress import progress
 from prep.inspect.validation_report import FileCounts, Reject, Report
 from prep.media.access import MediaAccess, MediaRequest
 from prep.media.fetch import open_media
+from prep.media.nearby import all_missing_message
+from prep.media.paths import missing_name
 from prep.samples.grounding import box_problems
 from prep.samples.sample import check_media, media_requests, probe_media
 from schemas.annotation import Problem, ReasonCode
@@ -79,7 +82,7 @@ class ChunkReport:
     coordinates nobody declared.
     """
 
-    num_valid: int
+    counts: FileCounts
     modalities: Counter[str]
     rejects: list[Reject]
     valid: list[bytes]
@@ -108,11 +111,18 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
         total = sum(task.chunk.num_records for task in tasks)
         bar = stack.enter_context(progress("validate", total, "record"))
         for task, chunk in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
-            report.add(str(task.file), chunk.num_valid, chunk.modalities, chunk.rejects)
             report.undeclared.add(str(task.file), chunk.undeclared)
+            report.add(str(task.file), chunk.counts, chunk.modalities, chunk.rejects)
             bar.update(task.chunk.num_records)
             rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in chunk.rejects)
             fixed.writelines(record + b"\n" for record in chunk.valid)
+    for file in inputs:
+        counts = report.files[str(file.file)]
+        if counts.missing is not None and not counts.num_media_found:
+            what = "the only medium is" if counts.num_media == 1 else f"all {counts.num_media:,} media are"
+            report.hints.append(
+                all_missing_message(what=what, name=counts.missing, root=file.root, annotation_file=file.file)
+            )
     return report
 
 
@@ -177,7 +187,7 @@ def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, s
 
 
 def _check_chunk(task: _ChunkTask) -> ChunkReport:
-    num_valid = 0
+    counts = FileCounts()
     modalities: Counter[str] = Counter()
     rejects: list[Reject] = []
     valid: list[bytes] = []
@@ -186,12 +196,15 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
         annotation, problems = checked.annotation, checked.problems
         if checked.undeclared is not None:
             undeclared.append((f"{task.file}:{record.line}", checked.undeclared))
+        if annotation is not None:
+            _count_media(counts, annotation, problems)
         if annotation is not None and not problems:
-            num_valid += 1
+            counts.num_valid += 1
             modalities[_modality(annotation)] += 1
             if task.request.fixed is not None:
                 valid.append(_one_line(task, record))
             continue
+        counts.num_rejected += 1
         rejects.append(
             Reject(
                 file=str(task.file),
@@ -202,7 +215,18 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
                 annotation=_raw(record, problems),
             )
         )
-    return ChunkReport(num_valid=num_valid, modalities=modalities, rejects=rejects, valid=valid, undeclared=undeclared)
+    return ChunkReport(counts=counts, modalities=modalities, rejects=rejects, valid=valid, undeclared=undeclared)
+
+
+def _count_media(counts: FileCounts, annotation: Annotation, problems: list[Problem]) -> None:
+    """Count the media of a record. If at least one is not missing, all of them count as found."""
+    num_media = len(annotation.images) + len(annotation.videos)
+    missing = [problem for problem in problems if problem.code is ReasonCode.MEDIA_MISSING] if problems else []
+    counts.num_media += num_media
+    if len(missing) < num_media <= MAX_OF_A_CODE:
+        counts.num_media_found += num_media
+    elif missing and counts.missing is None:
+        counts.missing = missing_name(missing[0].message)
 
 
 class _CheckedRecord(NamedTuple):

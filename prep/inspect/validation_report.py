@@ -29,10 +29,29 @@ class Reject(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(kw_only=True, slots=True)
 class FileCounts:
-    """The number of records of one annotation file."""
+    """Counts of one annotation file.
+
+    Attributes:
+        num_valid: valid records.
+        num_rejected: rejected records.
+        num_media: media that its records name.
+        num_media_found: those that are not missing.
+        missing: name of a missing medium; None if none is missing.
+    """
 
     num_valid: int = 0
     num_rejected: int = 0
+    num_media: int = 0
+    num_media_found: int = 0
+    missing: str | None = None
+
+    def add(self, other: FileCounts) -> None:
+        """Add the counts of other records of the file."""
+        self.num_valid += other.num_valid
+        self.num_rejected += other.num_rejected
+        self.num_media += other.num_media
+        self.num_media_found += other.num_media_found
+        self.missing = self.missing or other.missing
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,6 +66,7 @@ class Report:
         examples: the first problems by reason code, as text.
         rejects: file with all rejects; None if it is not written.
         undeclared: records with boxes whose coordinates nobody declared.
+        hints: sentences about causes that many records share.
     """
 
     files: dict[str, FileCounts] = field(default_factory=dict)
@@ -56,12 +76,11 @@ class Report:
     examples: dict[str, list[str]] = field(default_factory=dict)
     rejects: Path | None = None
     undeclared: UndeclaredCounts = field(default_factory=UndeclaredCounts)
+    hints: list[str] = field(default_factory=list)
 
-    def add(self, file: str, num_valid: int, modalities: Mapping[str, int], rejects: Sequence[Reject]) -> None:
+    def add(self, file: str, counts: FileCounts, modalities: Mapping[str, int], rejects: Sequence[Reject]) -> None:
         """Add the counts and rejects of some records of a file."""
-        counts = self.files[file]
-        counts.num_valid += num_valid
-        counts.num_rejected += len(rejects)
+        self.files[file].add(counts)
         self.modalities.update(modalities)
         for reject in rejects:
             self.codes.update({problem.code.value for problem in reject.problems})
@@ -111,7 +130,7 @@ class Report:
         lines.extend(f"{file}: the file holds no annotation. Check the path." for file in self.empty_files)
         if self.undeclared:
             lines.append(self.undeclared.message())
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.hints])
 
     def json(self) -> str:
         """The report as one JSON object."""
@@ -121,9 +140,13 @@ class Report:
             "num_rejected": self.num_rejected,
             "modalities": dict(sorted(self.modalities.items())),
             "rejects_by_code": dict(sorted(self.codes.items())),
-            "files": {file: msgspec.to_builtins(counts) for file, counts in self.files.items()},
+            "files": {
+                file: {"num_valid": counts.num_valid, "num_rejected": counts.num_rejected}
+                for file, counts in self.files.items()
+            },
             "examples": dict(sorted(self.examples.items())),
             "undeclared_boxes": self.undeclared.num_records,
+            "hints": self.hints,
         }
         return msgspec.json.encode(content).decode()
 

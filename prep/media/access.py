@@ -15,6 +15,9 @@ from typing import Protocol, TypeVar
 
 from prep.media.paths import real_folder, resolve_media
 from prep.media.source import MediaSource
+from prep.media.suggestions import Suggester
+from schemas.annotation import ReasonCode
+from schemas.errors import MediaError
 from storage.urls import Location
 
 T = TypeVar("T")
@@ -74,6 +77,7 @@ class LocalMedia:
 
     def __init__(self, resolve: Callable[[str], str] = real_folder) -> None:
         self._resolve = resolve
+        self._suggester = Suggester(resolve)
 
     def prefetch(self, items: Iterable[T], requests: Callable[[T], Iterable[MediaRequest]]) -> Iterator[T]:
         """See :class:`MediaAccess`."""
@@ -83,7 +87,15 @@ class LocalMedia:
         """See :class:`MediaAccess`."""
         if not isinstance(request.root, Path):
             raise TypeError(f"{request.root} is not a folder")
-        return resolve_media(request.root, request.name, max_bytes=request.max_bytes, resolve=self._resolve)
+        try:
+            return resolve_media(request.root, request.name, max_bytes=request.max_bytes, resolve=self._resolve)
+        except MediaError as error:
+            if error.code is not ReasonCode.MEDIA_MISSING:
+                raise
+            near = self._suggester.suggest(request.root, request.name)
+            if near is None:
+                raise
+            raise MediaError(error.code, f"{error.message}; did you mean {near}?") from error
 
     def complete(self, request: MediaRequest) -> MediaSource:
         """See :class:`MediaAccess`."""

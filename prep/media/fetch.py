@@ -24,7 +24,7 @@ from typing import TypeVar
 
 import storage
 from prep.media.access import MediaAccess, MediaRequest, local_media
-from prep.media.paths import check_size, media_url
+from prep.media.paths import IS_MISSING, check_size, media_url
 from prep.media.source import Beginning, MediaSource
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
@@ -244,7 +244,7 @@ def _of_medium(request: MediaRequest, error: ConfigError) -> MediaError | Config
     if isinstance(error, storage.FolderError):
         return MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{request.name!r} is not a regular file")
     if isinstance(error, storage.NotThereError):
-        return MediaError(ReasonCode.MEDIA_MISSING, f"{request.name!r} does not exist below the media root")
+        return MediaError(ReasonCode.MEDIA_MISSING, f"{request.name!r} {IS_MISSING}")
     storage.check_folder(request.root)
     return MediaError(ReasonCode.MEDIA_UNREADABLE, f"{request.name!r} cannot be read: the store refuses it")
 

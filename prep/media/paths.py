@@ -7,9 +7,11 @@ slashes mean what they mean to a file system, and an absolute URL inside the roo
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import posixpath
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,11 @@ from storage.urls import Url, is_url, without_secrets
 
 _MAX_KEY_BYTES = 1024
 """Longest key that object stores allow."""
+
+IS_MISSING = "does not exist below the media root"
+"""What a message says after the name of a missing medium."""
+
+_MISSING = re.compile(rf"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*") {IS_MISSING}""")
 
 
 def real_folder(folder: str) -> str:
@@ -133,9 +140,15 @@ def _is_inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
+def missing_name(message: str) -> str | None:
+    """The first name in a message that says that a medium does not exist."""
+    match = _MISSING.search(message)
+    return None if match is None else str(ast.literal_eval(match[1]))
+
+
 def _os_problem(name: str, error: OSError) -> MediaError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return MediaError(ReasonCode.MEDIA_MISSING, f"{name!r} does not exist below the media root")
+        return MediaError(ReasonCode.MEDIA_MISSING, f"{name!r} {IS_MISSING}")
     if error.errno == errno.ENAMETOOLONG:
         return MediaError(ReasonCode.MEDIA_MISSING, f"{name[:80]!r}… is longer than a file name can be")
     return MediaError(ReasonCode.MEDIA_UNREADABLE, f"{name!r} cannot be read: {error.strerror}")

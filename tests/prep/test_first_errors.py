@@ -147,16 +147,25 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
-def test_a_file_of_another_format_is_told_once_with_the_mend(tmp_path: Path, tiny_checkpoint: Path, name: str) -> None:
+def test_a_file_of_another_format_is_told_once_with_the_mend(tmp_path: Path, name: str) -> None:
     content, cause, mend = WRONG_FILES[name]
     file = tmp_path / name
     file.write_bytes(content)
-    for result in (validate(file), build(tiny_checkpoint, file, "--out", tmp_path / "out")):
-        assert result.exit_code == 1, result.output
-        message = error_line(result)
-        assert message.startswith(f"vlprep: annotation file {file} ")
-        assert cause in message and mend in message
-        assert "rejected" not in result.output
+    result = validate(file)
+    assert result.exit_code == 1, result.output
+    message = error_line(result)
+    assert message.startswith(f"vlprep: annotation file {file} ")
+    assert cause in message and mend in message
+    assert "rejected" not in result.output
+
+
+def test_a_build_of_a_file_of_another_format_stops_with_the_same_sentence(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    file = tmp_path / "pretty.jsonl"
+    file.write_text(PRETTY)
+    result = build(tiny_checkpoint, file, "--out", tmp_path / "out")
+    assert (result.exit_code, error_line(result)) == (1, error_line(validate(file)))
 
 
 def test_the_cause_is_found_in_compressed_files(tmp_path: Path) -> None:
@@ -184,3 +193,80 @@ def test_a_few_broken_records_do_not_condemn_their_file(tmp_path: Path, content:
     report = json.loads(validate(tmp_path / "a.jsonl", "--json").stdout)
     assert report["num_rejected"] == num_rejected
     assert report["num_annotations"] > 0
+
+
+def test_a_wrong_media_root_is_named_with_the_folder_that_holds_the_media(tmp_path: Path) -> None:
+    """A root one level up, one level down, and beside the annotation file."""
+    names = ["cells/a.png", "cells/b.png"]
+    for where in ("lists", "lists/media", ".", "media"):
+        folder = tmp_path / where.replace("/", "-") / "data"
+        file = write_lines(folder / "lists" / "a.jsonl", [text_record(), *map(image_record, names)])
+        for name in names:
+            write_image(folder / where / name)
+        (folder / "empty").mkdir()
+        result = validate(file, "--media-root", folder / "empty")
+        assert result.exit_code == 1
+        assert (
+            f"{file}: all 2 media are missing below the media root {folder / 'empty'}, but cells/a.png lies in "
+            f"{(folder / where).resolve()}. Give --media-root {(folder / where).resolve()}"
+        ) in result.stdout
+        assert validate(file, "--media-root", (folder / where).resolve()).exit_code == 0
+
+
+def test_media_whose_names_have_another_folder_are_told_where_they_lie(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "a.png")
+    file = write_lines(tmp_path / "a.jsonl", [image_record("train/2017/a.png")])
+    assert f"a.png lies in {tmp_path / 'images'}, but the annotations name train/2017/a.png" in validate(file).stdout
+
+
+def test_media_that_are_nowhere_near_are_told_as_missing_from_the_root(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [image_record("a.png"), image_record("b.png")])
+    report = json.loads(validate(file, "--json").stdout)
+    (hint,) = report["hints"]
+    assert f"all 2 media are missing below the media root {tmp_path}, for example a.png." in hint
+
+
+def test_one_medium_that_is_there_is_enough_for_no_word_about_the_root(tmp_path: Path) -> None:
+    write_image(tmp_path / "b.png")
+    write_image(tmp_path / "images" / "a.png")
+    file = write_lines(tmp_path / "a.jsonl", [image_record("a.png"), image_record("b.png")])
+    assert json.loads(validate(file, "--json").stdout)["hints"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("images\\cell.png", "images/cell.png"),
+        ("Images/CELL.PNG", "images/cell.png"),
+        ("images/cel.png", "images/cell.png"),
+        ("imgaes/cell.png", "images/cell.png"),
+        ("images/Astronaut.PNG", "images/astronaut.png"),
+        ("images/other.png", None),
+        ("../outside/CELL.png", None),
+        ("link/CELL.png", None),
+        ("images", None),
+    ],
+)
+def test_a_misspelled_name_of_a_medium_gets_a_suggestion(tmp_path: Path, name: str, near: str | None) -> None:
+    for path in ("root/images/cell.png", "root/images/astronaut.png", "outside/cell.png"):
+        write_image(tmp_path / path)
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    result = validate(write_lines(tmp_path / "root" / "a.jsonl", [image_record(name)]))
+    assert result.exit_code == 1
+    assert ("did you mean" in result.stdout) == (near is not None)
+    assert near is None or f"does not exist below the media root; did you mean {near}?" in result.stdout
+
+
+def test_a_build_names_the_media_root_without_media(
+    tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "media" / "a.png")
+    file = write_lines(tmp_path / "a.jsonl", [image_record("a.png"), text_record()])
+    other = write_lines(tmp_path / "b.jsonl", [image_record("media/a.png"), image_record("a.png")])
+    result = build(tiny_checkpoint, file, other, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert [message for message in caplog.messages if "missing" in message] == [
+        f"{file}: media of each record that names some (1) are missing below the media root {tmp_path}, but "
+        f"a.png lies in {tmp_path / 'media'}. Give --media-root {tmp_path / 'media'} (or set media_root in the "
+        "registry)."
+    ]

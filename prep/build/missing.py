@@ -1,0 +1,55 @@
+"""Finds the datasets in which every record with media lacks some: most often, their media root is wrong.
+
+Input: the parts of the scan. Output: a sentence for each such dataset. Cost: the tables of a dataset's parts up to the
+first one with media that exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from prep.annotations.registry import Source
+from prep.build.parts import MEDIA_CODES, ScannedPart, table_path
+from prep.media.nearby import all_missing_message
+from prep.media.paths import missing_name
+from schemas.annotation import ReasonCode
+
+_OTHER_MEDIA_CODES = MEDIA_CODES - {ReasonCode.MEDIA_MISSING.value}
+
+
+def all_missing(sources: Sequence[Source], parts: Sequence[ScannedPart]) -> list[str]:
+    """A sentence for each dataset in which every record with media lacks some."""
+    messages = []
+    for number, source in enumerate(sources):
+        own = [part for part in parts if part.source == number]
+        num_records, name = _missing(own)
+        if name is not None:
+            messages.append(
+                all_missing_message(
+                    what=f"media of each record that names some ({num_records:,}) are",
+                    name=name,
+                    root=source.media_root,
+                    annotation_file=source.files[source.file_names.index(own[0].file)],
+                )
+            )
+    return messages
+
+
+def _missing(parts: Iterable[ScannedPart]) -> tuple[int, str | None]:
+    """Number of records that lack media, and one missing name. None if a record has all its media."""
+    num_records, name = 0, None
+    for part in parts:
+        table = pq.read_table(table_path(part.path), columns=["codes", "message", "num_images", "num_videos"])
+        if any((pc.max(table.column(column)).as_py() or 0) > 0 for column in ("num_images", "num_videos")):
+            return 0, None
+        rejected = table.filter(pc.greater(pc.list_value_length(table.column("codes")), 0))
+        for codes, message in zip(rejected.column("codes").to_pylist(), rejected.column("message").to_pylist()):
+            if not _OTHER_MEDIA_CODES.isdisjoint(codes):
+                return 0, None
+            if ReasonCode.MEDIA_MISSING.value in codes:
+                num_records += 1
+                name = name or missing_name(message)
+    return num_records, name
