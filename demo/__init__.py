@@ -5,6 +5,6 @@ In: a seed. Out: ``write_demo`` writes annotations with images and videos, a hel
 No product code imports this package, and it is not part of the wheel: it needs a checkout.
 """
 
-from demo.writer import DemoSummary, write_demo
+from demo.dataset import DemoSummary, write_demo
 
 __all__ = ["DemoSummary", "write_demo"]

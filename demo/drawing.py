@@ -14,10 +14,9 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 RGB = tuple[int, int, int]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 SUPERSAMPLING = 3
 
@@ -28,15 +27,20 @@ COLOUR_RGB: dict[str, RGB] = {
     "yellow": (250, 205, 20),
     "purple": (150, 50, 175),
 }
+COLOURS = tuple(COLOUR_RGB)
 INK: RGB = (45, 45, 50)
 """Text, axes and the outline of every shape: dark enough to show in gray images too."""
-
 BACKGROUNDS: tuple[RGB, ...] = ((255, 255, 255), (236, 236, 236), (250, 244, 230), (228, 238, 246))
 
-_FIRST_CORNER_DEG = {"square": 45.0, "triangle": -90.0, "star": -90.0}
-_CORNER_RADII = {"square": (1.0,) * 4, "triangle": (1.0,) * 3, "star": (1.0, 0.45) * 5}
+_CORNERS: dict[str, tuple[float, tuple[float, ...]]] = {
+    "circle": (0.0, ()),
+    "square": (45.0, (1.0,) * 4),
+    "triangle": (-90.0, (1.0,) * 3),
+    "star": (-90.0, (1.0, 0.45) * 5),
+}
+"""Shape -> the direction of its first corner in degrees, and the distances of all corners from its centre in radii."""
+SHAPES = tuple(_CORNERS)
 
-_EXIF_ORIENTATION = 0x0112
 _STORED_TURNED_LEFT = 6
 """EXIF orientation of an image that must be turned right by 90 degrees to be upright."""
 _PALETTE_COLOURS = 128
@@ -62,21 +66,20 @@ def draw_figures(width: int, height: int, background: RGB, figures: Iterable[Fig
     for figure in figures:
         x, y, radius = (value * SUPERSAMPLING for value in (figure.x, figure.y, figure.radius))
         fill, line = COLOUR_RGB[figure.colour], round(SUPERSAMPLING * 1.2)
-        if figure.shape == "circle":
+        first_deg, distances = _CORNERS[figure.shape]
+        if not distances:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=INK, width=line)
-        else:
-            radii = [radius * share for share in _CORNER_RADII[figure.shape]]
-            step = 2 * math.pi / len(radii)
-            start = math.radians(_FIRST_CORNER_DEG[figure.shape] + figure.angle_deg)
-            corners = [
-                (x + r * math.cos(start + i * step), y + r * math.sin(start + i * step)) for i, r in enumerate(radii)
-            ]
-            draw.polygon(corners, fill=fill, outline=INK, width=line)
+            continue
+        corners = []
+        for i, distance in enumerate(distances):
+            angle = math.radians(first_deg + figure.angle_deg) + i * 2 * math.pi / len(distances)
+            corners.append((x + radius * distance * math.cos(angle), y + radius * distance * math.sin(angle)))
+        draw.polygon(corners, fill=fill, outline=INK, width=line)
     return canvas.reduce(SUPERSAMPLING)
 
 
 @lru_cache(maxsize=32)
-def font(size: int) -> Font:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return Pillow's built-in font (Latin letters only), so that no system font is needed."""
     return ImageFont.load_default(size=size)
 
@@ -110,7 +113,7 @@ def encode_image(image: Image.Image, encoding: Encoding) -> bytes:
     if encoding.turned:
         image = image.transpose(Image.Transpose.ROTATE_90)
         exif = Image.Exif()
-        exif[_EXIF_ORIENTATION] = _STORED_TURNED_LEFT
+        exif[ExifTags.Base.Orientation] = _STORED_TURNED_LEFT
         options["exif"] = exif.tobytes()
     buffer = io.BytesIO()
     image.save(buffer, encoding.format, **options)

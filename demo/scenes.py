@@ -7,16 +7,14 @@ no clear question. Its generator only picks which shape to ask about. Cost: 0.05
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from demo.drawing import BACKGROUNDS, RGB, Figure, draw_figures
-from demo.kinds import Kind, pick, sample_names
-from demo.wording import COLOURS, SHAPES, Exchange, Wording
-
-Scenes = tuple["Scene", ...]
+from demo.drawing import BACKGROUNDS, COLOURS, RGB, SHAPES, Figure, draw_figures
+from demo.kinds import Exchange, Kind, Wording, pick, sample_names
 
 _SMALL_SIDES = (112, 128, 140, 160, 168, 180, 196, 200, 224, 240, 252, 280)
 _LARGE_SIDES = (300, 320, 336, 392, 448)
@@ -38,10 +36,6 @@ class Scene:
     def draw(self) -> Image.Image:
         """Return the RGB image."""
         return draw_figures(self.width, self.height, self.background, self.figures)
-
-    def select(self, *, colour: str | None = None, shape: str | None = None) -> list[Figure]:
-        """Return the figures of this colour and this shape (None: any)."""
-        return [f for f in self.figures if colour in (None, f.colour) and shape in (None, f.shape)]
 
 
 def sample_scene(rng: np.random.Generator, *, min_shapes: int = 1, max_shapes: int = 6, max_colours: int = 3) -> Scene:
@@ -78,8 +72,7 @@ def _side(rng: np.random.Generator, cells_a_side: int) -> int:
     return fitting[int(rng.integers(len(fitting)))]
 
 
-def ask_colour(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """The colour of the only shape."""
+def _ask_colour(scenes: tuple[Scene], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     colour = scenes[0].figures[0].colour
     question = wording.say(
         ("What colour is the shape?", "Which colour does the shape have?"),
@@ -89,16 +82,14 @@ def ask_colour(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tu
     return (wording.ask(question, colour, sentence=sentence),)
 
 
-def ask_shape(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """The shape of the only figure."""
+def _ask_shape(scenes: tuple[Scene], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     shape = scenes[0].figures[0].shape
     question = wording.say(("What shape is in the picture?", "Which shape do you see?"), "图中是什么形状？")
     sentence = wording.say(f"There is a {shape} in the picture.", f"图中是一个{wording.word(shape)}。")
     return (wording.ask(question, shape, sentence=sentence),)
 
 
-def ask_count(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """How many figures there are."""
+def _ask_count(scenes: tuple[Scene], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     count = len(scenes[0].figures)
     question = wording.say(
         ("How many shapes are there?", "How many shapes are in the picture?"),
@@ -108,65 +99,28 @@ def ask_count(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tup
     return (wording.ask(question, count, sentence=wording.say(en, f"图中有{count}个图形。")),)
 
 
-def ask_colour_of(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """The colour of the only figure of some shape, among others."""
-    shape = pick(rng, SHAPES)
-    figures = scenes[0].select(shape=shape)
-    if len(figures) != 1:
+def _ask_left_or_right(scenes: tuple[Scene], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    """On which side of the other figure one figure is, if their names differ and neither is above the other."""
+    one, other = scenes[0].figures
+    a, b = (
+        wording.say(f"{f.colour} {f.shape}", f"{wording.word(f.colour)}的{wording.word(f.shape)}") for f in (one, other)
+    )
+    if a == b or abs(one.x - other.x) < one.radius + other.radius:
         return ()
-    colour, name = figures[0].colour, wording.word(shape)
-    question = wording.say((f"What colour is the {name}?", f"Which colour is the {name}?"), f"{name}是什么颜色？")
-    sentence = wording.say(f"The {name} is {colour}.", f"{name}是{wording.word(colour)}。")
-    return (wording.ask(question, colour, sentence=sentence),)
-
-
-def ask_left_or_right(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """Whether one figure is left or right of another. Each is the only one of its colour and shape."""
-    one, other = (scenes[0].figures[i] for i in rng.permutation(len(scenes[0].figures))[:2])
-    unique = all(len(scenes[0].select(colour=f.colour, shape=f.shape)) == 1 for f in (one, other))
-    if not unique or abs(one.x - other.x) < one.radius + other.radius:
-        return ()
-    a, b = (wording.thing(figure.colour, figure.shape) for figure in (one, other))
     question = wording.say(f"Is the {a} left or right of the {b}?", f"{a}在{b}的左边还是右边？")
     return (wording.ask(question, "left" if one.x < other.x else "right"),)
 
 
-def ask_two_in_turn(scenes: Scenes, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """The colour of one figure, then, with a second image, that of another."""
-    first, second = (scene.figures[0].colour for scene in scenes)
-    return (
-        wording.ask(wording.say("What colour is the shape?", "图中的形状是什么颜色？"), first),
-        wording.ask(wording.say("And in this image?", "那么这张图呢？"), second),
-    )
+def _one_scene(**limits: int) -> Callable[[np.random.Generator], tuple[Scene]]:
+    return lambda rng: (sample_scene(rng, **limits),)
 
 
-def _single(rng: np.random.Generator) -> Scenes:
-    return (sample_scene(rng, max_shapes=1),)
+_SINGLE, _FEW = _one_scene(max_shapes=1), _one_scene(max_shapes=5)
+_PAIR = _one_scene(min_shapes=2, max_shapes=2, max_colours=len(COLOURS))
 
-
-def _colourful(rng: np.random.Generator) -> Scenes:
-    return (sample_scene(rng, min_shapes=2, max_shapes=4, max_colours=len(COLOURS)),)
-
-
-SCENE_KINDS: tuple[Kind[Scene], ...] = (
-    Kind(name="scene/colour", weight=12, sample=_single, ask=ask_colour, answers=COLOURS),
-    Kind(name="scene/shape", weight=8, sample=_single, ask=ask_shape, answers=SHAPES, needs_colour=False),
-    Kind(
-        name="scene/count",
-        weight=12,
-        sample=lambda rng: (sample_scene(rng, max_shapes=5),),
-        ask=ask_count,
-        answers=("1", "2", "3", "4", "5"),
-        needs_colour=False,
-    ),
-    Kind(name="scene/colour_of", weight=12, sample=_colourful, ask=ask_colour_of, answers=COLOURS),
-    Kind(name="scene/left_or_right", weight=10, sample=_colourful, ask=ask_left_or_right, answers=("left", "right")),
-    Kind(
-        name="scene/two_in_turn",
-        weight=6,
-        sample=lambda rng: _single(rng) + _single(rng),
-        ask=ask_two_in_turn,
-        answers=COLOURS,
-        turn_by_turn=True,
-    ),
+SCENE_KINDS = (
+    Kind(name="scene/colour", weight=14, sample=_SINGLE, ask=_ask_colour, answers=COLOURS),
+    Kind(name="scene/shape", weight=14, sample=_SINGLE, ask=_ask_shape, answers=SHAPES, needs_colour=False),
+    Kind(name="scene/count", weight=16, sample=_FEW, ask=_ask_count, answers=tuple("12345"), needs_colour=False),
+    Kind(name="scene/left_or_right", weight=16, sample=_PAIR, ask=_ask_left_or_right, answers=("left", "right")),
 )

@@ -10,29 +10,24 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from importlib import import_module
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from demo.drawing import Figure, draw_figures
-from demo.kinds import Kind, pick, sample_names
-from demo.scenes import sample_scene
-from demo.wording import COLOURS, SHAPES, Exchange, Wording
+from demo.drawing import COLOURS, SHAPES, Figure, draw_figures
+from demo.kinds import Exchange, Facts, Kind, Wording, pick, sample_names
+from demo.scenes import Scene, sample_scene
 
-Media = tuple[Any, ...]
-"""A video, in some kinds followed by a scene."""
-
-EVENTS = ("moves", "changes colour", "grows", "shrinks")
-STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+STEPS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
+"""Moves as the viewer sees them: (x, y) with y pointing down."""
+EVENTS = (*STEPS, "changes colour", "grows", "shrinks")
 
 _SIZES = ((224, 224), (240, 240), (256, 192), (320, 240))
 _LENGTHS = ((2, 24), (3, 15), (4, 12), (5, 12), (6, 10), (8, 8), (10, 6), (12, 5), (16, 4), (20, 4))
 """Pairs of seconds and frames per second. Longer videos have fewer, so that none has more than 80 frames."""
 _EDGE_GAP = 6
-_SMALL = 0.45
+_SCALES = {"grows": (0.45, 1.0), "shrinks": (1.0, 0.45)}
+"""Events that change the size -> radius in the first and in the last frame, relative to the largest."""
 _X264_OPTIONS = {"preset": "veryfast", "crf": "20", "threads": "1", "x264-params": "cpu-independent=1"}
 """One thread, and only algorithms that are the same on every processor. With those that x264 picks for the processor at
 hand, the same frames occasionally gave different bytes, even on one machine."""
@@ -47,7 +42,6 @@ class Video:
     num_frames: int
     fps: int
     event: str
-    direction: str
     start: Figure
     end: Figure
 
@@ -67,22 +61,22 @@ def sample_video(rng: np.random.Generator, *, events: tuple[str, ...] = EVENTS) 
     """Draw the facts of a video: a shape to which one of ``events`` happens."""
     width, height = _SIZES[int(rng.integers(len(_SIZES)))]
     duration_s, fps = _LENGTHS[int(rng.integers(len(_LENGTHS)))]
-    event, direction = pick(rng, events), ""
+    event = pick(rng, events)
     colour, other_colour = sample_names(rng, COLOURS, 2)
     radius = round(min(width, height) * (0.14 + 0.07 * rng.random()), 1)
-    start = end = Figure(shape=pick(rng, SHAPES), colour=colour, x=width / 2, y=height / 2, radius=radius)
-    if event == "moves":
-        direction = pick(rng, tuple(STEPS))
-        dx, dy = (step * (side / 2 - radius - _EDGE_GAP) for step, side in zip(STEPS[direction], (width, height)))
-        start, end = replace(start, x=start.x - dx, y=start.y - dy), replace(end, x=end.x + dx, y=end.y + dy)
-    elif event == "changes colour":
-        end = replace(end, colour=other_colour)
-    elif event == "grows":
-        start = replace(start, radius=radius * _SMALL)
-    else:
-        end = replace(end, radius=radius * _SMALL)
-    names = {"event": event, "direction": direction}
-    return Video(width=width, height=height, num_frames=duration_s * fps, fps=fps, start=start, end=end, **names)
+    middle = Figure(shape=pick(rng, SHAPES), colour=colour, x=width / 2, y=height / 2, radius=radius)
+    dx, dy = (step * (side / 2 - radius - _EDGE_GAP) for step, side in zip(STEPS.get(event, (0, 0)), (width, height)))
+    start_scale, end_scale = _SCALES.get(event, (1.0, 1.0))
+    end_colour = other_colour if event == "changes colour" else colour
+    return Video(
+        width=width,
+        height=height,
+        num_frames=duration_s * fps,
+        fps=fps,
+        event=event,
+        start=replace(middle, x=middle.x - dx, y=middle.y - dy, radius=radius * start_scale),
+        end=replace(middle, x=middle.x + dx, y=middle.y + dy, radius=radius * end_scale, colour=end_colour),
+    )
 
 
 def encode_video(video: Video) -> bytes:
@@ -90,7 +84,8 @@ def encode_video(video: Video) -> bytes:
 
     The bytes depend only on the facts and the versions of the libraries.
     """
-    av: ModuleType = import_module("av")
+    import av
+
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
         if "libx264" in av.codecs_available:
@@ -100,46 +95,28 @@ def encode_video(video: Video) -> bytes:
         stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
         stream.time_base = Fraction(1, video.fps)
         for index in range(video.num_frames):
-            frame = av.VideoFrame.from_image(video.frame(index))
+            frame = av.VideoFrame.from_ndarray(np.asarray(video.frame(index)), format="rgb24")
             frame.pts, frame.time_base = index, Fraction(1, video.fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
 
-def ask_direction(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """Which way the shape moves."""
-    question = wording.say("Does the shape move left, right, up or down?", "图形往哪边移动？")
-    return (wording.ask(question, media[0].direction),)
+def _ask_event(videos: tuple[Video], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
+    return (wording.ask(wording.say("What does the shape do?", "视频中的图形发生了什么？"), videos[0].event),)
 
 
-def ask_event(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """What happens to the shape."""
-    return (wording.ask(wording.say("What does the shape do?", "视频中的图形发生了什么？"), media[0].event),)
-
-
-def ask_same_colour(media: Media, rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """Whether the shapes of a video and an image have the same colour."""
+def _ask_same_colour(media: tuple[Video, Scene], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     video, scene = media
-    question = wording.say(
-        "Do the shapes in the video and in the image have the same colour?",
-        "视频和图片中的图形颜色相同吗？请回答是或否。",
-    )
+    question = wording.say("Do the two shapes have the same colour?", "两个图形的颜色相同吗？请回答是或否。")
     return (wording.ask(question, "yes" if scene.figures[0].colour == video.start.colour else "no"),)
 
 
-def _moving(rng: np.random.Generator) -> Media:
-    return (sample_video(rng, events=("moves",)),)
+def _video_and_scene(rng: np.random.Generator) -> Facts:
+    return sample_video(rng, events=tuple(STEPS)), sample_scene(rng, max_shapes=1)
 
 
-VIDEO_KINDS: tuple[Kind[Any], ...] = (
-    Kind(name="video/direction", weight=4, sample=_moving, ask=ask_direction, answers=tuple(STEPS)),
-    Kind(name="video/event", weight=4, sample=lambda rng: (sample_video(rng),), ask=ask_event, answers=EVENTS),
-    Kind(
-        name="video/same_colour",
-        weight=2,
-        sample=lambda rng: (*_moving(rng), sample_scene(rng, max_shapes=1)),
-        ask=ask_same_colour,
-        answers=("yes", "no"),
-    ),
+VIDEO_KINDS = (
+    Kind(name="video/event", weight=4, sample=lambda rng: (sample_video(rng),), ask=_ask_event, answers=EVENTS),
+    Kind(name="video/same_colour", weight=2, sample=_video_and_scene, ask=_ask_same_colour, answers=("yes", "no")),
 )

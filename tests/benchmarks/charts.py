@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from demo.drawing import COLOUR_RGB, INK, RGB, SUPERSAMPLING, font
-from demo.kinds import Kind, pick, sample_names
-from demo.wording import COLOURS, Exchange, Wording
+from demo.drawing import COLOUR_RGB, COLOURS, INK, RGB, SUPERSAMPLING, font
+from demo.kinds import Exchange, Kind, Wording, pick, sample_names
 from schemas.qwen import PATCH_SIZE
 
 Charts = tuple["Chart", ...]
@@ -174,7 +173,7 @@ def _bar_chart(rng: np.random.Generator) -> Charts:
 
 _ANSWERS = tuple(map(str, _VALUES))
 
-CHART_KINDS: tuple[Kind[Chart], ...] = (
+CHART_KINDS: tuple[Kind, ...] = (
     Kind(name="chart/value", weight=1, sample=_chart, ask=ask_value, answers=_ANSWERS, needs_colour=False),
     Kind(name="chart/value_by_colour", weight=1, sample=_bar_chart, ask=ask_value_by_colour, answers=_ANSWERS),
 )

@@ -35,10 +35,9 @@ from PIL import Image
 
 from demo.dataset import build_record
 from demo.drawing import PNG, encode_image
-from demo.kinds import Draft, Kind, compose, generator
+from demo.kinds import Exchange, Kind, Language, Wording, compose, generator
 from demo.scenes import SCENE_KINDS
 from demo.tiny_model import write_tiny_checkpoint
-from demo.wording import Exchange, Language, Wording
 from schemas.qwen import PATCH_SIZE
 from tests.benchmarks.charts import CHART_KINDS, COLUMN_WIDTH, Chart, sample_chart
 from tests.benchmarks.machine import describe_machine
@@ -46,7 +45,7 @@ from tests.train.launching import ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-KINDS: dict[str, Kind[Any]] = {
+KINDS: dict[str, Kind] = {
     "colours": next(kind for kind in SCENE_KINDS if kind.name == "scene/colour"),
     "shapes": next(kind for kind in SCENE_KINDS if kind.name == "scene/shape"),
     "counts": next(kind for kind in SCENE_KINDS if kind.name == "scene/count"),
@@ -194,7 +193,7 @@ def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Scores]:
 def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list[Record]:
     """Return records of one kind, with their images in ``folder``."""
     part = "heldout" if held_out else "train"
-    drafts: list[Draft[Any]] = compose([KINDS[name]], num, generator(0, f"{part}/{name}"), held_out=held_out)
+    drafts = compose([KINDS[name]], num, generator(0, f"{part}/{name}"), held_out=held_out)
     rng = generator(0, f"{part}/{name}/records")
     (folder / "images").mkdir(exist_ok=True)
     records: list[Record] = []

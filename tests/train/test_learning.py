@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demo.kinds import generator
-from demo.wording import Language, Wording
+from demo.kinds import Language, Wording, generator
 from schemas.qwen import PATCH_SIZE
 from tests.benchmarks import learning
 from tests.benchmarks.charts import COLUMN_WIDTH, sample_chart
