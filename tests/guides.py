@@ -10,7 +10,19 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def blocks(guide: str, section: str, language: str) -> list[str]:
     """Code blocks of a language in one section (a second-level heading) of a guide."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", _section(guide, section), re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
+
+
+def table_rows(guide: str, section: str) -> list[list[str]]:
+    """Cells of every row of the tables in one section of a guide, without their heads."""
+    lines = [line for line in _section(guide, section).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
+    rules = {index for index, row in enumerate(cells) if set(row[0]) <= set("-:")}
+    return [row for index, row in enumerate(cells) if index not in rules and index + 1 not in rules]
+
+
+def _section(guide: str, section: str) -> str:
     text = (DOCS / guide).read_text(encoding="utf-8")
     (body,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", body, re.DOTALL | re.MULTILINE)
-    return [text for name, text in fenced if name == language]
+    return str(body)
