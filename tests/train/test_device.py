@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.machinery import ModuleSpec
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 from schemas.errors import ConfigError
-from train.run import device
+from train.run import device as device_module
 from train.run.device import choose_attention, choose_dtype
 from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
@@ -90,7 +91,7 @@ def test_float16_on_a_device_without_it_is_an_error(monkeypatch: pytest.MonkeyPa
     [
         (GPU, BF16, True, "flash_attention_2"),
         (GPU, FP16, True, "flash_attention_2"),
-        (GPU, BF16, False, "sdpa"),
+        (GPU, BF16, False, "varlen"),
         (GPU, FP32, True, "sdpa"),
         (CPU, BF16, True, "sdpa"),
     ],
@@ -115,6 +116,36 @@ def test_requesting_flash_attention_where_it_cannot_run_is_an_error(
         choose_attention(arguments("--attn_implementation", "flash_attention_2"), device, BF16)
 
 
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2", "flash_attention_3"])
+def test_half_precision_on_a_gpu_is_what_every_fused_attention_needs(name: str) -> None:
+    for device, dtype in ((CPU, BF16), (GPU, FP32)):
+        with pytest.raises(ConfigError, match="needs a GPU and bfloat16 or float16"):
+            choose_attention(arguments("--attn_implementation", name), device, dtype)
+
+
+def test_varlen_attention_needs_no_package() -> None:
+    assert choose_attention(arguments("--attn_implementation", "varlen"), GPU, BF16) == "varlen"
+
+
+def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It provides a module named ``flash_attn`` without what version 2 has; transformers' own check knows."""
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert choose_attention(arguments(), GPU, BF16) == "varlen"
+    with pytest.raises(ConfigError, match="flash-attn is not installed"):
+        choose_attention(arguments("--attn_implementation", "flash_attention_2"), GPU, BF16)
+
+
+@pytest.mark.parametrize(("name", "module"), [(2, "flash_attn"), (3, "flash_attn_interface")])
+def test_a_flash_attn_that_cannot_be_imported_is_told_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, name: int, module: str
+) -> None:
+    monkeypatch.setattr(device_module, f"is_flash_attn_{name}_available", lambda: True)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert choose_attention(arguments(), GPU, BF16) == "varlen"
+    with pytest.raises(ConfigError, match=r"cannot be imported \(ModuleNotFoundError"):
+        choose_attention(arguments("--attn_implementation", f"flash_attention_{name}"), GPU, BF16)
+
+
 def pretend_flash_attn(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
-    spec = ModuleSpec("flash_attn", loader=None) if installed else None
-    monkeypatch.setattr(device, "find_spec", lambda name: spec)
+    monkeypatch.setattr(device_module, "is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))

@@ -22,11 +22,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from demo.tiny_model import tiny_config
 from schemas.bins import Bin
 from schemas.errors import VlprepError
+from schemas.qwen import IMAGE_PAD, VIDEO_PAD
 from tests.train.synthetic import Sample, make_medium, make_sample
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.model import attention, optim
 from train.model import packed as model_module
-from train.model.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, attend_by_sample
+from train.model.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, VARLEN, attend_by_sample
 from train.model.packed import NO_MASK, PackedQwen, TargetHead, checkpoint_activations
 from train.model.pixels import pixel_values
 
@@ -455,6 +456,114 @@ def test_flash_attention_gets_the_boundaries_of_samples_and_media(
         (vision.num_patches, vision.cu_seqlens.numel() - 1),
         (vision.num_patches, vision.cu_window_seqlens.numel() - 1),
     }
+
+
+def attend_in_parts(calls: list[tuple[int, int]]) -> Any:
+    """SDPA part by part behind the signature of torch's variable-length kernel, which exists on GPUs only."""
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32
+        lengths = cu_seq_q.diff().tolist()
+        assert type(max_q) is int and max_q == max_k == max(lengths)
+        assert window_size in ((-1, 0), (-1, -1))
+        calls.append((query.shape[0], len(lengths)))
+        # (L, heads, D) -> per part (1, heads, length, D)
+        parts = zip(*(states.transpose(0, 1)[None].split(lengths, dim=2) for states in (query, key, value)))
+        outputs = [
+            functional.scaled_dot_product_attention(
+                *part, is_causal=window_size == (-1, 0), scale=scale, enable_gqa=enable_gqa
+            )
+            for part in parts
+        ]
+        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)[0]
+
+    return attend
+
+
+def test_varlen_attention_has_the_loss_and_gradients_of_sdpa_by_sample(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = micro_batch(*samples_of_all_kinds())
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(attention, "varlen_attn", attend_in_parts(calls))
+    results = []
+    for name in (SDPA, VARLEN):
+        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+        model = PackedQwen(hf, attn_implementation=name).train()
+        loss = model(batch)
+        loss.backward()
+        results.append((loss.detach(), {key: weight.grad for key, weight in model.named_parameters()}))
+    (loss, gradients), (varlen_loss, varlen_gradients) = results
+    assert torch.equal(varlen_loss, loss)
+    assert gradients.keys() == varlen_gradients.keys()
+    for key, gradient in gradients.items():
+        assert torch.equal(gradient, varlen_gradients[key]), key
+    vision = batch.vision
+    assert set(calls) == {
+        (batch.num_tokens, 4),
+        (vision.num_patches, vision.cu_seqlens.numel() - 1),
+        (vision.num_patches, vision.cu_window_seqlens.numel() - 1),
+    }
+
+
+@pytest.mark.parametrize("heads", [(28, 4, 128), (16, 16, 80)], ids=["language model", "vision tower"])
+def test_the_variable_length_kernel_accepts_the_sizes_of_the_7b(heads: tuple[int, int, int]) -> None:
+    """The real function of torch, forward and backward, on tensors without memory."""
+    num_heads, num_keys, size = heads
+    query, key, value = (
+        torch.empty(1, count, 16384, size, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for count in (num_heads, num_keys, num_keys)
+    )
+    boundaries = torch.empty(41, device="meta", dtype=torch.int32)
+    output, _ = attention.attend_varlen(
+        nn.Identity(), query, key, value, None, cu_seq_lens_q=boundaries, max_length_q=4096, is_causal=num_keys == 4
+    )
+    assert output.shape == (1, 16384, num_heads, size)
+    output.sum().backward()
+    assert query.grad is not None and query.grad.shape == query.shape
+    assert key.grad is not None and key.grad.shape == key.shape
+
+
+def test_the_patch_embedding_is_the_convolution_of_the_same_weight(tiny_checkpoint: Path) -> None:
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    keys = list(hf.state_dict())
+    patches = torch.randn(64, 3 * 2 * 14 * 14)
+    expected = hf.model.visual.patch_embed(patches)
+    weight = hf.model.visual.patch_embed.proj.weight
+    model = PackedQwen(hf, attn_implementation=SDPA)
+    assert model.hf.model.visual.patch_embed.proj.weight is weight
+    assert list(hf.state_dict()) == keys
+    torch.testing.assert_close(model.hf.model.visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_scattered_like_masked_scatter_to_the_bit(model: PackedQwen) -> None:
+    """Forward and backward; the row of a dummy image gets a gradient of zero."""
+    batch = micro_batch(*samples_of_all_kinds())
+    is_pad = (batch.input_ids == IMAGE_PAD) | (batch.input_ids == VIDEO_PAD)
+    size = 8
+    embeddings = torch.randn(1, batch.input_ids.shape[1], size, requires_grad=True)
+    features = torch.randn(int(is_pad.sum()) + 1, size, requires_grad=True)
+    expected = embeddings.masked_scatter(is_pad[..., None], features)
+    result = embeddings[0].index_copy(0, batch.media_positions, features[: batch.media_positions.numel()])[None]
+    assert torch.equal(result, expected)
+    weights = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(result, (embeddings, features), weights),
+        torch.autograd.grad(expected, (embeddings, features), weights),
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def saved_shapes(compute: Any) -> list[tuple[int, ...]]:

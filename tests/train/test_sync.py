@@ -28,6 +28,8 @@ SYNCHRONIZING = {
     torch.ops.aten.is_nonzero,
     torch.ops.aten.nonzero,
     torch.ops.aten.masked_select,
+    torch.ops.aten.masked_scatter,
+    torch.ops.aten.masked_scatter_backward,
     torch.ops.aten.equal,
     torch.ops.aten._unique2,
     torch.ops.aten.unique_consecutive,

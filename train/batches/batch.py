@@ -25,7 +25,7 @@ from schemas.bins import MEDIA_IMAGE, Bin, frame_shape, stored_bytes, stored_fra
 from schemas.errors import ShardError
 from schemas.jpeg import split_streams
 from schemas.pixels import encode_residuals
-from schemas.qwen import IGNORE_INDEX, Grid
+from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD, Grid
 from storage.pixels import decode_jpegs
 from train.batches.vision_inputs import WINDOW_SIZE, vision_inputs
 from train.shards.buffers import Buffers
@@ -88,6 +88,7 @@ class MicroBatch:
         cu_seqlens: (S+1,) int32, sample boundaries.
         lengths: tokens of each sample, known without asking the device.
         max_seqlen: tokens of the longest sample.
+        media_positions: (P,) int64, positions of the image and video pad tokens.
         target_positions: (T,) int64, positions whose next token is trained.
         targets: (T,) int64, those next tokens.
         max_targets: largest T of any rank in this micro-step, which decides how many chunks of logits all ranks run.
@@ -103,6 +104,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
     max_seqlen: int
+    media_positions: torch.Tensor
     target_positions: torch.Tensor
     targets: torch.Tensor
     max_targets: int
@@ -126,6 +128,7 @@ class MicroBatch:
             input_ids=function(self.input_ids),
             position_ids=function(self.position_ids),
             cu_seqlens=function(self.cu_seqlens),
+            media_positions=function(self.media_positions),
             target_positions=function(self.target_positions),
             targets=function(self.targets),
             vision=self.vision.map(function),
@@ -165,6 +168,7 @@ def build_micro_batch(
     # labels (L,) -> target_positions (T,). Position p predicts token p + 1. The first label of a sample is never
     # trained, so p and p + 1 always belong to the same sample.
     target_positions = np.flatnonzero(tokens.labels[1:] != IGNORE_INDEX)
+    media_positions = np.flatnonzero((tokens.input_ids == IMAGE_PAD) | (tokens.input_ids == VIDEO_PAD))
     if where is None:
         where = [f"bin {bin_.index}" for bin_ in bins]
     return MicroBatch(
@@ -173,6 +177,7 @@ def build_micro_batch(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         lengths=tuple(tokens.lengths.tolist()),
         max_seqlen=int(tokens.lengths.max()),
+        media_positions=torch.from_numpy(media_positions),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(tokens.labels[target_positions + 1]),
         max_targets=max(max_targets, target_positions.size),

@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from schemas.errors import ConfigError
-from train.model.attention import FLASH_ATTENTION
+from train.model.attention import SDPA
 from train.settings.arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def compile_layers(
         backend: backend of ``torch.compile``.
     """
     modules = [*hf.model.language_model.layers, *hf.model.visual.blocks]
-    if attn_implementation != FLASH_ATTENTION:
+    if attn_implementation == SDPA:
         modules = [
             child for layer in modules for name, child in layer.named_children() if name not in ATTENTION_MODULES
         ]

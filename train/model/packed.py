@@ -19,15 +19,13 @@ import warnings
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from schemas.errors import VlprepError
 from train.batches.batch import MicroBatch, VisionBatch
-from train.model.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA
+from train.model.attention import SDPA, isolate_samples
 from train.model.pixels import pixel_values
 
 CHUNK = 512
@@ -98,6 +96,33 @@ class TargetHead(nn.Linear):
         return torch.stack([losses, (logits.argmax(dim=1) == targets).float()])
 
 
+class PatchProjection(nn.Conv3d):
+    """The patch embedding of the vision tower, computed as a matrix product.
+
+    Kernel and stride of the convolution are equal, so each patch is one row. Several versions of cuDNN have no fast
+    bfloat16 kernel for it. Name and shape of the weight stay, so checkpoints are the same.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv3d) -> PatchProjection:
+        """Wrap an existing convolution, sharing its weight."""
+        assert conv.bias is None and conv.kernel_size == conv.stride
+        wrapped = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            bias=False,
+            device="meta",
+        )
+        wrapped.weight = conv.weight
+        return wrapped
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Project patches: (N, channels, frames, rows, columns) -> (N, embedding size)."""
+        return functional.linear(input.flatten(1), self.weight.flatten(1))
+
+
 class PackedQwen(nn.Module):
     """The Hugging Face model behind the interface of the training loop.
 
@@ -109,19 +134,11 @@ class PackedQwen(nn.Module):
 
     def __init__(self, hf: Qwen2_5_VLForConditionalGeneration, *, attn_implementation: str) -> None:
         super().__init__()
-        assert attn_implementation in (SDPA, FLASH_ATTENTION), attn_implementation
         hf.lm_head = TargetHead.of(hf.lm_head)
+        hf.model.visual.patch_embed.proj = PatchProjection.of(hf.model.visual.patch_embed.proj)
         self.hf = hf
         self.uses_sdpa = attn_implementation == SDPA
-        if self.uses_sdpa:
-            language_model = hf.model.language_model
-            language_model.set_attn_implementation(BY_SAMPLE)
-            if language_model.config._attn_implementation != BY_SAMPLE:
-                # transformers itself only warns, and samples would attend to one another.
-                raise VlprepError(
-                    f"transformers {transformers.__version__} did not accept the attention that isolates packed "
-                    f"samples. Pass --attn_implementation {FLASH_ATTENTION}, or install the version of constraints.txt."
-                )
+        isolate_samples(hf, attn_implementation)
 
     def forward(self, micro: MicroBatch, *, scores: bool = False) -> torch.Tensor:
         """Compute the cross-entropy of the targets of a micro-batch.
@@ -143,10 +160,9 @@ class PackedQwen(nn.Module):
         features = self.vision_features(micro.vision)
         # input_ids (1, L) -> embeddings (1, L, H)
         embeddings = self.hf.model.language_model.embed_tokens(micro.input_ids)
-        config = self.hf.config
-        # The k-th True of is_pad (1, L) takes row k of features (N/4, H). The row of a dummy image is left over.
-        is_pad = (micro.input_ids == config.image_token_id) | (micro.input_ids == config.video_token_id)
-        embeddings = embeddings.masked_scatter(is_pad[..., None], features.to(embeddings.dtype))
+        # Pad k at position media_positions[k] takes row k of features (N/4, H). The row of a dummy image is left over.
+        features = features[: micro.media_positions.numel()].to(embeddings.dtype)
+        embeddings = embeddings[0].index_copy(0, micro.media_positions, features)[None]
         # hidden (1, L, H)
         hidden: torch.Tensor = self.hf.model.language_model(
             inputs_embeds=embeddings,
@@ -155,7 +171,7 @@ class PackedQwen(nn.Module):
             use_cache=False,
             **self._sample_boundaries(micro),
         ).last_hidden_state
-        return hidden[0, micro.target_positions]
+        return hidden[0].index_select(0, micro.target_positions)
 
     def vision_features(self, vision: VisionBatch) -> torch.Tensor:
         """Return the features of all media in sequence order: (N/4, H).

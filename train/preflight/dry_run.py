@@ -33,7 +33,7 @@ from train.memory.capacity import check_device, check_disk, check_held, check_ho
 from train.memory.loads import largest_bins, load_of_bins, loads_of_shards
 from train.memory.terms import Memory
 from train.model import optim
-from train.model.attention import FLASH_ATTENTION
+from train.model.attention import SDPA
 from train.model.sizes import Sizes, sizes_of
 from train.preflight.parity import compare_packed
 from train.preflight.passes import run_evaluation, run_largest
@@ -99,10 +99,10 @@ def check_paths(plan: Plan) -> None:
         check_files(plan.resume.folder)
     fingerprint = plan.index.manifests[0].fingerprints.tokenizer
     logger.info("tokenizer and processor of %s match the shards (%s)", plan.source, fingerprint)
-    if plan.compute.device.type == "cuda" and plan.compute.attention != FLASH_ATTENTION:
+    if plan.compute.device.type == "cuda" and plan.compute.attention == SDPA:
         logger.info(
             "attention is %s: it is called for each sample and window separately, and the vision tower waits for the "
-            "device in every layer; flash attention avoids both (pip install flash-attn --no-build-isolation)",
+            "device in every layer; varlen (part of torch) and flash_attention_2 avoid both",
             plan.compute.attention,
         )
 

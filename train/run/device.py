@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from schemas.errors import ConfigError
-from train.model.attention import FLASH_ATTENTION, SDPA
+from train.model.attention import FLASH_ATTENTION, SDPA, VARLEN
 from train.run.process_group import Ranks
 from train.settings.arguments import TrainArguments
 from train.settings.deepspeed_file import AUTO, contradiction, section
@@ -56,23 +57,45 @@ def choose_dtype(args: TrainArguments, config: dict[str, Any], device: torch.dev
 
 
 def choose_attention(args: TrainArguments, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention of ``--attn_implementation``; ``auto`` is flash attention where it can run, else SDPA.
+    """The attention of ``--attn_implementation``.
+
+    ``auto`` is, on a GPU in half precision, flash-attn 2 where it works, else torch's variable-length attention;
+    elsewhere SDPA.
 
     Raises:
-        ConfigError: the flag requests flash attention where it cannot run.
+        ConfigError: the flag requests an implementation that cannot run here.
     """
     is_possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    is_installed = find_spec("flash_attn") is not None
-    if args.attn_implementation == "auto":
-        return FLASH_ATTENTION if is_possible and is_installed else SDPA
-    if args.attn_implementation == FLASH_ATTENTION:
+    name = args.attn_implementation
+    if name == "auto":
         if not is_possible:
-            raise ConfigError(
-                f"--attn_implementation {FLASH_ATTENTION} needs a GPU and bfloat16 or float16: use sdpa here."
-            )
-        if not is_installed:
-            raise ConfigError(
-                f"--attn_implementation {FLASH_ATTENTION} needs the flash-attn package: "
-                "pip install flash-attn --no-build-isolation"
-            )
-    return args.attn_implementation
+            return SDPA
+        return FLASH_ATTENTION if flash_problem(FLASH_ATTENTION) is None else VARLEN
+    if name == SDPA:
+        return name
+    if not is_possible:
+        raise ConfigError(f"--attn_implementation {name} needs a GPU and bfloat16 or float16: use sdpa here.")
+    if name != VARLEN and (problem := flash_problem(name)) is not None:
+        raise ConfigError(f"--attn_implementation {name} cannot run: {problem}. {VARLEN} needs no package.")
+    return name
+
+
+def flash_problem(attn_implementation: str) -> str | None:
+    """Why flash-attn 2 or 3 cannot be used here, or None if it can.
+
+    A package of the right name is not enough: flash-attn 4 alone provides ``flash_attn`` too, and a build for another
+    torch fails at import.
+    """
+    if attn_implementation == FLASH_ATTENTION:
+        is_available, module, package = is_flash_attn_2_available, "flash_attn", "flash-attn"
+        mend = "pip install flash-attn --no-build-isolation"
+    else:
+        is_available, module, package = is_flash_attn_3_available, "flash_attn_interface", "flash-attn 3"
+        mend = "build it from the hopper folder of its repository"
+    if not is_available():
+        return f"{package} is not installed ({mend})"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # noqa: BLE001 - a broken binary extension can raise anything
+        return f"{package} cannot be imported ({type(error).__name__}: {error})"
+    return None

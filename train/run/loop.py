@@ -21,6 +21,7 @@ import torch
 
 from train.batches.stream import BinStream, StepBatch
 from train.model import adapters, kernels, optim, pretrained
+from train.model.attention import loadable
 from train.model.flops import ModelFlops
 from train.model.packed import PackedQwen, checkpoint_activations
 from train.run import checkpoint, process_group
@@ -215,7 +216,9 @@ def join_ranks(plan: Plan) -> None:
 
 def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:
     """The model in training mode, with the weights that the run starts from, and its parameter groups."""
-    hf = pretrained.load_model(plan.source, dtype=plan.compute.dtype, attn_implementation=plan.compute.attention)
+    hf = pretrained.load_model(
+        plan.source, dtype=plan.compute.dtype, attn_implementation=loadable(plan.compute.attention)
+    )
     if plan.args.use_liger_kernel:
         kernels.use_liger(hf)
     if plan.adapters is not None:

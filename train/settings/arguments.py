@@ -162,8 +162,9 @@ class TrainArguments:
     attn_implementation: Annotated[
         str,
         Setting(
-            "Attention; auto takes flash_attention_2 where it is installed, else sdpa.",
-            choices=("auto", "sdpa", "flash_attention_2"),
+            "Attention; on a GPU in half precision, auto takes flash_attention_2 where it is installed, else varlen, "
+            "which is part of torch; elsewhere sdpa.",
+            choices=("auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"),
         ),
     ] = "auto"
 
@@ -313,9 +314,10 @@ class TrainArguments:
             raise ConfigError("--use_liger_kernel and --torch_compile both replace the same kernels: give one of them.")
         if self.bf16 and self.fp16:
             raise ConfigError("--bf16 and --fp16 both say how to compute: give one of them.")
-        if self.attn_implementation == "flash_attention_2" and self.bf16 is False and not self.fp16:
+        if self.attn_implementation not in ("auto", "sdpa") and self.bf16 is False and not self.fp16:
             raise ConfigError(
-                "--attn_implementation flash_attention_2 computes in bfloat16 or float16: leave out --bf16 False."
+                f"--attn_implementation {self.attn_implementation} computes in bfloat16 or float16: leave out "
+                "--bf16 False."
             )
         if self.cache_bytes is not None and self.cache_dir is None:
             raise ConfigError("--cache_bytes has no effect without --cache_dir: give the folder, or leave it out.")
