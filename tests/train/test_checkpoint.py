@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -90,6 +91,27 @@ def test_only_one_run_at_a_time_locks_its_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         lock_run_dir(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("train.run.run_dir.fcntl.flock", refuse)
+    lock_run_dir(tmp_path / "run").close()
+    assert "has no locks" in caplog.text and str(tmp_path / "run") in caplog.text
+
+
+def test_another_failure_to_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("train.run.run_dir.fcntl.flock", fail)
+    with pytest.raises(ConfigError, match="cannot be locked: Input/output error"):
+        lock_run_dir(tmp_path / "run")
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.utils.config import get_timers_config
+from deepspeed.utils.timer import ThroughputTimer
 
 from schemas.errors import ConfigError
 from train.settings.deepspeed_file import TABLES, complete_config, read_deepspeed_config
@@ -57,6 +60,19 @@ def test_the_flags_complete_every_shipped_file(name: str, stage: int) -> None:
     done = complete(config, "--max_grad_norm", "0.5")
     assert '"auto"' not in json.dumps(done)
     assert done["gradient_clipping"] == 0.5
+
+
+def test_the_throughput_timer_of_deepspeed_never_synchronizes_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's own timer, as its engine makes it: on by default, off in a completed file."""
+    calls: list[str] = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *_: calls.append("synchronize"))
+    for config, expected in (({}, 4), (complete(read_deepspeed_config("zero2.json")), 0)):
+        calls.clear()
+        timer = ThroughputTimer(get_timers_config(config), batch_size=1, start_step=0)
+        for _ in range(2):
+            timer.start()
+            timer.stop(global_step=True)
+        assert len(calls) == expected
 
 
 def test_the_flags_complete_an_upstream_file() -> None:

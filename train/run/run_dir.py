@@ -13,6 +13,7 @@ A checkpoint is written as ``checkpoint-N.tmp`` and renamed when all ranks have 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import re
@@ -80,6 +81,18 @@ def lock_run_dir(run_dir: Path) -> IO[bytes]:
         raise ConfigError(
             f"--output_dir {run_dir} is in use by another run: stop it, or give another folder."
         ) from None
+    except OSError as error:
+        # Some file systems (Lustre without -o flock, FUSE) have no locks.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            lock.close()
+            raise ConfigError(
+                f"--output_dir {run_dir} cannot be locked: {error.strerror}. Give another one."
+            ) from error
+        logger.warning(
+            "the file system of --output_dir %s has no locks (%s): make sure that no other run writes to it",
+            run_dir,
+            error.strerror,
+        )
     return lock
 
 

@@ -197,6 +197,8 @@ def complete_config(
         if dtype == of_section:
             complete[name] = values
     complete.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    # On by default, DeepSpeed's timer synchronizes the device twice a step. The trainer measures throughput itself.
+    complete["timers"] = {"throughput": {"enabled": False}}
     zero = complete["zero_optimization"]
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
