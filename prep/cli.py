@@ -372,7 +372,7 @@ def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -
     transcriber = open_transcriber(model, shards.manifest)
     _say(show(shards, bin_id, transcriber, colour=sys.stdout.isatty()))
     if save is not None:
-        _say(f"\n{counted(len(save_frames(shards, bin_id, save)), 'PNG file')} written to {save}")
+        _say(f"\n{counted(len(save_frames(shards, bin_id, save, transcriber)), 'PNG file')} written to {save}")
 
 
 @main.command("report")

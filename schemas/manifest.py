@@ -79,11 +79,12 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     max: int
 
 
-class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True):
+class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What became of one dataset.
 
     Counts are as in :class:`Counts`. ``modalities`` counts packed samples by what they hold (``text``, ``image``,
     ``video``, ``image+video``); the distributions are over packed samples, None where there are none.
+    ``num_boxes`` counts boxes, points and polygons of packed samples; it is left out if there are none.
     """
 
     dataset: str
@@ -96,6 +97,7 @@ class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Distribution | None
     targets: Distribution | None
     patches: Distribution | None
+    num_boxes: int = 0
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -63,6 +63,7 @@ class _Tally:
         self._statuses = np.zeros(len(_STATUSES), dtype=np.int64)
         self._modalities = np.zeros(len(_MODALITIES), dtype=np.int64)
         self._codes: Counter[str] = Counter()
+        self._num_boxes = 0
         self._sizes = {name: _Counts() for name in ("num_tokens", "num_targets", "num_patches")}
 
     def add(self, scanned: pa.Table, codes: pa.ChunkedArray, statuses: NDArray[np.int64]) -> None:
@@ -73,6 +74,7 @@ class _Tally:
         num_images, num_videos = (packed.column(name).to_numpy() for name in ("num_images", "num_videos"))
         kinds = (num_images > 0) + 2 * (num_videos > 0).astype(np.int64)
         self._modalities += np.bincount(kinds, minlength=len(_MODALITIES))
+        self._num_boxes += pc.sum(packed.column("num_boxes")).as_py() or 0
         for name, counts in self._sizes.items():
             counts.add(packed.column(name).to_numpy())
 
@@ -88,6 +90,7 @@ class _Tally:
             num_not_sampled=not_sampled,
             rejects_by_code=dict(sorted(self._codes.items())),
             modalities=dict(sorted((name, count) for name, count in modalities if count)),
+            num_boxes=self._num_boxes,
             **{name.removeprefix("num_"): counts.distribution() for name, counts in self._sizes.items()},
         )
 

@@ -36,6 +36,8 @@ def _dataset_line(dataset: DatasetStatistics) -> str:
         for count, outcome in ((dataset.num_rejected, "rejected"), (dataset.num_not_sampled, "not sampled"))
         if count
     )
+    if dataset.num_boxes:
+        others += f"; {dataset.num_boxes:,} {'box or point' if dataset.num_boxes == 1 else 'boxes and points'}"
     lengths = ""
     if dataset.tokens is not None:
         tokens = dataset.tokens

@@ -6,7 +6,7 @@ exactly as the model sees them before normalisation. Cost: reading one bin.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from prep.annotations.boxes import Shape
+from prep.inspect.drawing import draw_shapes, shapes_by_image
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
-from schemas.bins import MEDIA_VIDEO, Bin, frame_shape, stored_frames
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
 from schemas.tables import LedgerRow
@@ -127,8 +129,10 @@ def _close(parts: list[str]) -> str:
     return _CLOSE
 
 
-def save_frames(shards: ShardSet, number: int, folder: Path) -> list[Path]:
+def save_frames(shards: ShardSet, number: int, folder: Path, transcriber: Transcriber) -> list[Path]:
     """Write the stored frames of a bin as PNG files: one per image, and one per frame of a video.
+
+    An image with boxes or points in the text is written twice, once with these drawn on it.
 
     Raises:
         ConfigError: the set has no such bin, or the folder cannot be written.
@@ -140,15 +144,32 @@ def save_frames(shards: ShardSet, number: int, folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for slot, sample in enumerate(samples_of(shards, bin_)):
+            shapes = sample_shapes(shards, sample, bin_, transcriber)
             for medium, _, kind in sample.media:
                 name = f"bin-{number:08d}-sample-{slot:03d}-{'video' if kind == MEDIA_VIDEO else 'image'}-{medium:03d}"
                 for index, frame in enumerate(frames[medium]):
                     path = folder / (f"{name}-frame-{index:03d}.png" if kind == MEDIA_VIDEO else f"{name}.png")
                     as_image(frame).save(path)
                     written.append(path)
+                if medium in shapes:
+                    path = folder / f"{name}-boxes.png"
+                    draw_shapes(as_image(frames[medium][0]), shapes[medium]).save(path)
+                    written.append(path)
     except OSError as error:
         raise ConfigError(f"--save {folder} cannot be written: {error.strerror}.") from error
     return written
+
+
+def sample_shapes(
+    shards: ShardSet, sample: ShownSample, bin_: Bin, transcriber: Transcriber
+) -> Mapping[int, list[Shape]]:
+    """The boxes and points in the text of a sample by the index of their image in the bin; none without a tokenizer."""
+    images = [medium for medium, _, kind in sample.media if kind == MEDIA_IMAGE]
+    if not images or not transcriber.reads_text:
+        return {}
+    tokens = slice(sample.first, sample.last)
+    spans = transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens])
+    return shapes_by_image(spans, images, sample.row.dataset, shards.manifest)
 
 
 def as_image(frame: NDArray[np.uint8]) -> Image.Image:

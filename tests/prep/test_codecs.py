@@ -26,6 +26,7 @@ from prep.build.pipeline import build
 from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
 from prep.inspect.show import save_frames
+from prep.inspect.transcript import Transcriber
 from prep.samples.sample import EncodedSample, Medium
 from prep.shards.codecs import PixelEncoder, require_storable
 from prep.shards.drift import DRIFT_EVERY, DriftSums
@@ -260,7 +261,10 @@ def test_pictures_of_a_jpeg_set_are_shown_as_they_are_stored(lossy: Path, tmp_pa
     shards = open_set(lossy)
     number = int(shards.bins.column("bin")[0].as_py())
     frames = [frame for (place, _), frames in sorted(frames_of(lossy).items()) if place == number for frame in frames]
-    saved = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in save_frames(shards, number, tmp_path)]
+    saved = [
+        np.asarray(Image.open(path)).transpose(2, 0, 1)
+        for path in save_frames(shards, number, tmp_path, Transcriber(None))
+    ]
     assert len(saved) == len(frames) > 1
     assert all(np.array_equal(one, other) for one, other in zip(saved, frames))
 

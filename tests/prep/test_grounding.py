@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prep.annotations.registry import find_sources
 from prep.build.pipeline import BuildRequest, build
+from prep.build.summary import build_summary
 from prep.cli import main
 from prep.engines import SerialEngine
 from schemas.errors import ConfigError
@@ -202,6 +205,60 @@ def test_the_manifest_records_the_coordinates_and_counts_the_boxes(built: Path) 
     assert {dataset.dataset: dataset.media.boxes for dataset in manifest.inputs} == {
         name: name for name in ("pixels", "norm1", "norm1000", "resized", "off")
     }
+    # photo, turned, wide and tokens have one, several images, page and objects two, question and objects in shares one.
+    counts = {"pixels": 4 + 3 * 2 + 2, "norm1": 1, "norm1000": 2, "resized": 1, "off": 0}
+    assert {dataset.dataset: dataset.num_boxes for dataset in manifest.statistics} == counts
+    assert b"num_boxes" not in msgspec.json.encode(manifest.statistics[-1])
+    summary = build_summary(manifest, built / "out")
+    assert "9 image; 12 boxes and points; tokens" in summary and "1 image; 1 box or point; tokens" in summary
+    assert vlprep("verify", built / "out", "--workers", 1).exit_code == 0
+
+
+def test_show_draws_boxes_and_points_onto_copies_of_the_stored_images(
+    built: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path)
+    names = ["several images", "question", "page", "only text"]
+    for name in names:
+        boxes = CASES[name].boxes
+        write_records(tmp_path / "a.jsonl", [CASES[name].record(name)])
+        (tmp_path / "datasets.toml").write_text(
+            f'[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\nboxes = "{boxes}"\n'
+        )
+        build_registered(tmp_path, "a", tiny_checkpoint, name)
+        shown = vlprep(
+            "show", tmp_path / name, "--bin", 0, "--model", tiny_checkpoint, "--save", tmp_path / name / "png"
+        )
+        assert shown.exit_code == 0, shown.output
+
+    def lines(name: str, image: int) -> set[tuple[int, int]]:
+        """The points of a white image that are drawn on."""
+        stem = f"bin-00000000-sample-000-image-{image:03d}"
+        assert (np.asarray(Image.open(tmp_path / name / "png" / f"{stem}.png")) == 255).all()
+        drawn = np.asarray(Image.open(tmp_path / name / "png" / f"{stem}-boxes.png"))
+        return {(x, y) for y, x in np.argwhere((drawn != 255).any(axis=2)).tolist()}
+
+    # The box of the second image is the wide one's: 70, 140 to 448, 504. The first image is framed.
+    first, second = lines("several images", 0), lines("several images", 1)
+    assert (300, 0) in first and (0, 200) in first and (300, 200) not in first
+    assert {(70, 140), (70, 300), (300, 140), (448, 300)} <= second and (200, 300) not in second
+    # A disc around 49, 98.
+    assert (49, 98) in lines("question", 0) and all(abs(x - 49) + abs(y - 98) < 12 for x, y in lines("question", 0))
+    assert {(98, 196), (98, 300), (200, 196), (294, 300), (588 // 2, 0)} <= lines("page", 0)
+    assert not list((tmp_path / "only text" / "png").glob("*-boxes.png"))
+
+
+def test_the_report_draws_boxes_and_counts_them(built: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert vlprep("report", built / "out", "--out", tmp_path / "a.html", "--model", tiny_checkpoint).exit_code == 0
+    page = (tmp_path / "a.html").read_text()
+    assert "9 image; 12 boxes and points" in page
+    thumbnails = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+        for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    ]
+    # All images are white. Most have lines in colour, text that only looks like boxes has none.
+    coloured = [bool((np.ptp(pixels, axis=2) > 60).any()) for pixels in thumbnails]
+    assert any(coloured) and not all(coloured)
 
 
 def test_the_files_of_a_set_stay_as_they_are_where_nothing_is_declared() -> None:

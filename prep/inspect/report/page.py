@@ -165,7 +165,8 @@ def _datasets(manifest: Manifest, statistics: Statistics) -> str:
     spreads = [
         [
             _text(dataset.dataset),
-            ", ".join(f"{count:,} {escape(kind)}" for kind, count in dataset.modalities.items()) or "–",
+            (", ".join(f"{count:,} {escape(kind)}" for kind, count in dataset.modalities.items()) or "–")
+            + (f"; {dataset.num_boxes:,} boxes and points" if dataset.num_boxes else ""),
             *(_spread(numbers) for numbers in (dataset.tokens, dataset.targets, dataset.patches)),
         ]
         for dataset in manifest.statistics

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.inspect.show import ShownSample, as_image, describe_medium, samples_of
+from prep.annotations.boxes import Shape
+from prep.inspect.drawing import draw_shapes
+from prep.inspect.show import ShownSample, as_image, describe_medium, sample_shapes, samples_of
 from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
 from schemas.bins import MEDIA_VIDEO, Bin
 from schemas.wording import counted
@@ -44,7 +46,10 @@ def bin_section(shards: ShardSet, number: int, reason: str, transcriber: Transcr
         f'<p class="soft">{row.num_tokens:,} of {shards.manifest.settings.max_length:,} tokens, {row.num_targets:,} '
         f"trained; {counted(row.num_samples, 'sample')}, {counted(row.num_images, 'image')}, "
         f"{counted(row.num_videos, 'video')}</p>",
-        *(_sample(slot, sample, bin_, frames, transcriber) for slot, sample in enumerate(shown)),
+        *(
+            _sample(slot, sample, bin_, frames, transcriber, sample_shapes(shards, sample, bin_, transcriber))
+            for slot, sample in enumerate(shown)
+        ),
     ]
     if len(samples) > len(shown):
         parts.append(
@@ -56,7 +61,12 @@ def bin_section(shards: ShardSet, number: int, reason: str, transcriber: Transcr
 
 
 def _sample(
-    slot: int, sample: ShownSample, bin_: Bin, frames: list[NDArray[np.uint8]], transcriber: Transcriber
+    slot: int,
+    sample: ShownSample,
+    bin_: Bin,
+    frames: list[NDArray[np.uint8]],
+    transcriber: Transcriber,
+    shapes: Mapping[int, Sequence[Shape]],
 ) -> str:
     row = sample.row
     tokens = slice(sample.first, sample.last)
@@ -69,7 +79,7 @@ def _sample(
     ]
     if sample.media:
         figures = [
-            _figure(describe_medium(medium, grid, kind), kind, frames[medium])
+            _figure(describe_medium(medium, grid, kind), kind, frames[medium], shapes.get(medium, ()))
             for medium, grid, kind in sample.media[:_MAX_MEDIA]
         ]
         more = len(sample.media) - len(figures)
@@ -91,15 +101,15 @@ def transcript_html(spans: Iterable[Span]) -> Iterator[str]:
         yield f"<mark>{text}</mark>" if span.trained else text
 
 
-def _figure(caption: str, kind: int, frames: NDArray[np.uint8]) -> str:
+def _figure(caption: str, kind: int, frames: NDArray[np.uint8], shapes: Sequence[Shape]) -> str:
     if kind == MEDIA_VIDEO and len(frames) > _MAX_FRAMES:
         frames = frames[np.linspace(0, len(frames) - 1, _MAX_FRAMES).astype(int)]
-    images = "".join(_thumbnail(frame, f"{caption}, frame {index}") for index, frame in enumerate(frames))
+    images = "".join(_thumbnail(frame, f"{caption}, frame {index}", shapes) for index, frame in enumerate(frames))
     return f'<figure><div class="media">{images}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def _thumbnail(frame: NDArray[np.uint8], alternative: str) -> str:
-    image = as_image(frame)
+def _thumbnail(frame: NDArray[np.uint8], alternative: str, shapes: Sequence[Shape]) -> str:
+    image = draw_shapes(as_image(frame), shapes)
     image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
