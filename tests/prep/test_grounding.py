@@ -211,7 +211,15 @@ def test_the_manifest_records_the_coordinates_and_counts_the_boxes(built: Path) 
     assert b"num_boxes" not in msgspec.json.encode(manifest.statistics[-1])
     summary = build_summary(manifest, built / "out")
     assert "9 image; 12 boxes and points; tokens" in summary and "1 image; 1 box or point; tokens" in summary
-    assert vlprep("verify", built / "out", "--workers", 1).exit_code == 0
+
+
+def test_verify_accepts_tokens_of_boxes_and_text_without_a_template(built: Path, tiny_checkpoint: Path) -> None:
+    write_records(built / "text.jsonl", [{"image": "photo.png", "text": "<image>At <|box_start|>(1,2)<|box_end|>."}])
+    registry = (built / "datasets.toml").read_text()
+    (built / "datasets.toml").write_text(registry + '\n[text]\nannotation_path = "text.jsonl"\nboxes = "pixels"\n')
+    build_registered(built, "pixels,text", tiny_checkpoint, "with-text")
+    result = vlprep("verify", built / "with-text", "--workers", 1)
+    assert result.exit_code == 0, result.output
 
 
 def test_show_draws_boxes_and_points_onto_copies_of_the_stored_images(

@@ -396,6 +396,8 @@ def test_rewriting_a_bin_unchanged_changes_nothing(folder: Path, finished: Path)
         ("input_ids", put(0, 872), "sample 0 starts with id 872 instead of <|im_start|>"),
         ("input_ids", put(4, -3), "input_ids is -3 at token 4 (sample 0)"),
         ("input_ids", put(4, 151643), "input_ids has <|endoftext|> at token 4 (sample 0)"),
+        ("input_ids", put(4, 151648), "the token of boxes or objects at token 4 (sample 0) is not one of a pair"),
+        ("input_ids", put([4, 5], 151648), "the token of boxes or objects at token 4 (sample 0) is not one of a pair"),
         ("labels", put(0, IM_START), "the first label of sample 0 is 151644; it must be -100"),
         ("labels", put(5, 999), "1 label neither -100 nor the id of the token, the first at token 5 (sample 0)"),
         ("labels", lambda labels: np.full_like(labels, -100), "sample 0 has no target"),

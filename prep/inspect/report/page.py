@@ -269,7 +269,7 @@ def _settings(manifest: Manifest) -> str:
         f"{dataset.dataset}: {name}": value
         for dataset in manifest.inputs
         for name, value in msgspec.to_builtins(dataset.media).items()
-        if value != media[name]
+        if value != media.get(name)
     }
     return "".join(
         [

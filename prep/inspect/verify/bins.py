@@ -24,6 +24,7 @@ from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, Bin
 from schemas.errors import ShardError
 from schemas.qwen import (
     CONTROL_TOKENS,
+    ENDOFTEXT,
     IGNORE_INDEX,
     IM_END,
     IM_START,
@@ -41,7 +42,9 @@ from storage.pixels import decode_pixels
 
 _PADS = {MEDIA_IMAGE: IMAGE_PAD, MEDIA_VIDEO: VIDEO_PAD}
 _VISION = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
-_UNUSED = {token: text for text, token in CONTROL_TOKENS.items() if token not in (IM_START, IM_END, *_VISION)}
+_GROUNDING = {CONTROL_TOKENS[f"<|{name}_start|>"]: CONTROL_TOKENS[f"<|{name}_end|>"] for name in ("object_ref", "box")}
+_USED = (IM_START, IM_END, *_VISION, *_GROUNDING.keys(), *_GROUNDING.values())
+_UNUSED = {token: text for text, token in CONTROL_TOKENS.items() if token not in _USED}
 _EXAMPLES = 3
 
 
@@ -63,7 +66,7 @@ class BinCheck:
 
     def findings(self) -> Iterator[Finding]:
         """Check everything. Some checks run only if those that they rely on pass."""
-        problems = [*self._tokens(), *self._labels()]
+        problems = [*self._tokens(), *self._grounding(), *self._labels()]
         grids = list(self._grids())
         problems += grids
         if not grids:
@@ -126,17 +129,33 @@ class BinCheck:
 
     def _tokens(self) -> Iterator[str]:
         ids, first = self.bin.input_ids, self.bin.cu_seqlens[:-1]
+        # (S,): samples of continued pretraining, which have no chat template, end with <|endoftext|>.
+        is_text = ids[self.bin.cu_seqlens[1:] - 1] == ENDOFTEXT
         if ids.size > self.settings.max_length:
             yield f"the bin has {ids.size} tokens, max_length is {self.settings.max_length}"
         if (ids < 0).any():
             at = int(np.argmax(ids < 0))
             yield f"input_ids is {ids[at]} at {self._describe(at)}; an id must be at least 0"
         for token, text in _UNUSED.items():
-            if (ids == token).any():
-                at = int(np.argmax(ids == token))
+            is_unused = ids == token
+            if token == ENDOFTEXT:
+                is_unused[self.bin.cu_seqlens[1:] - 1] = False
+            if is_unused.any():
+                at = int(np.argmax(is_unused))
                 yield f"input_ids has {text} at {self._describe(at)}; no build writes this token"
-        for sample in np.flatnonzero(ids[first] != IM_START)[:_EXAMPLES].tolist():
+        for sample in np.flatnonzero(~is_text & (ids[first] != IM_START))[:_EXAMPLES].tolist():
             yield f"sample {sample} starts with id {ids[first[sample]]} instead of <|im_start|> ({IM_START})"
+
+    def _grounding(self) -> Iterator[str]:
+        """Tokens around boxes and names of objects come in pairs within a sample."""
+        ids = self.bin.input_ids
+        at = np.flatnonzero(np.isin(ids, [*_GROUNDING.keys(), *_GROUNDING.values()]))
+        sample_of = np.searchsorted(self.bin.cu_seqlens, at, side="right")
+        tokens = list(zip(at.tolist(), ids[at].tolist(), sample_of.tolist()))
+        for (start, first, sample), after in itertools.zip_longest(tokens[::2], tokens[1::2]):
+            if after is None or (_GROUNDING.get(first), sample) != after[1:]:
+                yield f"the token of boxes or objects at {self._describe(start)} is not one of a pair"
+                return
 
     def _labels(self) -> Iterator[str]:
         ids, labels, starts = self.bin.input_ids, self.bin.labels, self.bin.cu_seqlens[:-1]
