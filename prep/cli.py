@@ -154,6 +154,7 @@ def _setting_options(settings_class: type, *names: str) -> Callable[[Callable[P,
                 f"--{field.name.replace('_', '-')}",
                 field.name,
                 type=click.Choice(choices) if choices else field.kind,
+                is_flag=field.kind is bool,
                 default=None if field.default is UNSET else field.default,
                 help=field.help_text(),
             )
@@ -282,7 +283,7 @@ def build_command(
 @click.option("--deep", is_flag=True, help="Decode all media, not only their headers.")
 @click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object per line.")
 @click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object per line.")
-@_setting_options(BuildSettings, "reserved")
+@_setting_options(BuildSettings, "reserved", "strict_fields")
 @click.option("--json", "as_json", is_flag=True, help="Print counts and examples as one JSON object.")
 @_engine_options
 @_setting_options(MediaSettings)
@@ -295,6 +296,7 @@ def validate_command(
     rejects: Path | None,
     fixed: Path | None,
     reserved: str,
+    strict_fields: bool | None,
     as_json: bool,
     workers: int | None,
     engine: str,
@@ -312,6 +314,7 @@ def validate_command(
         rejects=rejects,
         fixed=fixed,
         reserved=reserved,
+        strict_fields=bool(strict_fields),
         media=_media_settings(media_options),
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:

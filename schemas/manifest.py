@@ -85,6 +85,7 @@ class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     Counts are as in :class:`Counts`. ``modalities`` counts packed samples by what they hold (``text``, ``image``,
     ``video``, ``image+video``); the distributions are over packed samples, None where there are none.
     ``num_boxes`` counts boxes, points and polygons of packed samples; it is left out if there are none.
+    ``unused_fields`` counts annotations by the names of their fields that have no effect; absent if there are none.
     """
 
     dataset: str
@@ -98,6 +99,7 @@ class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     targets: Distribution | None
     patches: Distribution | None
     num_boxes: int = 0
+    unused_fields: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):

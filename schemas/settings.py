@@ -122,6 +122,13 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     reserved: Annotated[
         str, Setting("What to do with text that spells a control token.", choices=RESERVED_POLICIES)
     ] = "reject"
+    strict_fields: Annotated[
+        bool | msgspec.UnsetType,
+        Setting(
+            "Reject records with fields that have no effect, as unsupported_field.",
+            unset="such fields are counted by name",
+        ),
+    ] = msgspec.UNSET
     overlong: Annotated[
         str,
         Setting(

@@ -46,6 +46,7 @@ class Record(msgspec.Struct, frozen=True):
         number: index among the annotations of the file, from 0.
         embedded: encoded media that came inside the record, by their names in ``data``.
         fault: why ``data`` is None.
+        unread: names of fields that no dialect has and that are not in ``data``.
     """
 
     data: bytes | None
@@ -53,3 +54,4 @@ class Record(msgspec.Struct, frozen=True):
     number: int
     embedded: dict[str, bytes] = {}
     fault: str = ""
+    unread: tuple[str, ...] = ()

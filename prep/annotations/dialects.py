@@ -135,6 +135,17 @@ _DIALECTS = {
 _TURN_LISTS = ("conversations", "messages", "texts")
 _SHARED_FIELDS = frozenset({"id", "system", "tools", "functions", "objects"})
 
+FIELDS = frozenset(
+    {
+        *_SHARED_FIELDS,
+        *_DIALECTS,
+        *(name for dialect in _DIALECTS.values() for name in dialect.fields),
+        *MediaReader.FIELDS,
+        *UNSUPPORTED_FIELDS,
+    }
+)
+"""Fields of a record that some dialect uses, or that are refused."""
+
 
 def read_record(data: bytes, embedded: Mapping[str, bytes] | None = None) -> Reading:
     """Read a record of any dialect.

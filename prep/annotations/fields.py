@@ -56,6 +56,9 @@ KNOWN_FIELDS = (
 """Names that are used somewhere, for suggestions."""
 
 
+_MAX_NAMES = 20
+
+
 def says_something(value: object) -> bool:
     """Whether a field holds anything: not null, nor an empty list, text or object."""
     return value is not None and value != [] and value != "" and value != {}
@@ -78,10 +81,16 @@ def suggestion(name: str) -> str | None:
     return next(iter(get_close_matches(leaf.lower(), KNOWN_FIELDS, n=1, cutoff=0.8)), None)
 
 
+def with_suggestion(name: str) -> str:
+    """``img (did you mean image?)``, or the name alone."""
+    near = suggestion(name)
+    return f"{name} (did you mean {near}?)" if near else name
+
+
 def describe_unused(counts: Mapping[str, int]) -> str:
     """``width ×1,204, img ×3 (did you mean image?)``, the most frequent first."""
-    parts = []
-    for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        near = suggestion(name)
-        parts.append(f"{name} ×{count:,}" + (f" (did you mean {near}?)" if near else ""))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    parts = [with_suggestion(name).replace(name, f"{name} ×{count:,}", 1) for name, count in ordered[:_MAX_NAMES]]
+    if len(ordered) > _MAX_NAMES:
+        parts.append(f"… and {len(ordered) - _MAX_NAMES:,} more")
     return ", ".join(parts)

@@ -47,6 +47,7 @@ class MediaReader:
         unreadable: kinds of which some names could not be read.
     """
 
+    FIELDS = frozenset({"image", "images", "video", "videos", "fps"})
     KEYS = frozenset(_PART_KINDS)
 
     def __init__(self, record: Mapping[str, Any], embedded: Mapping[str, bytes], fields: FieldReader) -> None:
@@ -61,7 +62,7 @@ class MediaReader:
     @property
     def used_fields(self) -> frozenset[str]:
         """Fields of the record that name its media. ``fps`` is one if there are videos."""
-        return frozenset({"image", "images", "video", "videos", *(("fps",) if self.items["video"] else ())})
+        return self.FIELDS if self.items["video"] else self.FIELDS - {"fps"}
 
     @staticmethod
     def kind_of(part: Mapping[str, Any]) -> str | None:

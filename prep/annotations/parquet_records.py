@@ -16,14 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.annotations.chunks import MAX_RECORD_BYTES, Chunk, Record
+from prep.annotations.dialects import FIELDS
 from schemas.errors import ConfigError
 
 CHUNK_ROWS = 8192
 """Most rows in a chunk. A chunk does not cross row groups."""
 
 _MEDIA_COLUMNS = ("image", "images", "video", "videos")
-_TEXT_COLUMNS = ("id", "conversations", "messages", "texts")
-_COLUMNS = (*_TEXT_COLUMNS, *_MEDIA_COLUMNS)
 
 
 def cut(path: Path) -> Iterator[Chunk]:
@@ -50,17 +49,18 @@ def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
         group, first = _row_group(file.metadata, chunk.start)
         if group is None or chunk.stop > file.metadata.num_rows:
             raise ConfigError(f"annotation file {path} changed while it was being read; run the command again.")
-        columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+        columns = [name for name in file.schema_arrow.names if name in FIELDS]
+        unread = _unread_columns(file.schema_arrow, file.metadata.row_group(group))
         # Some writers do not mark bytes as text. msgspec would encode them in base64.
         has_bytes = any(
-            "binary" in str(file.schema_arrow.field(name).type) for name in columns if name in _TEXT_COLUMNS
+            "binary" in str(file.schema_arrow.field(name).type) for name in columns if name not in _MEDIA_COLUMNS
         )
         number = first
         for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=columns):
             if number >= chunk.stop:
                 return
             for offset in range(max(chunk.start - number, 0), min(chunk.stop - number, len(batch))):
-                yield _record(batch.slice(offset, 1), number + offset, has_bytes)
+                yield _record(batch.slice(offset, 1), number + offset, has_bytes, unread)
             number += len(batch)
 
 
@@ -75,37 +75,54 @@ def _row_group(metadata: Any, row: int) -> tuple[int | None, int]:
     return None, first
 
 
-def _record(batch: pa.RecordBatch, number: int, has_bytes: bool) -> Record:
+def _unread_columns(schema: pa.Schema, group: Any) -> tuple[str, ...]:
+    """Names of the columns of a row group that no dialect has and that hold something. They are not read."""
+    names: dict[str, None] = {}
+    for index in range(group.num_columns):
+        column = group.column(index)
+        name = column.path_in_schema.partition(".")[0]
+        statistics = column.statistics
+        is_null = schema.field(name).type == pa.null() or (
+            statistics is not None and statistics.has_null_count and statistics.null_count >= column.num_values
+        )
+        if name not in FIELDS and not is_null:
+            names[name] = None
+    return tuple(names)
+
+
+def _record(batch: pa.RecordBatch, number: int, has_bytes: bool, unread: tuple[str, ...]) -> Record:
     try:
         (row,) = batch.to_pylist()
         if has_bytes:
-            row.update({name: _text(row[name]) for name in _TEXT_COLUMNS if name in row})
+            row = {name: value if name in _MEDIA_COLUMNS else _text(value) for name, value in row.items()}
     except UnicodeDecodeError as error:
         return Record(None, number + 1, number, fault=f"text that is not UTF-8: {error.reason}")
     embedded: dict[str, bytes] = {}
     for column in _MEDIA_COLUMNS:
         value = row.get(column)
-        if isinstance(value, list):
-            row[column] = [_named(item, f"{column}[{index}]", embedded) for index, item in enumerate(value)]
-        elif value is not None:
+        if value is not None:
             row[column] = _named(value, column, embedded)
     data = msgspec.json.encode(row, enc_hook=str)
     if len(data) > MAX_RECORD_BYTES:
         return Record(None, number + 1, number, fault=f"the row has more than {MAX_RECORD_BYTES:,} bytes of text")
-    return Record(data, number + 1, number, embedded)
+    return Record(data, number + 1, number, embedded, unread=unread)
 
 
 def _text(value: Any) -> Any:
-    """A value with its bytes decoded to text."""
+    """A value with its bytes decoded to text, except for the encoded media in ``{bytes, path}``."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list):
         return [_text(item) for item in value]
-    return {name: _text(item) for name, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {name: item if name == "bytes" else _text(item) for name, item in value.items()}
+    return value
 
 
 def _named(value: Any, field: str, embedded: dict[str, bytes]) -> Any:
-    """The name of a medium. Its bytes, if any, go to ``embedded``."""
+    """The name of a medium, or the names of several. Their bytes, if any, go to ``embedded``."""
+    if isinstance(value, list):
+        return [_named(item, f"{field}[{index}]", embedded) for index, item in enumerate(value)]
     path = None
     if isinstance(value, dict) and set(value) <= {"bytes", "path"}:
         value, path = value.get("bytes"), value.get("path")

@@ -24,6 +24,7 @@ from prep.annotations.boxes import (
 )
 from prep.annotations.chunks import Record
 from prep.annotations.dialects import read_record
+from prep.annotations.fields import with_suggestion
 from prep.annotations.plain import MAX_DEPTH, decode_plain, fault
 from prep.annotations.reading import Places
 from prep.annotations.turns import ROLES
@@ -100,11 +101,34 @@ def parse_record(
     return Checked(annotation, reading.problems.listed(), reading.unused, reading.embedded, has_boxes, undeclared)
 
 
-def check_record(record: Record, reserved: str, coordinates: str | None = None) -> Checked:
-    """As :func:`parse_record`, for a record whose text may not be there."""
+def check_record(
+    record: Record, reserved: str, coordinates: str | None = None, *, strict_fields: bool = False
+) -> Checked:
+    """As :func:`parse_record`, for a record whose text may be missing.
+
+    Args:
+        record: the record.
+        reserved: as for :func:`parse_record`.
+        coordinates: likewise.
+        strict_fields: whether unused fields are problems.
+    """
     if record.data is None:
         return Checked(None, [Problem(ReasonCode.BAD_JSON, record.fault)])
-    return parse_record(record.data, reserved=reserved, coordinates=coordinates, embedded=record.embedded)
+    checked = parse_record(record.data, reserved=reserved, coordinates=coordinates, embedded=record.embedded)
+    if record.unread:
+        checked = checked._replace(unused=(*checked.unused, *record.unread))
+    if strict_fields and checked.unused:
+        checked = checked._replace(problems=[*checked.problems, unused_problem(checked.unused)])
+    return checked
+
+
+def unused_problem(names: Sequence[str]) -> Problem:
+    """The problem of a record with unused fields, where these are not accepted."""
+    return Problem(
+        ReasonCode.UNSUPPORTED_FIELD,
+        f"fields that are not used: {', '.join(map(with_suggestion, names))}; remove them, or leave out "
+        "--strict-fields",
+    )
 
 
 def record_id(annotation: Annotation | None) -> str | None:

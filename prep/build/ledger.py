@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from prep.build.parts import ScannedPart, table_path
@@ -25,6 +26,7 @@ from schemas.manifest import DatasetStatistics, Distribution
 from schemas.tables import SAMPLES_COLUMNS, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
 from storage.tables import arrow_schema
 
+_MAX_UNUSED = 100
 _MODALITIES = ("text", "image", "video", "image+video")
 _STATUSES = (STATUS_PACKED, STATUS_REJECTED, STATUS_NOT_SAMPLED)
 _PACKED, _REJECTED, _NOT_SAMPLED = range(3)
@@ -64,12 +66,14 @@ class _Tally:
         self._modalities = np.zeros(len(_MODALITIES), dtype=np.int64)
         self._codes: Counter[str] = Counter()
         self._num_boxes = 0
+        self._unused: Counter[str] = Counter()
         self._sizes = {name: _Counts() for name in ("num_tokens", "num_targets", "num_patches")}
 
     def add(self, scanned: pa.Table, codes: pa.ChunkedArray, statuses: NDArray[np.int64]) -> None:
         """Count the rows of a part, with their final codes and statuses (indices of ``_STATUSES``)."""
         self._statuses += np.bincount(statuses, minlength=len(_STATUSES))
         self._codes.update(pc.list_flatten(codes).to_pylist())
+        self._unused.update(pc.list_flatten(scanned.column("unused")).to_pylist())
         packed = scanned.filter(pa.array(statuses == _PACKED))
         num_images, num_videos = (packed.column(name).to_numpy() for name in ("num_images", "num_videos"))
         kinds = (num_images > 0) + 2 * (num_videos > 0).astype(np.int64)
@@ -92,6 +96,7 @@ class _Tally:
             modalities=dict(sorted((name, count) for name, count in modalities if count)),
             num_boxes=self._num_boxes,
             **{name.removeprefix("num_"): counts.distribution() for name, counts in self._sizes.items()},
+            unused_fields=dict(sorted(self._unused.most_common(_MAX_UNUSED))) or UNSET,
         )
 
 

@@ -15,7 +15,7 @@ The table is written last: a part whose table exists is complete. A file that st
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ PART_SCHEMA = pa.schema(
         ("id", pa.string()),
         ("codes", pa.list_(pa.string())),
         ("message", pa.string()),
+        ("unused", pa.list_(pa.string())),
         ("sample_offset", pa.int64()),
         ("sample_bytes", pa.int32()),
         ("num_tokens", pa.int32()),
@@ -58,7 +59,13 @@ PART_SCHEMA = pa.schema(
 null. ``num_boxes`` counts the boxes, points and polygons of a sample. ``undeclared`` is the first one of a record, as
 it reads, if nothing says what its coordinates are."""
 
-_EMPTY_ROW: dict[str, object] = {**dict.fromkeys(PART_SCHEMA.names), "codes": [], "sample_offset": 0, "sample_bytes": 0}
+_EMPTY_ROW: dict[str, object] = {
+    **dict.fromkeys(PART_SCHEMA.names),
+    "codes": [],
+    "unused": [],
+    "sample_offset": 0,
+    "sample_bytes": 0,
+}
 
 MEDIA_CODES = {code.value for code in ReasonCode if "media" in code.value} | {ReasonCode.DECODE_TIMEOUT.value}
 
@@ -97,9 +104,10 @@ class PartRows:
     def __init__(self) -> None:
         self._rows: list[dict[str, object]] = []
 
-    def add(self, *, record: int, line: int, copies: int, id: str | None) -> int:
-        """Add a row without a sample; returns its index."""
-        self._rows.append({**_EMPTY_ROW, "record": record, "line": line, "copies": copies, "id": id})
+    def add(self, *, record: int, line: int, copies: int, id: str | None, unused: Sequence[str] = ()) -> int:
+        """Add a row without a sample; returns its index. ``unused`` has the names of fields without effect."""
+        row = {"record": record, "line": line, "copies": copies, "id": id, "unused": [*unused]}
+        self._rows.append({**_EMPTY_ROW, **row})
         return len(self._rows) - 1
 
     def reject(self, row: int, problems: list[Problem]) -> None:

@@ -291,6 +291,7 @@ def _scan_tasks(
                     media_root=source.media_root,
                     media=source.media,
                     reserved=settings.reserved,
+                    strict_fields=settings.strict_fields is True,
                     tokenizer=files.tokenizer,
                     tokenizer_hash=fingerprints.tokenizer,
                     retry_media=request.retry_media,

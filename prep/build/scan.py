@@ -65,6 +65,7 @@ class ScanTask:
         media_root: folder or URL that media names are relative to.
         media: settings that decide sizes and frames.
         reserved: policy for text that spells control tokens.
+        strict_fields: whether a record with unused fields is rejected.
         tokenizer: path of ``tokenizer.json``.
         tokenizer_hash: its fingerprint.
         retry_media: scan again if the scan or the write step rejected a record for its media.
@@ -80,6 +81,7 @@ class ScanTask:
     media_root: Location
     media: MediaSettings
     reserved: str
+    strict_fields: bool
     tokenizer: Path
     tokenizer_hash: str
     shrink_to: int | None
@@ -106,7 +108,8 @@ def part_path(task: ScanTask, contents: Collection[int | str]) -> Path:
     kinds = sorted(kind for kind in contents if isinstance(kind, int))
     unused = _unused_settings(kinds)
     settings = {name: value for name, value in msgspec.to_builtins(task.media).items() if name not in unused}
-    fields = (PART_VERSION, task.file_hash, asdict(task.chunk), task.reserved, task.tokenizer_hash, kinds)
+    policies = (task.reserved, task.strict_fields)
+    fields = (PART_VERSION, task.file_hash, asdict(task.chunk), *policies, task.tokenizer_hash, kinds)
     of_media = (settings, task.shrink_to, os.fsencode(location_key(task.media_root)).hex()) if kinds else ()
     of_boxes = (task.media.boxes or None,) if _BOXES in contents else ()
     return task.folder / xxhash.xxh3_128_hexdigest(msgspec.json.encode((*fields, *of_media, *of_boxes)) + task.copies)
@@ -173,7 +176,13 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
     ):
         for record, copies, checked in access.prefetch(_checked(task, timings), partial(_requests, task, probed)):
             annotation, problems = checked.annotation, checked.problems
-            row = rows.add(record=record.number, line=record.line, copies=copies, id=_record_id(record, annotation))
+            row = rows.add(
+                record=record.number,
+                line=record.line,
+                copies=copies,
+                id=_record_id(record, annotation),
+                unused=checked.unused,
+            )
             if not copies:
                 continue
             contents |= _contents(checked)
@@ -265,7 +274,7 @@ def _checked(task: ScanTask, timings: Timings) -> Iterator[_Drawn]:
             yield _Drawn(record, copies, Checked(None, []))
             continue
         with timed(timings, "validate"):
-            checked = check_record(record, task.reserved, task.media.boxes or None)
+            checked = check_record(record, task.reserved, task.media.boxes or None, strict_fields=task.strict_fields)
         yield _Drawn(record, copies, checked)
 
 

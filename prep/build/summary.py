@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from prep.annotations.fields import describe_unused
 from prep.build.metrics import BuildMetrics
 from prep.shards.drift import drift_lines
 from schemas.manifest import DatasetStatistics, Manifest
@@ -19,7 +22,7 @@ def build_summary(manifest: Manifest, out: Location) -> str:
         *(f"  {code}: {count:,}" for code, count in sorted(counts.rejects_by_code.items(), key=lambda item: -item[1])),
         f"{counted(counts.num_bins, 'bin')} of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
         f"{counted(counts.num_tokens, 'token')}, {counts.num_targets:,} of them targets",
-        *(_dataset_line(dataset) for dataset in manifest.statistics),
+        *(line for dataset in manifest.statistics for line in _dataset_lines(dataset)),
         f"{counted(counts.num_images, 'image')} and {counted(counts.num_videos, 'video')}, "
         f"{counts.num_patches:,} patches; {counted(len(manifest.shards), 'shard')}, {num_bytes / 1e6:,.1f} MB",
         *drift_lines(manifest),
@@ -29,7 +32,7 @@ def build_summary(manifest: Manifest, out: Location) -> str:
     return "\n".join(lines)
 
 
-def _dataset_line(dataset: DatasetStatistics) -> str:
+def _dataset_lines(dataset: DatasetStatistics) -> Iterator[str]:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in dataset.modalities.items()) or "nothing packed"
     others = "".join(
         f", {count:,} {outcome}"
@@ -45,7 +48,9 @@ def _dataset_line(dataset: DatasetStatistics) -> str:
             f"; tokens per sample: mean {tokens.mean:,.0f}, median {tokens.p50:,}, 99 % {tokens.p99:,}, "
             f"most {tokens.max:,}"
         )
-    return f"  {dataset.dataset}: {kinds}{others}{lengths}"
+    yield f"  {dataset.dataset}: {kinds}{others}{lengths}"
+    if dataset.unused_fields:
+        yield f"    fields not used: {describe_unused(dataset.unused_fields)}"
 
 
 def metrics_summary(metrics: BuildMetrics) -> str:

@@ -52,6 +52,7 @@ class ValidateRequest:
         rejects: output file for the rejected records with all their problems, as JSON lines.
         fixed: output file for the valid records, unchanged, as JSON lines.
         reserved: policy for text that spells control tokens.
+        strict_fields: whether a record with unused fields is rejected.
         media: media settings.
     """
 
@@ -62,6 +63,7 @@ class ValidateRequest:
     rejects: Path | None
     fixed: Path | None
     reserved: str
+    strict_fields: bool = False
     media: MediaSettings
 
 
@@ -84,6 +86,7 @@ class ChunkReport:
 
     counts: FileCounts
     modalities: Counter[str]
+    unused: Counter[str]
     rejects: list[Reject]
     valid: list[bytes]
     undeclared: list[tuple[str, str]]
@@ -113,6 +116,7 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
         for task, chunk in zip(tasks, stack.enter_context(closing(engine.map(_check_chunk, tasks)))):
             report.undeclared.add(str(task.file), chunk.undeclared)
             report.add(str(task.file), chunk.counts, chunk.modalities, chunk.rejects)
+            report.unused.update(chunk.unused)
             bar.update(task.chunk.num_records)
             rejects.writelines(msgspec.json.encode(reject) + b"\n" for reject in chunk.rejects)
             fixed.writelines(record + b"\n" for record in chunk.valid)
@@ -189,6 +193,7 @@ def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, s
 def _check_chunk(task: _ChunkTask) -> ChunkReport:
     counts = FileCounts()
     modalities: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     rejects: list[Reject] = []
     valid: list[bytes] = []
     undeclared: list[tuple[str, str]] = []
@@ -198,6 +203,7 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
             undeclared.append((f"{task.file}:{record.line}", checked.undeclared))
         if annotation is not None:
             _count_media(counts, annotation, problems)
+        unused.update(checked.unused)
         if annotation is not None and not problems:
             counts.num_valid += 1
             modalities[_modality(annotation)] += 1
@@ -215,7 +221,14 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
                 annotation=_raw(record, problems),
             )
         )
-    return ChunkReport(counts=counts, modalities=modalities, rejects=rejects, valid=valid, undeclared=undeclared)
+    return ChunkReport(
+        counts=counts,
+        modalities=modalities,
+        unused=unused,
+        rejects=rejects,
+        valid=valid,
+        undeclared=undeclared,
+    )
 
 
 def _count_media(counts: FileCounts, annotation: Annotation, problems: list[Problem]) -> None:
@@ -239,7 +252,12 @@ class _CheckedRecord(NamedTuple):
 def _checked(task: _ChunkTask) -> Iterator[_CheckedRecord]:
     """The records of a chunk with all their problems."""
     records = (
-        _CheckedRecord(record, check_record(record, task.request.reserved, task.media.boxes or None))
+        _CheckedRecord(
+            record,
+            check_record(
+                record, task.request.reserved, task.media.boxes or None, strict_fields=task.request.strict_fields
+            ),
+        )
         for record in read_chunk(task.data, task.chunk)
     )
     with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:

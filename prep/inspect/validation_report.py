@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from prep.annotations.fields import describe_unused
 from prep.annotations.undeclared import UndeclaredCounts
 from schemas.annotation import Problem
 from schemas.wording import counted
@@ -63,6 +64,7 @@ class Report:
         codes: number of rejected records by reason code.
         modalities: number of valid records by kind of their media.
         num_problems: number of problems by reason code. A record may have several.
+        unused: number of records by the names of their fields that have no effect.
         examples: the first problems by reason code, as text.
         rejects: file with all rejects; None if it is not written.
         undeclared: records with boxes whose coordinates nobody declared.
@@ -73,6 +75,7 @@ class Report:
     codes: Counter[str] = field(default_factory=Counter)
     modalities: Counter[str] = field(default_factory=Counter)
     num_problems: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     rejects: Path | None = None
     undeclared: UndeclaredCounts = field(default_factory=UndeclaredCounts)
@@ -127,6 +130,8 @@ class Report:
             num_more = self.num_problems[code] - len(self.examples[code])
             if num_more:
                 lines.append(f"  … {num_more:,} more; {self._where_all()}")
+        if self.unused:
+            lines.append(f"fields not used: {describe_unused(self.unused)}")
         lines.extend(f"{file}: the file holds no annotation. Check the path." for file in self.empty_files)
         if self.undeclared:
             lines.append(self.undeclared.message())
@@ -144,6 +149,7 @@ class Report:
                 file: {"num_valid": counts.num_valid, "num_rejected": counts.num_rejected}
                 for file, counts in self.files.items()
             },
+            "unused_fields": dict(sorted(self.unused.items())),
             "examples": dict(sorted(self.examples.items())),
             "undeclared_boxes": self.undeclared.num_records,
             "hints": self.hints,

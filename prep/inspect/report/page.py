@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.annotations.fields import describe_unused
 from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
 from prep.inspect.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.inspect.report.style import STYLE
@@ -173,7 +174,17 @@ def _datasets(manifest: Manifest, statistics: Statistics) -> str:
     ]
     spread_head = ("dataset", "samples packed", "tokens per sample", "trained tokens", "vision patches")
     note = '<p class="soft">Per sample: median · 99th percentile · maximum.</p>'
-    return _table(head, rows) + _table(spread_head, spreads) + note
+    return _table(head, rows) + _table(spread_head, spreads) + note + _unused_fields(manifest)
+
+
+def _unused_fields(manifest: Manifest) -> str:
+    """The fields of the annotations that have no effect, by dataset."""
+    return "".join(
+        f'<p class="soft">{_text(dataset.dataset)}: fields not used: '
+        f"{_text(describe_unused(dataset.unused_fields))}</p>"
+        for dataset in manifest.statistics
+        if dataset.unused_fields
+    )
 
 
 def _spread(numbers: Distribution | None) -> str:
