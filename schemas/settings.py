@@ -18,6 +18,7 @@ TOKEN_PIXELS = 28 * 28
 PACKERS = ("bfd", "binpacking")
 RESERVED_POLICIES = ("reject", "escape")
 OVERLONG_POLICIES = ("reject", "shrink")
+VIDEO_SAMPLINGS = ("interval", "fps")
 BOX_COORDINATES = ("pixels", "norm1", "norm1000", "resized", "off")
 """What the coordinates of boxes and points can be: pixels of the original image as displayed, shares of it from 0 to 1,
 the same from 0 to 1000, pixels of the resized image, or nothing (text that only looks like boxes)."""
@@ -52,6 +53,32 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         int, Setting("Maximum number of frames sampled from a video.", unit="frames", low=1)
     ] = 8
     base_interval: Annotated[float, Setting("Time between two sampled frames.", unit="seconds", above=0)] = 4.0
+    video_sampling: Annotated[
+        str,
+        Setting(
+            "How frames are sampled: one per --base-interval, or --fps frames a second, exactly as qwen_vl_utils does "
+            "at inference.",
+            choices=VIDEO_SAMPLINGS,
+        ),
+    ] = "interval"
+    fps: Annotated[
+        float, Setting("With --video-sampling fps: frames sampled from a second.", unit="frames", above=0)
+    ] = 2.0
+    fps_min_frames: Annotated[
+        int, Setting("With --video-sampling fps: minimum number of frames sampled.", unit="frames", low=2)
+    ] = 4
+    fps_max_frames: Annotated[
+        int, Setting("With --video-sampling fps: maximum number of frames sampled.", unit="frames", low=2)
+    ] = 768
+    video_total_pixels: Annotated[
+        int | None,
+        Setting(
+            "Bound on half the pixels of all frames of a video together, total_pixels of qwen_vl_utils.",
+            unit="pixels",
+            low=TOKEN_PIXELS,
+            unset="no limit",
+        ),
+    ] = None
     max_source_pixels: Annotated[
         int,
         Setting("Images and frames whose header promises more pixels are rejected undecoded.", unit="pixels", low=1),
@@ -78,6 +105,7 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             ("min_pixels", "max_pixels"),
             ("video_min_frame_pixels", "video_max_frame_pixels"),
             ("video_min_frames", "video_max_frames"),
+            ("fps_min_frames", "fps_max_frames"),
         ):
             least, most = getattr(self, low), getattr(self, high)
             if most < least:

@@ -9,37 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from prep.annotations.boxes import Shape
+from prep.media.item import ItemSettings
 from schemas.annotation import Turn
-
-
-class ItemSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Settings of one image or video that replace those of the build. Names and meaning are those of ``qwen_vl_utils``.
-
-    Attributes:
-        min_pixels: lower bound of the pixels of the image, or of a frame.
-        max_pixels: upper bound.
-        resized_height: height after resizing, rounded to a multiple of 28; comes with ``resized_width``.
-        resized_width: width after resizing, likewise.
-        fps: frames to sample a second; of a list of frames, the rate at which they were taken.
-        nframes: frames to sample.
-        min_frames: lower bound of the frames, with ``fps``.
-        max_frames: upper bound of the frames, with ``fps``.
-        total_pixels: bound of the pixels of all frames together, divided by two (frames are merged in pairs).
-        video_start: second at which sampling starts.
-        video_end: second at which sampling ends.
-    """
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    resized_height: int | None = None
-    resized_width: int | None = None
-    fps: float | None = None
-    nframes: int | None = None
-    min_frames: int | None = None
-    max_frames: int | None = None
-    total_pixels: int | None = None
-    video_start: float | None = None
-    video_end: float | None = None
 
 
 class MediaItem(msgspec.Struct, frozen=True):

@@ -12,9 +12,10 @@ import binascii
 from collections.abc import Mapping
 from typing import Any
 
-from prep.annotations.annotation import ItemSettings, MediaItem
+from prep.annotations.annotation import MediaItem
 from prep.annotations.fields import says_something
 from prep.annotations.reading import FieldReader, type_name
+from prep.media.item import ItemSettings
 from schemas.annotation import Turn
 
 ENCODED_NAMES = ("data:", "file:")

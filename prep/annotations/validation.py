@@ -310,11 +310,6 @@ def _text_problems(
 
 
 def _count_problems(kind: str, items: list[MediaItem], num_tags: int) -> Iterator[Problem]:
-    if any(item.settings is not None or item.frames for item in items):
-        yield Problem(
-            ReasonCode.UNSUPPORTED_FIELD,
-            f"{kind}s with settings of their own, or given as lists of frames, are not supported",
-        )
     if len(items) > MAX_MEDIA:
         yield Problem(
             ReasonCode.BAD_FIELD,

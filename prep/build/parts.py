@@ -30,7 +30,7 @@ from schemas.annotation import Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from storage.files import naming, temporary_path
 
-PART_VERSION = 5
+PART_VERSION = 6
 """Part of every key. Increase it when parts of an older version must not be reused."""
 
 PART_SCHEMA = pa.schema(

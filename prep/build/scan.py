@@ -36,7 +36,8 @@ from prep.media.access import MediaRequest
 from prep.media.caches import ProbeCache
 from prep.media.fetch import open_media
 from prep.samples.grounding import box_problems, follows_resize, in_resized_pixels
-from prep.samples.sample import Medium, measure, media_requests, probe_media, shrink
+from prep.samples.media import Medium, media_requests, probe_media
+from prep.samples.sample import measure, shrink
 from prep.samples.text import Template, build_templates
 from prep.samples.tokenizer import TextTokenizer, load_tokenizer
 from schemas.annotation import Problem, ReasonCode
@@ -121,7 +122,8 @@ def _unused_settings(kinds: Collection[int]) -> set[str]:
     if MEDIA_IMAGE not in kinds:
         unused |= {"min_pixels", "max_pixels"}
     if MEDIA_VIDEO not in kinds:
-        unused |= {name for name in MediaSettings.__struct_fields__ if name.startswith("video_")} | {"base_interval"}
+        unused |= {name for name in MediaSettings.__struct_fields__ if name.startswith(("video_", "fps"))}
+        unused.add("base_interval")
     return unused
 
 
@@ -283,17 +285,16 @@ def _requests(task: ScanTask, probed: ProbeCache, drawn: _Drawn) -> list[MediaRe
     annotation = drawn.checked.annotation
     if annotation is None:
         return []
-    media = media_requests(annotation, task.media_root, task.media, drawn.checked.embedded)
-    return [request for request in media if not probed.has(request)]
+    return media_requests(annotation, task.media_root, task.media, drawn.checked.embedded, probed)
 
 
 def _store_embedded(media: list[Medium], embedded: Mapping[str, bytes], file: BinaryIO) -> list[Medium]:
     """Append the media that came inside a record to ``file``; returns all media, with the spans of those."""
-    stored: list[Medium] = []
-    for medium in media:
-        if medium.name in embedded:
-            data = embedded[medium.name]
-            medium = msgspec.structs.replace(medium, span=(file.tell(), len(data)))
-            file.write(data)
-        stored.append(medium)
-    return stored
+
+    def store(name: str) -> tuple[int, int] | None:
+        if name not in embedded:
+            return None
+        start = file.tell()
+        return start, file.write(embedded[name])
+
+    return [medium.stored(store) for medium in media]

@@ -25,7 +25,8 @@ from prep.build.parts import ScannedPart, StoredSample, mark_stale, media_path, 
 from prep.media.access import LOCAL_MEDIA, MediaAccess, MediaRequest
 from prep.media.caches import FrameCache
 from prep.media.fetch import open_media
-from prep.samples.sample import EncodedSample, MediaLocation, encode, media_key
+from prep.samples.media import MediaLocation, media_key
+from prep.samples.sample import EncodedSample, encode
 from prep.shards.codecs import require_storable
 from prep.shards.drift import DriftSums
 from prep.shards.writer import ShardWriter
@@ -201,8 +202,8 @@ def _requests(task: WriteTask, frames: FrameCache, samples: list[_Planned]) -> I
     for _, part, stored, location in samples:
         settings = task.media[part.source]
         for medium in stored.measured.media:
-            if medium.span is None and not frames.has(media_key(medium, location, settings)):
-                yield location.request(medium, settings.max_source_bytes)
+            if not frames.has(media_key(medium, location, settings)):
+                yield from location.requests(medium, settings.max_source_bytes)
 
 
 def _media_keys(task: WriteTask) -> Iterator[bytes]:

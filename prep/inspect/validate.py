@@ -33,7 +33,7 @@ from prep.media.fetch import open_media
 from prep.media.nearby import all_missing_message
 from prep.media.paths import missing_name
 from prep.samples.grounding import box_problems
-from prep.samples.sample import check_media, media_requests, probe_media
+from prep.samples.media import check_media, media_requests, probe_media
 from schemas.annotation import Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings

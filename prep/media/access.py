@@ -13,10 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from prep.media.paths import real_folder, resolve_media
+from prep.media.paths import real_folder, resolve_frames, resolve_media
 from prep.media.source import MediaSource
 from prep.media.suggestions import Suggester
 from schemas.annotation import ReasonCode
+from schemas.bins import MEDIA_VIDEO
 from schemas.errors import MediaError
 from storage.urls import Location
 
@@ -87,8 +88,9 @@ class LocalMedia:
         """See :class:`MediaAccess`."""
         if not isinstance(request.root, Path):
             raise TypeError(f"{request.root} is not a folder")
+        resolve = resolve_frames if request.media_type == MEDIA_VIDEO else resolve_media
         try:
-            return resolve_media(request.root, request.name, max_bytes=request.max_bytes, resolve=self._resolve)
+            return resolve(request.root, request.name, max_bytes=request.max_bytes, resolve=self._resolve)
         except MediaError as error:
             if error.code is not ReasonCode.MEDIA_MISSING:
                 raise

@@ -7,7 +7,6 @@ calling thread alone, because the workers of a build already occupy the cores.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -30,13 +29,13 @@ class Video(Protocol):
 
     Attributes:
         num_frames: frames in the video stream.
-        duration_s: duration in seconds.
+        fps: average frames a second; 0 if the header does not say.
         height: height of an upright frame in pixels.
         width: width of an upright frame in pixels.
     """
 
     num_frames: int
-    duration_s: float
+    fps: float
     height: int
     width: int
 
@@ -63,10 +62,6 @@ def _check_index(source: MediaSource) -> None:
         raise ValueError(f"cannot seek exactly in {container.demuxer}")
 
 
-def _duration(num_frames: int, rate: float) -> float:
-    return num_frames / rate if rate > 0 else math.nan
-
-
 class DecordVideo:
     """A video opened by decord. A frame that decord would substitute is an error."""
 
@@ -82,7 +77,7 @@ class DecordVideo:
             with _failures(source, DECORDError):
                 self._reader = decord.VideoReader(source.target(), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
                 self.num_frames = len(self._reader)
-                self.duration_s = _duration(self.num_frames, float(self._reader.get_avg_fps()))
+                self.fps = float(self._reader.get_avg_fps())
                 self.height, self.width = map(int, self._reader[0].shape[:2])
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -104,7 +99,7 @@ class TorchcodecVideo:
             self._decoder = VideoDecoder(source.target(), num_ffmpeg_threads=1, dimension_order="NHWC")
             metadata = self._decoder.metadata
             self.num_frames = int(metadata.num_frames or 0)
-            self.duration_s = _duration(self.num_frames, float(metadata.average_fps or 0))
+            self.fps = float(metadata.average_fps or 0)
             self.height, self.width = map(int, self._decoder[0].shape[:2])
 
     def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -126,7 +121,7 @@ class PyavVideo:
             self._error = av.FFmpegError
             with self._opened() as (container, stream):
                 self.num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-                self.duration_s = _duration(self.num_frames, float(stream.average_rate or 0))
+                self.fps = float(stream.average_rate or 0)
             with self._opened() as (container, stream):
                 first = next(container.decode(stream), None)
                 upright = None if first is None else _upright(_rgb(first), first.rotation)

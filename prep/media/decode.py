@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.media.frame_lists import decode_frames, probe_frames
 from prep.media.images import Allocate, decode_image, new_frames, probe_image
+from prep.media.item import NO_ITEM_SETTINGS, ItemSettings
 from prep.media.source import HeadTooShortError, MediaSource
 from prep.media.videos import VideoPlan, decode_video, probe_video
 from schemas.bins import MEDIA_IMAGE
@@ -39,40 +41,53 @@ class MediaInfo:
     backend: str | None = None
 
 
-def probe(source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
+def probe(
+    source: MediaSource, media_type: int, settings: MediaSettings, item: ItemSettings = NO_ITEM_SETTINGS
+) -> MediaInfo:
     """Read the header of a medium.
+
+    Args:
+        source: the encoded bytes, or their beginning.
+        media_type: 0 image, 1 video.
+        settings: sizes, frame rate and limits of the build.
+        item: settings of the medium itself.
 
     Raises:
         HeadTooShortError: only the beginning of the medium is available, and the header is longer.
         MediaError: the medium cannot be used.
     """
     try:
-        info = _probe(source, media_type, settings)
+        info = _probe(source, media_type, settings, item)
     except MediaError as error:
         # A library may report the missing rest as damage.
-        if source.beginning is not None and source.beginning.was_left:
+        if source.is_too_short:
             raise HeadTooShortError(source.name) from error
         raise
-    if source.beginning is not None and source.beginning.was_left:
+    if source.is_too_short:
         raise HeadTooShortError(source.name)
     return info
 
 
-def _probe(source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
+def _probe(source: MediaSource, media_type: int, settings: MediaSettings, item: ItemSettings) -> MediaInfo:
     if media_type == MEDIA_IMAGE:
-        return MediaInfo(*probe_image(source, settings))
-    return _video_info(probe_video(source, settings))
+        return MediaInfo(*probe_image(source, settings, item))
+    return _video_info((probe_frames if source.frames else probe_video)(source, settings, item))
 
 
 def decode(
-    source: MediaSource, media_type: int, settings: MediaSettings, allocate: Allocate = new_frames
+    source: MediaSource,
+    media_type: int,
+    settings: MediaSettings,
+    item: ItemSettings = NO_ITEM_SETTINGS,
+    allocate: Allocate = new_frames,
 ) -> tuple[MediaInfo, NDArray[np.uint8]]:
     """Decode and resize a medium.
 
     Args:
         source: the encoded bytes.
         media_type: 0 image, 1 video.
-        settings: sizes, frame rate and limits.
+        settings: sizes, frame rate and limits of the build.
+        item: settings of the medium itself.
         allocate: makes the array that the frames are written to.
 
     Returns:
@@ -82,9 +97,9 @@ def decode(
         MediaError: the medium cannot be decoded.
     """
     if media_type == MEDIA_IMAGE:
-        planes, grid, height, width = decode_image(source, settings, allocate)
+        planes, grid, height, width = decode_image(source, settings, item, allocate)
         return MediaInfo(grid, height, width), planes[None]
-    frames, plan = decode_video(source, settings, allocate)
+    frames, plan = (decode_frames if source.frames else decode_video)(source, settings, item, allocate)
     return _video_info(plan), frames
 
 

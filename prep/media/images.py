@@ -19,16 +19,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 
+from prep.media.item import NO_ITEM_SETTINGS, ItemSettings, image_bounds
 from prep.media.resize import smart_resize
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
-from schemas.qwen import PATCH_SIZE, Grid
+from schemas.qwen import FACTOR, PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "QOI")
 """Formats that Pillow may open, by Pillow's names. Its other readers serve formats that datasets do not use. The EPS
 reader runs Ghostscript."""
+
+RESIZED_BOUNDS = (4 * FACTOR**2, 16384 * FACTOR**2)
+"""Bounds of ``resized_height`` times ``resized_width``: those of an image in ``qwen_vl_utils``."""
 
 _SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)
 _MAX_16_BITS = 65535
@@ -50,7 +54,9 @@ def new_frames(shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
     return np.empty(shape, dtype=np.uint8)
 
 
-def probe_image(source: MediaSource, settings: MediaSettings) -> tuple[Grid, int, int]:
+def probe_image(
+    source: MediaSource, settings: MediaSettings, item: ItemSettings = NO_ITEM_SETTINGS
+) -> tuple[Grid, int, int]:
     """Read the size of an image from its header.
 
     Returns:
@@ -59,15 +65,27 @@ def probe_image(source: MediaSource, settings: MediaSettings) -> tuple[Grid, int
     Raises:
         MediaError: not an image, too many pixels, or an extreme aspect ratio.
     """
+    height, width = image_size(source, settings)
+    return _grid(height, width, settings, item), height, width
+
+
+def image_size(source: MediaSource, settings: MediaSettings) -> tuple[int, int]:
+    """Height and width of an upright image, from its header.
+
+    Raises:
+        MediaError: not an image, or too many pixels.
+    """
     with _opened(source, settings) as image:
         width, height = image.size
-        if _orientation(image, source) in _SIDEWAYS_ORIENTATIONS:
-            width, height = height, width
-        return _grid(height, width, settings), height, width
+        is_sideways = _orientation(image, source) in _SIDEWAYS_ORIENTATIONS
+        return (width, height) if is_sideways else (height, width)
 
 
 def decode_image(
-    source: MediaSource, settings: MediaSettings, allocate: Allocate = new_frames
+    source: MediaSource,
+    settings: MediaSettings,
+    item: ItemSettings = NO_ITEM_SETTINGS,
+    allocate: Allocate = new_frames,
 ) -> tuple[NDArray[np.uint8], Grid, int, int]:
     """Decode, orient and resize an image.
 
@@ -77,15 +95,25 @@ def decode_image(
     Raises:
         MediaError: as :func:`probe_image`, or the pixels are truncated or damaged.
     """
+    with opened_rgb(source, settings) as rgb:
+        grid = _grid(rgb.height, rgb.width, settings, item)
+        planes = allocate(frames_shape(1, grid))[0]
+        resize_into(planes, rgb)
+        return planes, grid, rgb.height, rgb.width
+
+
+@contextmanager
+def opened_rgb(source: MediaSource, settings: MediaSettings) -> Iterator[Image.Image]:
+    """An image, decoded, upright, in RGB, at its own size, for the duration of a ``with`` block.
+
+    Raises:
+        MediaError: not an image, too many pixels, or truncated or damaged ones.
+    """
     with _opened(source, settings) as image:
         image.load()
         # In place, because otherwise Pillow copies an image that is upright already.
         ImageOps.exif_transpose(image, in_place=True)
-        rgb = to_rgb(image)
-        grid = _grid(rgb.height, rgb.width, settings)
-        planes = allocate(frames_shape(1, grid))[0]
-        resize_into(planes, rgb)
-        return planes, grid, rgb.height, rgb.width
+        yield to_rgb(image)
 
 
 def frames_shape(num_frames: int, grid: Grid) -> tuple[int, int, int, int]:
@@ -129,14 +157,28 @@ def _scale_16_bit_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(levels / (_MAX_16_BITS / 255)).astype(np.uint8))
 
 
-def image_grid(height: int, width: int, *, min_pixels: int, max_pixels: int) -> Grid:
-    """Patch grid of an image of ``height`` by ``width`` pixels after resizing."""
-    rows, columns = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+def image_grid(
+    height: int, width: int, *, min_pixels: int, max_pixels: float, item: ItemSettings = NO_ITEM_SETTINGS
+) -> Grid:
+    """Patch grid of an image or frame of ``height`` by ``width`` pixels after resizing.
+
+    Args:
+        height: of the upright image, in pixels.
+        width: likewise.
+        min_pixels: bound, which an item that sets its size exactly does without.
+        max_pixels: likewise.
+        item: settings of its own.
+    """
+    if item.resized is not None:
+        height, width = item.resized
+        min_pixels, max_pixels = RESIZED_BOUNDS
+    rows, columns = smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels, keeps_thin=item.sets_size)
     return Grid(1, rows // PATCH_SIZE, columns // PATCH_SIZE)
 
 
-def _grid(height: int, width: int, settings: MediaSettings) -> Grid:
-    return image_grid(height, width, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels)
+def _grid(height: int, width: int, settings: MediaSettings, item: ItemSettings) -> Grid:
+    min_pixels, max_pixels = image_bounds(settings, item)
+    return image_grid(height, width, min_pixels=min_pixels, max_pixels=max_pixels, item=item)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from prep.media.source import MediaSource
@@ -28,6 +28,16 @@ IS_MISSING = "does not exist below the media root"
 """What a message says after the name of a missing medium."""
 
 _MISSING = re.compile(rf"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*") {IS_MISSING}""")
+
+# fmt: off
+_IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".qoi",
+)
+# fmt: on
+"""Suffixes of the images in a folder that are the frames of a video. Other files in it are ignored."""
+
+MAX_FRAMES = 1 << 14
+"""Frames that a video given as images may have."""
 
 
 def real_folder(folder: str) -> str:
@@ -48,6 +58,74 @@ def resolve_media(root: Path, name: str, *, max_bytes: int, resolve: Callable[[s
         MediaError: ``media_outside_root``, ``media_missing``, ``media_unreadable`` (no permission), ``media_empty``
             (0 bytes), ``unsupported_media`` (not a regular file) or ``media_too_large``.
     """
+    return _regular_file(name, *_resolved(root, name, resolve), max_bytes)
+
+
+def _regular_file(name: str, real: str, status: os.stat_result, max_bytes: int) -> MediaSource:
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{name!r} is not a regular file")
+    check_size(name, status.st_size, max_bytes)
+    return MediaSource(name, Path(real))
+
+
+def resolve_frames(
+    root: Path, name: str, *, max_bytes: int, resolve: Callable[[str], str] = real_folder
+) -> MediaSource:
+    """As :func:`resolve_media`, for a video, which can also be a folder: its images, in natural order, are the frames.
+
+    Raises:
+        MediaError: as :func:`resolve_media` of the file or of a frame; ``media_empty`` for a folder without images,
+            ``media_too_large`` for one with more than :data:`MAX_FRAMES`.
+    """
+    real, status = _resolved(root, name, resolve)
+    if not stat.S_ISDIR(status.st_mode):
+        return _regular_file(name, real, status, max_bytes)
+    try:
+        entries = sorted(filter(_is_frame, os.listdir(real)), key=_natural_order)
+    except OSError as error:
+        raise _os_problem(name, error) from error
+    if not entries:
+        raise MediaError(
+            ReasonCode.MEDIA_EMPTY,
+            f"{name!r} is a folder without images; a video is a file, or a folder of the images that are its frames",
+        )
+    names = [f"{name.rstrip('/')}/{entry}" for entry in entries]
+    return frame_list(
+        name, (resolve_media(root, frame, max_bytes=max_bytes, resolve=resolve) for frame in check_frames(name, names))
+    )
+
+
+def frame_list(name: str, frames: Iterable[MediaSource]) -> MediaSource:
+    """The source of a video that is given as the images of its frames."""
+    return MediaSource(name, frames=tuple(frames))
+
+
+def check_frames(name: str, frames: Sequence[str]) -> Sequence[str]:
+    """The names of the frames of a video, if it has not too many.
+
+    Raises:
+        MediaError: ``media_too_large``.
+    """
+    if len(frames) > MAX_FRAMES:
+        raise MediaError(
+            ReasonCode.MEDIA_TOO_LARGE,
+            f"{name!r} has {len(frames):,} frames; at most {MAX_FRAMES:,} are allowed. Leave some out",
+        )
+    return frames
+
+
+def _is_frame(entry: str) -> bool:
+    return not entry.startswith(".") and entry.lower().endswith(_IMAGE_SUFFIXES)
+
+
+def _natural_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sorts ``frame2`` before ``frame10``: runs of digits compare as numbers."""
+    pieces = re.split(r"([0-9]+)", name)
+    return [(int(piece), "") if index % 2 else (0, piece) for index, piece in enumerate(pieces)], name
+
+
+def _resolved(root: Path, name: str, resolve: Callable[[str], str]) -> tuple[str, os.stat_result]:
+    """The real path of what a name stands for, inside the root, and its status."""
     _check_name(name)
     if "\0" in name or is_url(name):
         raise MediaError(
@@ -64,13 +142,9 @@ def resolve_media(root: Path, name: str, *, max_bytes: int, resolve: Callable[[s
             raise MediaError(
                 ReasonCode.MEDIA_OUTSIDE_ROOT, f"{name!r} leads outside the media root; move the file below the root"
             )
-        status = os.stat(real)
+        return real, os.stat(real)
     except OSError as error:
         raise _os_problem(name, error) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{name!r} is not a regular file")
-    check_size(name, status.st_size, max_bytes)
-    return MediaSource(name, Path(real))
 
 
 def media_url(root: Url, name: str) -> Url:

@@ -1,8 +1,8 @@
 """Decodes in a child process with a time limit: a decoder that hangs or crashes costs one medium, not the build.
 
-Input: a source, its media type and the media settings. Output: as :mod:`prep.media.decode`. One child serves one
-worker. Requests go through a pipe. The child writes frames into shared memory that both processes keep mapped, so the
-detour costs one copy (a fraction of a millisecond per image) and about 0.1 ms of messages.
+Input: a source, its media type, the media settings and those of the item. Output: as :mod:`prep.media.decode`. One
+child serves one worker. Requests go through a pipe. The child writes frames into shared memory that both processes keep
+mapped, so the detour costs one copy (a fraction of a millisecond per image) and about 0.1 ms of messages.
 
 A child that exceeds the time limit is killed, a child that crashes is replaced, and the medium at hand is rejected. If
 the child was killed from outside, the request is retried first: when memory runs out, the kernel is told to kill the
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from prep.engines.processes import die_with_parent, without
 from prep.media.decode import MediaInfo, decode, probe
+from prep.media.item import NO_ITEM_SETTINGS, ItemSettings
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
@@ -76,17 +77,19 @@ class Sandbox:
         self._shared: mmap.mmap | None = None
         self._request_id = 0
 
-    def probe(self, source: MediaSource, media_type: int, settings: MediaSettings) -> MediaInfo:
+    def probe(
+        self, source: MediaSource, media_type: int, settings: MediaSettings, item: ItemSettings = NO_ITEM_SETTINGS
+    ) -> MediaInfo:
         """As :func:`prep.media.decode.probe`; also raises ``decode_timeout`` and blames a crash on the medium."""
         info: MediaInfo
-        info, _ = self._request("probe", source, media_type, settings)
+        info, _ = self._request("probe", source, media_type, settings, item)
         return info
 
     def decode(
-        self, source: MediaSource, media_type: int, settings: MediaSettings
+        self, source: MediaSource, media_type: int, settings: MediaSettings, item: ItemSettings = NO_ITEM_SETTINGS
     ) -> tuple[MediaInfo, NDArray[np.uint8]]:
         """As :func:`prep.media.decode.decode`; also raises ``decode_timeout`` and blames a crash on the medium."""
-        info, shape = self._request("decode", source, media_type, settings)
+        info, shape = self._request("decode", source, media_type, settings, item)
         size = int(np.prod(shape))
         if self._shared is None or len(self._shared) != os.fstat(self._memory).st_size:
             self._unmap()
@@ -110,11 +113,13 @@ class Sandbox:
             self._shared.close()
             self._shared = None
 
-    def _request(self, kind: str, source: MediaSource, media_type: int, settings: MediaSettings) -> tuple[Any, Any]:
+    def _request(
+        self, kind: str, source: MediaSource, media_type: int, settings: MediaSettings, item: ItemSettings
+    ) -> tuple[Any, Any]:
         """Send a request, again if the child is killed. Returns the media info, and the shape of decoded frames."""
         for _ in range(_MAX_ATTEMPTS):
             with contextlib.suppress(_KilledError):
-                return self._request_once(kind, source, media_type, settings)
+                return self._request_once(kind, source, media_type, settings, item)
         raise MediaError(
             ReasonCode.MEDIA_TOO_LARGE,
             f"the decoder of {source.name!r} was killed {_MAX_ATTEMPTS} times (SIGKILL), probably because memory ran "
@@ -122,7 +127,7 @@ class Sandbox:
         )
 
     def _request_once(
-        self, kind: str, source: MediaSource, media_type: int, settings: MediaSettings
+        self, kind: str, source: MediaSource, media_type: int, settings: MediaSettings, item: ItemSettings
     ) -> tuple[Any, Any]:
         if self._child is not None and self._child.poll() is not None:
             # It died between two requests (out of memory, say), so this medium is not to blame.
@@ -132,7 +137,7 @@ class Sandbox:
         assert child.stdout is not None
         try:
             self._request_id += 1
-            _send(child.stdin, (self._request_id, kind, source, media_type, settings))
+            _send(child.stdin, (self._request_id, kind, source, media_type, settings, item))
             request_id, answer = _receive(child.stdout, time.monotonic() + settings.decode_timeout)
         except TimeoutError:
             self.close()
@@ -238,14 +243,19 @@ def _serve(memory: int) -> None:
 
 
 def _answer(
-    shared: _SharedFrames, kind: str, source: MediaSource, media_type: int, settings: MediaSettings
+    shared: _SharedFrames,
+    kind: str,
+    source: MediaSource,
+    media_type: int,
+    settings: MediaSettings,
+    item: ItemSettings = NO_ITEM_SETTINGS,
 ) -> tuple[MediaInfo, tuple[int, ...] | None] | MediaError | OSError:
     """Probe or decode: returns the info and the shape of the frames in shared memory, or the error."""
     too_large = MediaError(ReasonCode.MEDIA_TOO_LARGE, f"{source.name!r} needs more memory than is available")
     try:
         if kind == "probe":
-            return probe(source, media_type, settings), None
-        info, frames = decode(source, media_type, settings, shared.allocate)
+            return probe(source, media_type, settings, item), None
+        info, frames = decode(source, media_type, settings, item, shared.allocate)
     except MediaError as error:
         return error
     except MemoryError:

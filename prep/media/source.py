@@ -1,4 +1,7 @@
-"""The encoded bytes of a medium: a file, a span of a file, bytes in memory, or only the first bytes in memory."""
+"""The encoded bytes of a medium: a file, a span of a file, bytes in memory, or only the first bytes in memory.
+
+A video can also be several of these: the images that are its frames.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Beginning:
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """A medium before decoding. Exactly one of ``path``, ``data`` and ``beginning`` is set.
+    """A medium before decoding. Exactly one of ``path``, ``data``, ``beginning`` and ``frames`` is set.
 
     Attributes:
         name: name in the annotation, used in messages.
@@ -53,6 +56,7 @@ class MediaSource:
         span: offset and size of the medium in the file, in bytes. None for the complete file.
         data: the complete medium in memory.
         beginning: only the first bytes, which are enough to probe most images and nothing else.
+        frames: the images that are the frames of a video.
     """
 
     name: str
@@ -60,6 +64,13 @@ class MediaSource:
     span: tuple[int, int] | None = None
     data: bytes | None = None
     beginning: Beginning | None = None
+    frames: tuple[MediaSource, ...] = ()
+
+    @property
+    def is_too_short(self) -> bool:
+        """Whether a reader tried to read past the first bytes, of it or of a frame."""
+        was_left = self.beginning is not None and self.beginning.was_left
+        return was_left or any(frame.is_too_short for frame in self.frames)
 
     def open(self) -> BinaryIO:
         """Open the medium for reading, positioned at its start.

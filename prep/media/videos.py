@@ -8,6 +8,7 @@ decord is tried first. When a backend fails, the next one is tried. The ledger r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +19,8 @@ from PIL import Image
 
 from prep.media.backends import BACKENDS, Video
 from prep.media.images import Allocate, frames_shape, image_grid, new_frames, resize_into
+from prep.media.item import NO_ITEM_SETTINGS, ItemSettings, frame_bounds
+from prep.media.sampling import sampled_frames
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
@@ -51,28 +54,20 @@ class VideoPlan:
     backend: str
 
 
-def frame_indices(total: int, duration_s: float, settings: MediaSettings) -> tuple[int, ...]:
-    """Choose the frames to sample: one per ``base_interval`` seconds, within bounds, spread evenly over the video.
-
-    ``unique(linspace(0, total - 1, n, dtype=int))`` with ``n = clamp(round(duration / base_interval), min, max)``, as
-    in the upstream fine-tuning code. A video with fewer than ``n`` frames yields each frame once.
-    """
-    count = min(max(round(duration_s / settings.base_interval), settings.video_min_frames), settings.video_max_frames)
-    return tuple(int(index) for index in np.unique(np.linspace(0, total - 1, count, dtype=int)))
-
-
-def plan_video(video: Video, backend: str, settings: MediaSettings) -> VideoPlan:
+def plan_video(video: Video, backend: str, settings: MediaSettings, item: ItemSettings = NO_ITEM_SETTINGS) -> VideoPlan:
     """Choose the frames, the size and the rate of an open video.
 
     Raises:
-        MediaError: no frames, no duration, too many pixels, or an extreme aspect ratio.
+        MediaError: no frames, no duration, too many pixels, an extreme aspect ratio, or settings of the item that do
+            not suit the video.
     """
     if video.num_frames < 1:
         raise MediaError(ReasonCode.MEDIA_EMPTY, "the video has no frames")
-    if not 0 < video.duration_s <= MAX_DURATION_S:
+    duration_s = video.num_frames / video.fps if video.fps > 0 else math.nan
+    if not 0 < duration_s <= MAX_DURATION_S:
         raise MediaError(
             ReasonCode.MEDIA_UNREADABLE,
-            f"the video lasts {video.duration_s} s; it must last more than 0 s and at most {MAX_DURATION_S:,} s",
+            f"the video lasts {duration_s} s; it must last more than 0 s and at most {MAX_DURATION_S:,} s",
         )
     if video.height * video.width > settings.max_source_pixels:
         raise MediaError(
@@ -80,34 +75,39 @@ def plan_video(video: Video, backend: str, settings: MediaSettings) -> VideoPlan
             f"its frames have {video.width}x{video.height} pixels; at most {settings.max_source_pixels:,} pixels are "
             "decoded (max_source_pixels)",
         )
-    indices = frame_indices(video.num_frames, video.duration_s, settings)
-    frame = image_grid(
-        video.height,
-        video.width,
-        min_pixels=settings.video_min_frame_pixels,
-        max_pixels=settings.video_max_frame_pixels,
-    )
+    frames, indices = sampled_frames(video.num_frames, video.fps, settings, item)
     return VideoPlan(
-        grid=Grid(-(-len(indices) // TEMPORAL_PATCH_SIZE), frame.h, frame.w),
-        indices=indices,
+        grid=video_grid(len(indices), video.height, video.width, settings, item),
+        indices=tuple(indices),
         height=video.height,
         width=video.width,
-        second_per_grid_t=TEMPORAL_PATCH_SIZE * video.duration_s / len(indices),
+        second_per_grid_t=TEMPORAL_PATCH_SIZE * (len(frames) / video.fps) / len(indices),
         backend=backend,
     )
 
 
-def probe_video(source: MediaSource, settings: MediaSettings) -> VideoPlan:
+def video_grid(num_frames: int, height: int, width: int, settings: MediaSettings, item: ItemSettings) -> Grid:
+    """Patch grid of a video of which ``num_frames`` frames of ``height`` by ``width`` pixels are taken."""
+    steps = -(-num_frames // TEMPORAL_PATCH_SIZE)
+    min_pixels, max_pixels = frame_bounds(settings, item, steps * TEMPORAL_PATCH_SIZE)
+    frame = image_grid(height, width, min_pixels=min_pixels, max_pixels=max_pixels, item=item)
+    return Grid(steps, frame.h, frame.w)
+
+
+def probe_video(source: MediaSource, settings: MediaSettings, item: ItemSettings = NO_ITEM_SETTINGS) -> VideoPlan:
     """Plan a video with the first backend that can open it.
 
     Raises:
         MediaError: no backend can open it, or the video cannot be used.
     """
-    return _first_success(source, lambda video, backend: plan_video(video, backend, settings))
+    return _first_success(source, lambda video, backend: plan_video(video, backend, settings, item))
 
 
 def decode_video(
-    source: MediaSource, settings: MediaSettings, allocate: Allocate = new_frames
+    source: MediaSource,
+    settings: MediaSettings,
+    item: ItemSettings = NO_ITEM_SETTINGS,
+    allocate: Allocate = new_frames,
 ) -> tuple[NDArray[np.uint8], VideoPlan]:
     """Decode and resize the sampled frames of a video with the first backend that can.
 
@@ -119,7 +119,7 @@ def decode_video(
     """
 
     def decode(video: Video, backend: str) -> tuple[NDArray[np.uint8], VideoPlan]:
-        plan = plan_video(video, backend, settings)
+        plan = plan_video(video, backend, settings, item)
         decoded = video.frames(plan.indices)  # (n, H, W, 3)
         if len(decoded) != len(plan.indices):
             raise MediaError(

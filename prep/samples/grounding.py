@@ -14,7 +14,7 @@ import msgspec
 from prep.annotations.annotation import Annotation
 from prep.annotations.boxes import BoxError, ImageSize, check, rewrite
 from prep.annotations.problems import Problems
-from prep.samples.sample import Medium
+from prep.samples.media import Medium
 from schemas.annotation import Problem, ReasonCode, Turn
 from schemas.bins import MEDIA_IMAGE
 from schemas.qwen import PATCH_SIZE

@@ -17,7 +17,7 @@ import zstandard
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.samples.sample import Medium
+from prep.samples.media import Medium
 from prep.shards.drift import DRIFT_EVERY, DriftSums
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError

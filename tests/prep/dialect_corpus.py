@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.annotations.annotation import ItemSettings
+from prep.media.item import ItemSettings
 from tests.prep.test_images import random_image
 from tests.prep.test_videos import write_video
 

@@ -27,7 +27,8 @@ from prep.cli import main
 from prep.engines import LocalEngine, SerialEngine
 from prep.inspect.show import save_frames
 from prep.inspect.transcript import Transcriber
-from prep.samples.sample import EncodedSample, Medium
+from prep.samples.media import Medium
+from prep.samples.sample import EncodedSample
 from prep.shards.codecs import PixelEncoder, require_storable
 from prep.shards.drift import DRIFT_EVERY, DriftSums
 from prep.shards.writer import ShardWriter

@@ -262,8 +262,8 @@ class ClaimedClip:
 
     num_frames, height, width = 8, 48, 64
 
-    def __init__(self, duration_s: float) -> None:
-        self.duration_s = duration_s
+    def __init__(self, fps: float) -> None:
+        self.fps = fps
 
     def frames(self, indices: object) -> Any:
         raise AssertionError("a plan decodes nothing")
@@ -271,10 +271,12 @@ class ClaimedClip:
 
 def test_a_clip_that_claims_to_last_for_weeks_has_no_usable_duration() -> None:
     """Its temporal positions, two a second, would leave the range of int32 sooner or later."""
-    assert plan_video(ClaimedClip(MAX_DURATION_S), "x", SETTINGS).second_per_grid_t == 2 * MAX_DURATION_S / 8
-    for duration_s in (MAX_DURATION_S * 1.01, float("inf"), float("nan"), 0.0, -1.0):
+    slowest = 8 / MAX_DURATION_S
+    plan = plan_video(ClaimedClip(slowest * 1.001), "x", SETTINGS)
+    assert plan.second_per_grid_t == pytest.approx(2 * MAX_DURATION_S / 8, rel=2e-3)
+    for fps in (slowest / 1.01, float("inf"), float("nan"), 0.0, -1.0):
         with pytest.raises(MediaError) as caught:
-            plan_video(ClaimedClip(duration_s), "x", SETTINGS)
+            plan_video(ClaimedClip(fps), "x", SETTINGS)
         assert caught.value.code is ReasonCode.MEDIA_UNREADABLE
 
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prep.media.backends import BACKENDS, PyavVideo
+from prep.media.sampling import interval_frames
 from prep.media.source import MediaSource
-from prep.media.videos import decode_video, frame_indices, probe_video
+from prep.media.videos import decode_video, probe_video
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
@@ -87,7 +88,7 @@ def source(path: Path) -> MediaSource:
     ],
 )
 def test_frames_are_spread_evenly_with_one_per_interval(total: int, duration_s: float, expected: list[int]) -> None:
-    assert list(frame_indices(total, duration_s, SETTINGS)) == expected
+    assert list(interval_frames(total, duration_s, SETTINGS)) == expected
 
 
 def test_an_odd_frame_count_repeats_the_last_frame_and_keeps_the_true_rate(tmp_path: Path) -> None:
@@ -117,8 +118,8 @@ def test_frames_are_resized_like_images_with_the_video_bounds(tmp_path: Path) ->
 def test_backends_agree_on_count_duration_size_and_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "x.mp4", 30, 10)
     videos = [open_video(source(path)) for name, open_video in BACKENDS.items() if name in INSTALLED]
-    headers = {(video.num_frames, video.duration_s, video.height, video.width) for video in videos}
-    assert headers == {(30, 3.0, 48, 64)}
+    headers = {(video.num_frames, video.fps, video.height, video.width) for video in videos}
+    assert headers == {(30, 10.0, 48, 64)}
     first, *others = (video.frames([0, 7, 29]) for video in videos)
     assert all((frames == first).all() for frames in others)
 

@@ -89,6 +89,7 @@ def test_the_settings_in_a_manifest_keep_their_bytes() -> None:
     assert msgspec.json.encode(BuildSettings(pixels="jpeg")) == (
         b'{"media":{"min_pixels":12544,"max_pixels":451584,"video_min_frame_pixels":200704,'
         b'"video_max_frame_pixels":1304576,"video_min_frames":4,"video_max_frames":8,"base_interval":4.0,'
+        b'"video_sampling":"interval","fps":2.0,"fps_min_frames":4,"fps_max_frames":768,"video_total_pixels":null,'
         b'"max_source_pixels":178956970,"max_source_bytes":4294967296,"decode_timeout":60.0},"max_length":4096,'
         b'"max_patches":null,"packer":"bfd","pixels":"jpeg","jpeg_quality":95,"reserved":"reject",'
         b'"overlong":"reject","seed":0,"shard_bytes":536870912}'
