@@ -15,11 +15,9 @@ def blocks(guide: str, section: str, language: str) -> list[str]:
 
 
 def table_rows(guide: str, section: str) -> list[list[str]]:
-    """Cells of every row of the tables in one section of a guide, without their heads."""
+    """Cells of every row of the table in one section of a guide, without its header."""
     lines = [line for line in _section(guide, section).splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
-    rules = {index for index, row in enumerate(cells) if set(row[0]) <= set("-:")}
-    return [row for index, row in enumerate(cells) if index not in rules and index + 1 not in rules]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines[2:]]
 
 
 def _section(guide: str, section: str) -> str:

@@ -83,3 +83,9 @@ def read_encodings(peer: str) -> dict[str, Encoding]:
             np.split(file["grid_thw"], media),
         )
         return {str(name): Encoding(*row) for name, *row in zip(file["names"], *columns)}
+
+
+def read_versions(peer: str) -> dict[str, str]:
+    """The packages that made a peer's encodings, and their versions."""
+    with np.load(DATA / f"peers_{peer}.npz", allow_pickle=False) as file:
+        return dict(str(package).split(" ") for package in file["versions"])

@@ -20,9 +20,19 @@ from tokenizers import Tokenizer
 from prep.annotations.registry import find_sources
 from prep.build.pipeline import BuildRequest, build
 from prep.engines import SerialEngine
-from schemas.settings import BuildSettings
-from tests.guides import table_rows
-from tests.peers.files import Encoding, read_corpus, read_encodings, write_images
+from schemas.settings import BuildSettings, MediaSettings
+from tests.guides import DOCS, table_rows
+from tests.peers.files import (
+    MAX_PIXELS,
+    MAX_VIDEO_PIXELS,
+    MIN_PIXELS,
+    MIN_VIDEO_PIXELS,
+    Encoding,
+    read_corpus,
+    read_encodings,
+    read_versions,
+    write_images,
+)
 from tests.prep.packed import packed_samples
 
 
@@ -108,7 +118,14 @@ def ours(peer: str, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     write_images(corpus, folder)
     records = [{**record, "id": name} for name, record in corpus.items()]
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    settings = BuildSettings()
+    settings = BuildSettings(
+        media=MediaSettings(
+            min_pixels=MIN_PIXELS,
+            max_pixels=MAX_PIXELS,
+            video_min_frame_pixels=MIN_VIDEO_PIXELS,
+            video_max_frame_pixels=MAX_VIDEO_PIXELS,
+        )
+    )
     sources = find_sources(str(folder / "a.jsonl"), registry=None, media_root=None, media=settings.media)
     request = BuildRequest(
         sources=tuple(sources),
@@ -174,6 +191,12 @@ def test_every_record_is_accounted_for(peer: str, ours: dict[str, Any], theirs: 
 def test_every_difference_has_its_row_in_the_documentation() -> None:
     rows = {row[0] for row in table_rows("annotations.md", "Differences from other tools")}
     assert rows == {difference.row for listed in DIFFERENCES.values() for difference in listed.values()}
+
+
+def test_the_documentation_names_the_versions_that_encoded() -> None:
+    page = (DOCS / "annotations.md").read_text(encoding="utf-8")
+    assert f"ms-swift {read_versions('ms_swift')['ms-swift']} " in page
+    assert f"LLaMA-Factory {read_versions('llama_factory')['llamafactory']}," in page
 
 
 def transcript(encoding: Encoding, tokenizer: Tokenizer) -> str:
