@@ -224,6 +224,7 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
     show_default=True,
     help="Fail if a larger share of the annotations is rejected.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a finished set of other annotation files in --out.")
 @click.option("--retry-media", is_flag=True, help="Retry media that an earlier run could not use.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print the times of the stages and of the work on a sample.")
 @_engine_options
@@ -237,6 +238,7 @@ def build_command(
     media_root: Location | None,
     model: str,
     max_rejected: Fraction,
+    overwrite: bool,
     retry_media: bool,
     verbose: bool,
     workers: int | None,
@@ -264,6 +266,7 @@ def build_command(
         model=model,
         max_rejected=max_rejected,
         retry_media=retry_media,
+        overwrite=overwrite,
         work_dir=work_dir,
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:

@@ -211,6 +211,11 @@ def _no_manifest(folder: Location) -> str:
         if inside:
             shown = ", ".join(inside[:3]) + (", …" if len(inside) > 3 else "")
             return f"{folder} holds no {MANIFEST_FILE} itself, but folders that do ({shown}). Give one of them."
+        if _is_unfinished(folder):
+            return (
+                f"{folder} holds no {MANIFEST_FILE}: a build into it failed, was interrupted, or still runs. Run the "
+                "same `vlprep build` again to finish it, or remove the folder."
+            )
     return (
         f"{folder} holds no {MANIFEST_FILE}: it is not a complete set of shards. Run the same `vlprep build` again "
         "to complete it, or give the folder or URL that holds the manifest."

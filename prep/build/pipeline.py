@@ -29,6 +29,7 @@ from prep.build.ledger import Ledger
 from prep.build.metrics import BuildMetrics, Timings, merge_timings
 from prep.build.missing import all_missing
 from prep.build.output import Output
+from prep.build.ownership import require_own_set
 from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan, make_plan
 from prep.build.rejects import check_scan, check_share
@@ -70,6 +71,7 @@ class BuildRequest:
         max_rejected: the build fails if a larger share of the drawn annotations is rejected.
         retry_media: scan chunks again in which an earlier run rejected records for their media.
         work_dir: work folder; None for the default one of ``out``.
+        overwrite: replace a finished set of other annotation files in ``out``.
     """
 
     sources: tuple[Source, ...]
@@ -79,6 +81,7 @@ class BuildRequest:
     max_rejected: Fraction
     retry_media: bool = False
     work_dir: Path | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +152,8 @@ def build(request: BuildRequest, engine: Engine) -> Manifest:
                 request.out,
             )
             return finished
+        if not request.overwrite:
+            require_own_set(work, _files_of(request.sources), identity.inputs)
         return _build_shards(request, engine, work, files, identity)
 
 
@@ -193,7 +198,7 @@ def _build_shards(
     clock.lap("seal")
     write_synced(work.output.folder / METRICS_FILE, clock.metrics(manifest, engine.num_workers))
     work.output.put(METRICS_FILE)
-    work.finish(key, manifest)
+    work.finish(key, manifest, _files_of(request.sources))
     return manifest
 
 
@@ -210,6 +215,11 @@ def _write_ledger(
     ledger = Ledger(names, plan, num_samples, request.settings.max_length, written)
     with naming(output.folder / SAMPLES_FILE):
         return ledger.write(output.folder / SAMPLES_FILE, parts)
+
+
+def _files_of(sources: Sequence[Source]) -> list[Location]:
+    """The annotation files of all datasets."""
+    return [file for source in sources for file in source.files]
 
 
 def _read_by_tasks(request: BuildRequest, files: ModelFiles) -> list[Path]:

@@ -12,6 +12,7 @@ It is ``<out>/.build``. For an output that is a URL, it is ``--work-dir``, or a 
       scan/           parts of the scan, by what they depend on
       write-<key>/    results of the shards of one plan; removed when the build is complete
       finished        key and manifest hash of the complete build
+      inputs          hashes of the paths of its annotation files
 
 A file gets its name when it is complete, so a file that exists can be trusted. The next run removes the temporary files
 of a killed one.
@@ -25,7 +26,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,8 +38,9 @@ from prep.annotations.records import FileIndex, index_file
 from prep.build.output import FolderOutput, Output, open_output
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, decode_manifest, encode_manifest
+from storage.errors import StorageError
 from storage.files import write_synced
-from storage.urls import Location
+from storage.urls import Location, location_key
 
 _SHARD = re.compile(r"bins-\d{5,}\.tar")
 _TEMPORARY = re.compile(r"\.(bins-\d{5,}\.tar|manifest\.json|build_metrics\.json|mark)(\.[0-9a-f]{16})?\.tmp")
@@ -66,15 +68,19 @@ class WorkFolder:
         self.spool = self._root / "spool"
         self._index = self._root / "index"
         self._finished = self._root / "finished"
+        self._inputs = self._root / "inputs"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and lock it against other builds; a context manager.
 
+        If the build fails before it has written a shard, and would fail again, the folders that it created are removed.
+
         Raises:
             ConfigError: it cannot be written, or the destination of the shards does not exist.
             VlprepError: another build has locked it.
         """
+        created = [folder for folder in (self._root, self.output.folder) if not folder.exists()]
         try:
             for folder in (self.scan, self.spool, self._index, self.output.folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -96,8 +102,13 @@ class WorkFolder:
             self.output.check()
             try:
                 yield
+            except VlprepError as error:
+                if not isinstance(error, StorageError) and not any(map(_SHARD.fullmatch, self.output.names())):
+                    self._remove_created(created)
+                raise
             finally:
-                self._remove_temporary_files()
+                if self._root.exists():
+                    self._remove_temporary_files()
         finally:
             os.close(lock)
 
@@ -126,8 +137,21 @@ class WorkFolder:
         is_complete = all(name in placed and placed[name].num_bytes == num_bytes for name, num_bytes in files.items())
         return manifest if is_complete else None
 
-    def finish(self, key: str, manifest: Manifest) -> None:
-        """Record that the build is complete, and :meth:`tidy`."""
+    def has_inputs(self, files: Iterable[Location]) -> bool | None:
+        """Whether the complete build read one of these annotation files; None if that is not known."""
+        if not self._inputs.exists():
+            return None
+        return not set(self._inputs.read_text().splitlines()).isdisjoint(map(_path_hash, files))
+
+    def finish(self, key: str, manifest: Manifest, files: Iterable[Location]) -> None:
+        """Record that the build is complete, and :meth:`tidy`.
+
+        Args:
+            key: of the build.
+            manifest: as it was sealed.
+            files: annotation files.
+        """
+        write_synced(self._inputs, "".join(f"{_path_hash(file)}\n" for file in files).encode())
         write_synced(self._finished, _finish_line(key, encode_manifest(manifest)))
         self.tidy()
 
@@ -168,6 +192,14 @@ class WorkFolder:
     def _index_path(self, path: Location) -> Path:
         return self._index / xxhash.xxh3_128_hexdigest(_identity(path).encode())
 
+    def _remove_created(self, created: Sequence[Path]) -> None:
+        """Remove the folders in ``created``, but keep the output if it holds other files."""
+        if self._root in created:
+            shutil.rmtree(self._root)
+            if self.output.folder in created and self._is_folder:
+                with contextlib.suppress(OSError):
+                    self.output.folder.rmdir()
+
     def _remove_temporary_files(self) -> None:
         if self._is_folder:
             leftovers = [path for path in self.output.folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
@@ -202,6 +234,10 @@ def _identity(path: Location) -> str:
     except OSError as error:
         raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}.") from error
     return f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}"
+
+
+def _path_hash(file: Location) -> str:
+    return xxhash.xxh3_128_hexdigest(os.fsencode(location_key(file)))
 
 
 def _finish_line(key: str, manifest: bytes) -> bytes:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +60,41 @@ def _fetch(model: str) -> ModelFiles:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    from storage.hub import unreachable_reason
+
     processor_name, image_processor_name = PROCESSOR_FILES
+    unreachable = unreachable_reason()
+    download = partial(_cached if unreachable else hf_hub_download, model)
     try:
-        tokenizer = Path(hf_hub_download(model, TOKENIZER_FILE))
+        tokenizer = Path(download(TOKENIZER_FILE))
         # The published checkpoints have only the second file.
         with suppress(EntryNotFoundError):
-            hf_hub_download(model, processor_name)
+            download(processor_name)
         if processor_file(tokenizer.parent).name == image_processor_name:
-            hf_hub_download(model, image_processor_name)
+            download(image_processor_name)
     # The hub client raises OSError for connections that fail.
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = unreachable or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"the tokenizer of {model} cannot be fetched from the hub ({reason}). Give --model the folder of a "
             "checkpoint; `python -m train.tiny_model checkpoints/tiny` writes one with the real tokenizer, offline."
         ) from error
     return ModelFiles(tokenizer=tokenizer, processor=processor_file(tokenizer.parent))
+
+
+def _cached(model: str, name: str) -> str:
+    """A file in the hub's cache. The client's own look-up first asks the hub for other things.
+
+    Raises:
+        LocalEntryNotFoundError: the file is not there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    path = try_to_load_from_cache(model, name)
+    if not isinstance(path, str):
+        raise LocalEntryNotFoundError(f"{name} is not in the hub's cache")
+    return path
 
 
 def read_fingerprints(files: ModelFiles) -> Fingerprints:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +15,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from prep.cli import main
+from schemas.errors import ConfigError, ShardError
+from storage.hub import unreachable_reason
 from storage.shard_set import read_manifest
+from train.shards.index import open_shards
 
 
 def run(*arguments: object) -> Result:
@@ -270,3 +276,111 @@ def test_a_build_names_the_media_root_without_media(
         f"a.png lies in {tmp_path / 'media'}. Give --media-root {tmp_path / 'media'} (or set media_root in the "
         "registry)."
     ]
+
+
+def test_a_finished_set_of_other_annotation_files_is_replaced_with_overwrite_only(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """Files of the same name in other folders are other files."""
+    first = write_lines(tmp_path / "one" / "a.jsonl", [text_record("first")])
+    second = write_lines(tmp_path / "two" / "a.jsonl", [text_record("second"), text_record()])
+    third = write_lines(tmp_path / "two" / "b.jsonl", [text_record("third")])
+    out = tmp_path / "out"
+    assert build(tiny_checkpoint, first, "--out", out).exit_code == 0
+    sealed = (out / "manifest.json").read_bytes()
+    for other, name in ((second, "a (a.jsonl)"), (third, "b (b.jsonl)")):
+        result = build(tiny_checkpoint, other, "--out", out)
+        assert result.exit_code == 2
+        assert f"--out {out} holds a finished set of a (a.jsonl), not of {name}." in error_line(result)
+        assert "--overwrite" in error_line(result)
+        assert (out / "manifest.json").read_bytes() == sealed
+    assert build(tiny_checkpoint, second, "--out", out, "--overwrite").exit_code == 0
+    assert read_manifest(out).counts.num_packed == 2
+
+
+def test_the_same_files_are_rebuilt_with_other_settings_contents_and_neighbours(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    a = write_lines(tmp_path / "a.jsonl", [text_record()] * 2)
+    b = write_lines(tmp_path / "b.jsonl", [text_record()])
+    out = tmp_path / "out"
+    for arguments, num_packed in (([a], 2), ([a, "--max-length", 64], 2), ([a, b], 3), ([b], 1)):
+        result = build(tiny_checkpoint, *arguments, "--out", out)
+        assert (result.exit_code, read_manifest(out).counts.num_packed) == (0, num_packed), result.output
+    write_lines(b, [text_record("edited")] * 4)
+    assert build(tiny_checkpoint, b, "--out", out).exit_code == 0
+    moved = b.rename(tmp_path / "moved.jsonl")
+    shutil.rmtree(out / ".build")
+    assert build(tiny_checkpoint, moved, "--out", out).exit_code == 0
+    assert read_manifest(out).counts.num_packed == 4
+
+
+def test_a_build_that_fails_before_its_first_shard_leaves_no_folder(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    bad = write_lines(tmp_path / "a.jsonl", [text_record(" ")])
+    out = tmp_path / "shards" / "a"
+    assert build(tiny_checkpoint, bad, "--out", out).exit_code == 1
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").touch()
+    assert build(tiny_checkpoint, bad, "--out", out).exit_code == 1
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_an_interrupted_build_keeps_its_work_and_is_named_by_those_who_read_the_shards(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [text_record()])
+    shards = tmp_path / "shards"
+    assert build(tiny_checkpoint, file, "--out", shards / "good").exit_code == 0
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prep.build.pipeline.make_plan", stopped)
+        assert build(tiny_checkpoint, file, "--out", shards / "stopped").exit_code == 130
+    message = f"{shards / 'stopped'} holds no manifest.json: a build into it failed, was interrupted, or still runs. "
+    with pytest.raises(ShardError, match=re.escape(message) + r".* again to finish it, or remove the folder"):
+        open_shards(shards)
+    assert message in run("verify", shards / "stopped").stderr
+    assert build(tiny_checkpoint, file, "--out", shards / "stopped").exit_code == 0
+    assert open_shards(shards).num_bins == 2
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name servers do not answer, and the hub's cache is empty."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(8))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_a_hub_id_costs_one_line_within_two_seconds(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [text_record()])
+    start = time.monotonic()
+    result = run("build", file, "--out", tmp_path / "out", "--model", "team/model", "--workers", 1)
+    assert time.monotonic() - start < 3
+    assert result.exit_code == 2
+    assert "cannot be fetched from the hub (no connection to huggingface.co: no answer within 1.5 s)" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_the_trainer_stops_within_two_seconds() -> None:
+    from train.model.pretrained import find_checkpoint
+
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"no connection to huggingface\.co"):
+        find_checkpoint("team/model")
+    assert time.monotonic() - start < 3
+
+
+def test_a_refused_connection_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("storage.hub.getproxies", lambda: {"https": "http://127.0.0.1:9"})
+    assert unreachable_reason() == "no connection to 127.0.0.1: Connection refused"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert unreachable_reason() is None

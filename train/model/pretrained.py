@@ -28,6 +28,7 @@ from schemas.checkpoints import TOKENIZER_FILE, image_processor, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
 from storage.disk import writing
+from storage.hub import unreachable_reason
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,13 @@ def find_checkpoint(name_or_path: str) -> Path:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
+    unreachable = unreachable_reason()
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(name_or_path, allow_patterns=list(HUB_FILES), local_files_only=unreachable is not None)
+        )
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = unreachable or str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"--model_name_or_path {name_or_path} is not a folder, and could not be downloaded from the hub "
             f"({reason}). Pass the folder of a checkpoint."
