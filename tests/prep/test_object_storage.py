@@ -129,7 +129,7 @@ def test_workers_put_shards_by_themselves_and_nothing_is_left_in_the_work_folder
     proxy.reset()
     assert remote_contents(out) == local_contents(finished)
     left = {path.relative_to(tmp_path / "work").parts[0] for path in (tmp_path / "work").rglob("*") if path.is_file()}
-    assert left == {"lock", "finished", "scan", "index"}
+    assert left == {"lock", "finished", "scan", "index", "inputs"}
 
 
 def test_a_finished_build_only_lists_what_exists(
