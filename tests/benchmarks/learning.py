@@ -41,7 +41,7 @@ from demo.tiny_model import write_tiny_checkpoint
 from schemas.qwen import PATCH_SIZE
 from tests.benchmarks.charts import CHART_KINDS, COLUMN_WIDTH, Chart, sample_chart
 from tests.benchmarks.machine import describe_machine
-from tests.train.launching import ENVIRONMENT
+from tests.train.launching import ENVIRONMENT, as_flags
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -296,7 +296,6 @@ def train_and_ask(folder: Path, way: str, steps: int, lesson: Lesson, model: Pat
 
 def train(shards: Path, out: Path, steps: int, lesson: Lesson, model: Path, ranks: int, **more: object) -> None:
     """Run ``train/main.py``. ``more`` are further settings."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     settings: dict[str, object] = {
         "shards": shards,
         "model_name_or_path": model,
@@ -311,7 +310,12 @@ def train(shards: Path, out: Path, steps: int, lesson: Lesson, model: Path, rank
         "save_steps": 0,
         **more,
     }
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    launch(ranks, *as_flags(settings))
+
+
+def launch(ranks: int, *flags: str) -> None:
+    """Run ``train/main.py`` on several ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     _run([*launcher, "train/main.py", *flags])
 
 

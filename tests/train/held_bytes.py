@@ -1,15 +1,11 @@
-"""Measures the memory that DeepSpeed holds: trains a tiny model for two steps and writes bytes by kind as JSON.
-
-``torchrun … held_bytes.py CHECKPOINT OUT DEEPSPEED,DTYPE,TUNE …``. TUNE is three digits: language model, merger,
-vision. The cases run one after the other; OUT gets one object per case.
-"""
+"""Measures the memory that DeepSpeed holds: trains a tiny model for two steps and writes bytes by kind as JSON."""
 
 from __future__ import annotations
 
 import gc
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +52,14 @@ def held(ds_engine: Any) -> dict[str, int]:
     }
 
 
-def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, dict[str, int]]:
+def train(checkpoint: Path, deepspeed: str, dtype: str, tune: str) -> dict[str, dict[str, int]]:
     """Train two steps of two micro-batches; return the peak after a backward pass, and what is held after the steps."""
     flags = ["--shards", "none", "--deepspeed", deepspeed, "--gradient_accumulation_steps", "2"]
     flags += ["--bf16", str(dtype == "bfloat16")]
     for part, trained in zip(("llm", "mlp", "vision"), tune):
         flags += [f"--tune_mm_{part}", str(trained == "1")]
     args, ranks, kind = parse_arguments(flags), process_group.read_ranks(-1), getattr(torch, dtype)
-    shape = pretrained.read_shape(Path(checkpoint))
+    shape = pretrained.read_shape(checkpoint)
     config = complete_config(
         read_deepspeed_config(deepspeed),
         args,
@@ -73,7 +69,7 @@ def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, d
         hidden_size=shape.hidden_size,
     )
     zero3_loading = register_zero3_loading(config)
-    hf = pretrained.load_model(Path(checkpoint), dtype=kind, attn_implementation="sdpa")
+    hf = pretrained.load_model(checkpoint, dtype=kind, attn_implementation="sdpa")
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     groups = optim.group_parameters(model, optim.learning_rates(args, 1e-3))
     ds_engine = initialize(model, optim.build_optimizer(groups, weight_decay=0.0), config)
@@ -91,17 +87,20 @@ def train(checkpoint: str, deepspeed: str, dtype: str, tune: str) -> dict[str, d
     return result
 
 
-def main(checkpoint: str, out: str, *cases: str) -> None:
-    """Run all cases."""
+def measure(checkpoint: Path, out: Path, cases: Sequence[tuple[str, str, str]]) -> None:
+    """Be a rank that measures and ends.
+
+    Args:
+        checkpoint: folder of the model.
+        out: file that gets one object per case.
+        cases: DeepSpeed file, dtype and what is trained: three digits, for language model, merger and vision tower.
+    """
     process_group.join(torch.device("cpu"))
     results = []
     for case in cases:
-        results.append(train(checkpoint, *case.split(",")))
+        results.append(train(checkpoint, *case))
         gc.collect()
     if process_group.read_ranks(-1).is_first:
-        Path(out).write_text(json.dumps(results))
+        out.write_text(json.dumps(results))
     process_group.leave()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(0)

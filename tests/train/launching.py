@@ -66,7 +66,7 @@ def as_flags(settings: Mapping[str, object]) -> list[str]:
 
 
 def run_ranks(
-    num_ranks: int, *flags: str, prepare: Callable[[], object] | None = None
+    num_ranks: int, *flags: str, prepare: Callable[[], object] | None = None, limit_s: float = LIMIT_S
 ) -> subprocess.CompletedProcess[str]:
     """Run the trainer on several ranks until it ends. The test fails if a rank does not end.
 
@@ -74,6 +74,7 @@ def run_ranks(
         num_ranks: ranks on this machine.
         flags: of the trainer.
         prepare: a module-level function that each rank calls before the trainer.
+        limit_s: time limit in seconds.
 
     Returns:
         The first exit code other than 0, if any, and the stderr of all ranks.
@@ -89,7 +90,7 @@ def run_ranks(
                 process = context.Process(target=_be_rank, args=args, name=f"rank {rank}")
                 process.start()
                 ranks.append(process)
-            stuck = _wait_for(ranks)
+            stuck = _wait_for(ranks, limit_s)
         finally:
             for process in ranks:
                 process.kill()
@@ -129,9 +130,9 @@ def _be_rank(
     sys.exit(main([*flags]))
 
 
-def _wait_for(ranks: Sequence[ForkServerProcess]) -> list[str]:
+def _wait_for(ranks: Sequence[ForkServerProcess], limit_s: float) -> list[str]:
     """Wait until all ranks have ended, or a limit is over. Return the names of those that still run."""
-    until = time.monotonic() + LIMIT_S
+    until = time.monotonic() + limit_s
     running = {rank.sentinel: rank for rank in ranks}
     while running and (left := until - time.monotonic()) > 0:
         for sentinel in wait(list(running), timeout=left):

@@ -38,6 +38,8 @@ from train.run.metrics import Record
 from train.run.plan import Plan
 from train.run.run_dir import list_checkpoints, read_state
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 24
 
 
@@ -171,18 +173,18 @@ def test_stopping_torchrun_lets_its_ranks_save_and_the_same_command_resumes(flag
 def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(
     flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "2", "--output_dir", str(tmp_path)]
+    command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "8", "--output_dir", str(tmp_path)]
     process = start_alone(*command)
-    wait_until(lambda: (tmp_path / "checkpoint-4.tmp").is_dir(), process)
+    wait_until(lambda: (tmp_path / "checkpoint-16.tmp").is_dir(), process)
     process.kill()
     process.communicate()
-    assert (tmp_path / "checkpoint-4.tmp").is_dir()
-    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
+    assert (tmp_path / "checkpoint-16.tmp").is_dir()
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [8]
 
     done = run_ranks(1, *command, "--save_total_limit", "1")
 
     assert done.returncode == 0, done.stderr
-    assert f"resuming from {tmp_path / 'checkpoint-2'}" in done.stderr
+    assert f"resuming from {tmp_path / 'checkpoint-8'}" in done.stderr
     assert not list(tmp_path.glob("*.tmp"))
     assert_same_run(tmp_path, uninterrupted)
 

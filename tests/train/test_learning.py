@@ -29,20 +29,30 @@ from tests.benchmarks.learning import (
     likeliest_answers,
     without_image,
 )
+from tests.train.launching import run_ranks
+
+
+def launch(ranks: int, *flags: str) -> None:
+    done = run_ranks(ranks, *flags, limit_s=1800)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
     lesson = Lesson(questions={"colours": 1500}, num_held_out=100, steps=140, text_steps=30)
-    return learn(lesson, tmp_path_factory.mktemp("learning"), ranks=1)["colours"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "launch", launch)
+        return learn(lesson, tmp_path_factory.mktemp("learning"), ranks=1)["colours"]
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_colours_from_pixels_alone(scores: Scores) -> None:
     """From random weights to 9 of 10 right. The 5 colours are equally frequent, so a guess is right 1 of 5 times."""
     assert scores.seeing >= 0.9
     assert max(scores.text_only, scores.likeliest) <= 0.3
 
 
+@pytest.mark.slow
 def test_with_exchanged_images_the_model_knows_no_more_than_the_text(scores: Scores) -> None:
     assert scores.exchanged <= 0.3
 

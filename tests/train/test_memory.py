@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from schemas.checkpoints import read_config
-from tests.train.launching import launch, made_once
+from tests.train.held_bytes import measure
+from tests.train.launching import made_once, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.arithmetic.dimensions import OFFICIAL
 from train.memory.cli import main
@@ -70,15 +71,14 @@ def held(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         for strategy, dtype, tune in CASES:
             offloads = strategy.startswith("offload")
             file = offloading(out, int(strategy[-1])) if offloads else f"{strategy}.json"
-            cases.append(f"{file},{dtype},{tune}")
-        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-        script = ("-m", "tests.train.held_bytes", str(tiny_checkpoint), str(out / "held.json"))
-        done = launch(*launcher, *script, *cases)
+            cases.append((file, dtype, tune))
+        done = run_ranks(2, prepare=partial(measure, tiny_checkpoint, out / "held.json", cases))
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "held", run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "dtype", "tune"), CASES)
 def test_two_ranks_hold_what_was_estimated(
     held: Path, tiny_checkpoint: Path, strategy: str, dtype: str, tune: str
