@@ -25,6 +25,7 @@ from prep.inspect.show import save_frames, show
 from prep.inspect.transcript import open_transcriber
 from prep.inspect.validate import ValidateRequest, validate
 from prep.inspect.verify import verify
+from prep.samples.lengths import open_length_check
 from prep.samples.tokenizer import DEFAULT_MODEL
 from schemas.errors import ConfigError, VlprepError
 from schemas.setting import setting_fields
@@ -287,6 +288,13 @@ def build_command(
 @click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object per line.")
 @click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object per line.")
 @_setting_options(BuildSettings, "reserved", "strict_fields")
+@click.option(
+    "--max-length", type=click.IntRange(min=1), help="Capacity of a bin in tokens: also find samples that are too long."
+)
+@click.option(
+    "--model",
+    help=f"With --max-length: checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL}]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print counts and examples as one JSON object.")
 @_engine_options
 @_setting_options(MediaSettings)
@@ -300,6 +308,8 @@ def validate_command(
     fixed: Path | None,
     reserved: str,
     strict_fields: bool | None,
+    max_length: int | None,
+    model: str | None,
     as_json: bool,
     workers: int | None,
     engine: str,
@@ -309,6 +319,8 @@ def validate_command(
     """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 on problems, 2 on
     boxes whose coordinates are not declared.
     """
+    if model is not None and max_length is None:
+        raise ConfigError("--model has no effect without --max-length, which counts tokens. Give both, or neither.")
     request = ValidateRequest(
         files=files,
         media_root=media_root,
@@ -319,6 +331,7 @@ def validate_command(
         reserved=reserved,
         strict_fields=bool(strict_fields),
         media=_media_settings(media_options),
+        lengths=None if max_length is None else open_length_check(model or DEFAULT_MODEL, max_length),
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         report = validate(request, workforce)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan
 from prep.build.written import WrittenShards
-from schemas.annotation import Problem, ReasonCode
+from prep.samples.lengths import too_long
+from schemas.annotation import Problem
 from schemas.manifest import DatasetStatistics, Distribution
 from schemas.tables import SAMPLES_COLUMNS, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
 from storage.tables import arrow_schema
@@ -186,7 +187,7 @@ class Ledger:
         late = {row: self._failed[int(positions[row])] for row in failed}
         num_tokens = scanned.column("num_tokens")
         for row in np.flatnonzero(has_sample & (positions < 0)).tolist():
-            late[row] = self._too_long(num_tokens[row].as_py())
+            late[row] = too_long(num_tokens[row].as_py(), self._max_length)
         return late
 
     def _slots(self, positions: NDArray[np.int64], bins: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -196,13 +197,6 @@ class Ledger:
             self._failed_positions, starts
         )
         return (positions - starts - num_failed).astype(np.int32)
-
-    def _too_long(self, num_tokens: int) -> Problem:
-        return Problem(
-            ReasonCode.TOO_LONG,
-            f"the sample has {num_tokens} tokens; a bin holds {self._max_length} (--max-length). Shorten it, raise "
-            "--max-length or lower the pixel bounds",
-        )
 
 
 def _read_rows(part: ScannedPart) -> pa.Table:

@@ -36,11 +36,11 @@ from prep.media.access import MediaRequest
 from prep.media.caches import ProbeCache
 from prep.media.fetch import open_media
 from prep.samples.grounding import box_problems, follows_resize, in_resized_pixels
+from prep.samples.lengths import NO_TARGETS
 from prep.samples.media import Medium, media_requests, probe_media
 from prep.samples.sample import measure, shrink
 from prep.samples.text import Template, build_templates
 from prep.samples.tokenizer import TextTokenizer, load_tokenizer
-from schemas.annotation import Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
@@ -222,8 +222,7 @@ def _tokenize_and_measure(
             if task.shrink_to is not None and sample.num_tokens > task.shrink_to:
                 sample = shrink(partial(_template_of, annotation, template, tokenizer), media, task.shrink_to)
             if not sample.num_targets:
-                problem = Problem(ReasonCode.NO_TARGETS, "no token of the answers is a target; write an answer")
-                rows.reject(row, [problem])
+                rows.reject(row, [NO_TARGETS])
                 continue
             data = msgspec.msgpack.encode(StoredSample(record, record_id(annotation), sample))
             num_boxes = 0 if annotation.coordinates is None else annotation.num_shapes

@@ -17,7 +17,7 @@ from PIL import Image
 
 from prep.annotations.boxes import Shape
 from prep.inspect.drawing import draw_shapes, shapes_by_image
-from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
+from prep.inspect.transcript import ESCAPED_NOTE, Span, SpanKind, Transcriber, printable, spells_token, visible
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
@@ -99,7 +99,9 @@ def show(shards: ShardSet, number: int, transcriber: Transcriber, *, colour: boo
         lines += ["", f"── sample {slot} ── {_origin(sample.row)}"]
         lines += [f"   {describe_medium(index, grid, kind)}" for index, grid, kind in sample.media]
         tokens = slice(sample.first, sample.last)
-        lines.append(render(transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens]), colour=colour).rstrip("\n"))
+        spans = list(transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens]))
+        lines += [f"   {ESCAPED_NOTE}"] if any(map(spells_token, spans)) else []
+        lines.append(render(spans, colour=colour).rstrip("\n"))
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ span with its length.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from schemas.wording import counted
 
 _CONTROL_TEXTS = {token: text for text, token in CONTROL_TOKENS.items()}
 _LINE_BREAK = "↵"
+_SPELLED_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+ESCAPED_NOTE = r"Text that only spells a control token is written <\|im_end\|>."
+"""Explains what :func:`visible` writes."""
 
 
 class SpanKind(Enum):
@@ -53,10 +57,20 @@ def printable(text: str) -> str:
 
 
 def visible(span: Span) -> str:
-    """Printable text of a span, with a sign at every trained line break."""
+    """Printable text of a span, with a sign at every trained line break.
+
+    Bars of ordinary text that spells a control token get a backslash, so that it never looks like one.
+    """
     text = printable(span.text)
+    if span.kind is SpanKind.TEXT:
+        text = _SPELLED_TOKEN.sub(lambda match: match[0].replace("|", "\\|"), text)
     # A trained line break is easily overlooked.
     return text.replace("\n", f"{_LINE_BREAK}\n") if span.trained else text
+
+
+def spells_token(span: Span) -> bool:
+    """Whether a span is ordinary text that spells a control token."""
+    return span.kind is SpanKind.TEXT and _SPELLED_TOKEN.search(span.text) is not None
 
 
 class Transcriber:

@@ -33,7 +33,8 @@ from prep.media.fetch import open_media
 from prep.media.nearby import all_missing_message
 from prep.media.paths import missing_name
 from prep.samples.grounding import box_problems
-from prep.samples.media import check_media, media_requests, probe_media
+from prep.samples.lengths import LengthCheck, length_problems
+from prep.samples.media import Medium, check_media, media_requests, probe_media
 from schemas.annotation import Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
@@ -54,6 +55,7 @@ class ValidateRequest:
         reserved: policy for text that spells control tokens.
         strict_fields: whether a record with unused fields is rejected.
         media: media settings.
+        lengths: how to find samples that are too long. None not to tokenize.
     """
 
     files: tuple[Location, ...]
@@ -65,6 +67,7 @@ class ValidateRequest:
     reserved: str
     strict_fields: bool = False
     media: MediaSettings
+    lengths: LengthCheck | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,8 +179,9 @@ def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, s
     files, roots = [file.file for file in inputs], [file.root for file in inputs]
     for remote in dict.fromkeys(root for root in roots if isinstance(root, Url)):
         check_root(remote)
+    tokenizers = [] if request.lengths is None else [request.lengths.tokenizer]
     engine.share(
-        [location for location in (*files, *roots) if isinstance(location, Path)],
+        [location for location in (*files, *roots, *tokenizers) if isinstance(location, Path)],
         writes=[] if all(map(is_read_in_place, files)) else [spool],
     )
     indexes = engine.map(partial(index_file, spool=spool), files)
@@ -197,7 +201,10 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
     rejects: list[Reject] = []
     valid: list[bytes] = []
     undeclared: list[tuple[str, str]] = []
-    for record, checked in _checked(task):
+    checked_records = _checked(task)
+    if task.request.lengths is not None:
+        checked_records = iter(_with_lengths(list(checked_records), task.request.lengths))
+    for record, checked, _ in checked_records:
         annotation, problems = checked.annotation, checked.problems
         if checked.undeclared is not None:
             undeclared.append((f"{task.file}:{record.line}", checked.undeclared))
@@ -242,11 +249,27 @@ def _count_media(counts: FileCounts, annotation: Annotation, problems: list[Prob
         counts.missing = missing_name(missing[0].message)
 
 
+def _with_lengths(records: Sequence[_CheckedRecord], check: LengthCheck) -> list[_CheckedRecord]:
+    """The records of a chunk, with the problems of those that are only too long or have no targets."""
+    measured = list(records)
+    good = [
+        (index, checked.annotation, media)
+        for index, (_, checked, media) in enumerate(records)
+        if checked.annotation is not None and not checked.problems
+    ]
+    found = length_problems([(annotation, media) for _, annotation, media in good], check)
+    for (index, _, _), problems in zip(good, found):
+        record = records[index]
+        measured[index] = record._replace(checked=record.checked._replace(problems=problems))
+    return measured
+
+
 class _CheckedRecord(NamedTuple):
-    """A record with the outcome of its check."""
+    """A record with the outcome of its check, and its media that could be probed."""
 
     record: Record
     checked: Checked
+    media: list[Medium]
 
 
 def _checked(task: _ChunkTask) -> Iterator[_CheckedRecord]:
@@ -257,13 +280,14 @@ def _checked(task: _ChunkTask) -> Iterator[_CheckedRecord]:
             check_record(
                 record, task.request.reserved, task.media.boxes or None, strict_fields=task.request.strict_fields
             ),
+            [],
         )
         for record in read_chunk(task.data, task.chunk)
     )
     with open_media([task.root], beginnings=not task.request.deep, scratch=task.scratch) as access:
-        for record, checked in access.prefetch(records, partial(_requests, task)):
-            problems = checked.problems + _media_problems(task, checked, access)
-            yield _CheckedRecord(record, checked._replace(problems=problems))
+        for record, checked, _ in access.prefetch(records, partial(_requests, task)):
+            media, problems = _probe(task, checked, access)
+            yield _CheckedRecord(record, checked._replace(problems=checked.problems + problems), media)
 
 
 def _requests(task: _ChunkTask, record: _CheckedRecord) -> list[MediaRequest]:
@@ -271,16 +295,17 @@ def _requests(task: _ChunkTask, record: _CheckedRecord) -> list[MediaRequest]:
     return [] if annotation is None else media_requests(annotation, task.root, task.media, embedded)
 
 
-def _media_problems(task: _ChunkTask, checked: Checked, access: MediaAccess) -> list[Problem]:
+def _probe(task: _ChunkTask, checked: Checked, access: MediaAccess) -> tuple[list[Medium], list[Problem]]:
+    """The media of a record and their problems."""
     annotation, embedded = checked.annotation, checked.embedded
     if annotation is None:
-        return []
+        return [], []
     media, problems = probe_media(annotation, task.root, task.media, embedded, access)
     if not problems and not checked.problems:
         problems = box_problems(annotation, media)
     if task.request.deep:
         problems = problems + check_media(media, task.root, task.media, embedded, access)
-    return problems
+    return media, problems
 
 
 def _one_line(task: _ChunkTask, record: Record) -> bytes:

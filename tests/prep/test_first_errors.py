@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import json
 import re
 import shutil
@@ -10,12 +11,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from prep.cli import main
+from prep.inspect.transcript import Span, SpanKind, visible
 from schemas.errors import ConfigError, ShardError
+from schemas.qwen import CONTROL_TOKENS
 from storage.hub import unreachable_reason
 from storage.shard_set import read_manifest
 from train.shards.index import open_shards
@@ -384,3 +388,49 @@ def test_a_refused_connection_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -
     assert unreachable_reason() == "no connection to 127.0.0.1: Connection refused"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert unreachable_reason() is None
+
+
+def test_validate_finds_what_is_too_long_as_a_build_does(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    Image.new("RGB", (560, 560)).save(tmp_path / "b.png")
+    records = [image_record("a.png"), image_record("b.png"), text_record(" "), text_record("word " * 300)]
+    file = write_lines(tmp_path / "a.jsonl", records)
+    rejects = tmp_path / "rejects.jsonl"
+    limit = ["--max-length", 128]
+    result = validate(file, *limit, "--model", tiny_checkpoint, "--rejects", rejects)
+    assert result.exit_code == 1
+    assert "4 annotations: 1 valid, 3 rejected" in result.stdout
+    found = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [(reject["line"], reject["problems"][0]["code"]) for reject in found] == [
+        (2, "too_long"),
+        (3, "empty_turn"),
+        (4, "too_long"),
+    ]
+    assert build(tiny_checkpoint, file, *limit, "--out", tmp_path / "out").exit_code == 0
+    ledger = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    assert [row["message"] for row in ledger if row["codes"]] == [reject["problems"][0]["message"] for reject in found]
+    assert validate(file).stdout.startswith("4 annotations: 3 valid, 1 rejected")
+    assert "--model has no effect without --max-length" in validate(file, "--model", tiny_checkpoint).stderr
+
+
+def test_text_that_spells_a_control_token_is_shown_as_text(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [text_record("say <|im_end|> and <|image_pad|>")])
+    out = tmp_path / "out"
+    assert build(tiny_checkpoint, file, "--reserved", "escape", "--out", out).exit_code == 0
+    shown = run("show", out, "--bin", 0, "--model", tiny_checkpoint).stdout
+    assert "[[say <\\|im_end\\|> and <\\|image_pad\\|><|im_end|>↵]]" in shown
+    assert "Text that only spells a control token is written <\\|im_end\\|>." in shown
+    assert "<|image_pad|>" not in shown
+    assert run("report", out, "--model", tiny_checkpoint, "--out", tmp_path / "page.html").exit_code == 0
+    page = html.unescape((tmp_path / "page.html").read_text())
+    assert "say <\\|im_end\\|> and <\\|image_pad\\|>" in page
+    assert "Text that only spells a control token" in page
+    assert "<|image_pad|>" not in page
+    assert run("verify", out).exit_code == 0
+
+
+def test_every_control_token_differs_from_its_text(tmp_path: Path) -> None:
+    for token in CONTROL_TOKENS:
+        assert visible(Span(SpanKind.CONTROL, token, trained=False)) == token
+        text = visible(Span(SpanKind.TEXT, f"a{token}b", trained=False))
+        assert not any(spelled in text for spelled in CONTROL_TOKENS)

@@ -17,7 +17,7 @@ from prep.annotations.fields import describe_unused
 from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
 from prep.inspect.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.inspect.report.style import STYLE
-from prep.inspect.transcript import printable
+from prep.inspect.transcript import ESCAPED_NOTE, printable
 from prep.shards.drift import decibels
 from schemas.manifest import Distribution, Drift, Manifest
 from schemas.wording import counted
@@ -53,7 +53,7 @@ def render_page(name: str, manifest: Manifest, statistics: Statistics, bins: Seq
         "<h2>Bins</h2>",
         _bin_charts(manifest, statistics),
         "<h2>A look inside</h2>",
-        f"<p>{escape(note)} Trained text is <mark>marked</mark>.</p>",
+        f"<p>{escape(note)} Trained text is <mark>marked</mark>. {escape(ESCAPED_NOTE)}</p>",
         *bins,
         "<h2>How it was built</h2>",
         _settings(manifest),
