@@ -263,6 +263,25 @@ def test_contradicting_bounds_of_frames_are_wrong_use() -> None:
         MediaSettings(fps_min_frames=6, fps_max_frames=4)
 
 
+def test_the_flags_in_the_documentation_are_the_constants_of_qwen_vl_utils() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "media.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("--video-sampling fps --")]
+    names, values = line.split()[::2], line.split()[1::2]
+    flags = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(names, values, strict=True)}
+    documented = msgspec.convert(flags, MediaSettings, strict=False)
+    module = qwen_vl_utils()
+    assert (documented.fps, documented.fps_min_frames, documented.fps_max_frames) == (
+        module.FPS,
+        module.FPS_MIN_FRAMES,
+        module.FPS_MAX_FRAMES,
+    )
+    assert (documented.video_min_frame_pixels, documented.video_max_frame_pixels) == (
+        module.VIDEO_MIN_TOKEN_NUM * TOKEN,
+        module.VIDEO_MAX_TOKEN_NUM * TOKEN,
+    )
+    assert documented.video_total_pixels == module.MODEL_SEQ_LEN * TOKEN * 0.9
+
+
 # Lists and folders of frames.
 
 
