@@ -6,6 +6,8 @@ fix. The command line prints only the message; ``--debug`` adds a traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from schemas.annotation import ReasonCode
 
 MEND_SHARDS = (
@@ -28,6 +30,19 @@ class ConfigError(VlprepError):
     """Wrong usage: a setting, flag, registry entry, checkpoint or missing optional package."""
 
     exit_code = 2
+
+
+class ConfigErrors(ConfigError):
+    """Everything that is wrong with a set of settings: one sentence, or a list with a line for each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        heading = f"{count} problems:" if count > 1 else ""
+        super().__init__("\n  - ".join((heading, *self.problems)) if heading else "".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[object, ...]]:
+        return ConfigErrors, (self.problems,)
 
 
 class MediaError(VlprepError):

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigErrors
 
 MAX_INT = 2**63 - 1
 """Integer settings go into checkpoints, tables and arrays of 64-bit integers."""
@@ -136,12 +136,19 @@ def check_settings(settings: Any, *, spell: Callable[[str], str], fix: str) -> N
         fix: end of a message: how to mend it.
 
     Raises:
-        ConfigError: a value is out of bounds or no choice.
+        ConfigErrors: a value is out of bounds or no choice.
     """
+    problems = tuple(setting_problems(settings, spell=spell, fix=fix))
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def setting_problems(settings: Any, *, spell: Callable[[str], str], fix: str) -> Iterator[str]:
+    """The problems that :func:`check_settings` raises, one sentence each."""
     for field in setting_fields(settings.__class__).values():
         value = getattr(settings, field.name)
         if value is None or value is UNSET or field.setting.allows(value):
             continue
         is_huge = isinstance(value, int) and abs(value) > MAX_INT
         allowed = f"up to {MAX_INT}" if is_huge and field.setting.high is None else field.setting.allowed()
-        raise ConfigError(f"{spell(field.name)} is {value}; allowed: {allowed}.{fix}")
+        yield f"{spell(field.name)} is {value}; allowed: {allowed}.{fix}"

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
-        args = parse_arguments(argv)
+        args = parse_arguments(argv, note=_note if rank == 0 else _ignore)
     except VlprepError as error:
         # All ranks have the same command line, so one reports for all.
         return _fail(error) if rank == 0 else error.exit_code
@@ -66,6 +66,14 @@ def main(argv: list[str]) -> int:
         if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
             raise
         return _fail(VlprepError("another rank has failed: see its message, above or in its log."))
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"note: {text}\n")
+
+
+def _ignore(text: str) -> None:
+    """All ranks have the same command line, so the first one notes for all."""
 
 
 def _fail(error: VlprepError) -> int:

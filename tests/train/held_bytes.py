@@ -55,6 +55,7 @@ def held(ds_engine: Any) -> dict[str, int]:
 def train(checkpoint: Path, deepspeed: str, dtype: str, tune: str) -> dict[str, dict[str, int]]:
     """Train two steps of two micro-batches; return the peak after a backward pass, and what is held after the steps."""
     flags = ["--shards", "none", "--deepspeed", deepspeed, "--gradient_accumulation_steps", "2"]
+    flags += ["--weight_decay", "0"]
     flags += ["--bf16", str(dtype == "bfloat16")]
     for part, trained in zip(("llm", "mlp", "vision"), tune):
         flags += [f"--tune_mm_{part}", str(trained == "1")]
@@ -72,7 +73,7 @@ def train(checkpoint: Path, deepspeed: str, dtype: str, tune: str) -> dict[str, 
     hf = pretrained.load_model(checkpoint, dtype=kind, attn_implementation="sdpa")
     model = PackedQwen(hf, attn_implementation="sdpa").train()
     groups = optim.group_parameters(model, optim.learning_rates(args, 1e-3))
-    ds_engine = initialize(model, optim.build_optimizer(groups, weight_decay=0.0), config)
+    ds_engine = initialize(model, optim.build_optimizer(groups, args), config)
     rng = np.random.default_rng(0)
     micro = build_micro_batch([as_bin([make_sample(rng, [make_medium(rng, 4, 4)])])])
     backward: dict[str, int] = {}

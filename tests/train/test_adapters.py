@@ -17,6 +17,7 @@ from train.model import adapters, optim
 from train.model.adapters import Adapters, add_adapters, choose_adapters, merge_weights, split_weights
 from train.model.optim import LANGUAGE_MODEL, MERGER, VISION_TOWER
 from train.model.packed import PackedQwen, checkpoint_activations
+from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
 from train.settings.recipe import ADAPTER_LEARNING_RATE, choose_recipe
 
@@ -136,7 +137,7 @@ def test_only_adapters_are_trained_each_in_one_group_at_the_rate_of_its_part(
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
     assert len(trained) == 2 * sum(TINY.values())
-    optimizer = optim.build_optimizer(groups, weight_decay=0.1)
+    optimizer = optim.build_optimizer(groups, TrainArguments(shards="x", weight_decay=0.1))
     assert [(group["part"], group["lr"], len(group["params"])) for group in optimizer.param_groups] == [
         (LANGUAGE_MODEL, 1e-3, 28),
         (MERGER, 2e-3, 4),

@@ -62,14 +62,18 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: b
         ("--learning 1e-5", "unknown flag --learning; did you mean --learning_rate?"),
         ("--max_pixels=1000", "--max_pixels is not a flag of the trainer: it was decided when the shards were built"),
         ("--dataset_use mp_doc%50", "make shards DATASET="),
-        (
-            "--per_device_eval_batch_size 8",
-            "--per_device_eval_batch_size is not a flag of the trainer: evaluation takes",
-        ),
-        (
-            "--save_strategy steps",
-            "--save_steps says how often to save, 0 only when the run is asked to stop. Leave it out.",
-        ),
+        ("--save_strategy epoch", "--save_strategy epoch cannot be done here: --save_steps says how often to save"),
+        ("--push_to_hub", "--push_to_hub  cannot be done here: nothing is uploaded."),
+        ("--video_fps 2", "(vlprep build --base-interval, which is 1 / fps). Leave it out."),
+        ("--torch_dtype int8", "--torch_dtype is int8; allowed: bfloat16, float16, float32, auto."),
+        ("--torch_dtype float16 --fp16 False", "--torch_dtype and --fp16 False contradict each other"),
+        ("--lora_enable --lora_rank 8 --lora_r 16", "--lora_rank and --lora_r 16 contradict each other"),
+        ("--lora_enable --lora_rank eight", "argument --lora_r: invalid int value: 'eight'"),
+        ("--warmup_steps 10 --warmup_ratio 0.1", "--warmup_steps and --warmup_ratio both say how long the rates rise"),
+        ("--lr_scheduler_type constant --warmup_steps 1", "--warmup_steps 1 has no effect with --lr_scheduler_type"),
+        ("--optim adafactor", "--optim is adafactor; allowed: adamw_torch, adamw_torch_fused."),
+        ("--adam_beta1 1", "--adam_beta1 is 1.0; allowed: 0 to below 1."),
+        ("--adam_epsilon 0", "--adam_epsilon is 0.0; allowed: more than 0."),
         ("stray", "unknown flag stray"),
         ("--max_steps ten", "argument --max_steps: invalid int value: 'ten'"),
         ("--bf16 maybe", "argument --bf16: found 'maybe', allowed: True or False"),
@@ -140,15 +144,6 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: b
             "or give constant_with_warmup.",
         ),
         ("--warmup_ratio nan", "--warmup_ratio is nan; allowed: 0 to 1."),
-        (
-            "--run_name first --output_dir runs/x",
-            "--run_name first has no effect with --output_dir and --report_to none: it is the name in wandb, and of "
-            "the folder without --output_dir. Leave it out, or give --report_to wandb.",
-        ),
-        (
-            "--run_name first --output_dir runs/x --report_to tensorboard",
-            "--run_name first has no effect with --output_dir and --report_to tensorboard",
-        ),
         ("--bf16 False --attn_implementation flash_attention_2", "computes in bfloat16 or float16"),
     ],
 )
@@ -157,6 +152,83 @@ def test_a_mistake_is_explained_in_one_sentence(written: str, message: str) -> N
         parse_arguments([*SHARDS, *written.split()])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_of_a_command_are_listed_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("max_steps = 1.5\nfrobnicate = 1\n")
+    line = """stray --dataset_use a,b --data_flatten True --max_pixels 1000 --learnin_rate 1 --max_steps ten --bf16 maybe
+        --lora_r 8 --save_steps -1"""
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(line.split())
+    heading, *problems = str(caught.value).split("\n  - ")
+    assert heading == "9 problems:"
+    for expected in (
+        "argument --max_steps: invalid int value: 'ten'",
+        "argument --bf16: found 'maybe'",
+        "unknown flag stray",
+        "--dataset_use is not a flag of the trainer: it was decided when the shards were built (vlprep build DATASETS",
+        "--max_pixels is not a flag of the trainer: it was decided when the shards were built (vlprep build --max-pix",
+        "unknown flag --learnin_rate; did you mean --learning_rate?",
+        "--shards is missing",
+        "--save_steps is -1; allowed: 0 or more steps.",
+        "--lora_r 8 has no effect without --lora_enable.",
+    ):
+        assert [problem for problem in problems if problem.startswith(expected)], expected
+    with pytest.raises(ConfigError, match=r"(?s)2 problems:.*max_steps is 1\.5.*unknown flag frobnicate"):
+        parse_arguments([*SHARDS, "--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("written", "expected", "note"),
+    [
+        ("--data_flatten True", {}, "--data_flatten has no effect here: bins are always packed"),
+        ("--data_packing False", {}, "--data_packing has no effect here: bins are always packed"),
+        ("--save_strategy steps", {}, "--save_strategy has no effect here: --save_steps says how often to save"),
+        ("--save-strategy=steps", {}, "--save-strategy has no effect here: --save_steps says how often to save"),
+        ("--per_device_eval_batch_size 8", {}, "evaluation takes one bin at a time"),
+        ("--remove_unused_columns False", {}, "--remove_unused_columns has no effect here"),
+        ("--ddp_find_unused_parameters False", {}, "--ddp_find_unused_parameters has no effect here: DeepSpeed"),
+        ("--lazy_preprocess True", {}, "--lazy_preprocess has no effect here: shards are preprocessed."),
+        ("--dataloader_pin_memory", {}, "--dataloader_pin_memory has no effect here"),
+        ("--run_name a --output_dir x", {"run_name": None}, "--run_name a has no effect here"),
+        ("--run_name a --output_dir x --report_to tensorboard", {"run_name": None}, "--run_name a has no effect here"),
+        ("--logging_dir logs", {"logging_dir": None}, "--logging_dir logs has no effect here"),
+        ("--lora_enable --lora_rank 8", {"lora_r": 8}, "--lora_rank is --lora_r 8 here."),
+        ("--torch_dtype bfloat16", {"bf16": True, "fp16": None}, "--torch_dtype bfloat16 is --bf16 True here."),
+        ("--torch_dtype float32", {"bf16": False}, "--torch_dtype float32 is --bf16 False here."),
+        ("--torch_dtype float16", {"fp16": True, "bf16": None}, "--torch_dtype float16 is --fp16 True here."),
+        ("--torch_dtype auto", {"bf16": None}, "--torch_dtype auto has no effect here"),
+        ("--torch_dtype bfloat16 --bf16", {"bf16": True}, "--torch_dtype bfloat16 is --bf16 True here."),
+        ("--resume_from_checkpoint True", {"resume": "auto"}, "--resume_from_checkpoint is --resume auto here."),
+        ("--resume_from_checkpoint False", {"resume": "none"}, "--resume_from_checkpoint is --resume none here."),
+        ("--resume_from_checkpoint checkpoint-5", {"resume": "checkpoint-5"}, "is --resume checkpoint-5 here."),
+    ],
+)
+def test_flags_of_other_trainers_are_taken_with_a_note(written: str, expected: dict[str, object], note: str) -> None:
+    notes: list[str] = []
+    args = parse_arguments([*SHARDS, *written.split()], note=notes.append)
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert len(notes) == 1
+    assert note in notes[0]
+
+
+def test_a_file_of_flags_takes_those_of_other_trainers_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("lora_enable = true\nlora_rank = 4\ndata_flatten = true\n")
+    notes: list[str] = []
+    assert parse_arguments([*SHARDS, "--config", str(path)], note=notes.append).lora_r == 4
+    assert [note.split(" has ")[0] for note in notes] == ["lora_rank is lora_r 4 here.", "data_flatten"]
+
+
+def test_the_optimizer_flags_of_transformers_are_our_own() -> None:
+    notes: list[str] = []
+    line = "--optim adamw_torch_fused --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6 --tf32 True"
+    line += " --warmup_steps 7 --report_to tensorboard --logging_dir logs"
+    args = parse_arguments([*SHARDS, *line.split()], note=notes.append)
+    assert (args.optim, args.adam_beta1, args.adam_beta2, args.adam_epsilon) == ("adamw_torch_fused", 0.8, 0.95, 1e-6)
+    assert (args.tf32, args.warmup_steps, args.warmup, args.logging_dir) == (True, 7, 0.0, Path("logs"))
+    assert notes == []
 
 
 def test_the_run_name_names_the_folder_or_the_report() -> None:

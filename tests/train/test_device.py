@@ -149,3 +149,13 @@ def test_a_flash_attn_that_cannot_be_imported_is_told_with_its_error(
 def pretend_flash_attn(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     monkeypatch.setattr(device_module, "is_flash_attn_2_available", lambda: installed)
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_tf32_is_as_the_flag_says(monkeypatch: pytest.MonkeyPatch, switch: bool) -> None:
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", not switch)
+    device_module.set_tf32(arguments())
+    assert torch.backends.cuda.matmul.allow_tf32 is not switch
+    device_module.set_tf32(arguments("--tf32", str(switch)))
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is switch

@@ -21,6 +21,7 @@ from train.model.optim import (
     part_of,
 )
 from train.model.packed import PackedQwen
+from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
 
@@ -64,7 +65,7 @@ def test_a_part_without_a_rate_is_frozen_and_not_optimized(model: PackedQwen, fr
     groups = group_parameters(model, {**RATES, frozen: None})
     frozen_names = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen_names == {name for name, _ in model.named_parameters() if part_of(name) == frozen}
-    optimizer = build_optimizer(groups, weight_decay=0.1)
+    optimizer = build_optimizer(groups, TrainArguments(shards="x", weight_decay=0.1))
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert optimized == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
@@ -84,7 +85,9 @@ def test_freezing_the_language_model_freezes_an_untied_lm_head(hf: Qwen2_5_VLFor
 
 
 def test_optimizer_groups_have_the_rates_and_decay_of_their_parts(model: PackedQwen) -> None:
-    optimizer = build_optimizer(group_parameters(model, RATES), weight_decay=0.1)
+    optimizer = build_optimizer(group_parameters(model, RATES), TrainArguments(shards="x", weight_decay=0.1))
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
+    assert optimizer.defaults["fused"] is None
     assert [(group["part"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
         (LANGUAGE_MODEL, 1e-3, 0.1),
         (LANGUAGE_MODEL, 1e-3, 0.0),
@@ -147,3 +150,10 @@ def test_a_partitioned_parameter_counts_with_its_full_size() -> None:
     linear.weight.ds_numel = 32
     (group,) = group_parameters(model, {LANGUAGE_MODEL: 1.0})
     assert group.num_elements == 32
+
+
+def test_adam_has_the_moments_and_the_kernel_of_the_flags(model: PackedQwen) -> None:
+    line = "--shards x --optim adamw_torch_fused --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6"
+    optimizer = build_optimizer(group_parameters(model, RATES), parse_arguments(line.split()))
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
+    assert optimizer.defaults["fused"] is True

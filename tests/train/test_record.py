@@ -123,6 +123,7 @@ def decisions(plan: Plan) -> dict[str, object]:
         "--max_steps 3 --bf16 --seed 7",
         "--group_steps 2 --num_train_epochs 2.5",
         "--lr_scheduler_type constant",
+        "--warmup_steps 2 --adam_beta1 0.8 --optim adamw_torch_fused",
         "--tune_mm_llm False --mm_projector_lr 1e-5",
         "--lora_enable --lora_r 4",
     ],

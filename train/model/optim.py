@@ -35,9 +35,6 @@ PREFIXES = (
 MATRICES = (nn.Linear, nn.Embedding, nn.Conv3d)
 """Modules whose weights decay. Biases and norms do not decay."""
 
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPSILON = 1e-8
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterGroup:
@@ -141,19 +138,24 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def build_optimizer(groups: Sequence[ParameterGroup], *, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(groups: Sequence[ParameterGroup], args: TrainArguments) -> torch.optim.AdamW:
     """Create AdamW over the groups that are not frozen. Each optimizer group carries its ``part``."""
     options: list[dict[str, Any]] = [
         {
             "params": list(group.parameters),
             "lr": group.learning_rate,
-            "weight_decay": weight_decay if group.decays else 0.0,
+            "weight_decay": args.weight_decay if group.decays else 0.0,
             "part": group.part,
         }
         for group in groups
         if group.learning_rate is not None
     ]
-    return torch.optim.AdamW(options, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+    return torch.optim.AdamW(
+        options,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True if args.optim == "adamw_torch_fused" else None,
+    )
 
 
 def format_table(groups: Sequence[ParameterGroup], *, weight_decay: float) -> str:

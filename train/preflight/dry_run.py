@@ -160,7 +160,7 @@ def start_model(plan: Plan) -> Engine:
     """Load the model and wrap it into an engine with its optimizer, as training does."""
     model, groups = build_model(plan)
     describe(plan, groups)
-    optimizer = optim.build_optimizer(groups, weight_decay=plan.args.weight_decay)
+    optimizer = optim.build_optimizer(groups, plan.args)
     return initialize(model, optimizer, plan.deepspeed)
 
 

@@ -56,6 +56,13 @@ def choose_dtype(args: TrainArguments, config: dict[str, Any], device: torch.dev
     return torch.bfloat16 if is_enabled["bf16"] else torch.float32
 
 
+def set_tf32(args: TrainArguments) -> None:
+    """Apply ``--tf32`` to the matrix multiplications of this process."""
+    if args.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = args.tf32
+        torch.backends.cudnn.allow_tf32 = args.tf32
+
+
 def choose_attention(args: TrainArguments, device: torch.device, dtype: torch.dtype) -> str:
     """The attention of ``--attn_implementation``.
 

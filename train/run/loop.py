@@ -120,12 +120,14 @@ class Trainer:
         model, groups = build_model(plan)
         describe(plan, groups)
         flops = ModelFlops.of(model)  # before the engine partitions the weights
-        optimizer = optim.build_optimizer(groups, weight_decay=args.weight_decay)
+        optimizer = optim.build_optimizer(groups, args)
         self._rates = LearningRates(
             optimizer,
             schedule(
                 args.lr_scheduler_type,
-                warmup_steps=count_warmup_steps(args.warmup, plan.num_steps),
+                warmup_steps=(
+                    count_warmup_steps(args.warmup, plan.num_steps) if args.warmup_steps is None else args.warmup_steps
+                ),
                 total_steps=plan.num_steps,
             ),
         )

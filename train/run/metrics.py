@@ -283,12 +283,12 @@ class _JsonLines:
 
 
 class _TensorBoard:
-    """Event files in the folder of the run."""
+    """Event files in the folder of the run, or in ``--logging_dir``."""
 
     def __init__(self, args: TrainArguments, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(args.run_dir), purge_step=start_step + 1)
+        self._writer = SummaryWriter(str(args.logging_dir or args.run_dir), purge_step=start_step + 1)
 
     def write(self, record: Record) -> None:
         for name, value in flatten(record).items():

@@ -26,7 +26,7 @@ from train.model.pretrained import ModelShape
 from train.order.dealing import DataOrder
 from train.order.run_order import order_of_run
 from train.run.checks import check_outputs, check_read_flags, check_tokenizers, open_eval_shards
-from train.run.device import choose_attention, choose_device, choose_dtype
+from train.run.device import choose_attention, choose_device, choose_dtype, set_tf32
 from train.run.metrics import require_reporter
 from train.run.process_group import Ranks, read_ranks
 from train.run.resume import ResumePoint, choose_group_runs, find_resume_point, find_saved_state, fixed_settings
@@ -176,6 +176,7 @@ def choose_compute(args: TrainArguments, deepspeed: dict[str, Any], ranks: Ranks
     Raises:
         ConfigError: the device cannot compute as the flags say.
     """
+    set_tf32(args)
     device = choose_device(ranks)
     dtype = choose_dtype(args, deepspeed, device)
     attention = choose_attention(args, device, dtype)

@@ -47,13 +47,13 @@ def resolved_arguments(plan: Plan) -> TrainArguments:
     return dataclasses.replace(
         args,
         output_dir=args.run_dir,
-        # Beside --output_dir the name is an error if nothing reads it.
+        # Beside --output_dir, nothing but wandb reads the name.
         run_name=args.run_name if args.report_to == "wandb" else None,
         num_train_epochs=recipe.epochs if args.max_steps is None else None,
         per_device_train_batch_size=recipe.per_device,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate if args.uses_base_rate else None,
-        warmup_ratio=args.warmup,
+        warmup_ratio=args.warmup if args.warmup_steps is None else None,
         lora_r=None if adapters is None else adapters.rank,
         lora_alpha=None if adapters is None else adapters.alpha,
         lora_dropout=None if adapters is None else adapters.dropout,

@@ -25,6 +25,8 @@ from typing import IO
 import msgspec
 
 from schemas.errors import ConfigError
+from schemas.setting import setting_fields
+from train.settings.arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ UNIVERSAL_TAG = "universal"
 RESUME_FROM_ANOTHER = (
     "Resume from another checkpoint, or remove this one: --resume auto then resumes from the one before."
 )
+
+ADDED_SETTINGS = ("warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "tf32")
+"""Settings that checkpoints of older versions do not record: they were saved with the defaults."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -179,8 +184,9 @@ def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) 
     Raises:
         ConfigError: a setting differs.
     """
+    defaults = {name: setting_fields(TrainArguments)[name].default for name in ADDED_SETTINGS}
     for name, value in settings.items():
-        before = saved.settings.get(name, "nothing")
+        before = saved.settings.get(name, defaults.get(name, "nothing"))
         if before != value:
             raise ConfigError(
                 f"{folder} was saved with {name} = {before}, this run has {value}: it would not be the same run. "

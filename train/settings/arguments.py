@@ -6,18 +6,22 @@ of the dataclass. A setting that would be ignored, or that contradicts another o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from schemas.errors import ConfigError
-from schemas.setting import Setting, check_settings
+from schemas.errors import ConfigErrors
+from schemas.setting import Setting, setting_problems
 
 BY_SIZE = "recommended for the size of the model"
 FLAT = "constant"
 SCHEDULES = ("cosine", "linear", FLAT, "constant_with_warmup")
 WARMUP = 0.03
 """Recommended share of steps for the warm-up of every schedule but the flat one."""
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+"""Names of transformers for the optimizers of this trainer. The first leaves the kernel to PyTorch."""
 
 MAX_LORA_RANK = 8192
 """No matrix of the largest model has a higher rank."""
@@ -136,6 +140,16 @@ class TrainArguments:
         float | None,
         Setting("Share of all steps in which the rates rise.", low=0, high=1, unset=f"{WARMUP}, with constant 0"),
     ] = None
+    warmup_steps: Annotated[
+        int | None,
+        Setting("Steps in which the rates rise, instead of --warmup_ratio.", unit="steps", low=0, unset="by ratio"),
+    ] = None
+    optim: Annotated[
+        str, Setting("AdamW of PyTorch: as it chooses itself, or its fused kernel.", choices=OPTIMIZERS)
+    ] = OPTIMIZERS[0]
+    adam_beta1: Annotated[float, Setting("AdamW: decay of the first moment.", low=0, below=1)] = 0.9
+    adam_beta2: Annotated[float, Setting("AdamW: decay of the second moment.", low=0, below=1)] = 0.999
+    adam_epsilon: Annotated[float, Setting("AdamW: added to the denominator.", above=0)] = 1e-8
     weight_decay: Annotated[float, Setting("AdamW decay of matrices. Norms and biases have none.", low=0)] = 0.01
     max_grad_norm: Annotated[
         float, Setting("Gradients with a larger norm are clipped to it. 0 turns clipping off.", low=0)
@@ -149,6 +163,10 @@ class TrainArguments:
     )
     fp16: Annotated[
         bool | None, Setting("Compute in float16 with loss scaling, on accelerators without bfloat16.", unset="False")
+    ] = None
+    tf32: Annotated[
+        bool | None,
+        Setting("Multiply float32 matrices in TF32, on GPUs since Ampere.", unset="as PyTorch is configured"),
     ] = None
     gradient_checkpointing: Annotated[
         bool, Setting("Recompute activations instead of keeping them: less memory, a fifth slower.")
@@ -184,6 +202,9 @@ class TrainArguments:
     report_to: Annotated[
         str, Setting("Where metrics go besides metrics.jsonl.", choices=("none", "tensorboard", "wandb"))
     ] = "none"
+    logging_dir: Annotated[Path | None, Setting("Folder of the TensorBoard files.", unset="the folder of the run")] = (
+        None
+    )
     eval_shards: Annotated[
         str | None,
         Setting(
@@ -228,12 +249,16 @@ class TrainArguments:
     debug: Annotated[bool, Setting("Show tracebacks of errors.")] = False
 
     def __post_init__(self) -> None:
-        check_settings(self, spell="--{}".format, fix="")
-        self._check_what_is_trained()
-        self._check_schedule()
-        self._check_adapters()
-        self._check_evaluation_and_saving()
-        self._check_computation()
+        problems = (
+            *setting_problems(self, spell="--{}".format, fix=""),
+            *self._check_what_is_trained(),
+            *self._check_schedule(),
+            *self._check_adapters(),
+            *self._check_evaluation_and_saving(),
+            *self._check_computation(),
+        )
+        if problems:
+            raise ConfigErrors(problems)
 
     @property
     def name(self) -> str:
@@ -247,7 +272,12 @@ class TrainArguments:
 
     @property
     def warmup(self) -> float:
-        """Share of all steps in which the rates rise; by default as recommended for the schedule."""
+        """Share of all steps in which the rates rise; by default as recommended for the schedule.
+
+        0 where ``warmup_steps`` counts them instead.
+        """
+        if self.warmup_steps is not None:
+            return 0.0
         if self.warmup_ratio is not None:
             return self.warmup_ratio
         return 0.0 if self.lr_scheduler_type == FLAT else WARMUP
@@ -261,63 +291,63 @@ class TrainArguments:
             or (self.tune_mm_vision and self.vision_tower_lr is None)
         )
 
-    def _check_what_is_trained(self) -> None:
+    def _check_what_is_trained(self) -> Iterator[str]:
         if not (self.tune_mm_llm or self.tune_mm_mlp or self.tune_mm_vision):
-            raise ConfigError(
-                "nothing is trained: at least one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision must be True."
-            )
+            yield ("nothing is trained: at least one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision must be True.")
         for rate_flag, rate, tune_flag, is_tuned in (
             ("mm_projector_lr", self.mm_projector_lr, "tune_mm_mlp", self.tune_mm_mlp),
             ("vision_tower_lr", self.vision_tower_lr, "tune_mm_vision", self.tune_mm_vision),
         ):
             if rate is not None and not is_tuned:
-                raise ConfigError(f"--{rate_flag} {rate:g} has no effect with --{tune_flag} False: change one of them.")
+                yield f"--{rate_flag} {rate:g} has no effect with --{tune_flag} False: change one of them."
         if self.learning_rate is not None and not self.uses_base_rate:
-            raise ConfigError(
+            yield (
                 f"--learning_rate {self.learning_rate:g} has no effect: every trained part has a rate of its own. "
                 "Leave it out."
             )
 
-    def _check_schedule(self) -> None:
+    def _check_schedule(self) -> Iterator[str]:
         if self.max_steps is not None and self.num_train_epochs is not None:
-            raise ConfigError("--max_steps and --num_train_epochs both say how long to train: give one of them.")
+            yield "--max_steps and --num_train_epochs both say how long to train: give one of them."
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            yield "--warmup_steps and --warmup_ratio both say how long the rates rise: give one of them."
+        if self.lr_scheduler_type == FLAT and self.warmup_steps:
+            yield (
+                f"--warmup_steps {self.warmup_steps} has no effect with --lr_scheduler_type {FLAT}, which has no "
+                "warm-up: leave it out, or give constant_with_warmup."
+            )
         if self.lr_scheduler_type == FLAT and self.warmup > 0:
-            raise ConfigError(
+            yield (
                 f"--warmup_ratio {self.warmup:g} has no effect with --lr_scheduler_type {FLAT}, which has no warm-up: "
                 "leave it out, or give constant_with_warmup."
             )
 
-    def _check_adapters(self) -> None:
+    def _check_adapters(self) -> Iterator[str]:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
             value = getattr(self, name)
             if value is not None and not self.lora_enable:
-                raise ConfigError(f"--{name} {value} has no effect without --lora_enable.")
+                yield f"--{name} {value} has no effect without --lora_enable."
 
-    def _check_evaluation_and_saving(self) -> None:
+    def _check_evaluation_and_saving(self) -> Iterator[str]:
         if self.eval_strategy != "no" and self.eval_shards is None:
-            raise ConfigError(f"--eval_strategy {self.eval_strategy} has nothing to evaluate on: give --eval_shards.")
+            yield f"--eval_strategy {self.eval_strategy} has nothing to evaluate on: give --eval_shards."
         if self.eval_steps is not None and self.eval_strategy != "steps":
-            raise ConfigError(f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps.")
+            yield f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps."
         if self.save_steps == 0 and self.save_total_limit is not None:
-            raise ConfigError(
+            yield (
                 f"--save_total_limit {self.save_total_limit} has no effect with --save_steps 0, which saves only when "
                 "the run is asked to stop: raise --save_steps, or leave the limit out."
             )
-        if self.run_name is not None and self.output_dir is not None and self.report_to != "wandb":
-            raise ConfigError(
-                f"--run_name {self.run_name} has no effect with --output_dir and --report_to {self.report_to}: it is "
-                "the name in wandb, and of the folder without --output_dir. Leave it out, or give --report_to wandb."
-            )
 
-    def _check_computation(self) -> None:
+    def _check_computation(self) -> Iterator[str]:
         if self.use_liger_kernel and self.torch_compile:
-            raise ConfigError("--use_liger_kernel and --torch_compile both replace the same kernels: give one of them.")
+            yield "--use_liger_kernel and --torch_compile both replace the same kernels: give one of them."
         if self.bf16 and self.fp16:
-            raise ConfigError("--bf16 and --fp16 both say how to compute: give one of them.")
+            yield "--bf16 and --fp16 both say how to compute: give one of them."
         if self.attn_implementation not in ("auto", "sdpa") and self.bf16 is False and not self.fp16:
-            raise ConfigError(
+            yield (
                 f"--attn_implementation {self.attn_implementation} computes in bfloat16 or float16: leave out "
                 "--bf16 False."
             )
         if self.cache_bytes is not None and self.cache_dir is None:
-            raise ConfigError("--cache_bytes has no effect without --cache_dir: give the folder, or leave it out.")
+            yield "--cache_bytes has no effect without --cache_dir: give the folder, or leave it out."

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from pydantic import BaseModel, ValidationError
 from schemas.errors import ConfigError
 from train.settings.arguments import TrainArguments
 from train.settings.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 CONFIGS = Path(__file__).parent / "configs"
@@ -118,10 +121,14 @@ ALLOWED = (*SETTINGS, *WITH_CLASSES, *TABLES)
 def read_deepspeed_config(name: str) -> dict[str, Any]:
     """Read a configuration: a file of the user, else one of ``train/settings/configs``.
 
+    A path that does not exist, such as ``./scripts/zero3.json``, falls back to the shipped file of its name.
+
     Raises:
         ConfigError: the file does not exist, is not a JSON object, or has a setting that this trainer does not allow.
     """
-    path = next((path for path in (Path(name), CONFIGS / name) if path.is_file()), None)
+    path = next((path for path in (Path(name), CONFIGS / name, CONFIGS / Path(name).name) if path.is_file()), None)
+    if path is not None and path not in (Path(name), CONFIGS / name):
+        logger.info("--deepspeed %s does not exist: using the shipped %s", name, path.name)
     if path is None:
         shipped = ", ".join(sorted(path.name for path in CONFIGS.glob("*.json")))
         raise ConfigError(f"--deepspeed {name}: there is no such file, nor is it one of {shipped}.")

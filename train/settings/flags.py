@@ -2,103 +2,183 @@
 
 A switch is written ``--bf16``, ``--bf16 True`` or ``--bf16 False``. Names may have hyphens (``--dry-run``).
 ``--config run.toml`` names a file with one line per flag, such as ``learning_rate = 1e-6``. The command line overrides
-the file. An unknown name is an error that suggests the nearest one.
+the file. :mod:`train.settings.foreign` translates the flags of other trainers. All errors are reported at once; that of
+an unknown name suggests the nearest one.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import collections
 import importlib.metadata
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, ConfigErrors
 from schemas.setting import MAX_INT, SettingField, setting_fields
 from train.settings.arguments import TrainArguments
+from train.settings.foreign import Translation, translate
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+logger = logging.getLogger(__name__)
+
 FIELDS = setting_fields(TrainArguments)
+_PARSER_FLAGS = ("help", "version", "config")
 NOT_IN_FILES = ("local_rank", "config", "version")
 RECORD_TABLES = ("run", "versions")
 """Tables of ``settings.toml`` that record a run and set nothing: ``--config`` skips them."""
 
-BUILD_TIME_FLAGS = {
-    "dataset_use": "make shards DATASET=name%50",
-    "data_flatten": "bins are always packed and isolated",
-    "data_packing": "bins are always packed and isolated",
-    "model_max_length": "vlprep build --max-length",
-    "max_pixels": "media settings of vlprep build",
-    "min_pixels": "media settings of vlprep build",
-    "video_max_frames": "media settings of vlprep build",
-    "video_min_frames": "media settings of vlprep build",
-    "video_max_frame_pixels": "media settings of vlprep build",
-    "video_min_frame_pixels": "media settings of vlprep build",
-    "base_interval": "media settings of vlprep build",
-}
-"""Upstream flags that are decided when shards are built, and where."""
-
-UNNEEDED_FLAGS = {
-    "per_device_eval_batch_size": "evaluation takes one bin at a time",
-    "save_strategy": "--save_steps says how often to save, 0 only when the run is asked to stop",
-    "optim": "the optimizer is AdamW",
-}
-"""Upstream flags that have no meaning here, and why."""
+_INVALID = object()
+"""Stands for a value that a flag cannot take."""
 
 
-def parse_arguments(argv: Sequence[str], *, shards: str | None = None) -> TrainArguments:
+def parse_arguments(
+    argv: Sequence[str], *, shards: str | None = None, note: Callable[[str], None] = logger.info
+) -> TrainArguments:
     """Parse the command line and the file that it names with ``--config``.
 
     Args:
         argv: the words of the command line, without the name of the program.
         shards: default of ``--shards``; None requires the flag.
+        note: gets a sentence for each flag that has no effect, or is spelled otherwise here.
 
     Raises:
-        ConfigError: an unknown flag, a value of the wrong type or out of bounds, or a contradiction.
+        ConfigErrors: all that is wrong: unknown flags, values of the wrong type or out of bounds, contradictions.
         SystemExit: after ``--help`` and ``--version`` (exit code 0).
     """
-    namespace, unknown = make_parser().parse_known_args([_underscored(word) for word in argv])
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        raise ConfigError(_explain_unknown(flag, flag.lstrip("-"), "--"))
-    values = vars(namespace)
+    problems: list[str] = []
+    own, foreign = _separate(argv)
+    values, strays = _parse_words(own, problems)
+    problems += [f"unknown flag {word}; --help lists the flags." for word in strays]
     path = values.pop("config", None)
     if path is not None:
-        values = {**read_flag_file(path), **values}
+        values = {**read_flag_file(path, note=note), **values}
+    for word, name, value in foreign:
+        _add_foreign(values, word, translate(word, name, value, FIELDS), problems, note)
     if shards is not None:
         values.setdefault("shards", shards)
     if "shards" not in values:
-        raise ConfigError("--shards is missing: give the folder that `vlprep build --out` wrote.")
-    return TrainArguments(**values)
+        problems.append("--shards is missing: give the folder that `vlprep build --out` wrote.")
+        values["shards"] = ""
+    _drop_unread_name(values, note)
+    try:
+        arguments = TrainArguments(**values)
+    except ConfigErrors as error:
+        problems += error.problems
+    if problems:
+        raise ConfigErrors(problems)
+    return arguments
 
 
-def read_flag_file(path: Path) -> dict[str, Any]:
+def _separate(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Split a command line into the words of our flags, and the flags that the trainer does not declare.
+
+    Returns:
+        The words of our own flags, hyphens in their names made underscores; and of every other flag how it is written,
+        its name and its value.
+    """
+    own: list[str] = []
+    foreign: list[tuple[str, str, str]] = []
+    words = collections.deque(argv)
+    while words:
+        word = words.popleft()
+        written, equals, value = word.partition("=")
+        name = written.removeprefix("--").replace("-", "_")
+        if not written.startswith("--") or name in (*FIELDS, *_PARSER_FLAGS):
+            own.append(f"--{name}{equals}{value}" if written.startswith("--") else word)
+            continue
+        while not equals and words and not words[0].startswith("--"):
+            value = f"{value} {words.popleft()}".strip()
+        foreign.append((written, name, value))
+    return own, foreign
+
+
+def _parse_words(words: Sequence[str], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Parse the words of our own flags.
+
+    Returns:
+        The valid values by name, and the words that belong to no flag.
+    """
+    try:
+        namespace, strays = make_parser(problems).parse_known_args(words)
+    except ConfigError as error:  # a flag lacks its value
+        problems.append(str(error))
+        return {}, []
+    return {name: value for name, value in vars(namespace).items() if value is not _INVALID}, strays
+
+
+def _add_foreign(
+    values: dict[str, Any], written: str, found: Translation, problems: list[str], note: Callable[[str], None]
+) -> None:
+    """Add the value of a translated flag to ``values``, or what is wrong with it to ``problems``."""
+    if found.problem:
+        problems.append(found.problem)
+    if found.own is not None:
+        name, text = found.own
+        parsed, _ = _parse_words([f"--{name}={text}"], problems)
+        if name in parsed and values.setdefault(name, parsed[name]) != parsed[name]:
+            problems.append(f"{written} and --{name} {values[name]} contradict each other: give one of them.")
+    if found.note:
+        note(found.note)
+
+
+def _drop_unread_name(values: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Drop ``run_name`` where neither the folder of the run nor a report takes its name from it."""
+    if "run_name" in values and "output_dir" in values and values.get("report_to") != "wandb":
+        note(
+            f"--run_name {values.pop('run_name')} has no effect here: with --output_dir, it is the name in wandb only "
+            "(--report_to wandb)."
+        )
+    if "logging_dir" in values and values.get("report_to") != "tensorboard":
+        note(
+            f"--logging_dir {values.pop('logging_dir')} has no effect here: it is the folder of --report_to "
+            "tensorboard."
+        )
+
+
+def read_flag_file(path: Path, *, note: Callable[[str], None] = logger.info) -> dict[str, Any]:
     """Read a TOML file of flags.
+
+    Args:
+        path: the file.
+        note: gets a sentence for each flag that has no effect, or is spelled otherwise here.
 
     Returns:
         Values of the fields of :class:`TrainArguments` that the file names.
 
     Raises:
-        ConfigError: the file cannot be read, names an unknown flag, or has a value of the wrong type.
+        ConfigErrors: the file cannot be read, names unknown flags, or has values of the wrong type.
     """
     values: dict[str, Any] = {}
+    foreign: dict[str, object] = {}
+    problems: list[str] = []
     for name, value in read_toml(path).items():
         if isinstance(value, dict):
-            if name in RECORD_TABLES:
-                continue
-            raise ConfigError(f"--config {path} has a table [{name}]: write flags without tables, one line each.")
-        if name in NOT_IN_FILES:
-            raise ConfigError(f"--config {path}: {name} is not allowed in a file: remove it.")
-        if name not in FIELDS:
-            raise ConfigError(f"--config {path}: {_explain_unknown(name, name, '')}")
-        values[name] = _value_in_file(path, FIELDS[name], value)
+            if name not in RECORD_TABLES:
+                problems.append(f"--config {path} has a table [{name}]: write flags without tables, one line each.")
+        elif name in NOT_IN_FILES:
+            problems.append(f"--config {path}: {name} is not allowed in a file: remove it.")
+        elif name not in FIELDS:
+            foreign[name] = value
+        else:
+            try:
+                values[name] = _value_in_file(path, FIELDS[name], value)
+            except ConfigError as error:
+                problems.append(str(error))
+    in_foreign: list[str] = []
+    for name, value in foreign.items():
+        _add_foreign(values, name, translate(name, name, str(value), FIELDS), in_foreign, note)
+    problems += [f"--config {path}: {problem}" for problem in in_foreign]
+    if problems:
+        raise ConfigErrors(problems)
     return values
 
 
@@ -117,8 +197,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command line, with one flag per field of :class:`TrainArguments`."""
+def make_parser(problems: list[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line, with one flag per field of :class:`TrainArguments`.
+
+    Args:
+        problems: gets a sentence for each value of the wrong type, which then parses as ``_INVALID``; None raises.
+    """
     parser = _Parser(
         prog="deepspeed train/main.py",
         description="Train Qwen2.5-VL on packed shards.",
@@ -136,6 +220,8 @@ def make_parser() -> argparse.ArgumentParser:
             options.update(type=partial(_text, kind))
         if kind is bool:
             options.update(type=_switch, nargs="?", const=True, metavar="True|False")
+        if problems is not None:
+            options.update(type=partial(_collecting, options["type"], kind.__name__, name, problems))
         parser.add_argument(f"--{name}", help=field.help_text().replace("%", "%%"), **options)
     return parser
 
@@ -168,11 +254,14 @@ def _value_in_file(path: Path, field: SettingField, value: object) -> Any:
     return Path(value) if field.kind is Path and isinstance(value, str) else value
 
 
-def _underscored(word: str) -> str:
-    """Spell a flag as its field: ``--dry-run=True`` becomes ``--dry_run=True``. Other words are unchanged."""
-    name, equals, value = word.partition("=")
-    field = name.removeprefix("--").replace("-", "_")
-    return f"--{field}{equals}{value}" if name.startswith("--") and field in FIELDS else word
+def _collecting(convert: Callable[[str], Any], kind: str, name: str, problems: list[str], text: str) -> Any:
+    """Convert a value, or note why that fails."""
+    try:
+        return convert(text)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, argparse.ArgumentTypeError) else f"invalid {kind} value: {text!r}"
+        problems.append(f"argument --{name}: {reason}; --help lists the flags.")
+        return _INVALID
 
 
 def _switch(text: str) -> bool:
@@ -186,13 +275,3 @@ def _text(kind: type[str] | type[Path], text: str) -> str | Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty: give a value, or leave the flag out")
     return kind(text)
-
-
-def _explain_unknown(written: str, name: str, prefix: str) -> str:
-    if name in BUILD_TIME_FLAGS:
-        where = BUILD_TIME_FLAGS[name]
-        return f"{written} is not a flag of the trainer: it was decided when the shards were built ({where})."
-    if name in UNNEEDED_FLAGS:
-        return f"{written} is not a flag of the trainer: {UNNEEDED_FLAGS[name]}. Leave it out."
-    near = difflib.get_close_matches(name, FIELDS, n=1)
-    return f"unknown flag {written}" + (f"; did you mean {prefix}{near[0]}?" if near else "; --help lists the flags.")
