@@ -157,8 +157,8 @@ def test_a_mistake_is_explained_in_one_sentence(written: str, message: str) -> N
 def test_all_mistakes_of_a_command_are_listed_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("max_steps = 1.5\nfrobnicate = 1\n")
-    line = """stray --dataset_use a,b --data_flatten True --max_pixels 1000 --learnin_rate 1 --max_steps ten --bf16 maybe
-        --lora_r 8 --save_steps -1"""
+    line = """stray --dataset_use a,b --data_flatten True --max_pixels 1000 --learnin_rate 1 --max_steps ten
+        --bf16 maybe --lora_r 8 --save_steps -1"""
     with pytest.raises(ConfigError) as caught:
         parse_arguments(line.split())
     heading, *problems = str(caught.value).split("\n  - ")

@@ -84,7 +84,7 @@ def test_resuming_with_a_setting_unknown_to_the_checkpoint_is_refused() -> None:
 
 def test_a_checkpoint_that_does_not_record_a_newer_setting_had_its_default() -> None:
     run_dir.check_settings(Path("c"), saved_at(5), {"adam_beta2": 0.999, "warmup_steps": None, "optim": "adamw_torch"})
-    with pytest.raises(ConfigError, match="was saved with adam_beta2 = 0.999, this run has 0.95"):
+    with pytest.raises(ConfigError, match=r"was saved with adam_beta2 = 0\.999, this run has 0\.95"):
         run_dir.check_settings(Path("c"), saved_at(5), {"adam_beta2": 0.95})
 
 

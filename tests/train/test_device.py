@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -151,11 +152,20 @@ def pretend_flash_attn(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
 
 
+@pytest.fixture
+def restored_tf32() -> Iterator[None]:
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    yield
+    for backend, value in zip(backends, before):
+        backend.allow_tf32 = value
+
+
+@pytest.mark.usefixtures("restored_tf32")
 @pytest.mark.parametrize("switch", [True, False])
-def test_tf32_is_as_the_flag_says(monkeypatch: pytest.MonkeyPatch, switch: bool) -> None:
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(backend, "allow_tf32", not switch)
+def test_tf32_is_as_the_flag_says(switch: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not switch
     device_module.set_tf32(arguments())
-    assert torch.backends.cuda.matmul.allow_tf32 is not switch
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is not switch
     device_module.set_tf32(arguments("--tf32", str(switch)))
     assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is switch
