@@ -1,7 +1,6 @@
-"""The format of a user's record, and the reasons to reject one.
+"""A turn of a conversation, and the reasons to reject an annotation.
 
-The structs are what ``msgspec`` decodes records into (fields of other names are ignored); the JSON Schema files under
-``schemas/json/`` are generated from them, for editors and other languages.
+:mod:`schemas.dialects` describes the records that users write.
 """
 
 from __future__ import annotations
@@ -16,65 +15,6 @@ class Turn(msgspec.Struct, frozen=True, gc=False, rename={"role": "from"}):
 
     role: str
     value: str
-
-
-class LlavaRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One record: a conversation, and the media that its ``<image>`` and ``<video>`` tags stand for, in order."""
-
-    conversations: list[Turn]
-    image: str | list[str] | None = None
-    images: list[str] | None = None
-    video: str | list[str] | None = None
-    videos: list[str] | None = None
-    id: str | int | None = None
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """One piece of a message's content: text, or a medium, whose name may stand here or in the record's media
-    fields.
-    """
-
-    type: str
-    text: str | None = None
-    image: str | None = None
-    video: str | None = None
-
-
-class Message(msgspec.Struct, frozen=True):
-    """The other spelling of a turn: ``role`` (``system``, ``user``, ``assistant``) and ``content``."""
-
-    role: str
-    content: str | list[Part]
-
-
-class MessagesRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A record whose turns are spelled as ``messages``; otherwise as :class:`LlavaRecord`."""
-
-    messages: list[Message]
-    image: str | list[str] | None = None
-    images: list[str] | None = None
-    video: str | list[str] | None = None
-    videos: list[str] | None = None
-    id: str | int | None = None
-
-
-class Exchange(msgspec.Struct, frozen=True):
-    """One question and its answer."""
-
-    user: str
-    assistant: str
-
-
-class TextsRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A record as the Cauldron and FineVision have it: ``texts``, a list of exchanges.
-
-    If they have no ``<image>`` tag, the images come first: one tag and a newline each before the first text.
-    """
-
-    texts: list[Exchange]
-    image: str | list[str] | None = None
-    images: list[str] | None = None
-    id: str | int | None = None
 
 
 class ReasonCode(str, Enum):

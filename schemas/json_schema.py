@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from schemas.annotation import LlavaRecord, MessagesRecord, Problem, SampleRef, TextsRecord
+from schemas.annotation import Problem, SampleRef
+from schemas.dialects import RECORDS
 from schemas.manifest import Manifest
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
@@ -27,16 +28,22 @@ _TYPES: dict[str, Any] = {
 
 def json_schemas() -> dict[str, bytes]:
     """Contents of every schema file by its name."""
-    spellings, definitions = msgspec.json.schema_components(
-        (LlavaRecord, MessagesRecord, TextsRecord), ref_template="#/$defs/{name}"
-    )
-    schemas: dict[str, dict[str, Any]] = {"annotation": {"anyOf": list(spellings), "$defs": definitions}}
+    schemas: dict[str, dict[str, Any]] = {"annotation": _annotation_schema()}
     schemas |= {name: msgspec.json.schema(kind) for name, kind in _TYPES.items()}
     for settings_class in (BuildSettings, MediaSettings):
         properties = schemas["manifest"]["$defs"][settings_class.__name__]["properties"]
         for name, field in setting_fields(settings_class).items():
             properties[name]["description"] = field.setting.help
     return {f"{name}.schema.json": _encoded(schema) for name, schema in schemas.items()}
+
+
+def _annotation_schema() -> dict[str, Any]:
+    """Schema of a record of any dialect. Turns may have either spelling."""
+    dialects, definitions = msgspec.json.schema_components(RECORDS, ref_template="#/$defs/{name}")
+    turn = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in ("ConversationTurn", "Message")]}
+    for record, field in (("ConversationsRecord", "conversations"), ("MessagesRecord", "messages")):
+        definitions[record]["properties"][field]["items"] = turn
+    return {"anyOf": list(dialects), "$defs": definitions}
 
 
 def _encoded(schema: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from prep.media.item import ItemSettings
 from schemas.annotation import Turn
 
 
-class MediaItem(msgspec.Struct, frozen=True):
+class MediaItem(msgspec.Struct, frozen=True, gc=False):
     """One image or video of an annotation.
 
     Attributes:
@@ -27,7 +27,7 @@ class MediaItem(msgspec.Struct, frozen=True):
     settings: ItemSettings | None = None
 
 
-class Annotation(msgspec.Struct, frozen=True, kw_only=True):
+class Annotation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One annotation in canonical form.
 
     Attributes:

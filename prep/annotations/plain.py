@@ -14,7 +14,7 @@ import msgspec
 from prep.annotations.annotation import Annotation, MediaItem
 from prep.annotations.array_scanner import nesting_depth
 from prep.annotations.media_fields import ENCODED_NAMES
-from schemas.annotation import LlavaRecord, MessagesRecord, Turn
+from schemas.annotation import Turn
 
 MAX_DEPTH = 400
 """Maximum nesting of arrays and objects in a record. The interpreter's own bound depends on the depth of the caller."""
@@ -27,17 +27,25 @@ class _PlainTurn(Turn, frozen=True, gc=False, forbid_unknown_fields=True):
     pass
 
 
-class _PlainLlava(LlavaRecord, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
-    conversations: list[_PlainTurn]  # type: ignore[assignment]
-
-
 class _PlainMessage(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     role: str
     content: str
 
 
-class _PlainMessages(MessagesRecord, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
-    messages: list[_PlainMessage]  # type: ignore[assignment]
+class _PlainFields(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
+    image: str | list[str] | None = None
+    images: list[str] | None = None
+    video: str | list[str] | None = None
+    videos: list[str] | None = None
+    id: str | int | None = None
+
+
+class _PlainLlava(_PlainFields, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
+    conversations: list[_PlainTurn]
+
+
+class _PlainMessages(_PlainFields, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
+    messages: list[_PlainMessage]
 
 
 _llava_decoder = msgspec.json.Decoder(_PlainLlava)
@@ -49,34 +57,38 @@ def decode_plain(data: bytes) -> Annotation | None:
     try:
         # Looking for the key first avoids a failed decode of records in the other spelling.
         if b'"conversations"' in data:
-            record: LlavaRecord | MessagesRecord = _llava_decoder.decode(data)
-            turns: list[Turn] = record.conversations  # type: ignore[union-attr]
+            record: _PlainFields = (llava := _llava_decoder.decode(data))
+            turns: list[Turn] = llava.conversations  # type: ignore[assignment]
         else:
-            record = messages = _messages_decoder.decode(data)
-            turns = [Turn(message.role, str(message.content)) for message in messages.messages]
+            record = (messages := _messages_decoder.decode(data))
+            turns = [Turn(message.role, message.content) for message in messages.messages]
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if (record.image is not None and record.images is not None) or (
-        record.video is not None and record.videos is not None
-    ):
-        return None
-    if turns and not _CANONICAL_ROLES.issuperset([turn.role for turn in turns]):
-        if not _PLAIN_ROLES.keys() >= {turn.role for turn in turns}:
-            return None
-        turns = [Turn(_PLAIN_ROLES[turn.role], turn.value) for turn in turns]
-    images = _items(record.images if record.image is None else record.image)
-    videos = _items(record.videos if record.video is None else record.video)
+    for turn in turns:
+        if turn.role not in _CANONICAL_ROLES:
+            if not _PLAIN_ROLES.keys() >= {turn.role for turn in turns}:
+                return None
+            turns = [Turn(_PLAIN_ROLES[turn.role], turn.value) for turn in turns]
+            break
+    images = _items(record.image, record.images)
+    videos = _items(record.video, record.videos)
     if images is None or videos is None:
         return None
     return Annotation(turns=turns, images=images, videos=videos, id=record.id)
 
 
-def _items(names: str | list[str] | None) -> list[MediaItem] | None:
-    """The media of a field; None if one is a data URI or a ``file://`` URL."""
-    if names is None:
-        return []
-    if isinstance(names, str):
-        names = [names]
+def _items(single: str | list[str] | None, several: list[str] | None) -> list[MediaItem] | None:
+    """The media of two fields; None if both are given, or if a name is a data URI or a ``file://`` URL."""
+    if single is None:
+        if several is None:
+            return []
+        names = several
+    elif several is not None:
+        return None
+    elif isinstance(single, str):
+        return None if single.startswith(ENCODED_NAMES) else [MediaItem(single)]
+    else:
+        names = single
     for name in names:
         if name.startswith(ENCODED_NAMES):
             return None
