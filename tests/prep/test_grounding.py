@@ -27,8 +27,9 @@ from prep.cli import main
 from prep.engines import SerialEngine
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest
-from schemas.settings import BuildSettings, MediaSettings
+from schemas.settings import BOX_COORDINATES, BuildSettings, MediaSettings
 from storage.shard_set import read_manifest
+from tests.guides import blocks, table_rows
 from tests.prep.packed import packed_samples
 from tests.prep.test_build import watch_scans
 
@@ -432,3 +433,43 @@ def test_coordinates_are_declared_in_the_table_the_media_table_or_the_command(tm
         declared('[a.media]\nboxes = "cm"')
     with pytest.raises(ConfigError, match=r"datasets.toml:4: .*give it once"):
         declared('boxes = "off"\nmedia.boxes = "off"')
+
+
+PAIRS = [block.splitlines() for block in blocks("grounding.md", "Before and after", "text")]
+(SEVERAL,) = blocks("grounding.md", "Several images", "text")
+ERRORS = [(row[0].strip("`"), row[1].strip("`")) for row in table_rows("grounding.md", "Errors")]
+
+
+def test_the_guide_lists_the_coordinates() -> None:
+    rows = table_rows("grounding.md", "Declare the coordinates")
+    assert tuple(row[0].strip("`") for row in rows) == BOX_COORDINATES
+
+
+def test_every_example_of_the_guide_is_trained_as_it_says(
+    tmp_path: Path, tiny_checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_images(tmp_path)
+    (registry,) = blocks("grounding.md", "Declare the coordinates", "toml")
+    (swift,) = blocks("grounding.md", "Records of ms-swift", "json")
+    (swift_answer,) = blocks("grounding.md", "Records of ms-swift", "text")
+    records = [answered(before) for before, _ in PAIRS]
+    before, after = SEVERAL.splitlines()
+    records.append(Case("<image><image>", before, "", images=("wide.png", "photo.png")).record(before))
+    records.append({"id": "swift", **json.loads(swift)})
+    write_records(tmp_path / "cells.jsonl", records)
+    (tmp_path / "datasets.toml").write_text(registry)
+    manifest = build_registered(tmp_path, "cells", tiny_checkpoint)
+    assert manifest.counts.num_packed == len(records) and manifest.inputs[0].media.boxes == "pixels"
+    samples = packed_samples(tmp_path / "out")
+    for name, trained in [*PAIRS, (before, after), ("swift", swift_answer.rstrip("\n"))]:
+        (sample,) = samples[name]
+        assert tokenizer.decode(sample.input_ids[sample.labels != -100]) == trained + "<|im_end|>\n"
+
+
+def test_every_error_of_the_guide_is_one(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    file = write_records(tmp_path / "a.jsonl", [answered(answer) for answer, _ in ERRORS])
+    rejects = tmp_path / "rejects.jsonl"
+    assert vlprep("validate", file, "--boxes", "pixels", "--workers", 1, "--rejects", rejects).exit_code == 1
+    lines = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [[problem["code"] for problem in line["problems"]] for line in lines] == [[code] for _, code in ERRORS]
