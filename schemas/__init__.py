@@ -4,14 +4,18 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 
 ==================  ====================================================================================
 ``annotation``      what a user's record looks like, and the closed list of reasons to reject one
+``setting``         how a setting is declared: help, unit, bounds and choices beside the field
 ``settings``        the settings of a build, echoed in the manifest
-``bins``            members of a bin inside a shard, and the reader of one bin (bytes -> arrays, no copies)
+``bins``            members of a bin inside a shard, and their arrays
 ``pixels``          the codecs of pixel planes, and the reversible residual coding; ``jpeg`` the member of that codec
 ``tables``          columns of ``bins.parquet`` and ``samples.parquet`` (the ledger)
 ``manifest``        ``manifest.json``, which seals a set of shards
 ``qwen``            control tokens, patch geometry and normalisation of Qwen2.5-VL
+``checkpoints``     JSON files of a checkpoint: ``config.json`` and the image processor
+``seeds``           a seed for each purpose
 ``errors``          the one family of exceptions
 ``wording``         counts in messages for people
+``json_schema``     generates the JSON Schema files in ``schemas/json``
 ==================  ====================================================================================
 
 Vocabulary: an *annotation* (one input record) becomes a *sample* (token ids, labels, media); samples are packed

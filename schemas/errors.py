@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from schemas.annotation import ReasonCode
 
 MEND_SHARDS = (
-    "Copy the set of shards again, or delete its manifest.json and run the same `vlprep build` to write it anew."
+    "Copy the set of shards again, or delete its manifest.json and run the same `vlprep build` to write it again."
 )
 """How to mend a damaged set of shards. A build with a manifest is complete and would not run again."""
 

@@ -1,6 +1,6 @@
 """JSON Schema files for editors and other languages, generated from the structs.
 
-``python -m schemas.json_schema`` writes them anew; a test fails when they differ from the structs.
+``python -m schemas.json_schema`` writes them; a test fails when they differ from the structs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Bytes anywhere: paths, and URLs of S3, GCS, the Hugging Face hub, HTTP and whatever else fsspec knows.
+"""Bytes anywhere (paths, and URLs of any store that fsspec knows), and finished sets of shards.
 
-In: a :data:`~storage.urls.Location`. Out: sizes, ranges, listings and uploads, or one clear error. Every request has a
-timeout and is retried after growing, random pauses if it fails in a way that may pass (:mod:`~storage.request`,
-:mod:`~storage.errors`).
+In: a :data:`~storage.urls.Location`. Out: sizes, ranges, listings, downloads and uploads, or one clear error. A request
+has a timeout. If it fails in a way that may pass, it is retried (:mod:`~storage.request`, :mod:`~storage.errors`).
+:mod:`~storage.shard_set` opens a set: manifest and tables. :mod:`~storage.bins` reads a bin and checks its structure.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tenacity
 
 from schemas.errors import ConfigError
+from schemas.wording import counted
 from storage.errors import Verdict, describe, explained, verdict
 from storage.urls import Url
 
@@ -93,8 +94,7 @@ def retry(
         return retrying(call)
     except Exception as error:  # every file system behind fsspec raises its own errors
         attempts = retrying.statistics.get("attempt_number", 1)
-        plural = "" if attempts == 1 else "s"
-        duration = f"{attempts} attempt{plural} over {time.monotonic() - start:.0f} s"
+        duration = f"{counted(attempts, 'attempt')} over {time.monotonic() - start:.0f} s"
         raise explained(error, where, duration) from error
 
 

@@ -200,7 +200,7 @@ def _read(record: _Record, embedded: Mapping[str, bytes]) -> Reading:
     )
     return Reading(
         annotation=annotation if turns.is_readable else None,
-        places=Places(values=tuple(turns.places)),
+        places=Places(roles=tuple(turns.role_paths), values=tuple(turns.text_paths)),
         problems=fields.problems,
         unreadable=frozenset(media.unreadable),
         unused=tuple(fields.unused),

@@ -29,17 +29,19 @@ class Places(msgspec.Struct, frozen=True):
         turns: path of the list of turns.
         role: key of a turn's role.
         value: key of a turn's text.
-        values: path of each turn's text, where it does not follow from the above.
+        roles: path of each turn's role, if it does not follow from the above.
+        values: path of each turn's text, likewise.
     """
 
     turns: str = "$.conversations"
     role: str = "from"
     value: str = "value"
+    roles: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
 
     def role_of(self, index: int) -> str:
         """Path of the role of a turn."""
-        return self.values[index] if self.values else f"{self.turns}[{index}].{self.role}"
+        return self.roles[index] if self.roles else f"{self.turns}[{index}].{self.role}"
 
     def value_of(self, index: int) -> str:
         """Path of the text of a turn."""

@@ -41,7 +41,8 @@ class TurnReader:
 
     Attributes:
         turns: in canonical form.
-        places: JSON path of each turn's text.
+        text_paths: JSON path of each turn's text.
+        role_paths: JSON path of each turn's role; that of its text in dialects whose field names imply the role.
         untrained: indices of ``gpt`` turns without loss.
         is_readable: whether all turns so far could be read.
         fields: collects problems and unused fields.
@@ -49,7 +50,8 @@ class TurnReader:
 
     def __init__(self, fields: FieldReader, media: MediaReader) -> None:
         self.turns: list[Turn] = []
-        self.places: list[str] = []
+        self.text_paths: list[str] = []
+        self.role_paths: list[str] = []
         self.untrained: set[int] = set()
         self.is_readable = True
         self.fields = fields
@@ -78,31 +80,39 @@ class TurnReader:
         if not messages:
             self.fail(f"{where} is empty; give at least a question and an answer", ReasonCode.MISSING_CONVERSATIONS)
         for index, message in enumerate(messages):
-            place = f"{where}[{index}]"
+            path = f"{where}[{index}]"
             if isinstance(message, dict):
-                self._add_message(message, place, f"{where.removeprefix('$.')}[]")
+                self._add_message(message, path, f"{where.removeprefix('$.')}[]")
             else:
-                self.fail(f"{place} is of type {type_name(message)}; expected an object")
+                self.fail(f"{path} is of type {type_name(message)}; expected an object")
 
-    def add(self, kind: str, text: str, place: str, *, is_trained: bool = True) -> None:
-        """Add a turn of a kind of :data:`ROLES`. A call joins the model's turn; a result joins the result before it."""
+    def add(self, kind: str, text: str, path: str, *, role_path: str | None = None, is_trained: bool = True) -> None:
+        """Add a turn. A call joins the model's turn, and a result joins the result before it.
+
+        Args:
+            kind: a value of :data:`ROLES`, or a role that is not known.
+            text: what the turn says.
+            path: JSON path of the text.
+            role_path: JSON path of the role; None if no field holds it.
+            is_trained: whether the turn has a loss.
+        """
         is_model = kind in ("gpt", "call")
         joins = bool(self.turns) and (
             (kind == "call" and self._last_kind in ("gpt", "call")) or (kind == "result" == self._last_kind)
         )
         if kind == "call":
-            text = self._calls_text("", [text], place)
+            text = self._calls_text("", [text], path)
         elif kind == "result":
             text = result_text(text)
             if not joins and self._last_kind not in ("gpt", "call"):
                 self.fail(
-                    f"{place} is the result of a tool, but the turn before it is not one of the model's",
+                    f"{path} is the result of a tool, but the turn before it is not one of the model's",
                     ReasonCode.BAD_TURN_ORDER,
                 )
         if joins:
             if is_model and is_trained == (len(self.turns) - 1 in self.untrained):
                 self.fail(
-                    f"{place} and the turn before it are one turn of the model, but only one of them has a loss",
+                    f"{path} and the turn before it are one turn of the model, but only one of them has a loss",
                     ReasonCode.UNSUPPORTED_FIELD,
                 )
             last = self.turns[-1]
@@ -111,7 +121,8 @@ class TurnReader:
             if is_model and not is_trained:
                 self.untrained.add(len(self.turns))
             self.turns.append(Turn({"call": "gpt", "result": "human"}.get(kind, kind), text))
-            self.places.append(place)
+            self.text_paths.append(path)
+            self.role_paths.append(role_path or path)
         self._last_kind = kind
 
     def add_system(self, system: object, tools: object) -> None:
@@ -139,42 +150,44 @@ class TurnReader:
             self.fail("$.text is for continued pretraining, which has no system message; remove $.system and $.tools")
         else:
             self.turns.insert(0, Turn("system", text))
-            self.places.insert(0, "$.system")
+            self.text_paths.insert(0, "$.system")
+            self.role_paths.insert(0, "$.system")
             self.untrained = {index + 1 for index in self.untrained}
 
-    def _add_message(self, message: dict[str, Any], place: str, name: str) -> None:
+    def _add_message(self, message: dict[str, Any], path: str, name: str) -> None:
         role_key, value_key = ("role", "content") if "role" in message or "content" in message else ("from", "value")
-        role = self.text(message, role_key, place)
+        role = self.text(message, role_key, path)
         kind = ROLES.get(role.lower(), role)
-        calls = self._calls(message, kind, place)
+        calls = self._calls(message, kind, path)
         has_content = not calls or message.get(value_key) is not None
-        content = self._content(message, value_key, place) if has_content else ""
+        content = self._content(message, value_key, path) if has_content else ""
         if calls:
-            content = self._calls_text(content, calls, f"{place}.tool_calls")
-        self.add(kind, content, f"{place}.{value_key}", is_trained=self._is_trained(message, kind, place))
+            content = self._calls_text(content, calls, f"{path}.tool_calls")
+        is_trained = self._is_trained(message, kind, path)
+        self.add(kind, content, f"{path}.{value_key}", role_path=f"{path}.{role_key}", is_trained=is_trained)
         used = {role_key, value_key, *_LOSS_FLAGS, "tool_calls", "function_call"}
-        self.fields.account(message, used, name, where=place, refused=UNSUPPORTED_TURN_FIELDS)
+        self.fields.account(message, used, name, where=path, refused=UNSUPPORTED_TURN_FIELDS)
 
-    def _calls(self, message: dict[str, Any], kind: str, place: str) -> list[Any]:
+    def _calls(self, message: dict[str, Any], kind: str, path: str) -> list[Any]:
         calls = message.get("tool_calls") or []
         if not isinstance(calls, list):
-            self.fail(f"{place}.tool_calls is of type {type_name(calls)}; expected an array")
+            self.fail(f"{path}.tool_calls is of type {type_name(calls)}; expected an array")
             return []
         if says_something(message.get("function_call")):
             calls = [*calls, message["function_call"]]
         if calls and kind != "gpt":
-            self.fail(f"{place} has tool calls, but its role is {kind!r}; only the model calls tools")
+            self.fail(f"{path} has tool calls, but its role is {kind!r}; only the model calls tools")
         return calls
 
-    def _calls_text(self, content: str, calls: list[Any], place: str) -> str:
+    def _calls_text(self, content: str, calls: list[Any], path: str) -> str:
         try:
             parsed = [call for item in calls for call in (calls_in_text(item) if isinstance(item, str) else [item])]
             return answer_with_calls(content, parsed)
         except ToolError as error:
-            self.fail(f"{place}: {error}")
+            self.fail(f"{path}: {error}")
             return content
 
-    def _is_trained(self, message: dict[str, Any], kind: str, place: str) -> bool:
+    def _is_trained(self, message: dict[str, Any], kind: str, path: str) -> bool:
         """Whether a turn has a loss: ``loss`` (ms-swift), ``train`` (Axolotl) or ``weight`` (OpenAI) may say no."""
         trained = True
         for name in _LOSS_FLAGS:
@@ -183,13 +196,13 @@ class TurnReader:
                 continue
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
                 self.fields.fail(
-                    f"{place}.{name} is {str(value)[:40]}; allowed: true, false, 1, 0. Other weights of the loss are "
+                    f"{path}.{name} is {str(value)[:40]}; allowed: true, false, 1, 0. Other weights of the loss are "
                     "not supported",
                     ReasonCode.UNSUPPORTED_FIELD,
                 )
             elif value and kind not in ("gpt", "call"):
                 self.fields.fail(
-                    f"{place}.{name} asks for a loss on a {kind} turn, which is not supported; only the model's turns "
+                    f"{path}.{name} asks for a loss on a {kind} turn, which is not supported; only the model's turns "
                     "are trained",
                     ReasonCode.UNSUPPORTED_FIELD,
                 )
@@ -197,12 +210,12 @@ class TurnReader:
                 trained = trained and bool(value)
         return trained
 
-    def _content(self, message: dict[str, Any], key: str, place: str) -> str:
+    def _content(self, message: dict[str, Any], key: str, path: str) -> str:
         """The text of a turn. Of a list of parts, media become tags."""
         content = message.get(key)
         if not isinstance(content, list):
-            return self.text(message, key, place)
-        return "".join(self._part(part, f"{place}.{key}[{index}]") for index, part in enumerate(content))
+            return self.text(message, key, path)
+        return "".join(self._part(part, f"{path}.{key}[{index}]") for index, part in enumerate(content))
 
     def _part(self, part: object, where: str) -> str:
         if isinstance(part, str):

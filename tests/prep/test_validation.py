@@ -120,6 +120,20 @@ def test_a_wrong_field_does_not_hide_what_is_wrong_with_the_turns() -> None:
     assert [name for name, _ in found] == ["bad_field", "bad_field", "bad_turn_order"]
 
 
+@pytest.mark.parametrize(
+    ("record", "path"),
+    [
+        (roles("human", "human"), "$.conversations[1].from"),
+        (roles("human", "human") | {"source": "web"}, "$.conversations[1].from"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "$.messages[1].role"),
+        ({"messages": [{"role": "user", "content": "x", "name": "A"}] * 2}, "$.messages[1].role"),
+        ({"system": "Be brief.", "messages": [{"role": "user", "content": "x"}] * 2}, "$.messages[1].role"),
+    ],
+)
+def test_a_wrong_role_is_named_by_the_path_of_the_role(record: object, path: str) -> None:
+    assert path in problems_of(record)[0][1].split()
+
+
 def test_control_tokens_pass_when_they_are_to_be_escaped() -> None:
     assert problems_of(human("<|im_end|>"), reserved="escape") == []
 

@@ -51,7 +51,7 @@ def run_largest(engine: Engine, plan: Plan, reader: BinReader, bins: list[int]) 
     with room_for(f"the largest micro-batch, bins {bins}"):
         for micro_step in range(min(2, plan.recipe.accumulation)):
             if micro_step > 0:
-                engine.step()  # goes on to the next micro-batch of the step; no weight changes
+                engine.step()  # ends the micro-step; no weight changes
             loss = engine(micro.to(plan.compute.device))
             engine.backward(loss / max(1, micro.targets.numel()))
         mean = loss.item() / max(1, micro.targets.numel())

@@ -27,6 +27,7 @@ import msgspec
 import torch
 
 from schemas.errors import ConfigError
+from schemas.wording import counted
 from storage.disk import writing
 from storage.files import sync
 from train.run.engine import Engine
@@ -131,7 +132,7 @@ def reshard(folder: Path, ranks: Ranks) -> None:
     out, temporary = folder / UNIVERSAL_TAG, folder / f"{UNIVERSAL_TAG}.tmp"
     if ranks.is_first and not out.is_dir():
         shutil.rmtree(temporary, ignore_errors=True)
-        logger.info("resharding %s to %d rank%s", folder, ranks.world, "" if ranks.world == 1 else "s")
+        logger.info("resharding %s to %s", folder, counted(ranks.world, "rank"))
         command = [
             *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
             *("--input_folder", str(folder / ENGINE_TAG), "--output_folder", str(temporary)),

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from schemas.wording import counted
 from train.batches.stream import BinStream, StepBatch
 from train.model import adapters, kernels, optim, pretrained
 from train.model.attention import loadable
@@ -317,9 +318,8 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
         "%d bins with %d tokens, %d of them targets", index.num_bins, index.num_tokens.sum(), index.num_targets.sum()
     )
     logger.info(
-        "%d rank%s on %s, %s, %s, ZeRO-%d; steps %d to %d of %d bins each",
-        ranks.world,
-        "" if ranks.world == 1 else "s",
+        "%s on %s, %s, %s, ZeRO-%d; steps %d to %d of %d bins each",
+        counted(ranks.world, "rank"),
         plan.compute.device.type,
         str(plan.compute.dtype).removeprefix("torch."),
         plan.compute.attention,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from schemas.errors import VlprepError
+from schemas.wording import counted
 from train.batches.batch import MicroBatch
 from train.batches.stream import StepBatch
 from train.order.explain import source_samples
@@ -72,7 +73,7 @@ class SkippedSteps:
             lines = self._describe(bins or list(batch.bins))
             logger.warning("%s; skipping the step\n%s", problem, "\n".join(lines))
         if self._consecutive > self._max_consecutive:
-            count = f"{self._consecutive} consecutive skipped step{'' if self._consecutive == 1 else 's'}"
+            count = counted(self._consecutive, "consecutive skipped step")
             raise VlprepError(
                 f"{problem}: {count}. Lower the learning rate, look at the samples of the bins "
                 f"(`{self._order_command} --step {batch.step}`), or raise --max_skipped_steps."
