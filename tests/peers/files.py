@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 MIN_PIXELS = 16 * 28 * 28
@@ -42,13 +42,20 @@ def read_corpus(peer: str) -> dict[str, dict[str, Any]]:
 
 
 def write_images(record: object, folder: Path) -> None:
-    """Draw every image that a record names: a gradient with the size that the name gives, as ``600x400.png``."""
+    """Draw every image that a record names: a gradient with the size that the name gives, as ``600x400.png``.
+
+    ``600x400-rotated.png`` has an EXIF orientation of 6, so it is displayed with 400×600 pixels.
+    """
     for name in _strings(record):
         if name.endswith(".png") and name.isascii():
-            width, height = map(int, name.removesuffix(".png").split("-")[0].split("x"))
+            size, _, variant = name.removesuffix(".png").partition("-")
+            width, height = map(int, size.split("x"))
             rows, columns = np.mgrid[:height, :width]
             pixels = np.stack([columns * 255 // width, rows * 255 // height, (rows + columns) % 256], axis=-1)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+            exif = Image.Exif()
+            if variant == "rotated":
+                exif[ExifTags.Base.Orientation] = 6
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name, exif=exif)
 
 
 def _strings(value: object) -> Iterator[str]:
