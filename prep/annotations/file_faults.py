@@ -7,6 +7,7 @@ is left to the readers. Cost: the first 64 KiB of a file, and more of it only if
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import msgspec
 from prep.annotations.array_scanner import ArrayScanner
 from prep.annotations.chunks import MAX_RECORD_BYTES
 from prep.annotations.fields import KNOWN_FIELDS
+from storage.urls import Location
 
 _HEAD_BYTES = 1 << 16
 _MARK = b"\xef\xbb\xbf"
@@ -34,13 +36,14 @@ _RECORD_FIELDS = frozenset(
 _decoder = msgspec.json.Decoder(dict[str, Any])
 
 
-def whole_file_fault(path: Path, name: object) -> str | None:
+def whole_file_fault(path: Path, location: Location) -> str | None:
     """What a file is instead of JSON or JSONL, and how to mend it. None if its records can be read one by one.
 
     Args:
         path: the file, decompressed.
-        name: what commands in the message call it.
+        location: what commands in the message call it.
     """
+    name = shlex.quote(str(location))
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if _UTF_16.match(head):
@@ -58,7 +61,7 @@ def _lines(text: bytes) -> Iterator[bytes]:
     return (line for line in text.splitlines() if line.strip())
 
 
-def _line_commas(text: bytes, name: object) -> str | None:
+def _line_commas(text: bytes, name: str) -> str | None:
     lines = [line.rstrip() for line in _lines(text)]
     # The last line of a list needs no comma, and the head may end inside a line.
     complete = lines[:-1] or lines
@@ -70,7 +73,7 @@ def _line_commas(text: bytes, name: object) -> str | None:
     return None
 
 
-def _object_fault(path: Path, start: int, name: object) -> str | None:
+def _object_fault(path: Path, start: int, name: str) -> str | None:
     """The fault of a file that starts with an object at ``start``: over several lines, or with the records inside."""
     with path.open("rb") as file:
         file.seek(start)
@@ -112,10 +115,11 @@ def _list_of_records(value: dict[str, Any]) -> str | None:
     return None
 
 
-def _records_inside(key: str, name: object) -> str:
+def _records_inside(key: str, name: str) -> str:
+    query = shlex.quote(f".[{msgspec.json.encode(key).decode()}][]")
     return (
         f"is one object that holds its records in the field {key!r}; they must be an array or JSONL. Take them out: "
-        f"`jq -c '.[\"{key}\"][]' {name} > new.jsonl`"
+        f"`jq -c {query} {name} > new.jsonl`"
     )
 
 
