@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 
+_MAX_BATCH = 32
+"""Frames that are decoded at once: 85 MB of 1280x720 pixels."""
+
+
 class Video(Protocol):
     """An open video.
 
@@ -39,8 +43,11 @@ class Video(Protocol):
     height: int
     width: int
 
-    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """Decode the frames at ``indices`` (ascending, distinct) to (n, H, W, 3) uint8, R G B."""
+    def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """Decode the frames at ``indices`` (ascending, distinct), each to (H, W, 3) uint8, R G B, in that order.
+
+        At most :data:`_MAX_BATCH` of them are held at a time.
+        """
         ...
 
 
@@ -62,6 +69,11 @@ def _check_index(source: MediaSource) -> None:
         raise ValueError(f"cannot seek exactly in {container.demuxer}")
 
 
+def _batches(indices: Sequence[int]) -> Iterator[list[int]]:
+    for start in range(0, len(indices), _MAX_BATCH):
+        yield list(indices[start : start + _MAX_BATCH])
+
+
 class DecordVideo:
     """A video opened by decord. A frame that decord would substitute is an error."""
 
@@ -80,11 +92,12 @@ class DecordVideo:
                 self.fps = float(self._reader.get_avg_fps())
                 self.height, self.width = map(int, self._reader[0].shape[:2])
 
-    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """See :class:`Video`."""
-        with _failures(self._source, self._error, RuntimeError, AssertionError, ValueError, OSError):
-            frames: NDArray[np.uint8] = self._reader.get_batch(list(indices)).asnumpy()
-        return frames
+        for batch in _batches(indices):
+            with _failures(self._source, self._error, RuntimeError, AssertionError, ValueError, OSError):
+                frames: NDArray[np.uint8] = self._reader.get_batch(batch).asnumpy()
+            yield from frames
 
 
 class TorchcodecVideo:
@@ -102,11 +115,12 @@ class TorchcodecVideo:
             self.fps = float(metadata.average_fps or 0)
             self.height, self.width = map(int, self._decoder[0].shape[:2])
 
-    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """See :class:`Video`."""
-        with _failures(self._source, RuntimeError, ValueError, OSError, IndexError):
-            frames: NDArray[np.uint8] = self._decoder.get_frames_at(list(indices)).data.numpy()
-        return frames
+        for batch in _batches(indices):
+            with _failures(self._source, RuntimeError, ValueError, OSError, IndexError):
+                frames: NDArray[np.uint8] = self._decoder.get_frames_at(batch).data.numpy()
+            yield from frames
 
 
 class PyavVideo:
@@ -127,20 +141,16 @@ class PyavVideo:
                 upright = None if first is None else _upright(_rgb(first), first.rotation)
                 self.height, self.width = (0, 0) if upright is None else upright.shape[:2]
 
-    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+    def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """See :class:`Video`."""
         remaining = set(indices)
-        frames: list[NDArray[np.uint8]] = []
         with self._opened() as (container, stream):
             for index, frame in enumerate(container.decode(stream)):
                 if index in remaining:
-                    frames.append(_upright(_rgb(frame), frame.rotation))
+                    yield _upright(_rgb(frame), frame.rotation)
                     remaining.remove(index)
                 if not remaining:
                     break
-        if not frames:
-            raise MediaError(ReasonCode.MEDIA_UNREADABLE, "no frame could be decoded")
-        return np.stack(frames)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:

@@ -120,16 +120,17 @@ def decode_video(
 
     def decode(video: Video, backend: str) -> tuple[NDArray[np.uint8], VideoPlan]:
         plan = plan_video(video, backend, settings, item)
-        decoded = video.frames(plan.indices)  # (n, H, W, 3)
-        if len(decoded) != len(plan.indices):
-            raise MediaError(
-                ReasonCode.MEDIA_UNREADABLE, f"only {len(decoded)} of {len(plan.indices)} frames could be decoded"
-            )
         frames = allocate(frames_shape(TEMPORAL_PATCH_SIZE * plan.grid.t, plan.grid))  # (2·t, 3, H', W')
-        for planes, frame in zip(frames, decoded):
+        num_decoded = 0
+        for frame, planes in zip(video.frames(plan.indices), frames):  # frame: (H, W, 3)
             resize_into(planes, Image.fromarray(frame))
+            num_decoded += 1
+        if num_decoded != len(plan.indices):
+            raise MediaError(
+                ReasonCode.MEDIA_UNREADABLE, f"only {num_decoded} of {len(plan.indices)} frames could be decoded"
+            )
         # An odd count leaves the last temporal step with one frame: repeat it.
-        frames[len(decoded) :] = frames[len(decoded) - 1]
+        frames[num_decoded:] = frames[num_decoded - 1]
         return frames, plan
 
     return _first_success(source, decode)

@@ -200,7 +200,7 @@ def test_a_video_gives_the_frames_that_its_settings_ask_for(
     own = msgspec.convert(item, ItemSettings)
     frames, plan = decode_video(source(path), settings, own)
     assert list(plan.indices) == expected
-    originals = brightness_of(PyavVideo(source(path)).frames(expected))
+    originals = brightness_of(list(PyavVideo(source(path)).frames(expected)))
     assert brightness_of(frames.transpose(0, 2, 3, 1)) == pytest.approx(originals, abs=0.5)
     seconds = (expected[-1] - expected[0] + 1) / 10
     assert plan.second_per_grid_t == pytest.approx(2 * seconds / len(expected))
@@ -224,6 +224,17 @@ def test_a_real_video_file_is_sampled_as_by_qwen_vl_utils(tmp_path: Path, item: 
     assert list(plan.indices) == indices
     assert plan.second_per_grid_t == pytest.approx(2 / fps, rel=1e-12)
     assert (plan.grid.h * 14, plan.grid.w * 14) == size
+
+
+def test_many_frames_are_decoded_in_batches_and_equal_those_decoded_in_order(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.mp4", 76, 10)
+    settings = MediaSettings(video_sampling="fps", fps=10.0)
+    frames, plan = decode_video(source(path), settings)
+    assert plan.indices == tuple(range(76))
+    size = (plan.grid.w * 14, plan.grid.h * 14)
+    for stored, frame in zip(frames, PyavVideo(source(path)).frames(plan.indices), strict=True):
+        resized = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)
+        assert (stored == np.asarray(resized).transpose(2, 0, 1)).all()
 
 
 def test_total_pixels_bound_the_frames_of_a_video_together(tmp_path: Path) -> None:
@@ -421,7 +432,7 @@ def test_a_build_decodes_every_medium_with_the_settings_of_its_item(
         for stored, number in zip(media[name][0][2], numbers, strict=True):
             resized = random_image(90, 60, seed=number).resize((84, 56), Image.Resampling.BICUBIC)
             assert (stored == np.asarray(resized).transpose(2, 0, 1)).all()
-    originals = brightness_of(PyavVideo(source(tmp_path / "x.mp4")).frames([0, 12, 24, 35, 47, 59]))
+    originals = brightness_of(list(PyavVideo(source(tmp_path / "x.mp4")).frames([0, 12, 24, 35, 47, 59])))
     assert brightness_of(media["rate"][0][2].transpose(0, 2, 3, 1)) == pytest.approx(originals, abs=0.5)
     for name, seconds in SECONDS_PER_STEP.items():
         steps = samples[name][0].position_ids[0]
