@@ -263,8 +263,9 @@ def build(
     out: str,
     lesson: Lesson,
     model: Path,
+    *options: str,
 ) -> None:
-    """Build shards of some of the datasets with ``vlprep build``."""
+    """Build shards of some of the datasets with ``vlprep build``. ``options`` are further command-line options."""
     lines = []
     for name in names:
         path = folder / f"{way}-{name}.jsonl"
@@ -274,7 +275,7 @@ def build(
     registry.write_text("\n".join(lines) + "\n")
     program = [sys.executable, "-c", "from prep.cli import main; main()", "build", ",".join(names)]
     program += ["--registry", str(registry), "--model", str(model), "--out", str(folder / out)]
-    _run([*program, "--max-length", str(lesson.max_length), "--min-pixels", str(MIN_PIXELS)])
+    _run([*program, "--max-length", str(lesson.max_length), "--min-pixels", str(MIN_PIXELS), *options])
 
 
 def exercise(folder: Path, lesson: Lesson, model: Path, ranks: int) -> Path:

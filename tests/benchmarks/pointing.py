@@ -1,0 +1,196 @@
+"""A tiny model learns to point at a shape: ``python -m tests.benchmarks.pointing``.
+
+Every image shows one shape somewhere, drawn in one of several sizes and reduced to the same number of pixels. The
+answer is its box. The same records are built twice: with their boxes declared as ``pixels``, so that they follow the
+resize, and as ``off``, so that they keep the coordinates of the original images. Both sets train the same model from
+random weights, vision tower included. Then the models answer held-out questions, token by token.
+
+A box is right if its intersection with the true one, in the image that the model sees, is at least half of their union.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from demo.drawing import BACKGROUNDS, COLOURS, PNG, SHAPES, Figure, encode_image
+from demo.kinds import generator, pick
+from demo.scenes import Scene
+from demo.tiny_model import write_tiny_checkpoint
+from prep.annotations.boxes import find_shapes
+from schemas.qwen import IGNORE_INDEX, IM_END, IMAGE_PAD, PATCH_SIZE
+from tests.benchmarks.learning import Lesson, Record, build, train
+from tests.benchmarks.machine import describe_machine
+from tests.prep.packed import Packed, packed_samples
+
+SIDE = 12 * PATCH_SIZE
+"""Side of the images that the model sees: 6 x 6 merged tokens."""
+
+ENLARGED = (1, 2, 3)
+"""How many times larger the original images are, all equally frequent."""
+
+WAYS = ("pixels", "off")
+MIN_OVERLAP = Fraction(1, 2)
+QUESTION = "Where is the shape?"
+
+POINTING = Lesson(questions={"boxes": 6000}, num_held_out=150, steps=3000, learning_rate=2e-3, vision_size=64)
+
+Box = tuple[Fraction, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pointed:
+    """Right and asked held-out questions of one way, by how many times larger the original images are."""
+
+    right: dict[int, int] = field(default_factory=lambda: dict.fromkeys(ENLARGED, 0))
+    asked: dict[int, int] = field(default_factory=lambda: dict.fromkeys(ENLARGED, 0))
+
+    @property
+    def share(self) -> float:
+        """Share of right answers."""
+        return sum(self.right.values()) / sum(self.asked.values())
+
+
+def draw_question(folder: Path, part: str, number: int) -> Record:
+    """Write one image and return its record: a question and the box of the shape in pixels of that image."""
+    rng = generator(0, f"pointing/{part}/{number}")
+    enlarged = ENLARGED[number % len(ENLARGED)]
+    side = SIDE * enlarged
+    radius = side * (0.14 + 0.1 * rng.random())
+    x, y = (radius + (side - 2 * radius) * rng.random() for _ in range(2))
+    figure = Figure(shape=pick(rng, SHAPES), colour=pick(rng, COLOURS), x=x, y=y, radius=radius)
+    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    scene = Scene(width=side, height=side, background=background, figures=(figure,))
+    path = f"images/{part}-{number:05d}.png"
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / path).write_bytes(encode_image(scene.draw(), PNG))
+    box = [round(value) for value in (x - radius, y - radius, x + radius, y + radius)]
+    turns = [("human", f"<image>{QUESTION}"), ("gpt", json.dumps({"bbox_2d": box}))]
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    return {"id": f"{part}-{number}", "image": path, "conversations": conversations}
+
+
+def overlap(box: Sequence[Fraction], other: Sequence[Fraction]) -> Fraction:
+    """Intersection over union of two boxes ``x1, y1, x2, y2``; 0 for one without area."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    if width <= 0 or height <= 0:
+        return Fraction(0)
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (box, other)]
+    return width * height / (sum(areas) - width * height)
+
+
+def read_box(text: str) -> Box | None:
+    """The first box of an answer, or None."""
+    shapes, _ = find_shapes(text)
+    return next((shape.values for shape in shapes if shape.is_box), None)
+
+
+def true_box(record: Record) -> Box:
+    """The box of a record in pixels of the image that the model sees."""
+    box = read_box(record["conversations"][1]["value"])
+    assert box is not None
+    enlarged = ENLARGED[int(record["id"].rpartition("-")[2]) % len(ENLARGED)]
+    return tuple(value / enlarged for value in box)
+
+
+def answers(model: Path, samples: Sequence[Packed]) -> Iterator[str]:
+    """What the model says to the questions of samples, greedily."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    network = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    for sample in samples:
+        first_target = int(np.argmax(sample.labels != IGNORE_INDEX))
+        ids = torch.from_numpy(sample.input_ids[:first_target].astype(np.int64))[None]
+        with torch.inference_mode():
+            said = network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=(ids == IMAGE_PAD).int(),
+                pixel_values=torch.from_numpy(sample.pixel_values()),
+                image_grid_thw=torch.tensor([grid for _, grid, _ in sample.media]),
+                max_new_tokens=40,
+                do_sample=False,
+                eos_token_id=IM_END,
+            )
+        yield tokenizer.decode(said[0, first_target:].tolist())
+
+
+def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Pointed]:
+    """Draw the records, and for each way build shards, train a model and ask it.
+
+    Args:
+        lesson: counts, steps and model.
+        folder: an empty working folder.
+        ranks: number of training processes.
+
+    Returns:
+        The right answers of every way.
+    """
+    model = folder / "model"
+    write_tiny_checkpoint(model, num_hidden_layers=lesson.num_layers, vision_hidden_size=lesson.vision_size)
+    datasets = {
+        "train": [draw_question(folder, "train", number) for number in range(lesson.questions["boxes"])],
+        "heldout": [draw_question(folder, "heldout", number) for number in range(lesson.num_held_out)],
+    }
+    results: dict[str, Pointed] = {}
+    for way in WAYS:
+        for name in datasets:
+            options = ("--boxes", way, "--max-pixels", str(SIDE**2))
+            build(datasets, (name,), folder, way, f"{way}-{name}", lesson, model, *options)
+        train(folder / f"{way}-train", folder / f"{way}-run", lesson.steps, lesson, model, ranks)
+        packed = packed_samples(folder / f"{way}-heldout")
+        samples = [packed[record["id"]][0] for record in datasets["heldout"]]
+        results[way] = Pointed()
+        said = answers(folder / f"{way}-run" / "final", samples)
+        for number, (record, answer) in enumerate(zip(datasets["heldout"], said)):
+            enlarged = ENLARGED[number % len(ENLARGED)]
+            box = read_box(answer)
+            results[way].asked[enlarged] += 1
+            results[way].right[enlarged] += box is not None and overlap(box, true_box(record)) >= MIN_OVERLAP
+    return results
+
+
+def report(lesson: Lesson, results: dict[str, Pointed]) -> str:
+    """The shares of right answers as a table."""
+    lines = [
+        f"{lesson.questions['boxes']} training questions, {lesson.num_held_out} held out, {lesson.steps} steps; "
+        f"right: overlap of at least {float(MIN_OVERLAP)}",
+        f"{'':<10}{'all':>8}" + "".join(f"{f'{enlarged}x':>8}" for enlarged in ENLARGED),
+    ]
+    for way, pointed in results.items():
+        shares = [pointed.right[enlarged] / max(1, pointed.asked[enlarged]) for enlarged in ENLARGED]
+        lines.append(f"{way:<10}{pointed.share:>8.1%}" + "".join(f"{share:>8.1%}" for share in shares))
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--steps", type=click.IntRange(min=1), default=POINTING.steps, show_default=True)
+@click.option("--samples", type=click.IntRange(min=3), default=POINTING.questions["boxes"], show_default=True)
+@click.option("--held-out", type=click.IntRange(min=3), default=POINTING.num_held_out, show_default=True)
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True, help="Training processes.")
+def main(steps: int, samples: int, held_out: int, ranks: int) -> None:
+    """Train a tiny model to point at a shape, with boxes that follow the resize and with boxes that do not."""
+    lesson = Lesson(
+        questions={"boxes": samples},
+        num_held_out=held_out,
+        steps=steps,
+        learning_rate=POINTING.learning_rate,
+        vision_size=POINTING.vision_size,
+    )
+    click.echo(describe_machine("torch", "transformers", "deepspeed"))
+    with tempfile.TemporaryDirectory() as folder:
+        click.echo(report(lesson, learn(lesson, Path(folder), ranks=ranks)))
+
+
+if __name__ == "__main__":
+    main()
