@@ -85,6 +85,7 @@ bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machin
 	$(BIN)/python -m tests.benchmarks.storage
 	$(BIN)/python -m tests.benchmarks.balance
 	$(BIN)/python -m tests.benchmarks.learning
+	$(BIN)/python -m tests.benchmarks.pointing
 
 clean: ## remove the environment and caches; data, shards, checkpoints and runs stay
 	rm -rf .venv build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -381,6 +381,25 @@ def test_media_that_shrink_leave_text_without_boxes_as_it_is(
     assert text == "At [600, 400].<|im_end|>\n"
 
 
+def test_an_image_with_a_size_of_its_own_has_boxes_of_that_size(
+    tmp_path: Path, tiny_checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write_images(tmp_path)
+    image = {"type": "image", "image": "photo.png", "resized_width": 308, "resized_height": 196}
+    messages = [
+        {"role": "user", "content": [image, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": BOX},
+    ]
+    write_records(tmp_path / "a.jsonl", [{"id": "own", "messages": messages}])
+    (tmp_path / "datasets.toml").write_text('[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\nboxes = "pixels"\n')
+    build_registered(tmp_path, "a", tiny_checkpoint)
+    (sample,) = packed_samples(tmp_path / "out")["own"]
+    assert sample.media[0][2].shape == (1, 3, 196, 308)
+    # 100 and 300 times 308 / 600 = 51.33 and 154; 200 and 400 times 196 / 400.
+    expected = '{"bbox_2d": [51, 98, 154, 196]}<|im_end|>\n'
+    assert tokenizer.decode(sample.input_ids[sample.labels != -100]) == expected
+
+
 def test_other_coordinates_scan_only_the_files_with_boxes(
     tmp_path: Path, tiny_checkpoint: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
