@@ -18,7 +18,7 @@ from prep.annotations.annotation import Annotation
 from prep.annotations.fields import UNSUPPORTED_FIELDS, says_something
 from prep.annotations.media_fields import MediaReader
 from prep.annotations.objects import place_objects
-from prep.annotations.plain import decode_plain, fault
+from prep.annotations.plain import PLAIN_FIELDS, convert_plain, fault
 from prep.annotations.problems import Problems
 from prep.annotations.reading import CONVERSATIONS, MESSAGES, FieldReader, Places, Reading, type_name
 from prep.annotations.turns import TurnReader
@@ -157,17 +157,32 @@ def read_record(data: bytes, embedded: Mapping[str, bytes] | None = None) -> Rea
     reason = fault(data)
     if reason is not None:
         return _unreadable(ReasonCode.BAD_JSON, reason)
-    annotation = decode_plain(data)
-    if annotation is not None:
-        places = CONVERSATIONS if b'"conversations"' in data else MESSAGES
-        return Reading(annotation=annotation, places=places, problems=Problems(), embedded=embedded or {})
     try:
         record = _decoder.decode(data)
     except msgspec.MsgspecError as error:
         return _unreadable(ReasonCode.BAD_JSON, f"not valid JSON: {error}")
     if not isinstance(record, dict):
         return _unreadable(ReasonCode.NOT_AN_OBJECT, f"the record is of type {type_name(record)}; expected an object")
-    return _read(record, embedded or {})
+    return _read_plain(record, embedded or {}) or _read(record, embedded or {})
+
+
+def _read_plain(record: _Record, embedded: Mapping[str, bytes]) -> Reading | None:
+    """Read a record in one of the two common spellings whose other fields, if any, have no effect."""
+    if not FIELDS.isdisjoint(record.keys() - PLAIN_FIELDS):
+        return None
+    annotation = convert_plain({name: value for name, value in record.items() if name in PLAIN_FIELDS})
+    if annotation is None:
+        return None
+    fields = FieldReader()
+    fields.account(record, PLAIN_FIELDS)
+    return Reading(
+        annotation=annotation,
+        places=CONVERSATIONS if "conversations" in record else MESSAGES,
+        problems=fields.problems,
+        unused=tuple(fields.unused),
+        embedded=embedded,
+        is_plain=True,
+    )
 
 
 def _unreadable(code: ReasonCode, message: str) -> Reading:

@@ -62,6 +62,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
         unreadable: kinds of media (``image``, ``video``) of which some are unreadable.
         unused: names of the fields that have no effect. A field of a turn reads ``conversations[].name``.
         embedded: bytes of media inside the record, by the name that the annotation gives them.
+        is_plain: whether it is a record of the two common spellings, with turns and media and nothing else.
     """
 
     annotation: Annotation | None
@@ -70,6 +71,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     unreadable: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
     embedded: Mapping[str, bytes] = {}
+    is_plain: bool = False
 
 
 class FieldReader:

@@ -91,6 +91,8 @@ def parse_record(
         return Checked(annotation, [], (), embedded or {})
     reading = read_record(data, embedded)
     annotation, undeclared, has_boxes = reading.annotation, None, False
+    if annotation is not None and reading.is_plain and _is_plain(annotation, data, reserved):
+        return Checked(annotation, [], reading.unused, reading.embedded)
     if annotation is not None:
         has_boxes = any(map(_may_have_grounding, annotation.turns)) or bool(annotation.shapes)
         if has_boxes:

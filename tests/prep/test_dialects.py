@@ -415,3 +415,19 @@ def test_no_mutated_record_of_any_dialect_breaks_the_reader(root: Path) -> None:
             assert (tags["image"], tags["video"]) == (len(annotation.images), len(annotation.videos)), record
             assert all(isinstance(item.name, str) for item in annotation.images + annotation.videos)
     assert min(outcomes.values()) >= NUM_FUZZED // 10, outcomes
+
+
+@pytest.mark.parametrize("extra", [{}, {"width": 640}], ids=["as it is", "with a field without effect"])
+def test_the_fast_ways_of_reading_agree_with_the_slow_one(root: Path, extra: dict[str, Any]) -> None:
+    """An empty system message means nothing, but makes a record be read field by field."""
+    for case in CASES:
+        record = {**case.record, **extra}
+        fast, slow = checked(record, root), checked({"system": "", **record}, root)
+        assert fast.problems == slow.problems, case_id(case)
+        assert fast.unused == slow.unused
+        assert fast.embedded == slow.embedded
+        ours, theirs = fast.annotation, slow.annotation
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert [(t.role, t.value) for t in ours.turns] == [(t.role, t.value) for t in theirs.turns]
+            assert (ours.images, ours.videos, ours.untrained) == (theirs.images, theirs.videos, theirs.untrained)
