@@ -25,6 +25,9 @@ from prep.inspect.show import save_frames, show
 from prep.inspect.transcript import open_transcriber
 from prep.inspect.validate import ValidateRequest, validate
 from prep.inspect.verify import verify
+from prep.migrate.launch import read_script, read_words
+from prep.migrate.report import find_registry, make_report, registry_report
+from prep.migrate.rewrite import rewrite
 from prep.samples.lengths import open_length_check
 from prep.samples.tokenizer import DEFAULT_MODEL
 from schemas.errors import ConfigError, VlprepError
@@ -363,6 +366,32 @@ def demo_command(out: Path, seed: int) -> None:
     from demo import write_demo
 
     _say(str(write_demo(out, seed=seed)))
+
+
+@main.command("migrate")
+@click.argument("script", nargs=-1, required=True)
+@click.option("--out", help="Folder of the shards.  [default: shards/ and the names of the datasets]")
+@click.option(
+    "--registry",
+    type=_FILE,
+    help="Registry of the datasets: data/__init__.py of the upstream framework, or dataset_info.json of "
+    "LLaMA-Factory.  [default: where these have it, near SCRIPT]",
+)
+@_guarded
+def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | None) -> int:
+    """Print the two commands that do the same as SCRIPT: a launch script of the upstream framework, of ms-swift or of
+    LLaMA-Factory (also its YAML), a registry of datasets (.py, dataset_info.json), or a command line after --.
+
+    Nothing in SCRIPT is run. Exit 1 if a part of it was not understood.
+    """
+    path = Path(script[0]) if len(script) == 1 and not script[0].startswith("--") else None
+    if path is not None and (path.suffix == ".py" or path.name == "dataset_info.json"):
+        report = registry_report(path)
+    else:
+        launch = read_words(script) if path is None else read_script(path)
+        report = make_report(rewrite(launch, out=out), registry or find_registry(launch, path))
+    _say(report.text())
+    return 0 if report.is_complete else 1
 
 
 @main.command("verify")

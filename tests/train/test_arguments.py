@@ -64,7 +64,7 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: b
         ("--dataset_use mp_doc%50", "make shards DATASET="),
         ("--save_strategy epoch", "--save_strategy epoch cannot be done here: --save_steps says how often to save"),
         ("--push_to_hub", "--push_to_hub  cannot be done here: nothing is uploaded."),
-        ("--video_fps 2", "(vlprep build --base-interval, which is 1 / fps). Leave it out."),
+        ("--video_fps 2", "(vlprep build --video-sampling fps --fps). Leave it out."),
         ("--torch_dtype int8", "--torch_dtype is int8; allowed: bfloat16, float16, float32, auto."),
         ("--torch_dtype float16 --fp16 False", "--torch_dtype and --fp16 False contradict each other"),
         ("--lora_enable --lora_rank 8 --lora_r 16", "--lora_rank and --lora_r 16 contradict each other"),

@@ -1,0 +1,265 @@
+"""Finds the training in a script: a shell script, a command line or a YAML of LLaMA-Factory -> :class:`Launch`."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from prep.migrate.shell import Command, ShellError, read_commands
+from prep.migrate.tools import LLAMA_FACTORY, SWIFT, UPSTREAM, Tool
+from schemas.errors import ConfigError, VlprepError
+
+YAML_SUFFIXES = (".yaml", ".yml", ".json")
+_LAUNCHERS = ("torchrun", "deepspeed", "python", "python3", "accelerate")
+_RENDEZVOUS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+
+FLAGS_IN_ENVIRONMENT = {
+    "FPS": "fps",
+    "FPS_MAX_FRAMES": "fps_max_frames",
+    "FPS_MIN_FRAMES": "fps_min_frames",
+    "MAX_PIXELS": "max_pixels",
+    "MIN_PIXELS": "min_pixels",
+    "VIDEO_MAX_PIXELS": "video_max_pixels",
+    "VIDEO_MIN_PIXELS": "video_min_pixels",
+    "VIDEO_TOTAL_PIXELS": "video_total_pixels",
+}
+"""Variables that ms-swift reads media settings from."""
+
+_KEPT_VARIABLES = re.compile(
+    r"CUDA_|NCCL_|PYTORCH_|TORCH_|HF_|WANDB_|OMP_|GLOO_|ASCEND_|TOKENIZERS_|MASTER_|NNODES$|NODE_RANK$|NPROC_PER_NODE$"
+)
+_LAUNCH_VARIABLES = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "FORCE_TORCHRUN")
+
+
+class ScriptError(VlprepError):
+    """A file that is not what it should be: no script, no YAML of settings, no registry."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """A flag as a script has it: how it is written, its name with underscores, and the words of its value."""
+
+    written: str
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def value(self) -> str:
+        """The value in one word."""
+        return " ".join(self.values)
+
+    def text(self) -> str:
+        """The flag with its value."""
+        return f"{self.written} {self.value}".strip()
+
+
+@dataclass(kw_only=True, slots=True)
+class Launch:
+    """A training that a script starts.
+
+    Attributes:
+        tool: the trainer.
+        launcher: the words in front of the program that start its ranks.
+        environment: variables to set in front of the command.
+        flags: of the trainer, in order.
+        not_understood: what else is in the script and could not be read, a sentence each.
+    """
+
+    tool: Tool
+    launcher: list[str] = field(default_factory=lambda: ["deepspeed"])
+    environment: dict[str, str] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
+    not_understood: list[str] = field(default_factory=list)
+
+
+def read_script(path: Path) -> Launch:
+    """Read a script.
+
+    Raises:
+        ScriptError: the file cannot be read, or starts no training.
+        ConfigError: the package that reads YAML is not installed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScriptError(f"{path} cannot be read as a script: {error}.") from error
+    if path.suffix in YAML_SUFFIXES:
+        launch = Launch(tool=LLAMA_FACTORY)
+        _read_yaml(text, str(path), launch)
+        return launch
+    try:
+        commands = read_commands(text)
+    except ShellError as error:
+        raise ScriptError(f"{path} is not a shell script: {error}.") from error
+    found = _find_launch(commands, path.parent)
+    if found is None:
+        raise ScriptError(
+            f"{path} starts no training that is known here: no torchrun, deepspeed or python with a .py file, no "
+            "swift sft, no llamafactory-cli train. Give its flags after --."
+        )
+    return found
+
+
+def read_words(words: Sequence[str]) -> Launch:
+    """Read a command line, or flags alone, which are those of the upstream framework.
+
+    Raises:
+        ScriptError: it starts no training.
+    """
+    if words[0].startswith("--"):
+        launch = Launch(tool=UPSTREAM)
+        _read_flags(words, launch)
+        return launch
+    found = _find_launch([Command(words=tuple(words), environment={})], Path())
+    if found is None:
+        raise ScriptError(f"{words[0]!r} is neither an existing script nor a command that trains. Give one of them.")
+    return found
+
+
+def _find_launch(commands: Sequence[Command], folder: Path) -> Launch | None:
+    launch = None
+    for command in commands:
+        entry = _entry_of(command.words)
+        if entry is None:
+            continue
+        if launch is not None:
+            launch.not_understood.append(f"a second training: {' '.join(command.words[:6])} …")
+            continue
+        launch = _launch_of(command, entry, folder)
+    return launch
+
+
+def _entry_of(words: Sequence[str]) -> int | None:
+    """Where the flags of the trainer begin in the words of a command; None if it starts no training."""
+    for at, word in enumerate(words[:-1]):
+        if PurePath(word).name in ("swift", "llamafactory-cli", "lmf") and words[at + 1] in ("sft", "pt", "train"):
+            return at + 2
+    if not any(PurePath(word).name in _LAUNCHERS for word in words):
+        return None
+    scripts = [at for at, word in enumerate(words) if word.endswith(".py")]
+    return scripts[0] + 1 if scripts else None
+
+
+def _launch_of(command: Command, entry: int, folder: Path) -> Launch:
+    words = command.words
+    is_cli = not words[entry - 1].endswith(".py")
+    tool = UPSTREAM
+    if is_cli:
+        tool = SWIFT if PurePath(words[entry - 2]).name == "swift" else LLAMA_FACTORY
+    elif "swift" in words[entry - 1]:
+        tool = SWIFT
+    launch = Launch(tool=tool)
+    _read_environment(command.environment, launch)
+    starts = words[: entry - 2] if is_cli else words[: entry - 1]
+    launch.launcher = _launcher_of(starts, command.environment, launch)
+    flags = list(words[entry:])
+    if tool is LLAMA_FACTORY and flags and flags[0].endswith(YAML_SUFFIXES):
+        _read_yaml_file(flags.pop(0), folder, launch)
+        flags = [f"--{word}" if re.match(r"\w+=", word) else word for word in flags]
+    _read_flags(flags, launch)
+    return launch
+
+
+def _read_environment(environment: dict[str, str], launch: Launch) -> None:
+    for name, value in environment.items():
+        if launch.tool is SWIFT and name in FLAGS_IN_ENVIRONMENT:
+            launch.flags.append(Flag(written=name, name=FLAGS_IN_ENVIRONMENT[name], values=(value,)))
+        elif name in _LAUNCH_VARIABLES:
+            continue
+        elif _KEPT_VARIABLES.match(name):
+            launch.environment[name] = value
+        elif launch.tool is SWIFT or name.isupper():
+            launch.not_understood.append(f"the variable {name}={value}")
+
+
+def _launcher_of(words: Sequence[str], environment: dict[str, str], launch: Launch) -> list[str]:
+    """The words that start the ranks here."""
+    starts = [at for at, word in enumerate(words) if PurePath(word).name in _LAUNCHERS]
+    name = PurePath(words[starts[0]]).name if starts else ""
+    options = list(words[starts[0] + 1 :]) if starts else []
+    if name == "accelerate":
+        return _launcher_of_accelerate(options, launch)
+    if name.startswith("python"):
+        if options[:2] != ["-m", "torch.distributed.run"] and options[:2] != ["-m", "torch.distributed.launch"]:
+            launch.not_understood += [f"the option {' '.join(options)} of {name}"] if options else []
+            return ["python"]
+        return ["torchrun", *options[2:]]
+    if name:
+        return [name, *options]
+    given = {variable.lower(): environment[variable] for variable in _LAUNCH_VARIABLES if variable in environment}
+    options = [f"--{option}={given[option]}" for option in _RENDEZVOUS if option in given]
+    return ["torchrun", *options] if options else ["deepspeed"]
+
+
+def _launcher_of_accelerate(options: Sequence[str], launch: Launch) -> list[str]:
+    words = ["torchrun"]
+    renamed = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
+    for flag in split_flags([word for word in options if word != "launch"], []):
+        name = renamed.get(flag.name, flag.name)
+        if name == "main_process_port":
+            name = "master_port"
+        if name in _RENDEZVOUS:
+            words.append(f"--{name}={flag.value}")
+        else:
+            launch.not_understood.append(f"the option {flag.text()} of accelerate")
+    return words
+
+
+def _read_flags(words: Sequence[str], launch: Launch) -> None:
+    strays: list[str] = []
+    launch.flags += split_flags(words, strays)
+    launch.not_understood += [f"the word {word}" for word in strays]
+
+
+def split_flags(words: Sequence[str], strays: list[str]) -> list[Flag]:
+    """Split words into flags with their values. Words in front of the first flag go to ``strays``."""
+    flags: list[Flag] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            written, equals, value = word.partition("=")
+            name = written[2:].replace("-", "_")
+            flags.append(Flag(written=written, name=name, values=(value,) if equals else ()))
+        elif flags:
+            last = flags[-1]
+            flags[-1] = Flag(written=last.written, name=last.name, values=(*last.values, word))
+        else:
+            strays.append(word)
+    return flags
+
+
+def _read_yaml_file(name: str, folder: Path, launch: Launch) -> None:
+    """Read the YAML that a script names, relative to the working folder or to a folder above the script."""
+    candidates = [Path(name), *(above / name for above in (folder, *folder.absolute().parents[:3]))]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        launch.not_understood.append(f"the file {name}, which does not exist here")
+        return
+    _read_yaml(path.read_text(encoding="utf-8"), str(path), launch)
+
+
+def _read_yaml(text: str, path: str, launch: Launch) -> None:
+    if importlib.util.find_spec("yaml") is None:
+        raise ConfigError(f"{path} needs the pyyaml package: pip install pyyaml")
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ScriptError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ScriptError(f"{path} holds no settings: lines such as `learning_rate: 1.0e-4` are expected.")
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            launch.not_understood.append(f"{key} in {path}, a table")
+            continue
+        launch.flags.append(Flag(written=f"{key}:", name=str(key), values=(_yaml_text(value),)))
+
+
+def _yaml_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

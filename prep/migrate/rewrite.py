@@ -1,0 +1,294 @@
+"""Rewrites a launch: :class:`Launch` -> :class:`Migration`, the two commands with a line for each flag."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prep.annotations.records import ANNOTATION_SUFFIXES
+from prep.migrate.launch import Flag, Launch
+from prep.migrate.rules import BUILD, TRAIN, NoEffect, NotHere
+from prep.migrate.shell import quote
+from prep.migrate.tools import DATASETS, LLAMA_FACTORY, SWIFT, UPSTREAM
+
+_WIDTH = 100
+_INTERVAL_FRAMES = {"video_max_frames": "fps_max_frames", "video_min_frames": "fps_min_frames"}
+
+
+@dataclass(slots=True)
+class Entry:
+    """What became of a flag.
+
+    Attributes:
+        written: the flag with its value.
+        is_default: whether the script leaves it out, so that the default of the other trainer applies.
+        program: the command that takes it; empty if neither does.
+        name: name of the flag there.
+        value: value there.
+        why: reason or remark.
+        is_left: whether it is left to the reader.
+    """
+
+    written: str
+    is_default: bool = False
+    program: str = ""
+    name: str = ""
+    value: str = ""
+    why: str = ""
+    is_left: bool = False
+
+    def drop(self, why: str) -> None:
+        """Take the flag out of its command."""
+        self.program, self.why = "", why
+
+    def line(self) -> str:
+        """The flag and what became of it, in one line."""
+        remark = f": {self.why}" if self.why else ""
+        if not self.program:
+            return f"{self.written}  has no effect here{remark}"
+        here = f"{_option(self.program, self.name)} {self.value}".strip()
+        if self.program == BUILD:
+            return f"{self.written}  moved to the build, {here}{remark}"
+        return f"{self.written}  " + (f"kept{remark}" if here == self.written else f"replaced by {here}{remark}")
+
+
+@dataclass(kw_only=True, slots=True)
+class Migration:
+    """The two commands, and what became of each flag.
+
+    Attributes:
+        launch: what was read.
+        out: folder of the shards.
+        entries: one for each flag.
+        datasets: the datasets to build.
+    """
+
+    launch: Launch
+    out: str
+    entries: list[Entry] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[str]:
+        """What was not understood or cannot be done here."""
+        return [
+            *(f"{entry.written}: {entry.why}" for entry in self.entries if entry.is_left),
+            *self.launch.not_understood,
+        ]
+
+    def build_words(self) -> list[str]:
+        """The words of the command that builds the shards."""
+        words = ["vlprep", "build", *self.datasets, "--out", self.out]
+        model = self.value(TRAIN, "model_name_or_path")
+        words += ["--model", model] if model else []
+        return words + self._options(BUILD)
+
+    def train_words(self) -> list[str]:
+        """The words of the command that trains, without variables in front."""
+        return [*self.launch.launcher, "train/main.py", "--shards", self.out, *self._options(TRAIN)]
+
+    def value(self, program: str, name: str) -> str:
+        """The value of a flag of one of the commands; empty if it has none."""
+        entry = self.find(program, name)
+        return entry.value if entry else ""
+
+    def find(self, program: str, name: str) -> Entry | None:
+        """The entry that sets a flag of one of the commands."""
+        return next((entry for entry in self.entries if (entry.program, entry.name) == (program, name)), None)
+
+    def drop(self, program: str, name: str, why: str) -> None:
+        """Take a flag out of its command, if it is there."""
+        entry = self.find(program, name)
+        if entry is not None:
+            entry.drop(why)
+
+    def dataset_names(self) -> list[str]:
+        """The datasets, without their shares."""
+        return [re.sub(r"%[\d.]+$", "", name) for item in self.datasets for name in item.split(",")]
+
+    def _options(self, program: str) -> list[str]:
+        return [
+            word
+            for entry in self.entries
+            if entry.program == program and entry.name != DATASETS
+            for word in (_option(program, entry.name), entry.value)
+        ]
+
+
+def rewrite(launch: Launch, *, out: str | None = None) -> Migration:
+    """Rewrite a launch.
+
+    Args:
+        launch: what a script starts.
+        out: folder of the shards; None takes the names of the datasets.
+    """
+    migration = Migration(launch=launch, out=out or "")
+    given = {flag.name for flag in launch.flags}
+    for flag in launch.flags:
+        _add(migration, flag, is_default=False)
+    for name, value in launch.tool.defaults.items():
+        if name not in given:
+            _add(migration, Flag(written=f"--{name}", name=name, values=(value,)), is_default=True)
+    _settle(migration)
+    migration.datasets = _datasets(migration)
+    if not migration.out:
+        names = [
+            re.sub(r"\W+", "_", re.split(r"[/%.]", name.rsplit("/", 1)[-1])[0]) for name in migration.dataset_names()
+        ]
+        migration.out = "shards/" + "-".join(names[:3] or ["NAME"])
+    return migration
+
+
+def command_text(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    """A command for a shell, on lines of about 100 columns, a flag and its value together."""
+    quoted = [f"{name}={quote(value)}" for name, value in (environment or {}).items()]
+    for number, word in enumerate(words):
+        is_value = number > 0 and words[number - 1].startswith("--") and not word.startswith("--")
+        if is_value and "=" not in words[number - 1]:
+            quoted[-1] += f" {quote(word)}"
+        else:
+            quoted.append(quote(word))
+    lines = [""]
+    for part in quoted:
+        if lines[-1] and len(lines[-1]) + len(part) > _WIDTH:
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n".join(lines)
+
+
+def _option(program: str, name: str) -> str:
+    if name == DATASETS:
+        return "DATASETS"
+    return "--" + (name.replace("_", "-") if program == BUILD else name)
+
+
+def _add(migration: Migration, flag: Flag, *, is_default: bool) -> None:
+    entry = Entry(written=flag.text(), is_default=is_default)
+    if is_default:
+        entry.written += f" (default of {migration.launch.tool.name})"
+    rule = migration.launch.tool.rules.get(flag.name)
+    if rule is None and flag.name.startswith("ddp_"):
+        entry.why = "DeepSpeed moves the gradients"
+    elif rule is None:
+        entry.why, entry.is_left = f"not a known flag of {migration.launch.tool.name}", True
+    else:
+        try:
+            entry.value = rule.convert(flag.value)
+            entry.program, entry.name, entry.why = rule.program, rule.name, rule.why
+        except NoEffect as reason:
+            entry.why = str(reason)
+        except NotHere as reason:
+            entry.why, entry.is_left = str(reason), True
+        except ValueError:
+            entry.why, entry.is_left = f"{flag.value!r} is not a number", True
+    before = migration.find(entry.program, entry.name) if entry.program else None
+    if before is not None and is_default:
+        return
+    if before is not None:
+        before.drop(f"{entry.written} says it again")
+    migration.entries.append(entry)
+
+
+def _settle(migration: Migration) -> None:
+    """Take out flags that others make meaningless, which are errors here."""
+    tool, value = migration.launch.tool, migration.value
+    if tool is SWIFT:
+        _set(migration, TRAIN, "learning_rate", "1e-4" if value(TRAIN, "lora_enable") == "True" else "1e-5")
+    if tool is LLAMA_FACTORY and value(TRAIN, "lora_r").isdigit():
+        _set(migration, TRAIN, "lora_alpha", str(2 * int(value(TRAIN, "lora_r"))))
+    if tool is UPSTREAM and value(TRAIN, "lora_enable") == "True":
+        _settle_upstream_lora(migration)
+    _settle_length_and_rates(migration)
+    if value(TRAIN, "lora_enable") != "True":
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            migration.drop(TRAIN, name, "LoRA is off")
+    if value(TRAIN, "eval_shards") == "":
+        for name in ("eval_strategy", "eval_steps"):
+            migration.drop(TRAIN, name, "build shards to evaluate on, and give it with --eval_shards")
+    if value(TRAIN, "save_steps") == "0":
+        migration.drop(TRAIN, "save_total_limit", "nothing is saved before the end")
+    if value(TRAIN, "report_to") != "wandb" and value(TRAIN, "output_dir"):
+        migration.drop(TRAIN, "run_name", "it is the name in wandb")
+    if value(TRAIN, "report_to") != "tensorboard":
+        migration.drop(TRAIN, "logging_dir", "it is the folder of TensorBoard")
+    if value(TRAIN, "report_to") == "none":
+        migration.drop(TRAIN, "report_to", "none is the default")
+    if value(TRAIN, "fp16") == "True":
+        migration.drop(TRAIN, "bf16", "--fp16 says how to compute")
+    if value(TRAIN, "bf16") == "False" and value(TRAIN, "attn_implementation") not in ("", "auto", "sdpa"):
+        migration.drop(TRAIN, "attn_implementation", "it computes in half precision")
+    if [value(TRAIN, f"tune_mm_{part}") for part in ("llm", "mlp")] == ["False", "False"] and (
+        value(TRAIN, "tune_mm_vision") in ("", "False")
+    ):
+        migration.launch.not_understood.append("nothing is trained: give --tune_mm_llm, --tune_mm_mlp or both")
+    _settle_videos(migration)
+
+
+def _settle_upstream_lora(migration: Migration) -> None:
+    """With LoRA, the upstream framework trains adapters in the attention of the language model alone."""
+    for name, value in (("tune_mm_llm", "True"), ("tune_mm_mlp", "False"), ("tune_mm_vision", "False")):
+        if migration.value(TRAIN, name) != value:
+            migration.drop(TRAIN, name, "with LoRA, the language model alone is trained there")
+            _set(migration, TRAIN, name, value)
+    _set(migration, TRAIN, "lora_target_modules", "q_proj,k_proj,v_proj,o_proj")
+
+
+def _settle_length_and_rates(migration: Migration) -> None:
+    value = migration.value
+    if value(TRAIN, "max_steps"):
+        migration.drop(TRAIN, "num_train_epochs", "--max_steps sets the length")
+    if value(TRAIN, "warmup_steps"):
+        migration.drop(TRAIN, "warmup_ratio", "--warmup_steps says how long the rates rise")
+    if value(TRAIN, "lr_scheduler_type") == "constant":
+        for name in ("warmup_ratio", "warmup_steps"):
+            migration.drop(TRAIN, name, "constant has no warm-up")
+    if value(TRAIN, "tune_mm_mlp") == "False":
+        migration.drop(TRAIN, "mm_projector_lr", "the merger is frozen")
+    if value(TRAIN, "tune_mm_vision") in ("", "False"):
+        migration.drop(TRAIN, "vision_tower_lr", "the vision tower is frozen")
+    own_rates = (
+        value(TRAIN, "tune_mm_mlp") == "False" or value(TRAIN, "mm_projector_lr"),
+        value(TRAIN, "tune_mm_vision") in ("", "False") or value(TRAIN, "vision_tower_lr"),
+    )
+    if value(TRAIN, "tune_mm_llm") == "False" and all(own_rates):
+        migration.drop(TRAIN, "learning_rate", "every trained part has a rate of its own")
+
+
+def _settle_videos(migration: Migration) -> None:
+    """Sample at a frame rate where the other trainer does."""
+    if migration.value(BUILD, "fps"):
+        _set(migration, BUILD, "video_sampling", "fps")
+        migration.drop(BUILD, "base_interval", "--fps says how densely to sample")
+    if migration.launch.tool is UPSTREAM and migration.value(BUILD, "fps"):
+        for name, of_fps in _INTERVAL_FRAMES.items():
+            entry = migration.find(BUILD, name)
+            if entry is not None:
+                entry.name = of_fps
+
+
+def _set(migration: Migration, program: str, name: str, value: str) -> None:
+    """Set a flag that the other trainer derives from others, unless it is set."""
+    if migration.find(program, name) is None:
+        written = f"{name} (default of {migration.launch.tool.name})"
+        migration.entries.append(Entry(written=written, is_default=True, program=program, name=name, value=value))
+
+
+def _datasets(migration: Migration) -> list[str]:
+    """The argument of ``vlprep build``."""
+    entry = migration.find(BUILD, DATASETS)
+    if entry is None:
+        migration.launch.not_understood.append("no dataset is named: give DATASETS to vlprep build")
+        return ["DATASETS"]
+    if migration.launch.tool is not SWIFT:
+        return [",".join(entry.value.replace(",", " ").split())]
+    files = []
+    given = next((flag.values for flag in reversed(migration.launch.flags) if flag.name == "dataset"), ())
+    for item in given:
+        name, mark, count = item.partition("#")
+        if mark:
+            migration.launch.not_understood.append(f"{count} samples of {name}: take a share, such as {name}%10")
+        if not name.endswith(ANNOTATION_SUFFIXES):
+            migration.launch.not_understood.append(f"the dataset {name}: download it and give its annotation file")
+        files.append(name)
+    return files

@@ -1,0 +1,282 @@
+r"""Reads a shell script: text -> its commands, with variables filled in. Nothing is run.
+
+Variables that the script sets, ``${name:-default}`` and arrays are filled in. What only a shell can know stays as it is
+written: command substitutions, arithmetic, variables that the script does not set. A ``$`` in a word therefore is the
+shell's; a literal one is written ``\$``, as in double quotes.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_PARAMETER = re.compile(r"([A-Za-z_]\w*)(?:(\[[@*]\])|:?[-=](.*))?", re.DOTALL)
+_PREFIXES = ("export", "declare", "local", "readonly", "then", "do", "else", "time", "exec", "nohup", "{")
+_SEPARATORS = ";|&\n()"
+_SPACE = " \t\r"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One command of a script: its words, and the variables that are set for it, by name."""
+
+    words: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@dataclass(slots=True)
+class _Word:
+    """A word while it is read. ``fields`` are complete words that an unquoted expansion has split off before it."""
+
+    text: str = ""
+    is_quoted: bool = False
+    fields: list[str] = field(default_factory=list)
+
+
+class ShellError(ValueError):
+    """The text is not a shell script; the message says why."""
+
+
+def read_commands(text: str) -> list[Command]:
+    """Read the commands of a script, in order.
+
+    Raises:
+        ShellError: a quote or parenthesis is not closed.
+    """
+    return list(_Reader(text).commands())
+
+
+def quote(word: str) -> str:
+    """Quote a word for a shell, which fills in what was left to it."""
+    if "$" not in word and "`" not in word:
+        return shlex.quote(word)
+    if re.fullmatch(r"[\w./:=,%@${}-]+", word):
+        return word
+    return '"' + word.replace('"', '\\"') + '"'
+
+
+class _Reader:
+    """Position in a script, and the variables set so far."""
+
+    def __init__(self, text: str) -> None:
+        # Outside single quotes, a backslash at the end of a line continues it.
+        self._text = text.replace("\r\n", "\n").replace("\\\n", "")
+        self._at = 0
+        self._variables: dict[str, list[str]] = {}
+        self._exported: dict[str, str] = {}
+
+    def commands(self) -> Iterator[Command]:
+        words: list[str] = []
+        while self._at < len(self._text):
+            char = self._text[self._at]
+            if char in _SPACE:
+                self._at += 1
+            elif char == "#":
+                end = self._text.find("\n", self._at)
+                self._at = len(self._text) if end < 0 else end
+            elif char in _SEPARATORS:
+                self._at += 1
+                yield from self._finish(words)
+                words = []
+            elif char in "<>":
+                self._skip_redirection()
+            else:
+                words += self._read_word()
+        yield from self._finish(words)
+
+    def _finish(self, words: list[str]) -> Iterator[Command]:
+        """Apply the assignments in front of a command, and yield the command if there is one."""
+        is_exported = False
+        while words and words[0] in _PREFIXES:
+            is_exported |= words[0] == "export"
+            words = words[1:]
+        environment: dict[str, str] = {}
+        while words and (match := _ASSIGNMENT.fullmatch(words[0])):
+            environment[match[1]] = match[3]
+            if match[2]:
+                environment[match[1]] = " ".join((*self._variables.get(match[1], ()), match[3]))
+            words = words[1:]
+        if words and not is_exported:
+            yield Command(words=tuple(words), environment={**self._exported, **environment})
+            return
+        for name, value in environment.items():
+            self._variables[name] = [value]
+            if is_exported or name in self._exported:
+                self._exported[name] = value
+        for name in words if is_exported else ():
+            if name in self._variables:
+                self._exported[name] = " ".join(self._variables[name])
+
+    def _read_word(self) -> list[str]:
+        word = _Word()
+        while self._at < len(self._text):
+            char = self._text[self._at]
+            if char in _SPACE or (char in _SEPARATORS and not self._starts_array(word)) or char in "<>":
+                if char in "<>" and word.text.isdigit() and not word.is_quoted:
+                    return word.fields  # the file descriptor of a redirection
+                break
+            self._at += 1
+            if char == "'":
+                word.text += self._until("'").replace("\\", "\\\\").replace("$", "\\$")
+                word.is_quoted = True
+            elif char == '"':
+                self._read_double_quoted(word)
+            elif char == "\\" and self._at < len(self._text):
+                word.text += {"$": "\\$"}.get(self._text[self._at], self._text[self._at])
+                self._at += 1
+            elif char == "(":
+                self._read_array(word)
+                return []
+            elif char in "$`":
+                is_assigned = _ASSIGNMENT.fullmatch(word.text) is not None
+                self._add(word, self._expand(char), is_split=not is_assigned)
+            else:
+                word.text += char
+        return [*word.fields, word.text] if word.text or word.is_quoted else word.fields
+
+    def _starts_array(self, word: _Word) -> bool:
+        return self._text[self._at] == "(" and bool(re.fullmatch(r"[A-Za-z_]\w*\+?=", word.text))
+
+    def _read_array(self, word: _Word) -> None:
+        """Read the words of ``name=( … )`` into the variable."""
+        items: list[str] = []
+        while self._at < len(self._text) and self._text[self._at] != ")":
+            char = self._text[self._at]
+            if char == "#":
+                self._until("\n")
+            elif char in _SPACE + "\n":
+                self._at += 1
+            elif char in _SEPARATORS + "<>":
+                raise ShellError("an array is not closed")
+            else:
+                items += self._read_word()
+        if self._at >= len(self._text):
+            raise ShellError("an array is not closed")
+        self._at += 1
+        name = word.text.rstrip("+=")
+        before = self._variables.get(name, []) if word.text.endswith("+=") else []
+        self._variables[name] = [*before, *items]
+
+    def _read_double_quoted(self, word: _Word) -> None:
+        word.is_quoted = True
+        while self._at < len(self._text):
+            char = self._text[self._at]
+            self._at += 1
+            if char == '"':
+                return
+            if char == "\\" and self._text[self._at : self._at + 1] in ("$", "`", '"', "\\"):
+                word.text += {"$": "\\$"}.get(self._text[self._at], self._text[self._at])
+                self._at += 1
+            elif char in "$`":
+                values = self._expand(char)
+                if len(values) > 1:
+                    word.fields += [word.text + values[0], *values[1:-1]]
+                    word.text = values[-1]
+                else:
+                    word.text += "".join(values)
+            else:
+                word.text += char
+        raise ShellError("a double quote is not closed")
+
+    def _add(self, word: _Word, values: list[str], *, is_split: bool) -> None:
+        """Add an unquoted expansion, which splits at white space."""
+        for number, value in enumerate(values):
+            if number:
+                word.fields.append(word.text)
+                word.text = ""
+            if not is_split:
+                word.text += value
+                continue
+            parts = _split_fields(value)
+            if parts and value[:1].isspace() and word.text:
+                word.fields.append(word.text)
+                word.text = ""
+            for part in parts[:-1]:
+                word.fields.append(word.text + part)
+                word.text = ""
+            word.text += parts[-1] if parts else ""
+
+    def _expand(self, char: str) -> list[str]:
+        """Expand what follows a ``$`` or a backquote: the value of a variable, or the text as it is written."""
+        if char == "`":
+            return [f"`{self._until('`')}`"]
+        if self._text.startswith("(", self._at):
+            return ["$" + self._balanced("(", ")")]
+        if self._text.startswith("{", self._at):
+            return self._expand_parameter(self._balanced("{", "}")[1:-1])
+        match = _NAME.match(self._text, self._at)
+        if match is None:
+            special = self._text[self._at : self._at + 1]
+            self._at += len(special)
+            return ["$" + special]
+        self._at = match.end()
+        return self._variables.get(match[0], [f"${match[0]}"])
+
+    def _expand_parameter(self, inner: str) -> list[str]:
+        match = _PARAMETER.fullmatch(inner)
+        if match is None:
+            return [f"${{{inner}}}"]
+        name, _, default = match.groups()
+        if name in self._variables:
+            return self._variables[name]
+        if default is None:
+            return [f"${{{inner}}}"]
+        nested = _Reader(default)
+        nested._variables = self._variables
+        word = _Word()
+        while nested._at < len(default):
+            if default[nested._at] in _SPACE + _SEPARATORS + "<>":
+                word.text += default[nested._at]
+                nested._at += 1
+            else:
+                word.text += " ".join(nested._read_word())
+        return [word.text]
+
+    def _balanced(self, opening: str, closing: str) -> str:
+        """Read from an opening bracket to the one that closes it."""
+        depth, start = 0, self._at
+        while self._at < len(self._text):
+            char = self._text[self._at]
+            depth += (char == opening) - (char == closing)
+            self._at += 1
+            if depth == 0:
+                return self._text[start : self._at]
+        raise ShellError(f"{opening!r} is not closed")
+
+    def _until(self, closing: str) -> str:
+        end = self._text.find(closing, self._at)
+        if end < 0:
+            if closing == "\n":
+                end = len(self._text)
+            else:
+                raise ShellError(f"{closing} is not closed")
+        text, self._at = self._text[self._at : end], end + 1
+        return text
+
+    def _skip_redirection(self) -> None:
+        while self._at < len(self._text) and self._text[self._at] in "<>&":
+            self._at += 1
+        while self._at < len(self._text) and self._text[self._at] in _SPACE:
+            self._at += 1
+        if self._at < len(self._text) and self._text[self._at] not in _SEPARATORS:
+            self._read_word()
+
+
+def _split_fields(text: str) -> list[str]:
+    """Split at white space outside of the parentheses of ``$( … )`` and outside of backquotes."""
+    fields, depth, is_in_field, is_backquoted = [""], 0, False, False
+    for char in text:
+        is_backquoted ^= char == "`"
+        depth += (char == "(") - (char == ")")
+        if char.isspace() and depth <= 0 and not is_backquoted:
+            if is_in_field:
+                fields.append("")
+            is_in_field = False
+        else:
+            fields[-1] += char
+            is_in_field = True
+    return [item for item in fields if item]

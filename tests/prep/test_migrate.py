@@ -1,0 +1,371 @@
+"""Launch scripts of other trainers become two commands that our own parsers accept, and no flag gets lost."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from prep.cli import build_command, main
+from prep.migrate.launch import read_words
+from prep.migrate.rewrite import rewrite
+from prep.migrate.shell import ShellError, quote, read_commands
+from prep.migrate.tools import LLAMA_FACTORY, SWIFT, TRAINER_SWITCHES, TRAINER_VALUES, UPSTREAM
+from tests.prep.launch_scripts import LLAMA_FACTORY_FILES, SWIFT_SCRIPTS, UPSTREAM_SCRIPTS, upstream
+from train.settings.arguments import TrainArguments
+from train.settings.flags import FIELDS, parse_arguments
+
+REGISTRY = '''
+"""Datasets."""
+import re
+
+ROOT = "/data"
+MP_DOC = {"annotation_path": ROOT + "/mp_doc/all.json", "data_path": f"{ROOT}/mp_doc"}
+CLEVR = {
+    "annotation_path": "/data/clevr.json",
+    "data_path": "",
+}
+data_dict = {"mp_doc": MP_DOC, "clevr_mc": CLEVR, "set:3": {"annotation_path": "c.json", "data_path": "c"}}
+
+
+def data_list(names):
+    raise SystemExit("must never run")
+'''
+
+
+def migrate(*words: str) -> Result:
+    return CliRunner().invoke(main, ["migrate", *words])
+
+
+def section(text: str, heading: str) -> str:
+    blocks = {block.partition("\n")[0].lstrip("# "): block.partition("\n")[2] for block in text.split("\n\n")}
+    return next((block for name, block in blocks.items() if name.startswith(heading)), "")
+
+
+def build_options(text: str) -> dict[str, object]:
+    """The options of the printed build, as the command parses them."""
+    program, command, *words = shlex.split(section(text, "1. Build").replace("\\\n", ""))
+    assert (program, command) == ("vlprep", "build")
+    with build_command.make_context("build", words) as context:
+        assert isinstance(context, click.Context)
+        return context.params
+
+
+def train_command(text: str) -> tuple[list[str], TrainArguments]:
+    """The words in front of the printed trainer, and its flags as it parses them, without a note."""
+    words = shlex.split(section(text, "2. Train").replace("\\\n", ""))
+    at = words.index("train/main.py")
+    notes: list[str] = []
+    args = parse_arguments(words[at + 1 :], note=notes.append)
+    assert notes == []
+    return words[:at], args
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with scripts beside the registries of the other trainers."""
+    (tmp_path / "qwenvl" / "data").mkdir(parents=True)
+    (tmp_path / "qwenvl" / "data" / "__init__.py").write_text(REGISTRY)
+    (tmp_path / "data").mkdir()
+    info = {
+        "mllm_demo": {
+            "file_name": "mllm_demo.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages", "images": "images"},
+            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+        },
+        "my_set": {"file_name": "sub/my set.jsonl", "formatting": "sharegpt"},
+    }
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "scripts").mkdir()
+    for name, text in {**UPSTREAM_SCRIPTS, **SWIFT_SCRIPTS, **LLAMA_FACTORY_FILES}.items():
+        (tmp_path / "scripts" / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", UPSTREAM_SCRIPTS)
+def test_an_upstream_script_becomes_two_commands_that_are_accepted(folder: Path, name: str) -> None:
+    result = migrate(f"scripts/{name}")
+    assert result.exit_code == 0, result.output
+    options = build_options(result.output)
+    launcher, args = train_command(result.output)
+    assert options["datasets"] == ("mp_doc%50,clevr_mc",)
+    assert (options["max_length"], options["max_pixels"], options["min_pixels"]) == (8192, 50176, 784)
+    assert options["model"] == args.model_name_or_path
+    assert str(options["out"]) == args.shards == "shards/mp_doc-clevr_mc"
+    assert launcher[:3] == ["torchrun", "--nproc_per_node=8", "--master_addr=127.0.0.1"]
+    assert launcher[3] == "--master_port=$(shuf -i 20001-29999 -n 1)"
+    is_lora = name == "sft_today.sh"
+    assert (args.tune_mm_llm, args.tune_mm_mlp, args.tune_mm_vision) == (True, not is_lora, False)
+    assert args.lora_target_modules == ("q_proj,k_proj,v_proj,o_proj" if is_lora else None)
+    assert args.bf16 is True
+    assert (args.num_train_epochs, args.weight_decay, args.warmup_ratio) == (0.5, 0.0, 0.03)
+    assert (args.save_steps, args.save_total_limit, args.logging_steps) == (1000, 1, 1)
+    assert (args.report_to, args.run_name, str(args.output_dir)) == ("wandb", "qwen2vl-baseline", "output")
+
+
+def test_the_sizes_of_upstream_keep_their_batch_rate_and_zero_stage(folder: Path) -> None:
+    found = {}
+    for name in ("sft_3b.sh", "sft_7b.sh", "sft_32b.sh"):
+        _, args = train_command(migrate(f"scripts/{name}").output)
+        batch = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        found[name] = (args.learning_rate, *batch, args.deepspeed)
+    assert found == {
+        "sft_3b.sh": (2e-7, 8, 4, "zero2.json"),
+        "sft_7b.sh": (2e-7, 4, 4, "zero3.json"),
+        "sft_32b.sh": (1e-7, 2, 8, "zero3_offload.json"),
+    }
+
+
+def test_video_settings_move_to_the_build(folder: Path) -> None:
+    options = build_options(migrate("scripts/sft_video_packed.sh").output)
+    assert (options["base_interval"], options["video_max_frames"], options["video_min_frames"]) == (2.0, 16, 4)
+    assert (options["video_max_frame_pixels"], options["video_min_frame_pixels"]) == (1304576, 200704)
+    assert options["video_sampling"] == "interval"
+    today = build_options(migrate("scripts/sft_today.sh").output)
+    assert (today["video_sampling"], today["fps"], today["fps_max_frames"], today["fps_min_frames"]) == ("fps", 2, 8, 4)
+    assert (today["video_max_frame_pixels"], today["video_min_frame_pixels"]) == (802816, 200704)
+
+
+def test_every_flag_of_a_script_has_a_line(folder: Path) -> None:
+    for name, text in UPSTREAM_SCRIPTS.items():
+        lines = section(migrate(f"scripts/{name}").output, "What became").splitlines()
+        flags = {word for word in text.split() if word.startswith("--")} - {"--list-gpus"}
+        launcher = {flag for flag in flags if flag.partition("=")[0] in ("--nproc_per_node", "--master_addr")}
+        for flag in flags - launcher - {"--master_port=${MASTER_PORT}"}:
+            assert [line for line in lines if line.split()[1] == flag], (name, flag)
+
+
+def test_each_line_says_what_became_of_its_flag(folder: Path) -> None:
+    output = migrate("scripts/sft_today.sh").output
+    for line in (
+        "--tune_mm_llm True  kept",
+        "--model_max_length 8192  moved to the build, --max-length 8192: the capacity of a bin",
+        "--deepspeed ./scripts/zero3.json  replaced by --deepspeed zero3.json",
+        "--data_flatten True  has no effect here: bins are always packed, and their samples isolated",
+        "--cache_dir ./cache  has no effect here: it is the cache of the Hub there; set HF_HOME",
+        "--save_strategy steps  has no effect here: --save_steps says how often to save",
+    ):
+        assert f"#   {line}" in output
+
+
+@pytest.mark.parametrize("name", SWIFT_SCRIPTS)
+def test_a_swift_script_becomes_two_commands_that_are_accepted(folder: Path, name: str) -> None:
+    result = migrate(f"scripts/{name}")
+    options = build_options(result.output)
+    launcher, args = train_command(result.output)
+    assert options["min_pixels"] == 3136  # a default that differs from ours
+    assert (options["video_sampling"], options["fps"]) == ("fps", 2.0)
+    assert args.adam_beta2 == 0.95
+    assert args.weight_decay == 0.1
+    if name == "lora.sh":
+        assert launcher == ["CUDA_VISIBLE_DEVICES=0", "deepspeed"]
+        assert options["datasets"] == ("data/ocr.jsonl",)
+        assert (options["max_pixels"], options["max_length"]) == (1003520, 2048)
+        assert (args.lora_enable, args.lora_r, args.lora_alpha, args.lora_dropout) == (True, 8, 32, 0.05)
+        assert (args.tune_mm_llm, args.tune_mm_mlp, args.tune_mm_vision, args.bf16) == (True, False, False, True)
+        assert result.exit_code == 0, result.output
+    if name == "full.sh":
+        assert launcher == ["CUDA_VISIBLE_DEVICES=0,1", "torchrun", "--nproc_per_node=2"]
+        assert options["datasets"] == ("a.jsonl", "b.jsonl")
+        assert (options["video_max_frame_pixels"], options["fps_max_frames"]) == (50176, 12)
+        assert (args.vision_tower_lr, args.tune_mm_mlp, args.lora_enable) == (1e-6, False, False)
+        assert args.deepspeed == "zero3.json"
+        assert result.exit_code == 1
+        assert section(result.output, "Not understood") == "#   --save_strategy epoch: give --save_steps\n"
+    if name == "merger.sh":
+        assert options["datasets"] == ("my data.jsonl",)
+        assert options["workers"] == 4
+        assert (args.tune_mm_llm, args.tune_mm_mlp, args.tune_mm_vision) == (False, True, False)
+        assert (args.max_steps, args.num_train_epochs, args.warmup_ratio) == (100, None, None)
+        assert (args.learning_rate, args.report_to, str(args.logging_dir)) == (1e-5, "tensorboard", "logs")
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", LLAMA_FACTORY_FILES)
+def test_a_yaml_of_llama_factory_becomes_two_commands_that_are_accepted(folder: Path, name: str) -> None:
+    result = migrate(f"scripts/{name}")
+    assert result.exit_code == 0, result.output
+    options = build_options(result.output)
+    launcher, args = train_command(result.output)
+    assert launcher == ["deepspeed"]
+    assert options["datasets"] == ("mllm_demo,my_set",)
+    assert (options["max_length"], options["workers"], options["max_pixels"]) == (2048, 16, 262144)
+    assert (options["min_pixels"], options["video_min_frame_pixels"]) == (1024, 784)
+    assert (args.gradient_accumulation_steps, args.warmup_ratio, args.bf16) == (8, 0.1, True)
+    if name == "lora.yaml":
+        assert (args.lora_enable, args.lora_r, args.lora_alpha, args.learning_rate) == (True, 8, 16, 1e-4)
+        assert options["base_interval"] == 0.5
+    if name == "full.yaml":
+        assert (args.lora_enable, args.tune_mm_vision, args.tune_mm_mlp, args.tune_mm_llm) == (
+            False,
+            False,
+            False,
+            True,
+        )
+        assert args.deepspeed == "zero3.json"
+    if name == "vision.yaml":
+        assert (args.tune_mm_vision, args.tune_mm_mlp, args.use_liger_kernel) == (True, True, True)
+        assert (options["base_interval"], options["video_max_frames"]) == (0.25, 32)
+
+
+def test_a_shell_script_around_a_yaml_reads_it_and_its_overrides(folder: Path) -> None:
+    (folder / "run.sh").write_text("FORCE_TORCHRUN=1 llamafactory-cli train scripts/full.yaml learning_rate=3e-6\n")
+    result = migrate("run.sh")
+    assert result.exit_code == 0, result.output
+    assert train_command(result.output)[1].learning_rate == 3e-6
+
+
+def test_datasets_become_tables_of_the_registry(folder: Path) -> None:
+    tables = section(migrate("scripts/sft.sh").output, "Tables for datasets.toml")
+    assert tables == '[mp_doc]\nannotation_path = "/data/mp_doc/all.json"\nmedia_root = "/data/mp_doc"'
+    whole = migrate("qwenvl/data/__init__.py")
+    assert whole.exit_code == 0
+    assert '[clevr_mc]\nannotation_path = "/data/clevr.json"\n\n["set:3"]\nannotation_path = "c.json"' in whole.output
+    of_yaml = migrate("scripts/lora.yaml").output
+    assert '[my_set]\nannotation_path = "' in of_yaml
+    assert 'data/sub/my set.jsonl"\nmedia_root = "' in of_yaml
+
+
+def test_a_registry_with_code_is_read_as_far_as_it_has_none(folder: Path) -> None:
+    code = "import os\nA = {'annotation_path': os.environ['A'], 'data_path': 'a'}\nopen('made', 'w')\n"
+    code += "B = {'annotation_path': 'b.json', 'data_path': 'b'}\ndata_dict = {'a': A, 'b': B}\n"
+    (folder / "registry.py").write_text(code)
+    result = migrate("registry.py")
+    assert result.exit_code == 1
+    assert '[b]\nannotation_path = "b.json"\nmedia_root = "b"' in result.output
+    assert "registry.py:3: code that is not run here: open('made', 'w')" in result.output
+    assert "the dataset a has no annotation_path that can be read" in result.output
+    assert not (folder / "made").exists()
+
+
+def test_datasets_of_another_kind_are_listed(folder: Path) -> None:
+    info = {
+        "hub": {"hf_hub_url": "someone/set"},
+        "pairs": {"file_name": "p.json", "ranking": True},
+        "odd": {"file_name": "o.json", "columns": {"messages": "dialogue"}},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    result = migrate("dataset_info.json")
+    assert result.exit_code == 1
+    assert "the dataset hub has no file_name: download it and register its annotation file" in result.output
+    assert "the dataset pairs has ranking = true, which is not supported here" in result.output
+    assert 'the dataset odd has columns.messages = "dialogue": rename the field in its records' in result.output
+
+
+def test_an_unknown_flag_is_listed_and_never_dropped(folder: Path) -> None:
+    (folder / "odd.sh").write_text(upstream(more="--frobnicate 3 --eval_strategy epoch --optim adafactor"))
+    result = migrate("odd.sh")
+    assert result.exit_code == 1
+    train_command(result.output)
+    left = section(result.output, "Not understood")
+    assert "--frobnicate 3: not a known flag of qwen-vl-finetune" in left
+    assert "--optim adafactor: allowed here: adamw_torch, adamw_torch_fused" in left
+    (folder / "odd.yaml").write_text(
+        LLAMA_FACTORY_FILES["lora.yaml"] + "galore_rank: 4\nnested: {a: 1}\nval_size: 0.1\n"
+    )
+    left = section(migrate("odd.yaml").output, "Not understood")
+    assert "galore_rank: 4: not a known flag of LLaMA-Factory" in left
+    assert "nested in odd.yaml, a table" in left
+    assert "val_size: 0.1: build a second set of shards from it and give --eval_shards DIR" in left
+
+
+def test_a_command_line_after_two_hyphens_is_read(folder: Path) -> None:
+    result = migrate(
+        "--", "torchrun", "--nproc_per_node", "2", "train_qwen.py", "--dataset_use", "mp_doc", "--tune_mm_mlp"
+    )
+    launcher, args = train_command(result.output)
+    assert launcher == ["torchrun", "--nproc_per_node", "2"]
+    assert (args.tune_mm_llm, args.tune_mm_mlp) == (False, True)
+    frozen = migrate("--", "--dataset_use", "mp_doc")
+    assert frozen.exit_code == 1
+    assert "nothing is trained: give --tune_mm_llm, --tune_mm_mlp or both" in frozen.output
+    flags_alone = migrate(
+        "--out", "s", "--", "--dataset_use", "mp_doc", "--tune_mm_llm", "True", "--max_pixels", "9999"
+    )
+    assert flags_alone.exit_code == 0, flags_alone.output
+    assert build_options(flags_alone.output)["max_pixels"] == 9999
+    assert train_command(flags_alone.output)[1].shards == "s"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("notes.sh", "echo hello\n", "starts no training that is known here"),
+        ("broken.sh", 'torchrun train.py --a "b\n', "is not a shell script: a double quote is not closed"),
+        ("binary.sh", "\udcff\udcfe", "cannot be read as a script"),
+        ("list.yaml", "- 1\n- 2\n", "holds no settings"),
+        ("broken.yaml", "a: [1\n", "is not valid YAML"),
+    ],
+)
+def test_what_is_no_script_is_refused_in_a_sentence(folder: Path, name: str, text: str, message: str) -> None:
+    (folder / name).write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    result = migrate(name)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_missing_package_for_yaml_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert "needs the pyyaml package: pip install pyyaml" in migrate("scripts/lora.yaml").output
+
+
+def test_a_script_is_never_run(folder: Path) -> None:
+    (folder / "evil.sh").write_text("touch made; X=$(touch made) `touch made`\n" + UPSTREAM_SCRIPTS["sft.sh"])
+    migrate("evil.sh")
+    assert not (folder / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a=1; run $a ${a} '$a' \"$a\"", ["run", "1", "1", r"\$a", "1"]),
+        ("run ${x:-d} ${x-$y} $x ${#x}", ["run", "d", "$y", "$x", "${#x}"]),
+        ("a='b  c'; run $a \"$a\" x$a", ["run", "b", "c", "b  c", "xb", "c"]),
+        ("a=(1 '2 3'); a+=(4); run \"${a[@]}\"", ["run", "1", "2 3", "4"]),
+        ("run a\\\nb \\\n c # comment\n", ["run", "ab", "c"]),
+        ("run $(x y) `x y` $((1+2)) >log 2>&1", ["run", "$(x y)", "`x y`", "$((1+2))"]),
+        ("export A=1; run $A#b", ["run", "1#b"]),
+    ],
+)
+def test_a_shell_command_is_read_as_a_shell_would(text: str, words: list[str]) -> None:
+    (command,) = read_commands(text)
+    assert list(command.words) == words
+
+
+@pytest.mark.parametrize("text", ["run 'a", 'run "a', "run $(a", "a=(b", "run ${a"])
+def test_an_open_quote_or_bracket_is_an_error(text: str) -> None:
+    with pytest.raises(ShellError, match="is not closed"):
+        read_commands(text)
+
+
+@pytest.mark.parametrize("word", ["a b", "it's", "$HOME/x", "$(a b)", r"\$5", 'a"b $c', "mp%50"])
+def test_a_quoted_word_is_read_back_as_it_was(word: str) -> None:
+    (command,) = read_commands(f"run {quote(word)}")
+    assert list(command.words) == ["run", word]
+
+
+def test_the_trainer_has_the_flags_that_migrate_knows() -> None:
+    assert sorted((*TRAINER_SWITCHES, *TRAINER_VALUES)) == sorted(FIELDS)
+    assert {name for name, field in FIELDS.items() if field.kind is bool} == set(TRAINER_SWITCHES)
+
+
+def test_every_rule_names_an_option_that_exists() -> None:
+    options = {option.name for option in build_command.params}
+    for tool in (UPSTREAM, SWIFT, LLAMA_FACTORY):
+        for name, rule in tool.rules.items():
+            assert rule.name in {"train": set(FIELDS), "build": options, "": {""}}[rule.program], (tool.name, name)
+        assert tool.defaults.keys() <= tool.rules.keys()
+
+
+def test_a_flag_given_twice_counts_once_the_last_time() -> None:
+    migration = rewrite(read_words(["--learning_rate", "1e-5", "--learning_rate", "2e-5", "--tune_mm_llm", "True"]))
+    assert migration.train_words().count("--learning_rate") == 1
+    assert migration.value("train", "learning_rate") == "2e-5"
