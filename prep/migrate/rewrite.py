@@ -50,7 +50,8 @@ class Entry:
         here = f"{_option(self.program, self.name)} {self.value}".strip()
         if self.program == BUILD:
             return f"{self.written}  moved to the build, {here}{remark}"
-        return f"{self.written}  " + (f"kept{remark}" if here == self.written else f"replaced by {here}{remark}")
+        is_kept = self.written.split()[0].strip("-:").replace("-", "_") == self.name
+        return f"{self.written}  " + (f"kept{remark}" if is_kept else f"replaced by {here}{remark}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -270,7 +271,7 @@ def _settle_videos(migration: Migration) -> None:
 def _set(migration: Migration, program: str, name: str, value: str) -> None:
     """Set a flag that the other trainer derives from others, unless it is set."""
     if migration.find(program, name) is None:
-        written = f"{name} (default of {migration.launch.tool.name})"
+        written = f"--{name} (default of {migration.launch.tool.name})"
         migration.entries.append(Entry(written=written, is_default=True, program=program, name=name, value=value))
 
 

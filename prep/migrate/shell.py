@@ -56,6 +56,9 @@ def quote(word: str) -> str:
         return shlex.quote(word)
     if re.fullmatch(r"[\w./:=,%@${}-]+", word):
         return word
+    flag, equals, value = word.partition("=")
+    if equals and re.fullmatch(r"--\w+", flag):
+        return f"{flag}={quote(value)}"
     return '"' + word.replace('"', '\\"') + '"'
 
 

@@ -146,6 +146,7 @@ def test_each_line_says_what_became_of_its_flag(folder: Path) -> None:
     output = migrate("scripts/sft_today.sh").output
     for line in (
         "--tune_mm_llm True  kept",
+        "--bf16  kept",
         "--model_max_length 8192  moved to the build, --max-length 8192: the capacity of a bin",
         "--deepspeed ./scripts/zero3.json  replaced by --deepspeed zero3.json",
         "--data_flatten True  has no effect here: bins are always packed, and their samples isolated",
