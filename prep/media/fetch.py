@@ -27,7 +27,7 @@ from prep.media.access import MediaAccess, MediaRequest, local_media
 from prep.media.paths import IS_MISSING, check_size, media_url
 from prep.media.source import Beginning, MediaSource
 from schemas.annotation import ReasonCode
-from schemas.bins import MEDIA_IMAGE
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import ConfigError, MediaError
 from storage.request import MAX_REQUESTS
 from storage.urls import Location, Url
@@ -242,6 +242,11 @@ def _of_medium(request: MediaRequest, error: ConfigError) -> MediaError | Config
     """
     assert isinstance(request.root, Url)
     if isinstance(error, storage.FolderError):
+        if request.media_type == MEDIA_VIDEO:
+            return MediaError(
+                ReasonCode.UNSUPPORTED_MEDIA,
+                f"{request.name!r} is a folder; of a video below a URL, name the images that are its frames in a list",
+            )
         return MediaError(ReasonCode.UNSUPPORTED_MEDIA, f"{request.name!r} is not a regular file")
     if isinstance(error, storage.NotThereError):
         return MediaError(ReasonCode.MEDIA_MISSING, f"{request.name!r} {IS_MISSING}")

@@ -23,6 +23,7 @@ from PIL import Image
 
 import prep.build.pipeline
 import storage
+from prep.annotations.annotation import Annotation, MediaItem
 from prep.annotations.registry import find_sources
 from prep.build.metrics import read_metrics
 from prep.build.output import open_output
@@ -37,6 +38,7 @@ from prep.media.decode import MediaInfo, probe
 from prep.media.fetch import open_media
 from prep.media.paths import media_url
 from prep.media.source import HeadTooShortError
+from prep.samples.media import check_media, probe_media
 from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, shard_name
 from schemas.errors import ConfigError, MediaError, VlprepError
@@ -479,6 +481,24 @@ def test_more_media_than_the_memory_budget_are_read_in_any_order_and_leave_no_fi
                 assert access.source(each).open().read() == (tmp_path / "file").read_bytes()
         assert list(scratch.iterdir()) == []
     assert not scratch.exists()
+
+
+def test_a_video_below_a_url_can_be_a_list_of_frames_but_not_a_folder(proxy: Proxy, tmp_path: Path) -> None:
+    root = Url("s3://bucket/frames")
+    long_header = b"\xff\xd8" + 3 * (b"\xff\xfe\xff\xff" + bytes(0xFFFD))
+    for number in range(3):
+        Image.new("RGB", (90, 60), (80 * number, 0, 0)).save(tmp_path / "frame.jpg")
+        (tmp_path / "frame.jpg").write_bytes(long_header + (tmp_path / "frame.jpg").read_bytes()[2:])
+        storage.upload(tmp_path / "frame.jpg", root / f"clip/{number}.jpg")
+    frames = Annotation(turns=[], videos=[MediaItem("x", frames=("clip/0.jpg", "clip/1.jpg", "clip/2.jpg"))])
+    folder = Annotation(turns=[], videos=[MediaItem("clip")])
+    with open_media([root], beginnings=True, scratch=tmp_path / "scratch") as access:
+        (medium,), problems = probe_media(frames, root, MediaSettings(), {}, access)
+        assert (medium.grid.t, medium.second_per_grid_t, problems) == (2, 1.0, [])
+        media, problems = probe_media(folder, root, MediaSettings(), {}, access)
+        assert (media, [problem.code.value for problem in problems]) == ([], ["unsupported_media"])
+    with open_media([root], beginnings=False, scratch=tmp_path / "scratch") as access:
+        assert check_media([medium], root, MediaSettings(), {}, access) == []
 
 
 def test_media_of_the_next_items_are_prefetched(proxy: Proxy, tmp_path: Path) -> None:
