@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -31,6 +32,8 @@ NUM_TOKENS = qwen.ENDOFTEXT + len(qwen.CONTROL_TOKENS) + len(PLAIN_ADDED_TOKENS)
 """Size of the real tokenizer: 151,665 tokens."""
 
 MIN_VOCAB_SIZE = 64
+
+_TEXT_HIDDEN_SIZE = 64
 
 EMBEDDING_STD = 0.25
 """Standard deviation of the embeddings, which are also the output layer.
@@ -74,41 +77,49 @@ def tiny_config(
         raise ConfigError(f"vocab_size is {vocab_size}; allowed: {MIN_VOCAB_SIZE} or more.")
     shift = min(0, vocab_size - NUM_TOKENS)
     return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab_size,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            # The sections (t, h, w) divide the 8 rotary frequencies of a head of size 16.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            "bos_token_id": qwen.ENDOFTEXT + shift,
-            "eos_token_id": qwen.IM_END + shift,
-            "pad_token_id": qwen.ENDOFTEXT + shift,
-            "tie_word_embeddings": True,
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": vision_hidden_size // 16,
-            "out_hidden_size": 64,
-            "patch_size": qwen.PATCH_SIZE,
-            "spatial_merge_size": qwen.MERGE_SIZE,
-            "temporal_patch_size": qwen.TEMPORAL_PATCH_SIZE,
-            "tokens_per_second": qwen.TOKENS_PER_SECOND,
-            "window_size": 112,
-            "fullatt_block_indexes": [1, 3],
-        },
+        text_config=_text_config(vocab_size, num_hidden_layers, shift),
+        vision_config=_vision_config(vision_hidden_size),
         vision_start_token_id=qwen.VISION_START + shift,
         vision_end_token_id=qwen.VISION_END + shift,
         image_token_id=qwen.IMAGE_PAD + shift,
         video_token_id=qwen.VIDEO_PAD + shift,
         tie_word_embeddings=True,
     )
+
+
+def _text_config(vocab_size: int, num_hidden_layers: int, shift: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": _TEXT_HIDDEN_SIZE,
+        "intermediate_size": 128,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        # The sections (t, h, w) divide the 8 rotary frequencies of a head of size 16.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "bos_token_id": qwen.ENDOFTEXT + shift,
+        "eos_token_id": qwen.IM_END + shift,
+        "pad_token_id": qwen.ENDOFTEXT + shift,
+        "tie_word_embeddings": True,
+    }
+
+
+def _vision_config(hidden_size: int) -> dict[str, Any]:
+    return {
+        "depth": 4,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_heads": hidden_size // 16,
+        "out_hidden_size": _TEXT_HIDDEN_SIZE,
+        "patch_size": qwen.PATCH_SIZE,
+        "spatial_merge_size": qwen.MERGE_SIZE,
+        "temporal_patch_size": qwen.TEMPORAL_PATCH_SIZE,
+        "tokens_per_second": qwen.TOKENS_PER_SECOND,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+    }
 
 
 def write_tiny_checkpoint(
@@ -144,19 +155,23 @@ def write_tiny_checkpoint(
         num_hidden_layers=num_hidden_layers,
         vision_hidden_size=vision_hidden_size,
     )
-    text = config.text_config
-    assert isinstance(text, Qwen2_5_VLTextConfig)
     out.mkdir(parents=True, exist_ok=True)
-    if text.vocab_size >= NUM_TOKENS:
+    if vocab_size is None or vocab_size >= NUM_TOKENS:
         write_tokenizer_files(out, tokenizer)
     model = _random_model(config, seed, cosines=cosines)
-    model.generation_config = GenerationConfig(
+    model.generation_config = _generation_config(config)
+    model.save_pretrained(out)
+    write_json(out / "preprocessor_config.json", preprocessor_config())
+
+
+def _generation_config(config: Qwen2_5_VLConfig) -> GenerationConfig:
+    text = config.text_config
+    assert isinstance(text, Qwen2_5_VLTextConfig)
+    return GenerationConfig(
         bos_token_id=text.bos_token_id,
         eos_token_id=[text.eos_token_id, text.bos_token_id],
         pad_token_id=text.pad_token_id,
     )
-    model.save_pretrained(out)
-    write_json(out / "preprocessor_config.json", preprocessor_config())
 
 
 def preprocessor_config() -> dict[str, object]:

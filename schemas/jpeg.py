@@ -63,11 +63,11 @@ def split_streams(bin_: Bin, *, where: str) -> list[tuple[tuple[int, int, int], 
         )
     shapes = [frame_shape(grid) for grid, kind in bin_.grids() for _ in range(stored_frames(grid, kind))]
     streams: list[tuple[tuple[int, int, int], bytes]] = []
-    for number, (size, shape) in enumerate(zip(sizes, shapes)):
+    for frame, (size, shape) in enumerate(zip(sizes, shapes)):
         stream = member[at : at + size].tobytes()
         problem = _problem(stream, shape)
         if problem is not None:
-            raise ShardError(f"{where}: frame {number} of pixels.jpeg {problem}. {MEND_SHARDS}")
+            raise ShardError(f"{where}: frame {frame} of pixels.jpeg {problem}. {MEND_SHARDS}")
         streams.append((shape, stream))
         at += size
     return streams

@@ -46,13 +46,13 @@ def encode_residuals(frame: NDArray[np.uint8], out: NDArray[np.uint8] | None = N
     green = frame[1].reshape(-1)
     down = np.empty(height * width, dtype=np.uint8)
     for channel in (0, 2, 1):  # green last: the others need it, and it may be overwritten
-        along = residuals[channel].reshape(-1)
-        plane = green if channel == 1 else np.subtract(frame[channel].reshape(-1), green, out=along)
+        flat = residuals[channel].reshape(-1)
+        plane = green if channel == 1 else np.subtract(frame[channel].reshape(-1), green, out=flat)
         # Neighbours are `width` and 1 apart in the flat plane; what begins a row has none to its left.
         down[:width] = plane[:width]
         np.subtract(plane[width:], plane[:-width], out=down[width:])
-        np.subtract(down[1:], down[:-1], out=along[1:])
-        along[::width] = down[::width]
+        np.subtract(down[1:], down[:-1], out=flat[1:])
+        flat[::width] = down[::width]
     return residuals
 
 

@@ -128,7 +128,9 @@ def tokenizer_fingerprint(tokenizer_json: bytes, *, where: str) -> str:
         ) from error
     ids = {token.content: token.id for token in tokenizer.added_tokens}
     wrong = [
-        f"{text} is {ids.get(text)}, not {number}" for text, number in CONTROL_TOKENS.items() if ids.get(text) != number
+        f"{text} is {ids.get(text)}, not {token_id}"
+        for text, token_id in CONTROL_TOKENS.items()
+        if ids.get(text) != token_id
     ]
     if wrong:
         raise ConfigError(

@@ -173,7 +173,7 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         check_settings(self, spell=_spell, fix=_FIX)
         if self.pixels != "jpeg" and self.jpeg_quality is not msgspec.UNSET:
-            given = f"{_spell('jpeg_quality')} is {self.jpeg_quality}, but pixels is {self.pixels}"
-            raise ConfigError(f"{given}. Leave it out, or choose --pixels jpeg.")
+            conflict = f"{_spell('jpeg_quality')} is {self.jpeg_quality}, but pixels is {self.pixels}"
+            raise ConfigError(f"{conflict}. Leave it out, or choose --pixels jpeg.")
         if self.pixels == "jpeg" and self.jpeg_quality is msgspec.UNSET:
             msgspec.structs.force_setattr(self, "jpeg_quality", DEFAULT_JPEG_QUALITY)

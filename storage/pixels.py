@@ -63,14 +63,12 @@ def decode_jpegs(streams: Sequence[tuple[tuple[int, int, int], bytes]], out: NDA
         ShardError: a stream is damaged.
     """
     at = 0
-    for number, (shape, stream) in enumerate(streams):
+    for frame, (shape, stream) in enumerate(streams):
         end = at + math.prod(shape)
         try:
             decode_jpeg(stream, out[at:end].reshape(shape))
         except _DECODER_ERRORS as error:
-            raise ShardError(
-                f"{where}: frame {number} of its pixels does not decode: {error}. {MEND_SHARDS}"
-            ) from error
+            raise ShardError(f"{where}: frame {frame} of its pixels does not decode: {error}. {MEND_SHARDS}") from error
         at = end
 
 

@@ -146,16 +146,8 @@ def read_into(
     if isinstance(location, Path):
         return _read_local(location, offset, out, digest)
 
-    def attempt() -> bytes:
-        try:
-            return cat(location, offset, offset + len(out), policy)
-        except ShortReadError:
-            end = ask(location, policy)[0].num_bytes
-            if end >= offset + len(out):
-                raise
-            return cat(location, offset, end, policy) if end > offset else b""
-
-    data = retry(attempt, where or location, policy=policy, stop_event=stop_event)
+    read = partial(_cat_to_end, location, offset, offset + len(out), policy)
+    data = retry(read, where or location, policy=policy, stop_event=stop_event)
     out[: len(data)] = data
     if digest is not None:
         digest.update(out[: len(data)])
@@ -250,6 +242,17 @@ def cat(url: Url, start: int, stop: int, policy: RetryPolicy | None = None) -> b
     if len(data) < stop - start:
         raise ShortReadError(f"the answer ended after {len(data)} of {stop - start} bytes")
     return data
+
+
+def _cat_to_end(url: Url, start: int, stop: int, policy: RetryPolicy | None) -> bytes:
+    """A range of a file, or what there is of it if the file ends within; one attempt."""
+    try:
+        return cat(url, start, stop, policy)
+    except ShortReadError:
+        end = ask(url, policy)[0].num_bytes
+        if end >= stop:
+            raise
+        return cat(url, start, end, policy) if end > start else b""
 
 
 class _RangeFile(io.RawIOBase):

@@ -39,38 +39,38 @@ class ShardSet:
     manifest: Manifest
     bins: pa.Table
 
-    def row(self, number: int) -> StoredBin:
-        """The row of bin ``number``.
+    def row(self, bin_id: int) -> StoredBin:
+        """The row of a bin.
 
         Raises:
             ConfigError: there is no such bin.
         """
         numbers = self.bins.column("bin").to_numpy()
-        at = int(np.searchsorted(numbers, number))
-        if at == len(numbers) or numbers[at] != number:
+        at = int(np.searchsorted(numbers, bin_id))
+        if at == len(numbers) or numbers[at] != bin_id:
             held = f"bins {numbers[0]} to {numbers[-1]}" if len(numbers) else "no bins"
-            raise ConfigError(f"{self.folder} has no bin {number}; it holds {held}.")
+            raise ConfigError(f"{self.folder} has no bin {bin_id}; it holds {held}.")
         return bin_rows(self.bins.slice(at, 1))[0]
 
-    def read(self, number: int) -> Bin:
-        """Bin ``number``, its checksum compared.
+    def read(self, bin_id: int) -> Bin:
+        """Read a bin and compare its checksum.
 
         Raises:
             ConfigError: there is no such bin.
             ShardError: the shard is missing or damaged.
         """
-        row = self.row(number)
+        row = self.row(bin_id)
         location = locate(self.folder / shard_name(row.shard), row)
-        return parse_bin(read_bytes(location, verify=True), number, where=str(location))
+        return parse_bin(read_bytes(location, verify=True), bin_id, where=str(location))
 
-    def packed_in(self, number: int) -> list[LedgerRow]:
-        """The rows of the ledger for the samples in bin ``number``, by slot.
+    def packed_in(self, bin_id: int) -> list[LedgerRow]:
+        """The rows of the ledger for the samples in a bin, by slot.
 
         Raises:
             ShardError: the ledger is missing or damaged.
         """
         path = self.folder / SAMPLES_FILE
-        table = read_table(path, SAMPLES_COLUMNS, filters=[("bin", "=", number)])
+        table = read_table(path, SAMPLES_COLUMNS, filters=[("bin", "=", bin_id)])
         return ledger_rows(table.sort_by("slot"))
 
 

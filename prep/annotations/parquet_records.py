@@ -55,13 +55,13 @@ def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
         has_bytes = any(
             "binary" in str(file.schema_arrow.field(name).type) for name in columns if name not in _MEDIA_COLUMNS
         )
-        number = first
+        start = first
         for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-            if number >= chunk.stop:
+            if start >= chunk.stop:
                 return
-            for offset in range(max(chunk.start - number, 0), min(chunk.stop - number, len(batch))):
-                yield _record(batch.slice(offset, 1), number + offset, has_bytes, unread)
-            number += len(batch)
+            for offset in range(max(chunk.start - start, 0), min(chunk.stop - start, len(batch))):
+                yield _record(batch.slice(offset, 1), start + offset, has_bytes, unread)
+            start += len(batch)
 
 
 def _row_group(metadata: Any, row: int) -> tuple[int | None, int]:
@@ -90,13 +90,13 @@ def _unread_columns(schema: pa.Schema, group: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _record(batch: pa.RecordBatch, number: int, has_bytes: bool, unread: tuple[str, ...]) -> Record:
+def _record(batch: pa.RecordBatch, index: int, has_bytes: bool, unread: tuple[str, ...]) -> Record:
     try:
         (row,) = batch.to_pylist()
         if has_bytes:
             row = {name: value if name in _MEDIA_COLUMNS else _text(value) for name, value in row.items()}
     except UnicodeDecodeError as error:
-        return Record(None, number + 1, number, fault=f"text that is not UTF-8: {error.reason}")
+        return Record(None, index + 1, index, fault=f"text that is not UTF-8: {error.reason}")
     embedded: dict[str, bytes] = {}
     for column in _MEDIA_COLUMNS:
         value = row.get(column)
@@ -104,8 +104,8 @@ def _record(batch: pa.RecordBatch, number: int, has_bytes: bool, unread: tuple[s
             row[column] = _named(value, column, embedded)
     data = msgspec.json.encode(row, enc_hook=str)
     if len(data) > MAX_RECORD_BYTES:
-        return Record(None, number + 1, number, fault=f"the row has more than {MAX_RECORD_BYTES:,} bytes of text")
-    return Record(data, number + 1, number, embedded, unread=unread)
+        return Record(None, index + 1, index, fault=f"the row has more than {MAX_RECORD_BYTES:,} bytes of text")
+    return Record(data, index + 1, index, embedded, unread=unread)
 
 
 def _text(value: Any) -> Any:

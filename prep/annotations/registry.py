@@ -1,14 +1,12 @@
 """Which annotation files and media a build reads, and how much of each dataset.
 
 Input: a registry expression (``mp_doc%50,clevr_mc``) with ``datasets.toml``, or an annotation file (``a.jsonl%50``).
-Output: a list of :class:`Source`. Also draws the sample of a dataset: a seeded permutation, the same on every
-machine.
+Output: a list of :class:`Source`.
 """
 
 from __future__ import annotations
 
 import glob
-import math
 import os
 import re
 import sys
@@ -19,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 import storage
 from prep.annotations.records import ANNOTATION_SUFFIXES
+from prep.annotations.shares import MAX_PERCENT, parse_expression, split_share
 from schemas.errors import ConfigError, VlprepError
-from schemas.seeds import seed_for
 from schemas.settings import MediaSettings
 from storage.urls import Location, Url, is_url, names_below_common_folder, parse_location
 
@@ -36,11 +32,6 @@ else:
 
 DEFAULT_REGISTRY = Path("datasets.toml")
 
-_TERM = re.compile(r"(?P<name>[^%]+?)(?:%(?P<percent>[0-9]+(?:\.[0-9]+)?))?")
-_FILE_TERM = re.compile(
-    rf"(?P<name>.+({'|'.join(map(re.escape, ANNOTATION_SUFFIXES))}))%(?P<percent>[0-9]+(?:\.[0-9]+)?)", re.DOTALL
-)
-_MAX_PERCENT = 1000
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -84,26 +75,6 @@ class Listed:
     files: tuple[Location, ...]
     media_root: Location | None
     state: str
-
-
-def parse_expression(expression: str) -> list[tuple[str, Fraction]]:
-    """Split ``a%50,b`` into names and shares: [("a", 1/2), ("b", 1)].
-
-    Raises:
-        ConfigError: an empty or repeated name, or a percentage that is not from above 0 to 1000.
-    """
-    terms: list[tuple[str, Fraction]] = []
-    for text in expression.split(","):
-        match = _TERM.fullmatch(text.strip())
-        if match is None:
-            raise ConfigError(f"{text.strip()!r} in {expression!r} is not name or name%percent, such as mp_doc%50.")
-        share = _share(match["percent"] or "100", text.strip())
-        if match["name"] in [name for name, _ in terms]:
-            raise ConfigError(
-                f"dataset {match['name']!r} appears twice in {expression!r}; name it once, with one share."
-            )
-        terms.append((match["name"], share))
-    return terms
 
 
 def find_all_sources(
@@ -152,25 +123,6 @@ def find_sources(
         raise ConfigError("--media-root goes with annotation files; a registered dataset has its own media_root.")
     book = Registry.read(registry or DEFAULT_REGISTRY)
     return [book.source(name, rate, media) for name, rate in parse_expression(expression)]
-
-
-def split_share(argument: str) -> tuple[str, Fraction]:
-    """Split ``file.jsonl%50`` into the file and its share. Any other argument has the share 1.
-
-    Raises:
-        ConfigError: the percentage is not from above 0 to 1000.
-    """
-    match = _FILE_TERM.fullmatch(argument)
-    if match is None or Path(argument).is_file():
-        return argument, Fraction(1)
-    return match["name"], _share(match["percent"], argument)
-
-
-def _share(percent: str, term: str) -> Fraction:
-    value = Fraction(percent)
-    if not 0 < value <= _MAX_PERCENT:
-        raise ConfigError(f"{term!r} takes {percent} %; allowed: above 0, at most {_MAX_PERCENT}.")
-    return value / 100
 
 
 def _file_source(path: Path, media_root: Location | None, media: MediaSettings, rate: Fraction) -> Source:
@@ -325,10 +277,10 @@ class Registry:
             raise ConfigError(f"{self._line_of(name)}: {error}.") from error
         if entry.media_root is not None and entry.data_path is not None:
             raise ConfigError(f"{self._line_of(name, 'data_path')}: media_root and data_path mean the same; give one.")
-        if not 0 < entry.sampling_rate <= _MAX_PERCENT / 100:
+        if not 0 < entry.sampling_rate <= MAX_PERCENT / 100:
             raise ConfigError(
                 f"{self._line_of(name, 'sampling_rate')}: sampling_rate is {entry.sampling_rate}; allowed: above 0, at "
-                f"most {_MAX_PERCENT // 100}."
+                f"most {MAX_PERCENT // 100}."
             )
         return entry
 
@@ -392,30 +344,11 @@ class Registry:
         """``file:line`` of a table, or of a key in it (the table's line where the key is missing)."""
         header = re.compile(rf"\s*\[\s*[\"']?{re.escape(name)}[\"']?\s*(\]|\.)")
         lines = self.text.splitlines()
-        table = next((number for number, line in enumerate(lines) if header.match(line)), 0)
+        table = next((index for index, line in enumerate(lines) if header.match(line)), 0)
         if key is not None:
-            for number in range(table + 1, len(lines)):
-                if re.match(rf"\s*(\[[^\]]*\.)?{key}\b", lines[number]):
-                    return f"{self.path}:{number + 1}"
-                if lines[number].lstrip().startswith("[") and not header.match(lines[number]):
+            for index, line in enumerate(lines[table + 1 :], start=table + 1):
+                if re.match(rf"\s*(\[[^\]]*\.)?{key}\b", line):
+                    return f"{self.path}:{index + 1}"
+                if line.lstrip().startswith("[") and not header.match(line):
                     break
         return f"{self.path}:{table + 1}"
-
-
-def draw(num_annotations: int, rate: Fraction, *, seed: int, dataset: str) -> NDArray[np.uint16]:
-    """How often each annotation of a dataset is drawn.
-
-    Exactly ``floor(num_annotations * rate)`` in all. The integer part of the rate draws every annotation; the rest goes
-    to the first indices of a permutation that depends on seed and dataset alone, so that a smaller share is always a
-    subset.
-
-    Returns:
-        (num_annotations,) uint16.
-    """
-    base = math.floor(rate)
-    copies = np.full(num_annotations, base, dtype=np.uint16)
-    extra = math.floor(num_annotations * rate) - base * num_annotations
-    if extra:
-        generator = np.random.Generator(np.random.PCG64(seed_for(seed, dataset, "draw")))
-        copies[generator.permutation(num_annotations)[:extra]] += 1
-    return copies

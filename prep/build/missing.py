@@ -23,8 +23,8 @@ _OTHER_MEDIA_CODES = MEDIA_CODES - {ReasonCode.MEDIA_MISSING.value}
 def all_missing(sources: Sequence[Source], parts: Sequence[ScannedPart]) -> list[str]:
     """A sentence for each dataset in which every record with media lacks some."""
     messages = []
-    for number, source in enumerate(sources):
-        own = [part for part in parts if part.source == number]
+    for index, source in enumerate(sources):
+        own = [part for part in parts if part.source == index]
         num_records, name = _missing(own)
         if name is not None:
             messages.append(

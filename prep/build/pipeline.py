@@ -22,7 +22,8 @@ import xxhash
 
 import storage
 from prep.annotations.records import FileIndex, is_read_in_place
-from prep.annotations.registry import Source, draw
+from prep.annotations.registry import Source
+from prep.annotations.shares import draw
 from prep.build.columns import SampleColumns, read_columns
 from prep.build.declared import require_declared_boxes
 from prep.build.ledger import Ledger
@@ -284,7 +285,7 @@ def _scan_tasks(
     """One task for every chunk of every annotation file."""
     settings = request.settings
     tasks: list[tuple[ScanTask, _Origin]] = []
-    for number, (source, of_files) in enumerate(zip(request.sources, indexes)):
+    for source_index, (source, of_files) in enumerate(zip(request.sources, indexes)):
         num_annotations = sum(index.num_records for index in of_files)
         copies = draw(num_annotations, source.rate, seed=settings.seed, dataset=source.name)
         base = 0
@@ -307,7 +308,7 @@ def _scan_tasks(
                     retry_media=request.retry_media,
                     shrink_to=settings.max_length if settings.overlong == "shrink" else None,
                 )
-                tasks.append((task, _Origin(number, name, base)))
+                tasks.append((task, _Origin(source_index, name, base)))
             base += index.num_records
     return tasks
 

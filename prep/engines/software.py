@@ -23,7 +23,7 @@ def software_versions() -> dict[str, str]:
     Raises:
         ConfigError: a package is missing, or it is unclear which Pillow is imported.
     """
-    versions = {name: found for name in (*_PILLOWS, *_PACKAGES) if (found := _version(name)) is not None}
+    versions = {name: version for name in (*_PILLOWS, *_PACKAGES) if (version := _version(name)) is not None}
     imported = [name for name in _PILLOWS if versions.get(name) == PIL.__version__]
     if len(imported) != 1:
         installed = _listed({name: versions[name] for name in _PILLOWS if name in versions})

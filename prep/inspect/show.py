@@ -74,12 +74,12 @@ def samples_of(shards: ShardSet, bin_: Bin) -> list[ShownSample]:
     ]
 
 
-def show(shards: ShardSet, number: int, transcriber: Transcriber, *, colour: bool) -> str:
+def show(shards: ShardSet, bin_id: int, transcriber: Transcriber, *, colour: bool) -> str:
     """Render a bin as text.
 
     Args:
         shards: the set.
-        number: number of the bin.
+        bin_id: number of the bin.
         transcriber: reads the token ids.
         colour: mark trained text by colour instead of ``[[`` and ``]]``.
 
@@ -87,7 +87,7 @@ def show(shards: ShardSet, number: int, transcriber: Transcriber, *, colour: boo
         ConfigError: the set has no such bin.
         ShardError: the shard is damaged.
     """
-    row, bin_ = shards.row(number), shards.read(number)
+    row, bin_ = shards.row(bin_id), shards.read(bin_id)
     mark = _styled("trained") if colour else f"{_OPEN}trained{_CLOSE}"
     lines = [
         f"{shards.folder / row.where}, {row.num_bytes:,} bytes",
@@ -131,7 +131,7 @@ def _close(parts: list[str]) -> str:
     return _CLOSE
 
 
-def save_frames(shards: ShardSet, number: int, folder: Path, transcriber: Transcriber) -> list[Path]:
+def save_frames(shards: ShardSet, bin_id: int, folder: Path, transcriber: Transcriber) -> list[Path]:
     """Write the stored frames of a bin as PNG files: one per image, and one per frame of a video.
 
     An image with boxes or points in the text is written twice, once with these drawn on it.
@@ -140,15 +140,15 @@ def save_frames(shards: ShardSet, number: int, folder: Path, transcriber: Transc
         ConfigError: the set has no such bin, or the folder cannot be written.
         ShardError: the shard is damaged.
     """
-    bin_ = shards.read(number)
-    frames = decode_frames(bin_, where=shards.row(number).where)
+    bin_ = shards.read(bin_id)
+    frames = decode_frames(bin_, where=shards.row(bin_id).where)
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for slot, sample in enumerate(samples_of(shards, bin_)):
             shapes = sample_shapes(shards, sample, bin_, transcriber)
             for medium, _, kind in sample.media:
-                name = f"bin-{number:08d}-sample-{slot:03d}-{'video' if kind == MEDIA_VIDEO else 'image'}-{medium:03d}"
+                name = f"bin-{bin_id:08d}-sample-{slot:03d}-{'video' if kind == MEDIA_VIDEO else 'image'}-{medium:03d}"
                 for index, frame in enumerate(frames[medium]):
                     path = folder / (f"{name}-frame-{index:03d}.png" if kind == MEDIA_VIDEO else f"{name}.png")
                     as_image(frame).save(path)

@@ -23,7 +23,8 @@ from prep.annotations.annotation import Annotation
 from prep.annotations.chunks import Chunk, Record
 from prep.annotations.problems import MAX_OF_A_CODE
 from prep.annotations.records import ANNOTATION_SUFFIXES, index_file, is_read_in_place, read_chunk
-from prep.annotations.registry import check_root, find_files, find_sources, split_share
+from prep.annotations.registry import check_root, find_files, find_sources
+from prep.annotations.shares import split_share
 from prep.annotations.validation import Checked, check_record, read_id, record_id
 from prep.engines import Engine
 from prep.engines.progress import progress
@@ -186,9 +187,9 @@ def _tasks(request: ValidateRequest, inputs: Sequence[_Input], engine: Engine, s
     )
     indexes = engine.map(partial(index_file, spool=spool), files)
     for position, ((file, root, media), index) in enumerate(zip(inputs, indexes)):
-        for number, chunk in enumerate(index.chunks):
+        for chunk_index, chunk in enumerate(index.chunks):
             # By position, because a file may be given twice or belong to several datasets.
-            scratch = spool / f"media-{position}-{number}"
+            scratch = spool / f"media-{position}-{chunk_index}"
             yield _ChunkTask(
                 file=file, data=index.data, chunk=chunk, root=root, media=media, scratch=scratch, request=request
             )

@@ -27,10 +27,10 @@ def all_missing_message(*, what: str, name: str, root: Location, annotation_file
         annotation_file: the file that names the media.
     """
     message = f"{annotation_file}: {what} missing below the media root {root}"
-    found = None if not isinstance(annotation_file, Path) else _find(name, annotation_file.parent)
-    if found is None:
+    match = None if not isinstance(annotation_file, Path) else _find(name, annotation_file.parent)
+    if match is None:
         return f"{message}, for example {name}. Give the folder that names like this are relative to: --media-root DIR."
-    folder, rest = found
+    folder, rest = match
     if rest == name:
         return (
             f"{message}, but {name} lies in {folder}. Give --media-root {folder} (or set media_root in the registry)."

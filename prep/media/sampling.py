@@ -100,8 +100,8 @@ def frame_count(total: int, fps: float, settings: MediaSettings, item: ItemSetti
     else:
         low = math.ceil((item.min_frames or settings.fps_min_frames) / step) * step
         high = math.floor((item.max_frames or min(settings.fps_max_frames, total)) / step) * step
-        wanted = total / fps * (item.fps or settings.fps)
-        count = math.floor(min(max(wanted, low), high, total) / step) * step
+        at_rate = total / fps * (item.fps or settings.fps)
+        count = math.floor(min(max(at_rate, low), high, total) / step) * step
     if not step <= count <= total:
         raise MediaError(
             ReasonCode.BAD_FIELD,

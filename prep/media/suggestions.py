@@ -43,7 +43,7 @@ class Suggester:
         if "\0" in name or not all(parts) or {".", ".."} & set(parts):
             return None
         real_root = self._resolve(str(root))
-        folder, found = real_root, list[str]()
+        folder, corrected = real_root, list[str]()
         for part in parts:
             # A link may lead out of the root, where nothing is listed.
             if self._resolve(folder) != folder:
@@ -51,10 +51,10 @@ class Suggester:
             near = part if os.path.lexists(os.path.join(folder, part)) else self._near(folder, part)
             if near is None:
                 return None
-            found.append(near)
+            corrected.append(near)
             folder = os.path.join(folder, near)
         is_file = os.path.isfile(folder) and not os.path.islink(folder)
-        return "/".join(found) if is_file and found != name.split("/") else None
+        return "/".join(corrected) if is_file and corrected != name.split("/") else None
 
     def _near(self, folder: str, part: str) -> str | None:
         names = self._listing(folder)

@@ -86,10 +86,10 @@ def minimum_bin_slack(
     num_bins = 0
     while left:
         pattern = _pattern(left, preferred(left), capacity)
-        times = min(left[size] // number for size, number in pattern.items())
-        for size, number in pattern.items():
-            runs[size].append((num_bins, times, number))
-            left[size] -= times * number
+        times = min(left[size] // count for size, count in pattern.items())
+        for size, count in pattern.items():
+            runs[size].append((num_bins, times, count))
+            left[size] -= times * count
             if not left[size]:
                 del left[size]
         num_bins += times
@@ -97,11 +97,11 @@ def minimum_bin_slack(
 
 
 def _pattern(left: Counts, order: Sequence[int], capacity: int) -> Counts:
-    """The fullest bin that begins with the first size: size -> number of samples."""
+    """The fullest bin that begins with the first size: size -> count of samples."""
     first, room = order[0], capacity - order[0]
     fitting = [(size, left[size] - (size == first)) for size in order if size <= room]
     chosen = _subset_sum(fitting[:_FEW], room)
-    if len(fitting) > _FEW and sum(size * number for size, number in chosen.items()) < room:
+    if len(fitting) > _FEW and sum(size * count for size, count in chosen.items()) < room:
         chosen = _subset_sum(fitting, room)
     return {**chosen, first: chosen.get(first, 0) + 1}
 
@@ -111,23 +111,23 @@ def _subset_sum(available: Sequence[tuple[int, int]], room: int) -> Counts:
     within = (1 << (room + 1)) - 1
     sums = 1  # bit s is set if some choice adds up to s
     sums_without: list[int] = []  # `sums` before each size was added, the last size first
-    for size, number in reversed(available):
+    for size, count in reversed(available):
         sums_without.append(sums)
-        number, step = min(number, room // size), 1
-        while number > 0:
-            step = min(step, number)
+        count, step = min(count, room // size), 1
+        while count > 0:
+            step = min(step, count)
             sums |= (sums << (size * step)) & within
-            number -= step
+            count -= step
             step *= 2
     rest = sums.bit_length() - 1
     chosen: Counts = {}
-    for (size, number), without in zip(available, reversed(sums_without)):
-        number = min(number, rest // size)
-        while not (without >> (rest - number * size)) & 1:
-            number -= 1
-        if number:
-            chosen[size] = number
-            rest -= number * size
+    for (size, count), without in zip(available, reversed(sums_without)):
+        count = min(count, rest // size)
+        while not (without >> (rest - count * size)) & 1:
+            count -= 1
+        if count:
+            chosen[size] = count
+            rest -= count * size
     return chosen
 
 

@@ -176,10 +176,10 @@ def _encode(texts: Iterable[_Text], tokenizer: TextTokenizer) -> dict[_Text | _I
     batch: list[_Text] = []
     num_characters = 0
     waiting = sorted(texts, key=_num_characters)
-    for number, run in enumerate(waiting, start=1):
+    for num_taken, run in enumerate(waiting, start=1):
         batch.append(run)
         num_characters += len(run.text)
-        if num_characters >= _BATCH_CHARACTERS or number == len(waiting):
+        if num_characters >= _BATCH_CHARACTERS or num_taken == len(waiting):
             for key, encoding in zip(batch, tokenizer.encode_batch([run.text for run in batch])):
                 ids = encoding.ids
                 num_untrained = _num_untrained(encoding, len(ids), key.trained_from)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prep.annotations.registry import Registry, Source, draw, find_all_sources, find_sources, parse_expression
+from prep.annotations.registry import Registry, Source, find_all_sources, find_sources
+from prep.annotations.shares import draw, parse_expression
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
 

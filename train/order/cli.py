@@ -111,15 +111,15 @@ def open_order(run: Path | None, planned: dict[str, Any]) -> ShownOrder:
         ConfigError: both are given, or too little, or the run has no record.
         ShardError: the shards are incomplete.
     """
-    given = {name: value for name, value in planned.items() if value is not None}
+    options = {name: value for name, value in planned.items() if value is not None}
     if run is not None:
-        if given:
-            names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in given))
+        if options:
+            names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in options))
             raise ConfigError(f"--run {run} has settings of its own: leave out {names}.")
         return open_run(run)
-    if not given.keys() >= {"shards", "global_batch", "world_size"}:
+    if not options.keys() >= {"shards", "global_batch", "world_size"}:
         raise ConfigError("give --run FOLDER, or all of --shards, --global-batch and --world-size.")
-    return open_planned(**given)
+    return open_planned(**options)
 
 
 def open_run(run_dir: Path) -> ShownOrder:

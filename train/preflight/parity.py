@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -73,23 +74,17 @@ def compare_packed(
         logger.info("no bin holds several samples: there is nothing to compare")
         return []
 
-    def losses_of(micro: MicroBatch) -> NDArray[np.float64]:
-        with torch.no_grad():
-            scores = engine(micro.to(device), scores=True).double().cpu().numpy()
-        results = sum_by_sample(micro, scores)
-        means: NDArray[np.float64] = results["loss"] / np.maximum(1, results["num_targets"])
-        return means
-
+    losses_of = partial(_mean_losses, engine, device)
     problems, num_samples, largest = [], 0, 0.0
     engine.eval()
-    for number in bins:
-        stored = reader.read(number).bin
-        micro = read_micro_batch(reader, [number], window_size=window_size)
+    for bin_id in bins:
+        stored = reader.read(bin_id).bin
+        micro = read_micro_batch(reader, [bin_id], window_size=window_size)
         packed = losses_of(micro)
         alone = np.concatenate([losses_of(sample) for sample in split_samples(stored, micro, window_size)])
         num_samples += packed.size
         largest = max(largest, float(np.abs(packed - alone).max()))
-        problems += _compare_alone(number, packed, alone, TOLERANCES[dtype])
+        problems += _compare_alone(bin_id, packed, alone, TOLERANCES[dtype])
         problems += _compare_neighbours(stored, micro, packed, losses_of, TOLERANCES[dtype])
     engine.train()
     logger.info(
@@ -107,8 +102,8 @@ def bins_to_compare(index: ShardIndex) -> list[int]:
     """The cheapest bin with several samples of each kind (text, images, videos, both), as far as there are any."""
     order = np.argsort(index.cost(), kind="stable")
     chosen: dict[tuple[bool, bool], int] = {}
-    for number in order[index.num_samples[order] > 1].tolist():
-        chosen.setdefault((bool(index.num_images[number]), bool(index.num_videos[number])), number)
+    for bin_id in order[index.num_samples[order] > 1].tolist():
+        chosen.setdefault((bool(index.num_images[bin_id]), bool(index.num_videos[bin_id])), bin_id)
         if len(chosen) == NUM_COMPARED:
             break
     return list(chosen.values())
@@ -161,9 +156,18 @@ def change_samples(stored: Bin, micro: MicroBatch, slots: Sequence[int]) -> Micr
     return replace(micro, input_ids=input_ids, vision=replace(micro.vision, planes=planes))
 
 
-def _compare_alone(number: int, packed: NDArray[np.float64], alone: NDArray[np.float64], tolerance: float) -> list[str]:
+def _mean_losses(engine: Engine, device: torch.device, micro: MicroBatch) -> NDArray[np.float64]:
+    """Mean loss of every sample: (S,) float64."""
+    with torch.no_grad():
+        scores = engine(micro.to(device), scores=True).double().cpu().numpy()
+    results = sum_by_sample(micro, scores)
+    means: NDArray[np.float64] = results["loss"] / np.maximum(1, results["num_targets"])
+    return means
+
+
+def _compare_alone(bin_id: int, packed: NDArray[np.float64], alone: NDArray[np.float64], tolerance: float) -> list[str]:
     return [
-        f"sample {slot} of bin {number} has a loss of {packed[slot]:.6g} packed and {alone[slot]:.6g} alone, more than "
+        f"sample {slot} of bin {bin_id} has a loss of {packed[slot]:.6g} packed and {alone[slot]:.6g} alone, more than "
         f"{tolerance:g} apart"
         for slot, difference in enumerate(np.abs(packed - alone).tolist())
         if not difference <= tolerance  # NaN is too large
@@ -176,12 +180,12 @@ def _compare_neighbours(
     """Change every second sample, then the others. The losses of those that are not changed must stay the same."""
     is_deterministic = np.array_equal(losses_of(micro), packed)
     allowed = 0.0 if is_deterministic else tolerance
-    problems, (number,) = [], micro.bins
+    problems, (bin_id,) = [], micro.bins
     for unchanged in (0, 1):
         slots = [slot for slot in range(packed.size) if slot % 2 != unchanged]
         losses = losses_of(change_samples(stored, micro, slots))
         problems += [
-            f"sample {slot} of bin {number} has a loss of {packed[slot]:.6g}, but {losses[slot]:.6g} with other "
+            f"sample {slot} of bin {bin_id} has a loss of {packed[slot]:.6g}, but {losses[slot]:.6g} with other "
             "neighbours in the bin"
             for slot in range(unchanged, packed.size, 2)
             if not abs(losses[slot] - packed[slot]) <= allowed

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def read_micro_batch(reader: BinReader, bins: Sequence[int], *, window_size: int) -> MicroBatch:
     """Read bins into a micro-batch on the CPU."""
-    loaded = [reader.read(number) for number in bins]
+    loaded = [reader.read(bin_id) for bin_id in bins]
     return build_micro_batch(
         [read.bin for read in loaded],
         bin_ids=bins,
@@ -83,15 +83,15 @@ def run_evaluation(engine: Engine, plan: Plan) -> list[str]:
     reader = BinReader(index, read_settings(plan.args, index))
     engine.eval()
     try:
-        for number in dict.fromkeys([int(index.num_tokens.argmax()), int(index.num_patches.argmax())]):
-            micro = read_micro_batch(reader, [number], window_size=plan.shape.window_size)
-            with room_for(f"bin {number} of --eval_shards"), torch.no_grad():
+        for bin_id in dict.fromkeys([int(index.num_tokens.argmax()), int(index.num_patches.argmax())]):
+            micro = read_micro_batch(reader, [bin_id], window_size=plan.shape.window_size)
+            with room_for(f"bin {bin_id} of --eval_shards"), torch.no_grad():
                 scores = engine(micro.to(plan.compute.device), scores=True)
                 mean = scores[0].sum().item() / max(1, micro.targets.numel())
-            size = (micro.num_tokens, index.num_patches[number])
-            logger.info("evaluation, bin %d: %d tokens, %d patches; loss %.4f", number, *size, mean)
+            size = (micro.num_tokens, index.num_patches[bin_id])
+            logger.info("evaluation, bin %d: %d tokens, %d patches; loss %.4f", bin_id, *size, mean)
             if not np.isfinite(mean):
-                problems.append(f"the loss of bin {number} of --eval_shards is {mean}")
+                problems.append(f"the loss of bin {bin_id} of --eval_shards is {mean}")
     finally:
         reader.close()
     engine.train()

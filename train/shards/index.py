@@ -127,22 +127,22 @@ class ShardIndex:
             num_videos=self.num_videos,
         )
 
-    def folder_of(self, number: int) -> int:
-        """Position in ``folders`` of the folder that holds bin ``number``."""
-        if not 0 <= number < self.num_bins:
-            raise IndexError(f"bin {number} of {self.num_bins}")
-        return int(np.searchsorted(self.first_bins, number, side="right")) - 1
+    def folder_of(self, bin_id: int) -> int:
+        """Position in ``folders`` of the folder that holds a bin."""
+        if not 0 <= bin_id < self.num_bins:
+            raise IndexError(f"bin {bin_id} of {self.num_bins}")
+        return int(np.searchsorted(self.first_bins, bin_id, side="right")) - 1
 
-    def locate(self, number: int) -> BinLocation:
-        """Where bin ``number`` lies."""
-        if not 0 <= number < self.num_bins:
-            raise IndexError(f"bin {number} of {self.num_bins}")
+    def locate(self, bin_id: int) -> BinLocation:
+        """Where a bin lies."""
+        if not 0 <= bin_id < self.num_bins:
+            raise IndexError(f"bin {bin_id} of {self.num_bins}")
         return BinLocation(
-            path=self.shard_paths[self.shard[number]],
-            offset=int(self.offset[number]),
-            num_bytes=int(self.num_bytes[number]),
-            xxh3=int(self.xxh3[number]),
-            local_bin=int(self.local_bin[number]),
+            path=self.shard_paths[self.shard[bin_id]],
+            offset=int(self.offset[bin_id]),
+            num_bytes=int(self.num_bytes[bin_id]),
+            xxh3=int(self.xxh3[bin_id]),
+            local_bin=int(self.local_bin[bin_id]),
         )
 
 
@@ -249,11 +249,11 @@ def _check_rows(path: Location, columns: dict[str, NDArray[Any]], manifest: Mani
     bins, shard_of_row = columns["bin"], _shard_of_row(manifest)
     # A number is missing if every sample of a bin was unusable, a shard if all its bins were.
     in_order = len(bins) == len(shard_of_row) and bool((np.diff(bins, prepend=-1) > 0).all())
-    numbers = np.unique(columns["shard"]).tolist()
+    shards = np.unique(columns["shard"]).tolist()
     if (
         not in_order
-        or [shard_name(number) for number in numbers] != [shard.file for shard in manifest.shards]
-        or not np.array_equal(np.searchsorted(numbers, columns["shard"]), shard_of_row)
+        or list(map(shard_name, shards)) != [stored.file for stored in manifest.shards]
+        or not np.array_equal(np.searchsorted(shards, columns["shard"]), shard_of_row)
     ):
         raise ShardError(f"{path}: its rows are not the bins that the manifest lists, in order. {BUILD_AGAIN}.")
     ends = columns["offset"] + columns["num_bytes"]

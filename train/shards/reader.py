@@ -109,8 +109,8 @@ class BinReader:
         """Whether a folder lies behind a URL."""
         return self._index.is_remote
 
-    def read(self, number: int) -> LoadedBin:
-        """Read bin ``number`` of the index.
+    def read(self, bin_id: int) -> LoadedBin:
+        """Read a bin of the index.
 
         Returns:
             The bin, with its number in its own folder; the arrays are writable views of one buffer.
@@ -119,80 +119,80 @@ class BinReader:
             ShardError: the shard is missing, short or unreadable, its bytes have another checksum, or they are not the
                 bin that the index describes.
         """
-        location = self._index.locate(number)
+        location = self._index.locate(bin_id)
         buffer = self._buffers.take(location.num_bytes)
         data = buffer.numpy().data
         cache = self._cache if isinstance(location.path, Url) else None
-        bin_ = None if cache is None else self._read_cached(cache, number, location, data)
+        bin_ = None if cache is None else self._read_cached(cache, bin_id, location, data)
         if bin_ is None:
             # Nothing unchecked enters the cache, whatever the settings: damage must not be kept.
-            self._fetch(number, location, data, verify=cache is not None or self._is_checked(number))
-            bin_ = self._parse(number, location, data)
+            self._fetch(bin_id, location, data, verify=cache is not None or self._is_checked(bin_id))
+            bin_ = self._parse(bin_id, location, data)
             if cache is not None:
-                cache.write(self._key(number), data)
+                cache.write(self._key(bin_id), data)
         return LoadedBin(bin_, location, buffer)
 
     def close(self) -> None:
         """Make reads that wait for a retry fail at once."""
         self._stop_event.set()
 
-    def _fetch(self, number: int, location: BinLocation, data: memoryview, *, verify: bool) -> None:
+    def _fetch(self, bin_id: int, location: BinLocation, data: memoryview, *, verify: bool) -> None:
         """Read a bin from its shard."""
         read_into_buffer(location, data, verify=verify, policy=self._settings.retry_policy, stop_event=self._stop_event)
         if verify:
-            self._mark_verified(number)
+            self._mark_verified(bin_id)
 
-    def _read_cached(self, cache: BinCache, number: int, location: BinLocation, data: memoryview) -> Bin | None:
+    def _read_cached(self, cache: BinCache, bin_id: int, location: BinLocation, data: memoryview) -> Bin | None:
         """The bin from the cache; None if it is missing or damaged there."""
-        if not cache.read(self._key(number), data):
+        if not cache.read(self._key(bin_id), data):
             return None
         try:
-            if self._is_checked(number):
+            if self._is_checked(bin_id):
                 check_digest(location, xxhash.xxh3_64_intdigest(data))
-                self._mark_verified(number)
-            return self._parse(number, location, data)
+                self._mark_verified(bin_id)
+            return self._parse(bin_id, location, data)
         except ShardError:
             logger.warning("%s: its copy in the cache is damaged; reading it from the shard again", location)
-            cache.remove(self._key(number))
+            cache.remove(self._key(bin_id))
             return None
 
-    def _parse(self, number: int, location: BinLocation, data: memoryview) -> Bin:
+    def _parse(self, bin_id: int, location: BinLocation, data: memoryview) -> Bin:
         """Parse a bin and check its structure and counts against the index."""
         where = str(location)
         bin_ = parse_bin(data, location.local_bin, where=where)
-        self._check_counts(number, bin_, where=where)
+        self._check_counts(bin_id, bin_, where=where)
         check_samples(bin_, where=where)
         return bin_
 
-    def _key(self, number: int) -> str:
+    def _key(self, bin_id: int) -> str:
         index = self._index
-        sha256 = self._shard_sha256[index.shard[number]]
-        return cache_key(sha256, int(index.offset[number]), int(index.num_bytes[number]))
+        sha256 = self._shard_sha256[index.shard[bin_id]]
+        return cache_key(sha256, int(index.offset[bin_id]), int(index.num_bytes[bin_id]))
 
-    def _is_checked(self, number: int) -> bool:
+    def _is_checked(self, bin_id: int) -> bool:
         """Whether this read compares the checksum."""
         verify = self._settings.verify
-        return verify == "always" or (verify == "first" and not self._verified[number])
+        return verify == "always" or (verify == "first" and not self._verified[bin_id])
 
-    def _mark_verified(self, number: int) -> None:
+    def _mark_verified(self, bin_id: int) -> None:
         if self._settings.verify == "first":
-            self._verified[number] = True
+            self._verified[bin_id] = True
 
-    def _check_counts(self, number: int, bin_: Bin, *, where: str) -> None:
+    def _check_counts(self, bin_id: int, bin_: Bin, *, where: str) -> None:
         index = self._index
         counts = {
-            "tokens": (bin_.input_ids.size, int(index.num_tokens[number])),
-            "targets": (int(np.count_nonzero(bin_.labels != IGNORE_INDEX)), int(index.num_targets[number])),
-            "samples": (bin_.cu_seqlens.size - 1, int(index.num_samples[number])),
-            "patches": (sum(t * h * w for t, h, w in bin_.grid_thw.tolist()), int(index.num_patches[number])),
-            "images": (int(np.count_nonzero(bin_.media_type == MEDIA_IMAGE)), int(index.num_images[number])),
-            "videos": (int(np.count_nonzero(bin_.media_type == MEDIA_VIDEO)), int(index.num_videos[number])),
+            "tokens": (bin_.input_ids.size, int(index.num_tokens[bin_id])),
+            "targets": (int(np.count_nonzero(bin_.labels != IGNORE_INDEX)), int(index.num_targets[bin_id])),
+            "samples": (bin_.cu_seqlens.size - 1, int(index.num_samples[bin_id])),
+            "patches": (sum(t * h * w for t, h, w in bin_.grid_thw.tolist()), int(index.num_patches[bin_id])),
+            "images": (int(np.count_nonzero(bin_.media_type == MEDIA_IMAGE)), int(index.num_images[bin_id])),
+            "videos": (int(np.count_nonzero(bin_.media_type == MEDIA_VIDEO)), int(index.num_videos[bin_id])),
         }
         for name, (count, expected) in counts.items():
             if count != expected:
                 raise ShardError(f"{where}: holds {count} {name}, the index says {expected}. Build the shards again.")
 
 
-def read_checked_bin(index: ShardIndex, number: int) -> Bin:
+def read_checked_bin(index: ShardIndex, bin_id: int) -> Bin:
     """Read one bin, its checksum included; see :meth:`BinReader.read`."""
-    return BinReader(index).read(number).bin
+    return BinReader(index).read(bin_id).bin

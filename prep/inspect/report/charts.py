@@ -165,8 +165,8 @@ def _nice_step(largest: int) -> int:
     return step
 
 
-def _short(number: int) -> str:
+def _short(count: int) -> str:
     for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return str(number)
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)

@@ -341,15 +341,15 @@ def _percent(share: float) -> str:
     return f"{share * 100:.2f} %" if 0 < share < 1 else f"{share * 100:.0f} %"
 
 
-def _large(number: int) -> str:
+def _large(count: int) -> str:
     for size, letter in ((10**9, " G"), (10**6, " M")):
-        if number >= size:
-            return f"{number / size:.4g}{letter}"
-    return f"{number:,}"
+        if count >= size:
+            return f"{count / size:.4g}{letter}"
+    return f"{count:,}"
 
 
-def _bytes(number: int) -> str:
+def _bytes(num_bytes: int) -> str:
     for size, unit in ((10**12, "TB"), (10**9, "GB")):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number / 1e6:.1f} MB"
+        if num_bytes >= size:
+            return f"{num_bytes / size:.4g} {unit}"
+    return f"{num_bytes / 1e6:.1f} MB"

@@ -30,19 +30,19 @@ _THUMBNAIL_SIDE = 200
 _JPEG_QUALITY = 82
 
 
-def bin_section(shards: ShardSet, number: int, reason: str, transcriber: Transcriber) -> str:
+def bin_section(shards: ShardSet, bin_id: int, reason: str, transcriber: Transcriber) -> str:
     """Render one bin as HTML.
 
     Raises:
         ShardError: the shard is damaged.
     """
-    row, bin_ = shards.row(number), shards.read(number)
+    row, bin_ = shards.row(bin_id), shards.read(bin_id)
     samples = samples_of(shards, bin_)
     frames = decode_frames(bin_, where=row.where)
     shown = samples[:_MAX_SAMPLES]
     parts = [
         '<div class="card">',
-        f"<h3>Bin {number} <span class='soft'>({escape(reason)})</span></h3>",
+        f"<h3>Bin {bin_id} <span class='soft'>({escape(reason)})</span></h3>",
         f'<p class="soft">{row.num_tokens:,} of {shards.manifest.settings.max_length:,} tokens, {row.num_targets:,} '
         f"trained; {counted(row.num_samples, 'sample')}, {counted(row.num_images, 'image')}, "
         f"{counted(row.num_videos, 'video')}</p>",
@@ -54,7 +54,7 @@ def bin_section(shards: ShardSet, number: int, reason: str, transcriber: Transcr
     if len(samples) > len(shown):
         parts.append(
             f'<p class="soft">And {counted(len(samples) - len(shown), "more sample")}; '
-            f"<code>vlprep show DIR --bin {number}</code> prints all.</p>"
+            f"<code>vlprep show DIR --bin {bin_id}</code> prints all.</p>"
         )
     parts.append("</div>")
     return "\n".join(parts)

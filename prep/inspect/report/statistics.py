@@ -125,8 +125,8 @@ def notable_bins(shards: ShardSet, max_bins: int) -> list[tuple[int, str]]:
         values = _numbers(shards.bins, column)
         if values.size and values.max() > 0:
             chosen.setdefault(int(numbers[np.argmax(values)]), reason)
-    for number in numbers[:max_bins].tolist():
-        chosen.setdefault(number, "in order")
+    for bin_id in numbers[:max_bins].tolist():
+        chosen.setdefault(bin_id, "in order")
     return list(chosen.items())[:max_bins]
 
 

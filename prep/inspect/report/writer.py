@@ -60,7 +60,7 @@ def render_report(shards: ShardSet, transcriber: Transcriber) -> str:
     Raises:
         ShardError: a table or a shard is damaged.
     """
-    bins = [bin_section(shards, number, reason, transcriber) for number, reason in notable_bins(shards, _MAX_BINS)]
+    bins = [bin_section(shards, bin_id, reason, transcriber) for bin_id, reason in notable_bins(shards, _MAX_BINS)]
     note = "A few bins in the order in which the model reads them, with thumbnails of their images and videos."
     if not transcriber.reads_text:
         note += " Their texts are missing, because the tokenizer is not available. Pass its checkpoint as --model."

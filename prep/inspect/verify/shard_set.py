@@ -175,9 +175,9 @@ def _tasks(folder: Location, manifest: Manifest, bins: pa.Table | None, ledger: 
     if bins is not None and any(bins.column(name).null_count for name in BINS_COLUMNS):
         bins = None
     packed = None if ledger is None else _packed_by_bin(ledger)
-    numbers = {index: number for number, index in shard_numbers(manifest).items()}
+    shard_of = {index: shard for shard, index in shard_numbers(manifest).items()}
     for index, stored in enumerate(manifest.shards):
-        rows = None if bins is None else bins.filter(pc.equal(bins.column("shard"), numbers.get(index, -1)))
+        rows = None if bins is None else bins.filter(pc.equal(bins.column("shard"), shard_of.get(index, -1)))
         yield ShardTask(
             folder=folder,
             stored=stored,

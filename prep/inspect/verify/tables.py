@@ -100,9 +100,9 @@ def check_bins_table(bins: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     yield from _rows(BINS_FILE, np.flatnonzero(np.diff(shards, prepend=0) < 0), "shard does not ascend")
     known = shard_numbers(manifest)
     yield from _rows(BINS_FILE, np.flatnonzero(~np.isin(shards, list(known))), "the manifest has no such shard")
-    for number, index in known.items():
+    for shard, index in known.items():
         stored = manifest.shards[index]
-        shard_bins = numbers[shards == number]
+        shard_bins = numbers[shards == shard]
         if shard_bins.size != stored.num_bins or (shard_bins.size and shard_bins[0] != stored.first_bin):
             actual = counted(shard_bins.size, "bin") + (f" from bin {shard_bins[0]} on" if shard_bins.size else "")
             expected = f"{counted(stored.num_bins, 'bin')} from bin {stored.first_bin} on"
@@ -149,8 +149,8 @@ def check_ledger(ledger: pa.Table, manifest: Manifest, bins: pa.Table | None) ->
     index = pc.fill_null(pc.index_in(ledger.column("dataset"), value_set=pa.array(names, pa.string())), -1).to_numpy()
     yield from _rows(SAMPLES_FILE, np.flatnonzero(index < 0), "the manifest has no such dataset")
     yield from _rows(SAMPLES_FILE, np.flatnonzero(np.diff(index, prepend=0) < 0), "it comes after a later dataset")
-    for number, dataset in enumerate(manifest.inputs):
-        rows = np.flatnonzero(index == number)
+    for position, dataset in enumerate(manifest.inputs):
+        rows = np.flatnonzero(index == position)
         yield from _check_dataset(ledger.take(rows), rows, dataset, not_sampled[rows])
     if bins is not None:
         yield from _check_packed(ledger.filter(packed), bins)
@@ -273,12 +273,12 @@ def _check_packed(packed: pa.Table, bins: pa.Table) -> Iterator[Finding]:
     numbers = bins.column("bin").to_numpy()
     # Bins of the ledger: number, first sample in the sorted order, and count of samples.
     ledger_bins, first, num_samples = np.unique(sample_bins, return_index=True, return_counts=True)
-    for number in np.setxor1d(ledger_bins, numbers)[:_EXAMPLES].tolist():
-        table, other = (SAMPLES_FILE, BINS_FILE) if number in ledger_bins else (BINS_FILE, SAMPLES_FILE)
-        yield inconsistent(f"{table}, bin {number}", f"{other} does not have this bin")
+    for bin_id in np.setxor1d(ledger_bins, numbers)[:_EXAMPLES].tolist():
+        table, other = (SAMPLES_FILE, BINS_FILE) if bin_id in ledger_bins else (BINS_FILE, SAMPLES_FILE)
+        yield inconsistent(f"{table}, bin {bin_id}", f"{other} does not have this bin")
     expected_slots = np.arange(sample_bins.size) - np.repeat(first, num_samples)
-    for number in np.unique(sample_bins[slots != expected_slots])[:_EXAMPLES].tolist():
-        yield inconsistent(f"{SAMPLES_FILE}, bin {number}", "its slots do not run from 0 without gap or repetition")
+    for bin_id in np.unique(sample_bins[slots != expected_slots])[:_EXAMPLES].tolist():
+        yield inconsistent(f"{SAMPLES_FILE}, bin {bin_id}", "its slots do not run from 0 without gap or repetition")
     common, at, row = np.intersect1d(ledger_bins, numbers, assume_unique=False, return_indices=True)
     sums = {"num_samples": num_samples}
     for name in _SIZES:
