@@ -1,7 +1,7 @@
-"""The canonical form of an annotation: what every dialect is turned into, and all that the rest of the program knows.
+"""The canonical form of an annotation. Every dialect maps to it, and the rest of the program sees nothing else.
 
-Turns are ChatML already: tools stand in the system text, tool calls in the model's turns, tool results in the user's
-turns, as the Qwen2.5 chat template lays them out. Media are listed in the order of their tags.
+Turns are ready for ChatML: tools are in the system text, tool calls in the model's turns, and tool results in the
+user's turns, as in the Qwen2.5 chat template. Media are in the order of their tags.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class MediaItem(msgspec.Struct, frozen=True, gc=False):
     """One image or video of an annotation.
 
     Attributes:
-        name: path below the media root, URL, or the name of bytes that came inside the record.
-        frames: names of the images that make up a video given as a list of frames; else empty.
-        settings: its own settings, or None.
+        name: path below the media root, URL, or the name of bytes inside the record.
+        frames: names of the images that are the frames of a video; empty for a video file.
+        settings: settings that replace those of the build, or None.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One annotation in canonical form.
 
     Attributes:
-        turns: roles ``system`` (first, if at all), ``human`` and ``gpt``; of continued pretraining one ``text``.
+        turns: roles ``system`` (only first), ``human`` and ``gpt``; for continued pretraining one turn ``text``.
         images: in the order of the ``<image>`` tags.
         videos: in the order of the ``<video>`` tags.
         id: the record's own id, if any.

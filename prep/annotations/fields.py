@@ -1,7 +1,7 @@
-"""Fields that change the meaning of a record in some tool's format and are not supported, and near misses of names.
+"""Unsupported fields that change the meaning of a record in another tool, and suggestions for misspelled names.
 
-Every field of a record is used, or listed here and rejected as ``unsupported_field``, or counted by its name and
-reported. A field that is null, or an empty list, text or object, says nothing and counts as absent.
+Every field of a record is used, rejected as ``unsupported_field`` if it is listed here, or counted by its name. A field
+that is null, or an empty list, text or object, counts as absent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNSUPPORTED_FIELDS = {
     "audio": "ms-swift, LLaMA-Factory and qwen_vl_utils; Qwen2.5-VL has no audio",
     "audios": "ms-swift and LLaMA-Factory; Qwen2.5-VL has no audio",
 }
-"""Fields of a record, and the tool in whose format each has a meaning."""
+"""Fields of a record, each with the tool that uses it."""
 
 UNSUPPORTED_TURN_FIELDS = {
     "loss_scale": "ms-swift, a weight of the loss",
@@ -53,26 +53,26 @@ KNOWN_FIELDS = (
     *("response", "history", "text", "system", "tools", "objects", "id", "image", "images", "video", "videos", "fps"),
     *("from", "value", "role", "content", "loss", "train", "weight", "tool_calls"),
 )
-"""Names that are used somewhere, for suggestions."""
+"""Used names, for suggestions."""
 
 
 _MAX_NAMES = 20
 
 
 def says_something(value: object) -> bool:
-    """Whether a field holds anything: not null, nor an empty list, text or object."""
+    """Whether a field holds anything but null, or an empty list, text or object."""
     return value is not None and value != [] and value != "" and value != {}
 
 
 def unsupported(name: str, value: object, table: Mapping[str, str], where: str) -> str | None:
-    """A sentence about a field that another tool uses and this one does not support; None for any other field."""
+    """A message about an unsupported field that holds something; None for any other field."""
     if name not in table or not says_something(value) or (name == "label" and not isinstance(value, bool)):
         return None
     return f"{where}.{name} is not supported ({table[name]}); remove it, or train on such records with another tool"
 
 
 def suggestion(name: str) -> str | None:
-    """The used field that a name may be meant for: of ``img`` it is ``image``."""
+    """The used field that a name may be a misspelling of: ``image`` for ``img``."""
     leaf = name.rpartition(".")[2]
     if leaf.lower() in ("img", "image_path", "img_path", "image_file", "pic", "picture"):
         return "image"

@@ -116,7 +116,7 @@ def _items(single: str | list[str] | None, several: list[str] | None) -> list[Me
 
 
 def fault(data: bytes) -> str | None:
-    """What is wrong with the text of a record, even in a field that nobody reads; None if nothing is."""
+    """What is wrong with the text of a record, even in a field without effect; None if nothing is."""
     try:
         if not data.isascii():
             data.decode()

@@ -12,28 +12,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prep.annotations.annotation import Annotation, MediaItem
 from prep.annotations.dialects import read_record
 from prep.annotations.records import index_file, read_chunk
 from prep.annotations.validation import TAG, Checked, check_record, parse_record
-from prep.cli import main
 from prep.media.paths import resolve_media
 from prep.samples.text import Template, build_templates
 from prep.samples.tokenizer import TextTokenizer
 from schemas.errors import MediaError
 from schemas.qwen import DEFAULT_SYSTEM
-from storage.shard_set import read_manifest
 from tests.prep.dialect_corpus import (
     CASES,
     DEFAULT,
-    HELLO,
     OPENAI_CALL,
     PNG,
     TOOL,
-    TWO,
     Case,
     as_text,
     openai_agent,
@@ -284,59 +279,6 @@ def test_a_build_packs_what_the_canonical_records_give(root: Path, tiny_checkpoi
         else:
             assert ours.input_ids.tolist() == expected.input_ids.tolist()
             assert (ours.labels != expected.labels).any()
-
-
-UNUSED = [
-    {**HELLO, "width": 1, "img": "a.png"},
-    {**HELLO, "width": 2},
-    {"conversations": [{"from": "human", "value": "Hi", "name": "Ann"}, {"from": "gpt", "value": "Hello"}]},
-    {**TWO, "width": None, "note": ""},
-]
-UNUSED_TEXT = "fields not used: width ×2, conversations[].name ×1, img ×1 (did you mean image?)"
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def test_fields_without_effect_are_counted_by_validate_build_and_report(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    """A field that is null or empty says nothing."""
-    file = write_jsonl(tmp_path / "a.jsonl", UNUSED)
-    counts = {"width": 2, "conversations[].name": 1, "img": 1}
-    assert UNUSED_TEXT in run("validate", file).stdout
-    assert json.loads(run("validate", file, "--json").stdout)["unused_fields"] == counts
-    built = run(
-        "build", file, "--out", tmp_path / "out", "--model", tiny_checkpoint, "--engine", "local", "--workers", 1
-    )
-    assert built.exit_code == 0 and UNUSED_TEXT in built.stdout
-    assert read_manifest(tmp_path / "out").statistics[0].unused_fields == counts
-    assert run("report", tmp_path / "out", "--out", tmp_path / "report.html").exit_code == 0
-    page = (tmp_path / "report.html").read_text()
-    assert UNUSED_TEXT in page
-    assert run("verify", tmp_path / "out").exit_code == 0
-
-
-def test_strict_fields_reject_records_with_fields_without_effect(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", UNUSED)
-    found = json.loads(run("validate", file, "--strict-fields", "--json").stdout)
-    assert found["num_valid"] == 1 and found["rejects_by_code"] == {"unsupported_field": 3}
-    assert "img (did you mean image?)" in found["examples"]["unsupported_field"][0]
-    for options, num_packed in (([], 4), (["--strict-fields"], 1)):
-        out = tmp_path / "out"
-        built = run("build", file, "--out", out, "--model", tiny_checkpoint, "--workers", 1, *options)
-        assert built.exit_code == 0, built.output
-        assert read_manifest(out).counts.num_packed == num_packed
-
-
-def test_columns_without_effect_are_counted_and_refused_ones_reject(tmp_path: Path) -> None:
-    """Parquet: unknown columns are not read, and one that is null in all rows says nothing."""
-    turns = HELLO["conversations"]
-    rows = {"conversations": [turns, turns], "width": [1, 2], "empty": [None, None], "loss_scale": [None, "x"]}
-    columns = pa.table({**rows, "null": pa.array([None, None], pa.string())})
-    pq.write_table(columns, tmp_path / "a.parquet")
-    found = json.loads(run("validate", tmp_path / "a.parquet", "--json").stdout)
-    assert found["unused_fields"] == {"width": 2}
-    assert found["rejects_by_code"] == {"unsupported_field": 1}
 
 
 def test_a_table_may_hold_the_images_of_its_parts_and_lists_of_frames(root: Path, tmp_path: Path) -> None:
