@@ -22,7 +22,7 @@ class Entry:
 
     Attributes:
         written: the flag with its value.
-        is_default: whether the script leaves it out, so that the default of the other trainer applies.
+        origin: where it comes from if the script leaves it out: "(default of ms-swift)".
         program: the command that takes it; empty if neither does.
         name: name of the flag there.
         value: value there.
@@ -31,7 +31,7 @@ class Entry:
     """
 
     written: str
-    is_default: bool = False
+    origin: str = ""
     program: str = ""
     name: str = ""
     value: str = ""
@@ -45,13 +45,15 @@ class Entry:
     def line(self) -> str:
         """The flag and what became of it, in one line."""
         remark = f": {self.why}" if self.why else ""
+        flag = f"{self.written} {self.origin}".strip()
         if not self.program:
-            return f"{self.written}  has no effect here{remark}"
+            return f"{flag}  has no effect here{remark}"
         here = f"{_option(self.program, self.name)} {self.value}".strip()
         if self.program == BUILD:
-            return f"{self.written}  moved to the build, {here}{remark}"
-        is_kept = self.written.split()[0].strip("-:").replace("-", "_") == self.name
-        return f"{self.written}  " + (f"kept{remark}" if is_kept else f"replaced by {here}{remark}")
+            return f"{flag}  moved to the build, {here}{remark}"
+        name, _, value = self.written.partition(" ")
+        is_kept = name.strip("-:").replace("-", "_") == self.name and value.lower() in ("", self.value.lower())
+        return f"{flag}  " + (f"kept{remark}" if is_kept else f"replaced by {here}{remark}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,10 +129,10 @@ def rewrite(launch: Launch, *, out: str | None = None) -> Migration:
     migration = Migration(launch=launch, out=out or "")
     given = {flag.name for flag in launch.flags}
     for flag in launch.flags:
-        _add(migration, flag, is_default=False)
+        _add(migration, flag)
     for name, value in launch.tool.defaults.items():
         if name not in given:
-            _add(migration, Flag(written=f"--{name}", name=name, values=(value,)), is_default=True)
+            _add(migration, Flag(written=f"--{name}", name=name, values=(value,)), _default_of(launch))
     _settle(migration)
     migration.datasets = _datasets(migration)
     if not migration.out:
@@ -164,10 +166,12 @@ def _option(program: str, name: str) -> str:
     return "--" + (name.replace("_", "-") if program == BUILD else name)
 
 
-def _add(migration: Migration, flag: Flag, *, is_default: bool) -> None:
-    entry = Entry(written=flag.text(), is_default=is_default)
-    if is_default:
-        entry.written += f" (default of {migration.launch.tool.name})"
+def _default_of(launch: Launch) -> str:
+    return f"(default of {launch.tool.name})"
+
+
+def _add(migration: Migration, flag: Flag, origin: str = "") -> None:
+    entry = Entry(written=flag.text(), origin=origin)
     rule = migration.launch.tool.rules.get(flag.name)
     if rule is None and flag.name.startswith("ddp_"):
         entry.why = "DeepSpeed moves the gradients"
@@ -184,7 +188,7 @@ def _add(migration: Migration, flag: Flag, *, is_default: bool) -> None:
         except ValueError:
             entry.why, entry.is_left = f"{flag.value!r} is not a number", True
     before = migration.find(entry.program, entry.name) if entry.program else None
-    if before is not None and is_default:
+    if before is not None and origin:
         return
     if before is not None:
         before.drop(f"{entry.written} says it again")
@@ -271,8 +275,10 @@ def _settle_videos(migration: Migration) -> None:
 def _set(migration: Migration, program: str, name: str, value: str) -> None:
     """Set a flag that the other trainer derives from others, unless it is set."""
     if migration.find(program, name) is None:
-        written = f"--{name} (default of {migration.launch.tool.name})"
-        migration.entries.append(Entry(written=written, is_default=True, program=program, name=name, value=value))
+        origin = _default_of(migration.launch)
+        migration.entries.append(
+            Entry(written=f"--{name} {value}", origin=origin, program=program, name=name, value=value)
+        )
 
 
 def _datasets(migration: Migration) -> list[str]:
