@@ -63,14 +63,23 @@ def check_kernels(args: TrainArguments, device: torch.device, deepspeed: Mapping
 def use_liger(hf: Qwen2_5_VLForConditionalGeneration) -> None:
     """Use Liger for the norms, gated MLPs and rotary embeddings of the language model, and for the vision norms.
 
-    Liger's function for this model patches a rotary function that transformers 5 no longer has. transformers 5 merges
-    the mRoPE sections beforehand, so the remaining rotation is the plain one and Liger's plain function replaces it.
+    Liger 0.8.5's function for this model imports a class that is built on one that transformers 5.23 no longer has, and
+    patches a rotary function that transformers 5 no longer calls. So its patches of single modules are applied here.
+    transformers 5 merges the mRoPE sections beforehand: the remaining rotation is the plain one, and Liger's plain
+    function replaces it.
     """
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, liger_rotary_pos_emb
+    from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module, _patch_swiglu_module
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
 
-    apply_liger_kernel_to_qwen2_5_vl(
-        rope=False, cross_entropy=False, fused_linear_cross_entropy=False, rms_norm=True, swiglu=True, model=hf
-    )
+    language_model = hf.model.language_model
+    norms = [norm for block in hf.model.visual.blocks for norm in (block.norm1, block.norm2)]
+    for layer in language_model.layers:
+        norms += (layer.input_layernorm, layer.post_attention_layernorm)
+    for norm in (*norms, language_model.norm):
+        _patch_rms_norm_module(norm)
+    for layer in language_model.layers:
+        _patch_swiglu_module(layer.mlp, LigerSwiGLUMLP)
     modeling_qwen2_5_vl.apply_rotary_pos_emb = liger_rotary_pos_emb
     logger.info("using Liger kernels for norms, MLPs and rotary embeddings")
 
