@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shutil
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -359,7 +360,12 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(8))
+
+    def silent(*_: object, **__: object) -> None:
+        time.sleep(5)
+        raise socket.gaierror("no answer")
+
+    monkeypatch.setattr("socket.getaddrinfo", silent)
 
 
 @pytest.mark.usefixtures("no_network")
