@@ -91,11 +91,11 @@ class Shapes(NamedTuple):
 
 
 def may_have_shapes(text: str) -> bool:
-    """Whether a text has any of the marker words. Cheap; says yes to some texts without shapes."""
+    """Whether a text may have boxes, points or names of objects. Cheap; says yes to some texts without them."""
     # Coordinates in JSON and HTML are quoted, and a quote is found faster than a word.
     if ('"' in text or "'" in text) and ("_2d" in text or "data-" in text):
         return True
-    return "<|box_start|>" in text
+    return "<|" in text and ("<|box_start|>" in text or "<|object_ref_start|>" in text)
 
 
 def find_shapes(text: str, *, is_answer: bool = True) -> Shapes:

@@ -94,7 +94,7 @@ def parse_record(
     if annotation is not None and reading.is_plain and _is_plain(annotation, data, reserved):
         return Checked(annotation, [], reading.unused, reading.embedded)
     if annotation is not None:
-        has_boxes = any(map(_may_have_grounding, annotation.turns)) or bool(annotation.shapes)
+        has_boxes = any(may_have_shapes(turn.value) for turn in annotation.turns) or bool(annotation.shapes)
         if has_boxes:
             annotation, undeclared = _with_shapes(annotation, reading.places, coordinates, reading.problems.add)
         reading.problems.extend(_semantic_problems(annotation, reading.places, reserved, reading.unreadable))
@@ -183,10 +183,6 @@ def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
         # What is not text of the turns is too short to be nested deeply, or is looked at.
         and ((data.isascii() and len(data) - len(text) <= 2 * MAX_DEPTH) or fault(data) is None)
     )
-
-
-def _may_have_grounding(turn: Turn) -> bool:
-    return may_have_shapes(turn.value) or has_grounding_tokens(turn.value)
 
 
 def _with_shapes(

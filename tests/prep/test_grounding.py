@@ -21,6 +21,7 @@ from PIL.ExifTags import Base as ExifTag
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prep.annotations.registry import find_sources
+from prep.annotations.validation import parse_record
 from prep.build.pipeline import BuildRequest, build
 from prep.build.summary import build_summary
 from prep.cli import main
@@ -297,6 +298,18 @@ def test_a_box_that_cannot_be_right_is_rejected(
     build_registered(tmp_path, "a", tiny_checkpoint, media=MediaSettings(boxes="pixels"))
     (row,) = pq.read_table(tmp_path / "out" / "samples.parquet", filters=[("status", "=", "rejected")]).to_pylist()
     assert row["codes"] == [code] and reason in row["message"]
+
+
+@pytest.mark.parametrize("text", ["<|object_ref_start|>cat<|object_ref_end|>", "<|box_start|>(1,2)<|box_end|>"])
+def test_escaped_text_spells_no_token_of_boxes_unless_these_are_declared(text: str) -> None:
+    record = json.dumps(answered(text)).encode()
+    declared = parse_record(record, reserved="escape", coordinates="pixels")
+    assert declared.annotation is not None and declared.annotation.grounding and not declared.problems
+    off = parse_record(record, reserved="escape", coordinates="off")
+    assert off.annotation is not None and not off.annotation.grounding and not off.problems
+    assert parse_record(record, reserved="escape").undeclared == text
+    broken = parse_record(json.dumps(answered("<|box_start|>cat")).encode(), reserved="escape", coordinates="pixels")
+    assert broken.annotation is not None and not broken.annotation.grounding
 
 
 def test_a_box_of_several_images_that_names_none_is_ambiguous(tmp_path: Path) -> None:
