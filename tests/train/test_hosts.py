@@ -107,9 +107,10 @@ def run_hosts(commands: list[list[str]], flags: list[str]) -> None:
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
 
 
-def test_two_hosts_train_what_one_host_trains(flags: list[str], one_host: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+def test_two_hosts_train_what_one_host_trains(kind: str, flags: list[str], one_host: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_hosts(launchers("deepspeed", tmp_path), [*flags, "--output_dir", str(run)])
+    run_hosts(launchers(kind, tmp_path), [*flags, "--output_dir", str(run)])
     assert_same_run(run, one_host)
     assert len(read_untimed(run)) == NUM_STEPS
 
