@@ -71,7 +71,7 @@ def real(qwen_demo: Path, tmp_path_factory: pytest.TempPathFactory, tiny_checkpo
     shutil.rmtree(out)
 
 
-def test_real_pictures_and_clips_become_shards_and_the_loss_falls_in_twelve_steps(
+def test_real_images_and_videos_become_shards_and_the_loss_falls_in_twelve_steps(
     real: Path, tiny_checkpoint: Path
 ) -> None:
     run(*VLPREP, "verify", real / "shards")

@@ -1,6 +1,6 @@
 """A folder of annotation files in which nearly every record is broken, each with the codes it must be rejected for.
 
--> JSONL, arrays whole and damaged, Parquet with pictures inside, and the media that they name, good and bad.
+-> JSONL, arrays whole and damaged, Parquet with images inside, and the media that they name, good and bad.
 Good records stand between the broken ones: nothing may spoil its neighbours.
 """
 
@@ -319,7 +319,7 @@ def _png(width: int, height: int) -> bytes:
 
 
 def encoded(kind: str, width: int = 90, height: int = 60) -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     out = io.BytesIO()
     random_image(width, height).save(out, kind)
     return out.getvalue()

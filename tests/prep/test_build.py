@@ -126,8 +126,8 @@ def test_plain_webdataset_reads_the_shards_and_pixels_equal_the_reference_proces
         colours = Image.fromarray(rng.integers(0, 256, (5, 5, 4), dtype=np.uint8), "RGBA").resize(
             (150 + 40 * number, 200)
         )
-        picture = colours if mode == "RGBA" else colours.convert("RGB").convert(mode)
-        picture.save(tmp_path / "in" / f"{number}.tif")
+        image = colours if mode == "RGBA" else colours.convert("RGB").convert(mode)
+        image.save(tmp_path / "in" / f"{number}.tif")
         records.append({"id": number, "image": f"{number}.tif", "conversations": turn("<image>")})
     (tmp_path / "in" / "a.json").write_text(json.dumps(records))
     settings = replace_settings(pixels=codec)
@@ -458,7 +458,7 @@ def test_what_only_the_plan_or_the_shards_depend_on_scans_nothing(
 def test_other_media_settings_scan_only_the_records_that_they_touch(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four files in one build: of texts, pictures, clips, and of both."""
+    """Four files in one build: of texts, images, videos, and of both."""
     records = [json.loads(line) for line in corpus[0].read_text().splitlines() if line.startswith('{"')]
     good = [record for record in records if record["id"].startswith("good")]
     kinds = {
@@ -635,7 +635,7 @@ def test_times_are_measured_for_every_sample_and_stage(built: Path) -> None:
     assert metrics.counts == read_manifest(built).counts
 
 
-def test_real_pictures_and_clips(qwen_demo: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_real_images_and_videos(qwen_demo: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     """One box lies outside its image, whatever its coordinates are, so it is left as text."""
     settings = BuildSettings(media=MediaSettings(boxes="off"))
     manifest: Manifest = build(
@@ -645,10 +645,10 @@ def test_real_pictures_and_clips(qwen_demo: Path, tmp_path: Path, tiny_checkpoin
     assert manifest.counts.rejects_by_code == {"media_missing": 1}
 
 
-def test_pictures_stay_with_their_samples_after_a_stop_between_question_and_answer(
+def test_images_stay_with_their_samples_after_a_stop_between_question_and_answer(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    """Pictures of one size: a worker that went on after a stop would hand each sample the picture before its own."""
+    """Images of one size: a worker that continued after a stop would give each sample the image before its own."""
     rng = np.random.default_rng(0)
     records = []
     for number in range(160):

@@ -82,7 +82,7 @@ media_shapes = st.lists(st.tuples(st.integers(0, 2), sides, sides), max_size=4)
 def test_every_frame_comes_back(
     codec: str, shapes: list[tuple[int, int, int]], seed: int, quality: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Pictures and clips of any sizes and contents, or text; with JPEG, what Pillow's own way there and back gives."""
+    """Images and videos of any sizes and contents, or text; with JPEG, what Pillow's own way there and back gives."""
     rng = np.random.default_rng(seed)
     media = []
     for steps, rows, columns in shapes:
@@ -102,8 +102,8 @@ def test_every_frame_comes_back(
 
 def through_pillow(frame: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
     buffer = io.BytesIO()
-    picture = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
-    picture.save(buffer, "JPEG", quality=quality, subsampling=0)
+    image = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return np.asarray(Image.open(buffer)).transpose(2, 0, 1)
 
 
@@ -111,7 +111,7 @@ def through_pillow(frame: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 
 
 def golden_samples() -> list[EncodedSample]:
-    """Twice a picture and a clip of 28 x 56 pixels, by a formula."""
+    """Twice an image and a video of 28 x 56 pixels, by a formula."""
     y, x = np.mgrid[:28, :56]
     frame = np.stack([3 * x + y, x * y, 255 - y * 5 + x]).astype(np.uint8)
     grid = Grid(1, 2, 4)
@@ -258,7 +258,7 @@ def test_the_manifest_of_a_lossless_set_says_nothing_of_jpeg(finished: Path, los
     ]
 
 
-def test_pictures_of_a_jpeg_set_are_shown_as_they_are_stored(lossy: Path, tmp_path: Path) -> None:
+def test_images_of_a_jpeg_set_are_shown_as_they_are_stored(lossy: Path, tmp_path: Path) -> None:
     shards = open_set(lossy)
     number = int(shards.bins.column("bin")[0].as_py())
     frames = [frame for (place, _), frames in sorted(frames_of(lossy).items()) if place == number for frame in frames]
@@ -397,11 +397,11 @@ DAMAGE: dict[str, tuple[Callable[[list[int], list[bytes]], bytes], str]] = {
         lambda sizes, streams: rebuilt([len(wrong := another_shape(streams[0])), *sizes[1:]], [wrong, *streams[1:]]),
         "frame 0 of pixels.jpeg is 28x28 pixels",
     ),
-    "bytes behind a picture": (
+    "bytes behind an image": (
         lambda sizes, streams: rebuilt([sizes[0] + 3, *sizes[1:]], [streams[0] + b"abc", *streams[1:]]),
         "frame 0 of pixels.jpeg has no end",
     ),
-    "no picture": (
+    "no image": (
         lambda sizes, streams: rebuilt(sizes, [b"\0" * sizes[0], *streams[1:]]),
         "frame 0 of pixels.jpeg is not a JPEG",
     ),

@@ -213,7 +213,7 @@ def test_a_medium_replaced_by_one_of_another_size_is_rejected_until_it_is_scanne
 def test_a_medium_replaced_by_one_of_the_same_size_is_built_as_it_is_when_it_is_decoded(
     own_corpus: Path, built: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes are those of a build that sees the new picture only."""
+    """The bytes are those of a build that sees the new image only."""
     path = own_corpus.parent / "2.png"
     with Image.open(path) as old:
         other = random_image(old.width, old.height, seed=7)

@@ -59,7 +59,7 @@ RECORDS: list[Record] = [
 ]
 """The annotations: ``conversations`` alternates questions and answers. Writers below spell them."""
 
-ONLY_PICTURES = [record for record in RECORDS if "videos" not in record and "system" not in record]
+ONLY_IMAGES = [record for record in RECORDS if "videos" not in record and "system" not in record]
 
 
 def media_fields(record: Record) -> Record:
@@ -374,8 +374,8 @@ PARQUET: dict[str, tuple[Callable[[Path], pa.Table], list[Record]]] = {
     "plain columns": (lambda media: plain_table(RECORDS), RECORDS),
     "messages with media inside": (lambda media: messages_table(RECORDS, media), RECORDS),
     "parts with media inside": (lambda media: parts_table(RECORDS, media), RECORDS),
-    "texts with pictures inside": (lambda media: texts_table(ONLY_PICTURES, media), ONLY_PICTURES),
-    "one picture or clip inside": (lambda media: one_medium_table(ONE_MEDIUM, media, EMBEDDED), ONE_MEDIUM),
+    "texts with images inside": (lambda media: texts_table(ONLY_IMAGES, media), ONLY_IMAGES),
+    "one image or video inside": (lambda media: one_medium_table(ONE_MEDIUM, media, EMBEDDED), ONE_MEDIUM),
     "bare bytes": (lambda media: one_medium_table(ONE_MEDIUM, media, pa.large_binary()), ONE_MEDIUM),
 }
 
@@ -427,7 +427,7 @@ def write_variants(folder: Path, media: Path) -> dict[str, Variant]:
     for record in absolute:
         record.update({field: [str(media / name) for name in names] for field, names in media_fields(record).items()})
     jsonl("spelling: absolute paths", absolute)
-    jsonl("spelling: texts", [as_texts(record) for record in ONLY_PICTURES], ONLY_PICTURES)
+    jsonl("spelling: texts", [as_texts(record) for record in ONLY_IMAGES], ONLY_IMAGES)
     for name, content in FILES.items():
         (folder / name).write_bytes(content([canonical(record) for record in RECORDS]))
         made[f"file: {name}"] = Variant([folder / name], RECORDS)
@@ -484,7 +484,7 @@ def test_every_format_and_spelling_gives_the_same_samples(built: Built, expected
         assert_same(sample, expected[str(record["id"])])
 
 
-def test_pictures_without_a_tag_come_first(
+def test_images_without_a_tag_come_first(
     media: Path, tiny_checkpoint: Path, tmp_path: Path, expected: dict[str, Packed]
 ) -> None:
     """The Cauldron and FineVision write no tags; a set that has them need not be told apart."""

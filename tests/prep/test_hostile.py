@@ -269,7 +269,7 @@ class ClaimedClip:
         raise AssertionError("a plan decodes nothing")
 
 
-def test_a_clip_that_claims_to_last_for_weeks_has_no_usable_duration() -> None:
+def test_a_video_that_claims_to_last_for_weeks_has_no_usable_duration() -> None:
     """Its temporal positions, two a second, would leave the range of int32 sooner or later."""
     slowest = 8 / MAX_DURATION_S
     plan = plan_video(ClaimedClip(slowest * 1.001), "x", SETTINGS)

@@ -30,11 +30,11 @@ pytestmark = pytest.mark.slow
 
 Record = dict[str, Any]
 
-PICTURES = {
+IMAGES = {
     f"{width}x{height}.png": (width, height)
     for width, height in [(1, 1), (28, 28), (29, 55), (200, 1), (640, 480), (70, 700), (14, 13), (500, 500)]
 }
-CLIPS = {f"{frames}-{fps}.mp4": (frames, fps) for frames, fps in [(1, 5), (2, 1), (3, 1), (7, 2), (40, 2), (75, 1)]}
+VIDEOS = {f"{frames}-{fps}.mp4": (frames, fps) for frames, fps in [(1, 5), (2, 1), (3, 1), (7, 2), (40, 2), (75, 1)]}
 
 TOKEN = 28 * 28
 TOO_LONG = "too_long"
@@ -43,9 +43,9 @@ TOO_LONG = "too_long"
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measuring")
-    for number, (name, (width, height)) in enumerate(PICTURES.items()):
+    for number, (name, (width, height)) in enumerate(IMAGES.items()):
         random_image(width, height, "RGBA" if number % 2 else "RGB", seed=number).save(folder / name)
-    for number, (name, (frames, fps)) in enumerate(CLIPS.items()):
+    for number, (name, (frames, fps)) in enumerate(VIDEOS.items()):
         write_video(folder / name, frames, fps, width=64 + 30 * number, height=150 - 20 * number)
     return folder
 
@@ -71,9 +71,9 @@ def records(draw: st.DrawFn) -> Record:
         for kind in draw(st.lists(st.sampled_from(["image", "image", "video"]), max_size=2)):
             pieces += [f"<{kind}>", draw(sentences)]
             if kind == "image":
-                images.append(draw(st.sampled_from(sorted(PICTURES))))
+                images.append(draw(st.sampled_from(sorted(IMAGES))))
             else:
-                videos.append(draw(st.sampled_from(sorted(CLIPS))))
+                videos.append(draw(st.sampled_from(sorted(VIDEOS))))
         turns.append({"from": "human", "value": "".join(pieces) + "?"})
         turns.append({"from": "gpt", "value": draw(sentences) + "!"})
     return {"images": images, "videos": videos, "conversations": turns}

@@ -13,10 +13,10 @@ seconds = st.floats(1e-6, 500.0)
 
 
 def counted(values: list[float]) -> Durations:
-    found = Durations()
+    durations = Durations()
     for value in values:
-        found.add(value)
-    return found
+        durations.add(value)
+    return durations
 
 
 @given(st.lists(seconds, min_size=1, max_size=60))
@@ -25,9 +25,9 @@ def test_means_are_exact_and_percentiles_within_a_bin(values: list[float]) -> No
     assert summary.num == len(values)
     assert summary.mean_s == pytest.approx(sum(values) / len(values))
     assert summary.max_s == max(values)
-    for share, found in ((0.5, summary.p50_s), (0.9, summary.p90_s), (0.99, summary.p99_s)):
+    for share, measured in ((0.5, summary.p50_s), (0.9, summary.p90_s), (0.99, summary.p99_s)):
         exact = float(np.quantile(values, share, method="inverted_cdf"))
-        assert exact * (1 - 1e-9) <= found <= exact * 10 ** (1 / 20) * (1 + 1e-9)
+        assert exact * (1 - 1e-9) <= measured <= exact * 10 ** (1 / 20) * (1 + 1e-9)
 
 
 @given(st.lists(seconds, max_size=20), st.lists(seconds, max_size=20))
@@ -47,4 +47,4 @@ def test_a_block_counts_once_for_each_of_its_samples_and_never_without() -> None
         pass
     other: Timings = {"a": counted([1.0]), "c": counted([2.0])}
     merge_timings(timings, other)
-    assert {name: sum(found.counts) for name, found in timings.items()} == {"a": 4, "c": 1}
+    assert {name: sum(durations.counts) for name, durations in timings.items()} == {"a": 4, "c": 1}

@@ -32,8 +32,8 @@ def test_text_alone_counts_up_on_all_axes() -> None:
 
 def test_positions_of_an_image_by_hand() -> None:
     """Two text tokens and the start token are 0 1 2; an image of 2x3 tokens starts at 3; its end token is at 3 + 3."""
-    found = position_ids(sequence(2, (IMAGE_PAD, Grid(1, 4, 6)), 1), [Grid(1, 4, 6)], [0.0])
-    assert found.tolist() == [
+    positions = position_ids(sequence(2, (IMAGE_PAD, Grid(1, 4, 6)), 1), [Grid(1, 4, 6)], [0.0])
+    assert positions.tolist() == [
         [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7],
         [0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7],
         [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7],
@@ -46,8 +46,8 @@ def test_positions_of_a_long_video_by_hand() -> None:
     Continuing at max(rows, columns), as current transformers do, would give 1 + 2 = 3.
     """
     grid = Grid(4, 4, 2)
-    found = position_ids(sequence((VIDEO_PAD, grid), 2), [grid], [2.6])
-    assert found.tolist() == [
+    positions = position_ids(sequence((VIDEO_PAD, grid), 2), [grid], [2.6])
+    assert positions.tolist() == [
         [0, 1, 1, 6, 6, 11, 11, 16, 16, 17, 18, 19],
         [0, 1, 2, 1, 2, 1, 2, 1, 2, 17, 18, 19],
         [0, 1, 1, 1, 1, 1, 1, 1, 1, 17, 18, 19],
@@ -56,8 +56,8 @@ def test_positions_of_a_long_video_by_hand() -> None:
 
 def test_video_that_is_wider_than_long_continues_behind_its_columns() -> None:
     grid = Grid(2, 2, 10)
-    found = position_ids(sequence((VIDEO_PAD, grid)), [grid], [1.0])
-    assert found[0].tolist() == [0, *[1] * 5, *[3] * 5, 6]
+    positions = position_ids(sequence((VIDEO_PAD, grid)), [grid], [1.0])
+    assert positions[0].tolist() == [0, *[1] * 5, *[3] * 5, 6]
 
 
 def test_a_missing_or_wrong_run_of_pads_is_an_error() -> None:
@@ -89,5 +89,5 @@ def test_images_and_text_equal_the_models_own_positions(media: list[tuple[int, G
         image_grid_thw=torch.tensor([grid for _, grid in media]) if media else None,
         attention_mask=torch.ones_like(tensor),
     )
-    found = position_ids(ids, [grid for _, grid in media], [0.0] * len(media))
-    assert found.tolist() == expected[:, 0].tolist()
+    positions = position_ids(ids, [grid for _, grid in media], [0.0] * len(media))
+    assert positions.tolist() == expected[:, 0].tolist()

@@ -37,19 +37,19 @@ def test_frames_equal_the_resized_image_bit_for_bit(tmp_path: Path, tiny_checkpo
     record = {"images": ["a.png", "b.png"], "conversations": turn("<image><image>")}
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     settings = BuildSettings(pixels=codec, media=MediaSettings(min_pixels=784))
-    found = open_set(sets.build_set(tmp_path / "a.jsonl", tmp_path / "out", tiny_checkpoint, settings)).read(0)
-    assert found.codec == codec
-    first, second = decode_frames(found, where="here")
+    bin_ = open_set(sets.build_set(tmp_path / "a.jsonl", tmp_path / "out", tiny_checkpoint, settings)).read(0)
+    assert bin_.codec == codec
+    first, second = decode_frames(bin_, where="here")
     assert np.array_equal(first, pixels.transpose(2, 0, 1)[None])
     assert np.array_equal(second, pixels[::-1].transpose(2, 0, 1)[None])
 
 
 def test_a_video_has_two_frames_for_every_temporal_step(finished: Path) -> None:
     shards = open_set(finished)
-    found = shards.read(1)
-    for (grid, kind), frames in zip(found.grids(), decode_frames(found, where="here"), strict=True):
+    bin_ = shards.read(1)
+    for (grid, kind), frames in zip(bin_.grids(), decode_frames(bin_, where="here"), strict=True):
         assert frames.shape == ((2 * grid.t if kind else 1), 3, 14 * grid.h, 14 * grid.w)
-    assert {kind for _, kind in found.grids()} == {0, 1}
+    assert {kind for _, kind in bin_.grids()} == {0, 1}
 
 
 def test_the_ledger_of_a_bin_is_sorted_by_slot(finished: Path) -> None:
@@ -92,25 +92,25 @@ def test_a_table_with_another_column_stops(shards: ShardSet) -> None:
         open_set(shards.folder)
 
 
-def with_pixels(found: Bin, data: bytes) -> Bin:
-    return replace(found, pixels=np.frombuffer(data, dtype=np.uint8))
+def with_pixels(bin_: Bin, data: bytes) -> Bin:
+    return replace(bin_, pixels=np.frombuffer(data, dtype=np.uint8))
 
 
 def test_pixels_have_exactly_the_size_of_the_grids(finished: Path) -> None:
-    found = open_set(finished).read(0)
-    content = decode_pixels(found, where="here").tobytes()
+    bin_ = open_set(finished).read(0)
+    content = decode_pixels(bin_, where="here").tobytes()
     compress = zstandard.ZstdCompressor().compress
-    assert decode_pixels(with_pixels(found, compress(content)), where="here").tobytes() == content
+    assert decode_pixels(with_pixels(bin_, compress(content)), where="here").tobytes() == content
     for data in (compress(content[:-1]), compress(content + b"\0"), compress(content)[:-1], compress(content) + b"\0"):
         with pytest.raises(ShardError, match=r"^here: the pixels "):
-            decode_pixels(with_pixels(found, data), where="here")
+            decode_pixels(with_pixels(bin_, data), where="here")
 
 
 def test_a_frame_that_claims_to_be_huge_is_not_decompressed(finished: Path) -> None:
     """A terabyte of zeros in a few bytes: refused by the size in its header, without room for it."""
-    found = open_set(finished).read(0)
+    bin_ = open_set(finished).read(0)
     header = zstandard.ZstdCompressor().compressobj(size=1 << 40)
     frame = header.compress(b"\0" * 300_000) + header.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     assert zstandard.frame_content_size(frame) == 1 << 40
     with pytest.raises(ShardError, match="the pixels are 1,099,511,627,776 bytes"):
-        decode_pixels(with_pixels(found, frame), where="here")
+        decode_pixels(with_pixels(bin_, frame), where="here")

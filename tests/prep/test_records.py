@@ -25,10 +25,10 @@ objects = st.lists(st.dictionaries(nasty, values, max_size=3), max_size=12)
 
 def read_all(path: Path) -> list[Record]:
     index = index_file(path, path.parent)
-    found = [record for chunk in index.chunks for record in read_chunk(index.data, chunk)]
-    assert len(found) == index.num_records
-    assert [record.number for record in found] == list(range(len(found)))
-    return found
+    records = [record for chunk in index.chunks for record in read_chunk(index.data, chunk)]
+    assert len(records) == index.num_records
+    assert [record.number for record in records] == list(range(len(records)))
+    return records
 
 
 @pytest.fixture
@@ -37,17 +37,17 @@ def path(tmp_path: Path) -> Path:
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(found=objects, indent=st.sampled_from([None, 1]), block=st.integers(1, 60), chunk=st.integers(1, 4))
+@given(records=objects, indent=st.sampled_from([None, 1]), block=st.integers(1, 60), chunk=st.integers(1, 4))
 def test_arrays_give_their_elements_with_lines_for_any_block_size(
-    path: Path, found: list[dict[str, Any]], indent: int | None, block: int, chunk: int
+    path: Path, records: list[dict[str, Any]], indent: int | None, block: int, chunk: int
 ) -> None:
-    text = json.dumps(found, indent=indent)
+    text = json.dumps(records, indent=indent)
     path.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_records, "_BLOCK_BYTES", block)
         patch.setattr(json_records, "CHUNK_RECORDS", chunk)
         elements = read_all(path)
-    assert [json.loads(element.data or b"") for element in elements] == found
+    assert [json.loads(element.data or b"") for element in elements] == records
     lines = text.split("\n")
     for element in elements:
         assert (
@@ -56,24 +56,29 @@ def test_arrays_give_their_elements_with_lines_for_any_block_size(
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(found=objects, block=st.integers(1, 60), blank=st.sampled_from(["\n", "\n\n", "\r\n", "\n \n"]))
+@given(records=objects, block=st.integers(1, 60), blank=st.sampled_from(["\n", "\n\n", "\r\n", "\n \n"]))
 def test_lines_give_their_records_for_any_block_size(
-    path: Path, found: list[dict[str, Any]], block: int, blank: str
+    path: Path, records: list[dict[str, Any]], block: int, blank: str
 ) -> None:
-    text = blank.join(json.dumps(one) for one in found)
+    text = blank.join(json.dumps(record) for record in records)
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_records, "_BLOCK_BYTES", block)
         lines = read_all(path)
-    assert [json.loads(line.data or b"") for line in lines] == found
+    assert [json.loads(line.data or b"") for line in lines] == records
     for line in lines:
         assert text.split("\n")[line.line - 1].strip().encode() == line.data
 
 
 def test_a_record_that_is_a_list_counts_as_its_annotations(path: Path) -> None:
     path.write_text('{"id": 1}\n[{"id": 2}, {"id": 3}]\n{"id": 4}\n')
-    found = read_all(path)
-    assert [(json.loads(record.data or b"")["id"], record.line) for record in found] == [(1, 1), (2, 2), (3, 2), (4, 3)]
+    records = read_all(path)
+    assert [(json.loads(record.data or b"")["id"], record.line) for record in records] == [
+        (1, 1),
+        (2, 2),
+        (3, 2),
+        (4, 3),
+    ]
 
 
 def test_lists_inside_an_array_count_as_their_annotations(path: Path) -> None:

@@ -24,16 +24,16 @@ def simd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pillow_is_named_with_the_version_that_is_imported() -> None:
-    found = software_versions()
-    assert found["pillow"] == PIL.__version__ == version("pillow")
-    assert list(found) == ["pillow", "decord2", "numpy", "pyarrow", "tokenizers", "zstandard"]
+    versions = software_versions()
+    assert versions["pillow"] == PIL.__version__ == version("pillow")
+    assert list(versions) == ["pillow", "decord2", "numpy", "pyarrow", "tokenizers", "zstandard"]
 
 
 def test_pillow_simd_is_named_in_its_place(simd: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL, "__version__", SIMD)
-    found = software_versions()
-    assert found["pillow-simd"] == SIMD
-    assert "pillow" not in found
+    versions = software_versions()
+    assert versions["pillow-simd"] == SIMD
+    assert "pillow" not in versions
     assert environment()["pillow-simd"] == SIMD
 
 

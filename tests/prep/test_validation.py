@@ -99,9 +99,9 @@ BAD: list[tuple[object, str, str]] = [
 
 @pytest.mark.parametrize(("record", "code", "part"), BAD)
 def test_bad_records_have_their_code_and_say_where(record: object, code: str, part: str) -> None:
-    found = problems_of(record)
-    assert [name for name, _ in found] == [code]
-    assert part in found[0][1]
+    problems = problems_of(record)
+    assert [name for name, _ in problems] == [code]
+    assert part in problems[0][1]
 
 
 def test_all_problems_of_a_record_are_reported() -> None:
@@ -116,8 +116,8 @@ def test_all_problems_of_a_record_are_reported() -> None:
 
 
 def test_a_wrong_field_does_not_hide_what_is_wrong_with_the_turns() -> None:
-    found = problems_of({**roles("human", "human"), "image": 3, "id": True})
-    assert [name for name, _ in found] == ["bad_field", "bad_field", "bad_turn_order"]
+    problems = problems_of({**roles("human", "human"), "image": 3, "id": True})
+    assert [name for name, _ in problems] == ["bad_field", "bad_field", "bad_turn_order"]
 
 
 @pytest.mark.parametrize(

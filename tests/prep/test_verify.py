@@ -118,16 +118,16 @@ def test_a_folder_without_a_manifest_is_an_error(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     result = run(folder)
     assert result.exit_code == 1
-    assert "holds no manifest.json: it is not a complete set of shards" in result.stderr
+    assert "holds no manifest.json: a build into it failed, was interrupted, or still runs" in result.stderr
 
 
 def test_the_advice_repairs_a_damaged_shard(folder: Path, corpus_file: Path, tiny_checkpoint: Path) -> None:
     """The advice is to remove the manifest and build again."""
     before = sets.shard_of(folder, BIN).read_bytes()
     sets.shard_of(folder, BIN).write_bytes(before[:-600] + b"\1" + before[-599:])
-    found = findings(folder)
-    assert found
-    assert all("emove manifest.json and run the same `vlprep build` again" in line for line in found)
+    report = findings(folder)
+    assert report
+    assert all("emove manifest.json and run the same `vlprep build` again" in line for line in report)
     (folder / "manifest.json").unlink()
     sets.build_set(corpus_file, folder, tiny_checkpoint)
     assert sets.shard_of(folder, BIN).read_bytes() == before
@@ -146,19 +146,19 @@ def test_a_flipped_byte_is_found_in_every_member(folder: Path, member: str, plac
     size = len(sets.members_of(folder, BIN)[member])
     data[start + {"header": 3, "first byte": 512, "last byte": 511 + size}[place]] ^= 0x10
     path.write_bytes(data)
-    found = findings(folder)
-    assert any(line.startswith(f"{path.name}: SHA-256 is ") for line in found)
-    assert any(line.startswith(f"{where_of(folder)}: XXH3-64 of its") for line in found)
-    others = [line for line in found if not line.startswith((f"{path.name}: SHA-256", where_of(folder)))]
+    report = findings(folder)
+    assert any(line.startswith(f"{path.name}: SHA-256 is ") for line in report)
+    assert any(line.startswith(f"{where_of(folder)}: XXH3-64 of its") for line in report)
+    others = [line for line in report if not line.startswith((f"{path.name}: SHA-256", where_of(folder)))]
     assert others == []
 
 
 def test_a_truncated_shard_is_found_at_the_truncated_bin(folder: Path) -> None:
     path = sets.shard_of(folder, BIN)
     path.write_bytes(path.read_bytes()[:-5000])
-    found = findings(folder)
-    assert any(line.startswith(f"{path.name}: the file has ") for line in found)
-    assert any(f"bin {BIN} at offset" in line and "3976 bytes before the bin does" in line for line in found)
+    report = findings(folder)
+    assert any(line.startswith(f"{path.name}: the file has ") for line in report)
+    assert any(f"bin {BIN} at offset" in line and "3976 bytes before the bin does" in line for line in report)
 
 
 def test_a_missing_end_of_archive_is_found(folder: Path) -> None:
@@ -181,10 +181,10 @@ def test_a_missing_shard_and_a_missing_table_are_found_together(folder: Path) ->
     path = sets.shard_of(folder, BIN)
     path.unlink()
     (folder / "samples.parquet").unlink()
-    found = findings(folder)
-    assert any(line.startswith(f"{path.name}: the shard cannot be read: No such file") for line in found)
-    assert any("samples.parquet is missing" in line for line in found)
-    assert len(found) == 2
+    report = findings(folder)
+    assert any(line.startswith(f"{path.name}: the shard cannot be read: No such file") for line in report)
+    assert any("samples.parquet is missing" in line for line in report)
+    assert len(report) == 2
 
 
 def test_swapped_shards_have_one_finding_each(folder: Path) -> None:
@@ -192,8 +192,8 @@ def test_swapped_shards_have_one_finding_each(folder: Path) -> None:
     (folder / "swap").write_bytes(first.read_bytes())
     second.replace(first)
     (folder / "swap").replace(second)
-    found = findings(folder)
-    assert [line.partition(". ")[0] for line in found] == [
+    report = findings(folder)
+    assert [line.partition(". ")[0] for line in report] == [
         "bins-00000.tar: the file holds the bytes of bins-00001.tar: files were renamed or swapped",
         "bins-00001.tar: the file holds the bytes of bins-00000.tar: files were renamed or swapped",
     ]
@@ -222,9 +222,9 @@ def test_a_truncated_table_does_not_stop_the_other_checks(folder: Path, name: st
     if data:
         data[700] ^= 1
         (folder / "bins-00000.tar").write_bytes(data)
-    found = findings(folder)
-    assert any(f"{name} cannot be read as a Parquet table" in line for line in found)
-    assert any(line.startswith("bins-00000.tar, bin 0 at offset 0: XXH3") for line in found) is bool(data)
+    report = findings(folder)
+    assert any(f"{name} cannot be read as a Parquet table" in line for line in report)
+    assert any(line.startswith("bins-00000.tar, bin 0 at offset 0: XXH3") for line in report) is bool(data)
 
 
 def test_a_column_of_another_type_is_found(folder: Path) -> None:
@@ -268,9 +268,9 @@ def test_a_wrong_number_of_rejects_by_code_is_found(folder: Path) -> None:
         manifest["counts"]["rejects_by_code"]["bad_luck"] = 1
 
     sets.change_manifest(folder, change)
-    found = "\n".join(findings(folder))
-    assert "samples.parquet: it has code too_long in 1 row, the manifest says 7" in found
-    assert "manifest.json: rejects_by_code has the unknown code 'bad_luck'" in found
+    report = "\n".join(findings(folder))
+    assert "samples.parquet: it has code too_long in 1 row, the manifest says 7" in report
+    assert "manifest.json: rejects_by_code has the unknown code 'bad_luck'" in report
 
 
 def test_shards_with_other_bins_than_the_manifest_says_are_found(folder: Path) -> None:
@@ -320,15 +320,15 @@ def test_wrong_statistics_of_a_dataset_are_found(
     folder: Path, change: Callable[[dict[str, Any]], None], expected: str
 ) -> None:
     sets.change_manifest(folder, lambda manifest: change(manifest["statistics"][0]))
-    found = findings(folder)
-    assert all(line.startswith("manifest.json") for line in found)
-    assert any(expected in line for line in found), found
+    report = findings(folder)
+    assert all(line.startswith("manifest.json") for line in report)
+    assert any(expected in line for line in report), report
 
 
 def test_percentiles_are_values_of_the_data_by_rank() -> None:
     """Of 1 to 10: the 5th, the 9th, the 10th."""
-    found = distribution(np.arange(10, 0, -1, dtype=np.int32))
-    assert found == Distribution(total=55, mean=5.5, min=1, p50=5, p90=9, p99=10, max=10)
+    result = distribution(np.arange(10, 0, -1, dtype=np.int32))
+    assert result == Distribution(total=55, mean=5.5, min=1, p50=5, p90=9, p99=10, max=10)
     assert distribution(np.empty(0, dtype=np.int32)) is None
 
 
@@ -353,8 +353,8 @@ def test_a_table_of_bins_that_breaks_a_rule_is_found(
     folder: Path, change: Callable[[list[dict[str, Any]]], None], expected: str
 ) -> None:
     sets.change_rows(folder, "bins.parquet", change)
-    found = findings(folder)
-    assert any(expected in line for line in found), found
+    report = findings(folder)
+    assert any(expected in line for line in report), report
 
 
 def test_an_edited_manifest_is_found(folder: Path) -> None:
@@ -431,8 +431,8 @@ def test_arrays_that_break_a_rule_are_found(
     folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray | None], expected: str
 ) -> None:
     sets.change_array(folder, BIN, name, change)
-    found = findings(folder)
-    assert any(line.startswith(where_of(folder)) and expected in line for line in found), found
+    report = findings(folder)
+    assert any(line.startswith(where_of(folder)) and expected in line for line in report), report
 
 
 def test_a_medium_that_the_ids_have_and_the_grids_lack_is_found(folder: Path) -> None:
@@ -503,8 +503,8 @@ def samples_changed(**fields: object) -> Callable[[Members], Members]:
 )
 def test_members_that_break_a_rule_are_found(folder: Path, change: Callable[[Members], Members], expected: str) -> None:
     sets.change_members(folder, BIN, change)
-    found = findings(folder)
-    assert any(line.startswith(where_of(folder)) and expected in line for line in found), found
+    report = findings(folder)
+    assert any(line.startswith(where_of(folder)) and expected in line for line in report), report
 
 
 def test_pad_tokens_that_do_not_fit_the_media_are_found(folder: Path) -> None:
@@ -525,18 +525,18 @@ def test_a_trained_pad_is_found(folder: Path) -> None:
 def test_media_without_vision_start_and_end_are_found(folder: Path) -> None:
     ids = sets.array_of(folder, BIN, "input_ids")
     sets.change_array(folder, BIN, "input_ids", put(int(np.argmax(ids == VISION_END)), 872))
-    found = "\n".join(findings(folder))
-    assert "the pad tokens of medium 0 are not between" in found
-    assert "<|vision_end|> for" in found
+    report = "\n".join(findings(folder))
+    assert "the pad tokens of medium 0 are not between" in report
+    assert "<|vision_end|> for" in report
 
 
 @pytest.mark.parametrize(("field", "value"), [("mtime", 1), ("mode", 0o600), ("uname", "someone"), ("uid", 1000)])
 def test_a_header_with_a_time_or_an_owner_is_found(folder: Path, field: str, value: object) -> None:
     members = sets.members_of(folder, BIN)
     sets.replace_bin(folder, BIN, sets.tar_bytes(f"{BIN:08d}", members, **{field: value}))
-    found = findings(folder)
-    assert len(found) == len(members)
-    assert all("its tar header has a time, owner, mode or link" in line for line in found)
+    report = findings(folder)
+    assert len(report) == len(members)
+    assert all("its tar header has a time, owner, mode or link" in line for line in report)
 
 
 def test_padding_that_is_not_zero_is_found(folder: Path) -> None:
@@ -556,8 +556,8 @@ def test_a_gap_and_an_overlap_between_bins_are_found(folder: Path) -> None:
         rows[BIN]["offset"] += 512
 
     sets.change_rows(folder, "bins.parquet", change)
-    found = findings(folder)
-    assert any(f"bin {BIN} at offset" in line and "belong to no bin" in line for line in found)
+    report = findings(folder)
+    assert any(f"bin {BIN} at offset" in line and "belong to no bin" in line for line in report)
     sets.change_rows(folder, "bins.parquet", lambda rows: rows[BIN].update(offset=rows[BIN]["offset"] - 1024))
     assert any(f"bin {BIN} at offset" in line and "begins inside another bin" in line for line in findings(folder))
 
@@ -567,12 +567,12 @@ def test_a_bin_above_the_budgets_of_the_manifest_is_found(folder: Path) -> None:
         manifest["settings"].update(max_length=1000, max_patches=100)
 
     sets.change_manifest(folder, change)
-    found = "\n".join(findings(folder))
+    report = "\n".join(findings(folder))
     assert (
         f"bin {BIN} at offset {sets.place_of(folder, BIN)['offset']}: the bin has 1193 tokens, max_length is 1000"
-        in found
+        in report
     )
-    assert "max_patches is 100" in found
+    assert "max_patches is 100" in report
 
 
 @pytest.mark.parametrize(
@@ -639,9 +639,9 @@ def test_a_ledger_that_breaks_a_rule_is_found(
     folder: Path, change: Callable[[list[dict[str, Any]]], None], expected: str
 ) -> None:
     sets.change_rows(folder, "samples.parquet", change)
-    found = findings(folder)
-    assert any(line.startswith(("samples.parquet", "bins-")) for line in found)
-    assert any(expected in line for line in found), found
+    report = findings(folder)
+    assert any(line.startswith(("samples.parquet", "bins-")) for line in report)
+    assert any(expected in line for line in report), report
 
 
 def test_a_video_without_its_decoder_is_found(folder: Path) -> None:
@@ -666,10 +666,10 @@ def sample_ids(media: list[tuple[int, Grid, int]], length: int) -> np.ndarray:
 
 def test_positions_worked_out_by_hand_pass() -> None:
     """Two words, a video of 2 steps of 2x1 tokens at 3 per step, one word: text continues at the maximum 5 plus 1."""
-    found = np.array([[0, 1, 2, 2, 5, 5, 6], [0, 1, 2, 3, 2, 3, 6], [0, 1, 2, 2, 2, 2, 6]], dtype=np.int32)
+    positions = np.array([[0, 1, 2, 2, 5, 5, 6], [0, 1, 2, 3, 2, 3, 6], [0, 1, 2, 2, 2, 2, 6]], dtype=np.int32)
     media = [(2, Grid(2, 4, 2), MEDIA_VIDEO)]
-    assert position_problem(found, media) is None
-    wrong = found.copy()
+    assert position_problem(positions, media) is None
+    wrong = positions.copy()
     wrong[:, 6] = 4  # maximum of height and width, plus 1
     assert position_problem(wrong, media) == (
         "wrong positions of 1 token, the first at token 6 of the sample: [4, 4, 4], expected [6, 6, 6] "
@@ -689,13 +689,13 @@ def test_written_positions_pass_and_any_other_value_is_found(data: st.DataObject
         at += grid.num_tokens + data.draw(st.integers(1, 3))
     ids = sample_ids(media, at)
     seconds = [data.draw(st.floats(0.05, 20)) for _ in media]
-    found = position_ids(ids, [grid for _, grid, _ in media], seconds)
-    assert position_problem(found, media) is None
+    positions = position_ids(ids, [grid for _, grid, _ in media], seconds)
+    assert position_problem(positions, media) is None
     axis, token = data.draw(st.integers(0, 2)), data.draw(st.integers(0, at - 1))
     is_time_of_video = axis == 0 and ids[token] == VIDEO_PAD
     if not is_time_of_video:
-        found[axis, token] += data.draw(st.sampled_from((-2, -1, 1, 3)))
-        assert position_problem(found, media) is not None
+        positions[axis, token] += data.draw(st.sampled_from((-2, -1, 1, 3)))
+        assert position_problem(positions, media) is not None
 
 
 @given(st.floats(0.001, 100), st.integers(1, 400))

@@ -18,8 +18,8 @@ ONE, OTHER = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 
 
 def configuration(mean: list[float]) -> dict[str, Any]:
-    found: dict[str, Any] = Qwen2VLImageProcessorPil(image_mean=mean).to_dict()
-    return found
+    config: dict[str, Any] = Qwen2VLImageProcessorPil(image_mean=mean).to_dict()
+    return config
 
 
 def read(folder: Path) -> ImageProcessor:
@@ -43,10 +43,10 @@ def test_the_image_processor_is_that_of_transformers(
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     reference = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
-    found = read(tmp_path)
-    assert list(found.image_mean) == list(reference.image_mean) == mean
-    assert list(found.image_std) == list(reference.image_std)
-    geometry = (found.patch_size, found.temporal_patch_size, found.merge_size)
+    processor = read(tmp_path)
+    assert list(processor.image_mean) == list(reference.image_mean) == mean
+    assert list(processor.image_std) == list(reference.image_std)
+    geometry = (processor.patch_size, processor.temporal_patch_size, processor.merge_size)
     assert geometry == (reference.patch_size, reference.temporal_patch_size, reference.merge_size)
 
 

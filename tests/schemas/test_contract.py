@@ -82,16 +82,20 @@ def members(**changes: Any) -> list[tuple[str, bytes]]:
         "grid_thw": np.zeros((0, 3), dtype=np.int32),
         "media_type": np.zeros(0, dtype=np.uint8),
     }
-    found = [(f"00000007.{name}.npy", npy(changes.get(name, array))) for name, array in arrays.items()]
-    return [*found, ("00000007.pixels.raw", b""), ("00000007.samples.json", b'[{"dataset":"d","record":0,"id":null}]')]
+    named = [(f"00000007.{name}.npy", npy(changes.get(name, array))) for name, array in arrays.items()]
+    return [
+        *named,
+        ("00000007.pixels.raw", b""),
+        ("00000007.samples.json", b'[{"dataset":"d","record":0,"id":null}]'),
+    ]
 
 
 def test_a_bin_written_with_standard_tools_is_read() -> None:
-    found: Bin = parse_bin(tar(members()), 7, where="here")
-    assert found.cu_seqlens.tolist() == [0, 2, 5]
-    assert found.codec == "raw"
-    assert found.samples()[0].dataset == "d"
-    assert not found.input_ids.flags.writeable
+    parsed: Bin = parse_bin(tar(members()), 7, where="here")
+    assert parsed.cu_seqlens.tolist() == [0, 2, 5]
+    assert parsed.codec == "raw"
+    assert parsed.samples()[0].dataset == "d"
+    assert not parsed.input_ids.flags.writeable
 
 
 @pytest.mark.parametrize(

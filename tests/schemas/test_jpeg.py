@@ -15,19 +15,19 @@ from schemas.jpeg import join_streams, split_streams
 from tests.train.synthetic import Medium, as_bin, as_stored, jpeg_member, jpeg_of, make_medium, make_sample
 
 RNG = np.random.default_rng(0)
-CLIP, PICTURE = make_medium(RNG, 2, 4, steps=1), make_medium(RNG, 4, 2)
-FOUND = as_bin([make_sample(RNG, [CLIP, PICTURE])], codec="jpeg")
-FRAMES = [*CLIP.frames, *PICTURE.frames]
+VIDEO, IMAGE = make_medium(RNG, 2, 4, steps=1), make_medium(RNG, 4, 2)
+LOSSY_BIN = as_bin([make_sample(RNG, [VIDEO, IMAGE])], codec="jpeg")
+FRAMES = [*VIDEO.frames, *IMAGE.frames]
 STREAMS = [jpeg_of(frame) for frame in FRAMES]
 
 
 def with_member(member: bytes) -> Bin:
-    return replace(FOUND, pixels=np.frombuffer(member, dtype=np.uint8))
+    return replace(LOSSY_BIN, pixels=np.frombuffer(member, dtype=np.uint8))
 
 
 def test_streams_come_back_with_the_shapes_of_their_frames() -> None:
-    assert b"".join(join_streams(STREAMS)) == FOUND.pixels.tobytes()
-    assert split_streams(FOUND, where="here") == [(frame.shape, data) for frame, data in zip(FRAMES, STREAMS)]
+    assert b"".join(join_streams(STREAMS)) == LOSSY_BIN.pixels.tobytes()
+    assert split_streams(LOSSY_BIN, where="here") == [(frame.shape, data) for frame, data in zip(FRAMES, STREAMS)]
 
 
 def test_the_layout_by_hand() -> None:
@@ -68,7 +68,7 @@ WHOLE = b"".join(STREAMS)
         (sizes(A - 1, B + 1, C) + WHOLE, "frame 0 of pixels.jpeg has no end"),
         (sizes(2**32 - 1, B, C) + WHOLE, "its table of 3 sizes asks for"),
         (jpeg_member([STREAMS[0], STREAMS[2], STREAMS[1]]), "frame 1 of pixels.jpeg is 28x56 pixels in 3 components"),
-        (first(jpeg_of(PICTURE.frames[0])), "frame 0 of pixels.jpeg is 28x56 pixels in 3 components, its grid asks"),
+        (first(jpeg_of(IMAGE.frames[0])), "frame 0 of pixels.jpeg is 28x56 pixels in 3 components, its grid asks"),
         (first(STREAMS[0] + b"\0"), "frame 0 of pixels.jpeg has no end"),
         (first(STREAMS[0][:-2]), "frame 0 of pixels.jpeg has no end"),
         (first(STREAMS[0][:100]), "frame 0 of pixels.jpeg has the segment"),
@@ -85,32 +85,32 @@ WHOLE = b"".join(STREAMS)
         (changed(b"\xff\xc0\x00\x11", b"\xff\xdb\x00\x11"), "has 0 frame headers"),
     ],
 )
-def test_what_is_not_a_picture_of_the_right_shape_is_refused_before_it_is_decoded(member: bytes, message: str) -> None:
+def test_what_is_not_an_image_of_the_right_shape_is_refused_before_it_is_decoded(member: bytes, message: str) -> None:
     with pytest.raises(ShardError, match=rf"^bin 5: .*({message}).*Copy the set of shards again"):
         split_streams(with_member(member), where="bin 5")
 
 
 def test_a_grid_that_asks_for_endless_frames_makes_no_list_of_them() -> None:
     """Two thousand million frames in a few bytes: refused by the size of the table."""
-    endless = replace(FOUND, grid_thw=np.array([[2**30, 2, 4], [1, 4, 2]], dtype=np.int32))
+    endless = replace(LOSSY_BIN, grid_thw=np.array([[2**30, 2, 4], [1, 4, 2]], dtype=np.int32))
     with pytest.raises(ShardError, match="the sizes of its 2147483649 frames alone take 8589934596"):
         split_streams(endless, where="here")
 
 
 @given(st.data())
 def test_any_changed_bytes_are_refused_or_leave_the_shapes_alone(data: st.DataObject) -> None:
-    member = bytearray(FOUND.pixels.tobytes())
+    member = bytearray(LOSSY_BIN.pixels.tobytes())
     for at in data.draw(st.lists(st.integers(0, len(member) - 1), min_size=1, max_size=4)):
         member[at] = data.draw(st.integers(0, 255))
     try:
-        found = split_streams(with_member(bytes(member)), where="here")
+        streams = split_streams(with_member(bytes(member)), where="here")
     except ShardError as error:
         assert str(error).startswith("here: ")
     else:
-        assert [shape for shape, _ in found] == [frame.shape for frame in FRAMES]
+        assert [shape for shape, _ in streams] == [frame.shape for frame in FRAMES]
 
 
-@pytest.mark.parametrize("medium", [CLIP, PICTURE])
+@pytest.mark.parametrize("medium", [VIDEO, IMAGE])
 def test_the_lossy_medium_of_these_tests_is_another_than_the_original(medium: Medium) -> None:
     """Guards the comparisons of other modules: JPEG changes these frames, and not by much."""
     difference = np.abs(as_stored(medium, "jpeg").frames.astype(int) - medium.frames)
