@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
 
 from prep.migrate.shell import Command, ShellError, read_commands
 from prep.migrate.tools import LLAMA_FACTORY, SWIFT, UPSTREAM, Tool
@@ -248,18 +247,15 @@ def _read_yaml(text: str, path: str, launch: Launch) -> None:
 
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ScriptError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ScriptError(f"{path} holds no settings: lines such as `learning_rate: 1.0e-4` are expected.")
     for key, value in values.items():
         if value is None:
             continue
-        if isinstance(value, dict):
-            launch.not_understood.append(f"{key} in {path}, a table")
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (dict, list)) for item in items):
+            launch.not_understood.append(f"{key} in {path}, a table or a nested list")
             continue
-        launch.flags.append(Flag(written=f"{key}:", name=str(key), values=(_yaml_text(value),)))
-
-
-def _yaml_text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        launch.flags.append(Flag(written=f"{key}:", name=str(key), values=(",".join(map(str, items)),)))

@@ -167,7 +167,10 @@ def _problem_of(entry: Any) -> str:
         if key not in _LLAMA_FACTORY_KEYS and not (key == "ranking" and value is False):
             return f"has {key} = {json.dumps(value)}, which is not supported here"
     for kind, known in (("columns", _COLUMNS), ("tags", _TAGS)):
-        for key, value in entry.get(kind, {}).items():
+        renamed = entry.get(kind) or {}
+        if not isinstance(renamed, dict):
+            return f"has {kind} that are no JSON object"
+        for key, value in renamed.items():
             if value not in known.get(key, ()):
                 return f"has {kind}.{key} = {json.dumps(value)}: rename the field in its records"
     return ""

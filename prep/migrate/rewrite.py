@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from prep.annotations.records import ANNOTATION_SUFFIXES
 from prep.migrate.launch import Flag, Launch
-from prep.migrate.rules import BUILD, TRAIN, NoEffect, NotHere
+from prep.migrate.rules import BUILD, TRAIN, NoEffect, NotHere, is_left_to_shell
 from prep.migrate.shell import quote
 from prep.migrate.tools import DATASETS, LLAMA_FACTORY, SWIFT, UPSTREAM
 
@@ -295,7 +295,7 @@ def _datasets(migration: Migration) -> list[str]:
         name, mark, count = item.partition("#")
         if mark:
             migration.launch.not_understood.append(f"{count} samples of {name}: take a share, such as {name}%10")
-        if not name.endswith(ANNOTATION_SUFFIXES):
+        if not name.endswith(ANNOTATION_SUFFIXES) and not is_left_to_shell(name):
             migration.launch.not_understood.append(f"the dataset {name}: download it and give its annotation file")
         files.append(name)
     return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -109,7 +110,11 @@ def at_least(lowest: int) -> Callable[[str], str]:
     """A count that has a lower bound here."""
 
     def convert(value: str) -> str:
-        return value if is_left_to_shell(value) else str(max(lowest, int(float(value))))
+        if is_left_to_shell(value):
+            return value
+        if not math.isfinite(float(value)):
+            raise NotHere("give a number")
+        return str(max(lowest, int(float(value))))
 
     return convert
 
@@ -129,6 +134,8 @@ def interval_of_fps(value: str) -> str:
     """Frames a second -> seconds between two frames."""
     if is_left_to_shell(value):
         raise NotHere("give --base-interval, which is 1 / fps")
+    if not 0 < float(value) < math.inf:
+        raise NotHere("allowed here: more than 0")
     return f"{1 / float(value):g}"
 
 

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _PARAMETER = re.compile(r"([A-Za-z_]\w*)(?:(\[[@*]\])|:?[-=](.*))?", re.DOTALL)
+_HEREDOC = re.compile(r"<<-?\s*[\"'\\]?(\w+)[\"']?")
 _PREFIXES = ("export", "declare", "local", "readonly", "then", "do", "else", "time", "exec", "nohup", "{")
 _SEPARATORS = ";|&\n()"
 _SPACE = " \t\r"
+_MAX_LENGTH = 1 << 16
+"""Bound on the value of a variable: each can hold the one before several times."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +50,10 @@ def read_commands(text: str) -> list[Command]:
     Raises:
         ShellError: a quote or parenthesis is not closed.
     """
-    return list(_Reader(text).commands())
+    try:
+        return list(_Reader(text).commands())
+    except RecursionError as error:
+        raise ShellError("its expansions are nested too deeply") from error
 
 
 def quote(word: str) -> str:
@@ -66,9 +72,9 @@ class _Reader:
     """Position in a script, and the variables set so far."""
 
     def __init__(self, text: str) -> None:
-        # Outside single quotes, a backslash at the end of a line continues it.
-        self._text = text.replace("\r\n", "\n").replace("\\\n", "")
+        self._text = _joined_lines(text)
         self._at = 0
+        self._heredocs: list[str] = []
         self._variables: dict[str, list[str]] = {}
         self._exported: dict[str, str] = {}
 
@@ -85,6 +91,8 @@ class _Reader:
                 self._at += 1
                 yield from self._finish(words)
                 words = []
+                if char == "\n":
+                    self._skip_heredocs()
             elif char in "<>":
                 self._skip_redirection()
             else:
@@ -107,6 +115,8 @@ class _Reader:
             yield Command(words=tuple(words), environment={**self._exported, **environment})
             return
         for name, value in environment.items():
+            if len(value) > _MAX_LENGTH:
+                raise ShellError(f"the variable {name} is longer than {_MAX_LENGTH:,} characters")
             self._variables[name] = [value]
             if is_exported or name in self._exported:
                 self._exported[name] = value
@@ -162,7 +172,10 @@ class _Reader:
         self._at += 1
         name = word.text.rstrip("+=")
         before = self._variables.get(name, []) if word.text.endswith("+=") else []
-        self._variables[name] = [*before, *items]
+        items = [*before, *items]
+        if sum(map(len, items)) > _MAX_LENGTH:
+            raise ShellError(f"the variable {name} is longer than {_MAX_LENGTH:,} characters")
+        self._variables[name] = items
 
     def _read_double_quoted(self, word: _Word) -> None:
         word.is_quoted = True
@@ -260,13 +273,38 @@ class _Reader:
         text, self._at = self._text[self._at : end], end + 1
         return text
 
+    def _skip_heredocs(self) -> None:
+        """Skip the texts of the here-documents that the last line announced."""
+        for delimiter in self._heredocs:
+            match = re.compile(rf"^\t*{re.escape(delimiter)}$", re.MULTILINE).search(self._text, self._at)
+            if match is None:
+                raise ShellError(f"the here-document {delimiter} is not closed")
+            self._at = match.end()
+        self._heredocs = []
+
     def _skip_redirection(self) -> None:
+        match = _HEREDOC.match(self._text, self._at)
+        if match is not None:
+            self._heredocs.append(match[1])
+            self._at = match.end()
+            return
         while self._at < len(self._text) and self._text[self._at] in "<>&":
             self._at += 1
         while self._at < len(self._text) and self._text[self._at] in _SPACE:
             self._at += 1
         if self._at < len(self._text) and self._text[self._at] not in _SEPARATORS:
             self._read_word()
+
+
+def _joined_lines(text: str) -> str:
+    """Join lines that end in a backslash with the next one. Comments have no next line, and break no other."""
+    joined = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if line.lstrip().startswith("#"):
+            continue
+        is_continued = (len(line) - len(line.rstrip("\\"))) % 2 == 1
+        joined.append(line[:-1] if is_continued else line + "\n")
+    return "".join(joined)
 
 
 def _split_fields(text: str) -> list[str]:

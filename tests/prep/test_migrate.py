@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from prep.migrate.launch import read_words
 from prep.migrate.rewrite import rewrite
 from prep.migrate.shell import ShellError, quote, read_commands
 from prep.migrate.tools import LLAMA_FACTORY, SWIFT, TRAINER_SWITCHES, TRAINER_VALUES, UPSTREAM
+from tests.guides import table_rows
 from tests.prep.launch_scripts import LLAMA_FACTORY_FILES, SWIFT_SCRIPTS, UPSTREAM_SCRIPTS, upstream
 from train.settings.arguments import TrainArguments
 from train.settings.flags import FIELDS, parse_arguments
@@ -273,7 +275,7 @@ def test_an_unknown_flag_is_listed_and_never_dropped(folder: Path) -> None:
     )
     left = section(migrate("odd.yaml").output, "Not understood")
     assert "galore_rank: 4: not a known flag of LLaMA-Factory" in left
-    assert "nested in odd.yaml, a table" in left
+    assert "nested in odd.yaml, a table or a nested list" in left
     assert "val_size: 0.1: build a second set of shards from it and give --eval_shards DIR" in left
 
 
@@ -334,6 +336,8 @@ def test_a_script_is_never_run(folder: Path) -> None:
         ("run a\\\nb \\\n c # comment\n", ["run", "ab", "c"]),
         ("run $(x y) `x y` $((1+2)) >log 2>&1", ["run", "$(x y)", "`x y`", "$((1+2))"]),
         ("export A=1; run $A#b", ["run", "1#b"]),
+        ("# old \\\n#  --a \\\nrun \\\n  # --b \\\n --c\n", ["run", "--c"]),
+        ("run <<'END' a\nit's \"text\nEND\n", ["run", "a"]),
     ],
 )
 def test_a_shell_command_is_read_as_a_shell_would(text: str, words: list[str]) -> None:
@@ -347,7 +351,16 @@ def test_an_open_quote_or_bracket_is_an_error(text: str) -> None:
         read_commands(text)
 
 
-@pytest.mark.parametrize("word", ["a b", "it's", "$HOME/x", "$(a b)", r"\$5", 'a"b $c', "mp%50"])
+def test_values_that_grow_without_bound_are_refused() -> None:
+    with pytest.raises(ShellError, match="a is longer than 65,536 characters"):
+        read_commands("a=xxxx\n" + "a=$a$a\n" * 100)
+    with pytest.raises(ShellError, match="a is longer than 65,536 characters"):
+        read_commands("a=(xxxx)\n" + 'a+=("${a[@]}")\n' * 100)
+    with pytest.raises(ShellError, match="nested too deeply"):
+        read_commands("run " + "${x:-" * 5000 + "}" * 5000)
+
+
+@pytest.mark.parametrize("word", ["a b", "it's", "$HOME/x", "$(a b)", r"\$5", 'a"b $c', "mp%50", "--p=$(a b)"])
 def test_a_quoted_word_is_read_back_as_it_was(word: str) -> None:
     (command,) = read_commands(f"run {quote(word)}")
     assert list(command.words) == ["run", word]
@@ -370,3 +383,33 @@ def test_a_flag_given_twice_counts_once_the_last_time() -> None:
     migration = rewrite(read_words(["--learning_rate", "1e-5", "--learning_rate", "2e-5", "--tune_mm_llm", "True"]))
     assert migration.train_words().count("--learning_rate") == 1
     assert migration.value("train", "learning_rate") == "2e-5"
+
+
+@pytest.mark.parametrize(
+    ("line", "listed"),
+    [
+        ("video_fps: 0", "video_fps: 0: allowed here: more than 0"),
+        ("cutoff_len: many", "cutoff_len: many: 'many' is not a number"),
+        ("cutoff_len: .inf", "cutoff_len: inf: give a number"),
+        ("bf16: perhaps", "bf16: perhaps: allowed here: True or False"),
+        ("finetuning_type: freeze", "finetuning_type: freeze: allowed here: lora (--lora_enable), full"),
+        ("quantization_bit: 4", "quantization_bit: 4: not a known flag of LLaMA-Factory"),
+        ("eval_steps: [[1]]", "eval_steps in odd.yaml, a table or a nested list"),
+    ],
+)
+def test_a_value_that_means_nothing_here_is_listed(folder: Path, line: str, listed: str) -> None:
+    name = line.partition(":")[0]
+    text = "\n".join(old for old in LLAMA_FACTORY_FILES["vision.yaml"].splitlines() if not old.startswith(f"{name}:"))
+    (folder / "odd.yaml").write_text(f"{text}\n{line}\n")
+    result = migrate("odd.yaml")
+    assert result.exit_code == 1
+    assert section(result.output, "Not understood").strip() == f"#   {listed}"
+
+
+def test_the_table_of_the_guide_lists_flags_that_migrate_knows() -> None:
+    rules = {**UPSTREAM.rules, **SWIFT.rules, **LLAMA_FACTORY.rules}
+    for there, here in table_rows("moving_over.md", "Flags"):
+        names = re.findall(r"`(?:--(\w+)|([a-z_]+):)", there)
+        assert {flag or key for flag, key in names if not (flag or key).endswith("_")} <= rules.keys(), there
+        options = {word[2:].replace("-", "_") for word in re.findall(r"--[\w-]+", here)}
+        assert options <= {*FIELDS, *(option.name for option in build_command.params)}, here
