@@ -39,8 +39,8 @@ def test_a_migrated_script_builds_shards_and_plans_a_run_on_them(
     build, train = printed_commands(migrated.output)
     built = CliRunner().invoke(main, build[1:])
     assert built.exit_code == 0, built.output
-    assert train[:2] == ["deepspeed", "train/main.py"]
-    plan = make_plan(parse_arguments(train[2:]))
+    assert train[:3] == ["torchrun", "--nproc_per_node=1", "train/main.py"]
+    plan = make_plan(parse_arguments(train[3:]))
     assert plan.index.max_length == 1200
     assert (plan.num_steps, plan.deepspeed["train_batch_size"]) == (2, 2)
     assert plan.deepspeed["zero_optimization"]["stage"] == 3

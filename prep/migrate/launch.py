@@ -191,6 +191,8 @@ def _launcher_of(words: Sequence[str], environment: dict[str, str], launch: Laun
         return [name, *options]
     given = {variable.lower(): environment[variable] for variable in _LAUNCH_VARIABLES if variable in environment}
     options = [f"--{option}={given[option]}" for option in _RENDEZVOUS if option in given]
+    if launch.tool is SWIFT and "nproc_per_node" not in given:
+        options.append("--nproc_per_node=1")  # it starts one process unless told otherwise
     return ["torchrun", *options] if options else ["deepspeed"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -200,6 +201,7 @@ def _settle(migration: Migration) -> None:
     tool, value = migration.launch.tool, migration.value
     if tool is SWIFT:
         _set(migration, TRAIN, "learning_rate", "1e-4" if value(TRAIN, "lora_enable") == "True" else "1e-5")
+        _set(migration, TRAIN, "gradient_accumulation_steps", _swift_accumulation(migration))
     if tool is LLAMA_FACTORY and value(TRAIN, "lora_r").isdigit():
         _set(migration, TRAIN, "lora_alpha", str(2 * int(value(TRAIN, "lora_r"))))
     if tool is UPSTREAM and value(TRAIN, "lora_enable") == "True":
@@ -230,6 +232,17 @@ def _settle(migration: Migration) -> None:
     _settle_videos(migration)
 
 
+def _swift_accumulation(migration: Migration) -> str:
+    """The default of ms-swift: at least 16 samples a step over all ranks."""
+    ranks = 1
+    for word in migration.launch.launcher:
+        option, _, count = word.partition("=")
+        if option in ("--nproc_per_node", "--nnodes") and count.isdigit():
+            ranks *= int(count)
+    batch = migration.value(TRAIN, "per_device_train_batch_size")
+    return str(max(1, math.ceil(16 / (max(1, int(batch)) * max(1, ranks))))) if batch.isdigit() else "1"
+
+
 def _settle_upstream_lora(migration: Migration) -> None:
     """With LoRA, the upstream framework trains adapters in the attention of the language model alone."""
     for name, value in (("tune_mm_llm", "True"), ("tune_mm_mlp", "False"), ("tune_mm_vision", "False")):
@@ -243,6 +256,10 @@ def _settle_length_and_rates(migration: Migration) -> None:
     value = migration.value
     if value(TRAIN, "max_steps"):
         migration.drop(TRAIN, "num_train_epochs", "--max_steps sets the length")
+    warmup = migration.find(TRAIN, "warmup_steps")
+    if warmup is not None and re.fullmatch(r"0?\.\d+", warmup.value):
+        migration.drop(TRAIN, "warmup_ratio", "--warmup_steps below 1 says the share of the steps")
+        warmup.name, warmup.why = "warmup_ratio", "below 1, it is a share of the steps"
     if value(TRAIN, "warmup_steps"):
         migration.drop(TRAIN, "warmup_ratio", "--warmup_steps says how long the rates rise")
     if value(TRAIN, "lr_scheduler_type") == "constant":

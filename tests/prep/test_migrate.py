@@ -168,7 +168,7 @@ def test_a_swift_script_becomes_two_commands_that_are_accepted(folder: Path, nam
     assert args.adam_beta2 == 0.95
     assert args.weight_decay == 0.1
     if name == "lora.sh":
-        assert launcher == ["CUDA_VISIBLE_DEVICES=0", "deepspeed"]
+        assert launcher == ["CUDA_VISIBLE_DEVICES=0", "torchrun", "--nproc_per_node=1"]
         assert options["datasets"] == ("data/ocr.jsonl",)
         assert (options["max_pixels"], options["max_length"]) == (1003520, 2048)
         assert (args.lora_enable, args.lora_r, args.lora_alpha, args.lora_dropout) == (True, 8, 32, 0.05)
@@ -180,6 +180,7 @@ def test_a_swift_script_becomes_two_commands_that_are_accepted(folder: Path, nam
         assert (options["video_max_frame_pixels"], options["fps_max_frames"]) == (50176, 12)
         assert (args.vision_tower_lr, args.tune_mm_mlp, args.lora_enable) == (1e-6, False, False)
         assert args.deepspeed == "zero3.json"
+        assert args.gradient_accumulation_steps == 8  # 16 samples a step on 2 ranks
         assert result.exit_code == 1
         assert section(result.output, "Not understood") == "#   --save_strategy epoch: give --save_steps\n"
     if name == "merger.sh":
@@ -377,6 +378,22 @@ def test_every_rule_names_an_option_that_exists() -> None:
         for name, rule in tool.rules.items():
             assert rule.name in {"train": set(FIELDS), "build": options, "": {""}}[rule.program], (tool.name, name)
         assert tool.defaults.keys() <= tool.rules.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--warmup_steps 0.05", (0.05, None)),
+        ("--warmup_steps 50 --warmup_ratio 0.1", (None, 50)),
+        ("--warmup_steps 0 --warmup_ratio 0.1", (0.1, None)),
+        ("--warmup_steps 0.05 --warmup_ratio 0.1", (0.05, None)),
+        ("--lr_scheduler_type constant --warmup_steps 5", (None, None)),
+    ],
+)
+def test_the_warm_up_is_a_share_or_a_number_of_steps(words: str, expected: tuple[float | None, int | None]) -> None:
+    migration = rewrite(read_words(["--dataset_use", "a", "--tune_mm_llm", "True", *words.split()]))
+    args = parse_arguments(migration.train_words()[2:])
+    assert (args.warmup_ratio, args.warmup_steps) == expected
 
 
 def test_a_flag_given_twice_counts_once_the_last_time() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from schemas.errors import ConfigError
+from train.main import main
 from train.settings.arguments import TrainArguments
 from train.settings.flags import FIELDS, parse_arguments
 
@@ -211,6 +212,22 @@ def test_flags_of_other_trainers_are_taken_with_a_note(written: str, expected: d
     assert {name: getattr(args, name) for name in expected} == expected
     assert len(notes) == 1
     assert note in notes[0]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_rank_prints_notes_and_all_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([*SHARDS, "--data_flatten", "True", "--frobnicate", "--max_steps", "0"]) == 2
+    expected = """\
+note: --data_flatten has no effect here: bins are always packed, and their samples isolated.
+error: 2 problems:
+  - unknown flag --frobnicate; --help lists the flags.
+  - --max_steps is 0; allowed: 1 or more.
+"""
+    assert capsys.readouterr().err == (expected if rank == "0" else "")
 
 
 def test_a_file_of_flags_takes_those_of_other_trainers_too(tmp_path: Path) -> None:
