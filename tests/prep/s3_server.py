@@ -1,4 +1,4 @@
-"""A real S3 server (moto's, in a process of its own) behind a proxy that can be told to misbehave.
+"""A real S3 server (moto's, in a process of its own) behind a proxy that can be set to misbehave.
 
 Whether a request is answered badly is decided by hashing seed, method, path and how often it was asked before, so that
 a run does not depend on which thread came first. What was asked, and what was answered, is kept in order.

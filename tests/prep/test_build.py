@@ -1,4 +1,4 @@
-"""The whole of ``vlprep build``: the balance, exact pixels, determinism, going on after a kill, and wrong use."""
+"""The whole of ``vlprep build``: the balance, exact pixels, determinism, resuming after a kill, and wrong use."""
 
 from __future__ import annotations
 

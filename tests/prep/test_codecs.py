@@ -371,8 +371,8 @@ def bin_with_frames(folder: Path) -> int:
 
 def table_of(member: bytes, num_frames: int) -> tuple[list[int], list[bytes]]:
     sizes = np.frombuffer(member, dtype="<u4", count=num_frames).tolist()
-    borders = np.cumsum([4 * num_frames, *sizes]).tolist()
-    return sizes, [member[at:end] for at, end in itertools.pairwise(borders)]
+    boundaries = np.cumsum([4 * num_frames, *sizes]).tolist()
+    return sizes, [member[at:end] for at, end in itertools.pairwise(boundaries)]
 
 
 def rebuilt(sizes: list[int], streams: list[bytes]) -> bytes:

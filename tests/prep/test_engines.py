@@ -1,4 +1,4 @@
-"""What every engine promises: order, errors as they are, few tasks in flight, an end when it is told to end."""
+"""What every engine promises: order, errors as they are, few tasks in flight, a prompt end on request."""
 
 from __future__ import annotations
 
@@ -358,10 +358,10 @@ def shared(tmp_path: Path) -> Iterator[tuple[WorkerRequirements, Path]]:
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.png").write_bytes(b"picture")
     (tmp_path / "out").mkdir()
-    wanted = WorkerRequirements()
-    wanted.share([tmp_path / "media", tmp_path / "media" / "a.png"], [tmp_path / "out"])
-    yield wanted, tmp_path
-    wanted.clear()
+    requirements = WorkerRequirements()
+    requirements.share([tmp_path / "media", tmp_path / "media" / "a.png"], [tmp_path / "out"])
+    yield requirements, tmp_path
+    requirements.clear()
     assert not any((tmp_path / "out").glob(".*"))
 
 
@@ -371,10 +371,10 @@ def test_a_machine_that_sees_the_same_lacks_nothing(shared: tuple[WorkerRequirem
 
 
 def test_paths_that_were_shared_before_are_not_shared_again(shared: tuple[WorkerRequirements, Path]) -> None:
-    wanted, folder = shared
-    assert not wanted.share([folder / "media"], [folder / "out"])
+    requirements, folder = shared
+    assert not requirements.share([folder / "media"], [folder / "out"])
     (folder / "more").mkdir()
-    assert wanted.share([folder / "more"], [])
+    assert requirements.share([folder / "more"], [])
 
 
 def test_a_path_that_is_not_there_cannot_be_shared(tmp_path: Path) -> None:
@@ -397,8 +397,8 @@ def test_a_path_that_is_not_there_cannot_be_shared(tmp_path: Path) -> None:
 def test_what_a_machine_lacks_is_named_with_its_path(
     shared: tuple[WorkerRequirements, Path], change: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, folder = shared
-    (mark,) = map(Path, wanted.marks)
+    requirements, folder = shared
+    (mark,) = map(Path, requirements.marks)
     picture = folder / "media" / "a.png"
     if change in ("empty mount", "no mount"):
         picture.unlink()
@@ -410,11 +410,11 @@ def test_what_a_machine_lacks_is_named_with_its_path(
         mark.unlink()
     if change == "copied output":
         mark.write_text("a mark of another run")
-    found = dict(wanted.software)
+    found = dict(requirements.software)
     if change == "other package":
-        wanted.software = {**found, "numpy": "0.1"}
+        requirements.software = {**found, "numpy": "0.1"}
     if change == "package here only":
-        wanted.software = {**found, "av": "1.0"}
+        requirements.software = {**found, "av": "1.0"}
         monkeypatch.setattr("prep.engines.requirements.software", lambda: {k: v for k, v in found.items() if k != "av"})
-    lacks = unmet(wanted)
+    lacks = unmet(requirements)
     assert lacks[-1].startswith(expected.format(folder, found["numpy"]))

@@ -41,7 +41,7 @@ def test_positions_of_an_image_by_hand() -> None:
 
 
 def test_positions_of_a_long_video_by_hand() -> None:
-    """A step of 2.6 s is 5.2 positions: floor gives 0, 5, 10, 15; text goes on behind the largest, 1 + 15 + 1 = 17.
+    """A step of 2.6 s is 5.2 positions: floor gives 0, 5, 10, 15; text continues after the largest, 1 + 15 + 1 = 17.
 
     Continuing at max(rows, columns), as current transformers do, would give 1 + 2 = 3.
     """

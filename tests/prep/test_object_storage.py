@@ -412,13 +412,13 @@ def _move_exif_behind_the_pixels(path: Path) -> None:
 
 
 def outcome(root: Location, name: str, scratch: Path, *, beginnings: bool = True) -> MediaInfo | tuple[ReasonCode, str]:
-    wanted = MediaRequest(root, name, MEDIA_IMAGE, MediaSettings(max_source_bytes=1_500_000).max_source_bytes)
+    request = MediaRequest(root, name, MEDIA_IMAGE, MediaSettings(max_source_bytes=1_500_000).max_source_bytes)
     try:
         with open_media([root], beginnings=beginnings, scratch=scratch) as access:
             try:
-                return probe(access.source(wanted), MEDIA_IMAGE, MediaSettings())
+                return probe(access.source(request), MEDIA_IMAGE, MediaSettings())
             except HeadTooShortError:
-                return probe(access.complete(wanted), MEDIA_IMAGE, MediaSettings())
+                return probe(access.complete(request), MEDIA_IMAGE, MediaSettings())
     except MediaError as error:
         return error.code, error.message
 

@@ -1,4 +1,4 @@
-"""A file server with range requests that can be told to misbehave: ``python tests/train/http_server.py FOLDER``.
+"""A file server with range requests that can be set to misbehave: ``python tests/train/http_server.py FOLDER``.
 
 It prints its port. The first part of a path says how shards are answered (tables and manifests are always answered
 well): ``/plain/...``; ``/slow/...`` after 0.2 s; ``/flaky/...`` with an error first and well when asked again;
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             STATS["requests"] += 1
             STATS["now"] += 1
             STATS["most"] = max(STATS["most"], STATS["now"])
-            # A request that goes on where an answer broke off ends where the first one ended.
+            # A request that resumes a broken answer ends where the first one ended.
             SEEN[f"{self.path} {last}"] += 1
             is_first = SEEN[f"{self.path} {last}"] == 1
         try:

@@ -138,8 +138,8 @@ def test_page_locked_memory_is_reused_only_after_copies_from_it(tmp_path: Path, 
         loaded = reader.read(3)
         micro = build_micro_batch([loaded.bin], memory=[loaded.buffer], buffers=buffers).pin_memory()
         assert micro.vision.planes.is_pinned()
-        wanted = micro.vision.planes.clone()
+        planes = micro.vision.planes.clone()
         on_device = micro.to("cuda", non_blocking=True)
         del micro, loaded
-        buffers.take(wanted.numel()).fill_(7)
-        assert torch.equal(on_device.vision.planes.cpu(), wanted)
+        buffers.take(planes.numel()).fill_(7)
+        assert torch.equal(on_device.vision.planes.cpu(), planes)

@@ -221,10 +221,10 @@ def test_bins_read_before_come_from_the_cache(
     remote: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: str
 ) -> None:
     first = reader(remote, tmp_path / "cache", verify=verify)
-    wanted = [first.read(number).bin.input_ids.tolist() for number in range(12)]
+    expected = [first.read(number).bin.input_ids.tolist() for number in range(12)]
     gone(monkeypatch)
     for one in (first, reader(remote, tmp_path / "cache", verify=verify)):
-        assert [one.read(number).bin.input_ids.tolist() for number in range(12)] == wanted
+        assert [one.read(number).bin.input_ids.tolist() for number in range(12)] == expected
 
 
 def test_a_damaged_bin_in_the_cache_is_read_from_its_shard(remote: ShardIndex, tmp_path: Path) -> None:
@@ -267,8 +267,8 @@ def test_bins_of_another_build_are_not_taken_from_the_cache(
     for path in write_shards(tmp_path / "other", make_bins(seed=5, num_bins=12)).iterdir():
         system.pipe_file(f"/cached/{path.name}", path.read_bytes())
     other = open_shards("memory://cached")
-    wanted = read_checked_bin(other, 0)
-    assert reader(other, tmp_path / "cache").read(0).bin.input_ids.tolist() == wanted.input_ids.tolist()
+    expected = read_checked_bin(other, 0)
+    assert reader(other, tmp_path / "cache").read(0).bin.input_ids.tolist() == expected.input_ids.tolist()
 
 
 def test_a_cache_for_local_shards_is_wrong_use(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 RUNS = [("llm", 2), ("llm", 3), ("mlp", 2), ("mlp", 3)]
-"""Part that is trained, and ZeRO stage. Each goes on with another number of ranks, and two with as many."""
+"""Part that is trained, and ZeRO stage. Each resumes with another number of ranks, and two with the same number."""
 
 
 def name_of(run: tuple[str, int]) -> str:

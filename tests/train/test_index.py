@@ -190,7 +190,7 @@ def test_a_manifest_of_another_version_stops(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "short", "long"])
 def test_a_ledger_of_another_size_stops_at_start(folder: Path, damage: str) -> None:
-    """It is wanted only where a loss is not finite: late, and then badly."""
+    """It is needed only if a loss is not finite: late, and urgently."""
     path = folder / "samples.parquet"
     data = path.read_bytes()
     path.write_bytes(data[:-1] if damage == "short" else data + b"x")
