@@ -4,7 +4,9 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 
 ==================  ====================================================================================
 ``annotation``      what a user's record looks like, and the closed list of reasons to reject one
+``dialects``        records of all dialects, for the JSON Schema of editors
 ``setting``         how a setting is declared: help, unit, bounds and choices beside the field
+``foreign_flags``   flags of other trainers that are not flags here, and why
 ``settings``        the settings of a build, echoed in the manifest
 ``bins``            members of a bin inside a shard, and their arrays
 ``pixels``          the codecs of pixel planes, and the reversible residual coding; ``jpeg`` the member of that codec

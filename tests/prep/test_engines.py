@@ -410,11 +410,11 @@ def test_what_a_machine_lacks_is_named_with_its_path(
         mark.unlink()
     if change == "copied output":
         mark.write_text("a mark of another run")
-    found = dict(requirements.software)
+    software = dict(requirements.software)
     if change == "other package":
-        requirements.software = {**found, "numpy": "0.1"}
+        requirements.software = {**software, "numpy": "0.1"}
     if change == "package here only":
-        requirements.software = {**found, "av": "1.0"}
-        monkeypatch.setattr("prep.engines.requirements.software", lambda: {k: v for k, v in found.items() if k != "av"})
+        requirements.software = {**software, "av": "1.0"}
+        monkeypatch.setattr("prep.engines.requirements.software", lambda: {k: v for k, v in software.items() if k != "av"})
     lacks = unmet(requirements)
-    assert lacks[-1].startswith(expected.format(folder, found["numpy"]))
+    assert lacks[-1].startswith(expected.format(folder, software["numpy"]))

@@ -471,8 +471,8 @@ def test_more_media_than_the_memory_budget_are_read_in_any_order_and_leave_no_fi
     names = [f"{number}.mp4" for number in range(40)]
     for name in (*names, "unforeseen.mp4"):
         storage.upload(tmp_path / "file", root / name)
-    wanted = [MediaRequest(root, name, MEDIA_VIDEO, 1 << 20) for name in names]
-    items = [wanted[:30], wanted[5:35], wanted[35:], []]
+    requests = [MediaRequest(root, name, MEDIA_VIDEO, 1 << 20) for name in names]
+    items = [requests[:30], requests[5:35], requests[35:], []]
     scratch = tmp_path / "scratch"
     with open_media([root], beginnings=False, scratch=scratch) as access:
         for item in access.prefetch(items, lambda item: item):
@@ -502,12 +502,12 @@ def test_a_video_below_a_url_can_be_a_list_of_frames_but_not_a_folder(proxy: Pro
 
 
 def test_media_of_the_next_items_are_prefetched(proxy: Proxy, tmp_path: Path) -> None:
-    wanted = [MediaRequest(CORPUS, f"{number}.png", MEDIA_IMAGE, 1 << 20) for number in range(6)]
+    requests = [MediaRequest(CORPUS, f"{number}.png", MEDIA_IMAGE, 1 << 20) for number in range(6)]
     with open_media([CORPUS], beginnings=True, scratch=tmp_path) as access:
-        items = access.prefetch([[each] for each in wanted], lambda item: item)
+        items = access.prefetch([[each] for each in requests], lambda item: item)
         access.source(next(items)[0])
         deadline = time.monotonic() + 60
-        while len({seen.key for seen in proxy.seen if seen.method == "GET"}) < len(wanted):
+        while len({seen.key for seen in proxy.seen if seen.method == "GET"}) < len(requests):
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
