@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import click
-from msgspec import UNSET
 
 from prep.annotations.registry import DEFAULT_REGISTRY, Registry, find_all_sources
 from prep.build.metrics import read_metrics
 from prep.build.pipeline import BuildRequest, build
 from prep.build.summary import build_summary, metrics_summary
-from prep.engines import ENGINES, open_engine
+from prep.engines import open_engine
 from prep.inspect.report import write_report
 from prep.inspect.show import save_frames, show
 from prep.inspect.transcript import open_transcriber
@@ -28,41 +27,28 @@ from prep.inspect.verify import verify
 from prep.migrate.launch import read_script, read_words
 from prep.migrate.report import find_registry, make_report, registry_report
 from prep.migrate.rewrite import rewrite
+from prep.options import (
+    FILE,
+    FOLDER,
+    FOLDER_OR_URL,
+    PATH_OR_URL,
+    Share,
+    build_settings,
+    engine_options,
+    media_settings,
+    setting_options,
+)
 from prep.samples.lengths import open_length_check
 from prep.samples.tokenizer import DEFAULT_MODEL
 from schemas.errors import ConfigError, VlprepError
-from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
 from storage.shard_set import open_set
-from storage.urls import Location, Url, is_url, parse_location
+from storage.urls import Location, Url
 
 P = ParamSpec("P")
 
 
-class _NamedPath(click.Path):
-    """A path. The empty string is refused: it would mean the working folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("the path is empty", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class _Location(_NamedPath):
-    """A path or a URL."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, str) and is_url(value):
-            location = parse_location(value)
-            return location if isinstance(location, Url) else super().convert(str(location), param, ctx)
-        return value if isinstance(value, Url) else super().convert(value, param, ctx)
-
-
-_FOLDER = _NamedPath(file_okay=False, path_type=Path)
-_FOLDER_OR_URL = _Location(file_okay=False, path_type=Path)
-_PATH_OR_URL = _Location(path_type=Path)
-_FILE = _NamedPath(dir_okay=False, path_type=Path)
 _INTERRUPTED = 130
 """Exit code of shells after SIGINT. SIGTERM gets the same."""
 
@@ -116,24 +102,6 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-class _Share(click.ParamType[Fraction]):
-    """A share, written ``5%`` or ``0.05``."""
-
-    name = "share"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Fraction:
-        if isinstance(value, Fraction):
-            return value
-        text = str(value)
-        try:
-            share = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{text!r} is not a share such as 5% or 0.05", param, ctx)
-        if not 0 <= share <= 1:
-            self.fail(f"{text} is not between 0% and 100%", param, ctx)
-        return share
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 @click.version_option(package_name="vlprep")
@@ -147,83 +115,27 @@ def main(debug: bool) -> None:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
-def _setting_options(settings_class: type, *names: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Options for the declared fields of a settings class: all of them, or those named."""
-
-    def decorate(command: Callable[P, None]) -> Callable[P, None]:
-        fields = setting_fields(settings_class)
-        for field in [fields[name] for name in reversed(names or tuple(fields))]:
-            choices = field.setting.choices
-            option = click.option(
-                f"--{field.name.replace('_', '-')}",
-                field.name,
-                type=click.Choice(choices) if choices else field.kind,
-                is_flag=field.kind is bool,
-                default=None if field.default is UNSET else field.default,
-                help=field.help_text(),
-            )
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _media_settings(options: dict[str, Any]) -> MediaSettings:
-    """The values of the options that ``_setting_options(MediaSettings)`` adds."""
-    return MediaSettings(**{name: options[name] for name in setting_fields(MediaSettings) if options[name] is not None})
-
-
-def _build_settings(options: dict[str, Any]) -> BuildSettings:
-    """The same for the options of all settings of a build."""
-    values = {name: options[name] for name in setting_fields(BuildSettings) if options[name] is not None}
-    return BuildSettings(media=_media_settings(options), **values)
-
-
-def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
-    """Options of :func:`open_engine`, which runs the parallel steps."""
-    for option in (
-        click.option(
-            "--ray-address",
-            metavar="ADDRESS",
-            help="With --engine ray: auto, local, host:port or ray://host:port.  [default: the cluster of "
-            "RAY_ADDRESS or of this machine, or a new one]",
-        ),
-        click.option(
-            "--engine",
-            type=click.Choice(ENGINES),
-            default="local",
-            show_default=True,
-            help="What runs the work: processes of this machine, or a Ray cluster.",
-        ),
-        click.option(
-            "--workers", type=click.IntRange(min=1), help="Number of concurrent tasks.  [default: number of cores]"
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 @main.command("build")
 @click.argument("datasets", nargs=-1, required=True)
-@click.option("--out", type=_FOLDER_OR_URL, required=True, help="Folder or URL of the shards.")
+@click.option("--out", type=FOLDER_OR_URL, required=True, help="Folder or URL of the shards.")
 @click.option(
     "--work-dir",
-    type=_FOLDER,
+    type=FOLDER,
     help="If --out is a URL: folder for unfinished work.  [default: in the user's cache folder]",
 )
-@click.option("--registry", type=_FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
+@click.option("--registry", type=FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
 @click.option(
     "--media-root",
-    type=_FOLDER_OR_URL,
+    type=FOLDER_OR_URL,
     help="For annotation files: folder or URL of their media.  [default: the folder of each file]",
 )
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
 )
-@_setting_options(BuildSettings)
+@setting_options(BuildSettings)
 @click.option(
     "--max-rejected",
-    type=_Share(),
+    type=Share(),
     default="100%",
     show_default=True,
     help="Fail if a larger share of the annotations is rejected.",
@@ -231,8 +143,8 @@ def _engine_options(command: Callable[P, None]) -> Callable[P, None]:
 @click.option("--overwrite", is_flag=True, help="Replace a finished set of other annotation files in --out.")
 @click.option("--retry-media", is_flag=True, help="Retry media that an earlier run could not use.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print the times of the stages and of the work on a sample.")
-@_engine_options
-@_setting_options(MediaSettings)
+@engine_options
+@setting_options(MediaSettings)
 @_guarded
 def build_command(
     datasets: tuple[str, ...],
@@ -261,7 +173,7 @@ def build_command(
         raise ConfigError(
             f"--out {out}: {_NOT_FOR_OUTPUT[out.protocol]}. Give a folder, or a URL such as s3://bucket/shards."
         )
-    settings = _build_settings(settings_options)
+    settings = build_settings(settings_options)
     sources = find_all_sources(datasets, registry=registry, media_root=media_root, media=settings.media)
     request = BuildRequest(
         sources=tuple(sources),
@@ -282,15 +194,15 @@ def build_command(
 
 
 @main.command("validate")
-@click.argument("files", nargs=-1, required=True, type=_PATH_OR_URL)
-@click.option("--registry", type=_FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
+@click.argument("files", nargs=-1, required=True, type=PATH_OR_URL)
+@click.option("--registry", type=FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
 @click.option(
-    "--media-root", type=_FOLDER_OR_URL, help="Folder or URL of the media.  [default: the folder of each file]"
+    "--media-root", type=FOLDER_OR_URL, help="Folder or URL of the media.  [default: the folder of each file]"
 )
 @click.option("--deep", is_flag=True, help="Decode all media, not only their headers.")
-@click.option("--rejects", type=_FILE, help="Write the rejected records here, one JSON object per line.")
-@click.option("--fixed", type=_FILE, help="Write the valid records here, one JSON object per line.")
-@_setting_options(BuildSettings, "reserved", "strict_fields")
+@click.option("--rejects", type=FILE, help="Write the rejected records here, one JSON object per line.")
+@click.option("--fixed", type=FILE, help="Write the valid records here, one JSON object per line.")
+@setting_options(BuildSettings, "reserved", "strict_fields")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Capacity of a bin in tokens: also find samples that are too long."
 )
@@ -299,8 +211,8 @@ def build_command(
     help=f"With --max-length: checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL}]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print counts and examples as one JSON object.")
-@_engine_options
-@_setting_options(MediaSettings)
+@engine_options
+@setting_options(MediaSettings)
 @_guarded
 def validate_command(
     files: tuple[Location, ...],
@@ -333,7 +245,7 @@ def validate_command(
         fixed=fixed,
         reserved=reserved,
         strict_fields=bool(strict_fields),
-        media=_media_settings(media_options),
+        media=media_settings(media_options),
         lengths=None if max_length is None else open_length_check(model or DEFAULT_MODEL, max_length),
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
@@ -343,7 +255,7 @@ def validate_command(
 
 
 @main.command("datasets")
-@click.option("--registry", type=_FILE, default=DEFAULT_REGISTRY, show_default=True)
+@click.option("--registry", type=FILE, default=DEFAULT_REGISTRY, show_default=True)
 @_guarded
 def datasets_command(registry: Path) -> None:
     """List the registered datasets and whether their files exist."""
@@ -353,7 +265,7 @@ def datasets_command(registry: Path) -> None:
 
 
 @main.command("demo")
-@click.argument("out", type=_FOLDER)
+@click.argument("out", type=FOLDER)
 @click.option("--seed", type=int, default=0, show_default=True)
 @_guarded
 def demo_command(out: Path, seed: int) -> None:
@@ -373,7 +285,7 @@ def demo_command(out: Path, seed: int) -> None:
 @click.option("--out", help="Folder of the shards.  [default: shards/ and the names of the datasets]")
 @click.option(
     "--registry",
-    type=_FILE,
+    type=FILE,
     help="Registry of the datasets: data/__init__.py of the upstream framework, or dataset_info.json of "
     "LLaMA-Factory.  [default: where these have it, near SCRIPT]",
 )
@@ -395,8 +307,8 @@ def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | N
 
 
 @main.command("verify")
-@click.argument("folder", metavar="DIR", type=_FOLDER_OR_URL)
-@_engine_options
+@click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
+@engine_options
 @_guarded
 def verify_command(folder: Location, workers: int | None, engine: str, ray_address: str | None) -> int:
     """Check every byte, count and invariant of the shards in DIR; exit 1 on damage."""
@@ -407,9 +319,9 @@ def verify_command(folder: Location, workers: int | None, engine: str, ray_addre
 
 
 @main.command("show")
-@click.argument("folder", metavar="DIR", type=_FOLDER_OR_URL)
+@click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
 @click.option("--bin", "bin_id", type=click.IntRange(min=0), required=True, help="Id of the bin.")
-@click.option("--save", type=_FOLDER, help="Write the images of the bin into this folder, as PNG files.")
+@click.option("--save", type=FOLDER, help="Write the images of the bin into this folder, as PNG files.")
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
 )
@@ -424,8 +336,8 @@ def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -
 
 
 @main.command("report")
-@click.argument("folder", metavar="DIR", type=_FOLDER_OR_URL)
-@click.option("--out", type=_FILE, required=True, help="HTML file to write.")
+@click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
+@click.option("--out", type=FILE, required=True, help="HTML file to write.")
 @click.option(
     "--model",
     help=f"Checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL} if the hub's cache "

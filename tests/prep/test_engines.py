@@ -415,6 +415,8 @@ def test_what_a_machine_lacks_is_named_with_its_path(
         requirements.software = {**software, "numpy": "0.1"}
     if change == "package here only":
         requirements.software = {**software, "av": "1.0"}
-        monkeypatch.setattr("prep.engines.requirements.software", lambda: {k: v for k, v in software.items() if k != "av"})
+        monkeypatch.setattr(
+            "prep.engines.requirements.software", lambda: {k: v for k, v in software.items() if k != "av"}
+        )
     lacks = unmet(requirements)
     assert lacks[-1].startswith(expected.format(folder, software["numpy"]))
