@@ -206,11 +206,11 @@ def _with_shapes(
             shapes[index] = in_turn
         excerpts += [*(shape.excerpt for shape in in_turn[:1]), *faults[:1], *_tokens_excerpt(turn.value)]
         if coordinates is not None:
-            place = places.value_of(index)
+            path = places.value_of(index)
             for message in faults:
-                fail(ReasonCode.BAD_BOX, f"{place}: {message}")
+                fail(ReasonCode.BAD_BOX, f"{path}: {message}")
             for shape in in_turn:
-                _check_image(shape, len(annotation.images), place, fail)
+                _check_image(shape, len(annotation.images), path, fail)
     grounding = any(has_grounding_tokens(turn.value) for turn in annotation.turns)
     annotation = msgspec.structs.replace(annotation, shapes=shapes, coordinates=coordinates, grounding=grounding)
     return annotation, excerpts[0] if excerpts and coordinates is None else None
@@ -232,23 +232,23 @@ def _merged(beside: Sequence[Shape], in_text: Sequence[Shape]) -> tuple[Shape, .
     return (*named, *(shape for shape in in_text if shape.spans not in spans))
 
 
-def _check_image(shape: Shape, num_images: int, place: str, fail: Callable[[ReasonCode, str], None]) -> None:
+def _check_image(shape: Shape, num_images: int, path: str, fail: Callable[[ReasonCode, str], None]) -> None:
     if not num_images:
         fail(
             ReasonCode.AMBIGUOUS_BOX,
-            f"{place}: {shape.excerpt} is a box or point, but the record has no image; if it only looks like one, "
+            f"{path}: {shape.excerpt} is a box or point, but the record has no image; if it only looks like one, "
             "declare boxes as off",
         )
     elif shape.image is None and num_images > 1:
         fail(
             ReasonCode.AMBIGUOUS_BOX,
-            f"{place}: {shape.excerpt} belongs to none of {num_images} images; name its image in the same object, "
+            f"{path}: {shape.excerpt} belongs to none of {num_images} images; name its image in the same object, "
             'as "image_id": 0 for the first one',
         )
     elif shape.image is not None and shape.image >= num_images:
         fail(
             ReasonCode.AMBIGUOUS_BOX,
-            f"{place}: {shape.excerpt} names image {shape.image} of {num_images}; they are counted from 0",
+            f"{path}: {shape.excerpt} names image {shape.image} of {num_images}; they are counted from 0",
         )
 
 
@@ -285,11 +285,11 @@ def _semantic_problems(
 
 
 def _text_problems(
-    turn: Turn, place: str, reserved: str, grounding: bool, num_tags: dict[str, int]
+    turn: Turn, path: str, reserved: str, grounding: bool, num_tags: dict[str, int]
 ) -> Iterator[Problem]:
     """What is wrong with the text of one turn; its tags are added to ``num_tags``."""
     if not turn.value.strip():
-        yield Problem(ReasonCode.EMPTY_TURN, f"{place} is empty; write what the {turn.role} says or drop the exchange")
+        yield Problem(ReasonCode.EMPTY_TURN, f"{path} is empty; write what the {turn.role} says or drop the exchange")
         return
     if "<" not in turn.value:
         return
@@ -297,7 +297,7 @@ def _text_problems(
     if tags and turn.role not in ("human", "text"):
         yield Problem(
             ReasonCode.TAG_IN_ANSWER,
-            f"{place} has <{tags[0]}> in a {turn.role} turn; media tags stand in human turns only",
+            f"{path} has <{tags[0]}> in a {turn.role} turn; media tags stand in human turns only",
         )
     else:
         for tag in tags:
@@ -306,7 +306,7 @@ def _text_problems(
     if reserved == "reject" and (control := RESERVED.search(text)):
         yield Problem(
             ReasonCode.RESERVED_TOKEN,
-            f"{place} spells the control token {control.group()}; remove it, or use --reserved escape to encode it as "
+            f"{path} spells the control token {control.group()}; remove it, or use --reserved escape to encode it as "
             "ordinary text",
         )
 

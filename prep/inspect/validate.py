@@ -258,8 +258,8 @@ def _with_lengths(records: Sequence[_CheckedRecord], check: LengthCheck) -> list
         for index, (_, checked, media) in enumerate(records)
         if checked.annotation is not None and not checked.problems
     ]
-    found = length_problems([(annotation, media) for _, annotation, media in good], check)
-    for (index, _, _), problems in zip(good, found):
+    of_records = length_problems([(annotation, media) for _, annotation, media in good], check)
+    for (index, _, _), problems in zip(good, of_records):
         record = records[index]
         measured[index] = record._replace(checked=record.checked._replace(problems=problems))
     return measured

@@ -94,13 +94,13 @@ def read_script(path: Path) -> Launch:
         commands = read_commands(text)
     except ShellError as error:
         raise ScriptError(f"{path} is not a shell script: {error}.") from error
-    found = _find_launch(commands, path.parent)
-    if found is None:
+    training = _find_launch(commands, path.parent)
+    if training is None:
         raise ScriptError(
             f"{path} starts no training that is known here: no torchrun, deepspeed or python with a .py file, no "
             "swift sft, no llamafactory-cli train. Give its flags after --."
         )
-    return found
+    return training
 
 
 def read_words(words: Sequence[str]) -> Launch:
@@ -113,10 +113,10 @@ def read_words(words: Sequence[str]) -> Launch:
         launch = Launch(tool=UPSTREAM)
         _read_flags(words, launch)
         return launch
-    found = _find_launch([Command(words=tuple(words), environment={})], Path())
-    if found is None:
+    training = _find_launch([Command(words=tuple(words), environment={})], Path())
+    if training is None:
         raise ScriptError(f"{words[0]!r} is neither an existing script nor a command that trains. Give one of them.")
-    return found
+    return training
 
 
 def _find_launch(commands: Sequence[Command], folder: Path) -> Launch | None:
@@ -189,9 +189,9 @@ def _launcher_of(words: Sequence[str], environment: dict[str, str], launch: Laun
         return ["torchrun", *options[2:]]
     if name:
         return [name, *options]
-    given = {variable.lower(): environment[variable] for variable in _LAUNCH_VARIABLES if variable in environment}
-    options = [f"--{option}={given[option]}" for option in _RENDEZVOUS if option in given]
-    if launch.tool is SWIFT and "nproc_per_node" not in given:
+    variables = {variable.lower(): environment[variable] for variable in _LAUNCH_VARIABLES if variable in environment}
+    options = [f"--{option}={variables[option]}" for option in _RENDEZVOUS if option in variables]
+    if launch.tool is SWIFT and "nproc_per_node" not in variables:
         options.append("--nproc_per_node=1")  # it starts one process unless told otherwise
     return ["torchrun", *options] if options else ["deepspeed"]
 

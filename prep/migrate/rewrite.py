@@ -128,11 +128,11 @@ def rewrite(launch: Launch, *, out: str | None = None) -> Migration:
         out: folder of the shards; None takes the names of the datasets.
     """
     migration = Migration(launch=launch, out=out or "")
-    given = {flag.name for flag in launch.flags}
+    flag_names = {flag.name for flag in launch.flags}
     for flag in launch.flags:
         _add(migration, flag)
     for name, value in launch.tool.defaults.items():
-        if name not in given:
+        if name not in flag_names:
             _add(migration, Flag(written=f"--{name}", name=name, values=(value,)), _default_of(launch))
     _settle(migration)
     migration.datasets = _datasets(migration)
@@ -147,9 +147,9 @@ def rewrite(launch: Launch, *, out: str | None = None) -> Migration:
 def command_text(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
     """A command for a shell, on lines of about 100 columns, a flag and its value together."""
     quoted = [f"{name}={quote(value)}" for name, value in (environment or {}).items()]
-    for number, word in enumerate(words):
-        is_value = number > 0 and words[number - 1].startswith("--") and not word.startswith("--")
-        if is_value and "=" not in words[number - 1]:
+    for index, word in enumerate(words):
+        is_value = index > 0 and words[index - 1].startswith("--") and not word.startswith("--")
+        if is_value and "=" not in words[index - 1]:
             quoted[-1] += f" {quote(word)}"
         else:
             quoted.append(quote(word))
@@ -307,8 +307,8 @@ def _datasets(migration: Migration) -> list[str]:
     if migration.launch.tool is not SWIFT:
         return [",".join(entry.value.replace(",", " ").split())]
     files = []
-    given = next((flag.values for flag in reversed(migration.launch.flags) if flag.name == "dataset"), ())
-    for item in given:
+    datasets = next((flag.values for flag in reversed(migration.launch.flags) if flag.name == "dataset"), ())
+    for item in datasets:
         name, mark, count = item.partition("#")
         if mark:
             migration.launch.not_understood.append(f"{count} samples of {name}: take a share, such as {name}%10")

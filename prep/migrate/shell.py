@@ -200,8 +200,8 @@ class _Reader:
 
     def _add(self, word: _Word, values: list[str], *, is_split: bool) -> None:
         """Add an unquoted expansion, which splits at white space."""
-        for number, value in enumerate(values):
-            if number:
+        for index, value in enumerate(values):
+            if index:
                 word.fields.append(word.text)
                 word.text = ""
             if not is_split:

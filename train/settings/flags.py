@@ -116,18 +116,18 @@ def _parse_words(words: Sequence[str], problems: list[str]) -> tuple[dict[str, A
 
 
 def _add_foreign(
-    values: dict[str, Any], written: str, found: Translation, problems: list[str], note: Callable[[str], None]
+    values: dict[str, Any], written: str, translation: Translation, problems: list[str], note: Callable[[str], None]
 ) -> None:
     """Add the value of a translated flag to ``values``, or what is wrong with it to ``problems``."""
-    if found.problem:
-        problems.append(found.problem)
-    if found.own is not None:
-        name, text = found.own
+    if translation.problem:
+        problems.append(translation.problem)
+    if translation.own is not None:
+        name, text = translation.own
         parsed, _ = _parse_words([f"--{name}={text}"], problems)
         if name in parsed and values.setdefault(name, parsed[name]) != parsed[name]:
             problems.append(f"{written} and --{name} {values[name]} contradict each other: give one of them.")
-    if found.note:
-        note(found.note)
+    if translation.note:
+        note(translation.note)
 
 
 def _drop_unread_name(values: dict[str, Any], note: Callable[[str], None]) -> None:
