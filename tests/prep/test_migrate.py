@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shlex
 import sys
@@ -430,3 +431,16 @@ def test_the_table_of_the_guide_lists_flags_that_migrate_knows() -> None:
         assert {flag or key for flag, key in names if not (flag or key).endswith("_")} <= rules.keys(), there
         options = {word[2:].replace("-", "_") for word in re.findall(r"--[\w-]+", here)}
         assert options <= {*FIELDS, *(option.name for option in build_command.params)}, here
+
+
+def test_a_script_with_typing_mistakes_never_ends_in_a_traceback(folder: Path) -> None:
+    dice = random.Random(0)
+    scripts = {**UPSTREAM_SCRIPTS, **SWIFT_SCRIPTS, **LLAMA_FACTORY_FILES, "registry.py": REGISTRY}
+    for name, text in [dice.choice(sorted(scripts.items())) for _ in range(60)]:
+        mistyped = list(text)
+        for _ in range(dice.choice([1, 3, 10])):
+            mistyped[dice.randrange(len(mistyped))] = dice.choice("'\"$`(){}<>|&;#\\\n =-%[]*")
+        (folder / name).write_text("".join(mistyped))
+        result = migrate(name)
+        assert result.exit_code in (0, 1), (name, "".join(mistyped))
+        assert result.exception is None or isinstance(result.exception, SystemExit)
