@@ -211,8 +211,11 @@ def _settle(migration: Migration) -> None:
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
             migration.drop(TRAIN, name, "LoRA is off")
     if value(TRAIN, "eval_shards") == "":
-        for name in ("eval_strategy", "eval_steps"):
-            migration.drop(TRAIN, name, "build shards to evaluate on, and give it with --eval_shards")
+        migration.drop(TRAIN, "eval_steps", "nothing is evaluated in between")
+        strategy = migration.find(TRAIN, "eval_strategy")
+        if strategy is not None:
+            strategy.drop("build shards to evaluate on, and give it with --eval_shards DIR")
+            strategy.is_left = True
     if value(TRAIN, "save_steps") == "0":
         migration.drop(TRAIN, "save_total_limit", "nothing is saved before the end")
     if value(TRAIN, "report_to") != "wandb" and value(TRAIN, "output_dir"):

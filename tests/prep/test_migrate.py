@@ -271,6 +271,7 @@ def test_an_unknown_flag_is_listed_and_never_dropped(folder: Path) -> None:
     train_command(result.output)
     left = section(result.output, "Not understood")
     assert "--frobnicate 3: not a known flag of qwen-vl-finetune" in left
+    assert "--eval_strategy epoch: build shards to evaluate on, and give it with --eval_shards DIR" in left
     assert "--optim adafactor: allowed here: adamw_torch, adamw_torch_fused" in left
     (folder / "odd.yaml").write_text(
         LLAMA_FACTORY_FILES["lora.yaml"] + "galore_rank: 4\nnested: {a: 1}\nval_size: 0.1\n"
