@@ -232,10 +232,12 @@ def test_media_whose_names_have_another_folder_are_told_where_they_lie(tmp_path:
 
 
 def test_media_that_are_nowhere_near_are_told_as_missing_from_the_root(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "a.jsonl", [image_record("a.png"), image_record("b.png")])
+    folder = tmp_path / "one" / "two" / "three"  # the search goes two folders up, where other tests must not be
+    folder.mkdir(parents=True)
+    file = write_lines(folder / "a.jsonl", [image_record("a.png"), image_record("b.png")])
     report = json.loads(validate(file, "--json").stdout)
     (hint,) = report["hints"]
-    assert f"all 2 media are missing below the media root {tmp_path}, for example a.png." in hint
+    assert f"all 2 media are missing below the media root {folder}, for example a.png." in hint
 
 
 def test_one_medium_that_is_there_is_enough_for_no_word_about_the_root(tmp_path: Path) -> None:

@@ -245,6 +245,7 @@ def test_resuming_beside_other_frozen_weights_is_refused(
     flags: list[str], zero3: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     write_tiny_checkpoint(tmp_path, seed=1)
+    shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
     flags = [*flags, *TIMES_FOUR, *ZERO_3, "--model_name_or_path", str(tmp_path), "--output_dir", str(zero3)]
     with pytest.raises(ConfigError, match="was saved with frozen weights = "):
         make_plan(parse_arguments(flags))

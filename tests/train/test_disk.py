@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from schemas.errors import VlprepError
-from storage.disk import writing
+from train.model.disk import writing
 
 FULL = Path("/dev/full")
 """A Linux device on which every write fails for lack of space."""

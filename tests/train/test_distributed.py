@@ -228,7 +228,7 @@ def test_the_exported_model_has_the_losses_of_the_trained_engine(two_ranks: Path
 
 def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks: Path) -> None:
     found = sorted(path.name for path in two_ranks.iterdir())
-    assert found == [".lock", "checkpoint-2", "checkpoint-3", "final", "metrics.jsonl"]
+    assert found == [".lock", "checkpoint-2", "checkpoint-3", "final", "metrics.jsonl", "settings.toml"]
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "zero3_offload"])

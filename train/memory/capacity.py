@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from storage.disk import nearest_existing
 from train.memory.states import MOMENTS
 from train.memory.terms import DEVICE, GIB, HOST, Memory, Phase
+from train.model.disk import nearest_existing
 from train.model.sizes import Sizes
 from train.run.plan import Plan
 from train.run.run_dir import UNIVERSAL_TAG, list_checkpoints

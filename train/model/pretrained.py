@@ -27,8 +27,8 @@ from schemas import qwen
 from schemas.checkpoints import TOKENIZER_FILE, image_processor, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
-from storage.disk import writing
 from storage.hub import unreachable_reason
+from train.model.disk import writing
 
 logger = logging.getLogger(__name__)
 

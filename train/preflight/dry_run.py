@@ -27,13 +27,13 @@ import torch
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
-from storage.disk import nearest_existing
 from train.memory.budget import TABLE_TITLE, rank_memory, size_table
 from train.memory.capacity import check_device, check_disk, check_held, check_host, device_bytes, disk_usage, host_bytes
 from train.memory.loads import largest_bins, load_of_bins, loads_of_shards
 from train.memory.terms import Memory
 from train.model import optim
 from train.model.attention import SDPA
+from train.model.disk import nearest_existing
 from train.model.sizes import Sizes, sizes_of
 from train.preflight.parity import compare_packed
 from train.preflight.passes import run_evaluation, run_largest

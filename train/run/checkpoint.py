@@ -28,8 +28,8 @@ import torch
 
 from schemas.errors import ConfigError
 from schemas.wording import counted
-from storage.disk import writing
 from storage.files import sync
+from train.model.disk import writing
 from train.run.engine import Engine
 from train.run.process_group import Ranks, barrier
 from train.run.run_dir import (

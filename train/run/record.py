@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import torch
 
-from storage.disk import writing
+from train.model.disk import writing
 from train.run.plan import Plan
 from train.settings.arguments import TrainArguments
 from train.settings.record import RunFacts, write_record
