@@ -26,6 +26,8 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import NamedTuple
 
+from schemas.wording import counted
+
 # No expression backtracks over an unbounded run of characters, and none looks for the end of a text from each of many
 # beginnings: a text of a million characters takes seconds at most.
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
@@ -214,7 +216,7 @@ def number_shape(values: Sequence[object], *, image: int | None) -> tuple[str, S
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         raise BoxError(f"{_short(text)} has something that is not a number")
     if len(values) not in (2, 4):
-        raise BoxError(f"{_short(text)} has {len(values)} numbers; a box has 4, a point 2")
+        raise BoxError(f"{_short(text)} has {counted(len(values), 'number')}; a box has 4, a point 2")
     spans, position = [], 1
     for value in values:
         spans.append((position, position + len(str(value))))
@@ -276,7 +278,7 @@ def _shapes_at(text: str, match: re.Match[str], objects: _Objects, *, is_answer:
         is_box = match["attribute"] == "bbox"
         if len(spans) != 4 if is_box else len(spans) < 4 or len(spans) % 2:
             expected = "4" if is_box else "an even number, 4 or more,"
-            raise BoxError(f"{_short(match.group())} has {len(spans)} numbers; expected {expected}")
+            raise BoxError(f"{_short(match.group())} has {counted(len(spans), 'number')}; expected {expected}")
         yield _shape(text, spans, is_box=is_box, image=None, excerpt=match.group())
     else:
         start = match.start("pairs")
@@ -301,7 +303,7 @@ def _json_shapes(text: str, match: re.Match[str], objects: _Objects, *, is_answe
         rows = [rows[0] + rows[1]]
     if not rows or any(len(row) != expected for row in rows):
         count = len(rows[0]) if rows else 0
-        raise BoxError(f"{_short(excerpt)} has {count} numbers; {match['key']} has {expected}")
+        raise BoxError(f"{_short(excerpt)} has {counted(count, 'number')}; {match['key']} has {expected}")
     image = objects.image_at(match.start())
     for row in rows:
         yield _shape(text, row, is_box=is_box, image=image, excerpt=excerpt)

@@ -250,6 +250,6 @@ def _settings(kind: str, part: Mapping[str, Any], where: str) -> tuple[ItemSetti
 def _positive(value: Any, where: str, *, is_integer: bool = False) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < _MAX_SETTING or (is_integer and value != int(value)):
-        expected = "a positive whole number" if is_integer else "a positive number"
-        raise FieldError(f"{where} is {str(value)[:40]}; expected {expected}")
+        expected = "a whole number" if is_integer else "a number"
+        raise FieldError(f"{where} is {value!r:.40}; expected {expected} above 0 and below {_MAX_SETTING:,}")
     return int(value) if is_integer else float(value)

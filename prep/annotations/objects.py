@@ -5,6 +5,7 @@ In: the field and the turns. Out: turns with the text of the boxes, and their sh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from prep.annotations.fields import says_something
 from prep.annotations.reading import FieldReader, type_name
 from schemas.annotation import ReasonCode, Turn
 
+_PLACEHOLDER = re.compile("(<ref-object>|<bbox>)")
 _COORDINATES = {None: None, "real": "pixels", "norm1": "norm1"}
 
 
@@ -46,6 +48,10 @@ def place_objects(
     if not all(isinstance(image, int) and not isinstance(image, bool) and image >= 0 for image in images):
         fields.fail("$.objects.image_id has an entry that is not 0 or more; images are counted from 0")
         return {}, None
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            fields.fail(f"$.objects.ref[{index}] is of type {type_name(name)}; expected a string")
+            return {}, None
     for tag, values in (("<ref-object>", names), ("<bbox>", boxes)):
         num_tags = sum(turn.value.count(tag) for turn in turns)
         if num_tags != len(values):
@@ -70,21 +76,15 @@ def _filled(text: str, waiting: Mapping[str, Iterator[Any]]) -> tuple[str, list[
     pieces: list[str] = []
     shapes: list[Shape] = []
     length = 0
-    rest = text
-    while True:
-        position, tag = min((rest.find(tag), tag) if tag in rest else (len(rest), "") for tag in waiting)
-        pieces.append(rest[:position])
-        length += position
-        if not tag:
-            return "".join(pieces), shapes
-        if tag == "<bbox>":
-            values, image = next(waiting[tag])
+    for piece in _PLACEHOLDER.split(text):
+        if piece == "<bbox>":
+            values, image = next(waiting[piece])
             if not isinstance(values, list):
                 raise BoxError(f"{str(values)[:40]!r} is not a list of numbers")
-            written, shape = number_shape(values, image=image)
+            piece, shape = number_shape(values, image=image)
             shapes.append(moved(shape, length))
-        else:
-            written = str(next(waiting[tag]))
-        pieces.append(written)
-        length += len(written)
-        rest = rest[position + len(tag) :]
+        elif piece == "<ref-object>":
+            piece = next(waiting[piece])
+        pieces.append(piece)
+        length += len(piece)
+    return "".join(pieces), shapes

@@ -176,7 +176,7 @@ class TurnReader:
         if says_something(message.get("function_call")):
             calls = [*calls, message["function_call"]]
         if calls and kind != "gpt":
-            self.fail(f"{path} has tool calls, but its role is {kind!r}; only the model calls tools")
+            self.fail(f"{path} has tool calls, but its role is {kind[:40]!r}; only the model calls tools")
         return calls
 
     def _calls_text(self, content: str, calls: list[Any], path: str) -> str:
@@ -196,14 +196,14 @@ class TurnReader:
                 continue
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
                 self.fields.fail(
-                    f"{path}.{name} is {str(value)[:40]}; allowed: true, false, 1, 0. Other weights of the loss are "
+                    f"{path}.{name} is {value!r:.40}; allowed: true, false, 1, 0. Other weights of the loss are "
                     "not supported",
                     ReasonCode.UNSUPPORTED_FIELD,
                 )
             elif value and kind not in ("gpt", "call"):
                 self.fields.fail(
-                    f"{path}.{name} asks for a loss on a {kind} turn, which is not supported; only the model's turns "
-                    "are trained",
+                    f"{path}.{name} asks for a loss on a {kind[:40]} turn, which is not supported; only the "
+                    "model's turns are trained",
                     ReasonCode.UNSUPPORTED_FIELD,
                 )
             else:

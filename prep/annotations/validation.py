@@ -30,6 +30,7 @@ from prep.annotations.reading import Places
 from prep.annotations.turns import ROLES
 from schemas.annotation import Problem, ReasonCode, Turn
 from schemas.qwen import CONTROL_TOKENS
+from schemas.wording import counted
 
 
 class _OnlyId(msgspec.Struct):
@@ -297,7 +298,7 @@ def _text_problems(
     if tags and turn.role not in ("human", "text"):
         yield Problem(
             ReasonCode.TAG_IN_ANSWER,
-            f"{path} has <{tags[0]}> in a {turn.role} turn; media tags stand in human turns only",
+            f"{path} has <{tags[0]}> in a {turn.role[:40]} turn; media tags stand in human turns only",
         )
     else:
         for tag in tags:
@@ -320,7 +321,8 @@ def _count_problems(kind: str, items: list[MediaItem], num_tags: int) -> Iterato
     if num_tags != len(items):
         yield Problem(
             ReasonCode.TAG_MISMATCH,
-            f"{num_tags} <{kind}> tags in human turns and {len(items)} {kind}s; every {kind} needs one tag",
+            f"{counted(num_tags, f'<{kind}> tag')} in human turns and {counted(len(items), kind)}; "
+            f"every {kind} needs one tag",
         )
 
 
@@ -338,9 +340,9 @@ def _order_problems(roles: list[str], places: Places) -> Iterator[Problem]:
         if role != expected:
             yield Problem(
                 ReasonCode.BAD_TURN_ORDER,
-                f"{places.role_of(index + first)} is {role!r}, expected {expected!r}; turns alternate human (user), "
-                "gpt (assistant), and a system turn may only come first",
+                f"{places.role_of(index + first)} is {role[:40]!r}, expected {expected!r}; turns alternate human "
+                "(user), gpt (assistant), and a system turn may only come first",
             )
             return
     if roles[-1] != "gpt":
-        yield Problem(ReasonCode.BAD_TURN_ORDER, f"the last turn is {roles[-1]!r}; a conversation ends with 'gpt'")
+        yield Problem(ReasonCode.BAD_TURN_ORDER, f"the last turn is {roles[-1][:40]!r}; a conversation ends with 'gpt'")

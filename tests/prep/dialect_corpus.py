@@ -423,6 +423,7 @@ def _objects() -> list[Case]:
         _good("ms-swift objects", "point", swift("Where?", "<bbox>", {"bbox": [[10, 20]], "image_id": [0]}),
               llava("<image>Where?", "[10, 20]", image="a.png")),
         _bad("ms-swift objects", "fewer boxes", swift("Where?", "<bbox><bbox>", {"bbox": [[1, 2, 3, 4]]})),
+        _bad("ms-swift objects", "name that is no text", swift("Find <ref-object>", "It", {"ref": [None]})),
         _bad("ms-swift objects", "unknown type", swift("Where?", "<bbox>", {"bbox": [[1, 2, 3, 4]], "bbox_type": "x"})),
         _bad("ms-swift objects", "three numbers", swift("Where?", "<bbox>", {"bbox": [[1, 2, 3]]}),
              "bad_box"),

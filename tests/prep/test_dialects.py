@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -373,3 +374,13 @@ def test_the_fast_ways_of_reading_agree_with_the_slow_one(root: Path, extra: dic
         if ours is not None and theirs is not None:
             assert [(t.role, t.value) for t in ours.turns] == [(t.role, t.value) for t in theirs.turns]
             assert (ours.images, ours.videos, ours.untrained) == (theirs.images, theirs.videos, theirs.untrained)
+
+
+def test_placeholders_are_filled_in_time_that_grows_with_the_text() -> None:
+    """Half a million names take about a second; copying the rest of the text for each would take minutes."""
+    count = 500_000
+    record = {"text": "<ref-object>" * count, "objects": {"ref": ["a"] * count}}
+    start = time.monotonic()
+    annotation = parse_record(json.dumps(record).encode()).annotation
+    assert annotation is not None and annotation.turns[0].value == "a" * count
+    assert time.monotonic() - start < 30

@@ -84,9 +84,9 @@ BAD: list[tuple[object, str, str]] = [
     (roles("system"), "bad_turn_order", "ends with 'gpt'"),
     (roles("human", "gpt", "system"), "bad_turn_order", "'system'"),
     (human("  \n"), "empty_turn", "$.conversations[0].value"),
-    (human("<image>"), "tag_mismatch", "1 <image> tags in human turns and 0 images"),
-    ({**GOOD, "image": ["a", "b"]}, "tag_mismatch", "1 <image> tags in human turns and 2 images"),
-    ({**human("What?"), "video": "v.mp4"}, "tag_mismatch", "0 <video> tags in human turns and 1 videos"),
+    (human("<image>"), "tag_mismatch", "1 <image> tag in human turns and 0 images"),
+    ({**GOOD, "image": ["a", "b"]}, "tag_mismatch", "1 <image> tag in human turns and 2 images"),
+    ({**human("What?"), "video": "v.mp4"}, "tag_mismatch", "0 <video> tags in human turns and 1 video"),
     (
         {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "<image>"}]},
         "tag_in_answer",
@@ -161,3 +161,18 @@ def test_the_id_of_an_unread_record(data: bytes, expected: str | None) -> None:
 
 def test_every_reason_code_is_documented_in_the_schema() -> None:
     assert len({code.value for code in ReasonCode}) == 23
+
+
+@pytest.mark.parametrize(
+    ("turn", "part"),
+    [
+        ({"content": "<image>"}, "has <image> in a userus"),
+        ({"content": "Hi", "loss": True}, "asks for a loss on a userus"),
+        ({"content": "Hi", "tool_calls": [{"function": {"name": "f"}}]}, "has tool calls, but its role is 'userus"),
+    ],
+)
+def test_no_message_quotes_a_long_role_in_full(turn: dict[str, Any], part: str) -> None:
+    record = {"messages": [{"role": "user" * 1000, **turn}, {"role": "assistant", "content": "Hello"}]}
+    messages = [message for _, message in problems_of(record)]
+    assert any(part in message for message in messages)
+    assert max(map(len, messages)) < 300

@@ -307,18 +307,24 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
     """Log what the run trains on, how, and which parameters."""
     index, ranks = plan.index, plan.ranks
     for folder, num_bins, share in zip(index.folders, np.diff(index.first_bins).tolist(), index.shares()):
-        logger.info("%s: %d bins, share %.4g %%", folder, num_bins, 100 * share)
+        logger.info("%s: %s, share %.4g %%", folder, counted(num_bins, "bin"), 100 * share)
     if plan.held_out is not None:
         held_out = plan.held_out.index
         folders = ", ".join(map(str, held_out.folders))
         logger.info(
-            "evaluating on %d bins with %d samples of %s", held_out.num_bins, held_out.num_samples.sum(), folders
+            "evaluating on %s with %s of %s",
+            counted(held_out.num_bins, "bin"),
+            counted(int(held_out.num_samples.sum()), "sample"),
+            folders,
         )
     logger.info(
-        "%d bins with %d tokens, %d of them targets", index.num_bins, index.num_tokens.sum(), index.num_targets.sum()
+        "%s with %d tokens, %d of them targets",
+        counted(index.num_bins, "bin"),
+        index.num_tokens.sum(),
+        index.num_targets.sum(),
     )
     logger.info(
-        "%s on %s, %s, %s, ZeRO-%d; steps %d to %d of %d bins each",
+        "%s on %s, %s, %s, ZeRO-%d; steps %d to %d of %s each",
         counted(ranks.world, "rank"),
         plan.compute.device.type,
         str(plan.compute.dtype).removeprefix("torch."),
@@ -326,7 +332,7 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
         plan.deepspeed["zero_optimization"]["stage"],
         plan.start_step + 1,
         plan.num_steps,
-        plan.order.global_batch,
+        counted(plan.order.global_batch, "bin"),
     )
     logger.info("parameters:\n%s", optim.format_table(groups, weight_decay=plan.args.weight_decay))
     if plan.resume is not None:
