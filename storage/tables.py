@@ -69,7 +69,7 @@ def read_table(
         raise ShardError(f"{path} is missing. {COPY_AGAIN}.") from None
     # Names of columns in a damaged file need not be text.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ShardError(f"{path} cannot be read as a Parquet table: {reason}. {COPY_AGAIN}.") from error
     return table
 

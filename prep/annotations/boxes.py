@@ -33,7 +33,7 @@ from schemas.wording import counted
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _MARKER = re.compile(
     r"""(?P<quote>\\{0,16}["'])(?P<key>bbox_2d|point_2d)(?P=quote)\s*:\s*"""
-    r"""|\bdata-(?P<attribute>bbox|polygon)\s*=\s*(?P<mark>\\{0,16}["'])(?P<list>[^"'<>\\]*)(?P=mark)"""
+    r"""|\b(?i:data-(?P<attribute>bbox|polygon))\s*=\s*(?P<mark>\\{0,16}["'])(?P<list>[^"'<>\\]*)(?P=mark)"""
     r"""|<\|box_start\|>(?P<pairs>(?:(?!<\|).)*)<\|box_end\|>""",
     re.DOTALL,
 )
@@ -95,7 +95,7 @@ class Shapes(NamedTuple):
 def may_have_shapes(text: str) -> bool:
     """Whether a text may have boxes, points or names of objects. Cheap; says yes to some texts without them."""
     # Coordinates in JSON and HTML are quoted, and a quote is found faster than a word.
-    if ('"' in text or "'" in text) and ("_2d" in text or "data-" in text):
+    if ('"' in text or "'" in text) and ("_2d" in text or "data-" in text.lower()):
         return True
     return "<|" in text and ("<|box_start|>" in text or "<|object_ref_start|>" in text)
 
@@ -275,7 +275,7 @@ def _shapes_at(text: str, match: re.Match[str], objects: _Objects, *, is_answer:
     elif match["attribute"] is not None:
         start = match.start("list")
         spans = [(start + item.start(), start + item.end()) for item in _SEPARATED.finditer(match["list"])]
-        is_box = match["attribute"] == "bbox"
+        is_box = match["attribute"].lower() == "bbox"
         if len(spans) != 4 if is_box else len(spans) < 4 or len(spans) % 2:
             expected = "4" if is_box else "an even number, 4 or more,"
             raise BoxError(f"{_short(match.group())} has {counted(len(spans), 'number')}; expected {expected}")

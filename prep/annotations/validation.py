@@ -290,7 +290,7 @@ def _text_problems(
 ) -> Iterator[Problem]:
     """What is wrong with the text of one turn; its tags are added to ``num_tags``."""
     if not turn.value.strip():
-        yield Problem(ReasonCode.EMPTY_TURN, f"{path} is empty; write what the {turn.role} says or drop the exchange")
+        yield Problem(ReasonCode.EMPTY_TURN, f"{path} is empty; write its text, or drop the exchange")
         return
     if "<" not in turn.value:
         return
@@ -298,7 +298,7 @@ def _text_problems(
     if tags and turn.role not in ("human", "text"):
         yield Problem(
             ReasonCode.TAG_IN_ANSWER,
-            f"{path} has <{tags[0]}> in a {turn.role[:40]} turn; media tags stand in human turns only",
+            f"{path} has <{tags[0]}> in a {turn.role[:40]} turn; media tags are allowed in human turns only",
         )
     else:
         for tag in tags:

@@ -44,6 +44,7 @@ def rewritten(text: str, coordinates: str = "pixels", *sizes: ImageSize) -> str:
         ('{"point_2d": [50.5, 25.5]}', '{"point_2d": [49, 25]}'),
         ('{\\"bbox_2d\\": [100, 200, 300, 400]}', '{\\"bbox_2d\\": [98, 196, 294, 392]}'),
         ('<p data-bbox="100 200 300 400">x</p>', '<p data-bbox="98 196 294 392">x</p>'),
+        ('<P DATA-BBOX="100 200 300 400">x</P>', '<P DATA-BBOX="98 196 294 392">x</P>'),
         ('<div data-polygon="100 0 0 100 50 50 7 7"/>', '<div data-polygon="98 0 0 98 49 49 7 7"/>'),
         ("<|box_start|>(100,200),(300,400)<|box_end|>", "<|box_start|>(98,196),(294,392)<|box_end|>"),
         ("<|box_start|>(100,200)<|box_end|>", "<|box_start|>(98,196)<|box_end|>"),

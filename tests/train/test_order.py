@@ -339,5 +339,5 @@ def test_the_command_line_prints_a_step(tmp_path: Path) -> None:
     ledger.write_bytes(bytes(ledger.stat().st_size))
     failed = subprocess.run([*command, "--shards", str(folder)], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert failed.stderr.startswith(f"error: {ledger} cannot be read: ")
+    assert failed.stderr.startswith(f"error: {ledger} cannot be read as a Parquet table: ")
     assert failed.stderr.count("\n") == 1

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import ConfigError, ShardError
 from schemas.tables import SAMPLES_FILE
+from schemas.wording import counted
 from train.order.dealing import EMPTY, DataOrder
 from train.shards.index import ShardIndex
 from train.shards.ledger import read_ledger
@@ -103,8 +104,9 @@ def explain_step(
     # (A, W): cost of a rank in a micro-step
     load = np.where(dealt == EMPTY, 0.0, order.cost[dealt]).sum(axis=2)
     yield (
-        f"step {step}, epoch {step / order.steps_per_epoch:.4f}: {(dealt != EMPTY).sum()} bins, {world_size} ranks, "
-        f"{accumulation} micro-steps, seed {order.seed}, efficiency {order.efficiency(dealt):.3f}"
+        f"step {step}, epoch {step / order.steps_per_epoch:.4f}: {counted(int((dealt != EMPTY).sum()), 'bin')}, "
+        f"{counted(world_size, 'rank')}, {counted(accumulation, 'micro-step')}, seed {order.seed}, "
+        f"efficiency {order.efficiency(dealt):.3f}"
     )
     for micro_step, (bins, costs) in enumerate(zip(dealt, load)):
         mean, highest = costs.mean(), costs.max()
