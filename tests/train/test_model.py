@@ -556,7 +556,7 @@ def test_features_are_scattered_like_masked_scatter_to_the_bit(model: PackedQwen
     embeddings = torch.randn(1, batch.input_ids.shape[1], size, requires_grad=True)
     features = torch.randn(int(is_pad.sum()) + 1, size, requires_grad=True)
     expected = embeddings.masked_scatter(is_pad[..., None], features)
-    result = embeddings[0].index_copy(0, batch.media_positions, features[: batch.media_positions.numel()])[None]
+    result = embeddings[0].index_put((batch.media_positions,), features[: batch.media_positions.numel()])[None]
     assert torch.equal(result, expected)
     weights = torch.randn_like(expected)
     for ours, theirs in zip(

@@ -162,7 +162,7 @@ class PackedQwen(nn.Module):
         embeddings = self.hf.model.language_model.embed_tokens(micro.input_ids)
         # Pad k at position media_positions[k] takes row k of features (N/4, H). The row of a dummy image is left over.
         features = features[: micro.media_positions.numel()].to(embeddings.dtype)
-        embeddings = embeddings[0].index_copy(0, micro.media_positions, features)[None]
+        embeddings = embeddings[0].index_put((micro.media_positions,), features)[None]
         # hidden (1, L, H)
         hidden: torch.Tensor = self.hf.model.language_model(
             inputs_embeds=embeddings,
