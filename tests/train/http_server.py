@@ -1,7 +1,7 @@
 """A file server with range requests that can be set to misbehave: ``python tests/train/http_server.py FOLDER``.
 
 It prints its port. The first part of a path says how shards are answered (tables and manifests are always answered
-well): ``/plain/...``; ``/slow/...`` after 0.2 s; ``/flaky/...`` with an error first and well when asked again;
+well): ``/plain/...``; ``/slow/...`` after 0.2 s; ``/flaky/...`` with an error first and well when requested again;
 ``/broken/...`` with an error always; ``/cut/...`` with the connection closed in the middle of the first answer;
 ``/short/...`` with a complete answer that has too few bytes, the first time; ``/stall/...`` with half an answer, the
 first time, and then silence; ``/silent/...`` so always; ``/whole/...`` with the whole file whatever the range;
@@ -51,10 +51,10 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.send(404, b"")
         data = path.read_bytes()
-        asked = self.headers.get("Range")
-        if asked is None or self.command == "HEAD" or not name.endswith(".tar"):
+        requested_range = self.headers.get("Range")
+        if requested_range is None or self.command == "HEAD" or not name.endswith(".tar"):
             return self.send(200, data, sized=behaviour != "sizeless")
-        first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+        first, last = (int(offset) for offset in requested_range.removeprefix("bytes=").split("-"))
         self.content_range = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
         with LOCK:
             STATS["requests"] += 1
@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
             with LOCK:
                 STATS["now"] -= 1
 
-    def answer(self, behaviour: str, whole: bytes, part: bytes, is_first: bool) -> None:
+    def answer(self, behaviour: str, content: bytes, part: bytes, is_first: bool) -> None:
         if behaviour == "slow":
             time.sleep(0.2)
         elif behaviour == "broken" or (behaviour == "flaky" and is_first):
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         elif behaviour == "whole":
-            return self.send(200, whole)
+            return self.send(200, content)
         elif behaviour == "short" and is_first:
             return self.send(206, part[: len(part) // 2])
         elif behaviour == "silent" or (behaviour in ("cut", "stall") and is_first):

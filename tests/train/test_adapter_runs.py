@@ -44,7 +44,7 @@ from train.tools.merge import check_out, merge_adapter
 pytestmark = pytest.mark.slow
 
 NUM_STEPS, RANK = 3, 4
-TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
+TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", count) for count in "24")
 ZERO_3 = ("--deepspeed", "zero3.json")
 DROPOUT = ("--lora_dropout", "0.2")
 
@@ -105,17 +105,17 @@ def read_adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Whole matrices agree; Adam makes a step of full length of a gradient so small that rounding decides its sign."""
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Compare whole matrices: Adam takes a full step even for a gradient so small that rounding decides its sign."""
     for name, weight in expected.items():
-        assert (found[name] - weight).norm() < 5e-3 * weight.norm(), name
+        assert (actual[name] - weight).norm() < 5e-3 * weight.norm(), name
 
 
 def mean_loss(hf: Qwen2_5_VLForConditionalGeneration, shards: Path) -> float:
     """Over all targets of the shards, without DeepSpeed or stream."""
     model = PackedQwen(hf, attn_implementation="sdpa").eval()
     index = open_shards(shards)
-    batches = [build_micro_batch([read_checked_bin(index, number)]) for number in range(index.num_bins)]
+    batches = [build_micro_batch([read_checked_bin(index, bin_id)]) for bin_id in range(index.num_bins)]
     with torch.no_grad():
         total = sum(model(batch).item() for batch in batches)
     return total / sum(batch.targets.numel() for batch in batches)
@@ -139,9 +139,9 @@ def test_training_starts_from_the_model_as_it_was(one_rank: Path, shards: Path, 
 
 def test_ranks_and_stages_have_the_losses_and_adapters_of_one_rank(one_rank: Path, two_ranks: Path) -> None:
     assert_close_metrics(two_ranks, one_rank, "loss", "grad_norm", rel=1e-5)
-    expected, found = read_adapter(one_rank), read_adapter(two_ranks)
-    assert found.keys() == expected.keys()
-    assert_close(found, expected)
+    expected, actual = read_adapter(one_rank), read_adapter(two_ranks)
+    assert actual.keys() == expected.keys()
+    assert_close(actual, expected)
     untrained = [name for name, weight in expected.items() if ".lora_B." in name and weight.abs().max() < 1e-2]
     assert untrained == [], "nothing is compared"
 
@@ -196,8 +196,8 @@ def test_a_resumed_run_equals_the_uninterrupted_run_to_the_bit(
     uninterrupted: Path = request.getfixturevalue(before)
     resume(uninterrupted, tmp_path, 2, *flags, *TIMES_TWO, *ways)
     assert_same_run(tmp_path, uninterrupted)
-    expected, found = read_adapter(uninterrupted), read_adapter(tmp_path)
-    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+    expected, actual = read_adapter(uninterrupted), read_adapter(tmp_path)
+    assert [name for name, weight in expected.items() if not torch.equal(actual[name], weight)] == []
 
 
 def test_dropout_is_drawn_anew_on_every_rank_and_in_every_step_of_training_alone(
@@ -235,8 +235,8 @@ def test_resuming_with_other_adapters_is_refused(
     flags: list[str], zero3: Path, change: tuple[str, str], name: str
 ) -> None:
     if "--lora_enable" in change:
-        place = flags.index("--lora_enable")
-        flags = [*flags[:place], *flags[place + 6 :]]
+        position = flags.index("--lora_enable")
+        flags = [*flags[:position], *flags[position + 6 :]]
     with pytest.raises(ConfigError, match=f"was saved with {name}"):
         make_plan(parse_arguments([*flags, *TIMES_FOUR, *ZERO_3, *change, "--output_dir", str(zero3)]))
 
@@ -256,9 +256,9 @@ def test_merging_an_adapter_gives_the_final_model_to_the_bit(
 ) -> None:
     done = CliRunner().invoke(merge.main, [str(zero3 / "adapter"), "--out", str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
-    expected, found = read_weights(zero3), load_file(tmp_path / "merged" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+    expected, actual = read_weights(zero3), load_file(tmp_path / "merged" / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    assert [name for name, weight in expected.items() if not torch.equal(actual[name], weight)] == []
     names = {path.name for path in (zero3 / "final").iterdir()}
     assert {path.name for path in (tmp_path / "merged").iterdir()} == names
 

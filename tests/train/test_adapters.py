@@ -195,10 +195,10 @@ def test_recomputed_activations_use_the_same_dropout_mask(tiny_checkpoint: Path)
         torch.manual_seed(seed)
         runs.append(gradients(model, model(batch)))
         checkpoint_activations(model)
-    kept, recomputed, other = runs
-    for name, gradient in kept.items():
+    stored, recomputed, other = runs
+    for name, gradient in stored.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-5)
-    assert any(not torch.allclose(other[name], gradient, rtol=1e-2) for name, gradient in kept.items())
+    assert any(not torch.allclose(other[name], gradient, rtol=1e-2) for name, gradient in stored.items())
 
 
 @pytest.mark.parametrize(("size", "num_layers"), [("3B", 36 * 7 + 2), ("7B", 28 * 7 + 2)])

@@ -293,10 +293,10 @@ def test_the_command_line_overrides_the_flags_of_a_file(tmp_path: Path) -> None:
         """
     )
     args = parse_arguments(["--config", str(path), "--max_steps", "5", "--tune_mm_vision", "False"])
-    given = TrainArguments(
+    expected = TrainArguments(
         shards="a:0.7,b:0.3", output_dir=Path("runs/x"), learning_rate=1.0, max_steps=5, bf16=True, tune_mm_vision=False
     )
-    assert args == given
+    assert args == expected
     assert type(args.learning_rate) is float
 
 

@@ -49,7 +49,7 @@ def test_a_finite_grouped_sequence_uses_exactly_the_bins_of_a_plain_one(
     cost = np.random.default_rng(num_bins).lognormal(size=num_bins)
     orders = [DataOrder(cost, seed=seed, global_batch=batch, epochs=epochs, grouping=how) for how in (grouping, None)]
     uses = [
-        Counter(number for step in range(order.num_steps or 0) for number in order.global_bins(step).tolist())
+        Counter(bin_id for step in range(order.num_steps or 0) for bin_id in order.global_bins(step).tolist())
         for order in orders
     ]
     assert uses[0] == uses[1]
@@ -64,7 +64,7 @@ def test_a_grouped_step_takes_a_block_of_every_band() -> None:
         assert low % 2 == high % 2 == 0
         assert (low_next, high_next) == (low + 1, high + 1)
         assert low < 8 <= high
-    assert sorted(number for step in steps for number in step) == list(range(16))
+    assert sorted(bin_id for step in steps for bin_id in step) == list(range(16))
 
 
 def test_the_grouped_order_never_changes_between_versions() -> None:
@@ -102,11 +102,11 @@ def test_a_run_resumed_from_its_state_at_any_world_size_sees_the_same_bins(
     unbroken, state = order(), order().state_dict(0)
     for num_steps, world in parts:
         resumed = order()
-        step = resumed.step_of(state)
-        for number in range(step, step + num_steps):
-            places = resumed.bins_of_step(number, world_size=world, accumulation=12 // world, per_device=1)
-            assert sorted(places.ravel().tolist()) == sorted(unbroken.global_bins(number).tolist())
-        state = resumed.state_dict(step + num_steps)
+        start = resumed.step_of(state)
+        for step in range(start, start + num_steps):
+            bins = resumed.bins_of_step(step, world_size=world, accumulation=12 // world, per_device=1)
+            assert sorted(bins.ravel().tolist()) == sorted(unbroken.global_bins(step).tolist())
+        state = resumed.state_dict(start + num_steps)
         assert all(type(value) is int and 0 <= value < 2**63 for value in state.values() if value != seed)
     assert unbroken.step_of(state) == sum(num_steps for num_steps, _ in parts)
 
@@ -158,11 +158,11 @@ def measure(
     plain = DataOrder(cost, seed=0, global_batch=256)
     order = DataOrder(cost, seed=0, global_batch=256, grouping=grouping)
     steps = np.stack([order.global_bins(step) for step in range(80)])
-    places = np.stack(
+    balanced = np.stack(
         [order.bins_of_step(step, world_size=64, accumulation=4, per_device=1)[..., 0] for step in range(80)]
     )
     at_random = np.stack([plain.global_bins(step).reshape(4, 64) for step in range(80)])
-    efficiencies = [(cost[bins].mean(axis=2) / cost[bins].max(axis=2)).mean() for bins in (at_random, places)]
+    efficiencies = [(cost[bins].mean(axis=2) / cost[bins].max(axis=2)).mean() for bins in (at_random, balanced)]
     drawn = np.random.default_rng(0).integers(0, cost.size, (4000, 256))
     variances = [mixture_variance(packed.composition, bins) for bins in (steps, drawn)]
     return float(efficiencies[0]), float(efficiencies[1]), variances[0], variances[1]
@@ -212,10 +212,10 @@ def test_resuming_at_any_step_of_ten_million_bins_allocates_no_array_over_all_bi
             for step in (0, 10**6, 10**9):
                 state = DataOrder(cost, **arguments).state_dict(step)
                 order = DataOrder(cost, **arguments)
-                places = order.bins_of_step(order.step_of(state), **dealt)
+                bins = order.bins_of_step(order.step_of(state), **dealt)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
         assert order.cost is cost
-        assert np.unique(places).size == 512
+        assert np.unique(bins).size == 512
         assert peak < cost.size

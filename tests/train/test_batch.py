@@ -50,14 +50,14 @@ def test_two_bins_worked_out_by_hand() -> None:
 @given(st.lists(st.tuples(st.integers(2, 9), st.sets(st.integers(1, 8))), min_size=1, max_size=6), st.integers(1, 3))
 def test_no_token_predicts_a_token_of_the_next_sample(samples: list[tuple[int, set[int]]], num_bins: int) -> None:
     """A position and its target belong to one sample, and every trained label is a target exactly once."""
-    made = [text_sample(list(range(100 * n, 100 * n + size)), sorted(t)) for n, (size, t) in enumerate(samples)]
-    parts = [part.tolist() for part in np.array_split(np.arange(len(made)), num_bins) if part.size]
-    micro = build_micro_batch([as_bin([made[n] for n in part]) for part in parts])
+    text_samples = [text_sample(list(range(100 * n, 100 * n + size)), sorted(t)) for n, (size, t) in enumerate(samples)]
+    parts = [part.tolist() for part in np.array_split(np.arange(len(text_samples)), num_bins) if part.size]
+    micro = build_micro_batch([as_bin([text_samples[n] for n in part]) for part in parts])
     sources = micro.input_ids[0, micro.target_positions]
     assert torch.equal(sources + 1, micro.targets)
     assert torch.equal(sources // 100, micro.targets // 100)
     assert sorted(micro.targets.tolist()) == sorted(
-        int(label) for sample in made for label in sample.labels if label != -100
+        int(label) for sample in text_samples for label in sample.labels if label != -100
     )
 
 

@@ -26,18 +26,18 @@ from train.shards.reader import BinReader
 @given(st.lists(st.integers(0, 300_000), min_size=1, max_size=30))
 @settings(deadline=None, max_examples=30)
 def test_buffers_in_use_never_overlap(sizes: list[int]) -> None:
-    """Every second buffer is let go; those kept hold what was written to them."""
+    """Every second buffer is released; the others still hold what was written to them."""
     buffers = ReusedBuffers()
-    kept: list[torch.Tensor] = []
-    for number, size in enumerate(sizes):
+    live_buffers: list[torch.Tensor] = []
+    for index, size in enumerate(sizes):
         buffer = buffers.take(size)
         assert (buffer.shape, buffer.dtype) == ((size,), torch.uint8)
-        buffer.fill_(number % 251)
-        if number % 2:
-            kept.append(buffer)
+        buffer.fill_(index % 251)
+        if index % 2:
+            live_buffers.append(buffer)
         del buffer
-    for place, buffer in enumerate(kept):
-        assert bool((buffer == (2 * place + 1) % 251).all())
+    for position, buffer in enumerate(live_buffers):
+        assert bool((buffer == (2 * position + 1) % 251).all())
 
 
 def test_a_kernel_without_huge_pages_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +79,8 @@ def test_a_buffer_is_reused_once_its_last_view_is_gone(hold: str) -> None:
 
 def test_free_memory_beyond_the_limit_is_released() -> None:
     buffers = ReusedBuffers(max_free_bytes=300_000)
-    taken = [buffers.take(100_000) for _ in range(5)]
-    taken.clear()
+    buffers_in_use = [buffers.take(100_000) for _ in range(5)]
+    buffers_in_use.clear()
     assert buffers.free_bytes == 2 * 131_072
 
 
@@ -105,20 +105,20 @@ def test_threads_share_buffers() -> None:
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])
 def test_a_stream_reuses_its_memory_but_not_that_of_live_batches(tmp_path: Path, codec: str) -> None:
-    """A batch that is kept still holds its planes when many others have come and gone."""
+    """A batch that is still referenced keeps its planes after many others were released."""
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=12), codec=codec))
     order = DataOrder(index.cost(), seed=0, global_batch=3)
     addresses: set[int] = set()
-    kept: list[tuple[MicroBatch, torch.Tensor]] = []
+    live_batches: list[tuple[MicroBatch, torch.Tensor]] = []
     with BinStream(index, order, rank=0, world_size=1, accumulation=3, per_device=1, end_step=40) as stream:
         for batch in stream:
             for micro in batch.micro_batches:
                 addresses.add(micro.vision.planes.untyped_storage().data_ptr())
             if batch.step % 10 == 0:
-                kept += [(micro, micro.vision.planes.clone()) for micro in batch.micro_batches]
+                live_batches += [(micro, micro.vision.planes.clone()) for micro in batch.micro_batches]
             del batch, micro
     assert len(addresses) < 60, "120 micro-batches were handed out"
-    assert all(torch.equal(micro.vision.planes, planes) for micro, planes in kept)
+    assert all(torch.equal(micro.vision.planes, planes) for micro, planes in live_batches)
 
 
 def test_raw_planes_of_one_bin_are_views_of_its_bytes(tmp_path: Path) -> None:

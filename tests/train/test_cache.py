@@ -26,17 +26,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 QUICK = RetryPolicy(attempts=1, first_delay_s=0.0)
 
 
-def key_of(number: int) -> str:
-    return cache_key("0" * 64, number, 1000)
+def key_of(bin_id: int) -> str:
+    return cache_key("0" * 64, bin_id, 1000)
 
 
-def data_of(number: int, size: int = 1000) -> bytes:
-    return bytes([number % 256]) * size
+def data_of(bin_id: int, size: int = 1000) -> bytes:
+    return bytes([bin_id % 256]) * size
 
 
-def read(cache: BinCache, number: int, size: int = 1000) -> bytes | None:
+def read(cache: BinCache, bin_id: int, size: int = 1000) -> bytes | None:
     out = bytearray(size)
-    return bytes(out) if cache.read(key_of(number), memoryview(out)) else None
+    return bytes(out) if cache.read(key_of(bin_id), memoryview(out)) else None
 
 
 def held(folder: Path) -> list[Path]:
@@ -54,12 +54,12 @@ def test_what_is_written_is_read_also_by_another_process(tmp_path: Path) -> None
 def test_the_least_recently_used_bins_go_first(tmp_path: Path) -> None:
     """Ten bins fill the cache; bins 0 and 3 are used again; the eleventh pushes out bins 1 and 2, to nine tenths."""
     cache = BinCache(tmp_path, 10_000)
-    for number in range(10):
-        cache.write(key_of(number), memoryview(data_of(number)))
-        os.utime(tmp_path / key_of(number)[:2] / key_of(number), (number, number))
+    for bin_id in range(10):
+        cache.write(key_of(bin_id), memoryview(data_of(bin_id)))
+        os.utime(tmp_path / key_of(bin_id)[:2] / key_of(bin_id), (bin_id, bin_id))
     assert read(cache, 0) and read(cache, 3)
     cache.write(key_of(10), memoryview(data_of(10)))
-    assert [number for number in range(11) if read(cache, number)] == [0, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert [bin_id for bin_id in range(11) if read(cache, bin_id)] == [0, 3, 4, 5, 6, 7, 8, 9, 10]
     assert cache.size() == 9_000
 
 
@@ -90,8 +90,8 @@ def test_other_files_in_the_folder_are_neither_counted_nor_removed(tmp_path: Pat
     (tmp_path / key_of(1)[:2]).mkdir(exist_ok=True)
     (tmp_path / key_of(1)[:2] / key_of(1)).symlink_to(others[0])
     cache = BinCache(tmp_path, 3_000)
-    for number in range(2, 12):
-        cache.write(key_of(number), memoryview(data_of(number)))
+    for bin_id in range(2, 12):
+        cache.write(key_of(bin_id), memoryview(data_of(bin_id)))
     assert 0 < cache.size() <= 3_000
     assert read(cache, 11) == data_of(11)
     assert [other for other in others if other.read_bytes() != b"not of the cache" * 1000] == []
@@ -99,10 +99,10 @@ def test_other_files_in_the_folder_are_neither_counted_nor_removed(tmp_path: Pat
 
 @pytest.mark.parametrize("noted", ["-9999999", "", "many", "99999999999999999999"])
 def test_a_wrong_recorded_size_does_not_let_the_cache_grow(tmp_path: Path, noted: str) -> None:
-    for number in range(10):
+    for bin_id in range(10):
         if cached := list(tmp_path.glob(".size")):
             cached[0].write_text(noted)
-        BinCache(tmp_path, 3_000).write(key_of(number), memoryview(data_of(number)))
+        BinCache(tmp_path, 3_000).write(key_of(bin_id), memoryview(data_of(bin_id)))
     assert 0 < BinCache(tmp_path, 3_000).size() <= 3_000
 
 
@@ -127,8 +127,8 @@ def test_an_unwritable_cache_warns_once_and_is_then_not_written(
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     cache = BinCache(tmp_path / "cache", 10_000)
-    for number in range(3):
-        cache.write(key_of(number), memoryview(data_of(number)))
+    for bin_id in range(3):
+        cache.write(key_of(bin_id), memoryview(data_of(bin_id)))
     assert [record.message for record in caplog.records if "is not writable" in record.message] == [
         caplog.records[0].message
     ]
@@ -142,13 +142,13 @@ from train.shards.cache import BinCache
 
 cache, rng = BinCache(Path(sys.argv[1]), int(sys.argv[2])), random.Random(int(sys.argv[3]))
 for turn in range(int(sys.argv[4])):
-    number = rng.randrange(60)
+    bin_id = rng.randrange(60)
     out = bytearray(1000)
-    if cache.read(key_of(number), memoryview(out)):
-        assert out == data_of(number), number
+    if cache.read(key_of(bin_id), memoryview(out)):
+        assert out == data_of(bin_id), bin_id
     else:
-        cache.write(key_of(number), memoryview(data_of(number)))
-    with cache._locked():  # nobody makes room, takes it, or gives a bin its name now
+        cache.write(key_of(bin_id), memoryview(data_of(bin_id)))
+    with cache._locked():  # no other process evicts, reserves or renames now
         size = cache.size()
     assert size <= int(sys.argv[2]), size
 """
@@ -177,8 +177,8 @@ def test_processes_that_are_killed_leave_no_wrong_bin_and_no_lock(tmp_path: Path
         process.send_signal(signal.SIGKILL)
         process.wait()
     cache = BinCache(tmp_path, 20_000)
-    for number in range(60):
-        assert read(cache, number) in (None, data_of(number))
+    for bin_id in range(60):
+        assert read(cache, bin_id) in (None, data_of(bin_id))
     assert hammer(tmp_path, limit=20_000, seed=9, turns=100).wait(60) == 0
 
 
@@ -203,8 +203,8 @@ def remote(tmp_path: Path) -> Iterator[ShardIndex]:
     system.rm("/cached", recursive=True)
 
 
-def gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server is no more: only the cache can answer."""
+def cut_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every read from a server fail, so that only the cache can answer."""
 
     def read_into(*args: object, **kwargs: object) -> int:
         raise OSError("the network is unreachable")
@@ -221,29 +221,29 @@ def test_bins_read_before_come_from_the_cache(
     remote: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: str
 ) -> None:
     first = reader(remote, tmp_path / "cache", verify=verify)
-    expected = [first.read(number).bin.input_ids.tolist() for number in range(12)]
-    gone(monkeypatch)
-    for one in (first, reader(remote, tmp_path / "cache", verify=verify)):
-        assert [one.read(number).bin.input_ids.tolist() for number in range(12)] == expected
+    expected = [first.read(bin_id).bin.input_ids.tolist() for bin_id in range(12)]
+    cut_network(monkeypatch)
+    for bin_reader in (first, reader(remote, tmp_path / "cache", verify=verify)):
+        assert [bin_reader.read(bin_id).bin.input_ids.tolist() for bin_id in range(12)] == expected
 
 
 def test_a_damaged_bin_in_the_cache_is_read_from_its_shard(remote: ShardIndex, tmp_path: Path) -> None:
-    one = reader(remote, tmp_path / "cache")
-    one.read(4)
+    bin_reader = reader(remote, tmp_path / "cache")
+    bin_reader.read(4)
     (path,) = held(tmp_path / "cache")
     good = path.read_bytes()
     path.write_bytes(good[:900] + bytes([good[900] ^ 1]) + good[901:])
-    assert one.read(4).bin.index == 4
+    assert bin_reader.read(4).bin.index == 4
     assert path.read_bytes() == good
 
 
 def test_a_cached_file_that_is_not_a_bin_is_replaced_even_without_checksums(remote: ShardIndex, tmp_path: Path) -> None:
-    one = reader(remote, tmp_path / "cache", verify="never")
-    one.read(4)
+    bin_reader = reader(remote, tmp_path / "cache", verify="never")
+    bin_reader.read(4)
     (path,) = held(tmp_path / "cache")
     good = path.read_bytes()
     path.write_bytes(bytes(len(good)))
-    assert one.read(4).bin.index == 4
+    assert bin_reader.read(4).bin.index == 4
     assert path.read_bytes() == good
 
 
@@ -261,7 +261,7 @@ def test_wrong_bytes_of_a_shard_never_enter_the_cache(remote: ShardIndex, tmp_pa
 def test_bins_of_another_build_are_not_taken_from_the_cache(
     remote: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same place in the same shard of another build: another key."""
+    """A bin at the same offset in the same shard of another build has another key."""
     reader(remote, tmp_path / "cache").read(0)
     system = fsspec.filesystem("memory")
     for path in write_shards(tmp_path / "other", make_bins(seed=5, num_bins=12)).iterdir():

@@ -104,8 +104,8 @@ def plan_of(
 def test_checkpoints_are_counted_that_exist_at_a_time(
     tmp_path: Path, flags: dict[str, Any], existing: int, expected: int
 ) -> None:
-    for number in range(existing):
-        (tmp_path / f"checkpoint-{number}").mkdir()
+    for step in range(existing):
+        (tmp_path / f"checkpoint-{step}").mkdir()
     sizes = sizes_of(OFFICIAL["3B"], TrainArguments(shards="shards"))
     assert disk_usage(plan_of(tmp_path, **flags), sizes).num_checkpoints == expected
 

@@ -99,12 +99,12 @@ def test_only_one_run_at_a_time_locks_its_folder(tmp_path: Path) -> None:
         lock_run_dir(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("error_code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error_code: int
 ) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(error_code, os.strerror(error_code))
 
     monkeypatch.setattr("train.run.run_dir.fcntl.flock", refuse)
     lock_run_dir(tmp_path / "run").close()

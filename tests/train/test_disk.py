@@ -35,11 +35,11 @@ def test_a_full_disk_under_safetensors_is_named(tmp_path: Path) -> None:
         save_file({"weight": torch.zeros(10)}, tmp_path / "model.safetensors")
 
 
-def test_a_path_that_cannot_be_made_is_named_itself(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_created_is_named_itself(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    place = tmp_path / "file" / "checkpoint-1.tmp"
-    with pytest.raises(VlprepError, match=f"{place} cannot be written"), writing(tmp_path):
-        os.mkdir(place)
+    path = tmp_path / "file" / "checkpoint-1.tmp"
+    with pytest.raises(VlprepError, match=f"{path} cannot be written"), writing(tmp_path):
+        os.mkdir(path)
 
 
 def test_another_failure_stays_what_it_is(tmp_path: Path) -> None:

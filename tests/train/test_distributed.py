@@ -46,7 +46,7 @@ from train.shards.reader import read_checked_bin
 pytestmark = pytest.mark.slow
 
 NUM_STEPS = 3
-TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
+TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", count) for count in "24")
 STRATEGIES = {"zero2": ()} | {name: ("--deepspeed", f"{name}.json") for name in ("zero1", "zero3", "zero3_offload")}
 """Sharding strategy -> its flags. ZeRO-2 is the default."""
 
@@ -135,8 +135,8 @@ def test_the_first_step_has_the_mean_loss_over_its_targets_and_the_norm_of_its_g
     model = PackedQwen(hf, attn_implementation="sdpa")
     index = open_shards(shards)
     losses = []
-    for number in range(index.num_bins):
-        micro = build_micro_batch([read_checked_bin(index, number)])
+    for bin_id in range(index.num_bins):
+        micro = build_micro_batch([read_checked_bin(index, bin_id)])
         logits = hf.lm_head(model.target_states(micro))
         losses.append(functional.cross_entropy(logits, micro.targets, reduction="none"))
     loss = torch.cat(losses).mean()
@@ -218,7 +218,7 @@ def test_the_exported_model_has_the_losses_of_the_trained_engine(two_ranks: Path
     """On the bins that the engine was evaluated on after its last step; training changed them by far more."""
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(two_ranks / "final")
     model, index = PackedQwen(hf, attn_implementation="sdpa").eval(), open_shards(shards)
-    batches = [build_micro_batch([read_checked_bin(index, number)]) for number in range(index.num_bins)]
+    batches = [build_micro_batch([read_checked_bin(index, bin_id)]) for bin_id in range(index.num_bins)]
     scores = torch.cat([model(batch, scores=True) for batch in batches], dim=1).double()
     records = read_metrics(two_ranks)
     assert scores[0].mean().item() == pytest.approx(records[-1]["eval_loss"], rel=1e-6)
@@ -227,8 +227,8 @@ def test_the_exported_model_has_the_losses_of_the_trained_engine(two_ranks: Path
 
 
 def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks: Path) -> None:
-    found = sorted(path.name for path in two_ranks.iterdir())
-    assert found == [".lock", "checkpoint-2", "checkpoint-3", "final", "metrics.jsonl", "settings.toml"]
+    names = sorted(path.name for path in two_ranks.iterdir())
+    assert names == [".lock", "checkpoint-2", "checkpoint-3", "final", "metrics.jsonl", "settings.toml"]
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero3", "zero3_offload"])

@@ -51,16 +51,16 @@ def model(tiny_checkpoint: Path) -> PackedQwen:
 
 @pytest.fixture(scope="module")
 def data(model: PackedQwen) -> dict[str, list[list[Sample]]]:
-    """Two datasets. Every second sample of the first has the last token that the model itself would say."""
-    made = {"a": bins_of(1), "b": bins_of(2)}
+    """Two datasets. In every second sample of the first, the model itself predicts the targets."""
+    datasets = {"a": bins_of(1), "b": bins_of(2)}
     rng = np.random.default_rng(3)
-    made["b"].append([make_sample(rng, num_targets=2), make_sample(rng, [make_medium(rng, 2, 4)], num_targets=3)])
-    for sample in [sample for bins in made["a"] for sample in bins][::2]:
+    datasets["b"].append([make_sample(rng, num_targets=2), make_sample(rng, [make_medium(rng, 2, 4)], num_targets=3)])
+    for sample in [sample for bins in datasets["a"] for sample in bins][::2]:
         with torch.no_grad():
             logits, _ = likeliest(model, sample)
         for position, token in zip(np.flatnonzero(sample.labels != -100), logits.argmax(dim=1).tolist()):
             sample.labels[position] = token
-    return made
+    return datasets
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_an_evaluation_loss_that_is_not_finite_is_null() -> None:
     """``NaN`` is not JSON."""
     results = np.zeros(2, dtype=evaluation._RESULT)
     results["num_targets"], results["num_right"], results["loss"] = 4, (4, 1), (1.0, np.nan)
-    found = evaluation._summarise(results)
-    assert found == {"loss": None, "token_accuracy": 5 / 8, "exact_match": 0.5, "num_samples": 2}
-    whole = {f"eval_{name}": value for name, value in found.items()}
-    assert format_evaluation({**whole, "eval_datasets": {"one": found}}).startswith("loss not finite, 62.5% of the")
+    summary = evaluation._summarise(results)
+    assert summary == {"loss": None, "token_accuracy": 5 / 8, "exact_match": 0.5, "num_samples": 2}
+    metrics = {f"eval_{name}": value for name, value in summary.items()}
+    assert format_evaluation({**metrics, "eval_datasets": {"one": summary}}).startswith("loss not finite, 62.5% of the")

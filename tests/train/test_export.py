@@ -35,7 +35,7 @@ def give_logits(head: TargetHead, rows: torch.Tensor, targets: torch.Tensor) -> 
 
 def logits_of(model: Any, shards: str) -> list[torch.Tensor]:
     index = open_shards(shards)
-    batches = (build_micro_batch([read_checked_bin(index, number)]) for number in range(index.num_bins))
+    batches = (build_micro_batch([read_checked_bin(index, bin_id)]) for bin_id in range(index.num_bins))
     with torch.no_grad():
         return [model(batch, scores=True) for batch in batches]
 

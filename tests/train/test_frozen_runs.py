@@ -29,7 +29,7 @@ PARTS = {
 }
 """What is trained; the vision tower never is. The second leaves embeddings frozen that are tied to ``lm_head``."""
 
-TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
+TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", count) for count in "24")
 
 
 @pytest.fixture(scope="module")

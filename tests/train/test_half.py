@@ -33,7 +33,7 @@ from train.settings.deepspeed_file import CONFIGS
 
 pytestmark = pytest.mark.slow
 
-TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", number) for number in "24")
+TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", count) for count in "24")
 
 
 def pretend_float16_is_supported() -> None:
@@ -85,11 +85,11 @@ def test_losses_and_norms_are_those_of_float32_once_the_scale_fits(
     assert skipped[0] and not skipped[-1], "a scale of 2^20 overflows, a lower one does not"
     assert skipped == sorted(skipped, reverse=True)
     assert half[-1]["skipped_steps"] == sum(skipped)
-    for found, expected in zip(half, read_metrics(untrained), strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-        assert found["learning_rate"] == expected["learning_rate"]
-        if found["grad_norm"] is not None:
-            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+    for record, expected in zip(half, read_metrics(untrained), strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert record["learning_rate"] == expected["learning_rate"]
+        if record["grad_norm"] is not None:
+            assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
 
 
 def test_a_gradient_that_overflows_at_the_lowest_scale_stops_the_run(flags: list[str], tmp_path: Path) -> None:

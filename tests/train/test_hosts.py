@@ -49,8 +49,8 @@ def flags(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     """Flags of a run with images on one rank and text on the other in every micro-step."""
     rng = np.random.default_rng(0)
     bins = [
-        [make_sample(rng, [make_medium(rng, 8, 8)]) if number % 2 else make_sample(rng, num_text=30)]
-        for number in range(8)
+        [make_sample(rng, [make_medium(rng, 8, 8)]) if bin_id % 2 else make_sample(rng, num_text=30)]
+        for bin_id in range(8)
     ]
     fingerprint = fingerprint_of(tiny_checkpoint)
     shards = made_once(tmp_path_factory, "hosts-shards", lambda out: write_shards(out, bins, tokenizer=fingerprint))
@@ -81,7 +81,7 @@ def launchers(kind: str, folder: Path) -> list[list[str]]:
         hostfile = folder / "hostfile"
         hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
         program = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile), "--no_ssh"]
-    return [[*program, "--node_rank", number, *meeting, "train/main.py"] for number in "01"]
+    return [[*program, "--node_rank", node_rank, *meeting, "train/main.py"] for node_rank in "01"]
 
 
 def run_hosts(commands: list[list[str]], flags: list[str]) -> None:

@@ -43,14 +43,14 @@ def test_every_column_is_what_the_bins_hold(folder: Path) -> None:
     bins = make_bins(num_bins=8)
     index = open_shards(folder)
     assert index.num_bins == 8
-    assert index.num_tokens.tolist() == [sum(len(s.input_ids) for s in one) for one in bins]
+    assert index.num_tokens.tolist() == [sum(len(s.input_ids) for s in samples) for samples in bins]
     assert index.num_targets.tolist() == [15, 10, 5, 15, 15, 10, 5, 15]
     assert index.num_samples.tolist() == [3, 2, 1, 3, 3, 2, 1, 3]
     # 4x2, 2x6, 2x6, 4x4 patches; 3 steps of 4x6; 10x12, 2 steps of 2x2, 2x2
     assert index.num_patches.tolist() == [0, 48, 72, 132, 0, 48, 72, 132]
     assert index.num_images.tolist() == [0, 4, 0, 2, 0, 4, 0, 2]
     assert index.num_videos.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
-    assert index.sum_squared_lengths.tolist() == [sum(len(s.input_ids) ** 2 for s in one) for one in bins]
+    assert index.sum_squared_lengths.tolist() == [sum(len(s.input_ids) ** 2 for s in samples) for samples in bins]
     assert index.shard.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     assert index.max_length == 4096
 
@@ -79,7 +79,7 @@ def test_folders_are_mixed_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert index.first_bins.tolist() == [0, 5, 7]
     assert index.num_bins == 7
     assert index.max_length == 4096
-    assert [index.locate(number).local_bin for number in range(7)] == [0, 1, 2, 3, 4, 0, 1]
+    assert [index.locate(bin_id).local_bin for bin_id in range(7)] == [0, 1, 2, 3, 4, 0, 1]
     assert index.locate(4).path == root / "a" / "bins-00001.tar"
     assert (index.locate(6).path, index.locate(6).local_bin) == (root / "b" / "bins-00000.tar", 1)
     alone = open_shards(root / "b")

@@ -197,30 +197,30 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_a_second_signal_has_its_default_effect_unless_it_is_the_same_request(
-    process_group: None, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    process_group: None, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within seconds it is the same request: a launcher forwards a signal that its ranks have received as well."""
     now = 100.0
     monkeypatch.setattr("train.run.interrupt.time", SimpleNamespace(monotonic=lambda: now))
     usual = []
-    before = signal.signal(number, lambda *_: usual.append("usual"))
+    before = signal.signal(signum, lambda *_: usual.append("usual"))
     try:
         with StopRequest() as stop:
             assert not stop.is_agreed(torch.device("cpu"))
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signum)
             assert stop.is_agreed(torch.device("cpu"))
             now += SAME_REQUEST_S
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signum)
             assert usual == []
             now += 1
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signum)
             assert usual == ["usual"]
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signum)
         assert usual == ["usual", "usual"]
     finally:
-        signal.signal(number, before)
+        signal.signal(signum, before)
 
 
 def stop_while_exporting() -> None:

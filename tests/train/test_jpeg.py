@@ -66,11 +66,11 @@ def test_bins_of_several_codecs_share_a_micro_batch(codecs: tuple[str, ...]) -> 
     together = build_micro_batch(
         [as_bin(samples_of_bin, codec=codec) for samples_of_bin, codec in zip(samples, codecs)]
     )
-    kept = [
+    stored = [
         decoded([samples_of_bin])[0] if codec == "jpeg" else samples_of_bin
         for samples_of_bin, codec in zip(samples, codecs)
     ]
-    apart = [pixel_values(build_micro_batch([as_bin(samples_of_bin, codec="raw")]).vision) for samples_of_bin in kept]
+    apart = [pixel_values(build_micro_batch([as_bin(samples_of_bin, codec="raw")]).vision) for samples_of_bin in stored]
     assert together.vision.residuals == ("zstd" in codecs)
     assert torch.equal(pixel_values(together.vision), torch.cat(apart))
 

@@ -54,12 +54,12 @@ def test_a_rank_that_goes_on_when_another_has_failed_fails_the_test(monkeypatch:
         run_ranks(2, prepare=hang_second)
 
 
-def test_what_a_failed_run_leaves_is_not_gone_on_from(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_failed_run_is_not_continued(tmp_path_factory: pytest.TempPathFactory) -> None:
     def fail(out: Path) -> None:
         (out / "checkpoint-1").mkdir(parents=True)
         raise ValueError("the run failed")
 
     with pytest.raises(ValueError, match="the run failed"):
         made_once(tmp_path_factory, "launching", fail)
-    made = made_once(tmp_path_factory, "launching", lambda out: out.mkdir())
-    assert list(made.iterdir()) == []
+    folder = made_once(tmp_path_factory, "launching", lambda out: out.mkdir())
+    assert list(folder.iterdir()) == []

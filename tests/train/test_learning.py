@@ -61,7 +61,7 @@ def test_no_question_keeps_its_image_when_images_are_exchanged(tmp_path: Path) -
     records = draw_questions("shapes", 12, tmp_path, held_out=True)
     exchanged = exchange_images(records)
     assert [record["conversations"] for record in exchanged] == [record["conversations"] for record in records]
-    assert all(one["image"] != other["image"] for one, other in zip(exchanged, records))
+    assert all(changed["image"] != original["image"] for changed, original in zip(exchanged, records))
     assert sorted(record["image"] for record in exchanged) == sorted(record["image"] for record in records)
 
 
@@ -72,15 +72,15 @@ def test_the_likeliest_answer_is_the_most_frequent_one_to_the_same_text() -> Non
 
     train = [record("A?", "one"), record("A?", "one"), record("A?", "two"), record("B?", "two"), record("B?", "two")]
     train.append(record("C?", "two"))
-    asked = [
+    questions = [
         record("A?", "one"),
         record("A?", "two"),
         record("B?", "two"),
         record("new?", "two"),
         record("new?", "one"),
     ]
-    assert likeliest_answers(train, asked) == 3 / 5
-    assert without_image(asked[0])["conversations"][0]["value"] == "A?"
+    assert likeliest_answers(train, questions) == 3 / 5
+    assert without_image(questions[0])["conversations"][0]["value"] == "A?"
 
 
 def colour_words(colour: str) -> set[str]:
@@ -90,19 +90,19 @@ def colour_words(colour: str) -> set[str]:
 
 @pytest.mark.parametrize(("name", "sizes"), [("words", {(56, 56)}), ("columns", {(56, 168), (112, 168)})])
 def test_a_crop_shows_the_column_that_its_question_names(name: str, sizes: set[tuple[int, int]]) -> None:
-    """Another name changes the crop, and only where the name stands."""
+    """Another name changes the crop, and only where the name is drawn."""
     rng = generator(0, "test")
     sizes_seen = set()
-    for number in range(40):
+    for seed in range(40):
         chart = sample_chart(rng, ("bar", "line"))
         column = int(rng.integers(len(chart.values)))
-        exchange, image = EXERCISES[name](chart, column, generator(number, "cut"))
+        exchange, image = EXERCISES[name](chart, column, generator(seed, "cut"))
         category, value = chart.categories[column], str(chart.values[column])
         named = {category} if name == "words" else {category, *colour_words(chart.colours[column])}
-        assert exchange.answer in {one + (value if name == "columns" else "") for one in named}
+        assert exchange.answer in {text + (value if name == "columns" else "") for text in named}
         assert name == "words" or exchange.answer.removesuffix(value) in exchange.question
         renamed = replace(chart, categories=(*chart.categories[:column], "ox", *chart.categories[column + 1 :]))
-        other = EXERCISES[name](renamed, column, generator(number, "cut"))[1]
+        other = EXERCISES[name](renamed, column, generator(seed, "cut"))[1]
         rows, columns = np.nonzero((np.asarray(image) != np.asarray(other)).any(axis=-1))
         assert rows.size >= 20
         assert np.ptp(rows) < 1.5 * PATCH_SIZE and np.ptp(columns) < COLUMN_WIDTH
@@ -128,9 +128,9 @@ def test_training_with_images_starts_with_the_exercises_and_text_only_does_not(
 
     def train(shards: Path, out: Path, steps: int, _: Lesson, model: Path, *_more: object, **settings: Any) -> None:
         trained.append((shards.name, model.relative_to(tmp_path).as_posix(), steps))
-        asked = built[settings["eval_shards"].name] if "eval_shards" in settings else ()
+        datasets = built[settings["eval_shards"].name] if "eval_shards" in settings else ()
         out.mkdir()
-        scores = {"eval_datasets": {name: {"exact_match": 0.5} for name in asked}}
+        scores = {"eval_datasets": {name: {"exact_match": 0.5} for name in datasets}}
         (out / "metrics.jsonl").write_text(json.dumps(scores) + "\n")
 
     monkeypatch.setattr(learning, "build", build)

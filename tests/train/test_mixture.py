@@ -52,7 +52,7 @@ def test_an_existing_folder_takes_precedence_over_the_mixture_syntax(tmp_path: P
 
 
 def test_a_mixture_may_be_longer_than_a_file_name() -> None:
-    names = [f"dataset_{number}" for number in range(1000)]
+    names = [f"dataset_{index}" for index in range(1000)]
     assert [source.path for source in parse_sources(",".join(f"{name}:0.5" for name in names))] == names
 
 
@@ -77,11 +77,11 @@ def test_every_window_of_positions_has_the_exact_proportions(mixture: Mixture, s
     """Within fewer positions than there are sources; over full cycles exactly."""
     sources, _ = mixture.draw(np.arange(start, start + length))
     cycle = sum(mixture.quotas)
-    for number, quota in enumerate(mixture.quotas):
-        count = int((sources == number).sum())
+    for source, quota in enumerate(mixture.quotas):
+        count = int((sources == source).sum())
         assert abs(Fraction(length * quota, cycle) - count) < len(mixture.quotas)
     sources, _ = mixture.draw(np.arange(start, start + 3 * cycle))
-    assert Counter(sources.tolist()) == {number: 3 * quota for number, quota in enumerate(mixture.quotas)}
+    assert Counter(sources.tolist()) == {source: 3 * quota for source, quota in enumerate(mixture.quotas)}
 
 
 @settings(deadline=None)
@@ -104,7 +104,7 @@ def test_seven_to_three_worked_out_by_hand() -> None:
     """The second source gets the positions p where 7 p / 10 does not pass an integer: 0, 3 and 6."""
     mixture = Mixture(sizes=(5, 5), quotas=(7, 3), bins_per_epoch=10)
     sources, earlier = mixture.draw(np.arange(10))
-    assert [place for place, source in enumerate(sources.tolist()) if source == 1] == [0, 3, 6]
+    assert [position for position, source in enumerate(sources.tolist()) if source == 1] == [0, 3, 6]
     assert earlier.tolist() == [0, 0, 1, 1, 2, 3, 2, 4, 5, 6]
 
 
@@ -124,10 +124,10 @@ def test_a_share_of_bins_does_not_depend_on_how_many_bins_there_are() -> None:
     assert (mixture.quotas, mixture.bins_per_epoch) == ((7, 3), 1000)
     order = DataOrder(np.ones(1000), seed=0, global_batch=10, epochs=1, mixture=mixture)
     assert order.num_steps == 100
-    uses = Counter(number for step in range(100) for number in order.global_bins(step).tolist())
-    assert [uses[number] for number in range(10)] == [70] * 10
-    assert sum(uses[number] for number in range(10, 1000)) == 300
-    assert max(uses[number] for number in range(10, 1000)) == 1
+    uses = Counter(bin_id for step in range(100) for bin_id in order.global_bins(step).tolist())
+    assert [uses[bin_id] for bin_id in range(10)] == [70] * 10
+    assert sum(uses[bin_id] for bin_id in range(10, 1000)) == 300
+    assert max(uses[bin_id] for bin_id in range(10, 1000)) == 1
 
 
 def test_epochs_of_a_folder_define_how_often_each_bin_is_used() -> None:
@@ -136,9 +136,9 @@ def test_epochs_of_a_folder_define_how_often_each_bin_is_used() -> None:
     assert mixture.bins_per_epoch == 2 * 30 + 20
     order = DataOrder(np.ones(70), seed=0, global_batch=16, epochs=1, mixture=mixture)
     assert order.num_steps == order.steps_per_epoch == 5
-    uses = Counter(number for step in range(5) for number in order.global_bins(step).tolist())
-    assert [uses[number] for number in range(30)] == [2] * 30
-    assert sorted(uses[number] for number in range(30, 70)) == [0] * 20 + [1] * 20
+    uses = Counter(bin_id for step in range(5) for bin_id in order.global_bins(step).tolist())
+    assert [uses[bin_id] for bin_id in range(30)] == [2] * 30
+    assert sorted(uses[bin_id] for bin_id in range(30, 70)) == [0] * 20 + [1] * 20
 
 
 @settings(deadline=None)
@@ -168,7 +168,7 @@ def test_folders_keep_their_proportions_on_the_way_to_the_trainer(tmp_path: Path
     order = DataOrder(index.cost(), seed=0, global_batch=8, mixture=index.mixture)
     with BinStream(index, order, rank=0, world_size=1, accumulation=8, per_device=1, end_step=4) as stream:
         for batch in stream:
-            assert sum(number < 3 for number in batch.bins) == 6
+            assert sum(bin_id < 3 for bin_id in batch.bins) == 6
     forgotten = DataOrder(index.cost(), seed=0, global_batch=8)
     with pytest.raises(ConfigError, match="Create the order with the mixture of the index"):
         BinStream(index, forgotten, rank=0, world_size=1, accumulation=8, per_device=1)

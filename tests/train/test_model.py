@@ -117,8 +117,8 @@ def loss_of_each_sample(model: PackedQwen, batch: MicroBatch) -> list[torch.Tens
         states = model.target_states(batch)
         owner = torch.searchsorted(batch.cu_seqlens, batch.target_positions.int(), right=True) - 1
         return [
-            model.hf.lm_head(states[owner == number], batch.targets[owner == number])
-            for number in range(batch.cu_seqlens.numel() - 1)
+            model.hf.lm_head(states[owner == index], batch.targets[owner == index])
+            for index in range(batch.cu_seqlens.numel() - 1)
         ]
 
 
@@ -216,11 +216,11 @@ def test_attention_by_sample_applies_dropout() -> None:
     attended, _ = attend_by_sample(nn.Identity(), states, states, values, None, lengths=lengths, dropout=dropout)
     for last, length in zip((399, 599), lengths):
         weights = attended[0, last, 0, :length]
-        kept = weights[weights != 0]
-        torch.testing.assert_close(kept, torch.full_like(kept, 1 / length / (1 - dropout)))
+        nonzero = weights[weights != 0]
+        torch.testing.assert_close(nonzero, torch.full_like(nonzero, 1 / length / (1 - dropout)))
         # Within three standard deviations of a binomial proportion.
         deviation = math.sqrt(dropout * (1 - dropout) / length)
-        assert 1 - len(kept) / length == pytest.approx(dropout, abs=3 * deviation)
+        assert 1 - len(nonzero) / length == pytest.approx(dropout, abs=3 * deviation)
 
 
 @pytest.mark.parametrize("changed", range(4))
@@ -229,7 +229,7 @@ def test_changing_one_sample_leaves_the_losses_of_the_others_bitwise_unchanged(m
     before = loss_of_each_sample(model, micro_batch(*samples))
     samples[changed] = samples_of_all_kinds(seed=1)[changed]
     after = loss_of_each_sample(model, micro_batch(*samples))
-    assert [torch.equal(old, new) for old, new in zip(before, after)] == [number != changed for number in range(4)]
+    assert [torch.equal(old, new) for old, new in zip(before, after)] == [index != changed for index in range(4)]
 
 
 @pytest.mark.parametrize("kind", range(4))
@@ -356,8 +356,8 @@ def test_without_media_the_gradients_of_the_vision_tower_are_zero_not_none(model
 
 def test_recomputed_activations_give_the_same_loss_and_gradients(model: PackedQwen) -> None:
     batch = micro_batch(*samples_of_all_kinds())
-    kept_loss = model(batch)
-    kept = gradients(model, kept_loss)
+    expected_loss = model(batch)
+    expected = gradients(model, expected_loss)
     checkpoint_activations(model)
     with counted_calls(
         layer=model.hf.model.language_model.layers[0].mlp, block=model.hf.model.visual.blocks[0].mlp
@@ -365,8 +365,8 @@ def test_recomputed_activations_give_the_same_loss_and_gradients(model: PackedQw
         loss = model(batch)
         recomputed = gradients(model, loss)
     assert calls == {"layer": 2, "block": 2}, "nothing was recomputed"
-    assert torch.equal(loss, kept_loss)
-    assert_same(recomputed, kept)
+    assert torch.equal(loss, expected_loss)
+    assert_same(recomputed, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -115,9 +115,9 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def step_of(*numbers: int) -> StepBatch:
+def step_of(*bin_ids: int) -> StepBatch:
     rng = np.random.default_rng(0)
-    micro_batches = tuple(build_micro_batch([as_bin([make_sample(rng)])], bin_ids=[number]) for number in numbers)
+    micro_batches = tuple(build_micro_batch([as_bin([make_sample(rng)])], bin_ids=[bin_id]) for bin_id in bin_ids)
     return StepBatch(
         step=4,
         micro_batches=micro_batches,
@@ -126,7 +126,7 @@ def step_of(*numbers: int) -> StepBatch:
         max_tokens=10,
         num_samples=2,
         efficiency=1.0,
-        bins=numbers,
+        bins=bin_ids,
         data_wait_s=0.0,
     )
 
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_reports_all_bins_and_samples_of_the_step(
     with pytest.raises(VlprepError, match=r"gradient of step 5 is not finite, though all losses are; bins \[0, 1\]"):
         skipped.note_skipped(step_of(0, 1), torch.ones(2), scales_loss=False)
     reported = [line.split(":")[0] for line in caplog.text.splitlines() if line.startswith("  bin")]
-    assert reported == [f"  bin {number}" for number in (0, 1) for _ in range(index.num_samples[number])]
+    assert reported == [f"  bin {bin_id}" for bin_id in (0, 1) for _ in range(index.num_samples[bin_id])]
 
 
 def test_a_scaled_gradient_may_overflow(

@@ -53,11 +53,11 @@ def test_the_bins_of_a_step_do_not_depend_on_the_number_of_ranks(
 ) -> None:
     batch = max(1, world * accumulation * per_device - spare)
     order = order_of(num_bins, seed=seed, global_batch=batch)
-    places = order.bins_of_step(step, world_size=world, accumulation=accumulation, per_device=per_device)
-    assert places.shape == (accumulation, world, per_device)
-    assert sorted(places[places != EMPTY].tolist()) == sorted(order.global_bins(step).tolist())
+    bins = order.bins_of_step(step, world_size=world, accumulation=accumulation, per_device=per_device)
+    assert bins.shape == (accumulation, world, per_device)
+    assert sorted(bins[bins != EMPTY].tolist()) == sorted(order.global_bins(step).tolist())
     alone = order.bins_of_step(step, world_size=1, accumulation=batch, per_device=1)
-    assert Counter(places[places != EMPTY].tolist()) == Counter(alone.ravel().tolist())
+    assert Counter(bins[bins != EMPTY].tolist()) == Counter(alone.ravel().tolist())
 
 
 @settings(deadline=None)
@@ -71,8 +71,8 @@ def test_a_run_resumed_at_any_step_and_world_size_sees_the_same_bins(
     for num_steps, world in parts:
         resumed = order_of(num_bins, seed=seed, global_batch=12)
         for _ in range(num_steps):
-            places = resumed.bins_of_step(step, world_size=world, accumulation=12 // world, per_device=1)
-            assert sorted(places.ravel().tolist()) == sorted(unbroken.global_bins(step).tolist())
+            bins = resumed.bins_of_step(step, world_size=world, accumulation=12 // world, per_device=1)
+            assert sorted(bins.ravel().tolist()) == sorted(unbroken.global_bins(step).tolist())
             step += 1
 
 
@@ -102,24 +102,24 @@ def test_the_ranks_of_a_micro_step_have_neighbours_in_cost(
 ) -> None:
     """The micro-steps cut the sorted global batch into runs."""
     order = order_of(num_bins, seed=seed, global_batch=world * accumulation)
-    places = order.bins_of_step(step, world_size=world, accumulation=accumulation, per_device=1)[..., 0]
-    runs = sorted((sorted(order.cost[run].tolist()) for run in places), key=lambda run: (run[0], run[-1]))
+    bins = order.bins_of_step(step, world_size=world, accumulation=accumulation, per_device=1)[..., 0]
+    runs = sorted((sorted(order.cost[run].tolist()) for run in bins), key=lambda run: (run[0], run[-1]))
     assert [cost for run in runs for cost in run] == sorted(order.cost[order.global_bins(step)].tolist())
 
 
 def test_bins_of_a_device_are_dealt_in_alternating_direction() -> None:
     """Costs 1..8 on two ranks, four bins each: 1+4+5+8 and 2+3+6+7, both 18."""
     order = DataOrder(np.arange(1.0, 9.0), seed=3, global_batch=8)
-    places = order.bins_of_step(0, world_size=2, accumulation=1, per_device=4)
-    assert order.cost[places].sum(axis=2).tolist() == [[18.0, 18.0]]
-    assert (places[0, 0] + 1).tolist() == [1, 4, 5, 8]
+    bins = order.bins_of_step(0, world_size=2, accumulation=1, per_device=4)
+    assert order.cost[bins].sum(axis=2).tolist() == [[18.0, 18.0]]
+    assert (bins[0, 0] + 1).tolist() == [1, 4, 5, 8]
 
 
 def test_efficiency_of_a_step_worked_out_by_hand() -> None:
     """Ranks with loads 3 and 5, then 2 and 0: means 4 and 1 of the maxima 5 and 2."""
     order = DataOrder(np.array([1.0, 2.0, 5.0]), seed=0, global_batch=4)
-    places = np.array([[[0, 1], [2, -1]], [[1, -1], [-1, -1]]])
-    assert order.efficiency(places) == pytest.approx((4 + 1) / (5 + 2))
+    bins = np.array([[[0, 1], [2, -1]], [[1, -1], [-1, -1]]])
+    assert order.efficiency(bins) == pytest.approx((4 + 1) / (5 + 2))
     assert order.efficiency(np.full((2, 2, 1), -1)) == 1.0
 
 
@@ -190,8 +190,8 @@ def test_the_order_never_changes_between_versions() -> None:
     order = DataOrder(np.arange(10.0), seed=7, global_batch=10)
     assert order.global_bins(0).tolist() == [3, 1, 5, 2, 6, 8, 4, 9, 7, 0]
     assert order.global_bins(1).tolist() == [0, 5, 4, 7, 8, 2, 1, 3, 6, 9]
-    places = order.bins_of_step(0, world_size=2, accumulation=5, per_device=1)
-    assert places[..., 0].tolist() == [[6, 7], [4, 5], [0, 1], [2, 3], [8, 9]]
+    bins = order.bins_of_step(0, world_size=2, accumulation=5, per_device=1)
+    assert bins[..., 0].tolist() == [[6, 7], [4, 5], [0, 1], [2, 3], [8, 9]]
 
 
 def test_all_permutations_are_equally_likely() -> None:
@@ -248,13 +248,13 @@ def test_the_samples_of_a_bin_are_found_in_the_ledgers_of_a_mix(tmp_path: Path) 
     """Records are numbered through each folder: bins of 3, 2, 1, 3 samples hold records 0-2, 3-4, 5, 6-8."""
     write_shards(tmp_path / "a", make_bins(seed=1, num_bins=2))
     write_shards(tmp_path / "b", make_bins(seed=2, num_bins=4))
-    found = source_samples(open_shards(tmp_path), [5, 0, 3])
-    assert {number: [sample.record for sample in samples] for number, samples in found.items()} == {
+    samples_by_bin = source_samples(open_shards(tmp_path), [5, 0, 3])
+    assert {bin_id: [sample.record for sample in samples] for bin_id, samples in samples_by_bin.items()} == {
         5: [6, 7, 8],
         0: [0, 1, 2],
         3: [3, 4],
     }
-    assert [(sample.slot, sample.file, sample.line, sample.id) for sample in found[3]] == [
+    assert [(sample.slot, sample.file, sample.line, sample.id) for sample in samples_by_bin[3]] == [
         (0, "s.jsonl", 4, "s3"),
         (1, "s.jsonl", 5, "s4"),
     ]
@@ -272,21 +272,21 @@ def test_a_ledger_that_does_not_know_a_bin_stops(tmp_path: Path) -> None:
         source_samples(index, [2])
 
 
-def test_a_step_is_explained_place_by_place(tmp_path: Path) -> None:
+def test_a_step_is_explained_bin_by_bin(tmp_path: Path) -> None:
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=8)))
     order = DataOrder(index.cost(), seed=0, global_batch=4)
     lines = list(explain_step(index, order, 1, world_size=2, accumulation=2))
-    places = order.bins_of_step(1, world_size=2, accumulation=2, per_device=1)
-    efficiency = f"efficiency {order.efficiency(places):.3f}"
+    bins = order.bins_of_step(1, world_size=2, accumulation=2, per_device=1)
+    efficiency = f"efficiency {order.efficiency(bins):.3f}"
     assert lines[0] == f"step 1, epoch 0.5000: 4 bins, 2 ranks, 2 micro-steps, seed 0, {efficiency}"
-    ranks = [line for line in lines if line.startswith("  rank")]
-    bins = [line for line in lines if line.startswith("    bin")]
-    assert [line.split(":")[0] for line in ranks] == ["  rank 0", "  rank 1"] * 2
-    assert [int(line.split()[1]) for line in bins] == places.ravel().tolist()
-    for rank, one, cost in zip(ranks, bins, order.cost[places.ravel()].tolist()):
-        assert float(one.split()[-2]) == pytest.approx(cost / 1e12, rel=1e-3)
-        assert rank.split(",")[0].endswith(one.rpartition(", ")[2])
-    assert sum("synthetic s.jsonl:" in line for line in lines) == int(index.num_samples[places.ravel()].sum())
+    rank_lines = [line for line in lines if line.startswith("  rank")]
+    bin_lines = [line for line in lines if line.startswith("    bin")]
+    assert [line.split(":")[0] for line in rank_lines] == ["  rank 0", "  rank 1"] * 2
+    assert [int(line.split()[1]) for line in bin_lines] == bins.ravel().tolist()
+    for rank_line, bin_line, cost in zip(rank_lines, bin_lines, order.cost[bins.ravel()].tolist()):
+        assert float(bin_line.split()[-2]) == pytest.approx(cost / 1e12, rel=1e-3)
+        assert rank_line.split(",")[0].endswith(bin_line.rpartition(", ")[2])
+    assert sum("synthetic s.jsonl:" in line for line in lines) == int(index.num_samples[bins.ravel()].sum())
     with pytest.raises(ConfigError, match="not a multiple of 3 ranks"):
         list(explain_step(index, order, 0, world_size=3, accumulation=1))
 

@@ -66,8 +66,8 @@ def test_steps_are_those_of_the_run(
     assert (python, m, module, words) == ("python", "-m", "train.order", ["--run", str(run_dir)])
     commands = [words]
     if planned is not None:
-        numbers = ["--global-batch", "8", "--world-size", "1", "--accumulation", "4", "--epochs", "1.2"]
-        commands.append(["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), *numbers, *planned])
+        batch_flags = ["--global-batch", "8", "--world-size", "1", "--accumulation", "4", "--epochs", "1.2"]
+        commands.append(["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), *batch_flags, *planned])
     for step in range(plan.num_steps):
         expected = list(explain_step(plan.index, plan.order, step, world_size=1, accumulation=4))
         for command in commands:

@@ -49,7 +49,7 @@ def test_samples_of_a_bin_have_the_same_losses_alone(
     shards = write_shards(tmp_path / "set", make_bins(num_bins=8), codec=codec)
     assert problems_of(model, shards) == []
     index = open_shards(shards)
-    num_samples = sum(int(index.num_samples[number]) for number in bins_to_compare(index))
+    num_samples = sum(int(index.num_samples[bin_id]) for bin_id in bins_to_compare(index))
     assert f"{num_samples} samples of bins" in caplog.text
 
 
@@ -80,7 +80,7 @@ def test_bins_of_every_kind_with_several_samples_are_compared(shards: Path) -> N
     """Text, images, and both with videos; the bins with a video only hold one sample."""
     index = open_shards(shards)
     chosen = bins_to_compare(index)
-    assert sorted(number % 4 for number in chosen) == [0, 1, 3]
+    assert sorted(bin_id % 4 for bin_id in chosen) == [0, 1, 3]
     assert all(index.num_samples[chosen] > 1)
 
 

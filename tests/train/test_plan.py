@@ -268,8 +268,8 @@ def test_weighted_sets_of_shards_reach_the_order_of_the_run(tmp_path: Path, tiny
     plan = make_plan(args)
     assert plan.order.mixture == plan.index.mixture is not None
     with open_stream(plan) as stream:
-        drawn = [number for batch in stream for number in batch.bins]
-    assert sum(number < 4 for number in drawn) == 6
+        drawn = [bin_id for batch in stream for bin_id in batch.bins]
+    assert sum(bin_id < 4 for bin_id in drawn) == 6
 
 
 def test_bins_are_dealt_by_the_costs_of_the_trained_model(flags: list[str], tokenizers_agree: None) -> None:
@@ -310,7 +310,7 @@ def test_another_number_of_ranks_resumes_with_the_same_bins(
             assert (plan.start_step, plan.resume.is_resharded) == (2, True)
             with open_stream(plan) as stream:
                 for batch in stream:
-                    mine = [number for micro in batch.micro_batches for number in micro.bins]
+                    mine = [bin_id for micro in batch.micro_batches for bin_id in micro.bins]
                     seen[batch.step] = sorted(seen.get(batch.step, []) + mine)
         assert seen == {step: unbroken[step] for step in range(2, 6)}
 
@@ -332,13 +332,14 @@ def test_a_state_of_another_order_is_refused(flags: list[str], saved: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "name"), [(["--cache_dir", "c"], "cache_dir c"), (["--read_connections", "4"], "read_connections 4")]
+    ("extra_flags", "name"),
+    [(["--cache_dir", "c"], "cache_dir c"), (["--read_connections", "4"], "read_connections 4")],
 )
 def test_flags_for_remote_shards_are_an_error_with_local_ones(
-    flags: list[str], tokenizers_agree: None, given: list[str], name: str
+    flags: list[str], tokenizers_agree: None, extra_flags: list[str], name: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"--{name} has no effect: all shards lie on a file system"):
-        make_plan(parse_arguments([*flags, *given]))
+        make_plan(parse_arguments([*flags, *extra_flags]))
 
 
 @pytest.fixture
@@ -351,8 +352,11 @@ def in_memory(shards: Path) -> str:
 
 def test_read_flags_reach_the_reader(flags: list[str], tokenizers_agree: None, in_memory: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    given = ["--verify", "first", "--read_connections", "3", "--cache_dir", str(cache), "--cache_bytes", "1000000"]
-    plan = make_plan(parse_arguments([*flags, "--shards", in_memory, *given]))
+    extra_flags = [
+        *("--verify", "first", "--read_connections", "3"),
+        *("--cache_dir", str(cache), "--cache_bytes", "1000000"),
+    ]
+    plan = make_plan(parse_arguments([*flags, "--shards", in_memory, *extra_flags]))
     assert read_settings(plan.args, plan.index) == ReadSettings(
         verify="first", connections=3, cache_dir=cache, cache_bytes=1_000_000
     )
@@ -363,8 +367,8 @@ def test_read_flags_reach_the_reader(flags: list[str], tokenizers_agree: None, i
 
 def test_read_flags_default_to_those_of_the_reader(flags: list[str], in_memory: str, shards: Path) -> None:
     args = parse_arguments(flags)
-    for place in (in_memory, shards):
-        assert read_settings(args, open_shards(place)) == ReadSettings()
+    for source in (in_memory, shards):
+        assert read_settings(args, open_shards(source)) == ReadSettings()
 
 
 def test_an_unknown_value_of_verify_is_wrong_use(flags: list[str]) -> None:
@@ -377,25 +381,25 @@ def test_a_stalled_read_stops_the_run_after_the_timeout(
 ) -> None:
     plan = make_plan(parse_arguments([*flags, "--read_timeout_s", "0.05"]))
     release = threading.Event()
-    monkeypatch.setattr("train.batches.stream.BinReader.read", lambda reader, number: release.wait())
+    monkeypatch.setattr("train.batches.stream.BinReader.read", lambda reader, bin_id: release.wait())
     with open_stream(plan) as stream:
         with pytest.raises(ShardError, match=r"not read within 0\.05 s"):
             next(stream)
         release.set()
 
 
-@pytest.mark.parametrize(("given", "expected"), [([], 8), (["--dataloader_prefetch_factor", "3"], 12)])
+@pytest.mark.parametrize(("extra_flags", "expected"), [([], 8), (["--dataloader_prefetch_factor", "3"], 12)])
 def test_the_prefetch_covers_two_steps_or_what_the_flag_says(
     flags: list[str],
     tokenizers_agree: None,
     monkeypatch: pytest.MonkeyPatch,
-    given: list[str],
+    extra_flags: list[str],
     expected: int,
 ) -> None:
     """Four threads, four forward passes in a step."""
     seen: dict[str, object] = {}
     monkeypatch.setattr("train.run.loop.BinStream", lambda *_, **settings: seen.update(settings))
-    open_stream(make_plan(parse_arguments([*flags, *given])))
+    open_stream(make_plan(parse_arguments([*flags, *extra_flags])))
     assert (seen["num_threads"], seen["prefetch"]) == (4, expected)
 
 

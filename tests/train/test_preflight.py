@@ -175,7 +175,7 @@ def test_the_largest_micro_batch_runs_next_to_the_gradients_of_another_without_a
 
 
 def test_the_first_rank_explains_for_all() -> None:
-    problems = [f"problem {number}" for number in range(MAX_PROBLEMS_SHOWN + 2)]
+    problems = [f"problem {index}" for index in range(MAX_PROBLEMS_SHOWN + 2)]
     first, second = (Ranks(rank=rank, local=rank, world=2) for rank in (0, 1))
     assert explain(problems, first).endswith("; problem 7; and 2 more.")
     assert explain(problems[:1], first) == "dry run failed: problem 0."

@@ -50,8 +50,8 @@ class Server:
 
     def stats(self) -> dict[str, int]:
         with urllib.request.urlopen(f"{self.address}/stats") as answer:
-            found: dict[str, int] = json.load(answer)
-        return found
+            counts: dict[str, int] = json.load(answer)
+        return counts
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +84,19 @@ def stream_of(index: ShardIndex, read: ReadSettings | None = None, **changes: ob
 
 
 def tensors_of(micro: MicroBatch) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    micro.map(lambda tensor: (found.append(tensor), tensor)[1])
-    return found
+    tensors: list[torch.Tensor] = []
+    micro.map(lambda tensor: (tensors.append(tensor), tensor)[1])
+    return tensors
 
 
 def assert_same_stream(url: str, folder: Path, read: ReadSettings | None = None) -> None:
     """All tensors of an epoch equal those read from the disk."""
     with stream_of(open_shards(url), read) as remote, stream_of(open_shards(folder)) as local:
         num_steps = 0
-        for ours, theirs in zip(remote, local):
-            assert ours.bins == theirs.bins
-            for one, other in zip(ours.micro_batches, theirs.micro_batches):
-                assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(other)))
+        for remote_batch, local_batch in zip(remote, local):
+            assert remote_batch.bins == local_batch.bins
+            for remote_micro, local_micro in zip(remote_batch.micro_batches, local_batch.micro_batches):
+                assert all(torch.equal(a, b) for a, b in zip(tensors_of(remote_micro), tensors_of(local_micro)))
             num_steps += 1
     assert num_steps == 6
 
@@ -111,28 +111,28 @@ def test_an_epoch_over_http_equals_that_of_the_disk(server: Server, folder: Path
 def test_an_epoch_from_an_object_store_equals_that_of_the_disk(in_memory: str, folder: Path) -> None:
     assert_same_stream(f"{in_memory}/set", folder)
     index = open_shards(in_memory)
-    assert [str(found) for found in index.folders] == ["memory://bucket/set"], "sub-folders are found by listing"
+    assert [str(path) for path in index.folders] == ["memory://bucket/set"], "sub-folders are found by listing"
     assert index.fingerprint == open_shards(folder).fingerprint
     assert source_samples(index, [7]) == source_samples(open_shards(folder), [7])
 
 
 def test_no_thread_of_pyarrow_gets_a_python_file(in_memory: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such a thread may let go of the file when the interpreter is ending, and abort it."""
-    asked: list[tuple[object, dict[str, object]]] = []
+    """Such a thread may release the file while the interpreter shuts down, which aborts the process."""
+    reads: list[tuple[object, dict[str, object]]] = []
 
     def record(source: object, **options: object) -> pa.Table:
-        asked.append((source, options))
+        reads.append((source, options))
         return read_table(source, **options)
 
     remote, local = open_shards(in_memory), open_shards(folder)
     read_table = pq.read_table
     monkeypatch.setattr(pq, "read_table", record)
     assert source_samples(remote, [7]) == source_samples(local, [7])
-    (one, options), (other, _) = asked
-    assert not isinstance(one, Path)
+    (remote_source, options), (local_source, _) = reads
+    assert not isinstance(remote_source, Path)
     assert not options["use_threads"]
     assert not options["pre_buffer"]
-    assert isinstance(other, Path)
+    assert isinstance(local_source, Path)
 
 
 def test_a_stalled_answer_is_retried(server: Server, folder: Path) -> None:
@@ -162,8 +162,8 @@ def test_a_server_that_always_fails_stops_with_shard_bin_and_offset(server: Serv
     index = open_shards(f"{server.address}/{behaviour}/set")
     policy = RetryPolicy(attempts=3, timeout_s=0.3, first_delay_s=0.01)
     began = time.monotonic()
-    place = r"/set/bins-0000\d\.tar, bin \d+ at offset \d+: "
-    with pytest.raises(VlprepError, match=rf"{place}.*{says}") as failed:
+    location = r"/set/bins-0000\d\.tar, bin \d+ at offset \d+: "
+    with pytest.raises(VlprepError, match=rf"{location}.*{says}") as failed:
         next(stream_of(index, ReadSettings(retry_policy=policy)))
     assert "\n" not in str(failed.value)
     assert time.monotonic() - began < 30
@@ -193,8 +193,8 @@ def test_reads_wait_for_a_server_that_restarts(server: Server, folder: Path, tmp
     later = subprocess.Popen([sys.executable, "-c", code])
     try:
         policy = RetryPolicy(attempts=40, timeout_s=5.0, first_delay_s=0.2, max_delay_s=0.2)
-        found = BinReader(index, ReadSettings(retry_policy=policy)).read(3)
-        assert found.bin.index == 3
+        result = BinReader(index, ReadSettings(retry_policy=policy)).read(3)
+        assert result.bin.index == 3
     finally:
         later.kill()
         later.wait()
@@ -233,9 +233,9 @@ def test_a_server_without_content_lengths_is_refused(server: Server) -> None:
 
 
 def test_an_index_page_is_a_listing_without_sizes(server: Server, folder: Path) -> None:
-    """Sub-folders are found by it, and sizes are asked for one by one."""
+    """Sub-folders come from the page, and the size of each file is requested separately."""
     root = f"{server.address}/indexed"
-    assert [str(found) for found in open_shards(root).folders] == [f"{root}/set"]
+    assert [str(path) for path in open_shards(root).folders] == [f"{root}/set"]
     assert sorted(storage.file_names(Url(f"{root}/set"))) == sorted(path.name for path in folder.iterdir())
 
 
@@ -289,22 +289,22 @@ def test_a_failed_listing_is_not_an_empty_folder(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_refusal_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing credentials are told at once, as botocore raises them."""
+    """Missing credentials, which botocore reports with this error, are reported at once."""
 
     class NoCredentialsError(Exception):
         pass
 
     class Refusing(MemoryFileSystem):
-        asked = 0
+        num_requests = 0
 
         def info(self, path: str, **kwargs: object) -> dict[str, object]:
-            Refusing.asked += 1
+            Refusing.num_requests += 1
             raise NoCredentialsError("Unable to locate credentials")
 
     monkeypatch.setattr(request, "_system", lambda *_: Refusing())
     with pytest.raises(storage.RefusedError, match=r"the store refuses access \(Unable to locate credentials"):
         storage.read(Url("s3://bucket/set/manifest.json"))
-    assert Refusing.asked == 1
+    assert Refusing.num_requests == 1
 
 
 def test_a_signed_url_is_joined_in_front_of_its_query_and_never_printed(server: Server, folder: Path) -> None:

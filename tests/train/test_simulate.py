@@ -1,4 +1,4 @@
-"""What a run will ask for is told before it starts, from the index alone."""
+"""What a run needs of storage, and its efficiency, are computed before it starts, from the index alone."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def index(tmp_path: Path) -> ShardIndex:
 
 def test_one_epoch_in_one_step_is_the_whole_set(index: ShardIndex) -> None:
     order = DataOrder(index.cost(), seed=0, global_batch=16, epochs=1)
-    found = simulate(index, order, world_size=4, accumulation=4)
-    assert found.num_steps == 1
-    assert found.step.num_bytes == found.max_bytes == index.num_bytes.sum()
-    assert found.step.num_tokens == index.num_tokens.sum()
-    assert found.step.num_targets == index.num_targets.sum()
+    result = simulate(index, order, world_size=4, accumulation=4)
+    assert result.num_steps == 1
+    assert result.step.num_bytes == result.max_bytes == index.num_bytes.sum()
+    assert result.step.num_tokens == index.num_tokens.sum()
+    assert result.step.num_targets == index.num_targets.sum()
     # four ranks, four micro-steps: by hand from the sorted costs
     runs = np.sort(order.cost).reshape(4, 4)
-    assert found.efficiency == pytest.approx((runs.mean(axis=1) / runs.max(axis=1)).mean())
-    assert found.min_efficiency == pytest.approx((runs.mean(axis=1) / runs.max(axis=1)).min())
-    assert found.random_efficiency < found.efficiency
+    assert result.efficiency == pytest.approx((runs.mean(axis=1) / runs.max(axis=1)).mean())
+    assert result.min_efficiency == pytest.approx((runs.mean(axis=1) / runs.max(axis=1)).min())
+    assert result.random_efficiency < result.efficiency
 
 
 def test_sizes_of_a_step_are_those_of_whole_steps(index: ShardIndex) -> None:
-    """The second step has four bins and eight empty places."""
+    """The second step has four bins and eight empty slots."""
     order = DataOrder(index.cost(), seed=0, global_batch=12, epochs=1)
-    found = simulate(index, order, world_size=3, accumulation=4)
-    assert found.num_steps == 2
-    assert found.step.num_bytes == found.max_bytes == index.num_bytes[order.global_bins(0)].sum()
-    assert found.step.num_tokens == index.num_tokens[order.global_bins(0)].sum()
+    result = simulate(index, order, world_size=3, accumulation=4)
+    assert result.num_steps == 2
+    assert result.step.num_bytes == result.max_bytes == index.num_bytes[order.global_bins(0)].sum()
+    assert result.step.num_tokens == index.num_tokens[order.global_bins(0)].sum()
     short = DataOrder(index.cost(), seed=0, global_batch=32, epochs=1)
     assert simulate(index, short, world_size=2, accumulation=4).step.num_bytes == index.num_bytes.sum()
 
@@ -84,21 +84,21 @@ def test_variance_of_shares_worked_out_by_hand() -> None:
 def test_weights_make_the_mixture_vary_less_than_chance(tmp_path: Path) -> None:
     write_shards(tmp_path / "a", make_bins(seed=1, num_bins=8), dataset="first")
     write_shards(tmp_path / "b", make_bins(seed=2, num_bins=8), dataset="second")
-    found = {}
+    ratios = {}
     for shards in (f"{tmp_path / 'a'}:1,{tmp_path / 'b'}:1", str(tmp_path)):
         index = open_shards(shards)
         order = DataOrder(index.cost(), seed=0, global_batch=8, mixture=index.mixture)
         simulated = simulate(index, order, world_size=2, accumulation=4)
-        found[shards] = simulated.mixture_variance / simulated.random_mixture_variance
-    weighted, plain = found.values()
+        ratios[shards] = simulated.mixture_variance / simulated.random_mixture_variance
+    weighted, plain = ratios.values()
     assert weighted < plain
 
 
 def test_a_report_says_bandwidth_and_length_of_an_epoch(index: ShardIndex) -> None:
     order = DataOrder(index.cost(), seed=0, global_batch=16, epochs=2.5)
-    found = simulate(index, order, world_size=4, accumulation=4)
+    result = simulate(index, order, world_size=4, accumulation=4)
     tokens, num_bytes = int(index.num_tokens.sum()), int(index.num_bytes.sum())
-    text = "\n".join(report(index, order, found, world_size=4, accumulation=4, tokens_per_s=tokens * 10**6))
+    text = "\n".join(report(index, order, result, world_size=4, accumulation=4, tokens_per_s=tokens * 10**6))
     assert f"a step: {tokens:,} tokens" in text
     assert f"{num_bytes:,.1f} MB/s, {num_bytes / 4:,.1f} MB/s per rank" in text
     assert f"an epoch: 16 bins of 16 in the shards, 1.00 steps, {tokens:,} tokens" in text
@@ -108,18 +108,20 @@ def test_a_report_says_bandwidth_and_length_of_an_epoch(index: ShardIndex) -> No
 
 
 def test_an_epoch_of_a_mixture_has_the_tokens_of_all_uses(tmp_path: Path) -> None:
-    """Each bin of one folder twice and each of the other once; by weights 3:1, places of average bins."""
+    """Each bin of one folder twice and each of the other once; with weights 3:1, bins of average size."""
     a, b = (write_shards(tmp_path / name, make_bins(seed=n, num_bins=4 + n)) for n, name in enumerate("ab"))
     in_a, in_b = (int(open_shards(folder).num_tokens.sum()) for folder in (a, b))
-    for shards, tokens, places in (
+    for shards, tokens, num_bins in (
         (f"{a}:2epochs,{b}:1epochs", 2 * in_a + in_b, 13),
         (f"{a}:3,{b}:1", 9 * (0.75 * in_a / 4 + 0.25 * in_b / 5), 9),
     ):
         index = open_shards(shards)
         order = DataOrder(index.cost(), seed=0, global_batch=4, mixture=index.mixture)
-        found = simulate(index, order, world_size=2, accumulation=2)
-        text = "\n".join(report(index, order, found, world_size=2, accumulation=2, tokens_per_s=0.5))
-        assert f"an epoch: {places} bins of 9 in the shards, {places / 4:,.2f} steps, {tokens:,.0f} tokens, " in text
+        result = simulate(index, order, world_size=2, accumulation=2)
+        text = "\n".join(report(index, order, result, world_size=2, accumulation=2, tokens_per_s=0.5))
+        assert (
+            f"an epoch: {num_bins} bins of 9 in the shards, {num_bins / 4:,.2f} steps, {tokens:,.0f} tokens, " in text
+        )
         duration = f"{2 * tokens:,.1f} s" if tokens < 500 else f"{tokens / 1800:,.2f} hours"
         assert text.endswith(f"{duration}; no end")
 
@@ -150,16 +152,16 @@ def test_what_the_command_line_says_follows_from_the_table_of_bins_alone(tmp_pat
         vision = PATCH_OF_7B * row["num_patches"] + SQUARED_PATCHES_OF_7B * row["num_patches"] ** 2 / frames
         # recomputed, and with gradients of activations and weights; the vision tower is frozen
         costs.append(4 * sum(flops * row[name] for name, flops in FORWARD_OF_7B.items()) + vision)
-    sequence = [number for epoch in range(3) for number in reference_permutation(130, 0, epoch)]
+    sequence = [bin_id for epoch in range(3) for bin_id in reference_permutation(130, 0, epoch)]
     steps = [sequence[start : start + 24] for start in range(0, len(sequence), 24)]
     efficiencies = []
     for step in steps:
-        loads = sorted([0.0] * (24 - len(step)) + [costs[number] for number in step])
+        loads = sorted([0.0] * (24 - len(step)) + [costs[bin_id] for bin_id in step])
         runs = [loads[start : start + 4] for start in range(0, 24, 4)]
         efficiencies += [sum(run) / 4 / max(run) if max(run) else 1.0 for run in runs]
 
     def of_whole_steps(column: str) -> list[int]:
-        return [sum(rows[number][column] for number in step) for step in steps if len(step) == 24]
+        return [sum(rows[bin_id][column] for bin_id in step) for step in steps if len(step) == 24]
 
     def mean(values: list[float] | list[int]) -> float:
         return sum(values) / len(values)
@@ -181,7 +183,7 @@ def test_what_the_command_line_says_follows_from_the_table_of_bins_alone(tmp_pat
     done = subprocess.run(
         [*command, "--simulate", "--epochs", "3", "--tokens-per-s", "5e6"], capture_output=True, text=True, check=True
     )
-    for said in (
+    for expected in (
         "17 steps of 24 bins, 4 ranks, 6 micro-steps, seed 0",
         f"efficiency: mean {mean(efficiencies):.4f}, lowest {min(efficiencies):.4f} (",
         f"a step: {mean(tokens):,.0f} tokens, {mean(targets):,.0f} of them targets, "
@@ -189,7 +191,7 @@ def test_what_the_command_line_says_follows_from_the_table_of_bins_alone(tmp_pat
         f"bandwidth at 5,000,000 tokens/s: {mb_per_s:,.1f} MB/s, {mb_per_s / 4:,.1f} MB/s per rank; a step every ",
         f"an epoch: 130 bins of 130 in the shards, 5.42 steps, {total:,} tokens, {total / 5e6:.1f} s; 17 steps in all",
     ):
-        assert said in done.stdout, said
+        assert expected in done.stdout, expected
 
 
 @pytest.mark.slow

@@ -81,10 +81,10 @@ def model(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> PackedQwen:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH_ATTENTION, attention)
     for config in (hf.model.language_model.config, hf.model.visual.config):
         monkeypatch.setattr(config, "_attn_implementation_internal", FLASH_ATTENTION)
-    made = PackedQwen(hf, attn_implementation=FLASH_ATTENTION).train()
-    optim.group_parameters(made, EVERYTHING)
-    checkpoint_activations(made)
-    return made
+    packed = PackedQwen(hf, attn_implementation=FLASH_ATTENTION).train()
+    optim.group_parameters(packed, EVERYTHING)
+    checkpoint_activations(packed)
+    return packed
 
 
 def test_no_operation_of_a_forward_and_backward_pass_synchronizes(

@@ -1,4 +1,4 @@
-"""Damage of every kind, at every place, with every setting: found and named, or knowingly not looked for."""
+"""Every kind of damage, in every part of a bin, with every setting: reported with its location, or not checked."""
 
 from __future__ import annotations
 
@@ -25,37 +25,39 @@ from train.main import main
 from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import VERIFY, BinReader, ReadSettings, read_checked_bin
 
-NUMBER = 4
+BIN_ID = 4
 MEMBERS = {
     codec: [*ARRAY_MEMBERS, pixels, "samples.json"] for codec, pixels in (("zstd", "pixels.zst"), ("raw", "pixels.raw"))
 }
-PLACES = [(codec, member, part) for codec in MEMBERS for member in MEMBERS[codec] for part in ("header", "contents")]
+MEMBER_PARTS = [
+    (codec, member, part) for codec in MEMBERS for member in MEMBERS[codec] for part in ("header", "contents")
+]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("made")
+def shard_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
     for codec in MEMBERS:
         write_shards(root / codec, make_bins(num_bins=8), codec=codec)
     return root
 
 
-def copy_of(made: Path, tmp_path: Path, codec: str = "zstd") -> ShardIndex:
-    return open_shards(shutil.copytree(made / codec, tmp_path / codec))
+def copy_of(shard_sets: Path, tmp_path: Path, codec: str = "zstd") -> ShardIndex:
+    return open_shards(shutil.copytree(shard_sets / codec, tmp_path / codec))
 
 
 def byte_of(index: ShardIndex, member: str, part: str) -> int:
-    """Where in its shard the header of a member of bin NUMBER begins, or the last byte of its contents lies."""
-    location = index.locate(NUMBER)
+    """Offset in the shard of the header of a member of bin BIN_ID, or of the last byte of its contents."""
+    location = index.locate(BIN_ID)
     assert isinstance(location.path, Path)
     data = location.path.read_bytes()[location.offset : location.offset + location.num_bytes]
     with tarfile.open(fileobj=io.BytesIO(data + bytes(1024))) as tar:
-        info = tar.getmember(f"{NUMBER:08d}.{member}")
+        info = tar.getmember(f"{BIN_ID:08d}.{member}")
     return location.offset + (info.offset if part == "header" else info.offset_data + info.size - 1)
 
 
 def change_byte(index: ShardIndex, at: int) -> None:
-    path = index.locate(NUMBER).path
+    path = index.locate(BIN_ID).path
     assert isinstance(path, Path)
     data = bytearray(path.read_bytes())
     data[at] ^= 0x04
@@ -63,82 +65,84 @@ def change_byte(index: ShardIndex, at: int) -> None:
 
 
 def read(index: ShardIndex, verify: str) -> None:
-    BinReader(index, ReadSettings(verify=verify)).read(NUMBER)
+    BinReader(index, ReadSettings(verify=verify)).read(BIN_ID)
 
 
 @pytest.mark.parametrize("verify", ["always", "first"])
-@pytest.mark.parametrize(("codec", "member", "part"), PLACES)
+@pytest.mark.parametrize(("codec", "member", "part"), MEMBER_PARTS)
 def test_a_changed_byte_anywhere_stops_with_shard_bin_and_offset(
-    made: Path, tmp_path: Path, codec: str, member: str, part: str, verify: str
+    shard_sets: Path, tmp_path: Path, codec: str, member: str, part: str, verify: str
 ) -> None:
-    index = copy_of(made, tmp_path, codec)
+    index = copy_of(shard_sets, tmp_path, codec)
     change_byte(index, byte_of(index, member, part))
-    location = index.locate(NUMBER)
-    place = rf"{codec}/bins-00001\.tar, bin {NUMBER} at offset {location.offset}: checksum is .* Copy it again"
-    with pytest.raises(ShardError, match=place):
+    location = index.locate(BIN_ID)
+    message = rf"{codec}/bins-00001\.tar, bin {BIN_ID} at offset {location.offset}: checksum is .* Copy it again"
+    with pytest.raises(ShardError, match=message):
         read(index, verify)
 
 
 @pytest.mark.parametrize(("codec", "member"), [(codec, member) for codec in MEMBERS for member in MEMBERS[codec]])
-def test_without_checksums_the_structure_is_still_checked(made: Path, tmp_path: Path, codec: str, member: str) -> None:
-    index = copy_of(made, tmp_path, codec)
+def test_without_checksums_the_structure_is_still_checked(
+    shard_sets: Path, tmp_path: Path, codec: str, member: str
+) -> None:
+    index = copy_of(shard_sets, tmp_path, codec)
     change_byte(index, byte_of(index, member, "header"))
-    with pytest.raises(ShardError, match=rf"bins-00001\.tar, bin {NUMBER} at offset "):
+    with pytest.raises(ShardError, match=rf"bins-00001\.tar, bin {BIN_ID} at offset "):
         read(index, "never")
 
 
-def test_without_checksums_a_changed_pixel_is_not_seen(made: Path, tmp_path: Path) -> None:
+def test_without_checksums_a_changed_pixel_is_not_seen(shard_sets: Path, tmp_path: Path) -> None:
     """That is what `never` means."""
-    index = copy_of(made, tmp_path, "raw")
-    number = 5
-    before = read_checked_bin(index, number).pixels.copy()
-    location = index.locate(number)
+    index = copy_of(shard_sets, tmp_path, "raw")
+    bin_id = 5
+    before = read_checked_bin(index, bin_id).pixels.copy()
+    location = index.locate(bin_id)
     assert isinstance(location.path, Path)
     data = bytearray(location.path.read_bytes())
     data[data.index(before.tobytes())] ^= 1
     location.path.write_bytes(data)
-    found = BinReader(index, ReadSettings(verify="never")).read(number).bin.pixels
-    assert np.count_nonzero(found != before) == 1
+    pixels = BinReader(index, ReadSettings(verify="never")).read(bin_id).bin.pixels
+    assert np.count_nonzero(pixels != before) == 1
 
 
-def test_first_verifies_each_bin_once_and_always_verifies_every_read(made: Path, tmp_path: Path) -> None:
-    index = copy_of(made, tmp_path)
+def test_first_verifies_each_bin_once_and_always_verifies_every_read(shard_sets: Path, tmp_path: Path) -> None:
+    index = copy_of(shard_sets, tmp_path)
     readers = {verify: BinReader(index, ReadSettings(verify=verify)) for verify in VERIFY}
     for reader in readers.values():
-        reader.read(NUMBER)
+        reader.read(BIN_ID)
     change_byte(index, byte_of(index, "samples.json", "contents"))
-    readers["first"].read(NUMBER)
-    readers["never"].read(NUMBER)
+    readers["first"].read(BIN_ID)
+    readers["never"].read(BIN_ID)
     with pytest.raises(ShardError, match="checksum"):
-        readers["always"].read(NUMBER)
+        readers["always"].read(BIN_ID)
     with pytest.raises(ShardError, match="checksum"):
         read(index, "first")
 
 
 @pytest.mark.parametrize("verify", VERIFY)
-def test_a_shard_cut_short_after_the_start_stops(made: Path, tmp_path: Path, verify: str) -> None:
-    index = copy_of(made, tmp_path)
-    location = index.locate(NUMBER)
+def test_a_shard_cut_short_after_the_start_stops(shard_sets: Path, tmp_path: Path, verify: str) -> None:
+    index = copy_of(shard_sets, tmp_path)
+    location = index.locate(BIN_ID)
     assert isinstance(location.path, Path)
     location.path.write_bytes(location.path.read_bytes()[: location.offset + 100])
-    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset \d+: the shard ends after 100 of the bin's"):
+    with pytest.raises(ShardError, match=rf"bin {BIN_ID} at offset \d+: the shard ends after 100 of the bin's"):
         read(index, verify)
     location.path.unlink()
-    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset \d+: the shard does not exist"):
+    with pytest.raises(ShardError, match=rf"bin {BIN_ID} at offset \d+: the shard does not exist"):
         read(index, verify)
 
 
 @pytest.mark.parametrize("verify", ["always", "first"])
-def test_shards_of_another_build_stop_even_if_all_sizes_agree(made: Path, tmp_path: Path, verify: str) -> None:
-    """Other samples of the same lengths and media: files of the same sizes with bins at the same places."""
-    index = copy_of(made, tmp_path, "raw")
+def test_shards_of_another_build_stop_even_if_all_sizes_agree(shard_sets: Path, tmp_path: Path, verify: str) -> None:
+    """Other samples of the same lengths and media: files of the same sizes with bins at the same offsets."""
+    index = copy_of(shard_sets, tmp_path, "raw")
     other = write_shards(tmp_path / "other", make_bins(seed=9, num_bins=8), codec="raw")
     for shard in other.glob("*.tar"):
         shutil.copyfile(shard, tmp_path / "raw" / shard.name)
     reader = BinReader(index, ReadSettings(verify=verify))
-    for number in range(8):
-        with pytest.raises(ShardError, match=rf"bins-0000\d\.tar, bin {number} at offset \d+: .*of another build"):
-            reader.read(number)
+    for bin_id in range(8):
+        with pytest.raises(ShardError, match=rf"bins-0000\d\.tar, bin {bin_id} at offset \d+: .*of another build"):
+            reader.read(bin_id)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +189,8 @@ FILES = ["bins-00001.tar", "bins.parquet", "manifest.json"]
     [(name, damage) for name in FILES for damage in ("missing", "short", "long")]
     + [("bins.parquet", "of another build"), ("manifest.json", "of another build")],
 )
-def test_damage_before_the_start_stops_there(made: Path, tmp_path: Path, name: str, damage: str) -> None:
-    copy_of(made, tmp_path)
+def test_damage_before_the_start_stops_there(shard_sets: Path, tmp_path: Path, name: str, damage: str) -> None:
+    copy_of(shard_sets, tmp_path)
     path = tmp_path / "zstd" / name
     data = path.read_bytes()
     if damage == "missing":
@@ -201,9 +205,9 @@ def test_damage_before_the_start_stops_there(made: Path, tmp_path: Path, name: s
         open_shards(tmp_path / "zstd")
 
 
-def test_a_broken_link_is_not_silently_left_out(made: Path, tmp_path: Path) -> None:
-    """What it stood for would be missing from the run without a word."""
-    copy_of(made, tmp_path)
+def test_a_broken_link_is_not_silently_left_out(shard_sets: Path, tmp_path: Path) -> None:
+    """Otherwise the shards it links to would be missing from the run without an error."""
+    copy_of(shard_sets, tmp_path)
     (tmp_path / "mp_doc").symlink_to("/mnt/not/mounted")
     with pytest.raises(ShardError, match=r"mp_doc is a link to /mnt/not/mounted, which does not exist"):
         open_shards(tmp_path)
@@ -215,15 +219,15 @@ def test_a_broken_link_is_not_silently_left_out(made: Path, tmp_path: Path) -> N
         open_shards(tmp_path / "mp_doc")
 
 
-def test_a_folder_named_twice_is_wrong_use(made: Path, tmp_path: Path) -> None:
+def test_a_folder_named_twice_is_wrong_use(shard_sets: Path, tmp_path: Path) -> None:
     """By another name, through a link, inside another one, at a URL: its bins would be used twice."""
-    (tmp_path / "link").symlink_to(made / "raw")
-    for other in (f"{made}/zstd/../raw", tmp_path / "link", made, tmp_path):
+    (tmp_path / "link").symlink_to(shard_sets / "raw")
+    for other in (f"{shard_sets}/zstd/../raw", tmp_path / "link", shard_sets, tmp_path):
         with pytest.raises(ConfigError, match=r"is named twice.*: its bins would be used twice\. Name it once"):
-            open_shards(f"{made}/raw:1,{other}:2")
+            open_shards(f"{shard_sets}/raw:1,{other}:2")
     with pytest.raises(ConfigError, match="raw is named twice: its bins"):
-        open_shards(f"file://{made}/raw/,file://{made}")
-    assert open_shards(f"{made}/raw,{made}/zstd").num_bins == 16
+        open_shards(f"file://{shard_sets}/raw/,file://{shard_sets}")
+    assert open_shards(f"{shard_sets}/raw,{shard_sets}/zstd").num_bins == 16
 
 
 @pytest.mark.parametrize(
@@ -240,21 +244,21 @@ def test_shards_without_a_name_are_wrong_use(shards: str, says: str) -> None:
         open_shards(shards)
 
 
-def test_a_file_is_not_a_folder(made: Path) -> None:
+def test_a_file_is_not_a_folder(shard_sets: Path) -> None:
     with pytest.raises(ShardError, match=r"manifest\.json is not a folder\. Give the folder that"):
-        open_shards(made / "raw" / "manifest.json")
+        open_shards(shard_sets / "raw" / "manifest.json")
 
 
 def test_a_shard_without_permission_is_distinguished_from_a_missing_one(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = copy_of(made, tmp_path)
+    index = copy_of(shard_sets, tmp_path)
 
     def refuse(*args: object) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(storage.os, "open", refuse)
-    with pytest.raises(ShardError, match=rf"bin {NUMBER} at offset .*: cannot be read: Permission denied\. Check that"):
+    with pytest.raises(ShardError, match=rf"bin {BIN_ID} at offset .*: cannot be read: Permission denied\. Check that"):
         read(index, "always")
 
 
@@ -270,9 +274,9 @@ def test_a_shard_without_permission_is_distinguished_from_a_missing_one(
     ],
 )
 def test_without_checksums_contents_that_do_not_fit_stop(
-    made: Path, tmp_path: Path, member: str, at: int, value: int, says: str
+    shard_sets: Path, tmp_path: Path, member: str, at: int, value: int, says: str
 ) -> None:
-    index = copy_of(made, tmp_path, "raw")
+    index = copy_of(shard_sets, tmp_path, "raw")
     location = index.locate(5)
     assert isinstance(location.path, Path)
     data = bytearray(location.path.read_bytes())
@@ -284,11 +288,11 @@ def test_without_checksums_contents_that_do_not_fit_stop(
         BinReader(index, ReadSettings(verify="never")).read(5)
 
 
-def test_an_image_of_several_temporal_steps_stops(made: Path, tmp_path: Path) -> None:
+def test_an_image_of_several_temporal_steps_stops(shard_sets: Path, tmp_path: Path) -> None:
     """A writer's mistake: everything else about the bin agrees with the index."""
     samples = make_bins(num_bins=2)[1]
-    clip = make_medium(np.random.default_rng(0), 2, 2, steps=2)
-    samples.append(make_sample(np.random.default_rng(1), [clip]))
+    video = make_medium(np.random.default_rng(0), 2, 2, steps=2)
+    samples.append(make_sample(np.random.default_rng(1), [video]))
     folder = write_shards(tmp_path / "wrong", [samples])
     index = open_shards(folder)
     read_checked_bin(index, 0)
@@ -305,12 +309,12 @@ def test_an_image_of_several_temporal_steps_stops(made: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("piece_bytes", [1, 700, 4096, 1 << 20])
 def test_a_checksum_computed_in_pieces_is_that_of_the_bin(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+    shard_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     monkeypatch.setattr(storage, "_DIGEST_BYTES", piece_bytes)
-    index = copy_of(made, tmp_path, "raw")
+    index = copy_of(shard_sets, tmp_path, "raw")
     read(index, "always")
-    location = index.locate(NUMBER)
+    location = index.locate(BIN_ID)
     for at in (location.offset + 700, location.offset + location.num_bytes - 1):
         change_byte(index, at)
         with pytest.raises(ShardError, match="checksum is"):
