@@ -1,7 +1,7 @@
-"""A folder of annotation files in which nearly every record is broken, each with the codes it must be rejected for.
+"""A folder of annotation files in which most records are broken, with the expected reason codes of each.
 
--> JSONL, arrays whole and damaged, Parquet with images inside, and the media that they name, good and bad.
-Good records stand between the broken ones: nothing may spoil its neighbours.
+It has JSONL, intact and damaged arrays, Parquet with embedded images, and the media files, valid and invalid.
+Valid records stand between the broken ones, since a broken record must not affect its neighbours.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tests.prep.test_images import random_image
 from tests.prep.test_videos import write_video
 
 MAX_SOURCE_BYTES = 1_000_000
-"""Bound of media files that goes with the folder."""
+"""Upper bound on the size of media files, for use with the folder."""
 
 MAX_LENGTH = 1200
-"""Bound of samples that goes with the folder."""
+"""Upper bound on the tokens of a sample, for use with the folder."""
 
 GOOD = json.dumps({"id": "good", "image": "good.png", "conversations": turn("<image>What?")}).encode()
 TURNS = json.dumps(turn("hi"))[1:-1]
@@ -37,9 +37,9 @@ TURNS = json.dumps(turn("hi"))[1:-1]
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What must become of one annotation; ``codes`` are empty for a good one.
+    """The expected outcome of one annotation; ``codes`` is empty for a valid one.
 
-    ``only_build``: whether checking without tokenizing cannot find out.
+    ``only_build``: whether only a build, which tokenizes, detects the problem.
     """
 
     file: str
@@ -50,14 +50,14 @@ class Expected:
 
 @dataclass(slots=True)
 class BrokenFolder:
-    """The folder, its annotation files, and what must become of every annotation in the order of the files."""
+    """The folder, its annotation files, and the expected outcome of every annotation in the order of the files."""
 
     root: Path
     files: list[Path] = field(default_factory=list)
     expected: list[Expected] = field(default_factory=list)
 
     def add(self, name: str, content: bytes, expected: list[tuple[int, str]], *, only_build: bool = False) -> None:
-        """Write a file; ``expected`` has line and codes (joined by blanks) of every annotation."""
+        """Write a file; ``expected`` has the line and the codes (separated by spaces) of every annotation."""
         (self.root / name).write_bytes(content)
         self.files.append(self.root / name)
         self.expected += [Expected(name, line, tuple(codes.split()), only_build) for line, codes in expected]
@@ -88,7 +88,7 @@ def nested(depth: int, inner: str) -> bytes:
 
 
 def with_field(text: bytes) -> bytes:
-    """A good record but for one more field, which nobody reads."""
+    """A valid record with an additional field ``x`` that the reader ignores."""
     return b'{"x": ' + text + f', "conversations": [{TURNS}]}}'.encode()
 
 
@@ -270,44 +270,44 @@ MEDIA: list[tuple[dict[str, Any], str]] = [
 
 
 def write_broken(root: Path) -> BrokenFolder:
-    """Write everything below ``root`` (and two files that must not be reached beside it)."""
+    """Write everything below ``root``, and two files beside it that must not be read."""
     root.mkdir()
     _write_media(root)
-    found = BrokenFolder(root)
+    folder = BrokenFolder(root)
     outside = str(root.parent)
     lines: list[tuple[bytes, str]] = [(line, "bad_json") for line in NOT_JSON]
     lines += [(json.dumps(record).encode(), codes) for record, codes in RECORDS]
     lines += [(json.dumps(record).replace("{outside}", outside).encode(), codes) for record, codes in MEDIA]
-    mixed = [pair for number, line in enumerate(lines) for pair in ([line] if number % 4 else [(GOOD, ""), line])]
+    mixed = [pair for index, line in enumerate(lines) for pair in ([line] if index % 4 else [(GOOD, ""), line])]
     mark = b"\xef\xbb\xbf"
-    found.add(
+    folder.add(
         "lines.jsonl",
         mark + b"\r\n".join(line for line, _ in mixed),
-        [(number, codes) for number, (_, codes) in enumerate(mixed, start=1)],
+        [(line_number, codes) for line_number, (_, codes) in enumerate(mixed, start=1)],
     )
-    found.add(
+    folder.add(
         "array.json",
         mark + b"[" + GOOD + b',\n{"id": },\n7,\n' + GOOD + b"]\n",
         [(1, ""), (2, "bad_json"), (3, "not_an_object"), (4, "")],
     )
-    found.add("cut.json", b"[" + GOOD + b",\n" + GOOD[:60], [(1, ""), (2, "bad_json")])
-    found.add("unclosed.json", b"[" + GOOD + b",\n" + GOOD + b"\n", [(1, ""), (2, ""), (3, "bad_json")])
-    found.add(
+    folder.add("cut.json", b"[" + GOOD + b",\n" + GOOD[:60], [(1, ""), (2, "bad_json")])
+    folder.add("unclosed.json", b"[" + GOOD + b",\n" + GOOD + b"\n", [(1, ""), (2, ""), (3, "bad_json")])
+    folder.add(
         "unbalanced.json",
         b"[" + GOOD + b",\n[" + GOOD + b",\n" + GOOD + b"]\n",
         [(1, ""), (2, ""), (2, ""), (4, "bad_json")],
     )
-    found.add("behind.json", b"[\n" + GOOD + b"\n]\nand more", [(2, ""), (4, "bad_json")])
-    found.add(
+    folder.add("behind.json", b"[\n" + GOOD + b"\n]\nand more", [(2, ""), (4, "bad_json")])
+    folder.add(
         "packed.jsonl", b"[" + GOOD + b", 7, {}]\n", [(1, ""), (1, "not_an_object"), (1, "missing_conversations")]
     )
-    found.add("long.jsonl", json.dumps(human("long " * 3000)).encode() + b"\n", [(1, "too_long")], only_build=True)
-    found.add("table.parquet", _table(), [(number, codes) for number, (_, codes) in enumerate(_ROWS, start=1)])
-    return found
+    folder.add("long.jsonl", json.dumps(human("long " * 3000)).encode() + b"\n", [(1, "too_long")], only_build=True)
+    folder.add("table.parquet", _table(), [(row_number, codes) for row_number, (_, codes) in enumerate(_ROWS, start=1)])
+    return folder
 
 
 def _png(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has next to no pixels."""
+    """A PNG whose header states a size for which it has too little pixel data."""
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
@@ -319,14 +319,14 @@ def _png(width: int, height: int) -> bytes:
 
 
 def encoded(kind: str, width: int = 90, height: int = 60) -> bytes:
-    """An image as the bytes of a file."""
+    """An image file as bytes."""
     out = io.BytesIO()
     random_image(width, height).save(out, kind)
     return out.getvalue()
 
 
 def _sound() -> bytes:
-    """An MP4 file with sound alone."""
+    """An MP4 file with an audio stream only."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as file:
         stream = file.add_stream("aac", rate=44100)

@@ -1,4 +1,4 @@
-"""What tests of the preparation share: one finished set of shards with every kind of medium, and its sources."""
+"""Fixtures of the preparation tests: one finished set of shards with every kind of medium, and its sources."""
 
 from __future__ import annotations
 

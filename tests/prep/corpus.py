@@ -20,27 +20,27 @@ def write_corpus(folder: Path, num_good: int = 24) -> tuple[Path, dict[str, str]
     """Write ``annotations.jsonl`` with media; return it and the expected code of every broken record by id."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(6):
+    for index in range(6):
         size = tuple(rng.integers(30, 200, 2).tolist())
         colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.png")
     (folder / "cut.jpg").write_bytes(b"")
     Image.fromarray(rng.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:1500])
     write_video(folder / "clip.mp4", 12, 2)
     good: list[dict[str, Any]] = []
-    for number in range(num_good):
-        name = f"{number % 6}.png"
+    for index in range(num_good):
+        name = f"{index % 6}.png"
         kinds: list[dict[str, Any]] = [
             {"image": name, "conversations": turn("<image>\nWhat is this?")},
-            {"conversations": turn("Say something. " * (1 + number % 5))},
+            {"conversations": turn("Say something. " * (1 + index % 5))},
             {"images": [name, "0.png"], "conversations": turn("First <image>, then <image>: same?")},
             {
                 "video": "clip.mp4",
-                "conversations": turn("<video>What happens?", "It gets brighter. " * (1 + number % 3)),
+                "conversations": turn("<video>What happens?", "It gets brighter. " * (1 + index % 3)),
             },
         ]
-        good.append({"id": f"good-{number}", **kinds[number % len(kinds)]})
+        good.append({"id": f"good-{index}", **kinds[index % len(kinds)]})
     bad: list[tuple[str, dict[str, Any]]] = [
         ("media_missing", {"image": "none.png", "conversations": turn("<image>")}),
         (

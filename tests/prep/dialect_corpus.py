@@ -64,8 +64,8 @@ def write_media(root: Path) -> None:
     random_image(60, 200, seed=2).save(root / "b.jpg")
     (root / "sub dir" / "c%20.png").write_bytes(_png(90, 90, seed=3))
     (root / "e.png").write_bytes(PNG)
-    for number in range(6):
-        (root / f"f{number}.png").write_bytes(_png(112, 84, seed=10 + number))
+    for index in range(6):
+        (root / f"f{index}.png").write_bytes(_png(112, 84, seed=10 + index))
     write_video(root / "v.mp4", 12, 2)
 
 
@@ -530,23 +530,23 @@ def _pretraining() -> list[Case]:
 
 
 def _frames() -> list[Case]:
-    names = [f"f{number}.png" for number in range(6)]
-    asked = llava("<video>What is it?", "A cat.", video="frames")
+    names = [f"f{index}.png" for index in range(6)]
+    plain = llava("<video>What is it?", "A cat.", video="frames")
     return [
-        _good("frames", "nested list", {**asked, "video": None, "videos": [names]}, asked, frames=(tuple(names),)),
-        _good("frames", "rate", {**asked, "video": None, "videos": [names], "fps": 2}, asked,
+        _good("frames", "nested list", {**plain, "video": None, "videos": [names]}, plain, frames=(tuple(names),)),
+        _good("frames", "rate", {**plain, "video": None, "videos": [names], "fps": 2}, plain,
               frames=(tuple(names),), settings=(ItemSettings(fps=2.0),)),
         _good("frames", "rate of each",
-              {**asked, "video": None, "videos": [names], "fps": [0.5]}, asked,
+              {**plain, "video": None, "videos": [names], "fps": [0.5]}, plain,
               frames=(tuple(names),), settings=(ItemSettings(fps=0.5),)),
-        _good("frames", "part", user_parts({"type": "video", "video": names, "fps": 4}, WHAT), asked,
+        _good("frames", "part", user_parts({"type": "video", "video": names, "fps": 4}, WHAT), plain,
               frames=(tuple(names),), settings=(ItemSettings(fps=4.0),)),
-        _good("frames", "sample_fps", user_parts({"type": "video", "video": names, "sample_fps": 1}, WHAT), asked,
+        _good("frames", "sample_fps", user_parts({"type": "video", "video": names, "sample_fps": 1}, WHAT), plain,
               frames=(tuple(names),), settings=(ItemSettings(fps=1.0),)),
         _good("frames", "fps without a video is counted", {**HELLO, "fps": 2}, HELLO, unused=("fps",)),
-        _bad("frames", "no frame", {**asked, "video": None, "videos": [[]]}),
-        _bad("frames", "rates for other videos", {**asked, "video": None, "videos": [names], "fps": [1, 2]}),
-        _bad("frames", "frame without a name", {**asked, "video": None, "videos": [["f0.png", None]]}),
+        _bad("frames", "no frame", {**plain, "video": None, "videos": [[]]}),
+        _bad("frames", "rates for other videos", {**plain, "video": None, "videos": [names], "fps": [1, 2]}),
+        _bad("frames", "frame without a name", {**plain, "video": None, "videos": [["f0.png", None]]}),
         _bad("frames", "image as a list", user_parts({"type": "image", "image": names}, WHAT)),
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A finished set of shards for tests, and ways to change one so that its checksums still hold."""
+"""A finished set of shards for tests, and functions that change a set and keep its checksums valid."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ def build_set(annotations: Path, out: Path, model: Path, settings: BuildSettings
     return out
 
 
-def place_of(folder: Path, number: int) -> dict[str, Any]:
+def place_of(folder: Path, bin_id: int) -> dict[str, Any]:
     """The row of a bin in ``bins.parquet``."""
-    return next(row for row in pq.read_table(folder / "bins.parquet").to_pylist() if row["bin"] == number)
+    return next(row for row in pq.read_table(folder / "bins.parquet").to_pylist() if row["bin"] == bin_id)
 
 
-def shard_of(folder: Path, number: int) -> Path:
-    return folder / f"bins-{place_of(folder, number)['shard']:05d}.tar"
+def shard_of(folder: Path, bin_id: int) -> Path:
+    return folder / f"bins-{place_of(folder, bin_id)['shard']:05d}.tar"
 
 
-def members_of(folder: Path, number: int) -> Members:
+def members_of(folder: Path, bin_id: int) -> Members:
     """Contents of the members of a bin by name, read by :mod:`tarfile`."""
-    with tarfile.open(shard_of(folder, number)) as tar:
+    with tarfile.open(shard_of(folder, bin_id)) as tar:
         return {
             info.name.partition(".")[2]: tar.extractfile(info).read()  # type: ignore[union-attr]
             for info in tar
-            if info.name.startswith(f"{number:08d}.")
+            if info.name.startswith(f"{bin_id:08d}.")
         }
 
 
-def array_of(folder: Path, number: int, name: str) -> np.ndarray:
-    return np.load(io.BytesIO(members_of(folder, number)[f"{name}.npy"]))
+def array_of(folder: Path, bin_id: int, name: str) -> np.ndarray:
+    return np.load(io.BytesIO(members_of(folder, bin_id)[f"{name}.npy"]))
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -77,39 +77,39 @@ def tar_bytes(key: str, members: Members, **fields: object) -> bytes:
     return b"".join(parts)
 
 
-def replace_bin(folder: Path, number: int, data: bytes) -> None:
-    """Put other bytes in the place of a bin; offsets, checksums and the manifest follow."""
+def replace_bin(folder: Path, bin_id: int, data: bytes) -> None:
+    """Replace the bytes of a bin, and update offsets, checksums and the manifest."""
     rows = pq.read_table(folder / "bins.parquet").to_pylist()
-    own = place_of(folder, number)
-    path = shard_of(folder, number)
+    own = place_of(folder, bin_id)
+    path = shard_of(folder, bin_id)
     shard = path.read_bytes()
     path.write_bytes(shard[: own["offset"]] + data + shard[own["offset"] + own["num_bytes"] :])
     for row in rows:
-        if row["bin"] == number:
+        if row["bin"] == bin_id:
             row["num_bytes"], row["xxh3"] = len(data), xxhash.xxh3_64_intdigest(data)
         elif row["shard"] == own["shard"] and row["offset"] > own["offset"]:
             row["offset"] += len(data) - own["num_bytes"]
     write_rows(folder, "bins.parquet", rows)
 
 
-def change_members(folder: Path, number: int, change: Callable[[Members], Members]) -> None:
+def change_members(folder: Path, bin_id: int, change: Callable[[Members], Members]) -> None:
     """Rewrite the members of a bin."""
-    replace_bin(folder, number, tar_bytes(f"{number:08d}", change(members_of(folder, number))))
+    replace_bin(folder, bin_id, tar_bytes(f"{bin_id:08d}", change(members_of(folder, bin_id))))
 
 
-def change_array(folder: Path, number: int, name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
+def change_array(folder: Path, bin_id: int, name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
     """Rewrite an array of a bin; ``change`` may work in place."""
 
     def changed(members: Members) -> Members:
         array = np.load(io.BytesIO(members[f"{name}.npy"]))
-        found = change(array)
-        return {**members, f"{name}.npy": npy(array if found is None else found)}
+        result = change(array)
+        return {**members, f"{name}.npy": npy(array if result is None else result)}
 
-    change_members(folder, number, changed)
+    change_members(folder, bin_id, changed)
 
 
 def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    """Write a table with the types that it has, and seal it again."""
+    """Rewrite a table with its existing schema, and update the manifest."""
     schema = pq.read_schema(folder / name)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / name)
     reseal(folder)
@@ -123,14 +123,14 @@ def change_rows(folder: Path, name: str, change: Callable[[list[dict[str, Any]]]
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Rewrite the manifest, laid out as it was; ``change`` works in place."""
+    """Rewrite the manifest in the same layout; ``change`` works in place."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def reseal(folder: Path) -> None:
-    """Make the sizes and SHA-256 in the manifest those of the files that are there."""
+    """Update the sizes and SHA-256 sums in the manifest to those of the files on disk."""
 
     def seal(manifest: dict[str, Any]) -> None:
         for stored in (*manifest["shards"], *manifest["tables"]):

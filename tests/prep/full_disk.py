@@ -1,8 +1,8 @@
-"""Builds onto a small disk of their own that runs full or can only be read; for ``test_faults``.
+"""Builds onto a small disk that becomes full or read-only; for ``test_faults``.
 
 ``unshare --user --map-root-user --mount python -m tests.prep.full_disk MODE ANNOTATIONS MODEL FOLDER`` mounts a file
-system in memory that nobody else sees, builds onto it, prints what every run of the command came to (JSON), and copies
-the shards to ``FOLDER/shards``.
+system in memory in its own namespace, builds onto it, prints the outcome of every run (JSON), and copies the
+shards to ``FOLDER/shards``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ STAGES = {
     "bins": "prep.build.pipeline.seal",
     "manifest": "prep.build.seal.write_synced",
 }
-"""What is about to run when the disk runs full."""
+"""The function of each stage before which the disk becomes full."""
 
 
 class Disk:
-    """A file system in memory at ``path``."""
+    """A file system in memory, mounted at ``path``."""
 
     def __init__(self, path: Path, size: str) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
 
     def fill(self) -> None:
-        """Leave no room."""
+        """Use up all free space."""
         with self._ballast.open("ab", buffering=0) as file:
             try:
                 while True:
@@ -57,7 +57,7 @@ class Disk:
 
     @contextmanager
     def full_before(self, name: str) -> Iterator[None]:
-        """Run full when a function is called; afterwards there is room again."""
+        """Fill the disk when a function is called; free the space at the end of the block."""
         real: Callable[..., Any] = functools.reduce(getattr, name.split(".")[1:], prep)
 
         def called(*arguments: Any, **named: Any) -> Any:

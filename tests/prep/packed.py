@@ -1,6 +1,6 @@
-"""Reads the samples of a finished set with the arithmetic of the format's description alone: tar, ``.npy``, zstd, JPEG.
+"""Reads the samples of a finished set as the format's description defines it: tar, ``.npy``, zstd, JPEG.
 
-Nothing of the program takes part, so that what is compared with these samples is compared with what lies on disk.
+It uses no product code, so a comparison with these samples is a comparison with the files on disk.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MEAN, STD = (
 
 @dataclass(frozen=True)
 class Packed:
-    """One sample as it lies in its bin.
+    """One sample as its bin stores it.
 
     Attributes:
-        bin, slot: where.
+        bin, slot: index of the bin, and of the sample in the bin.
         input_ids, labels: (L,) int32. position_ids: (3, L) int32.
         media: kind (0 image, 1 video), grid (t, h, w) and stored frames (F, 3, H, W) uint8 of every medium.
     """
@@ -68,17 +68,17 @@ def packed_samples(folder: Path) -> dict[str, list[Packed]]:
         bins: dict[int, dict[str, bytes]] = defaultdict(dict)
         with tarfile.open(shard) as tar:
             for info in tar:
-                number, _, member = info.name.partition(".")
-                bins[int(number)][member] = tar.extractfile(info).read()  # type: ignore[union-attr]
-        for number, members in bins.items():
-            for reference, sample in zip(json.loads(members["samples.json"]), _samples(number, members), strict=True):
+                key, _, member = info.name.partition(".")
+                bins[int(key)][member] = tar.extractfile(info).read()  # type: ignore[union-attr]
+        for bin_id, members in bins.items():
+            for reference, sample in zip(json.loads(members["samples.json"]), _samples(bin_id, members), strict=True):
                 samples_of[f"{reference['dataset']}/{reference['record']}"].append(sample)
                 if reference["id"] is not None:
                     samples_of[reference["id"]].append(sample)
     return dict(samples_of)
 
 
-def _samples(number: int, members: dict[str, bytes]) -> list[Packed]:
+def _samples(bin_id: int, members: dict[str, bytes]) -> list[Packed]:
     arrays: dict[str, NDArray[Any]] = {
         name.removesuffix(".npy"): np.load(io.BytesIO(data)) for name, data in members.items() if name.endswith(".npy")
     }
@@ -90,7 +90,7 @@ def _samples(number: int, members: dict[str, bytes]) -> list[Packed]:
         num_media = int((ids == 151652).sum())  # <|vision_start|>
         samples.append(
             Packed(
-                bin=number,
+                bin=bin_id,
                 slot=slot,
                 input_ids=ids,
                 labels=arrays["labels"][start:stop],

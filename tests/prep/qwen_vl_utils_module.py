@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 
 class _Resized:
-    """What ``transforms.functional.resize`` would return, of which only the size is looked at."""
+    """What ``transforms.functional.resize`` would return, of which only the size is used."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size

@@ -22,7 +22,7 @@ ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY
 
 
 class NodeProcesses:
-    """A cluster whose head does no work, and whose nodes are process groups of this machine that can be killed.
+    """A cluster whose head runs no tasks, and whose nodes are process groups on this machine that can be killed.
 
     Attributes:
         address: ``host:port`` of the head.
@@ -48,7 +48,7 @@ class NodeProcesses:
 
     @contextmanager
     def apart(self, *mounts: str) -> Iterator[None]:
-        """A node with one CPU and its own view of the file system: `mount` with these arguments came before it."""
+        """A node with one CPU in its own mount namespace; `mount` runs there first, once for each of ``mounts``."""
         unshare = shutil.which("unshare")
         if unshare is None or subprocess.run([unshare, "--mount", "true"], check=False).returncode:
             pytest.skip("this user may not make a mount namespace")
@@ -67,29 +67,29 @@ class NodeProcesses:
         )
         assert process.stdout is not None
         try:
-            said = ""
+            output = ""
             # Ray lets no two nodes of a machine start at the same time.
-            while "Ray runtime started" not in said:
+            while "Ray runtime started" not in output:
                 line = process.stdout.readline()
-                assert line, f"the node did not start: {said}"
-                said += line
+                assert line, f"the node did not start: {output}"
+                output += line
             yield
         finally:
-            # An orderly end, which the head is told of, for what follows.
+            # An orderly shutdown, so that the head removes the node before later tests.
             process.terminate()
             process.communicate()
 
     @contextmanager
     def node(self, **arguments: Any) -> Iterator[Any]:
         """A node that is removed at the end of the block, unless it was killed."""
-        found = self.add(**arguments)
+        node = self.add(**arguments)
         try:
-            yield found
+            yield node
         finally:
-            self._cluster.remove_node(found, allow_graceful=True)
+            self._cluster.remove_node(node, allow_graceful=True)
 
     def shutdown(self) -> None:
-        """End all that was started."""
+        """Stop the head and all nodes."""
         self._cluster.shutdown()
 
 
@@ -108,15 +108,15 @@ def node_processes() -> Iterator[NodeProcesses]:
 
 
 def _children() -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+    children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            found.setdefault(parent, []).append(int(entry.name))
-    return found
+            children.setdefault(parent, []).append(int(entry.name))
+    return children
 
 
 def _title(process: int) -> str:
@@ -127,14 +127,14 @@ def _title(process: int) -> str:
 
 
 def processes_below(process: int) -> list[int]:
-    """All processes that a process started, and those that these started."""
+    """All descendants of a process."""
     children = _children()
-    found, open_ends = [], [process]
-    while open_ends:
-        below = children.get(open_ends.pop(), [])
-        found += below
-        open_ends += below
-    return found
+    descendants, pending = [], [process]
+    while pending:
+        below = children.get(pending.pop(), [])
+        descendants += below
+        pending += below
+    return descendants
 
 
 def kill_while_it_runs(node: Any, task: str, is_over: Callable[[], bool]) -> bool:

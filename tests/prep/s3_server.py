@@ -1,7 +1,7 @@
 """A real S3 server (moto's, in a process of its own) behind a proxy that can be set to misbehave.
 
-Whether a request is answered badly is decided by hashing seed, method, path and how often it was asked before, so that
-a run does not depend on which thread came first. What was asked, and what was answered, is kept in order.
+Whether a request fails is decided by a hash of seed, method, path and the count of earlier requests of that kind, so
+that a run does not depend on the order of threads. Requests and responses are recorded in order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 KINDS = ("slowdown", "error", "reset", "cut", "short", "slow")
-"""Faults that pass: throttling, a server error, a connection closed before and in the middle of the answer, an answer
-with too few bytes, a late answer. Others: ``damage`` to what is uploaded, ``stall``, the refusals ``denied`` and
-``expired``, and ``opaque``, an ETag that is no digest, as with encryption."""
+"""Transient faults: throttling, a server error, a connection closed before and in the middle of the response, a
+response with too few bytes, a late response. Others: ``damage`` to an upload, ``stall``, the refusals ``denied`` and
+``expired``, and ``opaque``, an ETag that is not a digest, as with encryption."""
 
 STALL_S = 30.0
 
@@ -41,7 +41,7 @@ Rule = Callable[[str, str, int], "str | None"]
 
 
 def seeded(seed: int, rate: float) -> Rule:
-    """Faults at random: a share ``rate`` of all requests, never more than two in a row for the same thing."""
+    """Random faults in a share ``rate`` of all requests, at most two in a row for the same method and key."""
 
     def fault(method: str, key: str, earlier: int) -> str | None:
         draw = int.from_bytes(hashlib.sha256(f"{seed} {method} {key} {earlier}".encode()).digest()[:8], "little")
@@ -84,7 +84,7 @@ class Proxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def reset(self) -> None:
-        """Behave well, and forget what was asked."""
+        """Stop misbehaving, and clear the recorded requests."""
         self.released.set()
         self.released = threading.Event()
         with self.lock:
@@ -93,7 +93,7 @@ class Proxy(ThreadingHTTPServer):
             self.counts.clear()
 
     def stored(self) -> list[str]:
-        """Keys in the order in which they came to be there whole."""
+        """Keys in the order in which their uploads were completed."""
         return [
             seen.key.partition("/")[2]
             for seen in self.seen
@@ -105,7 +105,7 @@ class Proxy(ThreadingHTTPServer):
         ]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is what the tests are about."""
+        """Ignore it: tests make clients disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -166,10 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
             connection.request(self.command, self.path, body=body, headers=headers)
             response = connection.getresponse()
-            kept = {name: value for name, value in response.getheaders() if name.lower() not in _HOP_BY_HOP}
+            response_headers = {name: value for name, value in response.getheaders() if name.lower() not in _HOP_BY_HOP}
             if self.command == "HEAD":
-                kept["Content-Length"] = response.getheader("Content-Length") or "0"
-            return response.status, kept, response.read()
+                response_headers["Content-Length"] = response.getheader("Content-Length") or "0"
+            return response.status, response_headers, response.read()
         finally:
             connection.close()
 
@@ -193,7 +193,7 @@ _HOP_BY_HOP = frozenset({"connection", "transfer-encoding", "content-length", "s
 
 @contextmanager
 def s3_server() -> Iterator[Proxy]:
-    """Start both; they end with the block, and the server with this process."""
+    """Start server and proxy. Both stop at the end of the block, and the server also when this process ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What ``docs/annotations.md`` says about records holds: examples, layouts and tables."""
+"""Tests of what ``docs/annotations.md`` says about records: examples, layouts and tables."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_every_example_is_read_as_the_page_says(
     canonical, untrained = meaning
     reading = read_record(json.dumps(example).encode())
     expected = read_record(json.dumps(canonical).encode()).annotation
-    found = reading.annotation
+    actual = reading.annotation
     assert reading.problems.listed() == [] and reading.unused == ()
-    assert found is not None and expected is not None and found.id == expected.id
-    assert [(turn.role, turn.value) for turn in found.turns] == [(turn.role, turn.value) for turn in expected.turns]
-    assert [item.name for item in found.images] == [item.name for item in expected.images]
-    assert [item.name for item in found.videos] == [item.name for item in expected.videos]
-    answers = [index for index, turn in enumerate(found.turns) if turn.role == "gpt"]
-    assert found.untrained == {answers[index] for index in untrained}
+    assert actual is not None and expected is not None and actual.id == expected.id
+    assert [(turn.role, turn.value) for turn in actual.turns] == [(turn.role, turn.value) for turn in expected.turns]
+    assert [item.name for item in actual.images] == [item.name for item in expected.images]
+    assert [item.name for item in actual.videos] == [item.name for item in expected.videos]
+    answers = [index for index, turn in enumerate(actual.turns) if turn.role == "gpt"]
+    assert actual.untrained == {answers[index] for index in untrained}
 
 
 def test_settings_and_frames_of_the_examples_are_those_of_the_page() -> None:

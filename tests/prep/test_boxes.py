@@ -1,4 +1,4 @@
-"""Boxes follow the resize: their coordinates are those of the image that the model sees, and all other text stays."""
+"""Box coordinates are converted to those of the resized image, and all other text is unchanged."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_mapped_back_a_coordinate_lies_within_half_a_resized_pixel(
     x1, x2 = sorted(round(float(share * limits[0]), 3) for share in shares[:2])
     y1, y2 = sorted(round(float(share * limits[1]), 3) for share in shares[2:])
     result = json.loads(rewritten(json.dumps({"bbox_2d": [x1, y1, x2, y2]}), coordinates, size))["bbox_2d"]
-    assert all(isinstance(number, int) for number in result)
+    assert all(isinstance(coordinate, int) for coordinate in result)
     for axis, (before, after) in enumerate(zip((x1, y1, x2, y2), result)):
         extent = (size.resized_width, size.resized_height)[axis % 2]
         original = Fraction(str(before)) * extent / limits[axis % 2]

@@ -1,4 +1,4 @@
-"""Every broken input has exactly its codes, costs its own record only, and is counted; by the commands people use."""
+"""The commands reject every broken record with exactly its codes, count it, and keep all other records."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> BrokenFolder:
 
 @pytest.fixture(scope="module")
 def built(broken: BrokenFolder, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """One build of the whole folder, and of a clip that takes longer than its dataset allows."""
+    """One build of the complete folder, and of a video that exceeds the decode timeout of its dataset."""
     folder = tmp_path_factory.mktemp("built")
     write_video(folder / "clip.mp4", 12, 2)
     (folder / "slow.jsonl").write_text(json.dumps(video("clip.mp4")) + "\n")
@@ -67,7 +67,7 @@ def built(broken: BrokenFolder, tmp_path_factory: pytest.TempPathFactory, tiny_c
 
 @pytest.fixture(scope="module")
 def validated(broken: BrokenFolder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """One deep validation of the whole folder: what the command said, and where the files are that it wrote."""
+    """One deep validation of the complete folder: the result of the command, and the folder of its output files."""
     out = tmp_path_factory.mktemp("validated")
     files = [path for path in broken.files if path.suffix != ".parquet"]
     options = ["--workers", 1, "--deep", "--max-source-bytes", MAX_SOURCE_BYTES, "--media-root", broken.root]
@@ -85,8 +85,8 @@ def lines_of(path: Path) -> list[Any]:
 
 
 def test_the_corpus_is_large_and_has_every_code(broken: BrokenFolder) -> None:
-    """An answer always has its end as a target, so that ``no_targets`` cannot be had from outside; ``decode_timeout``
-    has tests of its own.
+    """An answer always has its end token as a target, so no input gives ``no_targets``; ``decode_timeout`` has tests
+    of its own.
     """
     codes = Counter(code for expected in broken.expected for code in expected.codes)
     assert sum(bool(expected.codes) for expected in broken.expected) >= 150
@@ -96,8 +96,8 @@ def test_the_corpus_is_large_and_has_every_code(broken: BrokenFolder) -> None:
 
 def test_a_build_rejects_every_broken_record_with_exactly_its_codes(built: Path, broken: BrokenFolder) -> None:
     rows = ledger(built)
-    found = [(row["file"], row["line"], sorted(row["codes"])) for row in rows]
-    assert found == [(one.file, one.line, sorted(one.codes)) for one in broken.expected]
+    actual = [(row["file"], row["line"], sorted(row["codes"])) for row in rows]
+    assert actual == [(entry.file, entry.line, sorted(entry.codes)) for entry in broken.expected]
     for row in rows:
         assert row["status"] == ("rejected" if row["codes"] else "packed")
         assert bool(row["message"]) == bool(row["codes"])
@@ -123,14 +123,14 @@ def test_a_decoder_that_is_too_slow_costs_its_record(built: Path) -> None:
 def test_validate_finds_exactly_the_same(validated: tuple[Result, Path], broken: BrokenFolder) -> None:
     result, out = validated
     assert result.exit_code == 1, result.output
-    expected = [one for one in broken.expected if not one.file.endswith(".parquet")]
-    rejected = [one for one in expected if one.codes and not one.only_build]
+    expected = [entry for entry in broken.expected if not entry.file.endswith(".parquet")]
+    rejected = [entry for entry in expected if entry.codes and not entry.only_build]
     rejects = lines_of(out / "rejects.jsonl")
-    found = [
-        (Path(one["file"]).name, one["line"], sorted({problem["code"] for problem in one["problems"]}))
-        for one in rejects
+    actual = [
+        (Path(reject["file"]).name, reject["line"], sorted({problem["code"] for problem in reject["problems"]}))
+        for reject in rejects
     ]
-    assert found == [(one.file, one.line, sorted(one.codes)) for one in rejected]
+    assert actual == [(entry.file, entry.line, sorted(entry.codes)) for entry in rejected]
     assert f"{len(expected):,} annotations: {len(expected) - len(rejected)} valid, {len(rejected)} rejected" in (
         result.stdout
     )
@@ -140,11 +140,11 @@ def test_validate_finds_exactly_the_same(validated: tuple[Result, Path], broken:
 def test_validate_looks_into_parquet(broken: BrokenFolder) -> None:
     table = next(path for path in broken.files if path.suffix == ".parquet")
     result = run("validate", table, "--workers", 1, "--deep", "--max-source-bytes", MAX_SOURCE_BYTES)
-    expected = [one.codes for one in broken.expected if one.file == table.name]
+    expected = [entry.codes for entry in broken.expected if entry.file == table.name]
     assert result.exit_code == 1, result.output
     assert f"{len(expected)} annotations: {expected.count(())} valid" in result.stdout
-    for code, number in Counter(code for codes in expected for code in codes).items():
-        assert f"\n{code}: {number}\n" in result.stdout
+    for code, count in Counter(code for codes in expected for code in codes).items():
+        assert f"\n{code}: {count}\n" in result.stdout
 
 
 def test_validate_with_too_short_a_time_says_so(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_validate_with_too_short_a_time_says_so(tmp_path: Path) -> None:
 
 
 def test_what_validate_writes_is_one_line_a_record_whatever_the_layout(tmp_path: Path) -> None:
-    """Numbers that no float holds stay as they are: nobody reads that field."""
+    """A number beyond the range of a float does not matter, since nothing reads its field."""
     record = {"conversations": [{"from": "human", "value": "a\nb"}, {"from": "gpt", "value": "é"}]}
     text = json.dumps([record, {**record, "id": [1]}], indent=1).replace(
         '"conversations"', '"n": 1e999,\n"conversations"'
@@ -172,7 +172,7 @@ def test_what_validate_writes_is_one_line_a_record_whatever_the_layout(tmp_path:
 
 
 def test_names_of_media_that_leave_the_root_say_nothing_about_what_is_there(validated: tuple[Result, Path]) -> None:
-    problems = [problem for one in lines_of(validated[1] / "rejects.jsonl") for problem in one["problems"]]
+    problems = [problem for reject in lines_of(validated[1] / "rejects.jsonl") for problem in reject["problems"]]
     outside = [problem["message"] for problem in problems if problem["code"] == "media_outside_root"]
     assert len(outside) >= 14
     assert all("outside the media root" in text or "not a path below" in text for text in outside)
@@ -247,7 +247,7 @@ finally:
 def test_a_line_of_100_mb_is_rejected_in_bounded_memory(
     tmp_path: Path, name: str, start: bytes, filler: bytes, end: bytes
 ) -> None:
-    """It stands between two good records, whose image is empty so that no decoder starts."""
+    """It stands between two valid records, whose image file is empty so that no decoder starts."""
     opening, separator, closing = (b"[", b",\n", b"]") if name.endswith(".json") else (b"", b"\n", b"\n")
     path = tmp_path / name
     with path.open("wb") as file:
@@ -257,11 +257,11 @@ def test_a_line_of_100_mb_is_rejected_in_bounded_memory(
         file.write(end + GOOD + closing)
     (tmp_path / "good.png").touch()
     command = [sys.executable, "-c", MEASURE, "validate", str(path), "--workers", "1"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     path.unlink()
-    assert found.returncode == 1, found.stderr
-    assert "3 annotations: 0 valid, 3 rejected" in found.stdout
-    assert "bad_json: 1" in found.stdout
-    assert f"{path}:2: the record is longer than" in found.stdout
-    assert "media_empty: 2" in found.stdout
-    assert 50_000 < int(found.stderr.split()[-1]) < BOUND_KB
+    assert result.returncode == 1, result.stderr
+    assert "3 annotations: 0 valid, 3 rejected" in result.stdout
+    assert "bad_json: 1" in result.stdout
+    assert f"{path}:2: the record is longer than" in result.stdout
+    assert "media_empty: 2" in result.stdout
+    assert 50_000 < int(result.stderr.split()[-1]) < BOUND_KB

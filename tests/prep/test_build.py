@@ -1,4 +1,4 @@
-"""The whole of ``vlprep build``: the balance, exact pixels, determinism, resuming after a kill, and wrong use."""
+"""Tests of complete builds: the balance, exact pixels, determinism, resuming after a kill, and wrong use."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def test_tables_manifest_and_bins_agree(built: Path) -> None:
     packed = {(row["bin"], row["slot"]): row for row in ledger(built) if row["status"] == "packed"}
     for row in table:
         data = (built / shard_name(row["shard"])).read_bytes()[row["offset"] : row["offset"] + row["num_bytes"]]
-        found = parse_bin(data, row["bin"], where="test")
-        lengths = np.diff(found.cu_seqlens)
-        assert found.input_ids.size == row["num_tokens"] <= SETTINGS.max_length
-        assert int((found.labels != -100).sum()) == row["num_targets"]
+        parsed = parse_bin(data, row["bin"], where="test")
+        lengths = np.diff(parsed.cu_seqlens)
+        assert parsed.input_ids.size == row["num_tokens"] <= SETTINGS.max_length
+        assert int((parsed.labels != -100).sum()) == row["num_targets"]
         assert int((lengths**2).sum()) == row["sum_squared_lengths"]
-        assert (found.position_ids[:, found.cu_seqlens[:-1]] == 0).all()
-        for slot, (reference, length) in enumerate(zip(found.samples(), lengths)):
+        assert (parsed.position_ids[:, parsed.cu_seqlens[:-1]] == 0).all()
+        for slot, (reference, length) in enumerate(zip(parsed.samples(), lengths)):
             sample = packed.pop((row["bin"], slot))
             assert (sample["id"], sample["record"], sample["num_tokens"]) == (reference.id, reference.record, length)
     assert not packed
@@ -118,17 +118,17 @@ def test_tables_manifest_and_bins_agree(built: Path) -> None:
 def test_plain_webdataset_reads_the_shards_and_pixels_equal_the_reference_processor(
     tmp_path: Path, tiny_checkpoint: Path, codec: str
 ) -> None:
-    """From the tar to the reference's pixel_values, with the arithmetic of the format's description alone."""
+    """From the tar to the reference's pixel_values, computed as the format's description defines it."""
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
     records = []
-    for number, mode in enumerate(["RGB", "L", "RGBA", "P", "CMYK"]):
+    for index, mode in enumerate(["RGB", "L", "RGBA", "P", "CMYK"]):
         colours = Image.fromarray(rng.integers(0, 256, (5, 5, 4), dtype=np.uint8), "RGBA").resize(
-            (150 + 40 * number, 200)
+            (150 + 40 * index, 200)
         )
         image = colours if mode == "RGBA" else colours.convert("RGB").convert(mode)
-        image.save(tmp_path / "in" / f"{number}.tif")
-        records.append({"id": number, "image": f"{number}.tif", "conversations": turn("<image>")})
+        image.save(tmp_path / "in" / f"{index}.tif")
+        records.append({"id": index, "image": f"{index}.tif", "conversations": turn("<image>")})
     (tmp_path / "in" / "a.json").write_text(json.dumps(records))
     settings = replace_settings(pixels=codec)
     build(request_for(tmp_path / "in" / "a.json", tmp_path / "out", tiny_checkpoint, settings), SerialEngine())
@@ -136,12 +136,12 @@ def test_plain_webdataset_reads_the_shards_and_pixels_equal_the_reference_proces
     processor = Qwen2VLImageProcessorPil
     seen = 0
     for shard in sorted((tmp_path / "out").glob("*.tar")):
-        for found in wds.WebDataset(str(shard), shardshuffle=False).decode():
-            encoded = found["pixels.zst"] if codec == "zstd" else found["pixels.raw"]
+        for members in wds.WebDataset(str(shard), shardshuffle=False).decode():
+            encoded = members["pixels.zst"] if codec == "zstd" else members["pixels.raw"]
             pixels = np.frombuffer(zstandard.decompress(encoded) if codec == "zstd" else encoded, np.uint8)
             at = 0
             for (_, h, w), kind, reference in zip(
-                found["grid_thw.npy"], found["media_type.npy"], found["samples.json"]
+                members["grid_thw.npy"], members["media_type.npy"], members["samples.json"]
             ):
                 assert kind == 0
                 frame = pixels[at : (at := at + 3 * 196 * h * w)].reshape(3, 14 * h, 14 * w)
@@ -193,7 +193,7 @@ def test_a_finished_build_does_nothing_and_a_damaged_one_is_mended(
 
 
 class Interrupted(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
@@ -225,10 +225,10 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
             build(request, SerialEngine())
     assert not (tmp_path / "out" / "manifest.json").exists()
     build(request, SerialEngine())
-    found, expected = contents(tmp_path / "out"), contents(built)
-    # Row groups of the ledger follow the chunks, which this test made smaller; its rows are the same.
+    actual, expected = contents(tmp_path / "out"), contents(built)
+    # The row groups of the ledger depend on the chunks, which this test makes smaller; its rows are the same.
     assert ledger(tmp_path / "out") == ledger(built)
-    assert {name: found[name] for name in found if name.endswith(".tar")} == {
+    assert {name: actual[name] for name in actual if name.endswith(".tar")} == {
         name: expected[name] for name in expected if name.endswith(".tar")
     }
 
@@ -310,17 +310,17 @@ def test_media_that_appear_later_are_found_when_asked_for(
     assert build(request, SerialEngine()).counts.rejects_by_code["media_missing"] == 1
     shutil.copy(tmp_path / "in" / "0.png", tmp_path / "in" / "none.png")
     assert build(request, SerialEngine()).counts.rejects_by_code["media_missing"] == 1
-    found = build(replace(request, retry_media=True), SerialEngine())
-    assert "media_missing" not in found.counts.rejects_by_code
-    assert found.counts.num_packed == 25
-    assert found == build(replace(request, out=tmp_path / "fresh"), SerialEngine())
+    manifest = build(replace(request, retry_media=True), SerialEngine())
+    assert "media_missing" not in manifest.counts.rejects_by_code
+    assert manifest.counts.num_packed == 25
+    assert manifest == build(replace(request, out=tmp_path / "fresh"), SerialEngine())
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_looking_at_media_again_may_be_killed_at_any_moment(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a part that is made again, no file is used together with one of the part before."""
+    """When a part is rebuilt, none of its files is used together with a file of the previous part."""
     shutil.copytree(corpus[0].parent, tmp_path / "in")
     request = request_for(tmp_path / "in" / corpus[0].name, tmp_path / "out", tiny_checkpoint)
     build(request, SerialEngine())
@@ -342,7 +342,7 @@ def test_looking_at_media_again_may_be_killed_at_any_moment(
 def test_annotations_that_change_before_they_are_scanned_are_noticed(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many bytes in the same places: what is scanned must not pass for what was there before."""
+    """The new file has the same size and offsets: its records must not be taken for those of the old file."""
     shutil.copytree(corpus[0].parent, tmp_path / "in")
     annotations = tmp_path / "in" / corpus[0].name
     old = annotations.read_bytes()
@@ -367,13 +367,13 @@ def test_another_tokenizer_in_the_same_place_is_used_by_the_next_build_of_a_proc
 ) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     request = request_for(corpus[0], tmp_path / "one", tmp_path / "model")
-    one = build(request, SerialEngine())
+    first = build(request, SerialEngine())
     content = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][:1000]
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(content))
     other = build(replace(request, out=tmp_path / "other"), SerialEngine())
-    assert other.counts.num_tokens > one.counts.num_tokens
-    assert other.fingerprints.tokenizer != one.fingerprints.tokenizer
+    assert other.counts.num_tokens > first.counts.num_tokens
+    assert other.fingerprints.tokenizer != first.fingerprints.tokenizer
 
 
 def test_what_a_finished_build_was_killed_before_it_removed_is_removed_by_the_next(
@@ -418,7 +418,7 @@ def test_one_more_dataset_scans_only_that_one(
 
 
 def watch_scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files of which parts are made from now on, in order."""
+    """The files that are scanned into parts from now on, in order."""
     scanned: list[Path] = []
 
     def watched(task: Any) -> Any:
@@ -463,14 +463,14 @@ def test_other_media_settings_scan_only_the_records_that_they_touch(
     good = [record for record in records if record["id"].startswith("good")]
     kinds = {
         "texts": [record for record in good if not {"image", "images", "video", "videos"} & record.keys()],
-        "pictures": [record for record in good if "image" in record],
-        "clips": [record for record in good if "video" in record],
+        "images": [record for record in good if "image" in record],
+        "videos": [record for record in good if "video" in record],
     }
-    kinds["both"] = [kinds["pictures"][0], kinds["clips"][0]]
+    kinds["both"] = [kinds["images"][0], kinds["videos"][0]]
     assert all(kinds.values())
     (tmp_path / "in").mkdir()
-    for kind, found in kinds.items():
-        (tmp_path / "in" / f"{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    for kind, selected in kinds.items():
+        (tmp_path / "in" / f"{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in selected))
     registry = tmp_path / "datasets.toml"
 
     def request(root: Path = corpus[0].parent, out: str = "out", **changes: Any) -> BuildRequest:
@@ -487,17 +487,17 @@ def test_other_media_settings_scan_only_the_records_that_they_touch(
         return [path.stem for path in scanned]
 
     media = SETTINGS.media
-    assert scanned_by() == ["both", "clips", "pictures", "texts"]
+    assert scanned_by() == ["both", "images", "texts", "videos"]
     smaller = msgspec.structs.replace(media, max_pixels=100_000)
-    assert scanned_by(media=smaller) == ["both", "pictures"]
-    assert scanned_by(media=msgspec.structs.replace(media, video_max_frames=6)) == ["both", "clips"]
-    assert scanned_by(media=msgspec.structs.replace(media, base_interval=1.0)) == ["both", "clips"]
-    assert scanned_by(media=msgspec.structs.replace(media, decode_timeout=59.0)) == ["both", "clips", "pictures"]
+    assert scanned_by(media=smaller) == ["both", "images"]
+    assert scanned_by(media=msgspec.structs.replace(media, video_max_frames=6)) == ["both", "videos"]
+    assert scanned_by(media=msgspec.structs.replace(media, base_interval=1.0)) == ["both", "videos"]
+    assert scanned_by(media=msgspec.structs.replace(media, decode_timeout=59.0)) == ["both", "images", "videos"]
     assert scanned_by() == []
     shutil.copytree(corpus[0].parent, tmp_path / "elsewhere")
-    assert scanned_by(root=tmp_path / "elsewhere") == ["both", "clips", "pictures"]
+    assert scanned_by(root=tmp_path / "elsewhere") == ["both", "images", "videos"]
     assert scanned_by(media=smaller) == []
-    assert scanned_by(media=smaller, out="fresh") == ["both", "clips", "pictures", "texts"]
+    assert scanned_by(media=smaller, out="fresh") == ["both", "images", "texts", "videos"]
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
@@ -610,14 +610,15 @@ def test_wrong_checkpoints_and_folders_are_named(
 
 def test_statistics_count_what_the_ledger_holds(built: Path) -> None:
     rows = [row for row in ledger(built) if row["status"] == "packed"]
-    (found,) = read_manifest(built).statistics
-    assert (found.num_annotations, found.num_packed, found.num_rejected) == (29, 24, 5)
-    assert found.modalities == {"image": 12, "text": 6, "video": 6}
+    (statistics,) = read_manifest(built).statistics
+    assert (statistics.num_annotations, statistics.num_packed, statistics.num_rejected) == (29, 24, 5)
+    assert statistics.modalities == {"image": 12, "text": 6, "video": 6}
     lengths = sorted(row["num_tokens"] for row in rows)
-    assert found.tokens is not None
-    assert (found.tokens.total, found.tokens.min, found.tokens.max) == (sum(lengths), lengths[0], lengths[-1])
-    assert (found.tokens.p50, found.tokens.p90) == (lengths[11], lengths[21])  # ranks 0.5 * 24 and ceil(0.9 * 24)
-    assert found.tokens.mean == pytest.approx(sum(lengths) / 24)
+    tokens = statistics.tokens
+    assert tokens is not None
+    assert (tokens.total, tokens.min, tokens.max) == (sum(lengths), lengths[0], lengths[-1])
+    assert (tokens.p50, tokens.p90) == (lengths[11], lengths[21])  # ranks 0.5 * 24 and ceil(0.9 * 24)
+    assert tokens.mean == pytest.approx(sum(lengths) / 24)
 
 
 def test_times_are_measured_for_every_sample_and_stage(built: Path) -> None:
@@ -648,19 +649,19 @@ def test_real_images_and_videos(qwen_demo: Path, tmp_path: Path, tiny_checkpoint
 def test_images_stay_with_their_samples_after_a_stop_between_question_and_answer(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    """Images of one size: a worker that continued after a stop would give each sample the image before its own."""
+    """Images of the same size: a worker that continued after a stop would give each sample the previous image."""
     rng = np.random.default_rng(0)
     records = []
-    for number in range(160):
+    for index in range(160):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((400, 400)).save(
-            tmp_path / f"{number}.png"
+            tmp_path / f"{index}.png"
         )
-        records.append({"id": number, "image": f"{number}.png", "conversations": turn("<image>")})
+        records.append({"id": index, "image": f"{index}.png", "conversations": turn("<image>")})
     (tmp_path / "a.json").write_text(json.dumps(records))
     request = request_for(tmp_path / "a.json", tmp_path / "undisturbed", tiny_checkpoint)
     build(request, SerialEngine())
-    for place, kind in enumerate((signal.SIGINT, signal.SIGTERM)):
-        out = tmp_path / f"out{place}"
+    for index, kind in enumerate((signal.SIGINT, signal.SIGTERM)):
+        out = tmp_path / f"out{index}"
         command, process = start_build(tmp_path / "a.json", out, tiny_checkpoint, 2)
         time.sleep(0.3)
         process.send_signal(kind)

@@ -47,7 +47,7 @@ def test_validate_writes_the_valid_records_back(corpus: Path, tmp_path: Path) ->
     )
     originals = corpus.read_text().splitlines()
     rejected = {json.loads(line)["line"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()}
-    expected = [json.loads(line) for number, line in enumerate(originals, start=1) if number not in rejected]
+    expected = [json.loads(line) for line_number, line in enumerate(originals, start=1) if line_number not in rejected]
     assert [json.loads(line) for line in (tmp_path / "fixed.jsonl").read_text().splitlines()] == expected
     result = run("validate", tmp_path / "fixed.jsonl", "--media-root", corpus.parent, "--workers", 1)
     assert result.exit_code == 0

@@ -1,4 +1,4 @@
-"""The three codecs of the pixels: what goes in comes out, or with JPEG by a known drift beside it, in fixed bytes."""
+"""The three pixel codecs: exact round trips, or with JPEG a recorded drift, and fixed bytes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MEMBER = {"zstd": "pixels.zst", "raw": "pixels.raw", "jpeg": "pixels.jpeg"}
 
 
 def sample_of(media: list[tuple[int, Grid, NDArray[np.uint8]]]) -> EncodedSample:
-    """A sample around media (kind, grid, frames); its tokens do not matter here."""
+    """A sample with media (kind, grid, frames) and arbitrary tokens."""
     ids = np.arange(8, dtype=np.int32)
     return EncodedSample(
         input_ids=ids,
@@ -63,14 +63,14 @@ def sample_of(media: list[tuple[int, Grid, NDArray[np.uint8]]]) -> EncodedSample
 
 
 def written(path: Path, codec: str, samples: list[EncodedSample], quality: int | None = None) -> tuple[bytes, Any]:
-    """A shard of one bin, number 7: its bytes, and what was measured."""
+    """A shard with bin 7 only: its bytes, and its drift."""
     with ShardWriter(path, codec, quality) as writer:
         writer.write_bin(7, [(SampleRef("d", 3, "x"), sample) for sample in samples])
         writer.close()
     return path.read_bytes(), writer.drift
 
 
-# What goes in comes out
+# Round trips
 
 sides = st.integers(1, 3).map(lambda side: 2 * side)
 media_shapes = st.lists(st.tuples(st.integers(0, 2), sides, sides), max_size=4)
@@ -82,7 +82,7 @@ media_shapes = st.lists(st.tuples(st.integers(0, 2), sides, sides), max_size=4)
 def test_every_frame_comes_back(
     codec: str, shapes: list[tuple[int, int, int]], seed: int, quality: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Images and videos of any sizes and contents, or text; with JPEG, what Pillow's own way there and back gives."""
+    """Images and videos of any sizes and contents, or text; with JPEG, the result equals that of Pillow."""
     rng = np.random.default_rng(seed)
     media = []
     for steps, rows, columns in shapes:
@@ -92,12 +92,12 @@ def test_every_frame_comes_back(
     before = [frames.copy() for _, _, frames in media]
     path = tmp_path_factory.mktemp("shard") / "bins-00000.tar"
     data, _ = written(path, codec, [sample_of(media)], quality if codec == "jpeg" else None)
-    found = decode_frames(parse_bin(data[:-1024], 7, where="here"), where="here")
-    assert [frames.shape for frames in found] == [frames.shape for frames in before]
-    for there, (_, _, frames), original in zip(found, media, before):
-        assert np.array_equal(frames, original), "the frames that were given are left alone"
+    decoded = decode_frames(parse_bin(data[:-1024], 7, where="here"), where="here")
+    assert [frames.shape for frames in decoded] == [frames.shape for frames in before]
+    for actual, (_, _, frames), original in zip(decoded, media, before):
+        assert np.array_equal(frames, original), "the input frames are not modified"
         expected = original if codec != "jpeg" else np.stack([through_pillow(frame, quality) for frame in original])
-        assert np.array_equal(there, expected)
+        assert np.array_equal(actual, expected)
 
 
 def through_pillow(frame: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
@@ -125,7 +125,7 @@ def test_the_bytes_of_a_raw_shard_are_those_of_ever(tmp_path: Path) -> None:
 
 
 def test_the_residuals_of_a_zstd_shard_are_those_of_ever(tmp_path: Path) -> None:
-    """What is compressed; the compressed bytes are those of one release of zstd."""
+    """The uncompressed residuals, since the compressed bytes depend on the release of zstd."""
     data, drift = written(tmp_path / "bins-00000.tar", "zstd", golden_samples())
     member = parse_bin(data[:-1024], 7, where="here").pixels.tobytes()
     residuals = zstandard.decompress(member)
@@ -135,7 +135,7 @@ def test_the_residuals_of_a_zstd_shard_are_those_of_ever(tmp_path: Path) -> None
 
 
 def test_frames_of_several_bins_do_not_mix() -> None:
-    """The room for residuals is used again, by smaller and by larger frames."""
+    """The buffer for residuals is reused for smaller and larger frames."""
     rng = np.random.default_rng(0)
     encoder, bins = PixelEncoder("zstd"), []
     for size in (56, 28, 84, 28):
@@ -156,7 +156,7 @@ def test_a_quality_goes_with_jpeg_alone(codec: str, quality: int | None) -> None
 def test_one_frame_in_31_is_measured_over_the_bins_of_a_shard() -> None:
     assert DRIFT_EVERY == 31
     rng = np.random.default_rng(1)
-    frames = [rng.integers(0, 256, (3, 28, 28 * (1 + number % 2)), dtype=np.uint8) for number in range(70)]
+    frames = [rng.integers(0, 256, (3, 28, 28 * (1 + index % 2)), dtype=np.uint8) for index in range(70)]
     encoder = PixelEncoder("jpeg", 50)
     for first, last in ((0, 7), (7, 7), (7, 30), (30, 70)):
         encoder.encode(frames[first:last])
@@ -174,15 +174,15 @@ def test_one_frame_in_31_is_measured_over_the_bins_of_a_shard() -> None:
 
 
 def test_drift_by_hand() -> None:
-    """Every value off by 2 in one frame and by none in another of three times the size: mean 1, 48.131 dB."""
+    """Every value is off by 2 in a frame and exact in another of three times the size: mean 1, 48.131 dB."""
     sums, other = DriftSums(), DriftSums()
     sums.measure(np.full((3, 2, 2), 100, np.uint8), np.full((3, 2, 2), 102, np.uint8))
     other.measure(np.zeros((3, 2, 6), np.uint8), np.zeros((3, 2, 6), np.uint8))
     exact = other.drift()
     assert (exact.mean_squared_error, exact.psnr_db, exact.lowest_psnr_db) == (0, None, None)
     sums.add(other)
-    found = sums.drift()
-    assert (found.num_frames, found.mean_squared_error, found.psnr_db, found.lowest_psnr_db) == (2, 1, 48.131, 42.11)
+    drift = sums.drift()
+    assert (drift.num_frames, drift.mean_squared_error, drift.psnr_db, drift.lowest_psnr_db) == (2, 1, 48.131, 42.11)
 
 
 def test_values_at_both_ends_do_not_overflow() -> None:
@@ -192,7 +192,7 @@ def test_values_at_both_ends_do_not_overflow() -> None:
     assert sums.drift().psnr_db == 0.0
 
 
-# A whole build
+# Complete builds
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,8 @@ def lossy(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory, tiny_chec
 
 def frames_of(folder: Path) -> dict[tuple[int, int], list[NDArray[np.uint8]]]:
     """Stored frames of every sample, by bin and slot."""
-    samples = {(found.bin, found.slot): found for copies in packed_samples(folder).values() for found in copies}
-    return {place: [frame for _, _, frames in found.media for frame in frames] for place, found in samples.items()}
+    samples = {(sample.bin, sample.slot): sample for copies in packed_samples(folder).values() for sample in copies}
+    return {key: [frame for _, _, frames in sample.media for frame in frames] for key, sample in samples.items()}
 
 
 def test_a_build_with_jpeg_differs_from_a_lossless_one_by_its_drift_alone(lossy: Path, finished: Path) -> None:
@@ -214,14 +214,14 @@ def test_a_build_with_jpeg_differs_from_a_lossless_one_by_its_drift_alone(lossy:
     assert rows == [{**row, "message": None} for row in ledger(finished)]
     manifest, exact = read_manifest(lossy), read_manifest(finished)
     assert (manifest.settings.jpeg_quality, manifest.counts) == (90, exact.counts)
-    found, originals = frames_of(lossy), frames_of(finished)
-    assert found.keys() == originals.keys()
+    actual, originals = frames_of(lossy), frames_of(finished)
+    assert actual.keys() == originals.keys()
     measured = []
     for shard in manifest.shards:
         with tarfile.open(lossy / shard.file) as tar:
             bins = sorted({int(name.partition(".")[0]) for name in tar.getnames()})
-        places = sorted(place for place in found if place[0] in bins)
-        pairs = [pair for place in places for pair in zip(originals[place], found[place], strict=True)]
+        keys = sorted(key for key in actual if key[0] in bins)
+        pairs = [pair for key in keys for pair in zip(originals[key], actual[key], strict=True)]
         measured += pairs[::31]
     errors = [(before.astype(np.int64) - after) ** 2 for before, after in measured]
     mean = np.concatenate([error.ravel() for error in errors]).mean()
@@ -245,7 +245,7 @@ def test_bytes_with_jpeg_are_the_same_for_any_number_of_workers(
 
 
 def test_the_manifest_of_a_lossless_set_says_nothing_of_jpeg(finished: Path, lossy: Path) -> None:
-    """So that it is byte for byte what programs wrote and read that knew two codecs."""
+    """So that it has the same bytes as in versions with two codecs."""
     manifest = json.loads((finished / "manifest.json").read_text())
     assert "drift" not in manifest
     assert "jpeg_quality" not in manifest["settings"]
@@ -260,14 +260,19 @@ def test_the_manifest_of_a_lossless_set_says_nothing_of_jpeg(finished: Path, los
 
 def test_images_of_a_jpeg_set_are_shown_as_they_are_stored(lossy: Path, tmp_path: Path) -> None:
     shards = open_set(lossy)
-    number = int(shards.bins.column("bin")[0].as_py())
-    frames = [frame for (place, _), frames in sorted(frames_of(lossy).items()) if place == number for frame in frames]
+    bin_id = int(shards.bins.column("bin")[0].as_py())
+    frames = [
+        frame
+        for (sample_bin, _), frames in sorted(frames_of(lossy).items())
+        if sample_bin == bin_id
+        for frame in frames
+    ]
     saved = [
         np.asarray(Image.open(path)).transpose(2, 0, 1)
-        for path in save_frames(shards, number, tmp_path, Transcriber(None))
+        for path in save_frames(shards, bin_id, tmp_path, Transcriber(None))
     ]
     assert len(saved) == len(frames) > 1
-    assert all(np.array_equal(one, other) for one, other in zip(saved, frames))
+    assert all(np.array_equal(actual, expected) for actual, expected in zip(saved, frames))
 
 
 def invoke(*words: object) -> Any:
@@ -326,7 +331,7 @@ def test_settings_state_the_quality_with_jpeg_alone() -> None:
         BuildSettings(pixels="zstd", jpeg_quality=95)
 
 
-# What JPEG cannot hold
+# Size limits of JPEG
 
 
 def test_a_side_longer_than_a_jpeg_can_have_is_refused_before_it_is_decoded() -> None:
@@ -354,7 +359,7 @@ def test_a_medium_too_long_for_jpeg_costs_its_samples_alone(
     assert all("a JPEG has at most 180" in row["message"] for row in refused)
 
 
-# What verify finds
+# Damage that verify detects
 
 
 @pytest.fixture
@@ -380,7 +385,7 @@ def rebuilt(sizes: list[int], streams: list[bytes]) -> bytes:
 
 
 def senseless(stream: bytes) -> bytes:
-    """Huffman tables whose code lengths no table has."""
+    """Huffman tables with impossible code lengths."""
     at = stream.index(b"\xff\xc4")
     return stream[: at + 5] + b"\xff" * 16 + stream[at + 21 :]
 
@@ -420,22 +425,22 @@ def another_shape(_: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_member_is_found_at_its_bin(folder: Path, name: str) -> None:
-    """With checksums that hold, so that nothing but the member itself tells."""
+    """The checksums are valid, so only the member itself shows the damage."""
     damage, message = DAMAGE[name]
-    number = bin_with_frames(folder)
-    num_frames = open_set(folder).read(number).num_frames
+    bin_id = bin_with_frames(folder)
+    num_frames = open_set(folder).read(bin_id).num_frames
 
     def change(members: dict[str, bytes]) -> dict[str, bytes]:
         return {**members, "pixels.jpeg": damage(*table_of(members["pixels.jpeg"], num_frames))}
 
-    sets.change_members(folder, number, change)
-    found = invoke("verify", folder, "--workers", 1)
-    assert found.exit_code == 1
-    (line,) = (line for line in found.stdout.splitlines() if f"bin {number} at offset" in line)
+    sets.change_members(folder, bin_id, change)
+    result = invoke("verify", folder, "--workers", 1)
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stdout.splitlines() if f"bin {bin_id} at offset" in line)
     assert message in line
     shards = open_set(folder)
     with pytest.raises(ShardError, match=message):
-        decode_frames(shards.read(number), where="here")
+        decode_frames(shards.read(bin_id), where="here")
 
 
 @pytest.mark.parametrize(
@@ -456,22 +461,22 @@ def test_a_damaged_member_is_found_at_its_bin(folder: Path, name: str) -> None:
 )
 def test_a_drift_that_cannot_be_is_found(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     sets.change_manifest(folder, change)
-    found = invoke("verify", folder, "--workers", 1)
-    assert found.exit_code == 1
-    assert message in found.stdout
+    result = invoke("verify", folder, "--workers", 1)
+    assert result.exit_code == 1
+    assert message in result.stdout
 
 
 def test_a_drift_of_lossless_pixels_is_found(finished: Path, lossy: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "set", ignore=shutil.ignore_patterns(WORK_FOLDER))
     drift = json.loads((lossy / "manifest.json").read_text())["drift"]
     sets.change_manifest(tmp_path / "set", lambda manifest: manifest.update(drift=drift))
-    found = invoke("verify", tmp_path / "set", "--workers", 1)
-    assert found.exit_code == 1
-    assert "it has a drift, but the pixels are zstd" in found.stdout
+    result = invoke("verify", tmp_path / "set", "--workers", 1)
+    assert result.exit_code == 1
+    assert "it has a drift, but the pixels are zstd" in result.stdout
 
 
 def test_exact_pixels_have_no_noise_to_measure(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    """A text-only set with JPEG: nothing measured, and nothing wrong with that."""
+    """A text-only set with JPEG has no measured frames, and verifies."""
     record = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
     manifest = build(request_for(tmp_path / "a.jsonl", tmp_path / "out", tiny_checkpoint, JPEG), SerialEngine())

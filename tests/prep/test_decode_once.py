@@ -65,22 +65,22 @@ def write_corpus(folder: Path, *, share: bool, num: int = 12) -> Path:
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:700])
     write_video(folder / "video.mp4", 12, 2)
 
-    def medium(name: str, number: int) -> str:
+    def medium(name: str, index: int) -> str:
         if share:
             return name
-        own = f"{number}-{name}"
+        own = f"{index}-{name}"
         shutil.copy(folder / name, folder / own)
         return own
 
     records: list[dict[str, Any]] = []
-    for number in range(num):
-        image, video, cut = (medium(name, number) for name in ("image.png", "video.mp4", "cut.jpg"))
+    for index in range(num):
+        image, video, cut = (medium(name, index) for name in ("image.png", "video.mp4", "cut.jpg"))
         records += [
             {"images": [image, image], "conversations": turn("<image> and <image>")},
             {"image": image, "video": video, "conversations": turn("<video> of this <image>?")},
             {"image": cut, "conversations": turn("<image>")},
         ]
-    lines = [json.dumps({"id": number, **record}) for number, record in enumerate(records)]
+    lines = [json.dumps({"id": index, **record}) for index, record in enumerate(records)]
     (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "a.jsonl"
 
@@ -101,7 +101,7 @@ def test_shared_media_are_decoded_once_per_shard_and_give_the_bytes_of_separate_
     if num_shards == 1:
         assert requests.kinds["decode"] == {"image.png": 1, "video.mp4": 1, "cut.jpg": 1}
     else:
-        assert all(1 <= number <= num_shards for number in requests.kinds["decode"].values())
+        assert all(1 <= count <= num_shards for count in requests.kinds["decode"].values())
     assert manifest.counts.rejects_by_code == {"media_unreadable": 12}
 
     separate = write_corpus(tmp_path / "separate", share=False)
@@ -129,7 +129,7 @@ def test_a_broken_medium_is_tried_once_and_fails_every_sample_with_its_message(
 
 
 def test_one_image_at_two_sizes_is_decoded_twice(tmp_path: Path, tiny_checkpoint: Path, requests: Requests) -> None:
-    """An overlong sample has its image shrunk, and the other samples keep its full size."""
+    """The images of an overlong sample are shrunk; the other samples keep the full size."""
     colours = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(colours).resize((560, 560)).save(tmp_path / "p.png")
     records = [{"image": "p.png", "conversations": turn("<image>")} for _ in range(4)]
@@ -147,11 +147,11 @@ def test_embedded_media_with_equal_names_are_not_confused(tmp_path: Path, tiny_c
         buffer = io.BytesIO()
         Image.new("RGB", (112, 112), (level, level, level)).save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": "same.png"})
-    rows = [{"id": str(number), "image": images[number % 2], "conversations": turn("<image>")} for number in range(4)]
+    rows = [{"id": str(index), "image": images[index % 2], "conversations": turn("<image>")} for index in range(4)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     build(request_for(tmp_path / "a.parquet", tmp_path / "out", tiny_checkpoint, ONE_SHARD), SerialEngine())
     packed = packed_samples(tmp_path / "out")
-    levels = [set(packed[str(number)][0].media[0][2].ravel().tolist()) for number in range(4)]
+    levels = [set(packed[str(index)][0].media[0][2].ravel().tolist()) for index in range(4)]
     assert levels == [{40}, {200}, {40}, {200}]
 
 

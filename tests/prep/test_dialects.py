@@ -1,4 +1,4 @@
-"""A record of any dialect equals its canonical record, or is rejected with its code; no field is ignored in silence."""
+"""A record of any dialect equals its canonical record, or is rejected with its code; no field is ignored silently."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def names(items: list[MediaItem]) -> list[str]:
 
 
 def contents(items: list[MediaItem], embedded: Any, root: Path) -> list[bytes]:
-    """The encoded bytes of all media, whatever their names."""
+    """The encoded bytes of all media, independent of their names."""
     return [embedded[name] if name in embedded else (root / name).read_bytes() for name in names(items)]
 
 
@@ -177,19 +177,19 @@ def test_a_record_has_the_turns_and_media_of_its_canonical_record(case: Case, ro
     assert case.canonical is not None
     reading = read_record(as_text(case.record, root))
     assert reading.problems.listed() == []
-    expected, found = read_record(as_text(case.canonical, root)).annotation, reading.annotation
-    assert expected is not None and found is not None
-    assert [(turn.role, turn.value) for turn in found.turns] == [(turn.role, turn.value) for turn in expected.turns]
-    answers = [index for index, turn in enumerate(found.turns) if turn.role == "gpt"]
-    assert found.untrained == {answers[index] for index in case.untrained}
+    expected, actual = read_record(as_text(case.canonical, root)).annotation, reading.annotation
+    assert expected is not None and actual is not None
+    assert [(turn.role, turn.value) for turn in actual.turns] == [(turn.role, turn.value) for turn in expected.turns]
+    answers = [index for index, turn in enumerate(actual.turns) if turn.role == "gpt"]
+    assert actual.untrained == {answers[index] for index in case.untrained}
     assert reading.unused == case.unused
-    media = found.images + found.videos
+    media = actual.images + actual.videos
     assert tuple(item.settings for item in media) == (case.settings or (None,) * len(media))
     if case.frames:
-        assert tuple(item.frames for item in found.videos) == case.frames
+        assert tuple(item.frames for item in actual.videos) == case.frames
     else:
         for kind in ("images", "videos"):
-            items = getattr(found, kind)
+            items = getattr(actual, kind)
             assert contents(items, reading.embedded, root) == contents(getattr(expected, kind), {}, root)
 
 
@@ -227,7 +227,7 @@ def test_a_tool_call_is_the_token_of_its_own(
     root: Path, tokenizer: TextTokenizer, reference: PreTrainedTokenizerBase
 ) -> None:
     ids = template_of(checked(openai_agent("rain"), root).annotation, tokenizer).ids.tolist()
-    # The explanation in the system message has one of each too.
+    # The instructions in the system message contain the two tags as well.
     assert ids.count(reference.convert_tokens_to_ids("<tool_call>")) == 3
     assert ids.count(reference.convert_tokens_to_ids("</tool_call>")) == 3
 
@@ -268,13 +268,13 @@ def test_a_build_packs_what_the_canonical_records_give(root: Path, tiny_checkpoi
     files[0].write_bytes(b"".join(as_text(record, root) + b"\n" for record in spelled))
     (tmp_path / "datasets.toml").write_text(table("spelled", files[:1], root) + table("canonical", files[1:], root))
     trained_fully = {f"case-{index}" for index, case in enumerate(PLAIN) if not case.untrained}
-    found = {}
+    samples = {}
     for name in ("spelled", "canonical"):
         build_datasets(name, tmp_path / "datasets.toml", tiny_checkpoint, tmp_path / name)
-        found[name] = packed_samples(tmp_path / name)
+        samples[name] = packed_samples(tmp_path / name)
     for index in range(len(PLAIN)):
         name = f"case-{index}"
-        ours, expected = found["spelled"][name][0], found["canonical"][name][0]
+        ours, expected = samples["spelled"][name][0], samples["canonical"][name][0]
         if name in trained_fully:
             assert_same(ours, expected)
         else:
@@ -341,12 +341,12 @@ def mutated(value: Any, rng: random.Random, others: list[Any]) -> Any:
 
 
 def test_no_mutated_record_of_any_dialect_breaks_the_reader(root: Path) -> None:
-    """Every record is read without an exception, and a valid one has as many tags as media."""
+    """Every record is read without an exception, and a valid record has as many tags as media."""
     rng = random.Random(17)
     bases = [json.loads(as_text(case.record, root)) for case in CASES]
     outcomes: Counter[str] = Counter()
-    for number in range(NUM_FUZZED):
-        record = bases[number % len(bases)]
+    for index in range(NUM_FUZZED):
+        record = bases[index % len(bases)]
         for _ in range(rng.choice([1, 1, 2, 4])):
             record = mutated(record, rng, bases)
         annotation, problems, unused = checked(record, root)[:3] if isinstance(record, dict) else (None, [0], ())
@@ -362,7 +362,7 @@ def test_no_mutated_record_of_any_dialect_breaks_the_reader(root: Path) -> None:
 
 @pytest.mark.parametrize("extra", [{}, {"width": 640}], ids=["as it is", "with a field without effect"])
 def test_the_fast_ways_of_reading_agree_with_the_slow_one(root: Path, extra: dict[str, Any]) -> None:
-    """An empty system message means nothing, but makes a record be read field by field."""
+    """An empty system message has no meaning, but such a record is read field by field."""
     for case in CASES:
         record = {**case.record, **extra}
         fast, slow = checked(record, root), checked({"system": "", **record}, root)

@@ -1,4 +1,4 @@
-"""What every engine promises: order, errors as they are, few tasks in flight, a prompt end on request."""
+"""Properties of every engine: order of results, unchanged errors, few tasks in flight, a prompt end on request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = ("serial", "local", "ray")
 
 @pytest.fixture(scope="module")
 def ray_engine(ray_cluster: NodeProcesses) -> Iterator[Engine]:
-    """The ray engine with a cluster that is there."""
+    """The ray engine on an existing cluster."""
     with open_engine("ray", ray_address=ray_cluster.address) as engine:
         yield engine
 
@@ -48,23 +48,23 @@ def local_engine() -> Iterator[Engine]:
 def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param == "serial":
         return SerialEngine()
-    found: Engine = request.getfixturevalue(f"{request.param}_engine")
-    return found
+    instance: Engine = request.getfixturevalue(f"{request.param}_engine")
+    return instance
 
 
 @pytest.fixture(params=NAMES[1:])
 def parallel(request: pytest.FixtureRequest) -> Engine:
-    found: Engine = request.getfixturevalue(f"{request.param}_engine")
-    return found
+    instance: Engine = request.getfixturevalue(f"{request.param}_engine")
+    return instance
 
 
-def square(number: int) -> int:
-    return number * number
+def square(value: int) -> int:
+    return value * value
 
 
-def later_is_quicker(number: int) -> int:
-    time.sleep(0.3 if number % 4 == 0 else 0)
-    return number
+def later_is_quicker(index: int) -> int:
+    time.sleep(0.3 if index % 4 == 0 else 0)
+    return index
 
 
 def fail(kind: str) -> None:
@@ -77,60 +77,60 @@ def fail(kind: str) -> None:
     }[kind]
 
 
-def fail_at(bad: int, folder: Path, number: int) -> int:
-    (folder / str(number)).touch()
-    if number == bad:
-        raise ShardError(f"shard {number} is damaged")
-    return number
+def fail_at(bad: int, folder: Path, index: int) -> int:
+    (folder / str(index)).touch()
+    if index == bad:
+        raise ShardError(f"shard {index} is damaged")
+    return index
 
 
 def environment(name: str) -> str | None:
     return os.environ.get(name)
 
 
-def stay(folder: Path, number: int) -> int:
-    """Task 0 returns when another one runs, and the others stay."""
-    if number == 0:
+def stay(folder: Path, index: int) -> int:
+    """Task 0 returns once another task runs; the others keep running."""
+    if index == 0:
         while not any(folder.iterdir()):
             time.sleep(0.01)
         return 0
     (folder / f"{os.getpid()}").touch()
     time.sleep(600)
-    return number
+    return index
 
 
-def die_once(folder: Path, number: int) -> int:
-    mark = folder / str(number)
-    if number == 1 and not mark.exists():
+def die_once(folder: Path, index: int) -> int:
+    mark = folder / str(index)
+    if index == 1 and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return number
+    return index
 
 
-def die(number: int) -> None:
+def die(index: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def process_of(number: int) -> int:
+def process_of(index: int) -> int:
     time.sleep(0.05)
     return os.getpid()
 
 
 def await_end(processes: Iterable[int]) -> None:
-    """Hold that processes are gone within a minute."""
+    """Assert that the processes end within a minute."""
     deadline = time.monotonic() + 60
     while any(map(alive, processes)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def pending_forever(number: int) -> set[signal.Signals]:
-    """Signals that this process does not let through."""
+def pending_forever(index: int) -> set[signal.Signals]:
+    """Signals that this process blocks."""
     return {kind for kind in signal.pthread_sigmask(signal.SIG_BLOCK, ()) if isinstance(kind, signal.Signals)}
 
 
-def with_decoder(number: int) -> tuple[int, int]:
-    """This worker and its decoder."""
+def with_decoder(index: int) -> tuple[int, int]:
+    """Process ids of this worker and its decoder."""
     time.sleep(0.1)
     return os.getpid(), (sandbox()._child or sandbox()._start()).pid
 
@@ -146,19 +146,19 @@ def test_results_come_in_the_order_of_the_tasks(engine: Engine) -> None:
 
 
 def test_tasks_are_taken_as_they_are_needed(engine: Engine) -> None:
-    """At most three for each worker are on their way: tasks and results of a large build do not fit into memory."""
-    taken = 0
+    """At most three per worker are in flight: the tasks and results of a large build do not fit into memory."""
+    num_consumed = 0
 
     def tasks() -> Iterator[int]:
-        nonlocal taken
-        for number in range(200):
-            taken += 1
-            yield number
+        nonlocal num_consumed
+        for index in range(200):
+            num_consumed += 1
+            yield index
 
     results = engine.map(square, tasks())
-    for number in range(5):
-        assert next(results) == number * number
-        assert taken <= number + 1 + 3 * engine.num_workers
+    for index in range(5):
+        assert next(results) == index * index
+        assert num_consumed <= index + 1 + 3 * engine.num_workers
     results.close()
 
 
@@ -173,13 +173,13 @@ def test_tasks_are_taken_as_they_are_needed(engine: Engine) -> None:
     ],
 )
 def test_what_a_task_raises_comes_out_as_it_is(engine: Engine, kind: str, error: type[Exception]) -> None:
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as raised:
         list(engine.map(fail, [kind]))
-    assert type(found.value) is error
-    if isinstance(found.value, MediaError):
-        assert (found.value.code, found.value.message) == (ReasonCode.MEDIA_EMPTY, "a.png is empty")
-    if isinstance(found.value, FileNotFoundError):
-        assert (found.value.filename, found.value.strerror) == ("a.png", "No such file or directory")
+    assert type(raised.value) is error
+    if isinstance(raised.value, MediaError):
+        assert (raised.value.code, raised.value.message) == (ReasonCode.MEDIA_EMPTY, "a.png is empty")
+    if isinstance(raised.value, FileNotFoundError):
+        assert (raised.value.filename, raised.value.strerror) == ("a.png", "No such file or directory")
 
 
 def test_the_first_error_in_the_order_of_the_tasks_ends_the_work(engine: Engine, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_workers_of_this_machine_stay_from_step_to_step_and_end_with_the_block()
 
 
 def test_workers_stay_where_the_end_of_the_results_is_not_looked_for(local_engine: Engine) -> None:
-    """``zip(tasks, results)`` leaves after the last result."""
+    """``zip(tasks, results)`` does not request the end of the results."""
     with closing(local_engine.map(process_of, range(8))) as results:
         first = {result for _, result in zip(range(8), results)}
     assert set(local_engine.map(process_of, range(8))) <= first
@@ -241,7 +241,7 @@ def sigterm_handler(_: int) -> str:
 
 
 def test_the_kernel_ends_workers_whatever_they_are_at(local_engine: Engine) -> None:
-    """A handler in Python runs too late where a worker is just about to wait for what another one took with it."""
+    """A Python signal handler would run too late in a worker that starts to wait for a lock of an ended one."""
     assert set(local_engine.map(sigterm_handler, range(20))) == {str(signal.SIG_DFL)}
 
 
@@ -259,7 +259,7 @@ def test_only_workers_are_ended(local_engine: Engine) -> None:
 
 
 def test_interrupts_do_not_reach_workers_even_while_they_start(local_engine: Engine) -> None:
-    """Ctrl-C goes to all processes of a terminal; one that is importing would end with a traceback."""
+    """Ctrl-C goes to all processes of a terminal; a worker that is importing would end with a traceback."""
     (blocked,) = local_engine.map(pending_forever, [0])
     assert signal.SIGINT in blocked
     assert signal.SIGINT not in pending_forever(0)
@@ -338,9 +338,9 @@ def test_a_local_engine_takes_the_cores_of_this_process() -> None:
 
 @pytest.mark.parametrize("command", ["build", "validate", "verify"])
 def test_an_address_without_the_ray_engine_is_wrong_use(command: str, corpus_file: Path, tmp_path: Path) -> None:
-    place = [str(tmp_path)] if command == "verify" else [str(corpus_file)]
+    inputs = [str(tmp_path)] if command == "verify" else [str(corpus_file)]
     out = ["--out", str(tmp_path / "out")] if command == "build" else []
-    result = CliRunner().invoke(main, [command, *place, *out, "--ray-address", "auto"])
+    result = CliRunner().invoke(main, [command, *inputs, *out, "--ray-address", "auto"])
     assert result.exit_code == 2
     assert "--ray-address auto goes with --engine ray" in result.output
 
@@ -354,7 +354,7 @@ def test_ray_that_is_not_installed_is_one_sentence(corpus_file: Path, monkeypatc
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[tuple[WorkerRequirements, Path]]:
-    """A folder that is read, a file in it, and a folder that is written, as another machine is to see them."""
+    """A folder that is read, a file in it, and a folder that is written, which other machines must see too."""
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "a.png").write_bytes(b"picture")
     (tmp_path / "out").mkdir()
@@ -367,7 +367,7 @@ def shared(tmp_path: Path) -> Iterator[tuple[WorkerRequirements, Path]]:
 
 def test_a_machine_that_sees_the_same_lacks_nothing(shared: tuple[WorkerRequirements, Path]) -> None:
     assert unmet(shared[0]) == []
-    assert len(list((shared[1] / "out").iterdir())) == 1  # the mark alone: what was written as a trial is gone
+    assert len(list((shared[1] / "out").iterdir())) == 1  # only the mark: the trial file is removed
 
 
 def test_paths_that_were_shared_before_are_not_shared_again(shared: tuple[WorkerRequirements, Path]) -> None:
@@ -399,13 +399,13 @@ def test_what_a_machine_lacks_is_named_with_its_path(
 ) -> None:
     requirements, folder = shared
     (mark,) = map(Path, requirements.marks)
-    picture = folder / "media" / "a.png"
+    image = folder / "media" / "a.png"
     if change in ("empty mount", "no mount"):
-        picture.unlink()
+        image.unlink()
     if change == "no mount":
         (folder / "media").rmdir()
     if change == "older copy":
-        picture.write_bytes(b"old")
+        image.write_bytes(b"old")
     if change == "other output":
         mark.unlink()
     if change == "copied output":

@@ -1,6 +1,6 @@
-"""What goes wrong around a build: disks, media that change or vanish, memory, workers that die.
+"""Faults during a build: full disks, media that change or vanish, too little memory, workers that die.
 
-Each time: a sentence that says what happened, a ledger that balances, and the same command ends with the same bytes.
+Each time, one sentence says what happened, the ledger balances, and the same command then gives the same bytes.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def built(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_checkpoin
 
 
 def command(corpus: Path, out: Path, model: Path, workers: int = 1) -> list[str]:
-    found = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
-    found += ["--model", str(model), "--max-length", "1200", "--shard-bytes", "1500000"]
-    return [*found, "--workers", str(workers)]
+    arguments = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
+    arguments += ["--model", str(model), "--max-length", "1200", "--shard-bytes", "1500000"]
+    return [*arguments, "--workers", str(workers)]
 
 
 # Disks
@@ -71,7 +71,7 @@ def command(corpus: Path, out: Path, model: Path, workers: int = 1) -> list[str]
 
 @pytest.fixture(scope="module")
 def namespace() -> list[str]:
-    """How to run a command that may mount file systems which nobody else sees."""
+    """Arguments that run a command in its own mount namespace."""
     prefix = ["unshare", "--user", "--map-root-user", "--mount"]
     try:
         subprocess.run([*prefix, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=True, capture_output=True)
@@ -132,11 +132,11 @@ def test_an_output_that_can_only_be_read_is_named(
     assert contents(tmp_path / "shards") == contents(built)
 
 
-@pytest.mark.parametrize(("limit", "place"), [(1 << 10, "/.build/"), (1 << 19, "/bins-00000.tar: ")])
+@pytest.mark.parametrize(("limit", "location"), [(1 << 10, "/.build/"), (1 << 19, "/bins-00000.tar: ")])
 def test_a_limit_on_the_size_of_files_stops_the_build_which_goes_on_without_it(
-    tiny_checkpoint: Path, tmp_path: Path, limit: int, place: str
+    tiny_checkpoint: Path, tmp_path: Path, limit: int, location: str
 ) -> None:
-    """The same without mounting anything."""
+    """The same with a limit on the file size, which needs no mount."""
     random_image(120, 120).save(tmp_path / "a.png")
     record = json.dumps({"image": "a.png", "conversations": turn("<image>")})
     (tmp_path / "a.jsonl").write_text(f"{record}\n" * 30)
@@ -149,14 +149,16 @@ def test_a_limit_on_the_size_of_files_stops_the_build_which_goes_on_without_it(
     stopped = subprocess.run(program, capture_output=True, text=True, cwd=REPOSITORY, preexec_fn=limited)
     (sentence,) = [line for line in stopped.stderr.splitlines() if line.startswith("vlprep: ")]
     assert stopped.returncode == 1
-    assert f"{out}{place}" in sentence
+    assert f"{out}{location}" in sentence
     assert sentence.endswith("File too large. Fix that and rerun the same command.")
     assert not (out / "manifest.json").exists()
     assert leftovers(out) == []
     subprocess.run(program, check=True, capture_output=True, cwd=REPOSITORY)
-    whole = request_for(tmp_path / "a.jsonl", tmp_path / "whole", tiny_checkpoint, replace_settings(pixels="raw"))
-    build(whole, SerialEngine())
-    assert contents(out) == contents(tmp_path / "whole")
+    unlimited = request_for(
+        tmp_path / "a.jsonl", tmp_path / "unlimited", tiny_checkpoint, replace_settings(pixels="raw")
+    )
+    build(unlimited, SerialEngine())
+    assert contents(out) == contents(tmp_path / "unlimited")
 
 
 # Media that change after the scan
@@ -229,7 +231,7 @@ def test_a_medium_replaced_by_one_of_the_same_size_is_built_as_it_is_when_it_is_
 def test_a_medium_that_vanishes_costs_its_samples_and_the_command_succeeds(
     own_corpus: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    """By the command itself: the clip goes away as soon as the scan has left its parts."""
+    """With the command itself: the video is deleted as soon as the scan has written its parts."""
     out = tmp_path / "out"
     process = subprocess.Popen(
         command(own_corpus, out, tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=REPOSITORY
@@ -252,9 +254,9 @@ def test_a_medium_that_vanishes_costs_its_samples_and_the_command_succeeds(
 
 @pytest.fixture
 def box() -> Iterator[Sandbox]:
-    found = Sandbox()
-    yield found
-    found.close()
+    instance = Sandbox()
+    yield instance
+    instance.close()
 
 
 def test_a_decoder_that_runs_out_of_memory_says_so_and_decodes_the_next_medium(box: Sandbox, tmp_path: Path) -> None:
@@ -333,7 +335,7 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-# Numbers beyond all bounds
+# Sizes out of range
 
 
 def test_sizes_of_shards_beyond_all_bounds_are_refused_and_the_largest_gives_one_shard(

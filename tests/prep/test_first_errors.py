@@ -1,4 +1,4 @@
-"""The first errors that a newcomer makes: each message names the cause and the mend."""
+"""Common errors of new users: each message names the cause and the fix."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build(model: Path, *arguments: object) -> Result:
 
 
 def error_line(result: Result) -> str:
-    """The only line of the errors besides progress."""
+    """The error message, which is the only line on stderr besides progress."""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("vlprep:")]
     return line
 
@@ -128,7 +128,7 @@ def test_validate_prints_its_counts_as_json(tmp_path: Path) -> None:
     assert report["examples"]["empty_turn"][0].startswith(f"{bad}:1: ")
 
 
-RECORDS = [image_record(f"{number}.png") for number in range(3)]
+RECORDS = [image_record(f"{index}.png") for index in range(3)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
 PRETTY = "\n".join(json.dumps(record, indent=2) for record in RECORDS)
 
@@ -199,8 +199,8 @@ def test_the_cause_is_found_in_compressed_files(tmp_path: Path) -> None:
     ],
 )
 def test_a_few_broken_records_do_not_condemn_their_file(tmp_path: Path, content: str, num_rejected: int) -> None:
-    for number in range(3):
-        write_image(tmp_path / f"{number}.png")
+    for index in range(3):
+        write_image(tmp_path / f"{index}.png")
     (tmp_path / "a.jsonl").write_text(content)
     report = json.loads(validate(tmp_path / "a.jsonl", "--json").stdout)
     assert report["num_rejected"] == num_rejected
@@ -208,7 +208,7 @@ def test_a_few_broken_records_do_not_condemn_their_file(tmp_path: Path, content:
 
 
 def test_a_wrong_media_root_is_named_with_the_folder_that_holds_the_media(tmp_path: Path) -> None:
-    """A root one level up, one level down, and beside the annotation file."""
+    """A media root one level up, one level down, and next to the annotation file."""
     names = ["cells/a.png", "cells/b.png"]
     for where in ("lists", "lists/media", ".", "media"):
         folder = tmp_path / where.replace("/", "-") / "data"
@@ -289,7 +289,7 @@ def test_a_build_names_the_media_root_without_media(
 def test_a_finished_set_of_other_annotation_files_is_replaced_with_overwrite_only(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    """Files of the same name in other folders are other files."""
+    """Files of the same name in different folders are different files."""
     first = write_lines(tmp_path / "one" / "a.jsonl", [text_record("first")])
     second = write_lines(tmp_path / "two" / "a.jsonl", [text_record("second"), text_record()])
     third = write_lines(tmp_path / "two" / "b.jsonl", [text_record("third")])
@@ -405,15 +405,16 @@ def test_validate_finds_what_is_too_long_as_a_build_does(tmp_path: Path, tiny_ch
     result = validate(file, *limit, "--model", tiny_checkpoint, "--rejects", rejects)
     assert result.exit_code == 1
     assert "4 annotations: 1 valid, 3 rejected" in result.stdout
-    found = [json.loads(line) for line in rejects.read_text().splitlines()]
-    assert [(reject["line"], reject["problems"][0]["code"]) for reject in found] == [
+    rejected = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [(reject["line"], reject["problems"][0]["code"]) for reject in rejected] == [
         (2, "too_long"),
         (3, "empty_turn"),
         (4, "too_long"),
     ]
     assert build(tiny_checkpoint, file, *limit, "--out", tmp_path / "out").exit_code == 0
     ledger = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
-    assert [row["message"] for row in ledger if row["codes"]] == [reject["problems"][0]["message"] for reject in found]
+    messages = [reject["problems"][0]["message"] for reject in rejected]
+    assert [row["message"] for row in ledger if row["codes"]] == messages
     assert validate(file).stdout.startswith("4 annotations: 3 valid, 1 rejected")
     assert "--model has no effect without --max-length" in validate(file, "--model", tiny_checkpoint).stderr
 

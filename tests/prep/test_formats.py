@@ -1,4 +1,4 @@
-"""Every format and spelling of the same annotations gives the same samples, through a whole build.
+"""Every format and spelling of the same annotations gives the same samples, through a complete build.
 
 All variants are datasets of one build, which is compared sample by sample with a build of the canonical spelling.
 """
@@ -67,8 +67,8 @@ def media_fields(record: Record) -> Record:
 
 
 def turns(record: Record, role: str, value: str, names: tuple[str, str]) -> list[Record]:
-    found = [{role: names[number % 2], value: text} for number, text in enumerate(record["conversations"])]
-    return [{role: "system", value: record["system"]}, *found] if "system" in record else found
+    messages = [{role: names[index % 2], value: text} for index, text in enumerate(record["conversations"])]
+    return [{role: "system", value: record["system"]}, *messages] if "system" in record else messages
 
 
 def canonical(record: Record) -> Record:
@@ -84,7 +84,7 @@ def as_messages(record: Record) -> Record:
 
 def with_singular_fields(record: Record) -> Record:
     """``image`` and ``video``: a string for one medium, a list for several."""
-    media = {name[:-1]: found[0] if len(found) == 1 else found for name, found in media_fields(record).items()}
+    media = {name[:-1]: names[0] if len(names) == 1 else names for name, names in media_fields(record).items()}
     return {"conversations": canonical(record)["conversations"], **media, "id": record["id"]}
 
 
@@ -198,16 +198,16 @@ def expected(media: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("formats-expected")
     path = write_jsonl(folder / "a.jsonl", [canonical(record) for record in RECORDS])
     build_file(path, media, tiny_checkpoint, folder / "out")
-    found = {name: samples[0] for name, samples in packed_samples(folder / "out").items() if "/" not in name}
-    assert set(found) == {str(record["id"]) for record in RECORDS}
-    return found
+    result = {name: samples[0] for name, samples in packed_samples(folder / "out").items() if "/" not in name}
+    assert set(result) == {str(record["id"]) for record in RECORDS}
+    return result
 
 
 def test_the_samples_are_what_their_annotations_say(expected: dict[str, Packed]) -> None:
-    """Guards the comparison: media stand in sequence order, with the pixels of their own files."""
-    a, clip = expected["one"].media[0], expected["clip"].media[0]
+    """Checks the reference: media are in sequence order, with the pixels of their own files."""
+    a, video = expected["one"].media[0], expected["clip"].media[0]
     assert [kind for kind, _, _ in expected["mixed"].media] == [1, 0, 1]
-    assert (expected["mixed"].media[0][2] == clip[2]).all()
+    assert (expected["mixed"].media[0][2] == video[2]).all()
     assert (expected["mixed"].media[1][2] == a[2]).all()
     first, second, third = (frames for _, _, frames in expected["three"].media)
     assert (first == third).all() and first.shape != second.shape
@@ -235,10 +235,10 @@ FILES: dict[str, Callable[[list[Record]], bytes]] = {
     "array.jsonl": lambda r: json.dumps(r).encode(),
     "lines.json": lambda r: "\n".join(map(json.dumps, r)).encode(),
     "a.jsonl.gz": lambda r: gzip.compress("\n".join(map(json.dumps, r)).encode()),
-    "members.jsonl.gz": lambda r: b"".join(gzip.compress(json.dumps(one).encode() + b"\n") for one in r),
+    "members.jsonl.gz": lambda r: b"".join(gzip.compress(json.dumps(record).encode() + b"\n") for record in r),
     "a.json.gz": lambda r: gzip.compress(json.dumps(r, indent=2).encode()),
     "a.jsonl.zst": lambda r: zstandard.compress("\n".join(map(json.dumps, r)).encode()),
-    "frames.jsonl.zst": lambda r: b"".join(zstandard.compress(json.dumps(one).encode() + b"\n") for one in r),
+    "frames.jsonl.zst": lambda r: b"".join(zstandard.compress(json.dumps(record).encode() + b"\n") for record in r),
     "a.json.zst": lambda r: zstandard.compress(json.dumps(r).encode()),
     "packed.json": lambda r: json.dumps(_packed(r)).encode(),
     "packed.jsonl": lambda r: "\n".join(map(json.dumps, _packed(r))).encode(),
@@ -247,7 +247,7 @@ FILES: dict[str, Callable[[list[Record]], bytes]] = {
 
 
 def write_parts(folder: Path) -> list[Path]:
-    """The records over four files of different kinds, in order of their names."""
+    """The records in four files of different formats, sorted by name."""
     records = [canonical(record) for record in RECORDS]
     (folder / "deep").mkdir()
     (folder / "deep" / "part-1.json").write_text(json.dumps(records[:2]))
@@ -324,7 +324,7 @@ def parts_table(records: list[Record], media: Path) -> pa.Table:
 
 
 def texts_table(records: list[Record], media: Path, *, with_id: bool = True) -> pa.Table:
-    """As FineVision and the Cauldron have it, with columns that nobody reads."""
+    """As FineVision and the Cauldron have it, with columns that are not read."""
     exchange = pa.struct([("user", pa.string()), ("assistant", pa.string()), ("source", pa.string())])
     rows = [
         {
@@ -351,8 +351,8 @@ def one_medium_table(records: list[Record], media: Path, kind: pa.DataType) -> p
     """Columns ``image`` and ``video`` of at most one medium: a struct, or bare bytes."""
 
     def column(record: Record, name: str) -> Any:
-        found = embedded(media, record.get(name, []))
-        return None if not found else found[0] if kind == EMBEDDED else found[0]["bytes"]
+        values = embedded(media, record.get(name, []))
+        return None if not values else values[0] if kind == EMBEDDED else values[0]["bytes"]
 
     rows = [
         {
@@ -416,10 +416,10 @@ VARIANTS = [
 
 def write_variants(folder: Path, media: Path) -> dict[str, Variant]:
     """Write the files of all variants."""
-    made: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
 
     def jsonl(name: str, records: list[Record], of: list[Record] = RECORDS) -> None:
-        made[name] = Variant([write_jsonl(folder / f"{len(made)}.jsonl", records)], of)
+        variants[name] = Variant([write_jsonl(folder / f"{len(variants)}.jsonl", records)], of)
 
     for name, spell in SPELLINGS.items():
         jsonl(f"spelling: {name}", [spell(record) for record in RECORDS])
@@ -430,23 +430,23 @@ def write_variants(folder: Path, media: Path) -> dict[str, Variant]:
     jsonl("spelling: texts", [as_texts(record) for record in ONLY_IMAGES], ONLY_IMAGES)
     for name, content in FILES.items():
         (folder / name).write_bytes(content([canonical(record) for record in RECORDS]))
-        made[f"file: {name}"] = Variant([folder / name], RECORDS)
-    made["a list of files"] = Variant(write_parts(folder), RECORDS)
-    made["a glob, in the order of names"] = Variant([folder / "**" / "part-[0-9].*"], RECORDS)
+        variants[f"file: {name}"] = Variant([folder / name], RECORDS)
+    variants["a list of files"] = Variant(write_parts(folder), RECORDS)
+    variants["a glob, in the order of names"] = Variant([folder / "**" / "part-[0-9].*"], RECORDS)
     for name, (make_table, records) in PARQUET.items():
         for rows in (1, 4, 100):
-            path = folder / f"{len(made)}.parquet"
+            path = folder / f"{len(variants)}.parquet"
             pq.write_table(make_table(media), path, row_group_size=rows)
             needs_media = name == "plain columns"
-            made[f"parquet: {name}, {rows} rows in a group"] = Variant([path], records, needs_media)
+            variants[f"parquet: {name}, {rows} rows in a group"] = Variant([path], records, needs_media)
     pq.write_table(paths_table(media), folder / "paths.parquet")
-    made["parquet: paths without bytes"] = Variant([folder / "paths.parquet"], RECORDS)
-    return made
+    variants["parquet: paths without bytes"] = Variant([folder / "paths.parquet"], RECORDS)
+    return variants
 
 
 @dataclass(frozen=True)
 class Built:
-    """The one set: its variants, what it holds, and the name of each variant's dataset."""
+    """The set with all variants: its manifest and samples, and the name of each variant's dataset."""
 
     variants: dict[str, Variant]
     datasets: dict[str, str]
@@ -460,7 +460,7 @@ def built(media: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathF
     (folder / "files").mkdir()
     (folder / "empty").mkdir()
     variants = write_variants(folder / "files", media)
-    datasets = {name: f"d{number}" for number, name in enumerate(variants)}
+    datasets = {name: f"d{index}" for index, name in enumerate(variants)}
     (folder / "datasets.toml").write_text(
         "".join(
             table(datasets[name], variant.files, media if variant.needs_media else folder / "empty")
@@ -473,13 +473,13 @@ def built(media: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_format_and_spelling_gives_the_same_samples(built: Built, expected: dict[str, Packed], name: str) -> None:
-    """Media that are inside records need no files: their datasets have an empty media root."""
+    """Embedded media need no files: the datasets that have them have an empty media root."""
     assert set(VARIANTS) == set(built.variants)
     dataset, records = built.datasets[name], built.variants[name].records
-    (statistics,) = (found for found in built.manifest.statistics if found.dataset == dataset)
+    (statistics,) = (entry for entry in built.manifest.statistics if entry.dataset == dataset)
     assert statistics.num_annotations == statistics.num_packed == len(records)
-    for number, record in enumerate(records):
-        (sample,) = built.samples[f"{dataset}/{number}"]
+    for index, record in enumerate(records):
+        (sample,) = built.samples[f"{dataset}/{index}"]
         assert any(sample is other for other in built.samples[str(record["id"])]), "the id is kept"
         assert_same(sample, expected[str(record["id"])])
 
@@ -487,7 +487,7 @@ def test_every_format_and_spelling_gives_the_same_samples(built: Built, expected
 def test_images_without_a_tag_come_first(
     media: Path, tiny_checkpoint: Path, tmp_path: Path, expected: dict[str, Packed]
 ) -> None:
-    """The Cauldron and FineVision write no tags; a set that has them need not be told apart."""
+    """The Cauldron and FineVision write no tags; no setting is needed for such a set."""
     untagged = [{"id": "one", "images": ["a.png"], "conversations": ["What is this?", "A cat."]}]
     pq.write_table(texts_table(untagged, media), tmp_path / "a.parquet")
     build_file(tmp_path / "a.parquet", media, tiny_checkpoint, tmp_path / "out")
@@ -501,8 +501,8 @@ def test_a_share_above_100_takes_records_of_a_parquet_file_again(
     pq.write_table(messages_table(RECORDS, media), tmp_path / "a.parquet", row_group_size=4)
     manifest = build_file(tmp_path / "a.parquet", media, tiny_checkpoint, tmp_path / "out", share="%150")
     assert (manifest.counts.num_packed, manifest.counts.num_annotations) == (13, 13)
-    found = packed_samples(tmp_path / "out")
-    copies = {str(record["id"]): found[str(record["id"])] for record in RECORDS}
+    packed = packed_samples(tmp_path / "out")
+    copies = {str(record["id"]): packed[str(record["id"])] for record in RECORDS}
     assert sorted(map(len, copies.values())) == [1] * 5 + [2] * 4
     for name, samples in copies.items():
         for sample in samples:
@@ -518,15 +518,15 @@ def test_a_share_draws_the_same_records_from_every_format(
     drawn = []
     for name in ("a.jsonl", "a.parquet"):
         build_file(tmp_path / name, media, tiny_checkpoint, tmp_path / f"out-{name}", share=share)
-        found = packed_samples(tmp_path / f"out-{name}")
-        drawn.append({key: len(samples) for key, samples in found.items()})
+        packed = packed_samples(tmp_path / f"out-{name}")
+        drawn.append({key: len(samples) for key, samples in packed.items()})
     assert drawn[0] == drawn[1]
 
 
 def test_another_max_length_does_not_read_the_media_of_a_parquet_file_again(
     media: Path, tiny_checkpoint: Path, tmp_path: Path, expected: dict[str, Packed]
 ) -> None:
-    """The scan keeps what came inside the records: the file may be a placeholder by then."""
+    """The scan stores embedded media, so the file may be a placeholder by then."""
     path = tmp_path / "a.parquet"
     pq.write_table(messages_table(RECORDS, media), path)
     build_file(path, media, tiny_checkpoint, tmp_path / "out")
@@ -536,6 +536,6 @@ def test_another_max_length_does_not_read_the_media_of_a_parquet_file_again(
     settings = BuildSettings(media=SETTINGS.media, max_length=400)
     manifest = build_file(path, media, tiny_checkpoint, tmp_path / "out", settings=settings)
     assert (manifest.settings.max_length, manifest.counts.num_packed) == (400, len(RECORDS))
-    found = packed_samples(tmp_path / "out")
+    packed = packed_samples(tmp_path / "out")
     for name, sample in expected.items():
-        assert_same(found[name][0], sample)
+        assert_same(packed[name][0], sample)

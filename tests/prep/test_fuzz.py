@@ -1,4 +1,4 @@
-"""Thousands of damaged records and media, the same in every run: no crash, no hang, no count lost."""
+"""Thousands of damaged records and media, the same in every run: no crash, no hang, and counts that balance."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def mutated(rng: Rng, text: bytes) -> bytes:
 
 
 def is_json(data: bytes) -> bool:
-    """What Python's own reader says of a text, which must be UTF-8."""
+    """Whether Python's own parser accepts a text as JSON in UTF-8."""
     try:
         json.loads(data.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -121,8 +121,8 @@ def test_any_text_is_a_good_record_or_has_problems() -> None:
     """Never an exception; and what passes is JSON to another reader too, with a conversation and a medium a tag."""
     rng = np.random.default_rng(1)
     codes: Counter[str] = Counter()
-    for number in range(NUM_RECORDS):
-        data = mutated(rng, SEEDS[number % len(SEEDS)])
+    for index in range(NUM_RECORDS):
+        data = mutated(rng, SEEDS[index % len(SEEDS)])
         annotation, problems, *_ = parse_record(data)
         read_id(data)
         codes.update({problem.code.value for problem in problems} or {"good"})
@@ -144,7 +144,7 @@ def test_any_text_is_a_good_record_or_has_problems() -> None:
 def test_any_file_gives_as_many_records_as_were_counted(
     tmp_path: Path, opening: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the text, the blocks and the chunks; all records are in order, and each is checked without failing."""
+    """For any text, blocks and chunks, all records are in order, and each is checked without an exception."""
     rng = np.random.default_rng(2)
     path = tmp_path / "annotations"
     total = num_refused = 0
@@ -173,7 +173,7 @@ def test_any_file_gives_as_many_records_as_were_counted(
 
 
 def damaged(rng: Rng, data: bytes) -> bytes:
-    """The end cut off, bits flipped (more of them in the header), a stretch zeroed, or bytes put in."""
+    """Cut off the end, zero or insert bytes, or flip bits (more often in the header)."""
     kind = int(rng.integers(0, 5))
     at = int(rng.integers(0, len(data)))
     if kind == 0:
@@ -185,8 +185,8 @@ def damaged(rng: Rng, data: bytes) -> bytes:
         changed[at:at] = rng.bytes(16)
     else:
         reach = len(data) if kind == 3 else min(len(data), 256)
-        for place in rng.integers(0, reach, int(rng.integers(1, 9))).tolist():
-            changed[place] ^= 1 << int(rng.integers(0, 8))
+        for position in rng.integers(0, reach, int(rng.integers(1, 9))).tolist():
+            changed[position] ^= 1 << int(rng.integers(0, 8))
     return bytes(changed)
 
 
@@ -220,7 +220,7 @@ KINDS: dict[str, tuple[int, Callable[[Path], bytes]]] = {
 
 
 def attempt(action: Callable[[], Any]) -> Any:
-    """What an action gives, or its MediaError."""
+    """The result of an action, or its MediaError."""
     try:
         return action()
     except MediaError as error:
@@ -229,31 +229,31 @@ def attempt(action: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_media_are_used_or_have_a_code(tmp_path: Path, kind: str) -> None:
-    """Neither probe nor decode raises anything but a MediaError, takes its time out, or gives what is not promised.
+    """Probe and decode raise nothing but a MediaError, do not time out, and return valid results.
 
-    Time: a decoder that hung would end after its limit with ``decode_timeout``, which is not among the codes.
+    A decoder that hangs would be stopped with ``decode_timeout``, which is not among the codes.
     """
     media_type, make = KINDS[kind]
-    whole = make(tmp_path)
+    content = make(tmp_path)
     rng = np.random.default_rng(list(kind.encode()))
     codes: Counter[str] = Counter()
     box = Sandbox()
     try:
-        for number in range(NUM_OF_A_KIND):
+        for index in range(NUM_OF_A_KIND):
             path = tmp_path / f"x.{kind}"
-            path.write_bytes(damaged(rng, whole) if number else whole)
+            path.write_bytes(damaged(rng, content) if index else content)
             source = MediaSource(path.name, path)
             facts = attempt(lambda source=source: box.probe(source, media_type, SETTINGS))  # type: ignore[misc]
-            found = attempt(lambda source=source: box.decode(source, media_type, SETTINGS))  # type: ignore[misc]
-            for outcome in (facts, found):
+            result = attempt(lambda source=source: box.decode(source, media_type, SETTINGS))  # type: ignore[misc]
+            for outcome in (facts, result):
                 if isinstance(outcome, MediaError):
-                    assert outcome.code in MEDIA_CODES, (number, outcome.message)
+                    assert outcome.code in MEDIA_CODES, (index, outcome.message)
                     assert str(tmp_path) not in outcome.message
-            if isinstance(found, MediaError):
-                codes[found.code.value] += 1
+            if isinstance(result, MediaError):
+                codes[result.code.value] += 1
                 continue
             codes["good"] += 1
-            decoded, frames = found
+            decoded, frames = result
             assert isinstance(decoded, MediaInfo)
             steps = 2 * decoded.grid.t if media_type == MEDIA_VIDEO else 1
             assert frames.shape == (steps, 3, 14 * decoded.grid.h, 14 * decoded.grid.w)
@@ -267,10 +267,10 @@ def test_a_build_over_damaged_media_balances(tmp_path: Path, tiny_checkpoint: Pa
     rng = np.random.default_rng(4)
     records = []
     for kind, (media_type, make) in KINDS.items():
-        whole = make(tmp_path)
-        for number in range(NUM_BUILT):
-            name = f"{number}.{kind}"
-            (tmp_path / name).write_bytes(damaged(rng, whole) if number % 8 else whole)
+        content = make(tmp_path)
+        for index in range(NUM_BUILT):
+            name = f"{index}.{kind}"
+            (tmp_path / name).write_bytes(damaged(rng, content) if index % 8 else content)
             field = "video" if media_type == MEDIA_VIDEO else "image"
             records.append({"id": name, field: name, "conversations": turn(f"<{field}>What?")})
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -291,7 +291,7 @@ def test_a_build_over_damaged_media_balances(tmp_path: Path, tiny_checkpoint: Pa
     assert statuses == {"packed": counts.num_packed, "rejected": counts.num_rejected}
     assert counts.num_packed + counts.num_rejected == counts.num_annotations == len(records)
     assert {row["id"] for row in rows if row["status"] == "packed"} >= {
-        f"{number}.{kind}" for kind in KINDS for number in range(0, NUM_BUILT, 8)
+        f"{index}.{kind}" for kind in KINDS for index in range(0, NUM_BUILT, 8)
     }
     assert counts.num_rejected > NUM_BUILT
     assert {code for row in rows for code in row["codes"]} <= {code.value for code in MEDIA_CODES}

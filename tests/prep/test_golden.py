@@ -1,4 +1,4 @@
-"""From annotation file to the bytes of a bin, against an implementation that shares nothing with the program.
+"""From annotation file to the bytes of a bin, against an implementation that shares no code with the program.
 
 Token ids come from the checkpoint's chat template and its tokenizer, run live. Labels come from the positions of the
 answers in the rendered text. Positions of images and text come from the model's own ``get_rope_index``, those of videos
@@ -71,7 +71,7 @@ LANGUAGES = {
 
 @dataclass(frozen=True)
 class Case:
-    """An annotation in plain words: turns, and its images and videos in order."""
+    """An annotation: its turns, and its images and videos in order."""
 
     turns: list[tuple[str, str]]
     images: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ def write_media(folder: Path) -> dict[str, Case]:
 
 @dataclass(frozen=True)
 class Expected:
-    """A sample as the independent implementation has it; ``kinds`` and ``grids`` of the media in sequence order."""
+    """A sample of the independent implementation; ``kinds`` and ``grids`` of the media in sequence order."""
 
     input_ids: list[int]
     labels: list[int]
@@ -218,15 +218,15 @@ class Reference:
         roles = {"human": "user", "gpt": "assistant", "system": "system"}
         messages = [{"role": roles[role], "content": list(parts(role, value))} for role, value in turns]
 
-        def rendered(number: int, ask: bool = False) -> str:
-            text = self.tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=ask)
+        def rendered(count: int, ask: bool = False) -> str:
+            text = self.tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
             pads = iter(num_pads)
             return re.sub(r"<\|(?:image|video)_pad\|>", lambda match: match.group() * next(pads), text)
 
         text = rendered(len(messages))
         spans = [
-            (len(rendered(number, ask=True)), len(rendered(number + 1)))
-            for number, (role, _) in enumerate(turns)
+            (len(rendered(index, ask=True)), len(rendered(index + 1)))
+            for index, (role, _) in enumerate(turns)
             if role == "gpt"
         ]
         for start, stop in spans:
@@ -258,8 +258,8 @@ class Reference:
 def parts(role: str, value: str) -> Iterator[dict[str, str]]:
     """A turn as content parts."""
     pieces = re.split("<(image|video)>", value) if role == "human" else [value]
-    for number, piece in enumerate(pieces):
-        if number % 2:
+    for index, piece in enumerate(pieces):
+        if index % 2:
             yield {"type": piece, piece: "x"}
         elif piece:
             yield {"type": "text", "text": piece}
@@ -317,7 +317,7 @@ def packed(
 def test_bins_hold_what_the_reference_implementation_gives(
     packed: dict[str, list[Packed]], expected: dict[str, Expected]
 ) -> None:
-    """Ids, labels, positions and grids are equal; pixel values differ by exactly nothing."""
+    """Ids, labels, positions and grids are equal; pixel values are exactly equal."""
     for name, reference in expected.items():
         (sample,) = packed[name]
         assert sample.input_ids.tolist() == reference.input_ids, name
@@ -334,9 +334,9 @@ def test_bins_hold_what_the_reference_implementation_gives(
 def test_the_cases_are_as_different_as_they_say(
     corpus: tuple[Path, dict[str, Case]], expected: dict[str, Expected]
 ) -> None:
-    """Guards the comparison itself: turned images are upright, videos have odd, even and few frames."""
+    """Checks the cases themselves: turned images are upright, videos have odd, even and few frames."""
     for kind in ("jpg", "png", "webp", "tif"):
-        upright = [expected[f"image turned-{number}.{kind}"].grids[0] for number in range(1, 9)]
+        upright = [expected[f"image turned-{orientation}.{kind}"].grids[0] for orientation in range(1, 9)]
         assert [h > w for _, h, w in upright] == [False] * 4 + [True] * 4
     steps = {name: expected[f"video {name}"].grids[0][0] for name in VIDEOS}
     assert steps == {"one": 1, "three": 2, "four": 2, "five": 3, "seven": 4, "eight": 4}

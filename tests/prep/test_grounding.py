@@ -40,12 +40,15 @@ TOKENS = {"photo.png": 294, "turned.jpg": 294, "wide.png": 576}
 
 @dataclass(frozen=True)
 class Case:
-    """A record and its text in the shard, where it differs. ``objects`` and other fields go into the record."""
+    """A record, and its question and answer as the shard stores them.
+
+    ``stored_question`` is set where it differs from ``question``; ``fields`` are further fields of the record.
+    """
 
     question: str
     answer: str
     trained: str
-    asked: str = ""
+    stored_question: str = ""
     boxes: str = "pixels"
     images: tuple[str, ...] = ("photo.png",)
     fields: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +63,7 @@ class Case:
         question = re.sub(
             "<image>",
             lambda _: f"<|vision_start|>{'<|image_pad|>' * TOKENS[next(names)]}<|vision_end|>",
-            self.asked or self.question,
+            self.stored_question or self.question,
         )
         return (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -74,7 +77,7 @@ PHOTO_BOX = '{"bbox_2d": [98, 196, 294, 392]}'
 CASES = {
     # 588 / 600 = 392 / 400 = 0.98
     "photo": Case("<image>Where?", BOX, PHOTO_BOX),
-    # Stored lying, displayed 600 wide and 400 high.
+    # Stored on its side, displayed 600 wide and 400 high.
     "turned": Case("<image>Where?", BOX, PHOTO_BOX, images=("turned.jpg",)),
     # 896 / 1920 = 504 / 1080 = 7 / 15
     "wide": Case(
@@ -87,7 +90,7 @@ CASES = {
         '<image>What is at {"point_2d": [50, 100]}? Answer as {"bbox_2d": [x1, y1, x2, y2]}.',
         "A cat.",
         "A cat.",
-        asked='<image>What is at {"point_2d": [49, 98]}? Answer as {"bbox_2d": [x1, y1, x2, y2]}.',
+        stored_question='<image>What is at {"point_2d": [49, 98]}? Answer as {"bbox_2d": [x1, y1, x2, y2]}.',
     ),
     "several images": Case(
         "<image> and <image>: where?",
@@ -117,10 +120,10 @@ CASES = {
         "<image>Where is <ref-object>?",
         "<ref-object> is at <bbox>, and the dog at <bbox>.",
         "the cat is at [98, 196, 294, 392], and the dog at [0, 49].",
-        asked="<image>Where is the cat?",
+        stored_question="<image>Where is the cat?",
         fields={"objects": {"ref": ["the cat", "the cat"], "bbox": [[100, 200, 300, 400], [0, 50]]}},
     ),
-    # What the record says wins: these are shares in a dataset of pixels.
+    # The record takes precedence: it has relative coordinates in a dataset with pixel coordinates.
     "objects in shares": Case(
         "<image> and <image>?",
         '{"bbox_2d": <bbox>}',
