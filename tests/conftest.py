@@ -55,7 +55,7 @@ def tiny_vocab_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def qwen_demo() -> Path:
-    """Real pictures and clips with annotations (one clip is missing on purpose), which lie beside the repository."""
+    """Real images and videos with annotations (one video is missing on purpose), which lie beside the repository."""
     path = REPOSITORY.parent / "shared" / "data" / "qwen_demo"
     if not path.is_dir():
         pytest.skip("the folder of real media, ../shared/data/qwen_demo, is not here")

@@ -27,9 +27,9 @@ Shape = tuple[int, int, int, int]
 
 
 class PageBin(NamedTuple):
-    """A bin: its number, arrays by name, what ``samples.json`` says, and the rows for the model, (N, 1176) float32."""
+    """A bin: its index, arrays by name, what ``samples.json`` says, and the rows for the model, (N, 1176) float32."""
 
-    number: int
+    bin_index: int
     arrays: dict[str, NDArray[Any]]
     samples: list[dict[str, Any]]
     pixel_values: NDArray[np.float32]
@@ -56,8 +56,8 @@ def read_set(folder: Path) -> Iterator[PageBin]:
         assert all(f"bins-{row['shard']:05d}.tar" == shard["file"] for row in of_shard)
         assert of_shard[0]["bin"] == shard["first_bin"]
     assert next(unlisted, None) is None
-    numbers = [row["bin"] for row in rows]
-    assert numbers == sorted(set(numbers))
+    indices = [row["bin"] for row in rows]
+    assert indices == sorted(set(indices))
     prints = manifest["fingerprints"]
     for row in rows:
         yield read_bin(folder, row, manifest["settings"], prints["image_mean"], prints["image_std"])

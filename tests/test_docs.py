@@ -24,7 +24,7 @@ def _name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_no_line_of_a_page_is_longer_than_120_characters(page: Path) -> None:
-    long = [number for number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
+    long = [line_number for line_number, line in enumerate(page.read_text().splitlines(), 1) if len(line) > 120]
     assert long == []
 
 

@@ -67,12 +67,12 @@ def test_members_are_those_of_the_code_in_their_order() -> None:
 def expected_lines(codec: str) -> list[str]:
     """Key, tokens, targets, samples, media and sum of all pixels of every bin, from what was written."""
     lines = []
-    for number, samples in enumerate(BINS):
+    for index, samples in enumerate(BINS):
         media = [as_stored(medium, codec) for sample in samples for medium in sample.media]
         tokens = sum(len(sample.input_ids) for sample in samples)
         targets = sum(int((sample.labels != -100).sum()) for sample in samples)
         total = sum(int(medium.frames.sum(dtype=np.int64)) for medium in media)
-        lines.append(f"{number:08d} {tokens} {targets} {len(samples)} {len(media)} {total}")
+        lines.append(f"{index:08d} {tokens} {targets} {len(samples)} {len(media)} {total}")
     return lines
 
 
@@ -102,13 +102,13 @@ def test_a_reader_written_from_the_page_alone_gets_what_the_trainer_gets(tmp_pat
     folder = write_shards(tmp_path / "set", BINS, codec=codec)
     index = open_shards(folder)
     bins = list(read_set(folder))
-    assert [page_bin.number for page_bin in bins] == list(range(index.num_bins))
+    assert [page_bin.bin_index for page_bin in bins] == list(range(index.num_bins))
     for page_bin in bins:
-        ours = read_checked_bin(index, page_bin.number)
+        ours = read_checked_bin(index, page_bin.bin_index)
         for name in ARRAY_MEMBERS:
             assert np.array_equal(getattr(ours, name[:-4]), page_bin.arrays[name[:-4]]), name
         assert [sample["id"] for sample in page_bin.samples] == [
-            sample.id for sample in source_of(folder, page_bin.number)
+            sample.id for sample in source_of(folder, page_bin.bin_index)
         ]
         vision = build_micro_batch([ours]).vision
         if len(page_bin.pixel_values):
@@ -116,8 +116,8 @@ def test_a_reader_written_from_the_page_alone_gets_what_the_trainer_gets(tmp_pat
     assert sum(len(page_bin.pixel_values) for page_bin in bins) == index.num_patches.sum()
 
 
-def source_of(folder: Path, number: int) -> list[SourceSample]:
-    return source_samples(open_shards(folder), [number])[number]
+def source_of(folder: Path, index: int) -> list[SourceSample]:
+    return source_samples(open_shards(folder), [index])[index]
 
 
 @pytest.mark.slow
@@ -134,8 +134,8 @@ def test_the_program_of_the_short_page_rebuilds_the_frames(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        f"{number:08d} {medium.frames.shape} {medium.frames.sum()}"
-        for number, samples in enumerate(BINS)
+        f"{index:08d} {medium.frames.shape} {medium.frames.sum()}"
+        for index, samples in enumerate(BINS)
         for sample in samples
         for medium in sample.media
     ]

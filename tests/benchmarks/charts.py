@@ -95,7 +95,7 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = ("bar"
     chart_type = pick(rng, chart_types)
     topic = pick(rng, tuple(TOPICS))
     count = int(rng.integers(_MIN_CATEGORIES, len(TOPICS[topic]) + 1))
-    kept = sorted(int(i) for i in rng.permutation(len(TOPICS[topic]))[:count])
+    indices = sorted(int(i) for i in rng.permutation(len(TOPICS[topic]))[:count])
     colours = sample_names(rng, COLOURS, count)
     # Some charts have unused room at the right of the plot or above it.
     spare = 2 * PATCH_SIZE * int(rng.integers(2))
@@ -103,7 +103,7 @@ def sample_chart(rng: np.random.Generator, chart_types: tuple[str, ...] = ("bar"
     return Chart(
         chart_type=chart_type,
         title=f"{topic}, {int(rng.integers(2001, 2025))}",
-        categories=tuple(TOPICS[topic][i] for i in kept),
+        categories=tuple(TOPICS[topic][i] for i in indices),
         values=tuple(_VALUES[i] for i in rng.permutation(len(_VALUES))[:count]),
         colours=tuple(colours if chart_type == "bar" else [colours[0]] * count),
         width=2 * _MARGIN + count * COLUMN_WIDTH + spare,

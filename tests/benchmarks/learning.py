@@ -197,10 +197,10 @@ def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list
     rng = generator(0, f"{part}/{name}/records")
     (folder / "images").mkdir(exist_ok=True)
     records: list[Record] = []
-    for number, draft in enumerate(drafts):
-        path = f"images/{part}-{name}-{number:05d}.png"
+    for index, draft in enumerate(drafts):
+        path = f"images/{part}-{name}-{index:05d}.png"
         (folder / path).write_bytes(encode_image(draft.facts[0].draw(), PNG))
-        record = build_record(draft, [path], identifier=f"{part}-{name}-{number:05d}", rng=rng)
+        record = build_record(draft, [path], identifier=f"{part}-{name}-{index:05d}", rng=rng)
         del record["image" if "image" in record else "images"]
         records.append({**record, "image": path})
     return records
@@ -209,15 +209,15 @@ def draw_questions(name: str, num: int, folder: Path, *, held_out: bool) -> list
 def draw_exercises(name: str, num: int, folder: Path) -> list[Record]:
     """Return records of one kind of exercise, with their images in ``folder``."""
     (folder / "images").mkdir(exist_ok=True)
-    return [draw_exercise(name, folder, number) for number in range(num)]
+    return [draw_exercise(name, folder, index) for index in range(num)]
 
 
-def draw_exercise(name: str, folder: Path, number: int) -> Record:
+def draw_exercise(name: str, folder: Path, index: int) -> Record:
     """Return the record of one exercise on its own chart. Two of three charts have bars."""
-    rng = generator(0, f"exercises/{name}/{number}")
+    rng = generator(0, f"exercises/{name}/{index}")
     chart = sample_chart(rng, ("bar", "bar", "line"))
     exchange, image = EXERCISES[name](chart, int(rng.integers(len(chart.values))), rng)
-    path = f"images/exercise-{name}-{number:05d}.png"
+    path = f"images/exercise-{name}-{index:05d}.png"
     (folder / path).write_bytes(encode_image(image, PNG))
     turns = [("human", f"<image>\n{exchange.question}"), ("gpt", exchange.answer)]
     return {"id": path, "image": path, "conversations": [{"from": who, "value": text} for who, text in turns]}
@@ -383,7 +383,7 @@ def report(lesson: Lesson, scores: dict[str, Scores], *, ranks: int) -> str:
         f"{ranks} bins of {lesson.max_length} tokens{before}",
         f"{'':<{width}}{'seeing':>12}{'exchanged':>12}{'text only':>12}{'likeliest':>12}",
     ]
-    shares = {name: (one.seeing, one.exchanged, one.text_only, one.likeliest) for name, one in scores.items()}
+    shares = {name: (score.seeing, score.exchanged, score.text_only, score.likeliest) for name, score in scores.items()}
     if len(scores) > 1:
         # The kinds have equally many held-out questions.
         shares["all"] = tuple(sum(column) / len(scores) for column in zip(*shares.values()))

@@ -37,9 +37,9 @@ def write_annotations(path: Path, num_annotations: int) -> None:
     with path.open("w", encoding="ascii") as file:
         for first in range(0, num_annotations, _BLOCK):
             file.writelines(
-                f'{{"id": "chat-{number:09d}", "conversations": [{{"from": "human", "value": "What follows {number}?"'
-                f'}}, {{"from": "gpt", "value": "{number + 1}{", and so on" * (number % 7)}."}}]}}\n'
-                for number in range(first, min(first + _BLOCK, num_annotations))
+                f'{{"id": "chat-{index:09d}", "conversations": [{{"from": "human", "value": "What follows {index}?"'
+                f'}}, {{"from": "gpt", "value": "{index + 1}{", and so on" * (index % 7)}."}}]}}\n'
+                for index in range(first, min(first + _BLOCK, num_annotations))
             )
 
 

@@ -26,7 +26,7 @@ def write_pages(folder: Path, num_pages: int, seed: int = 0) -> list[Path]:
     """Write ``num_pages`` pages and return their paths in order."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number}.png" for number in range(num_pages)]
+    paths = [folder / f"{index}.png" for index in range(num_pages)]
     for path in paths:
         page(rng).save(path)
     return paths
@@ -65,8 +65,8 @@ def _table(rng: np.random.Generator, pen: ImageDraw.ImageDraw, y: int) -> int:
 
 
 def _chart(rng: np.random.Generator, pen: ImageDraw.ImageDraw, y: int) -> int:
-    for number in range(10):
-        left, height = _MARGIN + 100 * number, int(rng.integers(20, _CHART_HEIGHT))
+    for index in range(10):
+        left, height = _MARGIN + 100 * index, int(rng.integers(20, _CHART_HEIGHT))
         colour = tuple(int(value) for value in rng.integers(40, 220, 3))
         pen.rectangle((left, y + _CHART_HEIGHT - height, left + 60, y + _CHART_HEIGHT), fill=colour)
     return y + _CHART_HEIGHT + _LINE_HEIGHT

@@ -21,15 +21,15 @@ def write_photographs(folder: Path, num_samples: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number in range(num_samples):
+    for index in range(num_samples):
         height, width = (768, 1024) if rng.random() < 0.7 else (1152, 864)
-        Image.fromarray(photograph(rng, height, width)).save(folder / f"{number}.jpg", quality=90)
+        Image.fromarray(photograph(rng, height, width)).save(folder / f"{index}.jpg", quality=90)
         question, answer = (" ".join(rng.choice(WORDS, size)) for size in rng.integers(10, 120, 2))
         lines.append(
             json.dumps(
                 {
-                    "id": str(number),
-                    "image": f"{number}.jpg",
+                    "id": str(index),
+                    "image": f"{index}.jpg",
                     "conversations": [
                         {"from": "human", "value": f"<image>\n{question}?"},
                         {"from": "gpt", "value": f"{answer}."},

@@ -50,34 +50,34 @@ Box = tuple[Fraction, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pointed:
-    """Right and asked held-out questions of one way, by how many times larger the original images are."""
+    """Right answers and held-out questions of one way, by how many times larger the original images are."""
 
     right: dict[int, int] = field(default_factory=lambda: dict.fromkeys(ENLARGED, 0))
-    asked: dict[int, int] = field(default_factory=lambda: dict.fromkeys(ENLARGED, 0))
+    questions: dict[int, int] = field(default_factory=lambda: dict.fromkeys(ENLARGED, 0))
 
     @property
     def share(self) -> float:
         """Share of right answers."""
-        return sum(self.right.values()) / sum(self.asked.values())
+        return sum(self.right.values()) / sum(self.questions.values())
 
 
-def draw_question(folder: Path, part: str, number: int) -> Record:
+def draw_question(folder: Path, part: str, index: int) -> Record:
     """Write one image and return its record: a question and the box of the shape in pixels of that image."""
-    rng = generator(0, f"pointing/{part}/{number}")
-    enlarged = ENLARGED[number % len(ENLARGED)]
+    rng = generator(0, f"pointing/{part}/{index}")
+    enlarged = ENLARGED[index % len(ENLARGED)]
     side = SIDE * enlarged
     radius = side * (0.14 + 0.1 * rng.random())
     x, y = (radius + (side - 2 * radius) * rng.random() for _ in range(2))
     figure = Figure(shape=pick(rng, SHAPES), colour=pick(rng, COLOURS), x=x, y=y, radius=radius)
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     scene = Scene(width=side, height=side, background=background, figures=(figure,))
-    path = f"images/{part}-{number:05d}.png"
+    path = f"images/{part}-{index:05d}.png"
     (folder / "images").mkdir(exist_ok=True)
     (folder / path).write_bytes(encode_image(scene.draw(), PNG))
     box = [round(value) for value in (x - radius, y - radius, x + radius, y + radius)]
     turns = [("human", f"<image>{QUESTION}"), ("gpt", json.dumps({"bbox_2d": box}))]
     conversations = [{"from": role, "value": text} for role, text in turns]
-    return {"id": f"{part}-{number}", "image": path, "conversations": conversations}
+    return {"id": f"{part}-{index}", "image": path, "conversations": conversations}
 
 
 def overlap(box: Sequence[Fraction], other: Sequence[Fraction]) -> Fraction:
@@ -139,8 +139,8 @@ def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Pointed]:
     model = folder / "model"
     write_tiny_checkpoint(model, num_hidden_layers=lesson.num_layers, vision_hidden_size=lesson.vision_size)
     datasets = {
-        "train": [draw_question(folder, "train", number) for number in range(lesson.questions["boxes"])],
-        "heldout": [draw_question(folder, "heldout", number) for number in range(lesson.num_held_out)],
+        "train": [draw_question(folder, "train", index) for index in range(lesson.questions["boxes"])],
+        "heldout": [draw_question(folder, "heldout", index) for index in range(lesson.num_held_out)],
     }
     results: dict[str, Pointed] = {}
     for way in WAYS:
@@ -152,10 +152,10 @@ def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Pointed]:
         samples = [packed[record["id"]][0] for record in datasets["heldout"]]
         results[way] = Pointed()
         said = answers(folder / f"{way}-run" / "final", samples)
-        for number, (record, answer) in enumerate(zip(datasets["heldout"], said)):
-            enlarged = ENLARGED[number % len(ENLARGED)]
+        for index, (record, answer) in enumerate(zip(datasets["heldout"], said)):
+            enlarged = ENLARGED[index % len(ENLARGED)]
             box = read_box(answer)
-            results[way].asked[enlarged] += 1
+            results[way].questions[enlarged] += 1
             results[way].right[enlarged] += box is not None and overlap(box, true_box(record)) >= MIN_OVERLAP
     return results
 
@@ -168,7 +168,7 @@ def report(lesson: Lesson, results: dict[str, Pointed]) -> str:
         f"{'':<10}{'all':>8}" + "".join(f"{f'{enlarged}x':>8}" for enlarged in ENLARGED),
     ]
     for way, pointed in results.items():
-        shares = [pointed.right[enlarged] / max(1, pointed.asked[enlarged]) for enlarged in ENLARGED]
+        shares = [pointed.right[enlarged] / max(1, pointed.questions[enlarged]) for enlarged in ENLARGED]
         lines.append(f"{way:<10}{pointed.share:>8.1%}" + "".join(f"{share:>8.1%}" for share in shares))
     return "\n".join(lines)
 

@@ -30,10 +30,10 @@ def test_an_answer_without_a_box_has_none() -> None:
 
 
 def test_a_shape_lies_in_its_box_and_is_two_thirds_as_wide(tmp_path: Path) -> None:
-    for number in range(12):
-        record = draw_question(tmp_path, "test", number)
+    for index in range(12):
+        record = draw_question(tmp_path, "test", index)
         image = np.asarray(Image.open(tmp_path / record["image"])).astype(int)
-        enlarged = ENLARGED[number % len(ENLARGED)]
+        enlarged = ENLARGED[index % len(ENLARGED)]
         assert image.shape[:2] == (SIDE * enlarged, SIDE * enlarged)
         ys, xs = np.nonzero(np.abs(image - image[0, 0]).max(axis=-1) > 20)
         x1, y1, x2, y2 = (float(value) * enlarged for value in true_box(record))

@@ -29,18 +29,18 @@ _WORDS = (
 )
 
 
-def llava_record(rng: np.random.Generator, number: int) -> bytes:
+def llava_record(rng: np.random.Generator, index: int) -> bytes:
     """One record: an image, a question of about ten words, an answer of about forty."""
 
     def words(mean: int) -> str:
         return " ".join(rng.choice(_WORDS.split(), int(rng.poisson(mean)) + 1))
 
-    image = f"coco/train2017/{number:012d}.jpg"
+    image = f"coco/train2017/{index:012d}.jpg"
     turns = [
         {"from": "human", "value": f"<image>\n{words(10)}?"},
         {"from": "gpt", "value": f"{words(40).capitalize()}."},
     ]
-    return json.dumps({"id": f"{number:012d}", "image": image, "conversations": turns}).encode()
+    return json.dumps({"id": f"{index:012d}", "image": image, "conversations": turns}).encode()
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -72,7 +72,7 @@ def _line(name: str, seconds: Sequence[float], amount: float, unit: str) -> str:
 def main(num_records: int, rounds: int, copies: int) -> None:
     """Measure checking and indexing of records of one exchange."""
     rng = np.random.default_rng(0)
-    records = [llava_record(rng, number) for number in range(num_records)]
+    records = [llava_record(rng, index) for index in range(num_records)]
     click.echo(describe_machine("msgspec", "numpy"))
     num_bytes = sum(map(len, records))
     click.echo(f"{num_records:,} records of one exchange, {num_bytes / num_records:.0f} bytes each; one core\n")
@@ -91,9 +91,9 @@ def main(num_records: int, rounds: int, copies: int) -> None:
             path.write_bytes(start + separator.join(records * copies) + end)
             size = path.stat().st_size
             indexing = [_seconds(lambda path=path: index_file(path, path.parent)) for _ in range(rounds)]  # type: ignore[misc]
-            found = index_file(path, path.parent).num_records
-            if found != num_records * copies:
-                raise RuntimeError(f"{found} records were counted in {path.name}")
+            num_indexed = index_file(path, path.parent).num_records
+            if num_indexed != num_records * copies:
+                raise RuntimeError(f"{num_indexed} records were counted in {path.name}")
             click.echo(_line(f"index_file {name} ({size / 1e6:.0f} MB)", indexing, size / 1e6, "MB/s"))
 
 

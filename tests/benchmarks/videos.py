@@ -20,7 +20,7 @@ _SECONDS, _RATE = 20, 24
 def write_videos(folder: Path, num_videos: int, seed: int = 0) -> list[Path]:
     """Write ``num_videos`` videos and return their paths in order."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number}.mp4" for number in range(num_videos)]
+    paths = [folder / f"{index}.mp4" for index in range(num_videos)]
     image = photograph(np.random.default_rng(seed), 2 * HEIGHT, 2 * WIDTH)
     with av.open(str(paths[0]), "w") as container:
         stream = container.add_stream("libx264", rate=_RATE)

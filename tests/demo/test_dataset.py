@@ -90,8 +90,8 @@ def read_scene(shapes: list[Seen], question: str) -> str:
     if "How many shapes" in question:
         return str(len(shapes))
     x = {f"{shape.colour} {shape.shape}": shape.x for shape in shapes}
-    one, other = re.search(r"Is the (\w+ \w+) left or right of the (\w+ \w+)\?", question).groups()  # type: ignore[union-attr]
-    return "left" if x[one] < x[other] else "right"
+    first, second = re.search(r"Is the (\w+ \w+) left or right of the (\w+ \w+)\?", question).groups()  # type: ignore[union-attr]
+    return "left" if x[first] < x[second] else "right"
 
 
 def test_answers_about_a_scene_follow_from_its_pixels(demo: Demo) -> None:
@@ -347,13 +347,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     """Writing again replaces the files of the dataset and leaves others alone."""
     for name, seed in (("one", 5), ("two", 5), ("three", 6)):
         write_demo(tmp_path / name, seed=seed, num_annotations=40)
-    one, two, three = (tree(tmp_path / name) for name in ("one", "two", "three"))
-    assert one == two
-    assert one["annotations.jsonl"] != three["annotations.jsonl"]
+    first, second, third = (tree(tmp_path / name) for name in ("one", "two", "three"))
+    assert first == second
+    assert first["annotations.jsonl"] != third["annotations.jsonl"]
     (tmp_path / "two" / "annotations.jsonl").write_text("old")
     (tmp_path / "two" / "mine.txt").write_text("mine")
     write_demo(tmp_path / "two", seed=5, num_annotations=40)
-    assert tree(tmp_path / "two") == one | {"mine.txt": b"mine"}
+    assert tree(tmp_path / "two") == first | {"mine.txt": b"mine"}
 
 
 @pytest.mark.parametrize("size", [(224, 224), (240, 240), (320, 240)])

@@ -33,9 +33,9 @@ def test_answers_about_documents_follow_from_their_pages(plans: list[Parts]) -> 
     assert len(drafts) > 150
     for draft in drafts:
         for exchange in draft.exchanges:
-            number = int(re.search(r"page (\d)", exchange.question)[1])  # type: ignore[index]
-            assert draft.facts[number - 1].title == exchange.answer
-            assert draft.facts[number - 1].number == number
+            page = int(re.search(r"page (\d)", exchange.question)[1])  # type: ignore[index]
+            assert draft.facts[page - 1].title == exchange.answer
+            assert draft.facts[page - 1].number == page
 
 
 def test_answers_about_videos_follow_from_their_facts(plans: list[Parts]) -> None:
@@ -111,8 +111,8 @@ def test_the_plan_does_not_depend_on_the_hash_seed() -> None:
         "print(hashlib.sha256(repr(facts).encode()).hexdigest())"
     )
     environments = [{"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])} for seed in ("1", "2")]
-    one, two = (subprocess.check_output([sys.executable, "-c", code], env=env, text=True) for env in environments)
-    assert one == two
+    first, second = (subprocess.check_output([sys.executable, "-c", code], env=env, text=True) for env in environments)
+    assert first == second
 
 
 def test_balanced_answers_are_equally_frequent() -> None:

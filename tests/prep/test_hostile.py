@@ -89,14 +89,14 @@ def test_a_record_wrong_in_a_million_places_is_rejected_in_bounded_memory(
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"7\n" + start + filler * (15_000_000 // len(filler)) + end + b"\n")
     command = [sys.executable, "-c", MEASURE, "validate", str(path), "--workers", "1"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     path.unlink()
-    assert found.returncode == 1, found.stderr
-    assert "2 annotations: 0 valid, 2 rejected" in found.stdout
-    counted = {line.partition(":")[0] for line in found.stdout.splitlines() if line.endswith((": 1", ": 2"))}
+    assert result.returncode == 1, result.stderr
+    assert "2 annotations: 0 valid, 2 rejected" in result.stdout
+    counted = {line.partition(":")[0] for line in result.stdout.splitlines() if line.endswith((": 1", ": 2"))}
     assert counted == codes | {"not_an_object"}
-    assert len(found.stdout) < 10_000
-    assert int(found.stderr.split()[-1]) < BOUND_KB
+    assert len(result.stdout) < 10_000
+    assert int(result.stderr.split()[-1]) < BOUND_KB
 
 
 def test_what_is_left_out_of_a_long_list_of_problems_is_counted_for_each_code() -> None:
@@ -191,7 +191,7 @@ spelled_turns = st.lists(
     max_size=5,
 )
 alternating = st.lists(st.tuples(texts, texts), min_size=1, max_size=3).map(
-    lambda exchanges: [one for question, answer in exchanges for one in turn(question + "?", answer + ".")]
+    lambda exchanges: [message for question, answer in exchanges for message in turn(question + "?", answer + ".")]
 )
 names = st.one_of(st.none(), st.just("a.png"), st.lists(st.just("a.png"), max_size=2))
 annotations = st.fixed_dictionaries(
@@ -221,10 +221,10 @@ def test_the_quick_check_says_what_the_one_turn_by_turn_says(
     record: dict[str, Any], reserved: str, ascii_only: bool
 ) -> None:
     data = json.dumps(record, ensure_ascii=ascii_only).encode()
-    found = parse_record(data, reserved=reserved)
+    result = parse_record(data, reserved=reserved)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "_is_plain", lambda *_: False)
-        assert parse_record(data, reserved=reserved) == found
+        assert parse_record(data, reserved=reserved) == result
 
 
 def test_depth_in_a_field_that_nobody_reads_has_a_bound_of_its_own() -> None:
@@ -257,8 +257,8 @@ def test_a_decoder_that_died_before_it_was_asked_is_not_held_against_the_medium(
         box.close()
 
 
-class ClaimedClip:
-    """A clip whose header says how long it is."""
+class ClaimedVideo:
+    """A video whose header says how long it is."""
 
     num_frames, height, width = 8, 48, 64
 
@@ -272,11 +272,11 @@ class ClaimedClip:
 def test_a_video_that_claims_to_last_for_weeks_has_no_usable_duration() -> None:
     """Its temporal positions, two a second, would leave the range of int32 sooner or later."""
     slowest = 8 / MAX_DURATION_S
-    plan = plan_video(ClaimedClip(slowest * 1.001), "x", SETTINGS)
+    plan = plan_video(ClaimedVideo(slowest * 1.001), "x", SETTINGS)
     assert plan.second_per_grid_t == pytest.approx(2 * MAX_DURATION_S / 8, rel=2e-3)
     for fps in (slowest / 1.01, float("inf"), float("nan"), 0.0, -1.0):
         with pytest.raises(MediaError) as caught:
-            plan_video(ClaimedClip(fps), "x", SETTINGS)
+            plan_video(ClaimedVideo(fps), "x", SETTINGS)
         assert caught.value.code is ReasonCode.MEDIA_UNREADABLE
 
 
@@ -295,9 +295,9 @@ def test_validate_does_not_write_over_what_it_reads(tmp_path: Path, option: str)
     path.write_text("{}\n")
     (tmp_path / "link").symlink_to(path)
     for name in ("a.jsonl", "./a.jsonl", "link"):
-        found = run("validate", path, option, f"{tmp_path}/{name}", "--workers", 1)
-        assert found.exit_code == 2
-        assert "would overwrite" in found.stderr
+        result = run("validate", path, option, f"{tmp_path}/{name}", "--workers", 1)
+        assert result.exit_code == 2
+        assert "would overwrite" in result.stderr
     assert path.read_text() == "{}\n"
 
 
@@ -306,9 +306,9 @@ def test_deep_validation_decodes_the_good_media_of_a_record_with_bad_ones(tmp_pa
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
     record = {"images": ["none.png", "cut.png"], "conversations": turn("<image><image>")}
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    found = run("validate", tmp_path / "a.jsonl", "--deep", "--workers", 1)
-    assert "media_missing: 1" in found.stdout
-    assert "media_unreadable: 1" in found.stdout
+    result = run("validate", tmp_path / "a.jsonl", "--deep", "--workers", 1)
+    assert "media_missing: 1" in result.stdout
+    assert "media_unreadable: 1" in result.stdout
 
 
 def test_a_folder_named_like_a_pattern_is_no_pattern(tmp_path: Path) -> None:
@@ -349,9 +349,9 @@ def test_datasets_that_share_their_annotations_keep_their_own_media(tmp_path: Pa
         max_rejected=Fraction(0),
     )
     build(request, SerialEngine())
-    found = packed_samples(tmp_path / "out")
-    assert found["small/0"][0].media[0][1] == (1, 4, 4)
-    assert found["large/0"][0].media[0][1] == (1, 20, 20)
+    samples = packed_samples(tmp_path / "out")
+    assert samples["small/0"][0].media[0][1] == (1, 4, 4)
+    assert samples["large/0"][0].media[0][1] == (1, 20, 20)
 
 
 def parquet(path: Path, columns: dict[str, Any]) -> Path:
@@ -367,11 +367,11 @@ def test_text_that_a_writer_stored_as_bytes_is_text(tmp_path: Path) -> None:
     annotation, problems, *_ = parse_record(record.data or b"")
     assert problems == []
     assert annotation is not None
-    assert [one.value for one in annotation.turns] == ["é", "é"]
+    assert [message.value for message in annotation.turns] == ["é", "é"]
 
 
 def test_text_of_a_row_that_is_not_utf_8_costs_that_row(tmp_path: Path) -> None:
-    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 2, 4, 6))
+    offsets = b"".join(offset.to_bytes(4, "little") for offset in (0, 2, 4, 6))
     broken = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(b"ab\xff\xfecd")])
     rows = [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]] * 3
     path = parquet(tmp_path / "a.parquet", {"id": broken, "conversations": rows})

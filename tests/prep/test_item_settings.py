@@ -300,8 +300,8 @@ def test_the_flags_in_the_documentation_are_the_constants_of_qwen_vl_utils() -> 
 def frame_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "clip"
     folder.mkdir()
-    for number in (1, 2, 10):
-        random_image(90, 60, seed=number).save(folder / f"f{number}.png")
+    for seed in (1, 2, 10):
+        random_image(90, 60, seed=seed).save(folder / f"f{seed}.png")
     (folder / "notes.txt").write_text("not a frame")
     (folder / ".hidden.png").write_bytes(b"")
     return folder
@@ -314,8 +314,8 @@ def test_a_folder_of_frames_is_a_video_of_its_images_in_natural_order(tmp_path: 
     assert probe(folder, MEDIA_VIDEO, MediaSettings()) == info
     assert (info.grid.t, info.second_per_grid_t, info.backend) == (2, 1.0, "pillow")  # 2 frames a second
     shape = (info.grid.w * 14, info.grid.h * 14)
-    for stored, number in zip(frames, (1, 2, 10, 10), strict=True):  # an odd count repeats the last
-        resized = random_image(90, 60, seed=number).resize(shape, Image.Resampling.BICUBIC)
+    for stored, seed in zip(frames, (1, 2, 10, 10), strict=True):  # an odd count repeats the last
+        resized = random_image(90, 60, seed=seed).resize(shape, Image.Resampling.BICUBIC)
         assert (stored == np.asarray(resized).transpose(2, 0, 1)).all()
 
 
@@ -328,9 +328,9 @@ def test_frames_of_different_sizes_are_no_video(frame_folder: Path) -> None:
 
 
 def test_settings_that_choose_frames_of_a_file_are_refused_for_a_list(frame_folder: Path) -> None:
-    clip = resolve_frames(frame_folder.parent, "clip", max_bytes=1 << 20)
+    video = resolve_frames(frame_folder.parent, "clip", max_bytes=1 << 20)
     with pytest.raises(MediaError, match="nframes chooses frames") as caught:
-        decode_frames(clip, MediaSettings(), ItemSettings(nframes=2))
+        decode_frames(video, MediaSettings(), ItemSettings(nframes=2))
     assert caught.value.code is ReasonCode.BAD_FIELD
 
 
@@ -388,7 +388,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "list": {"type": "video", "video": ["clip/f10.png", "clip/f2.png"], "sample_fps": 4, "max_pixels": 20 * TOKEN},
     "inside": {
         "type": "video",
-        "video": [data_uri(random_image(90, 60, seed=number)) for number in (1, 2, 10)],
+        "video": [data_uri(random_image(90, 60, seed=seed)) for seed in (1, 2, 10)],
         "max_pixels": 20 * TOKEN,
     },
     "folder": {"type": "video", "video": "clip", "max_pixels": 20 * TOKEN},
@@ -422,15 +422,15 @@ def test_a_build_decodes_every_medium_with_the_settings_of_its_item(
     samples = packed_samples(tmp_path / "out")
     rows = {row["id"]: row for row in ledger(tmp_path / "out")}
     media = {name: samples[name][0].media for name, row in rows.items()}
-    assert {name: found[0][1] for name, found in media.items()} == GRIDS
+    assert {name: sample_media[0][1] for name, sample_media in media.items()} == GRIDS
     assert {name: row["video_backend"] for name, row in rows.items() if name in ("list", "inside", "folder")} == {
         "list": "pillow",
         "inside": "pillow",
         "folder": "pillow",
     }
-    for name, numbers in {"list": (10, 2), "inside": (1, 2, 10, 10), "folder": (1, 2, 10, 10)}.items():
-        for stored, number in zip(media[name][0][2], numbers, strict=True):
-            resized = random_image(90, 60, seed=number).resize((84, 56), Image.Resampling.BICUBIC)
+    for name, seeds in {"list": (10, 2), "inside": (1, 2, 10, 10), "folder": (1, 2, 10, 10)}.items():
+        for stored, seed in zip(media[name][0][2], seeds, strict=True):
+            resized = random_image(90, 60, seed=seed).resize((84, 56), Image.Resampling.BICUBIC)
             assert (stored == np.asarray(resized).transpose(2, 0, 1)).all()
     originals = brightness_of(list(PyavVideo(source(tmp_path / "x.mp4")).frames([0, 12, 24, 35, 47, 59])))
     assert brightness_of(media["rate"][0][2].transpose(0, 2, 3, 1)) == pytest.approx(originals, abs=0.5)

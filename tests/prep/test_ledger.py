@@ -24,20 +24,20 @@ def test_distributions_are_those_of_all_values_together(parts: list[list[int]]) 
     for part in parts:
         counts.add(np.asarray(part, dtype=np.int32))
     values = np.asarray([value for part in parts for value in part], dtype=np.int64)
-    found = counts.distribution()
+    distribution = counts.distribution()
     if not values.size:
-        assert found is None
+        assert distribution is None
         return
-    assert found is not None
-    assert (found.total, found.mean) == (values.sum(), values.sum() / values.size)
+    assert distribution is not None
+    assert (distribution.total, distribution.mean) == (values.sum(), values.sum() / values.size)
     quantiles = np.quantile(values, [0, 0.5, 0.9, 0.99, 1], method="inverted_cdf").tolist()
-    assert [found.min, found.p50, found.p90, found.p99, found.max] == quantiles
+    assert [distribution.min, distribution.p50, distribution.p90, distribution.p99, distribution.max] == quantiles
 
 
 def test_a_write_task_weighs_17_bytes_a_sample(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the samples hold: two numbers of samples give the weight of one."""
+    """The tasks of two sets of different sizes differ by the weight of their samples alone."""
     weights: dict[int, int] = {}
 
     def weighed(task: WriteTask) -> object:
@@ -45,10 +45,10 @@ def test_a_write_task_weighs_17_bytes_a_sample(
         return write_shard(task)
 
     monkeypatch.setattr(prep.build.pipeline, "write_shard", weighed)
-    for number in (100, 600):
-        annotations = tmp_path / f"{number}.jsonl"
-        records = ({"id": f"sample-{place}", "conversations": turn(f"Say {place}.")} for place in range(number))
+    for num_samples in (100, 600):
+        annotations = tmp_path / f"{num_samples}.jsonl"
+        records = ({"id": f"sample-{index}", "conversations": turn(f"Say {index}.")} for index in range(num_samples))
         annotations.write_text("\n".join(json.dumps(record) for record in records))
-        build_set(annotations, tmp_path / f"out-{number}", tiny_checkpoint)
+        build_set(annotations, tmp_path / f"out-{num_samples}", tiny_checkpoint)
     num_bin_starts = 8 * 30
     assert (weights[600] - weights[100]) / 500 <= 17 + num_bin_starts / 500

@@ -43,10 +43,10 @@ TOO_LONG = "too_long"
 @pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measuring")
-    for number, (name, (width, height)) in enumerate(IMAGES.items()):
-        random_image(width, height, "RGBA" if number % 2 else "RGB", seed=number).save(folder / name)
-    for number, (name, (frames, fps)) in enumerate(VIDEOS.items()):
-        write_video(folder / name, frames, fps, width=64 + 30 * number, height=150 - 20 * number)
+    for index, (name, (width, height)) in enumerate(IMAGES.items()):
+        random_image(width, height, "RGBA" if index % 2 else "RGB", seed=index).save(folder / name)
+    for index, (name, (frames, fps)) in enumerate(VIDEOS.items()):
+        write_video(folder / name, frames, fps, width=64 + 30 * index, height=150 - 20 * index)
     return folder
 
 
@@ -108,11 +108,11 @@ build_settings = st.builds(
 
 
 def build_and_read(
-    found: list[Record], media: Path, checkpoint: Path, how: BuildSettings
+    dataset: list[Record], media: Path, checkpoint: Path, how: BuildSettings
 ) -> tuple[list[dict[str, Any]], dict[str, list[Packed]]]:
-    """Ledger and samples of a build of ``found`` and of one short text, so that there is something to pack."""
+    """Ledger and samples of a build of ``dataset`` and of one short text, so that there is something to pack."""
     short = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-    lines = [json.dumps(record | {"id": f"r{number}"}) for number, record in enumerate([short, *found])]
+    lines = [json.dumps(record | {"id": f"r{index}"}) for index, record in enumerate([short, *dataset])]
     annotations = media / "annotations.jsonl"
     annotations.write_text("\n".join(lines))
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def build_and_read(
         samples = packed_samples(out)
         counts = read_manifest(out).counts
     packed = [row for row in rows if row["status"] == "packed"]
-    assert len(rows) == counts.num_annotations == len(found) + 1
+    assert len(rows) == counts.num_annotations == len(dataset) + 1
     assert len(packed) == counts.num_packed == sum(len(bin_) for name, bin_ in samples.items() if "/" in name)
     for name in ("num_tokens", "num_targets", "num_patches"):
         assert sum(row[name] for row in packed) == sum(row[name] for row in bins) == getattr(counts, name)
@@ -144,18 +144,18 @@ def only_one_token_each(how: BuildSettings) -> BuildSettings:
 def fingerprints_once(tiny_checkpoint: Path) -> Any:
     """Read the checkpoint's fingerprints once: they do not change, and take most of the time of a small build."""
     files = prep.samples.tokenizer.find_model_files(str(tiny_checkpoint))
-    found = prep.samples.tokenizer.read_fingerprints(files)
+    fingerprints = prep.samples.tokenizer.read_fingerprints(files)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prep.build.pipeline.read_fingerprints", lambda _: found)
+        patch.setattr("prep.build.pipeline.read_fingerprints", lambda _: fingerprints)
         yield
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(found=st.lists(records(), min_size=1, max_size=8), how=build_settings)
+@given(dataset=st.lists(records(), min_size=1, max_size=8), how=build_settings)
 def test_what_was_measured_is_what_the_bins_hold(
-    media: Path, tiny_checkpoint: Path, found: list[Record], how: BuildSettings
+    media: Path, tiny_checkpoint: Path, dataset: list[Record], how: BuildSettings
 ) -> None:
-    rows, samples = build_and_read(found, media, tiny_checkpoint, how)
+    rows, samples = build_and_read(dataset, media, tiny_checkpoint, how)
     lengths: Counter[int] = Counter()
     patches: dict[int, list[int]] = {}
     for row in rows:
@@ -174,19 +174,20 @@ def test_what_was_measured_is_what_the_bins_hold(
     assert max(lengths.values()) <= how.max_length
     if how.max_patches is not None:
         assert all(
-            sum(in_bin) <= how.max_patches or len([one for one in in_bin if one]) == 1 for in_bin in patches.values()
+            sum(in_bin) <= how.max_patches or len([num_patches for num_patches in in_bin if num_patches]) == 1
+            for in_bin in patches.values()
         )
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(found=st.lists(records(), min_size=1, max_size=5), how=build_settings)
+@given(dataset=st.lists(records(), min_size=1, max_size=5), how=build_settings)
 def test_shrinking_rejects_only_what_does_not_fit_at_one_token_a_frame(
-    media: Path, tiny_checkpoint: Path, found: list[Record], how: BuildSettings
+    media: Path, tiny_checkpoint: Path, dataset: list[Record], how: BuildSettings
 ) -> None:
     """Compared with a build whose pixel bounds are those of one token, whatever the size of the media."""
     how = changed(how, overlong="shrink")
-    rows, samples = build_and_read(found, media, tiny_checkpoint, how)
-    _, smallest = build_and_read(found, media, tiny_checkpoint, only_one_token_each(how))
+    rows, samples = build_and_read(dataset, media, tiny_checkpoint, how)
+    _, smallest = build_and_read(dataset, media, tiny_checkpoint, only_one_token_each(how))
     for row in rows:
         if row["codes"] == ["reserved_token"]:
             continue

@@ -31,10 +31,10 @@ def test_means_are_exact_and_percentiles_within_a_bin(values: list[float]) -> No
 
 
 @given(st.lists(seconds, max_size=20), st.lists(seconds, max_size=20))
-def test_merging_counts_as_if_counted_together(one: list[float], two: list[float]) -> None:
-    merged = counted(one)
-    merged.merge(counted(two))
-    together = counted(one + two)
+def test_merging_counts_as_if_counted_together(first: list[float], second: list[float]) -> None:
+    merged = counted(first)
+    merged.merge(counted(second))
+    together = counted(first + second)
     assert merged.counts == together.counts
     assert merged.total_s == pytest.approx(together.total_s)
 

@@ -114,12 +114,12 @@ def test_an_upstream_script_becomes_two_commands_that_are_accepted(folder: Path,
 
 
 def test_the_sizes_of_upstream_keep_their_batch_rate_and_zero_stage(folder: Path) -> None:
-    found = {}
+    arguments = {}
     for name in ("sft_3b.sh", "sft_7b.sh", "sft_32b.sh"):
         _, args = train_command(migrate(f"scripts/{name}").output)
         batch = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        found[name] = (args.learning_rate, *batch, args.deepspeed)
-    assert found == {
+        arguments[name] = (args.learning_rate, *batch, args.deepspeed)
+    assert arguments == {
         "sft_3b.sh": (2e-7, 8, 4, "zero2.json"),
         "sft_7b.sh": (2e-7, 4, 4, "zero3.json"),
         "sft_32b.sh": (1e-7, 2, 8, "zero3_offload.json"),
@@ -230,9 +230,11 @@ def test_a_shell_script_around_a_yaml_reads_it_and_its_overrides(folder: Path) -
 def test_datasets_become_tables_of_the_registry(folder: Path) -> None:
     tables = section(migrate("scripts/sft.sh").output, "Tables for datasets.toml")
     assert tables == '[mp_doc]\nannotation_path = "/data/mp_doc/all.json"\nmedia_root = "/data/mp_doc"'
-    whole = migrate("qwenvl/data/__init__.py")
-    assert whole.exit_code == 0
-    assert '[clevr_mc]\nannotation_path = "/data/clevr.json"\n\n["set:3"]\nannotation_path = "c.json"' in whole.output
+    of_module = migrate("qwenvl/data/__init__.py")
+    assert of_module.exit_code == 0
+    assert (
+        '[clevr_mc]\nannotation_path = "/data/clevr.json"\n\n["set:3"]\nannotation_path = "c.json"' in of_module.output
+    )
     of_yaml = migrate("scripts/lora.yaml").output
     assert '[my_set]\nannotation_path = "' in of_yaml
     assert 'data/sub/my set.jsonl"\nmedia_root = "' in of_yaml

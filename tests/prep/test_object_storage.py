@@ -264,12 +264,12 @@ def test_credentials_that_expire_stop_the_build_and_a_single_refusal_costs_one_s
     assert local_contents(tmp_path / "out") == local_contents(finished)
 
     proxy.rule = lambda method, key, earlier: "denied" if key.endswith("/4.png") else None
-    found = build(replace(request, out=tmp_path / "one"), SerialEngine()).counts.rejects_by_code
+    rejects = build(replace(request, out=tmp_path / "one"), SerialEngine()).counts.rejects_by_code
     expected = dict(read_manifest(finished).counts.rejects_by_code)
     with_4 = [line for line in storage.read(CORPUS / "annotations.jsonl").splitlines() if b'"4.png"' in line]
     assert with_4
     expected["media_unreadable"] += len(with_4)
-    assert found == expected
+    assert rejects == expected
 
 
 def test_a_silent_server_ends_in_an_error(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -315,8 +315,8 @@ def test_a_final_answer_is_one_sentence_without_retries(
         code, output = run(*arguments)
         assert (code, message in output) == (2, True), output
         assert "Traceback" not in output
-        asked = [(seen.method, seen.key, seen.query) for seen in proxy.seen if seen.status >= 400]
-        assert len(asked) == len(set(asked)), "asked again"
+        failures = [(seen.method, seen.key, seen.query) for seen in proxy.seen if seen.status >= 400]
+        assert len(failures) == len(set(failures)), "requested again"
     assert run("verify", "s3://bucket/corpus", "--workers", "1")[0] == 1
 
     proxy.rule = lambda method, key, earlier: "denied"
@@ -374,8 +374,8 @@ def test_wrong_credentials_are_distinguished_from_faults() -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(running: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures whose headers are long, late, or as most are; the same here and below s3://bucket/pictures."""
+def image_folder(running: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images whose headers are long, late, or as most are; the same here and below s3://bucket/pictures."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (700, 500, 3), dtype=np.uint8))
@@ -423,10 +423,12 @@ def outcome(root: Location, name: str, scratch: Path, *, beginnings: bool = True
         return error.code, error.message
 
 
-def test_probing_the_beginning_finds_what_probing_the_file_finds(proxy: Proxy, pictures: Path, tmp_path: Path) -> None:
+def test_probing_the_beginning_finds_what_probing_the_file_finds(
+    proxy: Proxy, image_folder: Path, tmp_path: Path
+) -> None:
     root = Url("s3://bucket/pictures")
-    for path in sorted(pictures.iterdir()):
-        assert outcome(root, path.name, tmp_path) == outcome(pictures, path.name, tmp_path), path.name
+    for path in sorted(image_folder.iterdir()):
+        assert outcome(root, path.name, tmp_path) == outcome(image_folder, path.name, tmp_path), path.name
     assert isinstance(outcome(root, "late.png", tmp_path), MediaInfo)
     proxy.seen.clear()
     assert outcome(root, "plain.jpg", tmp_path) == outcome(root, "plain.jpg", tmp_path, beginnings=False)
@@ -439,15 +441,15 @@ def test_probing_the_beginning_finds_what_probing_the_file_finds(proxy: Proxy, p
      "s3://bucket/corpus/0.png", "empty.jpg", "plain.bmp/..", "x/../plain.jpg", "./plain.jpg", "x" * 2000],
 )  # fmt: skip
 def test_names_mean_below_a_url_what_they_mean_below_a_folder(
-    proxy: Proxy, pictures: Path, tmp_path: Path, name: str
+    proxy: Proxy, image_folder: Path, tmp_path: Path, name: str
 ) -> None:
-    (pictures / "x").mkdir(exist_ok=True)
-    found, expected = outcome(Url("s3://bucket/pictures"), name, tmp_path), outcome(pictures, name, tmp_path)
+    (image_folder / "x").mkdir(exist_ok=True)
+    result, expected = outcome(Url("s3://bucket/pictures"), name, tmp_path), outcome(image_folder, name, tmp_path)
     if isinstance(expected, MediaInfo):
-        assert found == expected
+        assert result == expected
     else:
-        assert isinstance(found, tuple)
-        assert found[0] is expected[0]
+        assert isinstance(result, tuple)
+        assert result[0] is expected[0]
 
 
 def test_urls_of_media_stay_below_the_root() -> None:
@@ -468,7 +470,7 @@ def test_more_media_than_the_memory_budget_are_read_in_any_order_and_leave_no_fi
     monkeypatch.setattr(fetch, "_MAX_BYTES_AHEAD", 3000)
     root = Url("s3://bucket/held")
     (tmp_path / "file").write_bytes(os.urandom(1000))
-    names = [f"{number}.mp4" for number in range(40)]
+    names = [f"{index}.mp4" for index in range(40)]
     for name in (*names, "unforeseen.mp4"):
         storage.upload(tmp_path / "file", root / name)
     requests = [MediaRequest(root, name, MEDIA_VIDEO, 1 << 20) for name in names]
@@ -486,10 +488,10 @@ def test_more_media_than_the_memory_budget_are_read_in_any_order_and_leave_no_fi
 def test_a_video_below_a_url_can_be_a_list_of_frames_but_not_a_folder(proxy: Proxy, tmp_path: Path) -> None:
     root = Url("s3://bucket/frames")
     long_header = b"\xff\xd8" + 3 * (b"\xff\xfe\xff\xff" + bytes(0xFFFD))
-    for number in range(3):
-        Image.new("RGB", (90, 60), (80 * number, 0, 0)).save(tmp_path / "frame.jpg")
+    for index in range(3):
+        Image.new("RGB", (90, 60), (80 * index, 0, 0)).save(tmp_path / "frame.jpg")
         (tmp_path / "frame.jpg").write_bytes(long_header + (tmp_path / "frame.jpg").read_bytes()[2:])
-        storage.upload(tmp_path / "frame.jpg", root / f"clip/{number}.jpg")
+        storage.upload(tmp_path / "frame.jpg", root / f"clip/{index}.jpg")
     frames = Annotation(turns=[], videos=[MediaItem("x", frames=("clip/0.jpg", "clip/1.jpg", "clip/2.jpg"))])
     folder = Annotation(turns=[], videos=[MediaItem("clip")])
     with open_media([root], beginnings=True, scratch=tmp_path / "scratch") as access:
@@ -502,7 +504,7 @@ def test_a_video_below_a_url_can_be_a_list_of_frames_but_not_a_folder(proxy: Pro
 
 
 def test_media_of_the_next_items_are_prefetched(proxy: Proxy, tmp_path: Path) -> None:
-    requests = [MediaRequest(CORPUS, f"{number}.png", MEDIA_IMAGE, 1 << 20) for number in range(6)]
+    requests = [MediaRequest(CORPUS, f"{index}.png", MEDIA_IMAGE, 1 << 20) for index in range(6)]
     with open_media([CORPUS], beginnings=True, scratch=tmp_path) as access:
         items = access.prefetch([[each] for each in requests], lambda item: item)
         access.source(next(items)[0])
@@ -525,7 +527,7 @@ def test_a_medium_of_many_samples_is_downloaded_once_per_chunk_and_once_per_shar
     proxy.seen.clear()
     assert build(request, SerialEngine()).counts.num_packed == 60
     fetched = sorted(seen.key for seen in proxy.seen if seen.method == "GET" and seen.key.endswith(".png"))
-    assert fetched == [f"bucket/corpus/{number}.png" for number in range(3) for _ in ("scan", "write")]
+    assert fetched == [f"bucket/corpus/{index}.png" for index in range(3) for _ in ("scan", "write")]
 
 
 # Annotations.
@@ -539,7 +541,7 @@ def test_annotations_of_every_kind_are_read_by_url_glob_and_registry(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    records = [{"id": str(number), "conversations": turn(f"Question {number}?")} for number in range(9)]
+    records = [{"id": str(index), "conversations": turn(f"Question {index}?")} for index in range(9)]
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps(records[:3]))
@@ -615,7 +617,8 @@ def test_verify_show_and_report_read_sets_behind_urls(
     model = ["--model", str(tiny_checkpoint)]
     for arguments in (["verify", "{}", "--workers", "1"], ["show", "{}", "--bin", "0", *model]):
         remote, local = (
-            CliRunner().invoke(main, [argument.format(place) for argument in arguments]) for place in (out, finished)
+            CliRunner().invoke(main, [argument.format(location) for argument in arguments])
+            for location in (out, finished)
         )
         assert (remote.exit_code, remote.stdout) == (0, local.stdout.replace(str(finished), str(out)))
     code, _ = run("report", out.url, "--out", str(tmp_path / "page.html"), *model)

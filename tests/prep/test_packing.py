@@ -74,13 +74,13 @@ def plain_two_budgets(sizes: list[tuple[int, int]], capacities: tuple[int, int])
     """Bins of best-fit-decreasing under two budgets, one sample at a time: the largest share of a budget first, each
     into the bin that has least left of both together.
     """
-    whole = capacities[0] * capacities[1]
+    capacity = capacities[0] * capacities[1]
     shares = [(tokens * capacities[1], patches * capacities[0]) for tokens, patches in sizes]
     rooms: list[list[int]] = []
     for share in sorted(shares, key=lambda pair: (-max(pair), -sum(pair), -pair[0])):
         fitting = [room for room in rooms if room[0] >= share[0] and room[1] >= share[1]]
         if not fitting:
-            fitting = [[whole, whole]]
+            fitting = [[capacity, capacity]]
             rooms.extend(fitting)
         tightest = min(fitting, key=sum)
         tightest[0] -= share[0]
@@ -168,9 +168,9 @@ def fewest_bins(sizes: list[int], capacity: int) -> int:
 def test_the_lower_bound_is_one(problem: tuple[int, list[int]]) -> None:
     capacity, sizes = problem
     if sizes:
-        found = min_bins(np.asarray(sizes), capacity)
-        assert -(-sum(sizes) // capacity) <= found <= fewest_bins(sizes, capacity)
-        assert found >= sum(2 * size > capacity for size in sizes)
+        bound = min_bins(np.asarray(sizes), capacity)
+        assert -(-sum(sizes) // capacity) <= bound <= fewest_bins(sizes, capacity)
+        assert bound >= sum(2 * size > capacity for size in sizes)
 
 
 def test_the_lower_bound_counts_what_fits_beside_nothing() -> None:
@@ -196,7 +196,7 @@ def test_bins_of_least_slack_hold_every_sample_and_begin_as_full_as_can_be(
     others.remove(begin)
     sums = {begin}
     for size in others:
-        sums |= {one + size for one in sums if one + size <= capacity}
+        sums |= {total + size for total in sums if total + size <= capacity}
     assert loads[0] == max(sums)
 
 

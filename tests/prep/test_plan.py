@@ -34,10 +34,10 @@ def build_settings(shard_bytes: int, **changes: int) -> BuildSettings:
 @settings(deadline=None)
 def test_every_sample_that_fits_has_one_place(samples: list[tuple[int, int]], shard_bytes: int, seed: int) -> None:
     plan = planned(samples, shard_bytes, seed=seed)
-    fitting = [number for number, (tokens, _) in enumerate(samples) if tokens <= 64]
+    fitting = [index for index, (tokens, _) in enumerate(samples) if tokens <= 64]
     assert sorted(plan.order.tolist()) == fitting
     positions = plan.positions(len(samples))
-    assert [number for number in range(len(samples)) if positions[number] >= 0] == fitting
+    assert [index for index in range(len(samples)) if positions[index] >= 0] == fitting
     assert (plan.order[positions[fitting]] == fitting).all()
     assert plan.bin_starts[0] == 0 and plan.bin_starts[-1] == len(fitting)
     assert (np.diff(plan.bin_starts) > 0).all()
@@ -49,7 +49,7 @@ def test_a_shard_ends_with_the_bin_that_fills_it(samples: list[tuple[int, int]],
     plan = planned(samples, shard_bytes)
     bytes_of = [BYTES_PER_TOKEN * tokens + 588 * patches for tokens, patches in samples]
     of_bins = [
-        sum(bytes_of[number] for number in plan.order[start:stop])
+        sum(bytes_of[index] for index in plan.order[start:stop])
         for start, stop in zip(plan.bin_starts[:-1], plan.bin_starts[1:])
     ]
     assert plan.shard_starts[0] == 0 and plan.shard_starts[-1] == plan.num_bins
@@ -87,17 +87,17 @@ def test_datasets_spread_over_shards_as_chance_has_it(max_patches: int | None) -
     variance, average 1 (within 4 standard errors, each being sqrt(2 / number of them)).
     """
     plan, tokens, shards = datasets_of_bins(max_patches)
-    whole = np.flatnonzero(np.bincount(shards) > 50)
-    assert whole.size >= 10
+    full_shards = np.flatnonzero(np.bincount(shards) > 50)
+    assert full_shards.size >= 10
     deviations = []
-    for shard in whole.tolist():
+    for shard in full_shards.tolist():
         members = tokens[shards == shard]
         factor = (plan.num_bins - len(members)) / (plan.num_bins - 1) / len(members)
         deviations.append((members.mean(axis=0) - tokens.mean(axis=0)) / np.sqrt(tokens.var(axis=0) * factor))
-    found = np.asarray(deviations)
-    assert np.abs(found).max() < 5
+    scores = np.asarray(deviations)
+    assert np.abs(scores).max() < 5
     # The five shares of a shard add up to a whole: count each shard as four.
-    assert abs((found**2).mean() - 1) < 4 * np.sqrt(2 / (4 * whole.size))
+    assert abs((scores**2).mean() - 1) < 4 * np.sqrt(2 / (4 * full_shards.size))
 
 
 @pytest.mark.parametrize("max_patches", [None, 12_288])
@@ -136,7 +136,7 @@ def test_samples_above_the_budget_of_patches_are_told_of(caplog: pytest.LogCaptu
 
 
 def test_columns_say_where_every_copy_lies(tmp_path: Path) -> None:
-    """A record that is taken twice has two samples in one place; one that is rejected, or not taken, has none."""
+    """A record that is drawn twice has two samples at one offset; one that is rejected, or not drawn, has none."""
     rows = {
         "a": {"copies": [2, 1, 0], "sample_bytes": [10, 0, 0], "sample_offset": [0, 0, 0]},
         "b": {"copies": [1, 3], "sample_bytes": [7, 5], "sample_offset": [0, 7]},

@@ -1,4 +1,4 @@
-"""Registry, expressions and drawing: what is taken, and what the messages tell a user to edit."""
+"""Registry, expressions and drawing: which records are drawn, and what the messages tell a user to edit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def find_all(*arguments: str, registry: Path) -> list[Source]:
 def sources(
     expression: str, registry: Path | None = None, media_root: Path | None = None
 ) -> list[tuple[str, Fraction]]:
-    found = find_sources(expression, registry=registry, media_root=media_root, media=MediaSettings())
-    return [(source.name, source.rate) for source in found]
+    datasets = find_sources(expression, registry=registry, media_root=media_root, media=MediaSettings())
+    return [(source.name, source.rate) for source in datasets]
 
 
 REGISTRY = """# comment
@@ -140,8 +140,8 @@ def test_the_shipped_registry_says_which_line_to_edit_before_a_path_is_set(name:
 
 def test_an_annotation_file_is_a_dataset_with_its_folder_as_media_root(tmp_path: Path) -> None:
     (tmp_path / "x.v1.jsonl").write_text("")
-    found = find_sources(str(tmp_path / "x.v1.jsonl"), registry=None, media_root=None, media=MediaSettings())[0]
-    assert (found.name, found.media_root, found.file_names) == ("x.v1", tmp_path, ("x.v1.jsonl",))
+    dataset = find_sources(str(tmp_path / "x.v1.jsonl"), registry=None, media_root=None, media=MediaSettings())[0]
+    assert (dataset.name, dataset.media_root, dataset.file_names) == ("x.v1", tmp_path, ("x.v1.jsonl",))
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_the_media_root_of_a_dataset_is_by_default_the_folder_of_its_files(regis
 def test_datasets_of_all_arguments_are_joined_unless_two_have_the_same_name(registry: Path) -> None:
     folder = registry.parent
     (folder / "a" / "x.json").write_text("[]")
-    found = find_all(f"{folder}/a/one.json%50", f"{folder}/b/x.jsonl", "a%200", registry=registry)
-    assert [(source.name, source.rate) for source in found] == [("one", 1 / 2), ("x", 1), ("a", Fraction(1, 5))]
+    datasets = find_all(f"{folder}/a/one.json%50", f"{folder}/b/x.jsonl", "a%200", registry=registry)
+    assert [(source.name, source.rate) for source in datasets] == [("one", 1 / 2), ("x", 1), ("a", Fraction(1, 5))]
     with pytest.raises(ConfigError, match=r"a/x.json and .*b/x.jsonl would both be the dataset 'x'"):
         find_all(f"{folder}/b/x.jsonl", f"{folder}/a/x.json%50", registry=registry)
 
@@ -206,8 +206,8 @@ def test_exactly_the_share_is_drawn_and_spread_evenly(num: int, rate: Fraction, 
 
 
 @given(st.integers(1, 300), st.integers(1, 99), st.integers(1, 99))
-def test_a_smaller_share_is_a_subset_of_a_larger_one(num: int, one: int, two: int) -> None:
-    small, large = sorted((Fraction(one, 100), Fraction(two, 100)))
+def test_a_smaller_share_is_a_subset_of_a_larger_one(num: int, first: int, second: int) -> None:
+    small, large = sorted((Fraction(first, 100), Fraction(second, 100)))
     assert (draw(num, small, seed=0, dataset="d") <= draw(num, large, seed=0, dataset="d")).all()
 
 

@@ -73,17 +73,17 @@ def page(tmp_path_factory: pytest.TempPathFactory, finished: Path, tiny_checkpoi
 
 
 def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
-    found = Page(page)
-    names = Counter(name for name, _ in found.elements)
+    document = Page(page)
+    names = Counter(name for name, _ in document.elements)
     assert names["script"] == names["link"] == names["iframe"] == 0
     assert names["html"] == names["body"] == names["style"] == 1
-    for name, attributes in found.elements:
+    for name, attributes in document.elements:
         assert not any(key.startswith("on") or key in ("href", "action", "srcset", "data") for key in attributes), name
         assert (attributes.get("src") or "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
     assert "url(" not in page
     assert "@import" not in page
     assert "http" not in page.replace("http-equiv", "")
-    policy = next(attributes for name, attributes in found.elements if "http-equiv" in attributes)
+    policy = next(attributes for name, attributes in document.elements if "http-equiv" in attributes)
     assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert "prefers-color-scheme: dark" in page
 
@@ -104,7 +104,7 @@ def test_the_page_accounts_for_every_annotation(page: str, finished: Path) -> No
 
 def test_the_page_has_the_statistics_of_each_dataset(page: str, finished: Path) -> None:
     (dataset,) = json.loads((finished / "manifest.json").read_text())["statistics"]
-    kinds = ", ".join(f"{number} {kind}" for kind, number in dataset["modalities"].items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in dataset["modalities"].items())
     tokens = dataset["tokens"]
     assert f"annotations {kinds} {tokens['p50']} · {tokens['p99']} · {tokens['max']}" in Page(page).text
 
@@ -143,16 +143,16 @@ def test_user_text_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Path) -
     (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
     out = sets.build_set(tmp_path / name, tmp_path / "<i>&", tiny_checkpoint)
     assert run(out, "--out", tmp_path / "page.html", "--model", tiny_checkpoint).exit_code == 0
-    found = Page((tmp_path / "page.html").read_text())
-    assert {name for name, _ in found.elements} & {"script", "b onclick=x", "i"} <= {"i"}
+    document = Page((tmp_path / "page.html").read_text())
+    assert {name for name, _ in document.elements} & {"script", "b onclick=x", "i"} <= {"i"}
     assert all(
-        attributes.get("class") for name, attributes in found.elements if name == "i" and "style" not in attributes
+        attributes.get("class") for name, attributes in document.elements if name == "i" and "style" not in attributes
     )
-    assert [attributes["src"][:5] for name, attributes in found.elements if name == "img"] == ["data:"]
-    assert found.text.count("<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\\x1b") >= 4
-    assert "transcript <b onclick=x>&" not in found.text
-    assert "<b onclick=x>&.jsonl:1" in found.text
-    assert "<i>&: report" in found.text
+    assert [attributes["src"][:5] for name, attributes in document.elements if name == "img"] == ["data:"]
+    assert document.text.count("<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\\x1b") >= 4
+    assert "transcript <b onclick=x>&" not in document.text
+    assert "<b onclick=x>&.jsonl:1" in document.text
+    assert "<i>&: report" in document.text
 
 
 def test_wrong_use_exits_with_2_and_missing_shards_with_1(finished: Path, tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_statistics_count_every_row_once(corpus_file: Path, tmp_path: Path, tiny
     command += ["--model", tiny_checkpoint, "--max-length", 1200, "--workers", 1]
     assert CliRunner().invoke(main, [str(word) for word in command]).exit_code == 0
     shards = open_set(tmp_path / "out")
-    found = gather(shards)
+    statistics = gather(shards)
     rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
-    assert [dataset.name for dataset in found.datasets] == ["half", "more"]
-    for dataset in found.datasets:
+    assert [dataset.name for dataset in statistics.datasets] == ["half", "more"]
+    for dataset in statistics.datasets:
         own = [row for row in rows if row["dataset"] == dataset.name]
         statuses = Counter(row["status"] for row in own)
         assert dataset.num_annotations == len(own)
@@ -186,18 +186,18 @@ def test_statistics_count_every_row_once(corpus_file: Path, tmp_path: Path, tiny
         assert dataset.num_not_sampled == statuses["not_sampled"]
         assert dataset.num_tokens == sum(row["num_tokens"] for row in own if row["status"] == "packed")
         assert dataset.num_targets == sum(row["num_targets"] for row in own if row["status"] == "packed")
-    assert found.datasets[0].num_not_sampled == 15
-    assert {reject.code: reject.num_rejected for reject in found.rejects} == Counter(
+    assert statistics.datasets[0].num_not_sampled == 15
+    assert {reject.code: reject.num_rejected for reject in statistics.rejects} == Counter(
         code for row in rows for code in row["codes"]
     )
-    assert all(len(set(reject.examples)) == len(reject.examples) <= 4 for reject in found.rejects)
+    assert all(len(set(reject.examples)) == len(reject.examples) <= 4 for reject in statistics.rejects)
     packed = [row for row in rows if row["status"] == "packed"]
     kinds = Counter(
         "video" if row["video_backend"] else "images" if row["num_patches"] else "text only" for row in packed
     )
-    assert {name: len(values) for name, values in found.num_tokens.items()} == kinds
-    assert sum(values.sum() for values in found.num_targets.values()) == shards.manifest.counts.num_targets
-    assert found.fill.mean() == pytest.approx(shards.manifest.fill)
+    assert {name: len(values) for name, values in statistics.num_tokens.items()} == kinds
+    assert sum(values.sum() for values in statistics.num_targets.values()) == shards.manifest.counts.num_targets
+    assert statistics.fill.mean() == pytest.approx(shards.manifest.fill)
 
 
 def test_example_bins_are_chosen_with_a_reason(finished: Path) -> None:
@@ -205,7 +205,7 @@ def test_example_bins_are_chosen_with_a_reason(finished: Path) -> None:
     rows = pq.read_table(finished / "bins.parquet").to_pylist()
     chosen = dict(notable_bins(shards, 3))
     assert len(chosen) == 3
-    videos = next(number for number, reason in chosen.items() if reason == "the most videos")
+    videos = next(index for index, reason in chosen.items() if reason == "the most videos")
     assert rows[videos]["num_videos"] == max(row["num_videos"] for row in rows)
     assert notable_bins(shards, 1) == [(videos, "the most videos")]
     assert sorted(dict(notable_bins(shards, 99))) == [row["bin"] for row in rows]
@@ -260,14 +260,14 @@ def test_empty_charts_can_be_drawn() -> None:
 
 def test_bars_are_proportional_and_stacked() -> None:
     chart = number_histogram("t", "tokens", {"a": np.array([0, 0, 1, 1, 1, 1]), "b": np.array([1, 1])})
-    found = Page(svg(chart, ["first", "second"]))
-    rects = [attributes for name, attributes in found.elements if name == "rect"]
+    document = Page(svg(chart, ["first", "second"]))
+    rects = [attributes for name, attributes in document.elements if name == "rect"]
     assert [rect["class"] for rect in rects] == ["first", "first", "second"]
     heights = [float(rect["height"] or 0) for rect in rects]
     assert heights[1] == pytest.approx(2 * heights[0], abs=0.02)
     assert heights[2] == pytest.approx(heights[0], abs=0.02)
     assert float(rects[2]["y"] or 0) + heights[2] == pytest.approx(float(rects[1]["y"] or 0), abs=0.02)
-    assert "1 tokens: 4 a, 2 b" in found.text
+    assert "1 tokens: 4 a, 2 b" in document.text
 
 
 def test_overrides_of_a_dataset_are_shown(finished: Path, tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def test_frames_are_saved_exactly_as_they_are_stored(finished: Path, tmp_path: P
     bin_ = shards.read(1)
     media = decode_frames(bin_, where="here")
     expected = {}
-    for number, ((_, kind), frames) in enumerate(zip(bin_.grids(), media, strict=True)):
+    for medium_index, ((_, kind), frames) in enumerate(zip(bin_.grids(), media, strict=True)):
         for index, frame in enumerate(frames):
-            name = f"video-{number:03d}-frame-{index:03d}" if kind else f"image-{number:03d}"
+            name = f"video-{medium_index:03d}-frame-{index:03d}" if kind else f"image-{medium_index:03d}"
             expected[name] = frame.transpose(1, 2, 0)
     saved = {path.stem.split("-", 4)[4]: np.asarray(Image.open(path)) for path in (tmp_path / "frames").iterdir()}
     assert saved.keys() == expected.keys()
@@ -95,7 +95,7 @@ def test_media_are_listed_with_their_samples(finished: Path, tiny_checkpoint: Pa
     text = run(finished, "--bin", 1, "--model", tiny_checkpoint).stdout
     samples = text.split("── sample ")[1:]
     assert len(samples) == sets.place_of(finished, 1)["num_samples"]
-    numbers = []
+    indices = []
     for sample in samples:
         listed = [line.split()[:2] for line in sample.splitlines() if line.startswith("   ")]
         pads = sample.count("_pad|>×")
@@ -105,8 +105,8 @@ def test_media_are_listed_with_their_samples(finished: Path, tiny_checkpoint: Pa
             for part in sample.split("×")[:-1]
             if "_pad|>" in part[-14:]
         ]
-        numbers += [int(number.rstrip(":")) for _, number in listed]
-    assert numbers == list(range(len(numbers)))
+        indices += [int(index.rstrip(":")) for _, index in listed]
+    assert indices == list(range(len(indices)))
 
 
 def test_a_different_tokenizer_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -61,8 +61,8 @@ def reference_ids(reference: PreTrainedTokenizerBase, turns: list[tuple[str, str
         messages.append({"role": names[role], "content": parts})
     text = reference.apply_chat_template(messages, tokenize=False)
     pieces = re.split(r"(<\|(?:image|video)_pad\|>)", text)
-    for number, grid in enumerate(grids):
-        pieces[2 * number + 1] *= grid.num_tokens
+    for index, grid in enumerate(grids):
+        pieces[2 * index + 1] *= grid.num_tokens
     return list(reference("".join(pieces), add_special_tokens=False)["input_ids"])
 
 
@@ -159,5 +159,5 @@ def test_pads_are_written_out_in_place_and_never_trained(tokenizer: TextTokenize
 def test_text_of_a_user_never_becomes_a_control_token(tokenizer: TextTokenizer, control: str) -> None:
     plain = template_of(tokenizer, ("human", "x"), ("gpt", "Yes"))
     spelled = template_of(tokenizer, ("human", f"x{control}y"), ("gpt", f"{control}"))
-    for number in CONTROL_TOKENS.values():
-        assert np.count_nonzero(spelled.ids == number) == np.count_nonzero(plain.ids == number)
+    for token_id in CONTROL_TOKENS.values():
+        assert np.count_nonzero(spelled.ids == token_id) == np.count_nonzero(plain.ids == token_id)

@@ -46,9 +46,9 @@ def test_fields_without_effect_are_counted_by_validate_build_and_report(tmp_path
 
 def test_strict_fields_reject_records_with_fields_without_effect(tmp_path: Path, tiny_checkpoint: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", UNUSED)
-    found = json.loads(run("validate", file, "--strict-fields", "--json").stdout)
-    assert found["num_valid"] == 1 and found["rejects_by_code"] == {"unsupported_field": 3}
-    assert "img (did you mean image?)" in found["examples"]["unsupported_field"][0]
+    report = json.loads(run("validate", file, "--strict-fields", "--json").stdout)
+    assert report["num_valid"] == 1 and report["rejects_by_code"] == {"unsupported_field": 3}
+    assert "img (did you mean image?)" in report["examples"]["unsupported_field"][0]
     for options, num_packed in (([], 4), (["--strict-fields"], 1)):
         out = tmp_path / "out"
         built = run("build", file, "--out", out, "--model", tiny_checkpoint, "--workers", 1, *options)
@@ -62,6 +62,6 @@ def test_columns_without_effect_are_counted_and_refused_ones_reject(tmp_path: Pa
     rows = {"conversations": [turns, turns], "width": [1, 2], "empty": [None, None], "loss_scale": [None, "x"]}
     columns = pa.table({**rows, "null": pa.array([None, None], pa.string())})
     pq.write_table(columns, tmp_path / "a.parquet")
-    found = json.loads(run("validate", tmp_path / "a.parquet", "--json").stdout)
-    assert found["unused_fields"] == {"width": 2}
-    assert found["rejects_by_code"] == {"unsupported_field": 1}
+    report = json.loads(run("validate", tmp_path / "a.parquet", "--json").stdout)
+    assert report["unused_fields"] == {"width": 2}
+    assert report["rejects_by_code"] == {"unsupported_field": 1}

@@ -1,4 +1,4 @@
-"""Every kind of bad record has its code, its place and its remedy; good records pass."""
+"""Every kind of bad record has its code, its location and its remedy; good records pass."""
 
 from __future__ import annotations
 

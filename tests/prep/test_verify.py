@@ -65,9 +65,9 @@ def findings(folder: Path) -> list[str]:
     return lines[:-1]
 
 
-def where_of(folder: Path, number: int = BIN) -> str:
-    row = sets.place_of(folder, number)
-    return f"bins-{row['shard']:05d}.tar, bin {number} at offset {row['offset']}"
+def where_of(folder: Path, index: int = BIN) -> str:
+    row = sets.place_of(folder, index)
+    return f"bins-{row['shard']:05d}.tar, bin {index} at offset {row['offset']}"
 
 
 # Intact sets
@@ -138,13 +138,13 @@ def test_the_advice_repairs_a_damaged_shard(folder: Path, corpus_file: Path, tin
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("place", ["header", "first byte", "last byte"])
-def test_a_flipped_byte_is_found_in_every_member(folder: Path, member: str, place: str) -> None:
+@pytest.mark.parametrize("location", ["header", "first byte", "last byte"])
+def test_a_flipped_byte_is_found_in_every_member(folder: Path, member: str, location: str) -> None:
     path, row = sets.shard_of(folder, BIN), sets.place_of(folder, BIN)
     data = bytearray(path.read_bytes())
     start = data.index(f"{BIN:08d}.{member}".encode(), row["offset"])
     size = len(sets.members_of(folder, BIN)[member])
-    data[start + {"header": 3, "first byte": 512, "last byte": 511 + size}[place]] ^= 0x10
+    data[start + {"header": 3, "first byte": 512, "last byte": 511 + size}[location]] ^= 0x10
     path.write_bytes(data)
     report = findings(folder)
     assert any(line.startswith(f"{path.name}: SHA-256 is ") for line in report)

@@ -149,20 +149,20 @@ def test_settings_that_make_no_sense_are_refused(kind: Any, change: dict[str, An
 
 
 def tokenizer_json(merges: list[Any], **change: Any) -> bytes:
-    added = [{"id": number, "content": text, "special": True} for text, number in CONTROL_TOKENS.items()]
+    added = [{"id": token_id, "content": text, "special": True} for text, token_id in CONTROL_TOKENS.items()]
     content = {"model": {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": merges, "type": "BPE"}, "added_tokens": added}
     return json.dumps({**content, **change}, indent=1).encode()
 
 
 def test_the_fingerprint_of_a_tokenizer_ignores_layout_and_sees_content() -> None:
-    one = tokenizer_fingerprint(tokenizer_json(["a b"]), where="t")
-    assert one == tokenizer_fingerprint(tokenizer_json([["a", "b"]], version="1.0"), where="t")
-    assert one != tokenizer_fingerprint(tokenizer_json([["b", "a"]]), where="t")
+    fingerprint = tokenizer_fingerprint(tokenizer_json(["a b"]), where="t")
+    assert fingerprint == tokenizer_fingerprint(tokenizer_json([["a", "b"]], version="1.0"), where="t")
+    assert fingerprint != tokenizer_fingerprint(tokenizer_json([["b", "a"]]), where="t")
     offsets = [
         {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "trim_offsets": trim}]} for trim in (True, False)
     ]
     assert len({tokenizer_fingerprint(tokenizer_json(["a b"], pre_tokenizer=kind), where="t") for kind in offsets}) == 1
-    assert one != tokenizer_fingerprint(tokenizer_json(["a b"], normalizer={"type": "NFC"}), where="t")
+    assert fingerprint != tokenizer_fingerprint(tokenizer_json(["a b"], normalizer={"type": "NFC"}), where="t")
 
 
 def test_a_file_that_is_no_tokenizer_of_the_model_is_refused() -> None:

@@ -38,12 +38,12 @@ def test_the_layout_by_hand() -> None:
     assert split_streams(text, where="here") == []
 
 
-def sizes(*numbers: int) -> bytes:
-    return np.array(numbers, dtype="<u4").tobytes()
+def sizes(*byte_counts: int) -> bytes:
+    return np.array(byte_counts, dtype="<u4").tobytes()
 
 
 def first(stream: bytes) -> bytes:
-    """The member with another stream in the first place, the table right for it."""
+    """The member with another stream as its first frame, and the table of sizes that fits it."""
     return jpeg_member([stream, *STREAMS[1:]])
 
 
