@@ -32,10 +32,10 @@ import torch
 import webdataset
 import zstandard
 from PIL import Image, ImageOps
-from train.shards.remote import read_range
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from storage import read_into
 from tests.benchmarks.index import write_many_bins
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.photographs import write_photographs
@@ -107,7 +107,7 @@ def read_bins(index: ShardIndex, buffers: list[bytearray], epochs: int = 6) -> W
     for read in range(epochs * index.num_bins):
         location = index.locate(read % index.num_bins)
         data = memoryview(buffers[read % len(buffers)])[: location.num_bytes]
-        num_bytes += read_range(location.path, location.offset, data)
+        num_bytes += read_into(location.path, location.offset, data)
     return Work(epochs * int(index.num_tokens.sum()), num_bytes)
 
 
