@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.nn import functional
 
 from tests.train.launching import made_once
 
@@ -31,3 +33,11 @@ def tiny_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
         path.write_text(json.dumps(tokenizer))
 
     return made_once(tmp_path_factory, "tiny-checkpoint", make)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plain_linear() -> Iterator[None]:
+    """ZeRO-3 replaces ``torch.nn.functional.linear`` for the whole process; the next module gets torch's own again."""
+    linear = functional.linear
+    yield
+    functional.linear = linear
