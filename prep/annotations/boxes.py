@@ -95,7 +95,7 @@ class Shapes(NamedTuple):
 def may_have_shapes(text: str) -> bool:
     """Whether a text may have boxes, points or names of objects. Cheap; says yes to some texts without them."""
     # Coordinates in JSON and HTML are quoted, and a quote is found faster than a word.
-    if ('"' in text or "'" in text) and ("_2d" in text or "data-" in text.lower()):
+    if ('"' in text or "'" in text) and ("_2d" in text or "data-" in text or "DATA-" in text):
         return True
     return "<|" in text and ("<|box_start|>" in text or "<|object_ref_start|>" in text)
 

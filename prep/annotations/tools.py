@@ -55,7 +55,10 @@ def system_with_tools(system: str, tools: object) -> str:
         tool = _parsed(tool, "a tool")
         if not isinstance(tool, dict):
             raise ToolError("a tool is not an object")
-        lines.append("\n" + _dump(tool if "function" in tool else {"type": "function", "function": tool}))
+        tool = tool if "function" in tool else {"type": "function", "function": tool}
+        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+            raise ToolError('a tool is not a function with a "name"')
+        lines.append("\n" + _dump(tool))
     return f"{system or DEFAULT_SYSTEM}{_TOOLS_HEAD}{''.join(lines)}{_TOOLS_TAIL}"
 
 

@@ -95,7 +95,11 @@ def parse_record(
     if annotation is not None and reading.is_plain and _is_plain(annotation, data, reserved):
         return Checked(annotation, [], reading.unused, reading.embedded)
     if annotation is not None:
-        has_boxes = any(may_have_shapes(turn.value) for turn in annotation.turns) or bool(annotation.shapes)
+        # A text that is too long to be tokenized is rejected without a look at its boxes.
+        is_short = sum(len(turn.value) for turn in annotation.turns) <= MAX_TEXT_CHARACTERS
+        has_boxes = is_short and (
+            bool(annotation.shapes) or any(may_have_shapes(turn.value) for turn in annotation.turns)
+        )
         if has_boxes:
             annotation, undeclared = _with_shapes(annotation, reading.places, coordinates, reading.problems.add)
         reading.problems.extend(_semantic_problems(annotation, reading.places, reserved, reading.unreadable))

@@ -238,6 +238,8 @@ def _sharegpt_tools() -> list[Case]:
         _bad("ShareGPT with tools", "result without a call",
              sharegpt(("observation", "rain"), ("gpt", "Yes.")), "bad_turn_order"),
         _bad("ShareGPT with tools", "tools are a sentence", sharegpt(*agent, tools="weather")),
+        _bad("ShareGPT with tools", "tool without a name", sharegpt(*agent, tools=[{}])),
+        _bad("ShareGPT with tools", "function that is text", sharegpt(*agent, tools=[{"function": "weather"}])),
     ]  # fmt: skip
 
 
