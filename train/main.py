@@ -22,6 +22,10 @@ _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote p
 """What gloo and NCCL say in ranks that wait for one that has ended."""
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Where torch 2.13 reads the settings of its GPU memory allocator."""
+
+
 def main(argv: list[str]) -> int:
     """Parse the flags, then train, or check with ``--dry_run`` whether a run would succeed.
 
@@ -38,6 +42,7 @@ def main(argv: list[str]) -> int:
     try:
         # Imports take seconds, so Ctrl-C may come here too.
         _configure_output(is_first=rank == 0)
+        use_expandable_segments()
         from train.preflight.dry_run import preflight
         from train.run.interrupt import REQUEUE_EXIT_CODE
         from train.run.loop import train
@@ -66,6 +71,15 @@ def main(argv: list[str]) -> int:
         if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
             raise
         return _fail(VlprepError("another rank has failed: see its message, above or in its log."))
+
+
+def use_expandable_segments() -> None:
+    """Let segments of GPU memory grow, so that bins of different sizes do not fragment it.
+
+    Call it before torch is imported. Settings of the environment have precedence.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def _note(text: str) -> None:

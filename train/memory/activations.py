@@ -3,7 +3,7 @@
 The backward pass keeps the tensors that autograd saves in the layers of transformers 5.23, which are counted exactly
 for SDPA. Flash attention keeps a little less; keys and values that are repeated for every head
 (:func:`train.model.attention.has_grouped_kernel`) come on top. Adapters count as trained weights, a slight
-overestimate.
+overestimate. Gradients between the operations of a layer are counted where they are largest: in its gated MLP.
 
 Cost: none.
 """
@@ -58,13 +58,15 @@ def _vision_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     # A frozen vision tower keeps nothing.
     if VISION_TOWER in sizes.trained_parts:
         block = _vision_block_bytes(sizes, width)
+        gradients = _gradient_bytes(hidden, dims.vision_intermediate_size, width, is_trained=True)
         terms.append(_term("pixels", width * PATCH_DIM, patches, "patches"))
         terms.append(_term(VISION_ROTARY, 2 * 4 * (hidden // dims.vision_num_heads), patches, "patches"))
         if load.is_checkpointed:
             terms.append(_term(f"inputs of {depth} blocks", width * hidden * depth, patches, "patches"))
-            terms.append(_term("recomputed block", block, patches, "patches", Phase.TRANSIENT))
+            terms.append(_term("recomputed block", block + gradients, patches, "patches", Phase.TRANSIENT))
         else:
             terms.append(_term(f"{depth} blocks", block * depth, patches, "patches"))
+            terms.append(_term("gradients inside a block", gradients, patches, "patches", Phase.TRANSIENT))
     if sizes.trained_parts & {VISION_TOWER, MERGER}:
         terms.append(_term("merger", _merger_bytes(sizes, width), patches, "patches"))
     return terms
@@ -73,14 +75,16 @@ def _vision_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
 def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
     dims, tokens = sizes.dims, load.num_tokens
     hidden, depth = dims.hidden_size, dims.num_layers
+    is_trained = LANGUAGE_MODEL in sizes.trained_parts
     layer = _language_layer_bytes(sizes, width)
+    gradients = _gradient_bytes(hidden, dims.intermediate_size, width, is_trained=is_trained)
     terms = [_term(ROTARY, 2 * width * (hidden // dims.num_heads), tokens, "tokens")]
     if load.is_checkpointed:
         terms.append(_term(f"inputs of {depth} layers", width * hidden * depth, tokens, "tokens"))
-        terms.append(_term("recomputed layer", layer, tokens, "tokens", Phase.TRANSIENT))
+        terms.append(_term("recomputed layer", layer + gradients, tokens, "tokens", Phase.TRANSIENT))
     else:
         terms.append(_term(f"{depth} layers", depth * layer, tokens, "tokens"))
-    is_trained = LANGUAGE_MODEL in sizes.trained_parts
+        terms.append(_term("gradients inside a layer", gradients, tokens, "tokens", Phase.TRANSIENT))
     terms.append(_term("final norm", _norm_bytes(hidden, width, is_trained=is_trained), tokens, "tokens"))
     # Logits of a chunk, the same in float32, their logarithms, and gradients of all three.
     logits = 12 if width == 4 else 12 + 2 * width
@@ -114,6 +118,15 @@ def _vision_block_bytes(sizes: Sizes, width: int) -> int:
     attention = width * (3 + 2 + 1) * dims.vision_hidden_size + 4 * dims.vision_num_heads
     mlp = 3 * width * dims.vision_intermediate_size
     return norms + attention + mlp + width * matrix_inputs(dims, Stage.BLOCKS)
+
+
+def _gradient_bytes(hidden: int, intermediate: int, width: int, *, is_trained: bool) -> int:
+    """Bytes per row of the gradients that exist when the backward pass of a layer takes most memory.
+
+    That is in its gated MLP: the gradients of the output, of the product, and of both factors of the product. The
+    product itself, which a trained matrix saves, is released by then.
+    """
+    return width * (hidden + (2 if is_trained else 3) * intermediate)
 
 
 def _merger_bytes(sizes: Sizes, width: int) -> int:
