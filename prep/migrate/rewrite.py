@@ -216,8 +216,6 @@ def _settle(migration: Migration) -> None:
         if strategy is not None:
             strategy.drop("build shards to evaluate on, and give it with --eval_shards DIR")
             strategy.is_left = True
-    if value(TRAIN, "save_steps") == "0":
-        migration.drop(TRAIN, "save_total_limit", "nothing is saved before the end")
     if value(TRAIN, "report_to") != "wandb" and value(TRAIN, "output_dir"):
         migration.drop(TRAIN, "run_name", "it is the name in wandb")
     if value(TRAIN, "report_to") != "tensorboard":

@@ -4,6 +4,7 @@ and LLaMA-Factory, as their documentation has them; and the defaults that differ
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from prep.migrate.rules import (
@@ -122,6 +123,12 @@ def _save_strategy(value: str) -> str:
     raise NoEffect("--save_steps says how often to save") if value == "steps" else NotHere("give --save_steps")
 
 
+def _save_steps(value: str) -> str:
+    if re.fullmatch(r"0?\.\d+", value):
+        return value
+    return _steps(value)
+
+
 def _steps(value: str) -> str:
     if value.isdigit() or "$" in value:
         return value
@@ -177,7 +184,7 @@ COMMON: dict[str, Rule] = {
     "per_device_train_batch_size": trained("per_device_train_batch_size", why=_BINS),
     "report_to": trained("report_to", reporter),
     "resume_from_checkpoint": _RESUME,
-    "save_steps": trained("save_steps", _steps),
+    "save_steps": trained("save_steps", _save_steps),
     "save_strategy": trained("save_steps", _save_strategy),
     "torch_dtype": trained("bf16", _dtype),
     "warmup_steps": trained("warmup_steps", unless({"0"}, "--warmup_ratio says how long the rates rise")),

@@ -221,10 +221,13 @@ def test_a_yaml_of_llama_factory_becomes_two_commands_that_are_accepted(folder: 
 
 
 def test_a_shell_script_around_a_yaml_reads_it_and_its_overrides(folder: Path) -> None:
-    (folder / "run.sh").write_text("FORCE_TORCHRUN=1 llamafactory-cli train scripts/full.yaml learning_rate=3e-6\n")
+    (folder / "run.sh").write_text(
+        "FORCE_TORCHRUN=1 llamafactory-cli train scripts/full.yaml learning_rate=3e-6 save_steps=0.1\n"
+    )
     result = migrate("run.sh")
     assert result.exit_code == 0, result.output
-    assert train_command(result.output)[1].learning_rate == 3e-6
+    args = train_command(result.output)[1]
+    assert (args.learning_rate, args.save_steps) == (3e-6, 0.1)
 
 
 def test_datasets_become_tables_of_the_registry(folder: Path) -> None:

@@ -88,8 +88,8 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: b
             "--seed is 99999999999999999999999999; allowed: up to 9223372036854775807.",
         ),
         (
-            "--save_steps 9223372036854775808",
-            "--save_steps is 9223372036854775808; allowed: up to 9223372036854775807.",
+            "--max_skipped_steps 9223372036854775808",
+            "--max_skipped_steps is 9223372036854775808; allowed: up to 9223372036854775807.",
         ),
         ("--num_train_epochs 1e300", "--num_train_epochs is 1e+300; allowed: more than 0, up to 1000000."),
         ("--dataloader_num_workers 5000", "--dataloader_num_workers is 5000; allowed: 1 to 1024 threads."),
@@ -134,11 +134,7 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: b
             "--mm_projector_lr 1e-05 has no effect with --tune_mm_mlp False",
         ),
         ("--tune_mm_llm False --mm_projector_lr 1e-5 --learning_rate 1e-5", "--learning_rate 1e-05 has no effect"),
-        (
-            "--save_steps 0 --save_total_limit 2",
-            "--save_total_limit 2 has no effect with --save_steps 0, which saves only when the run is asked to stop: "
-            "raise --save_steps, or leave the limit out.",
-        ),
+        ("--save_steps 2.5", "--save_steps 2.5 is neither a number of steps nor a share of the run below 1."),
         (
             "--lr_scheduler_type constant --warmup_ratio 0.1",
             "--warmup_ratio 0.1 has no effect with --lr_scheduler_type constant, which has no warm-up: leave it out, "
@@ -172,7 +168,7 @@ def test_all_mistakes_of_a_command_are_listed_at_once(tmp_path: Path) -> None:
         "--max_pixels is not a flag of the trainer: it was decided when the shards were built (vlprep build --max-pix",
         "unknown flag --learnin_rate; did you mean --learning_rate?",
         "--shards is missing",
-        "--save_steps is -1; allowed: 0 or more steps.",
+        "--save_steps is -1.0; allowed: 0 or more steps.",
         "--lora_r 8 has no effect without --lora_enable.",
     ):
         assert [problem for problem in problems if problem.startswith(expected)], expected
@@ -318,7 +314,7 @@ def test_the_command_line_overrides_the_flags_of_a_file(tmp_path: Path) -> None:
         (f"learning_rate = 1{'0' * 400}", "a value of type float is expected."),
         ("config = 'other.toml'", "config is not allowed in a file: remove it."),
         ("max_steps = 0", "--max_steps is 0; allowed: 1 or more."),
-        ("save_steps = 0\nsave_total_limit = 2", "--save_total_limit 2 has no effect with --save_steps 0"),
+        ("save_steps = 2.5", "--save_steps 2.5 is neither a number of steps nor a share of the run below 1."),
     ],
 )
 def test_a_file_is_checked_like_the_command_line(tmp_path: Path, text: str, message: str) -> None:
@@ -343,7 +339,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_flag_is_read_outside_the_settings() -> None:
-    properties = {"output_dir": "run_dir", "run_name": "name", "warmup_ratio": "warmup"}
+    properties = {"output_dir": "run_dir", "run_name": "name", "warmup_ratio": "warmup", "save_steps": "save_interval"}
     package = Path(train.__file__).parent
     sources = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "arguments.py")
     unread = [name for name in FIELDS if not re.search(rf"\bargs\.{properties.get(name, name)}\b", sources)]

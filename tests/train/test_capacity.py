@@ -13,7 +13,16 @@ import torch
 
 from train.arithmetic.dimensions import OFFICIAL
 from train.memory import capacity
-from train.memory.capacity import DiskUsage, check_device, check_disk, check_held, check_host, disk_usage, host_bytes
+from train.memory.capacity import (
+    DiskUsage,
+    check_device,
+    check_disk,
+    check_held,
+    check_host,
+    disk_usage,
+    export_bytes,
+    host_bytes,
+)
 from train.memory.states import MOMENTS
 from train.memory.terms import DEVICE, GIB, HOST, Memory, Phase, Term
 from train.model.sizes import sizes_of
@@ -48,9 +57,21 @@ def test_always_held_memory_must_fit_the_device() -> None:
 
 
 def test_memory_offloaded_by_all_ranks_must_fit_the_machine() -> None:
-    assert check_host(always_held(1000, 100), 8, 800) == []
-    (problem,) = check_host(always_held(0, 100 * GIB), 8, 799 * GIB)
+    assert check_host(always_held(1000, 100), 8, 800, export=0) == []
+    (problem,) = check_host(always_held(0, 100 * GIB), 8, 799 * GIB, export=0)
     assert "offloading needs 800.0 GiB (8 ranks with 100.0 GiB each), but the machine has 799.0 GiB" in problem
+
+
+def test_the_gathered_model_must_fit_the_machine_of_the_first_rank() -> None:
+    """Next to what is offloaded, but not next to what a step alone needs."""
+    assert check_host(always_held(1000, 0), 8, 50, export=50) == []
+    (problem,) = check_host(always_held(0, 0), 8, 49 * GIB, export=50 * GIB)
+    assert "gathers 50.0 GiB in the host memory of the first rank, but the machine has 49.0 GiB" in problem
+    assert check_host(always_held(0, 100), 8, 850, export=50) == []
+    (problem,) = check_host(always_held(0, 100 * GIB), 8, 849 * GIB, export=50 * GIB)
+    assert "gathers 50.0 GiB in the host memory of the first rank next to 800.0 GiB that are offloaded" in problem
+    step = Term(name="a", num_bytes=50, formula="", location=HOST, phase=Phase.STEP)
+    assert check_host(Memory((*always_held(0, 100).terms, step)), 1, 150, export=50) == []
 
 
 def test_host_memory_is_limited_by_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +114,11 @@ def plan_of(
     [
         ({}, 0, 4),  # every 500 steps
         ({"start": 700}, 1, 3),
-        ({"save_steps": 0}, 0, 1),  # when stopped
-        ({"save_steps": 600}, 0, 3),
+        ({"save_steps": 0}, 0, 1),  # of the last step
+        ({"save_steps": 600}, 0, 4),  # 600, 1200, 1800 and the last step
+        ({"save_steps": 0.1}, 0, 10),
+        ({"start": 1800, "save_steps": 600}, 3, 1),
+        ({"start": 2000, "save_steps": 600}, 4, 0),  # only the model is left to export
         ({"save_total_limit": 2}, 0, 3),  # the oldest is deleted after the newest is complete
         ({"save_total_limit": 9}, 0, 4),
         ({"save_total_limit": 2, "start": 1000}, 2, 1),
@@ -116,6 +140,15 @@ def test_bytes_of_the_7b_worked_out_by_hand(tmp_path: Path) -> None:
     total = 8_292_166_656
     assert disk_usage(plan_of(tmp_path), sizes) == DiskUsage(num_checkpoints=4, checkpoint=14 * total, model=2 * total)
     assert disk_usage(plan_of(tmp_path, stage=3), sizes).checkpoint == 12 * total
+
+
+def test_the_export_gathers_all_weights_and_merges_adapters_beside_them(tmp_path: Path) -> None:
+    whole = TrainArguments(shards="shards")
+    adapted = TrainArguments(shards="shards", lora_enable=True, lora_target_modules="q_proj", tune_mm_mlp=False)
+    plain, lora = (sizes_of(OFFICIAL["3B"], args) for args in (whole, adapted))
+    assert export_bytes(plan_of(tmp_path), plain) == 2 * 3_754_622_976
+    # all weights and adapters, then the merged weights
+    assert export_bytes(plan_of(tmp_path, lora=True), lora) == 2 * (2 * 3_754_622_976 + lora.num_trained)
 
 
 def test_with_adapters_checkpoints_are_small_and_the_adapters_are_written_too(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,46 @@ from train.model.packed import PackedQwen, TargetHead
 from train.run import loop
 from train.run.engine import Engine
 from train.run.plan import Plan
+from train.run.run_dir import list_checkpoints
 from train.shards.index import open_shards
 from train.shards.reader import read_checked_bin
 
 pytestmark = pytest.mark.slow
+
+
+def have_no_disk_for_the_model() -> None:
+    """The disk is full when the model is written."""
+
+    def fail(_: object, folder: Path, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "model.safetensors"))
+
+    pytest.MonkeyPatch().setattr(Qwen2_5_VLForConditionalGeneration, "save_pretrained", fail)
+
+
+def test_a_run_that_cannot_write_its_model_only_exports_when_it_is_rerun(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever --save_steps says, the last step has a checkpoint before the model is gathered."""
+    shards = write_shards(tmp_path / "shards", make_bins(num_bins=2), tokenizer=fingerprint_of(tiny_checkpoint))
+    settings = {
+        "shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "output_dir": tmp_path / "run",
+        "max_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 0,
+    }
+    failed = run_ranks(1, *as_flags(settings), prepare=have_no_disk_for_the_model)
+    assert failed.returncode == 1
+    assert "model.safetensors cannot be written (No space left on device" in failed.stderr
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [2]
+    assert not (tmp_path / "run" / "final").exists()
+    trained = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+    done = run_ranks(1, *as_flags(settings))
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == trained, "a step was trained again"
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
 
 LOGITS = "logits.pt"
 

@@ -92,21 +92,40 @@ def check_device(memory: Memory, peak: int, available: int) -> list[str]:
     ]
 
 
-def check_host(memory: Memory, num_ranks: int, available: int) -> list[str]:
-    """Check that the offloaded memory of all ranks of a machine fits its host memory.
+def export_bytes(plan: Plan, sizes: Sizes) -> int:
+    """Host memory that the first rank needs to export the model, besides what offloading holds.
+
+    It gathers all weights there. With adapters, the merged weights are then made beside them.
+    """
+    width = plan.compute.dtype.itemsize
+    if plan.adapters is None:
+        return width * sizes.num_parameters
+    return width * (2 * sizes.num_parameters - sizes.num_trained)
+
+
+def check_host(memory: Memory, num_ranks: int, available: int, *, export: int) -> list[str]:
+    """Check that a machine has the host memory for what its ranks offload, and for the export of the model.
 
     Args:
         memory: memory of a rank.
         num_ranks: ranks on this machine.
         available: bytes of host memory.
+        export: bytes that the export needs on this machine; 0 if the first rank is on another one.
     """
-    per_rank = memory.peak(HOST)
-    if num_ranks * per_rank <= available:
-        return []
-    return [
-        f"offloading needs {num_ranks * per_rank / GIB:.1f} GiB ({num_ranks} ranks with {per_rank / GIB:.1f} GiB "
-        f"each), but the machine has {available / GIB:.1f} GiB: use more machines, or offload less"
-    ]
+    per_rank, held = memory.peak(HOST), num_ranks * memory.held(HOST)
+    if num_ranks * per_rank > available:
+        return [
+            f"offloading needs {num_ranks * per_rank / GIB:.1f} GiB ({num_ranks} ranks with {per_rank / GIB:.1f} GiB "
+            f"each), but the machine has {available / GIB:.1f} GiB: use more machines, or offload less"
+        ]
+    if held + export > available:
+        offloaded = f" next to {held / GIB:.1f} GiB that are offloaded" if held else ""
+        return [
+            f"exporting the model gathers {export / GIB:.1f} GiB in the host memory of the first rank{offloaded}, but "
+            f"the machine has {available / GIB:.1f} GiB: start the first rank on a machine with more memory"
+            + (", or offload less" if held else "")
+        ]
+    return []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,12 +158,14 @@ def disk_usage(plan: Plan, sizes: Sizes) -> DiskUsage:
         sizes: parameter counts of its model.
     """
     args, width = plan.args, plan.compute.dtype.itemsize
-    saves = plan.num_steps // args.save_steps - plan.start_step // args.save_steps if args.save_steps else 0
-    num_checkpoints = max(1, saves)  # a run that is stopped always saves one
+    interval = args.save_interval(plan.num_steps)
+    # The last step has one in any case.
+    last = plan.num_steps - 1
+    num_checkpoints = last // interval - plan.start_step // interval + 1 if plan.start_step < plan.num_steps else 0
     if args.save_total_limit is not None:
         # The oldest checkpoint is deleted after the newest is complete.
         room = args.save_total_limit + 1 - len(list_checkpoints(args.run_dir))
-        num_checkpoints = max(1, min(num_checkpoints, room))
+        num_checkpoints = min(num_checkpoints, max(1, room))
     # ZeRO-3 saves the float32 weights only.
     holds_weights = plan.deepspeed["zero_optimization"]["stage"] < 3
     resume = plan.resume

@@ -28,7 +28,16 @@ import torch
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
 from train.memory.budget import TABLE_TITLE, rank_memory, size_table
-from train.memory.capacity import check_device, check_disk, check_held, check_host, device_bytes, disk_usage, host_bytes
+from train.memory.capacity import (
+    check_device,
+    check_disk,
+    check_held,
+    check_host,
+    device_bytes,
+    disk_usage,
+    export_bytes,
+    host_bytes,
+)
 from train.memory.loads import largest_bins, load_of_bins, loads_of_shards
 from train.memory.terms import Memory
 from train.model import optim
@@ -74,7 +83,7 @@ def preflight(args: TrainArguments) -> None:
     memory = estimate_memory(plan, sizes, bins)
     process_group.join(plan.compute.device)
     check_same_plan(plan)
-    stop_on_problems(check_estimate(plan, memory), plan.ranks, ConfigError)
+    stop_on_problems(check_estimate(plan, sizes, memory), plan.ranks, ConfigError)
     with room_for("the model and its optimizer"):
         zero3_loading = register_zero3_loading(plan.deepspeed)
         engine = start_model(plan)
@@ -141,19 +150,20 @@ def estimate_memory(plan: Plan, sizes: Sizes, bins: list[int]) -> Memory:
     return memory
 
 
-def check_estimate(plan: Plan, memory: Memory) -> list[str]:
+def check_estimate(plan: Plan, sizes: Sizes, memory: Memory) -> list[str]:
     """Compare the estimate with the memory of host and device. All ranks call this together."""
-    problems = check_host(memory, count_ranks_of_host(plan.ranks), host_bytes())
+    ranks = ranks_of_host(plan.ranks)
+    problems = check_host(memory, len(ranks), host_bytes(), export=export_bytes(plan, sizes) if 0 in ranks else 0)
     if plan.compute.device.type == "cuda":
         problems += check_held(memory, device_bytes(plan.compute.device))
     return problems
 
 
-def count_ranks_of_host(ranks: Ranks) -> int:
+def ranks_of_host(ranks: Ranks) -> list[int]:
     """Ranks on this machine, whatever launched them. All ranks call this together."""
     hosts: list[Any] = [None] * ranks.world
     torch.distributed.all_gather_object(hosts, socket.gethostname())
-    return hosts.count(hosts[ranks.rank])
+    return [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
 
 
 def start_model(plan: Plan) -> Engine:

@@ -171,9 +171,9 @@ class Trainer:
         return self.step % plan.args.logging_steps == 0 or self.step in (plan.start_step + 1, plan.num_steps)
 
     def should_save(self) -> bool:
-        """Whether ``--save_steps`` asks for a checkpoint after this step."""
-        save_steps = self._plan.args.save_steps
-        return bool(save_steps) and self.step % save_steps == 0
+        """Whether a checkpoint follows this step: the last one, and as ``--save_steps`` says."""
+        num_steps = self._plan.num_steps
+        return self.step == num_steps or self.step % self._plan.args.save_interval(num_steps) == 0
 
     def summarise(self, result: StepResult, *, evaluates: bool) -> Record:
         """Make the record of the last step, with the metrics of an evaluation if one is due. Collective."""

@@ -6,6 +6,7 @@ of the dataclass. A setting that would be ignored, or that contradicts another o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,8 +228,13 @@ class TrainArguments:
         ),
     ] = 3
     save_steps: Annotated[
-        int,
-        Setting("Steps between two checkpoints. 0 saves only when the run is asked to stop.", unit="steps", low=0),
+        float,
+        Setting(
+            "Steps between two checkpoints; below 1, a share of the run (0.1: ten times). The last step is always "
+            "saved. 0 saves only then and when the run is asked to stop.",
+            unit="steps",
+            low=0,
+        ),
     ] = 500
     save_total_limit: Annotated[
         int | None, Setting("Checkpoints to keep, newest first.", unit="checkpoints", low=1, unset="all")
@@ -282,6 +288,12 @@ class TrainArguments:
             return self.warmup_ratio
         return 0.0 if self.lr_scheduler_type == FLAT else WARMUP
 
+    def save_interval(self, num_steps: int) -> int:
+        """Steps between two checkpoints of a run of ``num_steps`` steps. The last step has one in any case."""
+        if self.save_steps == 0:
+            return num_steps
+        return int(self.save_steps) if self.save_steps >= 1 else math.ceil(num_steps * self.save_steps)
+
     @property
     def uses_base_rate(self) -> bool:
         """Whether a trained part has no rate of its own, so that ``learning_rate`` applies."""
@@ -333,11 +345,8 @@ class TrainArguments:
             yield f"--eval_strategy {self.eval_strategy} has nothing to evaluate on: give --eval_shards."
         if self.eval_steps is not None and self.eval_strategy != "steps":
             yield f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps."
-        if self.save_steps == 0 and self.save_total_limit is not None:
-            yield (
-                f"--save_total_limit {self.save_total_limit} has no effect with --save_steps 0, which saves only when "
-                "the run is asked to stop: raise --save_steps, or leave the limit out."
-            )
+        if self.save_steps > 1 and not float(self.save_steps).is_integer():
+            yield f"--save_steps {self.save_steps} is neither a number of steps nor a share of the run below 1."
 
     def _check_computation(self) -> Iterator[str]:
         if self.use_liger_kernel and self.torch_compile:
