@@ -16,7 +16,7 @@ from schemas.errors import VlprepError
 from train.settings.flags import parse_arguments
 
 _INTERRUPTED = 130
-"""Exit code that shells report for a program ended by Ctrl-C."""
+"""Exit code of :mod:`train.run.interrupt` for Ctrl-C, before that can be imported."""
 
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
 """What gloo and NCCL say in ranks that wait for one that has ended."""
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
     Returns:
         Exit code: 0 done, 1 problems in the data, 2 wrong use, 85 stopped on request (rerun to resume), 130 stopped by
-        Ctrl-C.
+        Ctrl-C before the first step.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         if args.dry_run:
             preflight(args)
             return 0
-        return 0 if train(args) else REQUEUE_EXIT_CODE
+        return 0 if train(args, argv) else REQUEUE_EXIT_CODE
     except VlprepError as error:
         if args.debug:
             raise
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         if args.debug:
             raise
         if rank == 0:
-            sys.stderr.write("stopped: rerun the same command to resume from the newest checkpoint\n")
+            sys.stderr.write("\nstopped before the first step: nothing was trained; rerun the same command to start\n")
         return _INTERRUPTED
     except RuntimeError as error:
         if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
@@ -109,4 +109,8 @@ def _configure_output(*, is_first: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if exit_code == _INTERRUPTED:
+        # Shutting the interpreter down would wait for threads, and for ranks that have ended.
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -157,10 +157,10 @@ def start_alone(*flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
-def torchrun_command(num_ranks: int, *flags: str) -> tuple[str, ...]:
+def torchrun_command(num_ranks: int, *flags: str, script: str = "train/main.py") -> tuple[str, ...]:
     """Command that starts ranks on this machine with ``torchrun``."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
-    return (*launcher, "train/main.py", *flags)
+    return (*launcher, script, *flags)
 
 
 def torchrun(num_ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ from tests.train.synthetic import make_bins, write_shards
 from train.run import loop
 from train.run.engine import Engine
 from train.run.evaluation import Evaluation
-from train.run.interrupt import REQUEUE_EXIT_CODE, SAME_REQUEST_S, SIGNALS, StopRequest
+from train.run.interrupt import REQUEUE_EXIT_CODE, SAME_KEY_S, SAME_REQUEST_S, SIGNALS, StopRequest
 from train.run.metrics import Record
 from train.run.plan import Plan
 from train.run.run_dir import list_checkpoints, read_state
@@ -41,6 +42,8 @@ from train.run.run_dir import list_checkpoints, read_state
 pytestmark = pytest.mark.slow
 
 NUM_STEPS = 24
+SLOW_SAVING = "tests/train/slow_saving.py"
+"""The trainer with checkpoints that take minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +82,17 @@ def has_logged(run: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def test_a_stopped_run_saves_and_its_resumption_equals_the_uninterrupted_run(
+def test_ctrl_c_finishes_the_step_and_saves_and_the_resumed_run_equals_the_uninterrupted_one(
     flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "0", "--output_dir", str(tmp_path)]
     process = start_alone(*command)
     wait_until(lambda: has_logged(tmp_path), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == REQUEUE_EXIT_CODE == 85, errors
+    assert "SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n" in errors
+    assert "Traceback" not in errors
     ((step, folder),) = list_checkpoints(tmp_path)
     assert 1 <= step < NUM_STEPS
     assert read_state(folder).step == step == read_metrics(tmp_path)[-1]["step"]
@@ -104,7 +109,13 @@ def test_a_stopped_run_saves_and_its_resumption_equals_the_uninterrupted_run(
 def launched(command: tuple[str, ...], run: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A launcher and its two ranks, after they have logged a step. Processes that outlive the block are killed."""
     launcher = subprocess.Popen(
-        command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a shell gives to each command
     )
     started: list[psutil.Process] = [psutil.Process(launcher.pid)]
     try:
@@ -170,6 +181,39 @@ def test_stopping_torchrun_lets_its_ranks_save_and_the_same_command_resumes(flag
     assert (tmp_path / "final").is_dir()
 
 
+def press_ctrl_c(launcher: subprocess.Popen[str]) -> None:
+    """A terminal sends SIGINT to all processes of the command that runs in it."""
+    os.killpg(launcher.pid, signal.SIGINT)
+
+
+def test_ctrl_c_under_deepspeed_saves_although_the_launcher_ends_its_ranks(flags: list[str], tmp_path: Path) -> None:
+    """Its ranks get SIGINT from the terminal, then SIGTERM from the launcher."""
+    command = deepspeed_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
+    with launched(command, tmp_path) as (launcher, ranks):
+        press_ctrl_c(launcher)
+        _, errors = launcher.communicate(timeout=240)
+        psutil.wait_procs(ranks, timeout=60)
+    step, _ = saved_by_two_ranks(tmp_path)
+    assert f"stop requested: checkpoint saved at step {step}/1000; rerun the same command to resume\n" in errors
+    assert "SIGTERM" not in errors.partition("stop requested")[0]
+
+
+def test_the_second_ctrl_c_under_torchrun_ends_the_ranks_at_once(flags: list[str], tmp_path: Path) -> None:
+    """The ranks get the first as SIGINT, and the second as SIGTERM."""
+    command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path), script=SLOW_SAVING)
+    with launched(command, tmp_path) as (launcher, ranks):
+        press_ctrl_c(launcher)
+        wait_until(lambda: any(tmp_path.glob("checkpoint-*.tmp")), launcher)
+        time.sleep(SAME_KEY_S)
+        press_ctrl_c(launcher)
+        _, errors = launcher.communicate(timeout=60)
+        gone, _ = psutil.wait_procs(ranks, timeout=10)
+    assert len(gone) == 2
+    assert list_checkpoints(tmp_path) == []
+    assert "SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n" in errors
+    assert "stopped at once: rerun the same command to resume from the newest checkpoint\n" in errors
+
+
 def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(
     flags: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -197,7 +241,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_second_signal_has_its_default_effect_unless_it_is_the_same_request(
     process_group: None, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +265,47 @@ def test_a_second_signal_has_its_default_effect_unless_it_is_the_same_request(
         assert usual == ["usual", "usual"]
     finally:
         signal.signal(signum, before)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "first", "second", "seconds_later", "ends"),
+    [
+        ("none", signal.SIGINT, signal.SIGINT, SAME_KEY_S, False),
+        ("none", signal.SIGINT, signal.SIGINT, SAME_KEY_S + 0.1, True),
+        ("deepspeed", signal.SIGINT, signal.SIGTERM, SAME_REQUEST_S, False),
+        ("torchrun", signal.SIGINT, signal.SIGTERM, SAME_KEY_S, False),
+        ("torchrun", signal.SIGINT, signal.SIGTERM, SAME_KEY_S + 0.1, True),
+        ("torchrun", signal.SIGTERM, signal.SIGTERM, SAME_REQUEST_S, False),
+        ("none", signal.SIGTERM, signal.SIGINT, SAME_KEY_S + 0.1, True),
+    ],
+)
+def test_a_second_ctrl_c_ends_the_run_and_a_copy_of_the_first_does_not(
+    launcher: str,
+    first: signal.Signals,
+    second: signal.Signals,
+    seconds_later: float,
+    ends: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("train.run.interrupt.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with StopRequest():
+        signal.raise_signal(first)
+        now += seconds_later
+        with pytest.raises(SystemExit, match="130") if ends else nullcontext():
+            signal.raise_signal(second)
+    assert ("stopped at once" in capfd.readouterr().err) == ends
+
+
+def test_other_ranks_do_not_repeat_what_the_first_one_says(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest(is_first=False):
+        signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == ""
 
 
 def stop_while_exporting() -> None:

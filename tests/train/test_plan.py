@@ -120,7 +120,8 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(
 
     monkeypatch.setattr("train.main._configure_output", interrupt)
     assert main(flags) == 130
-    assert capsys.readouterr().err == "stopped: rerun the same command to resume from the newest checkpoint\n"
+    expected = "stopped before the first step: nothing was trained; rerun the same command to start\n"
+    assert capsys.readouterr().err.lstrip("\n") == expected
 
 
 def test_nothing_is_written_before_a_run_starts(flags: list[str], tmp_path: Path) -> None:
@@ -250,6 +251,22 @@ def test_a_checkpoint_of_other_settings_is_refused(flags: list[str], saved: Path
 def test_a_checkpoint_of_other_shards_is_refused(flags: list[str], saved: Path, tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", make_bins(seed=1, num_bins=8))
     with pytest.raises(ConfigError, match="was saved with shards = "):
+        make_plan(parse_arguments([*flags, "--shards", str(other)]))
+
+
+def test_shards_other_than_those_of_the_checkpoint_are_named_with_both_folders(
+    flags: list[str], saved: Path, tmp_path: Path
+) -> None:
+    path, shards = saved / "state.json", flags[flags.index("--shards") + 1]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shards": shards}))
+    other = write_shards(tmp_path / "other", make_bins(seed=1, num_bins=8))
+    with pytest.raises(ConfigError) as raised:
+        make_plan(parse_arguments([*flags, "--shards", str(other)]))
+    assert str(raised.value).startswith(
+        f"{saved} was saved with --shards {shards}, but this run has --shards {other}: "
+    )
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shards": str(other)}))
+    with pytest.raises(ConfigError, match=f"--shards {other}, but they were built again since then"):
         make_plan(parse_arguments([*flags, "--shards", str(other)]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def decisions(plan: Plan) -> dict[str, object]:
         "--group_steps 2 --num_train_epochs 2.5",
         "--lr_scheduler_type constant",
         "--warmup_steps 2 --adam_beta1 0.8 --optim adamw_torch_fused",
+        "--max_steps 30 --save_steps 0.1",
         "--tune_mm_llm False --mm_projector_lr 1e-5",
         "--lora_enable --lora_r 4",
     ],
@@ -137,6 +139,31 @@ def test_a_run_from_its_record_is_the_same_run(flags: list[str], changes: str) -
     assert decisions(again) == decisions(plan)
     record_run(again)
     assert make_plan(parse_arguments(["--config", str(path)])).args == again.args == resolved_arguments(plan)
+
+
+def test_a_record_names_the_command_and_the_commit_of_the_manifest(flags: list[str], tmp_path: Path) -> None:
+    shards, folder = Path(flags[1]), tmp_path / "run"
+    folder.mkdir()
+    record_run(make_plan(parse_arguments(flags)), [*flags, "--local_rank=0"])
+    facts = read_record(folder)[1]
+    assert facts.command == f"train/main.py {' '.join(flags)}"
+    assert facts.shards_commit is None
+
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ("git", "-C", str(shards), *identity, *words)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", "manifest.json")
+    git("commit", "-qm", "shards")
+    record_run(make_plan(parse_arguments(flags)))
+    assert read_record(folder)[1].shards_commit == f"{shards}@{git('rev-parse', 'HEAD')}"
+
+    manifest = shards / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    record_run(make_plan(parse_arguments(flags)))
+    assert read_record(folder)[1].shards_commit is None, "the manifest is not the one of the commit"
 
 
 def test_nothing_is_left_to_the_model_or_the_machine(flags: list[str]) -> None:

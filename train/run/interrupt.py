@@ -1,13 +1,18 @@
-"""Stopping on request: SIGTERM or SIGUSR1 to any rank -> all ranks stop after the same step.
+"""Stopping on request: Ctrl-C, SIGTERM or SIGUSR1 to any rank -> all ranks stop after the same step.
 
-Schedulers send such a signal some minutes before they reclaim the machines. The run then saves a checkpoint and exits
-with :data:`REQUEUE_EXIT_CODE`. The same command resumes it.
+Schedulers send such a signal some minutes before they reclaim the machines, and people press Ctrl-C. The run then saves
+a checkpoint and exits with :data:`REQUEUE_EXIT_CODE`. The same command resumes it.
+
+One request may reach a rank twice, since launchers pass signals on. After a Ctrl-C, `deepspeed` also sends SIGTERM to
+its ranks, which have the SIGINT from the terminal. `torchrun` passes on the first Ctrl-C as SIGINT and the second one
+as SIGTERM. So a copy is recognized by its time and kind, see :meth:`StopRequest._is_copy`.
 
 Cost: the ranks exchange one integer per step.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType, TracebackType
@@ -15,23 +20,45 @@ from typing import Any
 
 import torch
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 REQUEUE_EXIT_CODE = 85
 """Exit code of a run that was stopped on request and can be resumed. It is ERESTART of Linux, and the code that
 HTCondor's manual uses for this purpose (``checkpoint_exit_code``). Neither shells (126 and above) nor this program
 (0 to 2) use it for anything else."""
 
+INTERRUPTED_EXIT_CODE = 130
+"""Exit code that shells report for a program ended by Ctrl-C."""
+
 SAME_REQUEST_S = 5.0
 """A signal repeated within this many seconds is the same request: a process group, a container or a job is signalled as
 a whole, and a launcher inside it forwards the signal to its ranks once more."""
 
+SAME_KEY_S = 1.0
+"""The same for Ctrl-C, which people repeat sooner than schedulers repeat a signal."""
+
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Set by `torchrun` for its ranks."""
+
+_STOPPED_AT_ONCE = "\nstopped at once: rerun the same command to resume from the newest checkpoint\n"
+
 
 class StopRequest:
-    """Listens for the signals inside a ``with`` block, in the main thread. A second request has its default effect."""
+    """Listens for the signals inside a ``with`` block, in the main thread.
 
-    def __init__(self) -> None:
-        self._received_at: float | None = None
+    A second request ends the process: with exit code 130 if one of them was Ctrl-C, else by the effect that the signal
+    has by default.
+    """
+
+    def __init__(self, *, is_first: bool = True) -> None:
+        """Create a listener.
+
+        Args:
+            is_first: whether this rank tells what happens.
+        """
+        self._is_first = is_first
+        self._received: int | None = None
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -46,18 +73,37 @@ class StopRequest:
 
     def is_agreed(self, device: torch.device) -> bool:
         """Whether any rank has received a request; the same answer on all ranks. Collective."""
-        received = torch.tensor([self._received_at is not None], dtype=torch.int32, device=device)
+        received = torch.tensor([self._received is not None], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
         return bool(received.item())
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        # No logging here: the signal may have interrupted a write.
         now = time.monotonic()
-        if self._received_at is None:
-            self._received_at = now
-        elif now - self._received_at > SAME_REQUEST_S:
+        if self._received is None:
+            self._received, self._received_at = signum, now
+            repeat = "; press Ctrl-C again to end at once" if signum == signal.SIGINT else ""
+            self._tell(f"\n{signal.Signals(signum).name}: finishing the step, then saving{repeat}\n")
+        elif not self._is_copy(signum, now - self._received_at):
+            if signal.SIGINT in (self._received, signum):
+                # An exception would unwind through collectives that other ranks no longer join.
+                self._tell(_STOPPED_AT_ONCE)
+                os._exit(INTERRUPTED_EXIT_CODE)
             self._restore()
             signal.raise_signal(signum)
+
+    def _is_copy(self, signum: int, seconds_later: float) -> bool:
+        """Whether a signal is the first request once more, passed on by a launcher.
+
+        A Ctrl-C that comes later is a new one. So is SIGTERM from `torchrun` after a Ctrl-C. From `deepspeed`, it is a
+        copy.
+        """
+        is_repeated_key = self._received == signal.SIGINT and _TORCHRUN_VARIABLE in os.environ
+        return seconds_later <= (SAME_KEY_S if signum == signal.SIGINT or is_repeated_key else SAME_REQUEST_S)
+
+    def _tell(self, text: str) -> None:
+        """Write to the screen, past the buffers of Python: the signal may have interrupted a write to them."""
+        if self._is_first:
+            os.write(2, text.encode())
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

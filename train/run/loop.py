@@ -13,6 +13,7 @@ beforehand, so every micro-step is weighted correctly without communication.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from schemas.wording import counted
+from storage.urls import without_secrets
 from train.batches.stream import BinStream, StepBatch
 from train.model import adapters, kernels, optim, pretrained
 from train.model.attention import loadable
@@ -48,8 +50,12 @@ from train.settings.arguments import TrainArguments
 logger = logging.getLogger(__name__)
 
 
-def train(args: TrainArguments) -> bool:
+def train(args: TrainArguments, argv: Sequence[str] = ()) -> bool:
     """Run a training. Collective.
+
+    Args:
+        args: settings of the run.
+        argv: flags of its command line, for the record.
 
     Returns:
         Whether the run is complete. False if it stopped on request, with a checkpoint to resume from.
@@ -61,16 +67,16 @@ def train(args: TrainArguments) -> bool:
     """
     plan = make_plan(args)
     with lock_run_dir(args.run_dir) if plan.ranks.is_first else nullcontext():
-        join_ranks(plan)
+        join_ranks(plan, argv)
         zero3_loading = register_zero3_loading(plan.deepspeed)
         trainer = Trainer(plan)
         # The request is caught until the export is done: one that comes too late must not cost the model.
-        with StopRequest() as stop:
+        with StopRequest(is_first=plan.ranks.is_first) as stop:
             is_complete = run_steps(trainer, plan, stop)
             if is_complete:
                 export(trainer.engine, plan)
+            process_group.leave()
         del zero3_loading
-        process_group.leave()
     return is_complete
 
 
@@ -188,7 +194,12 @@ class Trainer:
     def save(self, stream: BinStream, *, is_stopped: bool) -> None:
         """Write a checkpoint. Collective."""
         plan = self._plan
-        state = RunState(stream=stream.state_dict(), ranks=plan.ranks.world, settings=plan.settings)
+        state = RunState(
+            stream=stream.state_dict(),
+            ranks=plan.ranks.world,
+            settings=plan.settings,
+            shards=without_secrets(plan.args.shards),
+        )
         with self._window.paused():
             checkpoint.save(
                 self.engine, plan.args.run_dir, state, plan.ranks, max_checkpoints=plan.args.save_total_limit
@@ -201,7 +212,7 @@ class Trainer:
             )
 
 
-def join_ranks(plan: Plan) -> None:
+def join_ranks(plan: Plan, argv: Sequence[str]) -> None:
     """Join the process group and check that all ranks have the same plan. Collective.
 
     The first rank prepares the folder of the run: it removes unfinished checkpoints, checks the files of the one to
@@ -214,7 +225,7 @@ def join_ranks(plan: Plan) -> None:
     process_group.join(plan.compute.device)
     check_same_plan(plan)
     if plan.ranks.is_first:
-        record_run(plan)
+        record_run(plan, argv)
 
 
 def build_model(plan: Plan) -> tuple[PackedQwen, list[optim.ParameterGroup]]:

@@ -1,16 +1,22 @@
 """Records what a run resolved: plan -> ``<run>/settings.toml``.
 
-Cost: none.
+Cost: none, and a few calls of git if shards lie in one of its work trees.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import shlex
+import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
+from schemas.manifest import MANIFEST_FILE
+from storage.urls import Location
 from train.model.disk import writing
 from train.run.plan import Plan
 from train.settings.arguments import TrainArguments
@@ -20,8 +26,12 @@ PACKAGES = ("vlprep", "torch", "transformers", "deepspeed")
 """Packages whose versions are recorded."""
 
 
-def record_run(plan: Plan) -> None:
+def record_run(plan: Plan, argv: Sequence[str] = ()) -> None:
     """Write the resolved settings of a run. A run that resumes replaces them by its own.
+
+    Args:
+        plan: the run.
+        argv: flags of its command line.
 
     Raises:
         VlprepError: the folder of the run cannot be written.
@@ -33,6 +43,8 @@ def record_run(plan: Plan) -> None:
         global_batch=plan.order.global_batch,
         num_steps=plan.num_steps,
         group_runs=None if grouping is None else grouping.runs,
+        command=shlex.join(["train/main.py", *(word for word in argv if not word.startswith("--local_rank"))]),
+        shards_commit=_commits(plan.index.folders),
     )
     with writing(plan.args.run_dir):
         write_record(plan.args.run_dir, resolved_arguments(plan), facts, _versions())
@@ -61,6 +73,24 @@ def resolved_arguments(plan: Plan) -> TrainArguments:
         fp16=True if plan.compute.dtype == torch.float16 else args.fp16,
         attn_implementation=plan.compute.attention,
     )
+
+
+def _commits(folders: Sequence[Location]) -> str | None:
+    """The commits of the manifests that git has, as they are on disk."""
+    commits = [f"{folder}@{commit}" for folder in folders if (commit := _commit(folder))]
+    return ", ".join(commits) or None
+
+
+def _commit(folder: Location) -> str:
+    """The last commit of a manifest; empty if it is in none, or changed since."""
+    if not isinstance(folder, Path):
+        return ""
+    with suppress(OSError, subprocess.SubprocessError):
+        git = ("git", "-C", str(folder))
+        subprocess.run([*git, "diff", "--quiet", "HEAD", "--", MANIFEST_FILE], check=True, capture_output=True)
+        shown = [*git, "log", "-1", "--format=%H", "--", MANIFEST_FILE]
+        return subprocess.run(shown, check=True, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def _versions() -> dict[str, str]:

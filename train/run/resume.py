@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from schemas.errors import ConfigError
+from storage.urls import without_secrets
 from train.model import optim, pretrained
 from train.model.adapters import Adapters
 from train.order.dealing import DataOrder
-from train.run.run_dir import RunState, Setting, check_settings, choose_checkpoint, read_state
+from train.run.run_dir import RunState, Setting, check_settings, check_shards, choose_checkpoint, read_state
 from train.settings.arguments import TrainArguments
 from train.settings.recipe import Recipe
 from train.shards.index import ShardIndex
@@ -83,6 +84,7 @@ def find_saved_state(args: TrainArguments, settings: dict[str, Setting]) -> tupl
     if folder is None:
         return None
     state = read_state(folder)
+    check_shards(folder, state, settings["shards"], without_secrets(args.shards))
     check_settings(folder, state, settings)
     return folder, state
 

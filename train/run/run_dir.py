@@ -56,11 +56,13 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         stream: state of the stream of bins, see :meth:`train.order.dealing.DataOrder.state_dict`.
         ranks: number of ranks that saved it.
         settings: those that must be the same when the run is resumed.
+        shards: ``--shards`` of that run, without signatures; empty in checkpoints of older versions.
     """
 
     stream: dict[str, int]
     ranks: int
     settings: dict[str, Setting]
+    shards: str = ""
 
     @property
     def step(self) -> int:
@@ -176,6 +178,28 @@ def check_files(folder: Path) -> None:
         if not path.is_file() or not zipfile.is_zipfile(path):
             problem = "truncated or damaged" if path.is_file() else "missing"
             raise ConfigError(f"{path} is {problem}. {RESUME_FROM_ANOTHER}")
+
+
+def check_shards(folder: Path, saved: RunState, fingerprint: Setting, shards: str) -> None:
+    """Compare the shards of a checkpoint with those of this run, and name both.
+
+    Args:
+        folder: the checkpoint.
+        saved: its state.
+        fingerprint: identifies the bins of this run.
+        shards: its ``--shards``, without signatures.
+
+    Raises:
+        ConfigError: the shards differ.
+    """
+    if saved.shards and saved.settings.get("shards") != fingerprint:
+        problem = f"this run has --shards {shards}"
+        if saved.shards == shards:
+            problem = "they were built again since then, with other bins"
+        raise ConfigError(
+            f"{folder} was saved with --shards {saved.shards}, but {problem}: it would not be the same run. "
+            "Give the same shards, or --resume none with another --output_dir."
+        )
 
 
 def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) -> None:

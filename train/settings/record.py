@@ -33,7 +33,7 @@ _HEADER = """\
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run determined besides its flags, as far as its order of bins depends on it.
+    """What a run determined besides its flags: all that its order of bins depends on, and where it came from.
 
     Attributes:
         checkpoint: folder that ``model_name_or_path`` resolves to.
@@ -42,6 +42,9 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         num_steps: optimizer steps of the run.
         group_runs: runs of the windows of ``group_steps``, see :class:`train.order.dealing.Grouping`; None if the
             steps are not grouped.
+        command: what each rank was started with, without its launcher.
+        shards_commit: git commit that each manifest of the shards is of, as ``folder@commit``, separated by commas;
+            None if git has none of them.
     """
 
     checkpoint: str
@@ -49,6 +52,8 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     global_batch: int
     num_steps: int
     group_runs: int | None = None
+    command: str | None = None
+    shards_commit: str | None = None
 
 
 def write_record(run_dir: Path, args: TrainArguments, facts: RunFacts, versions: Mapping[str, str]) -> None:
