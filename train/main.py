@@ -102,7 +102,7 @@ def _configure_output(*, is_first: bool) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     # DeepSpeed 0.19 calls deprecated names of these functions.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    if not is_first:
+    if not (is_first and sys.stderr.isatty()):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()

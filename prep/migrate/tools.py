@@ -45,6 +45,7 @@ TRAINER_SWITCHES = (
     "tune_mm_mlp",
     "tune_mm_vision",
     "use_liger_kernel",
+    "verbose",
 )
 TRAINER_VALUES = (
     "adam_beta1",

@@ -93,6 +93,7 @@ def test_ctrl_c_finishes_the_step_and_saves_and_the_resumed_run_equals_the_unint
     assert process.returncode == REQUEUE_EXIT_CODE == 85, errors
     assert "SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n" in errors
     assert "Traceback" not in errors
+    assert "step/s" not in errors, "a redirected log has no progress bar"
     ((step, folder),) = list_checkpoints(tmp_path)
     assert 1 <= step < NUM_STEPS
     assert read_state(folder).step == step == read_metrics(tmp_path)[-1]["step"]

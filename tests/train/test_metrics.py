@@ -21,8 +21,9 @@ from train.batches.stream import StepBatch
 from train.model.flops import ModelFlops
 from train.order.dealing import DataOrder
 from train.run import metrics
-from train.run.metrics import Record, Window, drop_later_steps, flatten, format_record, open_log, require_reporter
+from train.run.metrics import Record, Window, drop_later_steps, flatten, format_record, grouped, open_log, require_reporter
 from train.settings.arguments import TrainArguments
+from train.settings.flags import parse_arguments
 
 TEN_TOKENS = build_micro_batch([as_bin([make_sample(np.random.default_rng(0), num_text=8)])])
 TEN_TERAFLOPS = ModelFlops(
@@ -153,7 +154,7 @@ def test_dropping_later_steps_of_a_missing_file_does_nothing(tmp_path: Path) -> 
 def record_of(step: int) -> Record:
     speeds = {"tokens_per_s": 10.0, "data_wait_s": 0.1, "step_s": 2.0, "efficiency": 0.9, "padding": 0.1}
     speeds["samples_per_s"] = 2.5
-    sizes = {"grad_norm": 0.5, "num_targets": 7, "tflops": 300.0, "mfu": 0.31, "max_memory_bytes": 3 << 30}
+    sizes = {"grad_norm": 0.5, "num_targets": 7, "tflops": 300.0, "mfu": 0.31, "max_memory_bytes": 3 << 30, "skipped_steps": 0}
     return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}, **speeds, **sizes}
 
 
@@ -170,31 +171,57 @@ def test_only_the_first_rank_writes_metrics(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == [record_of(1), record_of(2)]
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_the_screen_shows_the_main_metrics(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, known: bool
+def test_the_screen_shows_the_main_metrics_and_the_time_left(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
-    record = {**record_of(1), "loss": None}
-    if not known:
-        del record["mfu"]
     # the screen truncates a bar, but not the metrics
     monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((40, 24)))
+    with open_log(args, is_first=True, start_step=0, num_steps=2001) as log:
+        log.write({**record_of(1), "loss": None})
+    line = "step 1/2001: loss=not finite, lr=1.00e-05, tokens_per_s=10, data_wait=5.0%, left=1:06:40\n"
+    assert capfd.readouterr().err == line
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_verbose_screen_shows_all_metrics(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    args = parse_arguments(["-v", "--shards", "s", "--output_dir", str(tmp_path / "run")])
+    record = record_of(1)
+    if not known:
+        del record["mfu"]
     with open_log(args, is_first=True, start_step=0, num_steps=2) as log:
         log.write(record)
     shown = capfd.readouterr().err
-    speeds = ["tokens_per_s=10", "samples_per_s=2.5", "wait=5.0%", "efficiency=0.900", "padding=10.0%"]
+    speeds = ["tokens_per_s=10", "samples_per_s=2.5", "data_wait=5.0%", "efficiency=0.900", "padding=10.0%"]
     use = "mfu=31.0%" if known else "tflops=300"
-    for part in ["step 1", "loss=not finite", "norm=0.5", "lr=1.00e-05", "targets=7", *speeds, use, "memory=3.0GiB"]:
+    main = ["step 1/2", "loss=1.0000", "norm=0.5", "lr=1.00e-05", "targets=7", "skipped=0", "memory=3.0GiB"]
+    for part in [*main, *speeds, use]:
         assert part in shown
+
+
+def test_a_redirected_log_has_a_line_for_each_logged_step_and_none_for_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = TrainArguments(shards="shards", output_dir=tmp_path / "run")
+    with open_log(args, is_first=True, start_step=0, num_steps=100) as log:
+        for step in range(1, 101):
+            log.advance()
+            if step % 50 == 0:
+                log.write(record_of(step))
+    shown = capfd.readouterr().err
+    assert [line.partition(":")[0] for line in shown.splitlines()] == ["step 50/100", "step 100/100"]
+    assert "\r" not in shown
 
 
 def test_the_screen_shows_every_learning_rate_only_if_they_differ() -> None:
     rates = {"language_model": 2e-7, "merger": 1e-5, "vision_tower": 1e-6}
-    shown = format_record({**record_of(3), "learning_rates": rates})
-    assert shown.startswith("step 3: loss=1.0000, norm=0.5, ")
+    shown = format_record({**record_of(3), "learning_rates": rates}, num_steps=9, is_verbose=False)
+    assert shown.startswith("step 3/9: loss=1.0000, ")
     assert ", lr_language_model=2.00e-07, lr_merger=1.00e-05, lr_vision_tower=1.00e-06, " in shown
-    shown = format_record({**record_of(3), "learning_rates": dict.fromkeys(rates, 2e-7)})
+    rates = dict.fromkeys(rates, 2e-7)
+    shown = format_record({**record_of(3), "learning_rates": rates}, num_steps=9, is_verbose=False)
     assert ", lr=2.00e-07, " in shown
     assert "lr_" not in shown
 
@@ -210,6 +237,34 @@ def test_other_ranks_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_nested_metrics_are_flattened() -> None:
     record = {"loss": 1.0, "grad_norm": None, "rates": {"merger": 1e-5}, "eval_datasets": {"a": {"loss": 2.0}}}
     assert flatten(record) == {"loss": 1.0, "rates/merger": 1e-5, "eval_datasets/a/loss": 2.0}
+
+
+def test_reports_show_metrics_in_groups() -> None:
+    record = {
+        **record_of(1),
+        "eval_loss": 2.0,
+        "eval_datasets": {"a": {"loss": 3.0}},
+    }
+    assert grouped(record) == {
+        "train/step": 1,
+        "train/loss": 1.0,
+        "train/learning_rate": 1e-5,
+        "train/learning_rates/merger": 1e-5,
+        "train/grad_norm": 0.5,
+        "train/skipped_steps": 0,
+        "data/num_targets": 7,
+        "data/padding": 0.1,
+        "data/data_wait_s": 0.1,
+        "perf/tokens_per_s": 10.0,
+        "perf/samples_per_s": 2.5,
+        "perf/step_s": 2.0,
+        "perf/efficiency": 0.9,
+        "perf/tflops": 300.0,
+        "perf/mfu": 0.31,
+        "perf/max_memory_bytes": 3 << 30,
+        "eval/loss": 2.0,
+        "eval/datasets/a/loss": 3.0,
+    }
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
@@ -229,8 +284,8 @@ def test_tensorboard_gets_every_metric(tmp_path: Path) -> None:
     with open_log(args, is_first=True, start_step=0, num_steps=1) as log:
         log.write(record_of(1))
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == set(flatten(record_of(1)))
-    (loss,) = events.Scalars("loss")
+    assert set(events.Tags()["scalars"]) == set(grouped(record_of(1)))
+    (loss,) = events.Scalars("train/loss")
     assert (loss.step, loss.value) == (1, 1.0)
 
 
@@ -243,7 +298,7 @@ def test_tensorboard_purges_steps_that_are_trained_again(tmp_path: Path) -> None
             for step, loss in losses.items():
                 log.write({**record_of(step), "loss": loss})
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 9.0), (2, 8.0), (4, 6.0)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (4, 6.0)]
 
 
 @pytest.mark.slow
@@ -258,13 +313,14 @@ def test_wandb_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert wandb.run.name == "trial"
         assert wandb.run.config["learning_rate"] is None
         log.write(record_of(1))
-        assert {name: wandb.run.summary[name] for name in flatten(record_of(1))} == flatten(record_of(1))
+        assert {name: wandb.run.summary[name] for name in grouped(record_of(1))} == grouped(record_of(1))
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
 def test_log_lines_do_not_run_into_the_progress_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [logging.StreamHandler(sys.stderr)])
     args = TrainArguments(shards="s", output_dir=tmp_path)

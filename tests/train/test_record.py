@@ -62,7 +62,7 @@ def test_a_record_is_read_back_by_config_and_with_its_facts(tmp_path: Path) -> N
 
 
 def test_flags_of_a_single_launch_are_not_recorded(tmp_path: Path) -> None:
-    write_record(tmp_path, TrainArguments(shards="a", debug=True, dry_run=True, local_rank=3), FACTS, {})
+    write_record(tmp_path, TrainArguments(shards="a", debug=True, dry_run=True, verbose=True, local_rank=3), FACTS, {})
     assert read_record(tmp_path)[0] == TrainArguments(shards="a")
 
 

@@ -32,6 +32,12 @@ from train.settings.arguments import TrainArguments
 
 METRICS_FILE = "metrics.jsonl"
 
+_GROUPS = {
+    "data": ("num_tokens", "num_targets", "padding", "data_wait_s"),
+    "perf": ("tokens_per_s", "samples_per_s", "step_s", "efficiency", "tflops", "mfu", "max_memory_bytes"),
+}
+"""Groups of the metrics in TensorBoard and wandb. Those of an evaluation are in ``eval/``, others in ``train/``."""
+
 Record = dict[str, Any]
 """Metrics of one logged step. Nested dicts hold one value per part of the model, or per dataset."""
 
@@ -153,9 +159,23 @@ class Sink(Protocol):
 class MetricsLog:
     """Shows progress and passes records to all sinks. Only the first rank has sinks."""
 
-    def __init__(self, bar: tqdm[NoReturn], sinks: Sequence[Sink]) -> None:
+    def __init__(
+        self, bar: tqdm[NoReturn], sinks: Sequence[Sink], *, num_steps: int, is_first: bool, is_verbose: bool
+    ) -> None:
+        """Open a log.
+
+        Args:
+            bar: shows progress on a terminal; disabled elsewhere.
+            sinks: where records go besides the screen.
+            num_steps: steps of the run.
+            is_first: whether this rank shows records.
+            is_verbose: whether it shows all their metrics.
+        """
         self._bar = bar
         self._sinks = sinks
+        self._num_steps = num_steps
+        self._is_first = is_first
+        self._is_verbose = is_verbose
 
     def advance(self) -> None:
         """Advance the progress bar by a step."""
@@ -163,8 +183,9 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Write the record of a step. It gets a line of its own on the screen, since the screen truncates a bar."""
-        if not self._bar.disable:
-            self._bar.write(format_record(record), file=sys.stderr)
+        if self._is_first:
+            line = format_record(record, num_steps=self._num_steps, is_verbose=self._is_verbose)
+            self._bar.write(line, file=sys.stderr)
         for sink in self._sinks:
             sink.write(record)
 
@@ -185,33 +206,48 @@ def open_log(args: TrainArguments, *, is_first: bool, start_step: int, num_steps
             args.run_dir.mkdir(parents=True, exist_ok=True)
             for kind in (_JsonLines, *_REPORTERS[args.report_to]):
                 sinks.append(stack.enter_context(closing(kind(args, start_step))))
+        # A bar in a file would be a line for each step.
+        is_shown = is_first and sys.stderr.isatty()
         bar = stack.enter_context(
-            tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not is_first)
+            tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=not is_shown)
         )
-        if is_first:  # print log lines above the bar, not into it
+        if is_shown:  # print log lines above the bar, not into it
             stack.enter_context(logging_redirect_tqdm())
-        yield MetricsLog(bar, sinks)
+        yield MetricsLog(bar, sinks, num_steps=num_steps, is_first=is_first, is_verbose=args.verbose)
 
 
-def format_record(record: Record) -> str:
-    """The main metrics of a record in one line. One learning rate stands for all parts if they have the same."""
-    norm = record["grad_norm"]
+def format_record(record: Record, *, num_steps: int, is_verbose: bool) -> str:
+    """The metrics of a record in one line, the main ones or all.
+
+    One learning rate stands for all parts if they have the same.
+
+    Args:
+        record: the record.
+        num_steps: steps of the run.
+        is_verbose: whether to show all metrics.
+    """
+    step, norm = record["step"], record["grad_norm"]
     rates = {part: f"{rate:.2e}" for part, rate in record["learning_rates"].items()}
     one_rate = len({*rates.values()}) == 1
     shown = {
         "loss": format_loss(record["loss"]),
-        "norm": "not finite" if norm is None else f"{norm:.3g}",
         **({"lr": next(iter(rates.values()))} if one_rate else {f"lr_{part}": rate for part, rate in rates.items()}),
         "tokens_per_s": f"{record['tokens_per_s']:.0f}",
-        "samples_per_s": f"{record['samples_per_s']:.1f}",
-        "targets": str(record["num_targets"]),
-        "padding": f"{record['padding']:.1%}",
-        "wait": f"{record['data_wait_s'] / record['step_s']:.1%}",
-        "efficiency": f"{record['efficiency']:.3f}",
-        **({"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {"tflops": f"{record['tflops']:.3g}"}),
-        "memory": f"{record['max_memory_bytes'] / 2**30:.1f}GiB",
+        "data_wait": f"{record['data_wait_s'] / record['step_s']:.1%}",
+        "left": tqdm.format_interval((num_steps - step) * record["step_s"]),
     }
-    return f"step {record['step']}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
+    if is_verbose:
+        shown |= {
+            "norm": "not finite" if norm is None else f"{norm:.3g}",
+            "samples_per_s": f"{record['samples_per_s']:.1f}",
+            "targets": str(record["num_targets"]),
+            "padding": f"{record['padding']:.1%}",
+            "efficiency": f"{record['efficiency']:.3f}",
+            **({"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {"tflops": f"{record['tflops']:.3g}"}),
+            "skipped": str(record["skipped_steps"]),
+            "memory": f"{record['max_memory_bytes'] / 2**30:.1f}GiB",
+        }
+    return f"step {step}/{num_steps}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def format_loss(loss: float | None) -> str:
@@ -236,6 +272,20 @@ def flatten(record: Record) -> dict[str, float]:
         elif value is not None:
             flat[name] = value
     return flat
+
+
+def grouped(record: Record) -> dict[str, float]:
+    """Flatten a record for TensorBoard and wandb, which show metrics in groups by the first part of their names.
+
+    The groups are ``train/``, ``data/``, ``perf/``, and ``eval/``, whose metrics lose their prefix.
+    """
+    groups: dict[str, Record] = {}
+    for name, value in record.items():
+        group = next((group for group, names in _GROUPS.items() if name in names), "train")
+        if name.startswith("eval_"):
+            group, name = "eval", name.removeprefix("eval_")
+        groups.setdefault(group, {})[name] = value
+    return flatten(groups)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -291,7 +341,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(str(args.logging_dir or args.run_dir), purge_step=start_step + 1)
 
     def write(self, record: Record) -> None:
-        for name, value in flatten(record).items():
+        for name, value in grouped(record).items():
             self._writer.add_scalar(name, value, global_step=record["step"])
 
     def close(self) -> None:
@@ -308,7 +358,7 @@ class _WeightsAndBiases:
         self._run = wandb.init(name=args.name, dir=str(args.run_dir), config=settings)
 
     def write(self, record: Record) -> None:
-        self._run.log(flatten(record), step=record["step"], commit=True)
+        self._run.log(grouped(record), step=record["step"], commit=True)
 
     def close(self) -> None:
         self._run.finish()

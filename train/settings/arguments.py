@@ -251,6 +251,7 @@ class TrainArguments:
             "Nothing is trained or written."
         ),
     ] = False
+    verbose: Annotated[bool, Setting("Show all metrics of logged steps on the screen, not only the main ones.")] = False
     local_rank: Annotated[int, Setting("Appended by the deepspeed launcher.")] = -1
     debug: Annotated[bool, Setting("Show tracebacks of errors.")] = False
 

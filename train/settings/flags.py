@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FIELDS = setting_fields(TrainArguments)
 _PARSER_FLAGS = ("help", "version", "config")
+SHORT_FLAGS = {"verbose": ("-v",)}
 NOT_IN_FILES = ("local_rank", "config", "version")
 RECORD_TABLES = ("run", "versions")
 """Tables of ``settings.toml`` that record a run and set nothing: ``--config`` skips them."""
@@ -95,7 +96,7 @@ def _separate(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]
         if not written.startswith("--") or name in (*FIELDS, *_PARSER_FLAGS):
             own.append(f"--{name}{equals}{value}" if written.startswith("--") else word)
             continue
-        while not equals and words and not words[0].startswith("--"):
+        while not equals and words and not words[0].startswith(("--", "-v")):
             value = f"{value} {words.popleft()}".strip()
         foreign.append((written, name, value))
     return own, foreign
@@ -222,7 +223,7 @@ def make_parser(problems: list[str] | None = None) -> argparse.ArgumentParser:
             options.update(type=_switch, nargs="?", const=True, metavar="True|False")
         if problems is not None:
             options.update(type=partial(_collecting, options["type"], kind.__name__, name, problems))
-        parser.add_argument(f"--{name}", help=field.help_text().replace("%", "%%"), **options)
+        parser.add_argument(*SHORT_FLAGS.get(name, ()), f"--{name}", help=field.help_text().replace("%", "%%"), **options)
     return parser
 
 

@@ -22,7 +22,7 @@ from train.settings.arguments import TrainArguments
 from train.settings.flags import FIELDS, read_flag_file, read_toml
 
 SETTINGS_FILE = "settings.toml"
-OF_ONE_LAUNCH = ("dry_run", "local_rank", "debug")
+OF_ONE_LAUNCH = ("dry_run", "local_rank", "debug", "verbose")
 """Flags that belong to a launch and not to the run: they are not recorded."""
 
 _HEADER = """\
