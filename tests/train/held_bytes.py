@@ -18,9 +18,9 @@ from train.model import optim, pretrained
 from train.model.packed import PackedQwen
 from train.run import process_group
 from train.run.engine import initialize, register_zero3_loading
+from train.settings.batch import Batch
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
-from train.settings.recipe import choose_recipe
 
 
 def size(tensors: Iterable[Any]) -> int:
@@ -64,7 +64,7 @@ def train(checkpoint: Path, deepspeed: str, dtype: str, tune: str) -> dict[str, 
     config = complete_config(
         read_deepspeed_config(deepspeed),
         args,
-        choose_recipe(args, {}),
+        Batch(bins=2 * ranks.world, per_device=1, accumulation=2),
         world=ranks.world,
         dtype=kind,
         hidden_size=shape.hidden_size,

@@ -1,176 +1,243 @@
-"""A micro-batch holds exactly the contents of its bins, in the form that the model expects."""
+"""A step has the samples that a recipe asks for, in bins that the shards and a budget of tokens decide."""
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from click.testing import CliRunner
+from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.bins import Bin
-from schemas.errors import ShardError
-from schemas.qwen import Grid
-from tests.train.synthetic import Sample, as_bin, make_bins, make_medium, make_sample
-from train.batches.batch import MicroBatch, build_micro_batch
-from train.model.pixels import pixel_values
+from schemas.errors import ConfigError, ConfigErrors
+from tests.train.synthetic import make_bins, write_shards
+from train.arithmetic.dimensions import OFFICIAL
+from train.memory.budget import USABLE, bins_that_fit, rank_memory
+from train.memory.loads import loads_of_length
+from train.model import pretrained
+from train.model.sizes import sizes_of
+from train.order.cli import main as order
+from train.run.loop import open_stream
+from train.run.plan import Plan, make_plan
+from train.run.record import record_run
+from train.run.run_dir import RunState
+from train.settings.arguments import TrainArguments
+from train.settings.batch import TOLERANCE, Aim, Batch, choose_batch, choose_bins, describe_batch
+from train.settings.deepspeed_file import read_deepspeed_config
+from train.settings.flags import parse_arguments
+from train.settings.recipe import PRESETS, choose_recipe
+from train.shards.index import open_shards
 
 
-def text_sample(ids: list[int], trained: list[int]) -> Sample:
-    """Create a sample of these ids; the positions in ``trained`` are trained."""
-    labels = [token if position in trained else -100 for position, token in enumerate(ids)]
-    positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
-    return Sample(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), positions)
+def batch_of(*flags: str, world: int = 8, samples_per_bin: float = 5.5, **more: object) -> Batch:
+    """The batch of the 7B, with bins of up to 8192 tokens."""
+    args = parse_arguments(["--shards", "s", *flags])
+    settings: dict[str, object] = {"samples_per_bin": samples_per_bin, "largest_bin": 8192, "world": world, **more}
+    return choose_batch(args, choose_recipe(args, OFFICIAL["7B"]), **settings)  # type: ignore[arg-type]
 
 
-def test_two_bins_worked_out_by_hand() -> None:
-    """Samples 10 11 12 | 20 21 in one bin and 30 31 32 33 in another; 11, 12, 21 and 33 are trained."""
-    micro = build_micro_batch(
-        [
-            as_bin([text_sample([10, 11, 12], [1, 2]), text_sample([20, 21], [1])], index=4),
-            as_bin([text_sample([30, 31, 32, 33], [3])], index=9),
-        ]
+def test_the_recommended_samples_become_the_bins_that_hold_them() -> None:
+    """The 7B on 8 GPUs: 128 samples are 23.3 bins of 5.5, and 24 is nearest among the multiples of 8."""
+    batch = batch_of("--max_tokens_per_forward", "8192")
+    aim = Aim(samples=128, is_recommended=True)
+    assert batch == Batch(bins=24, per_device=1, accumulation=3, aim=aim)
+    line = describe_batch(
+        batch, samples_per_bin=5.5, world=8, device="cuda", steps_per_epoch=5512, reference="upstream: 128"
     )
-    assert micro.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32, 33]]
-    assert micro.position_ids.tolist() == [[[0, 1, 2, 0, 1, 0, 1, 2, 3]]] * 3
-    assert micro.cu_seqlens.tolist() == [0, 3, 5, 9]
-    assert micro.lengths == (3, 2, 4)
-    assert micro.max_seqlen == 4
-    assert micro.target_positions.tolist() == [0, 1, 3, 7]
-    assert micro.targets.tolist() == [11, 12, 21, 33]
-    assert (micro.bins, micro.num_tokens, micro.num_samples) == ((4, 9), 9, 3)
-    dtypes = {name: getattr(micro, name).dtype for name in ("input_ids", "position_ids", "target_positions", "targets")}
-    assert set(dtypes.values()) == {torch.int64}, dtypes
-    assert micro.cu_seqlens.dtype == torch.int32
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(2, 9), st.sets(st.integers(1, 8))), min_size=1, max_size=6), st.integers(1, 3))
-def test_no_token_predicts_a_token_of_the_next_sample(samples: list[tuple[int, set[int]]], num_bins: int) -> None:
-    """A position and its target belong to one sample, and every trained label is a target exactly once."""
-    text_samples = [text_sample(list(range(100 * n, 100 * n + size)), sorted(t)) for n, (size, t) in enumerate(samples)]
-    parts = [part.tolist() for part in np.array_split(np.arange(len(text_samples)), num_bins) if part.size]
-    micro = build_micro_batch([as_bin([text_samples[n] for n in part]) for part in parts])
-    sources = micro.input_ids[0, micro.target_positions]
-    assert torch.equal(sources + 1, micro.targets)
-    assert torch.equal(sources // 100, micro.targets // 100)
-    assert sorted(micro.targets.tolist()) == sorted(
-        int(label) for sample in text_samples for label in sample.labels if label != -100
+    assert line == (
+        "132 samples a step in expectation (upstream: 128): 24 bins on 8 GPUs, 3 forward passes of 1 bin each; 5,512 "
+        "steps an epoch"
     )
 
 
-def test_position_ids_of_a_bin_with_media_are_the_stored_ones() -> None:
-    samples = make_bins(num_bins=4)[3]
-    micro = build_micro_batch([as_bin(samples)])
-    stored = np.concatenate([sample.position_ids for sample in samples], axis=1)
-    assert np.array_equal(micro.position_ids[:, 0].numpy(), stored)
+@pytest.mark.parametrize(("size", "samples"), [("3B", 32), ("7B", 16), ("32B", 16), ("72B", 16)])
+def test_a_size_has_the_samples_of_upstream_on_any_number_of_ranks(size: str, samples: int) -> None:
+    args = parse_arguments(["--shards", "s"])
+    for world in (1, 3, 64):
+        batch = choose_batch(args, PRESETS[size], samples_per_bin=1.0, largest_bin=512, world=world)
+        assert batch.bins == samples * world
 
 
-def test_media_of_all_bins_are_in_sequence_order() -> None:
-    rng = np.random.default_rng(0)
-    first = [make_sample(rng, [make_medium(rng, 2, 4), make_medium(rng, 4, 2, steps=2)])]
-    second = [make_sample(rng), make_sample(rng, [make_medium(rng, 6, 2)])]
-    vision = build_micro_batch([as_bin(first), as_bin(second)]).vision
-    assert vision.media == ((Grid(1, 2, 4), 0), (Grid(2, 4, 2), 1), (Grid(1, 6, 2), 0))
-    assert vision.num_patches == 8 + 16 + 12
-    assert vision.cu_seqlens.tolist() == [0, 8, 16, 24, 36]
-    assert vision.position_ids.shape == (36, 2)
-    assert vision.planes.numel() == 3 * 14 * 14 * (8 + 2 * 16 + 12)
+@given(st.integers(1, 5000), st.floats(1, 60), st.integers(1, 64))
+def test_no_multiple_of_the_ranks_and_no_other_number_of_bins_is_much_nearer(
+    samples: int, samples_per_bin: float, world: int
+) -> None:
+    def error(bins: int) -> float:
+        return abs(bins * samples_per_bin - samples)
+
+    bins = choose_bins(samples, samples_per_bin=samples_per_bin, world=world)
+    nearest = max(1, round(samples / samples_per_bin))
+    if bins % world:
+        assert error(bins) <= min(map(error, range(max(1, nearest - 3), nearest + 3))) + 1e-6
+        even = [unit * world for unit in range(1, nearest // world + 2)]
+        assert min(map(error, even)) > TOLERANCE * samples
+    else:
+        others = [bins - world, bins + world] if bins > world else [bins + world]
+        assert error(bins) <= min(map(error, others)) + 1e-6
 
 
-def test_bins_of_both_codecs_share_one_batch() -> None:
-    """A mix of folders may hold both; the pixels equal those of each bin alone."""
-    rng = np.random.default_rng(1)
-    samples = [[make_sample(rng, [make_medium(rng, 2, 4), make_medium(rng, 4, 2, steps=1)])] for _ in range(3)]
-    codecs = ["raw", "zstd", "raw"]
-    mixed = build_micro_batch([as_bin(samples_of_bin, codec=codec) for samples_of_bin, codec in zip(samples, codecs)])
-    alone = [build_micro_batch([as_bin(samples_of_bin, codec="raw")]) for samples_of_bin in samples]
-    assert torch.equal(pixel_values(mixed.vision), torch.cat([pixel_values(micro.vision) for micro in alone]))
-    assert mixed.vision.residuals
-    assert not alone[0].vision.residuals
+@given(st.integers(1, 400), st.integers(1, 16), st.integers(1, 9))
+def test_a_step_has_as_few_and_as_equal_forward_passes_as_the_budget_allows(bins: int, world: int, limit: int) -> None:
+    batch = batch_of("--samples_per_step", str(bins), world=world, samples_per_bin=1.0, fitting=lambda most: limit)
+    positions = batch.per_device * batch.accumulation * world
+    assert batch.per_device <= limit
+    assert positions >= batch.bins > positions - batch.accumulation * world
+    assert (batch.accumulation - 1) * limit * world < batch.bins
 
 
-def test_raw_planes_of_one_bin_are_not_copied() -> None:
-    bin_ = as_bin(make_bins(num_bins=2)[1], codec="raw")
-    assert build_micro_batch([bin_]).vision.planes.data_ptr() == bin_.pixels.ctypes.data
+def test_the_budget_of_a_device_is_what_fits_and_a_flag_overrides_it() -> None:
+    asked: list[int] = []
+
+    def fitting(most: int) -> int:
+        asked.append(most)
+        return 3
+
+    assert batch_of(fitting=fitting).per_device == 3
+    assert asked == [3]
+    assert batch_of("--max_tokens_per_forward", "16384", fitting=fitting).per_device == 2
+    assert batch_of().per_device == 2  # 16k on a CPU
+    with pytest.raises(ConfigError, match="--max_tokens_per_forward 8191 is less than the largest bin has, 8192"):
+        batch_of("--max_tokens_per_forward", "8191")
 
 
-@pytest.mark.filterwarnings("error")
-def test_read_only_bytes_are_copied_without_a_warning() -> None:
-    bin_ = as_bin(make_bins(num_bins=2)[1], codec="raw", writable=False)
-    assert np.array_equal(build_micro_batch([bin_]).vision.planes.numpy(), bin_.pixels)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--per_device_train_batch_size 2 --gradient_accumulation_steps 4", (64, 2, 4)),
+        ("--per_device_train_batch_size 2", (16, 2, 1)),
+        ("--gradient_accumulation_steps 4", (32, 1, 4)),
+    ],
+)
+def test_flags_that_count_bins_keep_counting_bins(flags: str, expected: tuple[int, int, int]) -> None:
+    batch = batch_of(*flags.split())
+    assert (batch.bins, batch.per_device, batch.accumulation) == expected
+    assert batch.aim is None
 
 
-@pytest.mark.parametrize("bins", [[], [as_bin([text_sample([10, 11], [1])])]], ids=["empty position", "text only"])
-def test_a_batch_without_media_has_one_dummy_image(bins: list[Bin]) -> None:
-    """Every rank must call the vision tower once, whatever its bins hold."""
-    vision = build_micro_batch(bins).vision
-    assert vision.media == ((Grid(1, 2, 2), 0),)
-    assert vision.num_patches == 4
-    assert vision.planes.tolist() == [0] * (3 * 28 * 28)
-    assert vision.window_index.tolist() == [0]
-    assert vision.cu_seqlens.tolist() == vision.cu_window_seqlens.tolist() == [0, 4]
+@pytest.mark.parametrize("name", ["samples_per_step", "max_tokens_per_forward"])
+def test_samples_and_bins_are_not_both_counted(name: str) -> None:
+    with pytest.raises(ConfigErrors, match=f"--{name} 9 has no effect with --gradient_accumulation_steps 2, which"):
+        parse_arguments(["--shards", "s", f"--{name}", "9", "--gradient_accumulation_steps", "2"])
 
 
-def test_an_empty_position_is_one_token_without_targets() -> None:
-    micro = build_micro_batch([])
-    assert micro.input_ids.shape == (1, 1)
-    assert micro.position_ids.tolist() == [[[0]]] * 3
-    assert micro.cu_seqlens.tolist() == [0, 1]
-    assert micro.lengths == (1,)
-    assert micro.targets.shape == micro.target_positions.shape == (0,)
-    assert micro.targets.dtype == micro.target_positions.dtype == torch.int64
-    assert (micro.bins, micro.num_tokens, micro.num_samples) == ((), 0, 0)
+def test_the_bins_that_fit_are_as_many_as_the_estimate_admits() -> None:
+    args = TrainArguments(shards="s")
+    sizes, load_of = sizes_of(OFFICIAL["3B"], args), loads_of_length(4096, checkpointed=True)
+    run = {"deepspeed": read_deepspeed_config("zero2.json"), "world": 8, "dtype": torch.bfloat16}
+
+    def peak(num_bins: int) -> int:
+        return rank_memory(sizes, args, load_of(num_bins, sizes), **run).peak()  # type: ignore[arg-type]
+
+    for num_bins in (1, 2, 5, 9):
+        available = int(peak(num_bins) / USABLE) + 1
+        fit = bins_that_fit(sizes, args, load_of, **run, available=available, most=9)  # type: ignore[arg-type]
+        assert fit == num_bins
+    assert bins_that_fit(sizes, args, load_of, **run, available=1, most=9) == 1  # type: ignore[arg-type]
 
 
-def test_moving_a_batch_moves_every_tensor() -> None:
-    moved = build_micro_batch([as_bin(make_bins(num_bins=4)[3])]).to("meta")
-    for batch in (moved, moved.vision):
-        for field in dataclasses.fields(batch):
-            value = getattr(batch, field.name)
-            if isinstance(value, torch.Tensor):
-                assert value.device.type == "meta", field.name
+def test_the_mean_bin_follows_the_proportions_of_a_mixture(tmp_path: Path) -> None:
+    few = write_shards(tmp_path / "few", [[sample] for samples in make_bins(num_bins=4) for sample in samples])
+    many = write_shards(tmp_path / "many", make_bins(num_bins=1))  # three samples in its bin
+    assert open_shards(few).samples_per_bin == 1
+    assert open_shards(f"{few},{many}").samples_per_bin == pytest.approx((9 + 3) / 10)
+    assert open_shards(f"{few}:0.25,{many}:0.75").samples_per_bin == pytest.approx(0.25 * 1 + 0.75 * 3)
 
 
-def test_bin_ids_of_a_mix_replace_those_of_the_folders() -> None:
-    bins = [as_bin([text_sample([10, 11], [1])], index=3)]
-    assert build_micro_batch(bins).bins == (3,)
-    assert build_micro_batch(bins, bin_ids=[17]).bins == (17,)
+@pytest.fixture
+def flags(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """12 bins with 2.25 samples on average."""
+    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr(pretrained, "check_fingerprints", lambda *_, **__: None)
+    as_rank(monkeypatch, 0, 1)
+    shards = write_shards(tmp_path / "shards", make_bins(num_bins=12))
+    run = str(tmp_path / "run")
+    return ["--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint), "--output_dir", run]
 
 
-def test_the_window_size_of_the_model_is_used() -> None:
-    rng = np.random.default_rng(2)
-    bin_ = as_bin([make_sample(rng, [make_medium(rng, 8, 8)])])
-    assert build_micro_batch([bin_]).vision.max_window_seqlen == 64
-    assert build_micro_batch([bin_], window_size=56).vision.max_window_seqlen == 16
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}.items():
+        monkeypatch.setenv(name, str(value))
 
 
-def with_pixels(bin_: Bin, pixels: bytes) -> Bin:
-    return dataclasses.replace(bin_, pixels=np.frombuffer(pixels, dtype=np.uint8))
+def bins_by_step(
+    flags: list[str], world: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[int, list[int]], list[Plan]]:
+    """The bins that all ranks get in each step, and their plans."""
+    seen: dict[int, list[int]] = {}
+    plans = []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        plans.append(make_plan(parse_arguments(flags)))
+        with open_stream(plans[-1]) as stream:
+            for batch in stream:
+                mine = [bin_id for micro in batch.micro_batches for bin_id in micro.bins]
+                seen[batch.step] = sorted(seen.get(batch.step, []) + mine)
+    return seen, plans
 
 
-@pytest.mark.parametrize("codec", ["zstd", "raw"])
-@pytest.mark.parametrize("change", [-1, 1])
-def test_pixels_of_the_wrong_size_raise(codec: str, change: int) -> None:
-    rng = np.random.default_rng(3)
-    bin_ = as_bin([make_sample(rng, [make_medium(rng, 4, 4)])], index=6, codec=codec)
-    other = dataclasses.replace(bin_, grid_thw=np.array([[1, 4, 4 + 2 * change]], dtype=np.int32))
-    with pytest.raises(ShardError, match=r"bin 6: its pixels have .* bytes, its media need"):
-        build_micro_batch([other])
+@pytest.mark.parametrize("sized", [["--samples_per_step", "9"], []])
+def test_a_run_keeps_its_steps_on_another_number_of_ranks(
+    flags: list[str], sized: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks begin, with 4 bins for 9 samples, or with 14 for the recommended 32; three resume.
+
+    A run of three ranks that began itself would have other steps. Resumed again, it still has those of two.
+    """
+    flags = [*flags, "--num_train_epochs", "4", *sized]
+    before, (plan, _) = bins_by_step(flags, 2, monkeypatch)
+    assert plan.batch.bins == (4 if sized else 14)
+    for saved, world in ((1, 3), (2, 1)):
+        folder = plan.args.run_dir / f"checkpoint-{saved}"
+        folder.mkdir(parents=True)
+        state = RunState(
+            stream=plan.order.state_dict(saved), ranks=plan.ranks.world, settings=plan.settings, aim=plan.batch.aim
+        )
+        (folder / "state.json").write_bytes(msgspec.json.encode(state))
+        seen, (plan, *_) = bins_by_step(flags, world, monkeypatch)
+        assert seen == {step: bins for step, bins in before.items() if step >= saved}
+        record_run(plan)
+        for step in (saved, plan.num_steps - 1):
+            words = ["--run", str(plan.args.run_dir), "--step", str(step)]
+            shown = CliRunner().invoke(order, words).output
+            assert [bin_id for bin_id in range(12) if f"bin {bin_id} (" in shown] == sorted(set(before[step]))
 
 
-def test_pixels_that_do_not_decompress_raise() -> None:
-    bin_ = as_bin(make_bins(num_bins=2)[1], index=1)
-    stored = bin_.pixels.tobytes()
-    with pytest.raises(ShardError, match="shard 5: its pixels have"):
-        build_micro_batch([with_pixels(bin_, stored[: len(stored) // 2])], where=["shard 5"])
-    with pytest.raises(ShardError, match="bin 1: its pixels do not decompress"):
-        build_micro_batch([with_pixels(bin_, b"no zstd frame at all")])
+def test_a_run_does_not_resume_with_other_samples_a_step(flags: list[str]) -> None:
+    plan = make_plan(parse_arguments([*flags, "--samples_per_step", "9"]))
+    folder = plan.args.run_dir / "checkpoint-1"
+    folder.mkdir(parents=True)
+    state = RunState(stream=plan.order.state_dict(1), ranks=1, settings=plan.settings, aim=plan.batch.aim)
+    (folder / "state.json").write_bytes(msgspec.json.encode(state))
+    for other in (["--samples_per_step", "20"], [], ["--per_device_train_batch_size", "2"]):
+        with pytest.raises(ConfigError, match="was saved with bins of a step = 4, this run has "):
+            make_plan(parse_arguments([*flags, *other]))
+    same = make_plan(parse_arguments([*flags, "--gradient_accumulation_steps", "4"]))
+    assert same.start_step == 1
 
 
-def test_a_micro_batch_is_immutable() -> None:
-    micro: MicroBatch = build_micro_batch([])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        micro.num_tokens = 3  # type: ignore[misc]
+def test_a_planned_step_has_the_bins_that_the_trainer_would_choose(flags: list[str]) -> None:
+    plan = make_plan(parse_arguments([*flags, "--samples_per_step", "9"]))
+    words = ["--shards", flags[1], "--model", flags[3], "--samples-per-step", "9", "--world-size", "1", "--step", "2"]
+    shown = CliRunner().invoke(order, words).output
+    assert sorted(plan.order.global_bins(2).tolist()) == [bin_id for bin_id in range(12) if f"bin {bin_id} (" in shown]
+
+
+def test_the_line_says_what_flags_come_to(flags: list[str]) -> None:
+    lines = {
+        "": "16 samples a step in expectation (recommended: 16): 7 bins on 1 rank, 1 forward pass of 7 bins; 1.71",
+        "--samples_per_step 9 --max_tokens_per_forward 300": "9 samples a step in expectation (--samples_per_step 9): "
+        "4 bins on 1 rank, 2 forward passes of 2 bins each; 3 steps an epoch",
+        "--gradient_accumulation_steps 3": "7 samples a step in expectation (recommended: 16): 3 bins on 1 rank, 3 "
+        "forward passes of 1 bin each; 4 steps an epoch",
+    }
+    for words, line in lines.items():
+        assert make_plan(parse_arguments([*flags, *words.split()])).batch_line.startswith(line)
+
+
+def test_the_expected_samples_are_those_of_the_mean_step(flags: list[str]) -> None:
+    plan = make_plan(parse_arguments([*flags, "--samples_per_step", "9", "--num_train_epochs", "1"]))
+    with open_stream(plan) as stream:
+        assert np.mean([batch.num_samples for batch in stream]) == 9

@@ -84,8 +84,7 @@ def test_a_micro_batch_of_more_bins_than_there_are_uses_some_twice(index: ShardI
     assert sorted(set(chosen)) == list(range(6))
 
 
-def test_the_table_uses_the_recommended_bins_of_each_size() -> None:
-    """A micro-batch of the 3B has eight bins, of the 72B one."""
+def test_the_table_uses_the_bins_of_a_forward_pass_for_every_size() -> None:
     requested: dict[int, int] = {}
 
     def load_of(num_bins: int, of: Sizes) -> Load:
@@ -93,8 +92,8 @@ def test_the_table_uses_the_recommended_bins_of_each_size() -> None:
         return fullest_load(64, num_bins, checkpointed=True)
 
     args = TrainArguments(shards="shards")
-    table = size_table(args, load_of, world=8, dtype=torch.bfloat16)
-    assert requested == {2048: 8, 3584: 4, 5120: 2, 8192: 1}
+    table = size_table(args, load_of, 3, world=8, dtype=torch.bfloat16)
+    assert requested == dict.fromkeys((2048, 3584, 5120, 8192), 3)
     head, *rows = table.splitlines()
     assert head.split() == ["zero1", "zero2", "zero3", "zero3_offload"]
     assert [row.split()[0] for row in rows] == ["3B", "7B", "32B", "72B"]

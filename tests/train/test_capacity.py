@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from train.arithmetic.dimensions import OFFICIAL
-from train.memory import capacity
-from train.memory.capacity import (
+from train.memory.states import MOMENTS
+from train.memory.terms import DEVICE, GIB, HOST, Memory, Phase, Term
+from train.model.sizes import sizes_of
+from train.preflight import capacity
+from train.preflight.capacity import (
     DiskUsage,
     check_device,
     check_disk,
@@ -23,9 +26,6 @@ from train.memory.capacity import (
     export_bytes,
     host_bytes,
 )
-from train.memory.states import MOMENTS
-from train.memory.terms import DEVICE, GIB, HOST, Memory, Phase, Term
-from train.model.sizes import sizes_of
 from train.run.resume import ResumePoint
 from train.settings.arguments import TrainArguments
 

@@ -15,6 +15,7 @@ from deepspeed.utils.config import get_timers_config
 from deepspeed.utils.timer import ThroughputTimer
 
 from schemas.errors import ConfigError
+from train.settings.batch import choose_batch
 from train.settings.deepspeed_file import TABLES, complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
@@ -42,9 +43,10 @@ UPSTREAM_ZERO3: dict[str, Any] = {
 
 
 def complete(config: dict[str, Any], *flags: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Of eight ranks."""
-    args = parse_arguments(["--shards", "shards/", *flags])
-    return complete_config(config, args, choose_recipe(args, {}), world=8, dtype=dtype, hidden_size=100)
+    """Of eight ranks; a step has four forward passes of one bin, unless flags say otherwise."""
+    args = parse_arguments(["--shards", "shards/", *(flags or ("--gradient_accumulation_steps", "4"))])
+    batch = choose_batch(args, choose_recipe(args, {}), samples_per_bin=5.0, largest_bin=4096, world=8)
+    return complete_config(config, args, batch, world=8, dtype=dtype, hidden_size=100)
 
 
 def written(folder: Path, config: object) -> str:
@@ -97,6 +99,24 @@ def test_the_flags_complete_an_upstream_file() -> None:
     assert zero["stage3_prefetch_bucket_size"] == 9_000
     assert zero["stage3_param_persistence_threshold"] == 1_000
     assert zero["sub_group_size"] == 1e9
+
+
+def test_the_samples_of_a_step_complete_a_file_with_bins() -> None:
+    """24 bins of five samples are nearest to 120; the file counts places for bins, of which one stays empty."""
+    done = complete(UPSTREAM_ZERO3, "--samples_per_step", "120", "--max_tokens_per_forward", "8192")
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert [done[name] for name in sizes] == [32, 2, 2]
+    for name, words in zip(sizes[1:], ("bins in a forward pass", "forward passes in a step")):
+        with pytest.raises(ConfigError, match=f'says {name} = 9, but the number of {words} is 2: write "auto"'):
+            complete({**UPSTREAM_ZERO3, name: 9}, "--samples_per_step", "120", "--max_tokens_per_forward", "8192")
+
+
+def test_an_estimate_of_memory_needs_no_batch() -> None:
+    args = parse_arguments(["--shards", "s"])
+    file = {**UPSTREAM_ZERO3, "train_batch_size": 99}
+    done = complete_config(file, args, None, world=8, dtype=torch.bfloat16, hidden_size=100)
+    assert {"train_batch_size", "gradient_accumulation_steps"}.isdisjoint(done)
+    assert done["zero_optimization"] == complete(UPSTREAM_ZERO3)["zero_optimization"]
 
 
 def test_completing_a_configuration_does_not_modify_it() -> None:

@@ -18,9 +18,9 @@ from train.batches.batch import build_micro_batch
 from train.model.packed import PackedQwen
 from train.run import process_group
 from train.run.engine import Engine, LossScaler, ZeroOptimizer, can_lower_scale, initialize
+from train.settings.batch import Batch
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
-from train.settings.recipe import choose_recipe
 
 METHODS = ["__call__", *(name for name in vars(Engine) if inspect.isfunction(vars(Engine)[name]) and name[0] != "_")]
 
@@ -77,7 +77,12 @@ def test_an_engine_has_the_attributes_of_the_protocol(
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=dtype)
     model = PackedQwen(hf, attn_implementation="sdpa")
     config = complete_config(
-        read_deepspeed_config(f"zero{stage}.json"), args, choose_recipe(args, {}), world=1, dtype=dtype, hidden_size=64
+        read_deepspeed_config(f"zero{stage}.json"),
+        args,
+        Batch(bins=4, per_device=1, accumulation=4),
+        world=1,
+        dtype=dtype,
+        hidden_size=64,
     )
     engine = initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config)
     values = {name: getattr(engine, name) for name in get_type_hints(Engine)}

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,7 +23,6 @@ from train.model.sizes import sizes_of
 from train.settings.arguments import TrainArguments
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
-from train.settings.recipe import choose_recipe
 from train.shards.index import open_shards
 
 ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
@@ -31,8 +31,7 @@ ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
 def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 64) -> Sharding:
     args = parse_arguments(["--shards", "none", "--gradient_accumulation_steps", "2"])
     config = read_deepspeed_config(name)
-    recipe = choose_recipe(args, {})
-    config = complete_config(config, args, recipe, world=world, dtype=dtype, hidden_size=hidden_size)
+    config = complete_config(config, args, None, world=world, dtype=dtype, hidden_size=hidden_size)
     return Sharding.of(config, world=world, dtype=dtype)
 
 
@@ -161,7 +160,11 @@ def test_memory_of_real_shards_is_that_of_their_largest_bin(tiny_checkpoint: Pat
     largest = index.num_patches.argmax()
     assert index.num_tokens[largest] == index.num_tokens.max()
     flags = ("--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint))
-    assert f"B x {index.num_tokens[largest]:,} tokens" in run_cli("--world-size", "2", *flags)
+    one_bin = run_cli("--world-size", "2", *flags, "--per_device_train_batch_size", "1")
+    assert f"B x {index.num_tokens[largest]:,} tokens" in one_bin
+    budget = str(3 * index.num_tokens[largest])
+    three_bins = run_cli("--world-size", "2", *flags, "--max_tokens_per_forward", budget, "--samples_per_step", "99")
+    assert f"B x {np.sort(index.num_tokens)[-3:].sum():,} tokens" in three_bins
 
 
 @pytest.mark.parametrize(

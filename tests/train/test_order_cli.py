@@ -87,15 +87,22 @@ def test_a_run_that_was_given_no_end_but_steps_has_an_order_without_end(
     result = order("--run", plan.args.run_dir, "--step", 1000)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == list(
-        explain_step(plan.index, plan.order, 1000, world_size=1, accumulation=plan.recipe.accumulation)
+        explain_step(plan.index, plan.order, 1000, world_size=1, accumulation=plan.batch.accumulation)
     )
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--step 1", "give --run FOLDER, or all of --shards, --global-batch and --world-size."),
-        ("--step 1 --shards a --global-batch 4", "give --run FOLDER, or all of --shards, --global-batch"),
+        (
+            "--step 1",
+            "give --run FOLDER, or all of --shards, --world-size and either --global-batch or --samples-per-step.",
+        ),
+        ("--step 1 --shards a --global-batch 4", "give --run FOLDER, or all of --shards, --world-size"),
+        (
+            "--step 1 --shards a --world-size 2 --global-batch 4 --samples-per-step 9",
+            "give --run FOLDER, or all of --shards, --world-size and either --global-batch or --samples-per-step.",
+        ),
         ("--step 1 --run a --shards b --seed 3", "--run a has settings of its own: leave out --seed, --shards."),
         ("--step 1 --run nowhere", "settings.toml does not exist: give the folder of a run that has started"),
         ("--step 1 --shards a --global-batch 4 --world-size 2 --seed -1", "--seed is -1; allowed: 0 or more."),

@@ -50,8 +50,10 @@ def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def flags(shards: Path, tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
+    """A step of a rank has four bins."""
     run = str(tmp_path / "run")
-    return ["--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint), "--output_dir", run]
+    paths = ["--shards", str(shards), "--model_name_or_path", str(tiny_checkpoint), "--output_dir", run]
+    return [*paths, "--gradient_accumulation_steps", "4"]
 
 
 def only_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -37,7 +37,7 @@ def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def flags(shards: Path, checkpoint: Path, run: Path) -> list[str]:
     paths = ["--shards", str(shards), "--model_name_or_path", str(checkpoint), "--output_dir", str(run)]
-    return [*paths, "--max_steps", "3", "--tune_mm_vision", "--dry-run"]
+    return [*paths, "--gradient_accumulation_steps", "4", "--max_steps", "3", "--tune_mm_vision", "--dry-run"]
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_the_largest_micro_batch_runs_next_to_the_gradients_of_another_without_a
     plan = SimpleNamespace(
         index=index,
         compute=SimpleNamespace(device=torch.device("cpu")),
-        recipe=SimpleNamespace(accumulation=accumulation),
+        batch=SimpleNamespace(accumulation=accumulation),
         shape=SimpleNamespace(window_size=112),
     )
     assert run_largest(cast(Engine, engine), cast(Plan, plan), BinReader(index), [3]) == []

@@ -6,7 +6,7 @@ import pytest
 
 from train.arithmetic.dimensions import official_size
 from train.settings.flags import parse_arguments
-from train.settings.recipe import Recipe, choose_recipe
+from train.settings.recipe import Recipe, choose_recipe, doubts
 
 CONFIGS = {
     "3B": {"hidden_size": 2048, "num_hidden_layers": 36},
@@ -17,44 +17,58 @@ CONFIGS = {
 """Excerpts of the official ``config.json`` files."""
 
 
-def recipe(config: dict[str, object], flags: str = "") -> tuple[float, int, int, float]:
+def recipe(config: dict[str, object], flags: str = "") -> tuple[float, int, float]:
     chosen = choose_recipe(parse_arguments(["--shards", "x", *flags.split()]), config)
-    return chosen.learning_rate, chosen.per_device, chosen.accumulation, chosen.epochs
+    return chosen.learning_rate, chosen.samples, chosen.epochs
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [("3B", (2e-7, 8, 4, 3.0)), ("7B", (2e-7, 4, 4, 0.5)), ("32B", (1e-7, 2, 8, 0.3)), ("72B", (5e-8, 1, 16, 0.1))],
+    [("3B", (2e-7, 32, 3.0)), ("7B", (2e-7, 16, 0.5)), ("32B", (1e-7, 16, 0.3)), ("72B", (5e-8, 16, 0.1))],
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_official_size_has_its_recommended_settings(
-    size: str, expected: tuple[float, int, int, float], nested: bool
+    size: str, expected: tuple[float, int, float], nested: bool
 ) -> None:
     """Sizes of the language model stand at the top of older files, and in ``text_config`` of newer ones."""
     config = {"text_config": CONFIGS[size]} if nested else CONFIGS[size]
     assert official_size(config) == size
     assert recipe(config) == expected
+    assert choose_recipe(parse_arguments(["--shards", "x"]), config).origin == "upstream"
 
 
-def test_another_size_has_one_bin_and_four_micro_steps() -> None:
+def test_another_size_has_sixteen_samples_a_rank() -> None:
     assert official_size({"hidden_size": 64, "num_hidden_layers": 2}) is None
-    assert recipe({}) == (2e-7, 1, 4, 3.0)
+    assert recipe({}) == (2e-7, 16, 3.0)
+    assert choose_recipe(parse_arguments(["--shards", "x"]), {}).origin == "recommended"
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [
-        ("--learning_rate 1e-5", (1e-5, 4, 4, 0.5)),
-        ("--per_device_train_batch_size 2", (2e-7, 2, 4, 0.5)),
-        ("--gradient_accumulation_steps 1", (2e-7, 4, 1, 0.5)),
-        ("--num_train_epochs 2", (2e-7, 4, 4, 2.0)),
-    ],
+    [("--learning_rate 1e-5", (1e-5, 16, 0.5)), ("--num_train_epochs 2", (2e-7, 16, 2.0))],
 )
-def test_a_flag_overrides_the_recommendation(flags: str, expected: tuple[float, int, int, float]) -> None:
+def test_a_flag_overrides_the_recommendation(flags: str, expected: tuple[float, int, float]) -> None:
     assert recipe(CONFIGS["7B"], flags) == expected
 
 
 def test_a_recipe_cannot_be_changed() -> None:
-    frozen = Recipe(learning_rate=1.0, per_device=1, accumulation=1, epochs=1.0)
+    frozen = Recipe(learning_rate=1.0, samples=1, epochs=1.0)
     with pytest.raises(AttributeError):
         frozen.epochs = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "rates", "expected"),
+    [
+        (99, [1e-5], "this run makes 99 optimizer steps, and little is learnt in fewer than 100"),
+        (1, [1e-5], "this run makes 1 optimizer step, and little"),
+        (999, [1e-7, 2e-7], "the learning rate is 2e-07, and little is learnt below 1e-06 in 999 optimizer steps"),
+        (100, [1e-7, 1e-6], ""),
+        (1000, [2e-7], ""),
+    ],
+)
+def test_few_steps_and_low_rates_are_doubted(num_steps: int, rates: list[float], expected: str) -> None:
+    doubt = doubts(num_steps, rates)
+    assert doubt.startswith(expected)
+    assert bool(doubt) == bool(expected)
+    assert "usual" in doubt or not expected

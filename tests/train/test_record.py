@@ -28,7 +28,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FACTS = RunFacts(checkpoint="checkpoints/tiny", world_size=2, global_batch=8, num_steps=5)
+FACTS = RunFacts(checkpoint="checkpoints/tiny", world_size=2, global_batch=8, num_steps=5, accumulation=4, per_device=1)
 
 
 @given(
@@ -108,6 +108,7 @@ def decisions(plan: Plan) -> dict[str, object]:
         "settings": plan.settings,
         "deepspeed": plan.deepspeed,
         "recipe": plan.recipe,
+        "batch": (plan.batch.bins, plan.batch.per_device, plan.batch.accumulation),
         "computation": (plan.compute.device, plan.compute.dtype, plan.compute.attention),
         "num_steps": plan.num_steps,
         "costs": plan.order.cost.tolist(),
@@ -122,6 +123,8 @@ def decisions(plan: Plan) -> dict[str, object]:
     [
         "",
         "--max_steps 3 --bf16 --seed 7",
+        "--samples_per_step 9 --max_tokens_per_forward 200",
+        "--per_device_train_batch_size 2",
         "--group_steps 2 --num_train_epochs 2.5",
         "--lr_scheduler_type constant",
         "--warmup_steps 2 --adam_beta1 0.8 --optim adamw_torch_fused",
@@ -169,5 +172,10 @@ def test_a_record_names_the_command_and_the_commit_of_the_manifest(flags: list[s
 def test_nothing_is_left_to_the_model_or_the_machine(flags: list[str]) -> None:
     args = resolved_arguments(make_plan(parse_arguments(flags)))
     assert (args.learning_rate, args.num_train_epochs, args.warmup_ratio) == (2e-7, 3.0, 0.03)
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 4)
+    assert (args.samples_per_step, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (
+        16,
+        None,
+        None,
+    )
+    assert args.max_tokens_per_forward is not None
     assert (args.bf16, args.attn_implementation) == (False, "sdpa")

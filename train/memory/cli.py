@@ -24,6 +24,7 @@ from train.memory.budget import TABLE_TITLE, rank_memory, size_table
 from train.memory.loads import loads_of_length, loads_of_shards
 from train.model import pretrained
 from train.model.sizes import sizes_of
+from train.settings.batch import bins_of_budget, choose_batch
 from train.settings.deepspeed_file import read_deepspeed_config
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
@@ -78,14 +79,23 @@ def report(flags: list[str], *, world: int, max_length: int | None) -> str:
     model_config = find_config(args.model_name_or_path)
     checkpointed = args.gradient_checkpointing
     if max_length is None:
-        load_of = loads_of_shards(open_shards(args.shards), checkpointed=checkpointed, dtype=dtype)
+        index = open_shards(args.shards)
+        load_of = loads_of_shards(index, checkpointed=checkpointed, dtype=dtype)
+        num_bins = choose_batch(
+            args,
+            choose_recipe(args, model_config),
+            samples_per_bin=index.samples_per_bin,
+            largest_bin=int(index.num_tokens.max()),
+            world=world,
+        ).per_device
     else:
         load_of = loads_of_length(max_length, checkpointed=checkpointed)
+        num_bins = (args.per_device_train_batch_size or 1) if args.counts_bins else bins_of_budget(args, max_length)
     deepspeed = read_deepspeed_config(args.deepspeed)
     sizes = sizes_of(model_config, args)
-    load = load_of(choose_recipe(args, model_config).per_device, sizes)
-    memory = rank_memory(model_config, sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)
-    table = size_table(args, load_of, world=world, dtype=dtype)
+    load = load_of(num_bins, sizes)
+    memory = rank_memory(sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)
+    table = size_table(args, load_of, num_bins, world=world, dtype=dtype)
     title = f"{args.model_name_or_path}, {args.deepspeed}, {world} ranks, {str(dtype).removeprefix('torch.')}"
     return "\n".join([title, memory.format(), "", TABLE_TITLE % world, table])
 

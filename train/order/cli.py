@@ -22,6 +22,7 @@ from train.order.explain import explain_step
 from train.order.run_order import order_of_run
 from train.order.simulate import NUM_STEPS, report, simulate
 from train.settings.arguments import TrainArguments
+from train.settings.batch import choose_bins
 from train.settings.record import read_record
 from train.shards.index import ShardIndex, open_shards
 
@@ -30,12 +31,16 @@ _PLANNED = "Without --run: "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShownOrder:
-    """An order of bins and the ranks that they are dealt to."""
+    """An order of bins, and the ranks and micro-steps that they are dealt to.
+
+    ``per_device`` is None if these share the global batch equally.
+    """
 
     index: ShardIndex
     order: DataOrder
     world_size: int
     accumulation: int
+    per_device: int | None = None
 
 
 @click.command(name="python -m train.order")
@@ -44,6 +49,11 @@ class ShownOrder:
 @click.option("--step", type=click.IntRange(min=0), help="Print this step, counted from 0.")
 @click.option("--simulate", "simulated", is_flag=True, help="Summarize many steps instead of printing a step.")
 @click.option("--global-batch", type=click.IntRange(min=1), help=_PLANNED + "bins of a step over all ranks.")
+@click.option(
+    "--samples-per-step",
+    type=click.IntRange(min=1),
+    help=_PLANNED + "samples of a step, instead of --global-batch. The trainer chooses as many bins.",
+)
 @click.option("--world-size", type=click.IntRange(min=1), help=_PLANNED + "number of ranks.")
 @click.option(
     "--accumulation",
@@ -79,7 +89,8 @@ def main(
 ) -> None:
     """Print bins, ranks, costs and source samples of a training step, or summarize many steps (--simulate).
 
-    Give the folder of a run (--run), or the numbers of a planned one: --shards, --global-batch, --world-size and more.
+    Give the folder of a run (--run), or the numbers of a planned one: --shards, --world-size, --global-batch or
+    --samples-per-step, and more.
     """
     try:
         if (step is None) == (not simulated):
@@ -89,9 +100,9 @@ def main(
         shown = open_order(run, planned)
         ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
         if step is not None:
-            lines = explain_step(shown.index, shown.order, step, **ranks)
+            lines = explain_step(shown.index, shown.order, step, **ranks, per_device=shown.per_device)
         else:
-            simulation = simulate(shown.index, shown.order, num_steps=num_steps, **ranks)
+            simulation = simulate(shown.index, shown.order, num_steps=num_steps, **ranks, per_device=shown.per_device)
             lines = report(shown.index, shown.order, simulation, tokens_per_s=tokens_per_s, **ranks)
         for line in lines:
             click.echo(line)
@@ -117,8 +128,10 @@ def open_order(run: Path | None, planned: dict[str, Any]) -> ShownOrder:
             names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in options))
             raise ConfigError(f"--run {run} has settings of its own: leave out {names}.")
         return open_run(run)
-    if not options.keys() >= {"shards", "global_batch", "world_size"}:
-        raise ConfigError("give --run FOLDER, or all of --shards, --global-batch and --world-size.")
+    if not options.keys() >= {"shards", "world_size"} or ("global_batch" in options) == ("samples_per_step" in options):
+        raise ConfigError(
+            "give --run FOLDER, or all of --shards, --world-size and either --global-batch or --samples-per-step."
+        )
     return open_planned(**options)
 
 
@@ -139,16 +152,21 @@ def open_run(run_dir: Path) -> ShownOrder:
         epochs=args.num_train_epochs,
         group_runs=facts.group_runs,
     )
-    accumulation = args.gradient_accumulation_steps
-    assert accumulation is not None, "recorded settings are resolved"
-    return ShownOrder(index=index, order=order, world_size=facts.world_size, accumulation=accumulation)
+    return ShownOrder(
+        index=index,
+        order=order,
+        world_size=facts.world_size,
+        accumulation=facts.accumulation,
+        per_device=facts.per_device,
+    )
 
 
 def open_planned(
     *,
     shards: str,
-    global_batch: int,
     world_size: int,
+    global_batch: int | None = None,
+    samples_per_step: int | None = None,
     accumulation: int | None = None,
     model: Path | None = None,
     **settings: Any,
@@ -157,15 +175,22 @@ def open_planned(
 
     Args:
         shards: as the trainer takes them.
-        global_batch: bins of a step.
         world_size: number of ranks.
+        global_batch: bins of a step; None for as many as hold ``samples_per_step``.
+        samples_per_step: samples of a step.
         accumulation: micro-steps of a step; None for one bin of each rank in a micro-step.
         model: folder of the checkpoint; None for the sizes of the 7B.
         settings: further fields of :class:`TrainArguments`.
     """
     args = TrainArguments(shards=shards, **settings)
-    accumulation = accumulation or max(1, global_batch // world_size)
     index = open_shards(shards)
+    per_device = None
+    if samples_per_step is not None:
+        global_batch = choose_bins(samples_per_step, samples_per_bin=index.samples_per_bin, world=world_size)
+        accumulation = accumulation or math.ceil(global_batch / world_size)
+        per_device = math.ceil(global_batch / (world_size * accumulation))
+    assert global_batch is not None, "the command line gives one of them"
+    accumulation = accumulation or max(1, global_batch // world_size)
     order = order_of_run(
         args,
         index,
@@ -174,4 +199,4 @@ def open_planned(
         epochs=args.num_train_epochs,
         group_runs=accumulation if args.group_steps > 1 else None,
     )
-    return ShownOrder(index=index, order=order, world_size=world_size, accumulation=accumulation)
+    return ShownOrder(index=index, order=order, world_size=world_size, accumulation=accumulation, per_device=per_device)

@@ -65,7 +65,7 @@ def source_samples(index: ShardIndex, bins: Sequence[int]) -> dict[int, list[Sou
 
 
 def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> int:
-    """Bins of a rank in a micro-step.
+    """Bins of a rank in a micro-step of a planned run.
 
     Raises:
         ConfigError: the global batch is not a multiple of ranks times micro-steps.
@@ -80,7 +80,13 @@ def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> 
 
 
 def explain_step(
-    index: ShardIndex, order: DataOrder, step: int, *, world_size: int, accumulation: int
+    index: ShardIndex,
+    order: DataOrder,
+    step: int,
+    *,
+    world_size: int,
+    accumulation: int,
+    per_device: int | None = None,
 ) -> Iterator[str]:
     """Describe a step, line by line.
 
@@ -90,12 +96,14 @@ def explain_step(
         step: counted from 0.
         world_size: number of ranks.
         accumulation: micro-steps of the step.
+        per_device: bins of a rank in a micro-step; None if they share the global batch equally.
 
     Raises:
         ConfigError: the global batch is not a multiple of ranks times micro-steps, or the order has no such step.
         ShardError: a ledger is missing, or does not know a bin.
     """
-    per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
+    if per_device is None:
+        per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
     if order.num_steps is not None and step >= order.num_steps:
         raise ConfigError(f"step is {step}, but the order ends after {order.num_steps} steps, which count from 0.")
     # (A, W, P): micro-steps, ranks, bins of a rank

@@ -71,7 +71,13 @@ class Simulation:
 
 
 def simulate(
-    index: ShardIndex, order: DataOrder, *, world_size: int, accumulation: int, num_steps: int = NUM_STEPS
+    index: ShardIndex,
+    order: DataOrder,
+    *,
+    world_size: int,
+    accumulation: int,
+    per_device: int | None = None,
+    num_steps: int = NUM_STEPS,
 ) -> Simulation:
     """Simulate the first steps of a run.
 
@@ -80,17 +86,16 @@ def simulate(
         order: an order of its bins.
         world_size: number of ranks.
         accumulation: micro-steps per step.
+        per_device: bins of a rank in a micro-step; None if they share the global batch equally.
         num_steps: steps to simulate, fewer if the order ends earlier.
 
     Raises:
         ConfigError: the global batch is not a multiple of ranks times micro-steps.
         ShardError: a ledger is missing or damaged.
     """
-    layout = {
-        "world_size": world_size,
-        "accumulation": accumulation,
-        "per_device": bins_per_device(order, world_size=world_size, accumulation=accumulation),
-    }
+    if per_device is None:
+        per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
+    layout = {"world_size": world_size, "accumulation": accumulation, "per_device": per_device}
     num_steps = min(num_steps, order.num_steps or num_steps)
     rng = np.random.Generator(np.random.PCG64(order.seed))
     # (S, A, W, P), and the same bins per step as (S, K)
@@ -171,13 +176,14 @@ def mixture_variance(composition: NDArray[np.int64], steps: NDArray[np.int64]) -
 
     Args:
         composition: (num_bins, D) int64, tokens of every dataset in every bin.
-        steps: (S, K) int64, the bins of steps. Steps with an empty position are left out.
+        steps: (S, K) int64, the bins of steps. Steps with fewer bins than others are left out.
     """
-    full = steps[(steps != EMPTY).all(axis=1)]
+    num_bins = (steps != EMPTY).sum(axis=1)
+    full = steps[num_bins == num_bins.max()]
     if len(full) < 2:
         return 0.0
     # (S, K, D) -> (S, D)
-    tokens = composition[full].sum(axis=1)
+    tokens = np.where((full != EMPTY)[..., None], composition[full], 0).sum(axis=1)
     shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
     return float(shares.var(axis=0, ddof=1).sum())
 
@@ -233,12 +239,7 @@ def _report_sizes(index: ShardIndex, result: Simulation, *, world_size: int, tok
 
 def _epoch_tokens(index: ShardIndex, order: DataOrder) -> float:
     """Tokens of an epoch; for a mixture, computed from the mean bin of each source."""
-    mixture = order.mixture
-    if mixture is None:
-        return float(index.num_tokens.sum(dtype=np.int64))
-    totals = np.add.reduceat(index.num_tokens.astype(np.int64), mixture.first_bins)
-    shares = np.array(mixture.quotas) / sum(mixture.quotas)
-    return float((totals / mixture.sizes * shares).sum() * mixture.bins_per_epoch)
+    return index.mean(index.num_tokens) * order.bins_per_epoch
 
 
 def _efficiency(order: DataOrder, dealt: NDArray[np.int64]) -> NDArray[np.float64]:

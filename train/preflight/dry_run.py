@@ -4,7 +4,7 @@ All ranks do the same, in the same order:
 
 1. compare settings, shards and checkpoint, tokenizer and processor included (:mod:`train.run.plan`);
 2. estimate the memory of a rank (:mod:`train.memory.budget`), and compare it and the files of the run with what device,
-   host and disk have (:mod:`train.memory.capacity`);
+   host and disk have (:mod:`train.preflight.capacity`);
 3. start the model as in training, and run the largest micro-batch forward and backward (:mod:`.passes`);
 4. run the largest evaluation bins forward;
 5. run a few bins packed, and each of their samples alone: the losses must agree (:mod:`.parity`).
@@ -28,7 +28,13 @@ import torch
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
 from train.memory.budget import TABLE_TITLE, rank_memory, size_table
-from train.memory.capacity import (
+from train.memory.loads import largest_bins, load_of_bins, loads_of_shards
+from train.memory.terms import Memory
+from train.model import optim
+from train.model.attention import SDPA
+from train.model.disk import nearest_existing
+from train.model.sizes import Sizes, sizes_of
+from train.preflight.capacity import (
     check_device,
     check_disk,
     check_held,
@@ -38,12 +44,6 @@ from train.memory.capacity import (
     export_bytes,
     host_bytes,
 )
-from train.memory.loads import largest_bins, load_of_bins, loads_of_shards
-from train.memory.terms import Memory
-from train.model import optim
-from train.model.attention import SDPA
-from train.model.disk import nearest_existing
-from train.model.sizes import Sizes, sizes_of
 from train.preflight.parity import compare_packed
 from train.preflight.passes import run_evaluation, run_largest
 from train.preflight.problems import room_for, stop_on_problems
@@ -75,7 +75,7 @@ def preflight(args: TrainArguments) -> None:
     sizes = sizes_of(read_config(plan.source), args)
     bins = largest_bins(
         plan.index,
-        plan.recipe.per_device,
+        plan.batch.per_device,
         sizes,
         checkpointed=args.gradient_checkpointing,
         dtype=plan.compute.dtype,
@@ -140,12 +140,11 @@ def estimate_memory(plan: Plan, sizes: Sizes, bins: list[int]) -> Memory:
     """
     args, world, checkpointed = plan.args, plan.ranks.world, plan.args.gradient_checkpointing
     load = load_of_bins(plan.index, bins, checkpointed=checkpointed)
-    config = read_config(plan.source)
-    memory = rank_memory(config, sizes, args, load, deepspeed=plan.deepspeed, world=world, dtype=plan.compute.dtype)
+    memory = rank_memory(sizes, args, load, deepspeed=plan.deepspeed, world=world, dtype=plan.compute.dtype)
     if plan.ranks.is_first:
         logger.info("memory of a rank:\n%s", memory.format())
         load_of = loads_of_shards(plan.index, checkpointed=checkpointed, dtype=plan.compute.dtype)
-        table = size_table(args, load_of, world=world, dtype=plan.compute.dtype)
+        table = size_table(args, load_of, plan.batch.per_device, world=world, dtype=plan.compute.dtype)
         logger.info(f"{TABLE_TITLE}\n%s", world, table)
     return memory
 

@@ -49,7 +49,7 @@ def run_largest(engine: Engine, plan: Plan, reader: BinReader, bins: list[int]) 
     micro = read_micro_batch(reader, bins, window_size=plan.shape.window_size)
     began = time.perf_counter()
     with room_for(f"the largest micro-batch, bins {bins}"):
-        for micro_step in range(min(2, plan.recipe.accumulation)):
+        for micro_step in range(min(2, plan.batch.accumulation)):
             if micro_step > 0:
                 engine.step()  # ends the micro-step; no weight changes
             loss = engine(micro.to(plan.compute.device))

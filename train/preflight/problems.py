@@ -70,6 +70,6 @@ def room_for(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise ConfigError(
-            f"device memory is too small for {what} ({reason}): lower --per_device_train_batch_size and raise "
-            "--gradient_accumulation_steps, or use a higher ZeRO stage, more ranks or offloading."
+            f"device memory is too small for {what} ({reason}): lower --max_tokens_per_forward (or, where it is "
+            "given, --per_device_train_batch_size), or use a higher ZeRO stage, more ranks or offloading."
         ) from error

@@ -46,6 +46,7 @@ from train.run.record import record_run
 from train.run.run_dir import ADAPTER_DIR, FINAL_DIR, RunState, check_files, lock_run_dir, remove_unfinished
 from train.run.schedule import LearningRates, count_warmup_steps, schedule
 from train.settings.arguments import TrainArguments
+from train.settings.recipe import doubts
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ class Trainer:
             ranks=plan.ranks.world,
             settings=plan.settings,
             shards=without_secrets(plan.args.shards),
+            aim=plan.batch.aim,
         )
         with self._window.paused():
             checkpoint.save(
@@ -261,7 +263,7 @@ def start_engine(model: PackedQwen, optimizer: torch.optim.Optimizer, plan: Plan
 
 def open_stream(plan: Plan) -> BinStream:
     """The steps of this rank, from the start or resume of the run to its end."""
-    args, accumulation = plan.args, plan.recipe.accumulation
+    args, accumulation = plan.args, plan.batch.accumulation
     num_threads, factor = args.dataloader_num_workers, args.dataloader_prefetch_factor
     return BinStream(
         plan.index,
@@ -269,7 +271,7 @@ def open_stream(plan: Plan) -> BinStream:
         rank=plan.ranks.rank,
         world_size=plan.ranks.world,
         accumulation=accumulation,
-        per_device=plan.recipe.per_device,
+        per_device=plan.batch.per_device,
         start_step=plan.start_step,
         end_step=plan.num_steps,
         window_size=plan.shape.window_size,
@@ -334,8 +336,12 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
         index.num_tokens.sum(),
         index.num_targets.sum(),
     )
+    logger.info(plan.batch_line)
+    rates = [group.learning_rate for group in groups if group.learning_rate is not None]
+    if plan.resume is None and (doubt := doubts(plan.num_steps, rates)):
+        logger.warning(doubt)
     logger.info(
-        "%s on %s, %s, %s, ZeRO-%d; steps %d to %d of %s each",
+        "%s on %s, %s, %s, ZeRO-%d; steps %d to %d",
         counted(ranks.world, "rank"),
         plan.compute.device.type,
         str(plan.compute.dtype).removeprefix("torch."),
@@ -343,7 +349,6 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
         plan.deepspeed["zero_optimization"]["stage"],
         plan.start_step + 1,
         plan.num_steps,
-        counted(plan.order.global_batch, "bin"),
     )
     logger.info("parameters:\n%s", optim.format_table(groups, weight_decay=plan.args.weight_decay))
     if plan.resume is not None:

@@ -9,6 +9,7 @@ Cost: opening the shards, the ledgers of those to evaluate on, and parsing ``tok
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,32 @@ import torch
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError
+from train.memory.budget import bins_that_fit
+from train.memory.loads import loads_of_shards
 from train.model import pretrained
 from train.model.adapters import Adapters, choose_adapters
 from train.model.attention import check_window
 from train.model.flops import peak_tflops
 from train.model.kernels import check_kernels
 from train.model.pretrained import ModelShape
+from train.model.sizes import sizes_of
 from train.order.dealing import DataOrder
 from train.order.run_order import order_of_run
 from train.run.checks import check_outputs, check_read_flags, check_tokenizers, open_eval_shards
 from train.run.device import choose_attention, choose_device, choose_dtype, set_tf32
 from train.run.metrics import require_reporter
 from train.run.process_group import Ranks, read_ranks
-from train.run.resume import ResumePoint, choose_group_runs, find_resume_point, find_saved_state, fixed_settings
-from train.run.run_dir import Setting
+from train.run.resume import (
+    ResumePoint,
+    check_saved_state,
+    choose_group_runs,
+    find_resume_point,
+    find_saved_state,
+    fixed_settings,
+)
+from train.run.run_dir import RunState, Setting
 from train.settings.arguments import TrainArguments
+from train.settings.batch import Batch, choose_batch, describe_batch
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.recipe import Recipe, choose_recipe
 from train.shards.index import ShardIndex, open_shards
@@ -69,7 +81,8 @@ class Plan:
 
     Attributes:
         args: the flags.
-        recipe: batch, rate and length, with recommended values for flags left out.
+        recipe: rate and length, with recommended values for flags left out.
+        batch: bins of a step, and their forward passes.
         ranks: this process among the ranks.
         compute: how this rank computes.
         deepspeed: complete DeepSpeed configuration.
@@ -86,6 +99,7 @@ class Plan:
 
     args: TrainArguments
     recipe: Recipe
+    batch: Batch
     ranks: Ranks
     compute: Compute
     deepspeed: dict[str, Any]
@@ -103,6 +117,23 @@ class Plan:
     def start_step(self) -> int:
         """Optimizer steps done before this run starts or resumes."""
         return 0 if self.resume is None else self.resume.step
+
+    @property
+    def batch_line(self) -> str:
+        """What a step comes to in samples, in one line."""
+        aim, world = self.batch.aim, self.ranks.world
+        if aim is not None and not aim.is_recommended:
+            reference = f"--samples_per_step {aim.samples:,}"
+        else:
+            reference = f"{self.recipe.origin}: {self.recipe.samples * world if aim is None else aim.samples:,}"
+        return describe_batch(
+            self.batch,
+            samples_per_bin=self.index.samples_per_bin,
+            world=world,
+            device=self.compute.device.type,
+            steps_per_epoch=self.order.steps_per_epoch,
+            reference=reference,
+        )
 
     @property
     def order_command(self) -> str:
@@ -130,23 +161,26 @@ def make_plan(args: TrainArguments) -> Plan:
 
     config = read_config(source)
     recipe = choose_recipe(args, config)
+    saved = find_saved_state(args)
     adapters = choose_adapters(args, config)
     compute = choose_compute(args, deepspeed, ranks)
     check_window(shape.sliding_window, compute.attention)
+    batch = plan_batch(args, recipe, index, config, saved, compute=compute, deepspeed=deepspeed, world=ranks.world)
     deepspeed = complete_config(
-        deepspeed, args, recipe, world=ranks.world, dtype=compute.dtype, hidden_size=shape.hidden_size
+        deepspeed, args, batch, world=ranks.world, dtype=compute.dtype, hidden_size=shape.hidden_size
     )
     check_kernels(args, compute.device, deepspeed)
 
-    settings = fixed_settings(args, recipe, index, adapters, source, dtype=compute.dtype, deepspeed=deepspeed)
-    saved = find_saved_state(args, settings)
+    settings = fixed_settings(args, recipe, batch, index, adapters, source, dtype=compute.dtype, deepspeed=deepspeed)
+    if saved is not None:
+        check_saved_state(args, saved, settings)
     order = order_of_run(
         args,
         index,
         config,
-        global_batch=deepspeed["train_batch_size"],
+        global_batch=batch.bins,
         epochs=recipe.epochs if args.max_steps is None else None,
-        group_runs=choose_group_runs(args, recipe, None if saved is None else saved[1]),
+        group_runs=choose_group_runs(args, batch, None if saved is None else saved[1]),
     )
     num_steps = args.max_steps or order.num_steps
     assert num_steps is not None, "an order with a number of epochs has a number of steps"
@@ -155,6 +189,7 @@ def make_plan(args: TrainArguments) -> Plan:
     return Plan(
         args=args,
         recipe=recipe,
+        batch=batch,
         ranks=ranks,
         compute=compute,
         deepspeed=deepspeed,
@@ -167,6 +202,50 @@ def make_plan(args: TrainArguments) -> Plan:
         adapters=adapters,
         settings=settings,
         resume=resume,
+    )
+
+
+def plan_batch(
+    args: TrainArguments,
+    recipe: Recipe,
+    index: ShardIndex,
+    config: Mapping[str, Any],
+    saved: tuple[Path, RunState] | None,
+    *,
+    compute: Compute,
+    deepspeed: dict[str, Any],
+    world: int,
+) -> Batch:
+    """Choose the bins of a step, and split them into forward passes that fit the device.
+
+    Ranks compare the memory of their devices rather than what is free, so that equal devices have equal passes.
+
+    Raises:
+        ConfigError: ``--max_tokens_per_forward`` does not allow a single bin.
+    """
+
+    def fitting(most: int) -> int:
+        load_of = loads_of_shards(index, checkpointed=args.gradient_checkpointing, dtype=compute.dtype)
+        available = torch.cuda.get_device_properties(compute.device).total_memory
+        return bins_that_fit(
+            sizes_of(config, args),
+            args,
+            load_of,
+            deepspeed=deepspeed,
+            world=world,
+            dtype=compute.dtype,
+            available=available,
+            most=most,
+        )
+
+    return choose_batch(
+        args,
+        recipe,
+        samples_per_bin=index.samples_per_bin,
+        largest_bin=int(index.num_tokens.max()),
+        world=world,
+        begun=(None, 0) if saved is None else (saved[1].aim, saved[1].stream["global_batch"]),
+        fitting=fitting if compute.device.type == "cuda" else None,
     )
 
 
@@ -195,6 +274,7 @@ def check_same_plan(plan: Plan) -> None:
         "first step": plan.start_step + 1,
         "checkpoint to resume from": None if plan.resume is None else plan.resume.folder.name,
         "steps": plan.num_steps,
+        "bins of a forward pass (--max_tokens_per_forward)": plan.batch.per_device,
         "attention": plan.compute.attention,
     }
     if plan.resume is None:

@@ -42,6 +42,8 @@ def record_run(plan: Plan, argv: Sequence[str] = ()) -> None:
         world_size=plan.ranks.world,
         global_batch=plan.order.global_batch,
         num_steps=plan.num_steps,
+        accumulation=plan.batch.accumulation,
+        per_device=plan.batch.per_device,
         group_runs=None if grouping is None else grouping.runs,
         command=shlex.join(["train/main.py", *(word for word in argv if not word.startswith("--local_rank"))]),
         shards_commit=_commits(plan.index.folders),
@@ -56,14 +58,18 @@ def resolved_arguments(plan: Plan) -> TrainArguments:
     A run with these settings on the same ranks is the same run.
     """
     args, recipe, adapters = plan.args, plan.recipe, plan.adapters
+    batch, aim = plan.batch, plan.batch.aim
+    budget = args.max_tokens_per_forward or batch.per_device * int(plan.index.num_tokens.max())
     return dataclasses.replace(
         args,
         output_dir=args.run_dir,
         # Beside --output_dir, nothing but wandb reads the name.
         run_name=args.run_name if args.report_to == "wandb" else None,
         num_train_epochs=recipe.epochs if args.max_steps is None else None,
-        per_device_train_batch_size=recipe.per_device,
-        gradient_accumulation_steps=recipe.accumulation,
+        samples_per_step=None if aim is None else aim.samples,
+        max_tokens_per_forward=None if aim is None else budget,
+        per_device_train_batch_size=batch.per_device if aim is None else None,
+        gradient_accumulation_steps=batch.accumulation if aim is None else None,
         learning_rate=recipe.learning_rate if args.uses_base_rate else None,
         warmup_ratio=args.warmup if args.warmup_steps is None else None,
         lora_r=None if adapters is None else adapters.rank,

@@ -15,6 +15,7 @@ from train.model.adapters import Adapters
 from train.order.dealing import DataOrder
 from train.run.run_dir import RunState, Setting, check_settings, check_shards, choose_checkpoint, read_state
 from train.settings.arguments import TrainArguments
+from train.settings.batch import Batch
 from train.settings.recipe import Recipe
 from train.shards.index import ShardIndex
 
@@ -37,6 +38,7 @@ class ResumePoint:
 def fixed_settings(
     args: TrainArguments,
     recipe: Recipe,
+    batch: Batch,
     index: ShardIndex,
     adapters: Adapters | None,
     source: Path,
@@ -54,7 +56,7 @@ def fixed_settings(
     return {
         "shards": index.fingerprint,
         "seed": args.seed,
-        "bins of a step": deepspeed["train_batch_size"],
+        "bins of a step": batch.bins,
         "group_steps": args.group_steps,
         "ZeRO stage": deepspeed["zero_optimization"]["stage"],
         "precision": str(dtype).removeprefix("torch."),
@@ -74,22 +76,27 @@ def fixed_settings(
     }
 
 
-def find_saved_state(args: TrainArguments, settings: dict[str, Setting]) -> tuple[Path, RunState] | None:
+def find_saved_state(args: TrainArguments) -> tuple[Path, RunState] | None:
     """The checkpoint that ``--resume`` selects, with its state; None for a new run.
 
     Raises:
-        ConfigError: there is no such checkpoint, or a run with other settings saved it.
+        ConfigError: there is no such checkpoint.
     """
     folder = choose_checkpoint(args.run_dir, args.resume)
-    if folder is None:
-        return None
-    state = read_state(folder)
-    check_shards(folder, state, settings["shards"], without_secrets(args.shards))
-    check_settings(folder, state, settings)
-    return folder, state
+    return None if folder is None else (folder, read_state(folder))
 
 
-def choose_group_runs(args: TrainArguments, recipe: Recipe, state: RunState | None) -> int | None:
+def check_saved_state(args: TrainArguments, saved: tuple[Path, RunState], settings: dict[str, Setting]) -> None:
+    """Check that a checkpoint is of a run with the same shards and settings.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    check_shards(*saved, settings["shards"], without_secrets(args.shards))
+    check_settings(*saved, settings)
+
+
+def choose_group_runs(args: TrainArguments, batch: Batch, state: RunState | None) -> int | None:
     """Runs of the windows of ``--group_steps``; None if steps are not grouped.
 
     A new run has one for each micro-step. A resumed run keeps the number it began with, however many micro-steps it
@@ -97,7 +104,7 @@ def choose_group_runs(args: TrainArguments, recipe: Recipe, state: RunState | No
     """
     if args.group_steps == 1:
         return None
-    return recipe.accumulation if state is None else state.stream["group_runs"]
+    return batch.accumulation if state is None else state.stream["group_runs"]
 
 
 def find_resume_point(folder: Path, state: RunState, order: DataOrder, *, num_steps: int, world: int) -> ResumePoint:

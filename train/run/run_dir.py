@@ -27,6 +27,7 @@ import msgspec
 from schemas.errors import ConfigError
 from schemas.setting import setting_fields
 from train.settings.arguments import TrainArguments
+from train.settings.batch import Aim
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,14 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         ranks: number of ranks that saved it.
         settings: those that must be the same when the run is resumed.
         shards: ``--shards`` of that run, without signatures; empty in checkpoints of older versions.
+        aim: the samples that a step should have, with which the run began; None if flags count bins.
     """
 
     stream: dict[str, int]
     ranks: int
     settings: dict[str, Setting]
     shards: str = ""
+    aim: Aim | None = None
 
     @property
     def step(self) -> int:

@@ -57,12 +57,40 @@ class TrainArguments:
     num_train_epochs: Annotated[float | None, Setting("Passes over all bins.", above=0, high=10**6, unset=BY_SIZE)] = (
         None
     )
+    samples_per_step: Annotated[
+        int | None,
+        Setting(
+            "Samples of an optimizer step over all ranks. The step takes as many bins as hold them in expectation.",
+            unit="samples",
+            low=1,
+            unset=f"{BY_SIZE}, times the number of ranks",
+        ),
+    ] = None
+    max_tokens_per_forward: Annotated[
+        int | None,
+        Setting(
+            "Tokens of a rank in a forward pass. A step takes as many passes as it needs.",
+            unit="tokens",
+            low=1,
+            unset="what fits the GPU by the estimate of --dry_run; 16384 on a CPU",
+        ),
+    ] = None
     per_device_train_batch_size: Annotated[
         int | None,
-        Setting("Bins of a rank in a forward pass. A bin packs many samples.", unit="bins", low=1, unset=BY_SIZE),
+        Setting(
+            "Bins of a rank in a forward pass, instead of --samples_per_step. A bin packs many samples.",
+            unit="bins",
+            low=1,
+            unset="1 with --gradient_accumulation_steps",
+        ),
     ] = None
     gradient_accumulation_steps: Annotated[
-        int | None, Setting("Forward passes of a rank in an optimizer step.", low=1, unset=BY_SIZE)
+        int | None,
+        Setting(
+            "Forward passes of a rank in an optimizer step, instead of --samples_per_step.",
+            low=1,
+            unset="1 with --per_device_train_batch_size",
+        ),
     ] = None
     group_steps: Annotated[
         int,
@@ -259,6 +287,7 @@ class TrainArguments:
         problems = (
             *setting_problems(self, spell="--{}".format, fix=""),
             *self._check_what_is_trained(),
+            *self._check_batch(),
             *self._check_schedule(),
             *self._check_adapters(),
             *self._check_evaluation_and_saving(),
@@ -276,6 +305,11 @@ class TrainArguments:
     def run_dir(self) -> Path:
         """Folder of the run."""
         return self.output_dir or Path("runs") / self.name
+
+    @property
+    def counts_bins(self) -> bool:
+        """Whether flags count the bins of a step, rather than its samples."""
+        return self.per_device_train_batch_size is not None or self.gradient_accumulation_steps is not None
 
     @property
     def warmup(self) -> float:
@@ -318,6 +352,20 @@ class TrainArguments:
                 f"--learning_rate {self.learning_rate:g} has no effect: every trained part has a rate of its own. "
                 "Leave it out."
             )
+
+    def _check_batch(self) -> Iterator[str]:
+        given = [
+            f"--{name} {value}"
+            for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+            if (value := getattr(self, name)) is not None
+        ]
+        for name in ("samples_per_step", "max_tokens_per_forward"):
+            value = getattr(self, name)
+            if given and value is not None:
+                yield (
+                    f"--{name} {value} has no effect with {' and '.join(given)}, which count{'s' * (len(given) == 1)} "
+                    "the bins of a step: leave one of them out."
+                )
 
     def _check_schedule(self) -> Iterator[str]:
         if self.max_steps is not None and self.num_train_epochs is not None:

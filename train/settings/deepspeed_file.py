@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.errors import ConfigError
 from train.settings.arguments import TrainArguments
-from train.settings.recipe import Recipe
+from train.settings.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def check_sections(config: Mapping[str, Any], path: str) -> None:
 def complete_config(
     config: dict[str, Any],
     args: TrainArguments,
-    recipe: Recipe,
+    batch: Batch | None,
     *,
     world: int,
     dtype: torch.dtype,
@@ -188,7 +188,8 @@ def complete_config(
     Args:
         config: contents of the file; not modified.
         args: the flags.
-        recipe: bins per forward pass and forward passes per step.
+        batch: bins of a forward pass and forward passes of a step. None leaves batch sizes out: memory does not follow
+            from them.
         world: number of ranks.
         dtype: the precision.
         hidden_size: width of the language model, which bucket sizes follow from.
@@ -197,7 +198,7 @@ def complete_config(
         ConfigError: the file contradicts the flags, or leaves a value open that no flag decides.
     """
     complete: dict[str, Any] = json.loads(json.dumps(config))
-    _apply_flags(complete, args, recipe, world)
+    _apply_flags(complete, args, batch, world)
     for name, of_section in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         values = {**section(complete, name, args.deepspeed), "enabled": True}
         complete.pop(name, None)
@@ -244,15 +245,25 @@ def contradiction(path: str, key: str, in_file: object, flag: str, value: object
     )
 
 
-def _apply_flags(config: dict[str, Any], args: TrainArguments, recipe: Recipe, world: int) -> None:
+def _apply_flags(config: dict[str, Any], args: TrainArguments, batch: Batch | None, world: int) -> None:
     """Set what flags decide, in place."""
-    per_device, accumulation = recipe.per_device, recipe.accumulation
-    flags = {
-        "train_micro_batch_size_per_gpu": (per_device, "--per_device_train_batch_size"),
-        "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
-        "train_batch_size": (per_device * accumulation * world, "the number of bins in a step"),
-        "gradient_clipping": (args.max_grad_norm, "--max_grad_norm"),
-    }
+    flags: dict[str, tuple[object, str]] = {"gradient_clipping": (args.max_grad_norm, "--max_grad_norm")}
+    if batch is None:
+        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+            config.pop(key, None)
+    else:
+        per_device, accumulation = batch.per_device, batch.accumulation
+        flags |= {
+            "train_micro_batch_size_per_gpu": (
+                per_device,
+                "the number of bins in a forward pass" if batch.aim else "--per_device_train_batch_size",
+            ),
+            "gradient_accumulation_steps": (
+                accumulation,
+                "the number of forward passes in a step" if batch.aim else "--gradient_accumulation_steps",
+            ),
+            "train_batch_size": (per_device * accumulation * world, "the number of bins in a step"),
+        }
     for key, (value, flag) in flags.items():
         if config.get(key, AUTO) not in (AUTO, value):
             raise contradiction(args.deepspeed, key, config[key], flag, value)

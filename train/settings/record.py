@@ -40,6 +40,8 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         world_size: number of ranks.
         global_batch: bins of a step, over all ranks and micro-steps.
         num_steps: optimizer steps of the run.
+        accumulation: forward passes of a rank in a step.
+        per_device: bins of a rank in a forward pass; fewer in some if they have more room than the step has bins.
         group_runs: runs of the windows of ``group_steps``, see :class:`train.order.dealing.Grouping`; None if the
             steps are not grouped.
         command: what each rank was started with, without its launcher.
@@ -51,6 +53,8 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     world_size: int
     global_batch: int
     num_steps: int
+    accumulation: int
+    per_device: int
     group_runs: int | None = None
     command: str | None = None
     shards_commit: str | None = None

@@ -116,6 +116,20 @@ class ShardIndex:
         shares = (quotas[source] / quotas.sum() * sizes / np.array(self.mixture.sizes)[source]).tolist()
         return shares
 
+    @property
+    def samples_per_bin(self) -> float:
+        """Mean samples of the bins of a run, in the proportions of the mixture."""
+        return self.mean(self.num_samples)
+
+    def mean(self, column: NDArray[np.integer[Any]]) -> float:
+        """Mean of a column (B,) over the bins of a run, in the proportions of the mixture."""
+        if self.mixture is None:
+            return float(column.mean(dtype=np.float64))
+        # (S,) each: sum and share of every source
+        totals = np.add.reduceat(column.astype(np.int64), self.mixture.first_bins)
+        shares = np.array(self.mixture.quotas) / sum(self.mixture.quotas)
+        return float((totals / self.mixture.sizes * shares).sum())
+
     def cost(self, model: CostModel | None = None) -> NDArray[np.float64]:
         """Cost of every bin: (B,) float64, in operations; ``model`` defaults to a forward pass of the 7B."""
         return (model or CostModel()).bin_flops(

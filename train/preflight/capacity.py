@@ -87,8 +87,8 @@ def check_device(memory: Memory, peak: int, available: int) -> list[str]:
         return []
     return [
         f"a step needs {needed / GIB:.1f} GiB, but the device has {available / GIB:.1f} GiB: lower "
-        "--per_device_train_batch_size and raise --gradient_accumulation_steps, or use a higher ZeRO stage, more "
-        "ranks or offloading"
+        "--max_tokens_per_forward (or, where it is given, --per_device_train_batch_size), or use a higher ZeRO stage, "
+        "more ranks or offloading"
     ]
 
 
