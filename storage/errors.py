@@ -128,6 +128,9 @@ def verdict(error: BaseException) -> Verdict:
     names = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
     if isinstance(error, (PermissionError, RefusedError)) or not names.isdisjoint(_CREDENTIALS):
         return Verdict.REFUSED
+    if isinstance(error, ConfigError):
+        # A protocol that fsspec does not know, or a package that is not installed.
+        return Verdict.FINAL
     if not names.isdisjoint(_BROKEN_ANSWER):
         return Verdict.TRANSIENT
     if not names.isdisjoint(_WRONG_USE):

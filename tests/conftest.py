@@ -22,8 +22,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+NOT_OF_A_UNIT = {"tiny_checkpoint", "finished", "qwen_demo", "ray_cluster"}
+"""Fixtures of tests that build shards, train, or run the commands: a whole checkpoint, a finished set, real media."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that have the most slow tests: the last files are short, so all workers end together."""
+    """Mark what is slow by its fixtures, and start with the files that have most of it.
+
+    The last files are short then, so all workers end together.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and not NOT_OF_A_UNIT.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -num_slow[item.path])
 

@@ -35,6 +35,8 @@ from tests.demo.seeing import Seen, see, see_image
 
 Record = dict[str, Any]
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -363,7 +365,6 @@ def test_the_same_video_is_encoded_to_the_same_bytes_every_time(size: tuple[int,
     assert len({encode_video(video) for _ in range(12)}) == 1
 
 
-@pytest.mark.slow
 # ---------------------------------------------------------------------------------------------------------------------
 # Wrong use
 

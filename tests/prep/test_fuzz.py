@@ -227,6 +227,7 @@ def attempt(action: Callable[[], Any]) -> Any:
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_media_are_used_or_have_a_code(tmp_path: Path, kind: str) -> None:
     """Probe and decode raise nothing but a MediaError, do not time out, and return valid results.

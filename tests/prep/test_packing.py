@@ -263,6 +263,7 @@ def test_realistic_lengths_fill_bins(name: str) -> None:
         assert num_bins <= window_packer(lengths, 4096).max() + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_patches", [12_900, 14_000, 16_384])
 def test_a_realistic_mixture_fills_the_scarcer_budget(max_patches: int) -> None:
     """From 10 % above the 11,700 patches that 4096 tokens of this mixture have on average."""
@@ -273,6 +274,7 @@ def test_a_realistic_mixture_fills_the_scarcer_budget(max_patches: int) -> None:
     assert max(sizes[0].sum() / 4096, sizes[1].sum() / max_patches) / num_bins >= 0.995
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_patches", [8192, 11_700, 12_288, 13_000])
 def test_a_realistic_mixture_needs_no_more_bins_than_windows(max_patches: int) -> None:
     drawn = draw_mixture(num_samples=10_000, max_length=4096, seed=3)

@@ -78,6 +78,7 @@ def datasets_of_bins(max_patches: int | None) -> tuple[Plan, NDArray[np.int64], 
     return plan, tokens, shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_patches", [None, 12_288])
 def test_datasets_spread_over_shards_as_chance_has_it(max_patches: int | None) -> None:
     """The tokens of a dataset in a shard deviate from its share by what they would if the bins lay in random order.
@@ -100,6 +101,7 @@ def test_datasets_spread_over_shards_as_chance_has_it(max_patches: int | None) -
     assert abs((scores**2).mean() - 1) < 4 * np.sqrt(2 / (4 * full_shards.size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_patches", [None, 12_288])
 def test_bins_of_like_composition_are_no_neighbours(max_patches: int | None) -> None:
     """The correlation of neighbouring bins is within 5 / sqrt(bins) of none."""

@@ -66,6 +66,7 @@ def test_media_inside_another_file_decode_like_files(
             assert (box.decode(embedded, kind, SETTINGS)[1] == decode(source, kind, SETTINGS)[1]).all()
 
 
+@pytest.mark.slow
 def test_frames_are_right_while_the_shared_memory_grows_and_shrinks(
     box: Sandbox, media: list[tuple[MediaSource, int]], tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def measure(
     return float(efficiencies[0]), float(efficiencies[1]), variances[0], variances[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MODEL_7B, MODEL_3B], ids=["7B", "3B"])
 def test_a_budget_of_patches_and_sorting_the_random_batch_are_enough_for_64_ranks(model: CostModel) -> None:
     """A mixture of images, pages, charts, videos and text. In a random deal, ranks idle for a tenth of the time."""
@@ -181,6 +182,7 @@ def test_a_budget_of_patches_and_sorting_the_random_batch_are_enough_for_64_rank
     assert 0.7 < variance / random_variance < 1.3
 
 
+@pytest.mark.slow
 def test_the_default_leaves_the_mixture_of_a_step_as_random_as_a_random_deal() -> None:
     """The bins of a step are a random draw; 2000 steps suffice to see a difference of a tenth."""
     order = DataOrder(np.ones(mixture().num_bins), seed=1, global_batch=256)

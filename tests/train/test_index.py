@@ -201,6 +201,7 @@ def test_a_ledger_of_another_size_stops_at_start(folder: Path, damage: str) -> N
         open_shards(folder)
 
 
+@pytest.mark.slow
 def test_a_million_bins_are_opened_as_columns(tmp_path: Path) -> None:
     """68 bytes a bin; shards are files with a size and no contents. tests/benchmarks/stream.py measures how long it
     takes."""

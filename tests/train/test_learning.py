@@ -117,6 +117,7 @@ def test_exercises_on_full_charts_show_the_full_chart() -> None:
     np.testing.assert_array_equal(np.asarray(image), np.asarray(chart.draw()))
 
 
+@pytest.mark.slow
 def test_training_with_images_starts_with_the_exercises_and_text_only_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

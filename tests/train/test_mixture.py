@@ -141,6 +141,7 @@ def test_epochs_of_a_folder_define_how_often_each_bin_is_used() -> None:
     assert sorted(uses[bin_id] for bin_id in range(30, 70)) == [0] * 20 + [1] * 20
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(mixtures, st.integers(0, 2**63), st.integers(1, 25))
 def test_each_source_is_used_epoch_by_epoch_every_bin_once(mixture: Mixture, seed: int, batch: int) -> None:

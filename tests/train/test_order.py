@@ -325,6 +325,7 @@ def test_the_short_last_step_is_explained_with_its_empty_places(tmp_path: Path) 
         list(explain_step(index, order, 2, world_size=2, accumulation=4))
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_a_step(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "set", make_bins(num_bins=8))
     command = [sys.executable, "-m", "train.order", "--global-batch", "8", "--world-size", "2", "--step", "0"]

@@ -263,7 +263,10 @@ def test_a_changed_byte_in_an_object_store_stops(in_memory: str) -> None:
         list(stream_of(index))
 
 
-def test_a_url_of_an_unsupported_protocol_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_of_an_unsupported_protocol_names_the_package_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[str] = []
+    open_system = request._system
+    monkeypatch.setattr(request, "_system", lambda root, *rest: (attempts.append(root), open_system(root, *rest))[1])
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
         ConfigError, match=r"gs://bucket/set/manifest\.json needs a package that is not installed: pip install gcsfs"
@@ -271,6 +274,7 @@ def test_a_url_of_an_unsupported_protocol_names_the_package(monkeypatch: pytest.
         open_shards("gs://bucket/set")
     with pytest.raises(ConfigError, match=r"no-such://x/manifest\.json cannot be used: Protocol not known"):
         open_shards("no-such://x")
+    assert attempts == ["gs://bucket", "no-such://x"]
 
 
 def test_a_failed_listing_is_not_an_empty_folder(monkeypatch: pytest.MonkeyPatch) -> None:
