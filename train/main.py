@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 def use_expandable_segments() -> None:
     """Let segments of GPU memory grow, so that bins of different sizes do not fragment it.
 
-    Call it before torch is imported. Settings of the environment have precedence.
+    Call it before torch starts CUDA. Settings of the environment have precedence.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"

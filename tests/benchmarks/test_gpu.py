@@ -1,0 +1,99 @@
+"""The benchmark of a GPU runs, small, on a CPU, so that it will run where there is a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from demo.tiny_model import tiny_config
+from schemas.qwen import FACTOR
+from tests.benchmarks.gpu.__main__ import main
+from tests.benchmarks.gpu.contenders import content_of
+from tests.benchmarks.gpu.corpus import draw_cut
+from tests.benchmarks.gpu.measure import busy_and_gap, flops_of
+from tests.benchmarks.gpu.scale import REAL, official_config
+from tests.benchmarks.gpu.tables import COLUMNS
+from tests.train.synthetic import as_bin, make_medium, make_sample
+from train.arithmetic.dimensions import OFFICIAL, Dimensions
+from train.batches.batch import build_micro_batch
+from train.model.flops import ModelFlops
+from train.model.packed import PackedQwen
+
+CONTENDERS = (
+    "ours, varlen",
+    "ours, sdpa",
+    "upstream, padded, 1 worker",
+    "upstream, padded, 2 workers",
+    "upstream, flattened, 2 workers",
+)
+
+
+@pytest.fixture(scope="module")
+def output(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("gpu") / "work"
+    done = CliRunner().invoke(main, ["--smoke", "--checkpoint", str(tiny_checkpoint), "--folder", str(folder)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.slow
+def test_every_contender_has_all_figures_that_a_cpu_can_give(output: str) -> None:
+    lines = output.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.split("  ")[-1].strip() == COLUMNS[-1])
+    for name, line in zip(CONTENDERS, lines[head + 1 :]):
+        assert line.startswith(name)
+        cells = dict(zip(COLUMNS[1:], re.split(r" {2,}", line.removeprefix(name).strip())))
+        assert {column for column, cell in cells.items() if cell == "-"} == {"MFU", "peak GiB"}
+        assert int(cells["steps"]) >= 2
+    assert "memory: train.memory says" in output
+    assert len(re.findall(r"^kernel: ", output, flags=re.MULTILINE)) == 5
+    assert len(re.findall(r"^bar: ", output, flags=re.MULTILINE)) == 2
+
+
+@pytest.mark.slow
+def test_all_contenders_compute_the_same_loss(output: str) -> None:
+    """Packed, padded and flattened; they differ by roundings in bfloat16."""
+    losses = dict(re.findall(r"^loss: (.+): ([\d.]+)", output, flags=re.MULTILINE))
+    assert tuple(losses) == CONTENDERS
+    assert np.ptp([float(loss) for loss in losses.values()]) < 5e-3 * float(losses[CONTENDERS[0]])
+
+
+def test_the_formula_over_contents_is_that_of_the_trainer() -> None:
+    rng = np.random.default_rng(0)
+    samples = [make_sample(rng, [make_medium(rng, 12, 20)]), make_sample(rng, [make_medium(rng, 4, 4)], num_text=90)]
+    micro = build_micro_batch([as_bin(samples)])
+    model = PackedQwen(Qwen2_5_VLForConditionalGeneration(tiny_config(2048)), attn_implementation="sdpa")
+    flops = ModelFlops.of(model)
+    assert flops_of(flops, content_of(micro)) == flops.count(micro)
+
+
+@pytest.mark.parametrize(
+    ("spans", "busy", "gap"),
+    [
+        ([], 0.0, 0),
+        ([(10, 20)], 1.0, 0),
+        ([(30, 40), (10, 20)], 2 / 3, 10),
+        ([(0, 100), (20, 30), (90, 110), (140, 150)], 120 / 150, 30),
+    ],
+)
+def test_overlapping_operations_count_once(spans: list[tuple[int, int]], busy: float, gap: int) -> None:
+    assert busy_and_gap(spans) == (pytest.approx(busy), gap)
+
+
+@pytest.mark.parametrize("size", ["3B", "7B"])
+def test_the_models_have_the_official_dimensions(size: str) -> None:
+    assert Dimensions.of(official_config(size).to_dict()) == Dimensions.of(OFFICIAL[size])
+
+
+def test_images_have_as_many_tokens_as_the_scale_says() -> None:
+    rng = np.random.default_rng(0)
+    cuts = [draw_cut(rng, REAL, 1536) for _ in range(500)]
+    tokens = np.array([height * width // FACTOR**2 for _, _, height, width in cuts])
+    assert 120 <= tokens.min() < 200
+    assert 1300 < tokens.max() <= 1500
+    assert all(0 <= top <= 1536 - height and 0 <= left <= 1536 - width for top, left, height, width in cuts)
