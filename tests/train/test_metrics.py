@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from schemas.errors import ConfigError
 from tests.train.synthetic import as_bin, make_sample
@@ -61,13 +62,18 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def no_deal(step: int) -> NDArray[np.int64]:
+    """With one rank, no rank is the slowest and nobody asks for its bins."""
+    raise AssertionError(step)
+
+
 @pytest.fixture
 def window(process_group: None, monkeypatch: pytest.MonkeyPatch) -> Window:
     """A window whose clock advances one second at each look."""
     ticks = iter(range(1000))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
     order = DataOrder(np.ones(12), seed=0, global_batch=3, epochs=0.8)
-    return Window(order, torch.device("cpu"), TEN_TERAFLOPS, peak_tflops=160.0)
+    return Window(order, torch.device("cpu"), TEN_TERAFLOPS, deal=no_deal, peak_tflops=160.0)
 
 
 def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_window(window: Window) -> None:
@@ -101,7 +107,7 @@ def test_loss_and_counts_are_those_of_the_step_and_times_are_means_over_the_wind
 
 
 def test_mfu_is_absent_if_the_peak_of_the_device_is_unknown(window: Window) -> None:
-    unknown = Window(window._order, torch.device("cpu"), TEN_TERAFLOPS, peak_tflops=None)
+    unknown = Window(window._order, torch.device("cpu"), TEN_TERAFLOPS, deal=no_deal, peak_tflops=None)
     unknown.add(batch(0))
     record = unknown.summarise(batch(0), torch.ones(1), {"merger": 1.0}, 0.0, 0)
     assert record["tflops"] == pytest.approx(20.0)
@@ -235,8 +241,9 @@ def test_other_ranks_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_nested_metrics_are_flattened() -> None:
-    record = {"loss": 1.0, "grad_norm": None, "rates": {"merger": 1e-5}, "eval_datasets": {"a": {"loss": 2.0}}}
-    assert flatten(record) == {"loss": 1.0, "rates/merger": 1e-5, "eval_datasets/a/loss": 2.0}
+    record: Record = {"loss": 1.0, "grad_norm": None, "rates": {"merger": 1e-5}, "eval_datasets": {"a": {"loss": 2.0}}}
+    record["slowest"] = {"rank": 3, "bins": (7, 8)}
+    assert flatten(record) == {"loss": 1.0, "rates/merger": 1e-5, "eval_datasets/a/loss": 2.0, "slowest/rank": 3}
 
 
 def test_reports_show_metrics_in_groups() -> None:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from schemas.errors import ConfigError
-from train.run.process_group import Ranks, read_ranks
+from train.run.process_group import Ranks, read_ranks, warn_of_long_reads
+from train.settings.arguments import TrainArguments
+
+
+def test_reads_fail_before_the_ranks_that_wait_for_them(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the run would end without the name of the bin."""
+    warn_of_long_reads(TrainArguments(shards="shards").read_timeout_s)
+    assert caplog.text == ""
+    monkeypatch.setattr("deepspeed.constants.default_pg_timeout", timedelta(minutes=8))
+    warn_of_long_reads(TrainArguments(shards="shards").read_timeout_s)
+    assert "--read_timeout_s 480 is not below the 480 s after which ranks stop waiting" in caplog.text
 
 
 @pytest.fixture

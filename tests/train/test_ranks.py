@@ -11,8 +11,10 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
-from tests.train.launching import as_flags, fingerprint_of, run_ranks
+from schemas.errors import VlprepError
+from tests.train.launching import GRACE_S, as_flags, fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.run import loop, process_group
 from train.settings.arguments import TrainArguments
@@ -37,10 +39,12 @@ def wait_for_the_first() -> None:
     """The first rank works alone for longer than ranks wait for each other between steps."""
 
     def wait(_: TrainArguments) -> bool:
-        process_group.join(torch.device("cpu"))
-        time.sleep(6 if os.environ["RANK"] == "0" else 0)
-        process_group.barrier()
-        process_group.leave()
+        with process_group.joined(torch.device("cpu")):
+            time.sleep(6 if os.environ["RANK"] == "0" else 0)
+            process_group.barrier()
+            assert list(distributed_c10d._world.pg_map) == [distributed_c10d._get_default_group()], (
+                "waiting needs no group of its own, whose ranks would all connect to each other"
+            )
         return True
 
     patch = pytest.MonkeyPatch()
@@ -51,6 +55,32 @@ def wait_for_the_first() -> None:
 def test_ranks_wait_for_work_that_the_first_one_does_alone(flags: list[str]) -> None:
     done = run_ranks(2, *flags, prepare=wait_for_the_first)
     assert done.returncode == 0, done.stderr
+
+
+def fail(rank: str) -> None:
+    """One rank fails while the other waits for it."""
+
+    def wait_or_fail(_: TrainArguments) -> bool:
+        with process_group.joined(torch.device("cpu")):
+            process_group.barrier()
+            if os.environ["RANK"] == rank:
+                time.sleep(1)
+                raise VlprepError(f"rank {rank} has no disk")
+            process_group.barrier()
+        return True
+
+    pytest.MonkeyPatch().setattr(loop, "train", wait_or_fail)
+
+
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_rank_that_waits_for_one_that_fails_ends_at_once(flags: list[str], failing: str) -> None:
+    began = time.monotonic()
+    done = run_ranks(2, *flags, prepare=partial(fail, failing))
+    assert done.returncode == 1
+    assert f"error (rank {failing}): rank {failing} has no disk" in done.stderr
+    assert f"error (rank {1 - int(failing)}): " in done.stderr
+    assert done.stderr.count("see its message, above or in its log.") == 1
+    assert time.monotonic() - began < GRACE_S
 
 
 def see_less_on_the_second() -> None:

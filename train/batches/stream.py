@@ -32,6 +32,7 @@ from train.batches.batch import MicroBatch
 from train.batches.vision_inputs import WINDOW_SIZE
 from train.batches.workers import Builder, MicroStep, Workers
 from train.order.dealing import EMPTY, DataOrder
+from train.settings.arguments import READ_TIMEOUT_S
 from train.shards.buffers import Buffers, PinnedBuffers, ReusedBuffers
 from train.shards.index import ShardIndex
 from train.shards.reader import BinReader, ReadSettings
@@ -107,7 +108,7 @@ class BinStream(Iterator[StepBatch]):
         window_size: int = WINDOW_SIZE,
         num_threads: int = 2,
         prefetch: int = 8,
-        read_timeout_s: float = 600.0,
+        read_timeout_s: float = READ_TIMEOUT_S,
         pin_device: torch.device | None = None,
         read: ReadSettings | None = None,
     ) -> None:

@@ -81,19 +81,18 @@ def preflight(args: TrainArguments) -> None:
         dtype=plan.compute.dtype,
     )
     memory = estimate_memory(plan, sizes, bins)
-    process_group.join(plan.compute.device)
-    check_same_plan(plan)
-    stop_on_problems(check_estimate(plan, sizes, memory), plan.ranks, ConfigError)
-    with room_for("the model and its optimizer"):
-        zero3_loading = register_zero3_loading(plan.deepspeed)
-        engine = start_model(plan)
-    problems = check_disk(args.run_dir, disk_usage(plan, sizes)) if plan.ranks.is_first else []
-    problems += try_bins(engine, plan, bins)
-    if plan.compute.device.type == "cuda":
-        problems += check_device(memory, peak_memory_bytes(plan.compute.device), device_bytes(plan.compute.device))
-    del zero3_loading
-    stop_on_problems(problems, plan.ranks, VlprepError)
-    process_group.leave()
+    with process_group.joined(plan.compute.device):
+        check_same_plan(plan)
+        stop_on_problems(check_estimate(plan, sizes, memory), plan.ranks, ConfigError)
+        with room_for("the model and its optimizer"):
+            zero3_loading = register_zero3_loading(plan.deepspeed)
+            engine = start_model(plan)
+        problems = check_disk(args.run_dir, disk_usage(plan, sizes)) if plan.ranks.is_first else []
+        problems += try_bins(engine, plan, bins)
+        if plan.compute.device.type == "cuda":
+            problems += check_device(memory, peak_memory_bytes(plan.compute.device), device_bytes(plan.compute.device))
+        del zero3_loading
+        stop_on_problems(problems, plan.ranks, VlprepError)
     logger.info("dry run passed: the same command without --dry-run trains %d steps", plan.num_steps - plan.start_step)
 
 

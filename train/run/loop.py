@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ from train.run.plan import Plan, check_same_plan, make_plan
 from train.run.record import record_run
 from train.run.run_dir import ADAPTER_DIR, FINAL_DIR, RunState, check_files, lock_run_dir, remove_unfinished
 from train.run.schedule import LearningRates, count_warmup_steps, schedule
+from train.run.stragglers import Slowest, StepClock
 from train.settings.arguments import TrainArguments
 from train.settings.recipe import doubts
 
@@ -68,16 +70,19 @@ def train(args: TrainArguments, argv: Sequence[str] = ()) -> bool:
     """
     plan = make_plan(args)
     with lock_run_dir(args.run_dir) if plan.ranks.is_first else nullcontext():
-        join_ranks(plan, argv)
-        zero3_loading = register_zero3_loading(plan.deepspeed)
-        trainer = Trainer(plan)
-        # The request is caught until the export is done: one that comes too late must not cost the model.
-        with StopRequest(is_first=plan.ranks.is_first) as stop:
-            is_complete = run_steps(trainer, plan, stop)
-            if is_complete:
-                export(trainer.engine, plan)
-            process_group.leave()
-        del zero3_loading
+        if plan.ranks.is_first:
+            prepare_run_dir(plan)
+        with process_group.joined(plan.compute.device):
+            agree_on_run(plan, argv)
+            zero3_loading = register_zero3_loading(plan.deepspeed)
+            trainer = Trainer(plan)
+            # The request is caught until the export is done: one that comes too late must not cost the model.
+            with StopRequest(is_first=plan.ranks.is_first) as stop:
+                is_complete = run_steps(trainer, plan, stop)
+                if is_complete:
+                    export(trainer.engine, plan)
+                process_group.leave()
+            del zero3_loading
     return is_complete
 
 
@@ -149,13 +154,25 @@ class Trainer:
             is_first=plan.ranks.is_first,
             order_command=plan.order_command,
         )
-        self._window = Window(plan.order, plan.compute.device, flops, peak_tflops=plan.compute.peak_tflops)
+        self._window = Window(
+            plan.order,
+            plan.compute.device,
+            flops,
+            deal=partial(
+                plan.order.bins_of_step,
+                world_size=plan.ranks.world,
+                accumulation=plan.recipe.accumulation,
+                per_device=plan.recipe.per_device,
+            ),
+            peak_tflops=plan.compute.peak_tflops,
+        )
+        self._slow_rank: int | None = None
 
     def run_step(self, batch: StepBatch) -> StepResult:
         """Make one optimizer step, or skip it if its gradient is not finite. Collective."""
         learning_rates = self._rates.set(batch.step)
         scales_loss = can_lower_scale(self.engine)
-        losses = forward_backward(self.engine, batch, self._plan)
+        losses = forward_backward(self.engine, batch, self._plan, self._window.clock)
         if self.engine.optimizer.overflow:
             self._skipped.note_skipped(batch, losses, scales_loss=scales_loss)
         else:
@@ -185,6 +202,11 @@ class Trainer:
     def summarise(self, result: StepResult, *, evaluates: bool) -> Record:
         """Make the record of the last step, with the metrics of an evaluation if one is due. Collective."""
         record = self._window.summarise(*result, self.engine.get_global_grad_norm(), self._skipped.total)
+        if "slowest" in record:
+            slowest = Slowest(**record["slowest"])
+            if slowest.is_worth_telling(record["step_s"]) and slowest.rank != self._slow_rank:
+                logger.info("%s", slowest)
+                self._slow_rank = slowest.rank
         if evaluates and self._evaluation is not None:
             with self._window.paused():
                 metrics = self._evaluation.run(self.engine)
@@ -214,17 +236,15 @@ class Trainer:
             )
 
 
-def join_ranks(plan: Plan, argv: Sequence[str]) -> None:
-    """Join the process group and check that all ranks have the same plan. Collective.
+def prepare_run_dir(plan: Plan) -> None:
+    """Remove unfinished checkpoints, and check the files of the one to resume from before other ranks wait for that."""
+    remove_unfinished(plan.args.run_dir)
+    if plan.resume is not None:
+        check_files(plan.resume.folder)
 
-    The first rank prepares the folder of the run: it removes unfinished checkpoints, checks the files of the one to
-    resume from before any rank waits for it, and records the settings that all ranks agree on.
-    """
-    if plan.ranks.is_first:
-        remove_unfinished(plan.args.run_dir)
-        if plan.resume is not None:
-            check_files(plan.resume.folder)
-    process_group.join(plan.compute.device)
+
+def agree_on_run(plan: Plan, argv: Sequence[str]) -> None:
+    """Check that all ranks have the same plan. Collective. The first rank then records the settings."""
     check_same_plan(plan)
     if plan.ranks.is_first:
         record_run(plan, argv)
@@ -283,7 +303,7 @@ def open_stream(plan: Plan) -> BinStream:
     )
 
 
-def forward_backward(engine: Engine, batch: StepBatch, plan: Plan) -> torch.Tensor:
+def forward_backward(engine: Engine, batch: StepBatch, plan: Plan, clock: StepClock) -> torch.Tensor:
     """Run all micro-steps of an optimizer step, the last of which updates the weights. Collective.
 
     DeepSpeed averages over ranks and micro-steps. The weight undoes that, so that the differentiated loss is the mean
@@ -296,7 +316,8 @@ def forward_backward(engine: Engine, batch: StepBatch, plan: Plan) -> torch.Tens
     weight = num_micro_steps / max(1, batch.num_targets)
     losses = []
     for micro in batch.micro_batches:
-        loss_sum = engine(micro.to(plan.compute.device, non_blocking=True))
+        with clock.forward():
+            loss_sum = engine(micro.to(plan.compute.device, non_blocking=True))
         engine.backward(loss_sum * weight)
         engine.step()
         losses.append(loss_sum.detach())
@@ -351,5 +372,7 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
         plan.num_steps,
     )
     logger.info("parameters:\n%s", optim.format_table(groups, weight_decay=plan.args.weight_decay))
+    if ranks.is_first and ranks.world > 1:
+        process_group.warn_of_long_reads(plan.args.read_timeout_s)
     if plan.resume is not None:
         logger.info("resuming from %s", plan.resume.folder)

@@ -19,7 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -28,6 +30,7 @@ from storage.files import write_synced
 from train.batches.stream import StepBatch
 from train.model.flops import ModelFlops
 from train.order.dealing import DataOrder
+from train.run.stragglers import OwnTime, StepClock, find_slowest
 from train.settings.arguments import TrainArguments
 
 METRICS_FILE = "metrics.jsonl"
@@ -45,16 +48,27 @@ Record = dict[str, Any]
 class Window:
     """Accumulates the steps between two logged steps and turns them into a record."""
 
-    def __init__(self, order: DataOrder, device: torch.device, flops: ModelFlops, *, peak_tflops: float | None) -> None:
+    def __init__(
+        self,
+        order: DataOrder,
+        device: torch.device,
+        flops: ModelFlops,
+        *,
+        deal: Callable[[int], NDArray[np.int64]],
+        peak_tflops: float | None,
+    ) -> None:
         """Start the first window.
 
         Args:
             order: the order of the bins.
             device: of this rank.
             flops: operations of the model.
+            deal: the bins of a step on all ranks, see :meth:`DataOrder.bins_of_step`.
             peak_tflops: peak of the device of a rank, in 10^12 operations per second; None if unknown.
         """
+        self.clock = StepClock(device)
         self._order = order
+        self._deal = deal
         self._device = device
         self._flops = flops
         self._peak_tflops = peak_tflops
@@ -68,7 +82,8 @@ class Window:
         self._data_wait_s = self._efficiency = self._num_flops = 0.0
 
     def add(self, batch: StepBatch) -> None:
-        """Add a step that is done."""
+        """Add a step that is done. :attr:`clock` has measured its forward passes."""
+        self.clock.end_step(batch.step, batch.data_wait_s)
         self._num_steps += 1
         self._num_tokens += batch.num_tokens
         self._max_tokens += batch.max_tokens
@@ -96,7 +111,8 @@ class Window:
 
         Loss, learning rates, gradient norm and counts are those of the step. Times and speeds are means over the
         window, of the slowest rank. Padding and efficiency are means over the window. Operations are those of a rank,
-        averaged over the ranks. A loss or norm that is not finite is None.
+        averaged over the ranks. A loss or norm that is not finite is None. With several ranks, ``slowest`` holds the
+        attributes of :class:`train.run.stragglers.Slowest`.
 
         Args:
             batch: the step.
@@ -110,11 +126,16 @@ class Window:
         torch.distributed.all_reduce(totals)
         step_s = (time.perf_counter() - self._began - self._paused_s) / self._num_steps
         wait_s = self._data_wait_s / self._num_steps
-        slowest = torch.tensor(
-            [step_s, wait_s, peak_memory_bytes(self._device)], dtype=torch.float64, device=self._device
+        own = torch.tensor(
+            [step_s, wait_s, peak_memory_bytes(self._device), *self.clock.take()],
+            dtype=torch.float64,
+            device=self._device,
         )
-        torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-        step_s, wait_s, memory_bytes = slowest.tolist()
+        gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, own)
+        of_ranks = torch.stack(gathered).tolist()  # (W, 5)
+        step_s, wait_s, memory_bytes = (max(values) for values in list(zip(*of_ranks))[:3])
+        slowest = find_slowest([OwnTime(mean_s, int(step)) for *_, mean_s, step in of_ranks], self._deal)
         loss_sum, num_flops = totals.tolist()
         tflops = num_flops / torch.distributed.get_world_size() / self._num_steps / step_s / 1e12
         record: Record = {
@@ -136,6 +157,7 @@ class Window:
             **({} if self._peak_tflops is None else {"mfu": tflops / self._peak_tflops}),
             "skipped_steps": num_skipped,
             "max_memory_bytes": int(memory_bytes),
+            **({} if slowest is None else {"slowest": asdict(slowest)}),
         }
         self._reset()
         return record
@@ -264,12 +286,12 @@ def drop_later_steps(path: Path, step: int) -> None:
 
 
 def flatten(record: Record) -> dict[str, float]:
-    """Flatten a record: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``. None is dropped."""
+    """Flatten a record: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``. None and lists are dropped."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
             flat.update({f"{name}/{key}": item for key, item in flatten(value).items()})
-        elif value is not None:
+        elif value is not None and not isinstance(value, (list, tuple)):
             flat[name] = value
     return flat
 

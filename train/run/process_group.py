@@ -1,24 +1,40 @@
 """The process group: which rank this process is, joining the other ranks, waiting for them, leaving.
 
+Ranks wait for each other in two ways. Between steps they wait in collectives, which fail after DeepSpeed's timeout
+(10 minutes, or ``DEEPSPEED_TIMEOUT``). For work that the first rank does alone, they wait at a :func:`barrier` in the
+key-value store through which they met. It needs no connection between ranks but the one that each has to the store.
+
 DeepSpeed 0.19 needs two workarounds on a CPU: it would compile a communication kernel at every start (27 s), and a
 process that leaves without a barrier sometimes aborts.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 
 import torch
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import _get_default_store
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, VlprepError
 
 BARRIER_TIMEOUT = timedelta(days=1)
-"""How long ranks wait for work that the first rank does alone, such as writing a model of 140 GB. If a rank ends, the
-ranks that wait for it still fail at once."""
+"""How long ranks wait for work that the first rank does alone, such as writing a model of 140 GB. Ranks that wait for
+one that fails are told, and end at once. If a rank is killed, the launcher ends the others."""
+
+_ARRIVALS = "vlprep/arrivals"
+"""Key of the store that counts all arrivals at barriers."""
+
+_OPEN, _FAILED = "open", "failed"
+"""States of a barrier that nobody waits at any longer."""
+
+logger = logging.getLogger(__name__)
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -71,6 +87,28 @@ def read_ranks(local_rank: int) -> Ranks:
     return Ranks(rank=rank, local=local, world=world)
 
 
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Be in the process group inside the ``with`` block. Collective, also at the end, unless the block has left.
+
+    If the block fails, the ranks that wait for this one at a barrier, now or later, fail as well.
+
+    Raises:
+        ConfigError: the ranks cannot connect.
+    """
+    join(device)
+    try:
+        yield
+    except BaseException:
+        if torch.distributed.is_initialized():
+            with suppress(DistError):  # the store has ended with the first rank
+                store, world = _get_default_store(), torch.distributed.get_world_size()
+                store.compare_set(_barrier_key(store.add(_ARRIVALS, 0) // world), "", _FAILED)
+        raise
+    if torch.distributed.is_initialized():
+        leave()
+
+
 def join(device: torch.device) -> None:
     """Join the process group. Collective.
 
@@ -90,26 +128,54 @@ def join(device: torch.device) -> None:
             f"the ranks cannot meet at {address} ({reason}): give the launcher another --master_port, or check its "
             "--master_addr."
         ) from error
-    _barrier_group()
 
 
 def barrier() -> None:
-    """Wait until every rank is here, for at most :data:`BARRIER_TIMEOUT`. Collective."""
-    torch.distributed.barrier(group=_barrier_group())
+    """Wait until every rank is here, for at most :data:`BARRIER_TIMEOUT`. Collective.
+
+    Raises:
+        VlprepError: a rank has failed.
+    """
+    store, world = _get_default_store(), torch.distributed.get_world_size()
+    try:
+        # No rank arrives at the next barrier before all have arrived at this one.
+        arrivals = store.add(_ARRIVALS, 1)
+        key = _barrier_key((arrivals - 1) // world)
+        if arrivals % world == 0:
+            store.compare_set(key, "", _OPEN)
+        store.wait([key], BARRIER_TIMEOUT)
+        state = store.get(key).decode()
+    except DistError as error:
+        raise VlprepError(
+            f"the ranks cannot wait for each other ({error}): the first one has ended, see its message, above or in "
+            "its log."
+        ) from error
+    if state == _FAILED:
+        raise VlprepError("another rank failed while this one waited for it: see its message, above or in its log.")
 
 
 def leave() -> None:
     """Leave the process group. Collective."""
     barrier()
+    torch.distributed.barrier()  # the store ends with the first rank, when all have been told that they are here
     torch.distributed.destroy_process_group()
-    _barrier_group.cache_clear()
 
 
-@cache
-def _barrier_group() -> torch.distributed.ProcessGroup | None:
-    """All ranks with a long timeout. The default group keeps DeepSpeed's timeout, which bounds waits between steps."""
-    group: torch.distributed.ProcessGroup | None = torch.distributed.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
-    return group
+def warn_of_long_reads(read_timeout_s: float) -> None:
+    """Warn if ranks give up waiting for one that reads before its own time limit could name what it reads."""
+    from deepspeed.constants import default_pg_timeout
+
+    if read_timeout_s >= default_pg_timeout.total_seconds():
+        logger.warning(
+            "--read_timeout_s %g is not below the %g s after which ranks stop waiting for each other: a slow read "
+            "would end the run without the name of its bin. Lower it, or raise DEEPSPEED_TIMEOUT (minutes)",
+            read_timeout_s,
+            default_pg_timeout.total_seconds(),
+        )
+
+
+def _barrier_key(index: int) -> str:
+    return f"vlprep/barrier/{index}"
 
 
 def _free_port() -> int:

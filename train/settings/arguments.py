@@ -21,6 +21,10 @@ SCHEDULES = ("cosine", "linear", FLAT, "constant_with_warmup")
 WARMUP = 0.03
 """Recommended share of steps for the warm-up of every schedule but the flat one."""
 
+READ_TIMEOUT_S = 480.0
+"""Default limit for reading the data of a forward pass: two minutes below the time that ranks wait for each other, and
+longer than seven requests of a minute each, with their pauses, need to fail."""
+
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Names of transformers for the optimizers of this trainer. The first leaves the kernel to PyTorch."""
 
@@ -114,8 +118,13 @@ class TrainArguments:
     ] = None
     read_timeout_s: Annotated[
         float,
-        Setting("The run stops when the data of a forward pass take longer to read.", unit="seconds", above=0),
-    ] = 600.0
+        Setting(
+            "The run stops when the data of a forward pass take longer to read. Stay below the time that ranks wait "
+            "for each other, DEEPSPEED_TIMEOUT (10 minutes).",
+            unit="seconds",
+            above=0,
+        ),
+    ] = READ_TIMEOUT_S
     read_connections: Annotated[
         int | None, Setting("Remote shards: concurrent requests of a rank.", unit="requests", low=1, unset="16")
     ] = None
