@@ -22,7 +22,16 @@ from train.batches.stream import StepBatch
 from train.model.flops import ModelFlops
 from train.order.dealing import DataOrder
 from train.run import metrics
-from train.run.metrics import Record, Window, drop_later_steps, flatten, format_record, grouped, open_log, require_reporter
+from train.run.metrics import (
+    Record,
+    Window,
+    drop_later_steps,
+    flatten,
+    format_record,
+    grouped,
+    open_log,
+    require_reporter,
+)
 from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
 
@@ -160,7 +169,14 @@ def test_dropping_later_steps_of_a_missing_file_does_nothing(tmp_path: Path) -> 
 def record_of(step: int) -> Record:
     speeds = {"tokens_per_s": 10.0, "data_wait_s": 0.1, "step_s": 2.0, "efficiency": 0.9, "padding": 0.1}
     speeds["samples_per_s"] = 2.5
-    sizes = {"grad_norm": 0.5, "num_targets": 7, "tflops": 300.0, "mfu": 0.31, "max_memory_bytes": 3 << 30, "skipped_steps": 0}
+    sizes = {
+        "grad_norm": 0.5,
+        "num_targets": 7,
+        "tflops": 300.0,
+        "mfu": 0.31,
+        "max_memory_bytes": 3 << 30,
+        "skipped_steps": 0,
+    }
     return {"step": step, "loss": 1.0, "learning_rate": 1e-5, "learning_rates": {"merger": 1e-5}, **speeds, **sizes}
 
 

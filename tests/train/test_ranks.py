@@ -17,7 +17,6 @@ from schemas.errors import VlprepError
 from tests.train.launching import GRACE_S, as_flags, fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.run import loop, process_group
-from train.settings.arguments import TrainArguments
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +37,7 @@ def flags(tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
 def wait_for_the_first() -> None:
     """The first rank works alone for longer than ranks wait for each other between steps."""
 
-    def wait(_: TrainArguments) -> bool:
+    def wait(*_: object) -> bool:
         with process_group.joined(torch.device("cpu")):
             time.sleep(6 if os.environ["RANK"] == "0" else 0)
             process_group.barrier()
@@ -60,7 +59,7 @@ def test_ranks_wait_for_work_that_the_first_one_does_alone(flags: list[str]) -> 
 def fail(rank: str) -> None:
     """One rank fails while the other waits for it."""
 
-    def wait_or_fail(_: TrainArguments) -> bool:
+    def wait_or_fail(*_: object) -> bool:
         with process_group.joined(torch.device("cpu")):
             process_group.barrier()
             if os.environ["RANK"] == rank:

@@ -161,8 +161,8 @@ class Trainer:
             deal=partial(
                 plan.order.bins_of_step,
                 world_size=plan.ranks.world,
-                accumulation=plan.recipe.accumulation,
-                per_device=plan.recipe.per_device,
+                accumulation=plan.batch.accumulation,
+                per_device=plan.batch.per_device,
             ),
             peak_tflops=plan.compute.peak_tflops,
         )

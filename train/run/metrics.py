@@ -37,7 +37,7 @@ METRICS_FILE = "metrics.jsonl"
 
 _GROUPS = {
     "data": ("num_tokens", "num_targets", "padding", "data_wait_s"),
-    "perf": ("tokens_per_s", "samples_per_s", "step_s", "efficiency", "tflops", "mfu", "max_memory_bytes"),
+    "perf": ("tokens_per_s", "samples_per_s", "step_s", "efficiency", "tflops", "mfu", "max_memory_bytes", "slowest"),
 }
 """Groups of the metrics in TensorBoard and wandb. Those of an evaluation are in ``eval/``, others in ``train/``."""
 

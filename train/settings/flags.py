@@ -223,7 +223,9 @@ def make_parser(problems: list[str] | None = None) -> argparse.ArgumentParser:
             options.update(type=_switch, nargs="?", const=True, metavar="True|False")
         if problems is not None:
             options.update(type=partial(_collecting, options["type"], kind.__name__, name, problems))
-        parser.add_argument(*SHORT_FLAGS.get(name, ()), f"--{name}", help=field.help_text().replace("%", "%%"), **options)
+        parser.add_argument(
+            *SHORT_FLAGS.get(name, ()), f"--{name}", help=field.help_text().replace("%", "%%"), **options
+        )
     return parser
 
 
