@@ -42,5 +42,6 @@ def test_a_migrated_script_builds_shards_and_plans_a_run_on_them(
     assert train[:3] == ["torchrun", "--nproc_per_node=1", "train/main.py"]
     plan = make_plan(parse_arguments(train[3:]))
     assert plan.index.max_length == 1200
-    assert (plan.num_steps, plan.deepspeed["train_batch_size"]) == (2, 2)
+    assert (plan.num_steps, plan.args.samples_per_step) == (2, 2)
+    assert plan.batch.bins == max(1, round(2 / plan.index.samples_per_bin))
     assert plan.deepspeed["zero_optimization"]["stage"] == 3

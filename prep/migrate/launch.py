@@ -79,12 +79,12 @@ def read_script(path: Path) -> Launch:
     """Read a script.
 
     Raises:
-        ScriptError: the file cannot be read, or starts no training.
-        ConfigError: the package that reads YAML is not installed.
+        ScriptError: the file is no script, or starts no training.
+        ConfigError: there is no such file, or the package that reads YAML is not installed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(path)
+    except UnicodeDecodeError as error:
         raise ScriptError(f"{path} cannot be read as a script: {error}.") from error
     if path.suffix in YAML_SUFFIXES:
         launch = Launch(tool=LLAMA_FACTORY)
@@ -101,6 +101,23 @@ def read_script(path: Path) -> Launch:
             "swift sft, no llamafactory-cli train. Give its flags after --."
         )
     return training
+
+
+def read_file(path: Path) -> str:
+    """Read a file that the command line names.
+
+    Raises:
+        ConfigError: it does not exist, or cannot be read.
+        UnicodeDecodeError: it holds no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        fault = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise ConfigError(
+            f"{path} {fault}. Give a launch script, a YAML of settings or a registry of datasets, or a command line "
+            "after --."
+        ) from error
 
 
 def read_words(words: Sequence[str]) -> Launch:
@@ -198,13 +215,21 @@ def _launcher_of(words: Sequence[str], environment: dict[str, str], launch: Laun
 
 def _launcher_of_accelerate(options: Sequence[str], launch: Launch) -> list[str]:
     words = ["torchrun"]
-    renamed = {"num_processes": "nproc_per_node", "num_machines": "nnodes", "machine_rank": "node_rank"}
-    for flag in split_flags([word for word in options if word != "launch"], []):
-        name = renamed.get(flag.name, flag.name)
-        if name == "main_process_port":
-            name = "master_port"
+    renamed = {
+        "num_processes": "nproc_per_node",
+        "num_machines": "nnodes",
+        "machine_rank": "node_rank",
+        "main_process_port": "master_port",
+    }
+    flags = split_flags([word for word in options if word != "launch"], [])
+    machines = next((flag.value for flag in flags if flag.name == "num_machines"), "1")
+    for flag in flags:
+        name, value = renamed.get(flag.name, flag.name), flag.value
+        if flag.name == "num_processes" and machines != "1":  # it counts those of all machines
+            is_known = value.isdigit() and machines.isdigit() and int(machines) > 0
+            value = str(int(value) // int(machines)) if is_known else f"$(({value}/{machines}))"
         if name in _RENDEZVOUS:
-            words.append(f"--{name}={flag.value}")
+            words.append(f"--{name}={value}")
         else:
             launch.not_understood.append(f"the option {flag.text()} of accelerate")
     return words

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prep.migrate.launch import ScriptError
+from prep.migrate.launch import ScriptError, read_file
 
 _LLAMA_FACTORY_KEYS = {"file_name", "formatting", "columns", "tags"}
 _COLUMNS = {
@@ -67,14 +67,15 @@ def read_registry(path: Path, *, media_dir: str | None = None) -> Tables:
         media_dir: folder of the media, for LLaMA-Factory.
 
     Raises:
-        ScriptError: the file cannot be read.
+        ScriptError: the file is no registry.
+        ConfigError: there is no such file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path)
         if path.suffix == ".py":
             return _read_python(ast.parse(text), path)
         return _read_dataset_info(json.loads(text), path, media_dir)
-    except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError) as error:
+    except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError) as error:
         raise ScriptError(f"{path} cannot be read as a registry of datasets: {error}.") from error
 
 

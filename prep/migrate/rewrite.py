@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prep.annotations.records import ANNOTATION_SUFFIXES
+from prep.migrate.batch import factors_of_ranks, multiply
 from prep.migrate.launch import Flag, Launch
 from prep.migrate.rules import BUILD, TRAIN, NoEffect, NotHere, is_left_to_shell
 from prep.migrate.shell import quote
@@ -28,6 +29,7 @@ class Entry:
         name: name of the flag there.
         value: value there.
         why: reason or remark.
+        counted_in: flag and value that the flag is a factor of, if it is one.
         is_left: whether it is left to the reader.
     """
 
@@ -37,6 +39,7 @@ class Entry:
     name: str = ""
     value: str = ""
     why: str = ""
+    counted_in: str = ""
     is_left: bool = False
 
     def drop(self, why: str) -> None:
@@ -47,6 +50,8 @@ class Entry:
         """The flag and what became of it, in one line."""
         remark = f": {self.why}" if self.why else ""
         flag = f"{self.written} {self.origin}".strip()
+        if self.counted_in:
+            return f"{flag}  counted in {self.counted_in}"
         if not self.program:
             return f"{flag}  has no effect here{remark}"
         here = f"{_option(self.program, self.name)} {self.value}".strip()
@@ -206,6 +211,7 @@ def _settle(migration: Migration) -> None:
         _set(migration, TRAIN, "lora_alpha", str(2 * int(value(TRAIN, "lora_r"))))
     if tool is UPSTREAM and value(TRAIN, "lora_enable") == "True":
         _settle_upstream_lora(migration)
+    _settle_batch(migration)
     _settle_length_and_rates(migration)
     if value(TRAIN, "lora_enable") != "True":
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
@@ -235,13 +241,35 @@ def _settle(migration: Migration) -> None:
 
 def _swift_accumulation(migration: Migration) -> str:
     """The default of ms-swift: at least 16 samples a step over all ranks."""
-    ranks = 1
-    for word in migration.launch.launcher:
-        option, _, count = word.partition("=")
-        if option in ("--nproc_per_node", "--nnodes") and count.isdigit():
-            ranks *= int(count)
-    batch = migration.value(TRAIN, "per_device_train_batch_size")
-    return str(max(1, math.ceil(16 / (max(1, int(batch)) * max(1, ranks))))) if batch.isdigit() else "1"
+    ranks = factors_of_ranks(migration.launch.launcher, migration.launch.environment) or ()
+    per_pass = multiply(migration.value(TRAIN, "per_device_train_batch_size"), *ranks) or ""
+    return str(math.ceil(16 / max(1, int(per_pass)))) if per_pass.isdigit() else "1"
+
+
+def _settle_batch(migration: Migration) -> None:
+    """Count the samples of a step: batch size, accumulation and ranks multiplied."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    entries = [entry for name in names if (entry := migration.find(TRAIN, name))]
+    if migration.find(TRAIN, "samples_per_step"):
+        for entry in entries:
+            entry.drop("--samples_per_step says how many samples a step has")
+        return
+    launch = migration.launch
+    ranks = factors_of_ranks(launch.launcher, launch.environment)
+    factors = [entry.value for entry in entries]
+    samples = multiply(*factors, *ranks) if ranks and len(factors) == len(names) else None
+    if ranks is None or samples is None:
+        for entry in entries:
+            entry.drop("it is a factor of --samples_per_step")
+        formula = " x ".join([*factors, "the number of ranks"])
+        launch.not_understood.append(f"the samples of a step: give --samples_per_step, which is {formula}")
+        return
+    batch, accumulation = entries
+    of_ranks = " x ".join(factor for factor in ranks if factor != "1") or "1"
+    batch.why = f"{batch.value} samples x {accumulation.value} forward passes x {of_ranks} ranks"
+    batch.name, batch.value = "samples_per_step", samples
+    accumulation.drop("")
+    accumulation.counted_in = f"--samples_per_step {samples}"
 
 
 def _settle_upstream_lora(migration: Migration) -> None:

@@ -100,7 +100,6 @@ TRAINER_VALUES = (
 )
 """All flags of ``train/main.py``; a test compares them with its declarations."""
 
-_BINS = "counts bins here, each of which packs many samples: see docs/moving_over.md"
 _EVALUATION = "build a second set of shards from it and give --eval_shards DIR --eval_strategy steps"
 _SHARDS = "shards are built once"
 
@@ -135,7 +134,7 @@ def _save_steps(value: str) -> str:
 def _steps(value: str) -> str:
     if value.isdigit() or "$" in value:
         return value
-    raise NotHere("give a number of steps")
+    raise NotHere("give a number")
 
 
 def _dtype(value: str) -> str:
@@ -184,7 +183,7 @@ COMMON: dict[str, Rule] = {
     "lr_scheduler_type": trained("lr_scheduler_type", one_of("cosine", "linear", "constant", "constant_with_warmup")),
     "max_steps": trained("max_steps", unless({"-1"}, "the epochs set the length")),
     "optim": trained("optim", one_of("adamw_torch", "adamw_torch_fused", adamw_hf="adamw_torch")),
-    "per_device_train_batch_size": trained("per_device_train_batch_size", why=_BINS),
+    "per_device_train_batch_size": trained("per_device_train_batch_size", _steps),
     "report_to": trained("report_to", reporter),
     "resume_from_checkpoint": _RESUME,
     "save_steps": trained("save_steps", _save_steps),

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,9 +65,17 @@ def train_command(text: str) -> tuple[list[str], TrainArguments]:
     words = shlex.split(section(text, "2. Train").replace("\\\n", ""))
     at = words.index("train/main.py")
     notes: list[str] = []
-    args = parse_arguments(words[at + 1 :], note=notes.append)
+    args = parse_arguments([as_shell(word) for word in words[at + 1 :]], note=notes.append)
     assert notes == []
     return words[:at], args
+
+
+def as_shell(word: str) -> str:
+    """A word as bash passes it on, on a machine with two GPUs."""
+    if "$((" not in word:
+        return word
+    program = f'nvidia-smi() {{ printf "GPU 0\\nGPU 1\\n"; }}; printf %s "{word}"'
+    return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -113,16 +122,16 @@ def test_an_upstream_script_becomes_two_commands_that_are_accepted(folder: Path,
     assert (args.report_to, args.run_name, str(args.output_dir)) == ("wandb", "qwen2vl-baseline", "output")
 
 
-def test_the_sizes_of_upstream_keep_their_batch_rate_and_zero_stage(folder: Path) -> None:
+def test_the_sizes_of_upstream_keep_their_samples_rate_and_zero_stage(folder: Path) -> None:
     arguments = {}
     for name in ("sft_3b.sh", "sft_7b.sh", "sft_32b.sh"):
         _, args = train_command(migrate(f"scripts/{name}").output)
-        batch = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        arguments[name] = (args.learning_rate, *batch, args.deepspeed)
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (None, None)
+        arguments[name] = (args.learning_rate, args.samples_per_step, args.deepspeed)
     assert arguments == {
-        "sft_3b.sh": (2e-7, 8, 4, "zero2.json"),
-        "sft_7b.sh": (2e-7, 4, 4, "zero3.json"),
-        "sft_32b.sh": (1e-7, 2, 8, "zero3_offload.json"),
+        "sft_3b.sh": (2e-7, 8 * 4 * 8, "zero2.json"),
+        "sft_7b.sh": (2e-7, 4 * 4 * 8, "zero3.json"),
+        "sft_32b.sh": (1e-7, 2 * 8 * 8, "zero3_offload.json"),
     }
 
 
@@ -152,6 +161,8 @@ def test_each_line_says_what_became_of_its_flag(folder: Path) -> None:
         "--bf16  kept",
         "--model_max_length 8192  moved to the build, --max-length 8192: the capacity of a bin",
         "--deepspeed ./scripts/zero3.json  replaced by --deepspeed zero3.json",
+        "--per_device_train_batch_size 4  replaced by --samples_per_step 128: 4 samples x 4 forward passes x 8 ranks",
+        "--gradient_accumulation_steps 4  counted in --samples_per_step 128",
         "--data_flatten True  has no effect here: bins are always packed, and their samples isolated",
         "--cache_dir ./cache  has no effect here: it is the cache of the Hub there; set HF_HOME",
         "--save_strategy steps  has no effect here: --save_steps says how often to save",
@@ -181,7 +192,7 @@ def test_a_swift_script_becomes_two_commands_that_are_accepted(folder: Path, nam
         assert (options["video_max_frame_pixels"], options["fps_max_frames"]) == (50176, 12)
         assert (args.vision_tower_lr, args.tune_mm_mlp, args.lora_enable) == (1e-6, False, False)
         assert args.deepspeed == "zero3.json"
-        assert args.gradient_accumulation_steps == 8  # 16 samples a step on 2 ranks
+        assert args.samples_per_step == 16  # at least, by default
         assert result.exit_code == 1
         assert section(result.output, "Not understood") == "#   --save_strategy epoch: give --save_steps\n"
     if name == "merger.sh":
@@ -203,7 +214,7 @@ def test_a_yaml_of_llama_factory_becomes_two_commands_that_are_accepted(folder: 
     assert options["datasets"] == ("mllm_demo,my_set",)
     assert (options["max_length"], options["workers"], options["max_pixels"]) == (2048, 16, 262144)
     assert (options["min_pixels"], options["video_min_frame_pixels"]) == (1024, 784)
-    assert (args.gradient_accumulation_steps, args.warmup_ratio, args.bf16) == (8, 0.1, True)
+    assert (args.samples_per_step, args.warmup_ratio, args.bf16) == (1 * 8 * 2, 0.1, True)
     if name == "lora.yaml":
         assert (args.lora_enable, args.lora_r, args.lora_alpha, args.learning_rate) == (True, 8, 16, 1e-4)
         assert options["base_interval"] == 0.5
@@ -293,7 +304,7 @@ def test_a_command_line_after_two_hyphens_is_read(folder: Path) -> None:
     )
     launcher, args = train_command(result.output)
     assert launcher == ["torchrun", "--nproc_per_node", "2"]
-    assert (args.tune_mm_llm, args.tune_mm_mlp) == (False, True)
+    assert (args.tune_mm_llm, args.tune_mm_mlp, args.samples_per_step) == (False, True, 8 * 1 * 2)
     frozen = migrate("--", "--dataset_use", "mp_doc")
     assert frozen.exit_code == 1
     assert "nothing is trained: give --tune_mm_llm, --tune_mm_mlp or both" in frozen.output
@@ -332,6 +343,63 @@ def test_a_script_is_never_run(folder: Path) -> None:
     (folder / "evil.sh").write_text("touch made; X=$(touch made) `touch made`\n" + UPSTREAM_SCRIPTS["sft.sh"])
     migrate("evil.sh")
     assert not (folder / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere.sh", "nowhere.yaml", "nowhere.py", "nowhere/dataset_info.json", "scripts"])
+def test_a_file_that_is_not_there_is_wrong_use(folder: Path, name: str) -> None:
+    result = migrate(name)
+    assert result.exit_code == 2
+    fault = "cannot be read: Is a directory" if name == "scripts" else "does not exist"
+    assert result.stderr == (
+        f"vlprep: {name} {fault}. Give a launch script, a YAML of settings or a registry of datasets, or a command "
+        "line after --.\n"
+    )
+    assert migrate("scripts/sft.sh", "--registry", "nowhere.py").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("launch", "samples"),
+    [
+        ("torchrun --nproc_per_node=8 --nnodes 2", "128"),
+        ("torchrun --nproc-per-node 8", "64"),
+        ("torchrun", "8"),
+        ("torchrun --nproc_per_node gpu", "$((8*$(nvidia-smi --list-gpus | wc -l)))"),
+        ("torchrun --nproc_per_node=$N --nnodes=$(hosts)", "$((8*$(hosts)*$N))"),
+        ("torchrun --nnodes 1:4 --nproc_per_node 8", None),
+        ("python", "8"),
+        ("python -m torch.distributed.run --nproc_per_node 4", "32"),
+        ("accelerate launch --num_processes 4", "32"),
+        ("accelerate launch --num_processes 8 --num_machines 2", "64"),
+        ("deepspeed --num_gpus 4 --num_nodes 2", "64"),
+        ("deepspeed", "$((8*$(nvidia-smi --list-gpus | wc -l)))"),
+        ("CUDA_VISIBLE_DEVICES=0,3,5 deepspeed", "24"),
+        ("CUDA_VISIBLE_DEVICES=$ids deepspeed", "$((8*$(nvidia-smi --list-gpus | wc -l)))"),
+        ("deepspeed --hostfile hosts", None),
+        ("deepspeed --include localhost:0,1", None),
+    ],
+)
+def test_the_samples_of_a_step_are_those_of_all_ranks(folder: Path, launch: str, samples: str | None) -> None:
+    flags = "--dataset_use mp_doc --tune_mm_llm True --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    (folder / "run.sh").write_text(f"{launch} qwenvl/train/train_qwen.py {flags}\n")
+    result = migrate("run.sh")
+    assert result.exit_code == (samples is None), result.output
+    words = shlex.split(section(result.output, "2. Train").replace("\\\n", ""))
+    if samples is not None:
+        assert words[words.index("--samples_per_step") + 1] == samples
+    else:
+        assert "--samples_per_step" not in words
+        rest = "give --samples_per_step, which is 4 x 2 x the number of ranks"
+        assert section(result.output, "Not understood").strip() == f"#   the samples of a step: {rest}"
+
+
+@pytest.mark.parametrize("flag", ["--per_device_train_batch_size auto", "--gradient_accumulation_steps auto"])
+def test_a_batch_size_that_is_no_number_is_listed(folder: Path, flag: str) -> None:
+    result = migrate(
+        "--", "torchrun", "train_qwen.py", "--dataset_use", "mp_doc", "--tune_mm_llm", "True", *flag.split()
+    )
+    assert result.exit_code == 1
+    assert f"{flag}: give a number" in section(result.output, "Not understood")
+    assert train_command(result.output)[1].samples_per_step is None
 
 
 @pytest.mark.parametrize(
@@ -399,7 +467,7 @@ def test_every_rule_names_an_option_that_exists() -> None:
 )
 def test_the_warm_up_is_a_share_or_a_number_of_steps(words: str, expected: tuple[float | None, int | None]) -> None:
     migration = rewrite(read_words(["--dataset_use", "a", "--tune_mm_llm", "True", *words.split()]))
-    args = parse_arguments(migration.train_words()[2:])
+    args = parse_arguments([as_shell(word) for word in migration.train_words()[2:]])
     assert (args.warmup_ratio, args.warmup_steps) == expected
 
 
