@@ -48,6 +48,8 @@ TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", count) for count in "
 ZERO_3 = ("--deepspeed", "zero3.json")
 DROPOUT = ("--lora_dropout", "0.2")
 
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
+
 
 @pytest.fixture(scope="module")
 def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -180,8 +182,12 @@ def test_final_weights_differ_from_the_base_by_matrices_of_the_rank(zero3: Path,
 
 
 def test_the_adapter_has_the_files_of_tokenizer_and_processor(zero3: Path, tiny_checkpoint: Path) -> None:
-    for name in ("tokenizer.json", "chat_template.json", "preprocessor_config.json"):
+    for name in ("tokenizer.json", "chat_template.json"):
         assert (zero3 / "adapter" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+    for name in PROCESSORS:
+        assert (zero3 / "adapter" / name).read_bytes() == (zero3 / "final" / name).read_bytes()
+    processor = json.loads((zero3 / "final" / PROCESSORS[0]).read_bytes())
+    assert (processor["min_pixels"], processor["max_pixels"]) == (16 * 28 * 28, 576 * 28 * 28), "as in the manifest"
 
 
 def test_checkpoints_hold_the_adapters_and_not_the_model(two_ranks: Path, tiny_checkpoint: Path) -> None:
@@ -261,6 +267,8 @@ def test_merging_an_adapter_gives_the_final_model_to_the_bit(
     assert [name for name, weight in expected.items() if not torch.equal(actual[name], weight)] == []
     names = {path.name for path in (zero3 / "final").iterdir()}
     assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    for name in PROCESSORS:
+        assert (tmp_path / "merged" / name).read_bytes() == (zero3 / "final" / name).read_bytes()
 
 
 def test_an_adapter_is_not_merged_into_another_model(zero3: Path, tiny_vocab_checkpoint: Path, tmp_path: Path) -> None:

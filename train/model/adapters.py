@@ -30,6 +30,7 @@ from schemas.errors import ConfigError
 from schemas.seeds import seed_for
 from train.model import optim
 from train.model.pretrained import copy_companions, replacing
+from train.model.processors import ShardMedia
 from train.settings.arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
@@ -243,7 +244,13 @@ def _fits(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def write_adapter(
-    out: Path, adapter_weights: Mapping[str, torch.Tensor], adapters: Adapters, *, model: str, source: Path
+    out: Path,
+    adapter_weights: Mapping[str, torch.Tensor],
+    adapters: Adapters,
+    *,
+    model: str,
+    source: Path,
+    media: ShardMedia | None = None,
 ) -> None:
     """Write the adapters in peft's format: ``PeftModel.from_pretrained(model, out)`` loads them.
 
@@ -253,6 +260,7 @@ def write_adapter(
         adapters: layers and settings.
         model: name or path of the base checkpoint, as recorded for users of the adapter.
         source: folder of the base checkpoint, whose tokenizer and processor files are copied.
+        media: what the processor files are to say instead; None leaves them.
 
     Raises:
         VlprepError: the folder cannot be written.
@@ -264,7 +272,7 @@ def write_adapter(
     with replacing(out) as folder:
         config.save_pretrained(str(folder))
         save_file(dict(adapter_weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        copy_companions(source, folder)
+        copy_companions(source, folder, media)
     logger.info("adapter written to %s", out)
 
 

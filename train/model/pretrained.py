@@ -29,6 +29,7 @@ from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
 from storage.hub import unreachable_reason
 from train.model.disk import writing
+from train.model.processors import ShardMedia, write_processors
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,12 @@ def load_model(
 
 
 def write_checkpoint(
-    out: Path, model: Qwen2_5_VLForConditionalGeneration, state_dict: dict[str, Any], *, source: Path
+    out: Path,
+    model: Qwen2_5_VLForConditionalGeneration,
+    state_dict: dict[str, Any],
+    *,
+    source: Path,
+    media: ShardMedia | None = None,
 ) -> None:
     """Write a checkpoint that ``from_pretrained`` loads: sharded safetensors, configuration, companion files.
 
@@ -218,6 +224,7 @@ def write_checkpoint(
         model: the model, for its configuration and the names of its weights.
         state_dict: the weights on the CPU, by their names in ``model``.
         source: checkpoint whose tokenizer and processor files are copied.
+        media: what the processor files are to say instead; None leaves them.
 
     Raises:
         VlprepError: the folder cannot be written.
@@ -227,7 +234,7 @@ def write_checkpoint(
     model.__dict__.pop("_weight_conversions", None)
     with replacing(out) as folder:
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size=MAX_SHARD_SIZE)
-        copy_companions(source, folder)
+        copy_companions(source, folder, media)
     logger.info("model written to %s", out)
 
 
@@ -248,11 +255,19 @@ def replacing(out: Path) -> Iterator[Path]:
         folder.rename(out)
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy the files of a checkpoint that training does not change."""
+def copy_companions(source: Path, out: Path, media: ShardMedia | None = None) -> None:
+    """Copy the files of a checkpoint that training does not change, and set what its processors do.
+
+    Args:
+        source: the checkpoint.
+        out: folder to copy to.
+        media: what the processor files are to say instead; None leaves them.
+    """
     for pattern in COMPANION_FILES:
         for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, out / path.name)
+    if media is not None:
+        write_processors(out, media)
 
 
 def weights_fingerprint(folder: Path) -> str:

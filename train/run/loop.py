@@ -28,6 +28,7 @@ from train.model import adapters, kernels, optim, pretrained
 from train.model.attention import loadable
 from train.model.flops import ModelFlops
 from train.model.packed import PackedQwen, checkpoint_activations
+from train.model.processors import compare_processors, shard_media
 from train.run import checkpoint, process_group
 from train.run.checks import read_settings
 from train.run.engine import (
@@ -329,12 +330,13 @@ def export(engine: Engine, plan: Plan) -> None:
     hf = engine.module.hf
     weights = gather_weights(hf, plan.ranks)
     if plan.ranks.is_first:
+        media = shard_media(plan.index.manifests)
         if plan.adapters is not None:
             out, name = plan.args.run_dir / ADAPTER_DIR, plan.args.model_name_or_path
             weights, of_adapters = adapters.split_weights(weights)
-            adapters.write_adapter(out, of_adapters, plan.adapters, model=name, source=plan.source)
+            adapters.write_adapter(out, of_adapters, plan.adapters, model=name, source=plan.source, media=media)
             weights = adapters.merge_weights(weights, of_adapters, plan.adapters.scaling)
-        pretrained.write_checkpoint(plan.args.run_dir / FINAL_DIR, hf, weights, source=plan.source)
+        pretrained.write_checkpoint(plan.args.run_dir / FINAL_DIR, hf, weights, source=plan.source, media=media)
 
 
 def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
@@ -374,5 +376,7 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
     logger.info("parameters:\n%s", optim.format_table(groups, weight_decay=plan.args.weight_decay))
     if ranks.is_first and ranks.world > 1:
         process_group.warn_of_long_reads(plan.args.read_timeout_s)
+    for note in compare_processors(plan.source, shard_media(index.manifests)):
+        logger.info("%s/: %s", FINAL_DIR, note)
     if plan.resume is not None:
         logger.info("resuming from %s", plan.resume.folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def merge_adapter(adapter: Path, out: Path, *, model: str | None = None) -> Path
     own = {name: weight.detach() for name, weight in hf.named_parameters()}
     weights = merge_weights(own, adapter_weights, config["lora_alpha"] / config["r"])
     pretrained.write_checkpoint(out, hf, weights, source=source)
+    for path in sorted(adapter.glob("*processor_config.json")):  # of a run: they say how its shards were made
+        shutil.copyfile(path, out / path.name)
     return source
 
 
