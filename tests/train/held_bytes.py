@@ -42,6 +42,7 @@ def held(ds_engine: Any) -> dict[str, int]:
     return {
         "weights": size(parameter.data for parameter in parameters)
         + size(getattr(parameter, "ds_tensor", None) for parameter in parameters),
+        "secondary weights": size(getattr(parameter, "ds_secondary_tensor", None) for parameter in parameters),
         "float32 weights": size(masters),
         "moments of AdamW": size(states),
         "float32 gradients": size(master.grad for master in masters),
@@ -50,6 +51,12 @@ def held(ds_engine: Any) -> dict[str, int]:
         + size([*averaged, *getattr(zero, "fp32_groups_gradients_flat", [])])
         + size([getattr(zero, "grad_partitions_flat_buffer", None)] if not averaged else []),
     }
+
+
+def bucket_bytes(ds_engine: Any) -> int:
+    """Bytes of the gradient buckets of a DeepSpeed engine. Its first two stages free them after a backward pass."""
+    buffers = [getattr(bucket, "buffer", None) for bucket in getattr(ds_engine.optimizer, "ipg_buckets", {}).values()]
+    return size(each for buffer in buffers for each in (buffer if isinstance(buffer, list) else [buffer]))
 
 
 def train(checkpoint: Path, deepspeed: str, dtype: str, tune: str) -> dict[str, dict[str, int]]:
@@ -68,6 +75,7 @@ def train(checkpoint: Path, deepspeed: str, dtype: str, tune: str) -> dict[str, 
         world=ranks.world,
         dtype=kind,
         hidden_size=shape.hidden_size,
+        num_trained=1,  # small buckets, as for a model of real size
     )
     zero3_loading = register_zero3_loading(config)
     hf = pretrained.load_model(checkpoint, dtype=kind, attn_implementation="sdpa")
@@ -77,12 +85,16 @@ def train(checkpoint: Path, deepspeed: str, dtype: str, tune: str) -> dict[str, 
     rng = np.random.default_rng(0)
     micro = build_micro_batch([as_bin([make_sample(rng, [make_medium(rng, 4, 4)])])])
     backward: dict[str, int] = {}
+    buckets: list[int] = []
+    # Its gradient comes after those of the language model.
+    model.hf.model.visual.merger.ln_q.weight.register_hook(lambda _: buckets.append(bucket_bytes(ds_engine)))
     for _ in range(2):
         for _ in range(2):
             ds_engine.backward(ds_engine(micro) * 1e-3)
             backward = {name: max(value, backward.get(name, 0)) for name, value in held(ds_engine).items()}
             ds_engine.step()
     del zero3_loading
+    backward["buckets"] = max(buckets)
     result = {"backward": backward, "steps": held(ds_engine)}
     ds_engine.destroy()
     return result

@@ -42,11 +42,17 @@ UPSTREAM_ZERO3: dict[str, Any] = {
 """``scripts/zero3.json`` of the upstream framework."""
 
 
-def complete(config: dict[str, Any], *flags: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def complete(
+    config: dict[str, Any],
+    *flags: str,
+    dtype: torch.dtype = torch.bfloat16,
+    hidden_size: int = 100,
+    num_trained: int = 7_000_000_000,
+) -> dict[str, Any]:
     """Of eight ranks; a step has four forward passes of one bin, unless flags say otherwise."""
     args = parse_arguments(["--shards", "shards/", *(flags or ("--gradient_accumulation_steps", "4"))])
     batch = choose_batch(args, choose_recipe(args, {}), samples_per_bin=5.0, largest_bin=4096, world=8)
-    return complete_config(config, args, batch, world=8, dtype=dtype, hidden_size=100)
+    return complete_config(config, args, batch, world=8, dtype=dtype, hidden_size=hidden_size, num_trained=num_trained)
 
 
 def written(folder: Path, config: object) -> str:
@@ -62,6 +68,18 @@ def test_the_flags_complete_every_shipped_file(name: str, stage: int) -> None:
     done = complete(config, "--max_grad_norm", "0.5")
     assert '"auto"' not in json.dumps(done)
     assert done["gradient_clipping"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    ("hidden_size", "num_trained", "bucket"),
+    [(3584, 7_000_000_000, 200_000_000), (20_000, 10**12, 400_000_000), (64, 3_000_000, 3_000_000)],
+    ids=["7B", "wide", "tiny"],
+)
+def test_gradients_travel_in_large_buckets(name: str, hidden_size: int, num_trained: int, bucket: int) -> None:
+    """Of at least 2e8 scalars, unless less is trained."""
+    done = complete(read_deepspeed_config(f"{name}.json"), hidden_size=hidden_size, num_trained=num_trained)
+    assert done["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
 def test_the_throughput_timer_of_deepspeed_never_synchronizes_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +113,7 @@ def test_the_flags_complete_an_upstream_file() -> None:
     assert {"bf16", "fp16"}.isdisjoint(complete(UPSTREAM_ZERO3, dtype=torch.float32))
     assert done["data_types"] == {"grad_accum_dtype": "fp32"}
     zero = done["zero_optimization"]
-    assert zero["reduce_bucket_size"] == 10_000
+    assert zero["reduce_bucket_size"] == 200_000_000
     assert zero["stage3_prefetch_bucket_size"] == 9_000
     assert zero["stage3_param_persistence_threshold"] == 1_000
     assert zero["sub_group_size"] == 1e9
@@ -114,7 +132,7 @@ def test_the_samples_of_a_step_complete_a_file_with_bins() -> None:
 def test_an_estimate_of_memory_needs_no_batch() -> None:
     args = parse_arguments(["--shards", "s"])
     file = {**UPSTREAM_ZERO3, "train_batch_size": 99}
-    done = complete_config(file, args, None, world=8, dtype=torch.bfloat16, hidden_size=100)
+    done = complete_config(file, args, None, world=8, dtype=torch.bfloat16, hidden_size=100, num_trained=10**10)
     assert {"train_batch_size", "gradient_accumulation_steps"}.isdisjoint(done)
     assert done["zero_optimization"] == complete(UPSTREAM_ZERO3)["zero_optimization"]
 

@@ -83,6 +83,7 @@ def test_an_engine_has_the_attributes_of_the_protocol(
         world=1,
         dtype=dtype,
         hidden_size=64,
+        num_trained=1,
     )
     engine = initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config)
     values = {name: getattr(engine, name) for name in get_type_hints(Engine)}

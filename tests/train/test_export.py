@@ -18,7 +18,8 @@ from tests.train.launching import as_flags, fingerprint_of, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.batches.batch import build_micro_batch
 from train.model import pretrained
-from train.model.packed import PackedQwen, TargetHead
+from train.model.head import TargetHead
+from train.model.packed import PackedQwen
 from train.run import loop
 from train.run.engine import Engine
 from train.run.plan import Plan

@@ -28,17 +28,31 @@ from train.shards.index import open_shards
 ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
 
 
-def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 64) -> Sharding:
+def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 64, num_trained: int = 1) -> Sharding:
     args = parse_arguments(["--shards", "none", "--gradient_accumulation_steps", "2"])
     config = read_deepspeed_config(name)
-    config = complete_config(config, args, None, world=world, dtype=dtype, hidden_size=hidden_size)
-    return Sharding.of(config, world=world, dtype=dtype)
+    config = complete_config(
+        config, args, None, world=world, dtype=dtype, hidden_size=hidden_size, num_trained=num_trained
+    )
+    return Sharding.of(config, world=world, dtype=dtype, is_fused=True)
 
 
-def offloading(folder: Path, stage: int) -> str:
+VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
+    "offload1": (1, {"offload_optimizer": {"device": "cpu"}}),
+    "offload2": (2, {"offload_optimizer": {"device": "cpu"}}),
+    "hpz": (3, {"zero_hpz_partition_size": 2}),
+}
+"""ZeRO stage and further settings of files that are not shipped."""
+
+
+def deepspeed_file(folder: Path, strategy: str) -> str:
+    """A shipped file, or one of :data:`VARIANTS` that is written to a folder."""
+    if strategy not in VARIANTS:
+        return f"{strategy}.json"
+    stage, settings = VARIANTS[strategy]
     config = read_deepspeed_config(f"zero{stage}.json")
-    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    path = folder / f"offload{stage}.json"
+    config["zero_optimization"].update(settings)
+    path = folder / f"{strategy}.json"
     path.write_text(json.dumps(config))
     return str(path)
 
@@ -57,6 +71,7 @@ CASES = [
     ("offload2", "bfloat16", "111"),
     ("zero3", "bfloat16", "111"),
     ("zero3_offload", "bfloat16", "110"),
+    ("hpz", "bfloat16", "111"),
 ]
 
 
@@ -66,11 +81,7 @@ def held(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     def run(out: Path) -> None:
         out.mkdir()
-        cases = []
-        for strategy, dtype, tune in CASES:
-            offloads = strategy.startswith("offload")
-            file = offloading(out, int(strategy[-1])) if offloads else f"{strategy}.json"
-            cases.append((file, dtype, tune))
+        cases = [(deepspeed_file(out, strategy), dtype, tune) for strategy, dtype, tune in CASES]
         done = run_ranks(2, prepare=partial(measure, tiny_checkpoint, out / "held.json", cases))
         assert done.returncode == 0, done.stderr
 
@@ -84,11 +95,9 @@ def test_two_ranks_hold_what_was_estimated(
 ) -> None:
     """To a hundredth, because partitions are padded."""
     measured = json.loads((held / "held.json").read_text())[CASES.index((strategy, dtype, tune))]
-    file = str(held / f"{strategy}.json") if strategy.startswith("offload") else f"{strategy}.json"
-
     flags = {f"tune_mm_{part}": digit == "1" for part, digit in zip(("llm", "mlp", "vision"), tune)}
     sizes = sizes_of(read_config(tiny_checkpoint), TrainArguments(shards="shards", **flags))
-    terms = state_terms(sizes, sharding(file, getattr(torch, dtype)))
+    terms = state_terms(sizes, sharding(deepspeed_file(held, strategy), getattr(torch, dtype)))
     assert measured["steps"]["weights"] == pytest.approx(
         estimate(terms, "weights", "unpartitioned small weights"), rel=0.01
     )
@@ -100,7 +109,11 @@ def test_two_ranks_hold_what_was_estimated(
         assert measured["steps"][name] == pytest.approx(estimate(terms, term), rel=0.01), name
     accumulated = estimate(terms, "gradients", "accumulated gradients", "gradients across boundaries")
     of_micro_batch = estimate(terms, "micro-batch gradients")
+    secondary = estimate(terms, "weights within a group of ranks")
+    assert measured["backward"]["secondary weights"] == pytest.approx(secondary, rel=0.01)
+    assert (secondary > 0) == (strategy == "hpz")
     backward = measured["backward"]
+    assert backward["buckets"] == estimate(terms, "gradient buckets", "gradient bucket")
     if strategy == "zero1" and dtype == "float32":
         # They stay with the parameters until the last micro-step moves them.
         assert max(backward["gradients"], backward["gradients of a pass"]) == pytest.approx(accumulated, rel=0.02)

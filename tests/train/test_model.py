@@ -26,9 +26,8 @@ from schemas.qwen import IMAGE_PAD, VIDEO_PAD
 from tests.train.synthetic import Sample, make_medium, make_sample
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.model import attention, optim
-from train.model import packed as model_module
 from train.model.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, VARLEN, attend_by_sample
-from train.model.packed import NO_MASK, PackedQwen, TargetHead, checkpoint_activations
+from train.model.packed import NO_MASK, PackedQwen, checkpoint_activations
 from train.model.pixels import pixel_values
 
 EVERYTHING = {optim.LANGUAGE_MODEL: 1e-3, optim.MERGER: 1e-3, optim.VISION_TOWER: 1e-3}
@@ -256,62 +255,6 @@ def test_logits_at_targets_equal_those_of_the_hugging_face_model(
         logits = packed.hf.lm_head(packed.target_states(batch))
     assert logits.shape == (int((sample.labels != -100).sum()), 151936)
     torch.testing.assert_close(logits, expected[0, batch.target_positions], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("num_targets", [1, 4, 5, 11])
-def test_the_chunked_loss_equals_the_cross_entropy_of_all_logits(
-    monkeypatch: pytest.MonkeyPatch, num_targets: int
-) -> None:
-    monkeypatch.setattr(model_module, "CHUNK", 4)
-    torch.manual_seed(0)
-    linear = nn.Linear(8, 32, bias=False)
-    states, targets = torch.randn(num_targets, 8, requires_grad=True), torch.randint(0, 32, (num_targets,))
-    expected = functional.cross_entropy(linear(states), targets, reduction="sum")
-    expected_grads = torch.autograd.grad(expected, [states, linear.weight])
-    head = TargetHead.of(linear)
-    loss = head(states, targets)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, [states, head.weight]), expected_grads)
-
-
-@pytest.mark.parametrize(("num_targets", "max_targets"), [(0, 0), (0, 9), (3, 4), (3, 5), (8, 17), (9, 9)])
-def test_every_rank_runs_as_many_chunks_as_the_rank_with_the_most_targets(
-    monkeypatch: pytest.MonkeyPatch, num_targets: int, max_targets: int
-) -> None:
-    monkeypatch.setattr(model_module, "CHUNK", 4)
-    torch.manual_seed(0)
-    head = TargetHead.of(nn.Linear(8, 32, bias=False))
-    states, targets = torch.randn(num_targets, 8, requires_grad=True), torch.randint(0, 32, (num_targets,))
-    sizes: list[int] = []
-    chunk_loss = TargetHead._chunk_loss
-
-    def note(self: TargetHead, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(states))
-        return chunk_loss(self, states, targets)
-
-    monkeypatch.setattr(TargetHead, "_chunk_loss", note)
-    alone = head(states, targets)
-    expected = torch.autograd.grad(alone, [states, head.weight])
-    sizes.clear()
-    padded = head(states, targets, max_targets=max_targets)
-    assert len(sizes) == max(1, math.ceil(max_targets / 4))
-    assert sum(sizes) == num_targets
-    assert torch.equal(padded, alone)
-    assert all(map(torch.equal, torch.autograd.grad(padded, [states, head.weight]), expected))
-
-
-def test_logits_are_not_saved_for_the_backward_pass() -> None:
-    head = TargetHead.of(nn.Linear(8, 512, bias=False))
-    states, targets = torch.randn(6, 8, requires_grad=True), torch.randint(0, 512, (6,))
-    sizes: list[int] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        head(states, targets)
-    assert all(size < 6 * 512 for size in sizes)
 
 
 def test_the_head_stays_tied_to_the_embeddings(model: PackedQwen) -> None:

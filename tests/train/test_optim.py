@@ -14,6 +14,7 @@ from train.model.optim import (
     LANGUAGE_MODEL,
     MERGER,
     VISION_TOWER,
+    ParameterGroup,
     build_optimizer,
     format_table,
     group_parameters,
@@ -21,7 +22,7 @@ from train.model.optim import (
     part_of,
 )
 from train.model.packed import PackedQwen
-from train.settings.arguments import TrainArguments
+from train.settings.arguments import FUSED, UNFUSED, TrainArguments
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
 
@@ -87,7 +88,7 @@ def test_freezing_the_language_model_freezes_an_untied_lm_head(hf: Qwen2_5_VLFor
 def test_optimizer_groups_have_the_rates_and_decay_of_their_parts(model: PackedQwen) -> None:
     optimizer = build_optimizer(group_parameters(model, RATES), TrainArguments(shards="x", weight_decay=0.1))
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
-    assert optimizer.defaults["fused"] is None
+    assert optimizer.defaults["fused"] is True
     assert [(group["part"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
         (LANGUAGE_MODEL, 1e-3, 0.1),
         (LANGUAGE_MODEL, 1e-3, 0.0),
@@ -153,7 +154,36 @@ def test_a_partitioned_parameter_counts_with_its_full_size() -> None:
 
 
 def test_adam_has_the_moments_and_the_kernel_of_the_flags(model: PackedQwen) -> None:
-    line = "--shards x --optim adamw_torch_fused --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6"
+    line = "--shards x --optim adamw_torch --adam_beta1 0.8 --adam_beta2 0.95 --adam_epsilon 1e-6"
     optimizer = build_optimizer(group_parameters(model, RATES), parse_arguments(line.split()))
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-6)
-    assert optimizer.defaults["fused"] is True
+    assert optimizer.defaults["fused"] is None
+
+
+def test_the_fused_kernel_makes_the_steps_of_the_other_one_up_to_rounding() -> None:
+    """Either kernel computes a step with some ten float32 operations, in another order: 1e-6 of its length.
+
+    Gradients have all magnitudes from 1e-12, which is below epsilon, to 1.
+    """
+    torch.manual_seed(0)
+    start = torch.randn(10_000)
+    weights = {FUSED: nn.Parameter(start.clone()), UNFUSED: nn.Parameter(start.clone())}
+    optimizers = {}
+    for name, weight in weights.items():
+        group = ParameterGroup(
+            part=LANGUAGE_MODEL, is_adapter=False, learning_rate=1e-3, decays=True, parameters=(weight,)
+        )
+        optimizers[name] = build_optimizer([group], TrainArguments(shards="x", optim=name, weight_decay=0.1))
+    for _ in range(20):
+        grad = torch.randn(len(start)) * 10 ** (-12 * torch.rand(len(start)))
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        for name, optimizer in optimizers.items():
+            weights[name].grad = grad.clone()
+            optimizer.step()
+        steps = [weights[name].detach() - before[name] for name in optimizers]
+        # The difference of two weights around 1 is rounded to 1e-7, whatever its length.
+        torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-6)
+        assert steps[0].abs().max() > 1e-4
+    moments = [optimizer.state[weights[name]] for name, optimizer in optimizers.items()]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(*(state[moment] for state in moments), rtol=1e-5, atol=1e-12)

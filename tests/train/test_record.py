@@ -127,7 +127,7 @@ def decisions(plan: Plan) -> dict[str, object]:
         "--per_device_train_batch_size 2",
         "--group_steps 2 --num_train_epochs 2.5",
         "--lr_scheduler_type constant",
-        "--warmup_steps 2 --adam_beta1 0.8 --optim adamw_torch_fused",
+        "--warmup_steps 2 --adam_beta1 0.8 --optim adamw_torch",
         "--max_steps 30 --save_steps 0.1",
         "--tune_mm_llm False --mm_projector_lr 1e-5",
         "--lora_enable --lora_r 4",

@@ -7,7 +7,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -119,18 +118,6 @@ def test_targets_of_the_global_step_are_known_to_every_rank(index: ShardIndex) -
     assert len(first.bins) == 4
     for stream in streams:
         stream.close()
-
-
-def test_every_rank_knows_the_largest_target_count_of_a_micro_step(index: ShardIndex) -> None:
-    with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(open_stream(index, rank=rank, world_size=3, accumulation=2, global_batch=6))
-            for rank in range(3)
-        ]
-        for batches in zip(*ranks):
-            for micro_batches in zip(*(batch.micro_batches for batch in batches)):
-                largest = max(micro.targets.numel() for micro in micro_batches)
-                assert {micro.max_targets for micro in micro_batches} == {largest}
 
 
 def test_the_efficiency_of_a_step_follows_from_the_costs_of_its_ranks(index: ShardIndex) -> None:

@@ -91,7 +91,6 @@ class MicroBatch:
         media_positions: (P,) int64, positions of the image and video pad tokens.
         target_positions: (T,) int64, positions whose next token is trained.
         targets: (T,) int64, those next tokens.
-        max_targets: largest T of any rank in this micro-step, which decides how many chunks of logits all ranks run.
         vision: the media.
         bins: ids of the bins in the shard index. Empty for an empty position of the order, which is one token without
             targets.
@@ -107,7 +106,6 @@ class MicroBatch:
     media_positions: torch.Tensor
     target_positions: torch.Tensor
     targets: torch.Tensor
-    max_targets: int
     vision: VisionBatch
     bins: tuple[int, ...]
     num_tokens: int
@@ -140,7 +138,6 @@ def build_micro_batch(
     *,
     bin_ids: Sequence[int] | None = None,
     where: Sequence[str] | None = None,
-    max_targets: int = 0,
     window_size: int = WINDOW_SIZE,
     memory: Sequence[torch.Tensor] | None = None,
     buffers: Buffers | None = None,
@@ -151,7 +148,6 @@ def build_micro_batch(
         bins: the bins; none for an empty position of the order. The first label of every sample is untrained.
         bin_ids: ids of the bins in the shard index; default: their ids in their own folders.
         where: location of each bin for error messages; default ``bin N``.
-        max_targets: largest number of targets of any rank in this micro-step; default: that of these bins.
         window_size: ``vision_config.window_size`` of the model, in pixels.
         memory: the uint8 tensors of which the arrays of the bins are views, if any. Raw planes of a single bin are then
             a slice of its tensor, page-locked if the tensor is.
@@ -180,7 +176,6 @@ def build_micro_batch(
         media_positions=torch.from_numpy(media_positions),
         target_positions=torch.from_numpy(target_positions),
         targets=torch.from_numpy(tokens.labels[target_positions + 1]),
-        max_targets=max(max_targets, target_positions.size),
         vision=_vision_batch(bins, where, window_size, memory, buffers),
         bins=tuple(bin_ids) if bin_ids is not None else tuple(bin_.index for bin_ in bins),
         num_tokens=tokens.input_ids.size if bins else 0,

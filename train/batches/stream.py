@@ -130,7 +130,7 @@ class BinStream(Iterator[StepBatch]):
         )
         steps = _steps(start_step, end_step, order.num_steps)
         deal = partial(order.bins_of_step, world_size=world_size, accumulation=accumulation, per_device=per_device)
-        self._plan = (micro_step for step in steps for micro_step in _micro_steps(index, deal(step), rank))
+        self._plan = (micro_step for step in steps for micro_step in _micro_steps(deal(step), rank))
         self._pending: deque[_Pending] = deque()
         self._workers: Workers | None = None
         self._is_closed = False
@@ -241,12 +241,10 @@ def _steps(start: int, *ends: int | None) -> Iterable[int]:
     return range(start, min(known_ends)) if known_ends else itertools.count(start)
 
 
-def _micro_steps(index: ShardIndex, dealt: NDArray[np.int64], rank: int) -> Iterator[MicroStep]:
+def _micro_steps(dealt: NDArray[np.int64], rank: int) -> Iterator[MicroStep]:
     """Split the bins of a step (A, W, P) into the A micro-steps of a rank."""
-    # (A, W, P) targets of every bin -> (A, W) per rank -> (A,) largest
-    num_targets = np.where(dealt != EMPTY, index.num_targets[dealt], 0).sum(axis=2, dtype=np.int64)
-    for of_rank, max_targets in zip(dealt[:, rank], num_targets.max(axis=1).tolist()):
-        yield MicroStep(dealt, tuple(of_rank[of_rank != EMPTY].tolist()), max_targets)
+    for of_rank in dealt[:, rank]:
+        yield MicroStep(dealt, tuple(of_rank[of_rank != EMPTY].tolist()))
 
 
 def _check_order(index: ShardIndex, order: DataOrder) -> None:

@@ -34,12 +34,10 @@ class MicroStep(NamedTuple):
     Attributes:
         dealt: (A, W, P) int64, the bins of the step as the order deals them to all ranks and micro-steps.
         bins: bins of this rank.
-        max_targets: targets of the rank that has most.
     """
 
     dealt: NDArray[np.int64]
     bins: tuple[int, ...]
-    max_targets: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +75,6 @@ class Builder:
                 [loaded_bin.bin for loaded_bin in loaded],
                 bin_ids=micro_step.bins,
                 where=[str(loaded_bin.location) for loaded_bin in loaded],
-                max_targets=micro_step.max_targets,
                 window_size=self.window_size,
                 memory=[loaded_bin.buffer for loaded_bin in loaded],
                 buffers=self.buffers,

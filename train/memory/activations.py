@@ -17,8 +17,8 @@ import torch
 from schemas.qwen import MERGED_PATCHES, PATCH_DIM
 from train.arithmetic.weights import Stage, matrix_inputs
 from train.memory.terms import Phase, Term
+from train.model.head import CHUNK
 from train.model.optim import LANGUAGE_MODEL, MERGER, VISION_TOWER
-from train.model.packed import CHUNK
 from train.model.sizes import Sizes
 
 STORED_PIXELS = "stored pixels"
@@ -86,11 +86,23 @@ def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
         terms.append(_term(f"{depth} layers", depth * layer, tokens, "tokens"))
         terms.append(_term("gradients inside a layer", gradients, tokens, "tokens", Phase.TRANSIENT))
     terms.append(_term("final norm", _norm_bytes(hidden, width, is_trained=is_trained), tokens, "tokens"))
-    # Logits of a chunk, the same in float32, their logarithms, and gradients of all three.
-    logits = 12 if width == 4 else 12 + 2 * width
-    rows = min(CHUNK, load.num_targets)
-    terms.append(_term("chunk of logits", logits * dims.vocab_size, rows, "targets", Phase.TRANSIENT))
+    terms.append(_head_term(sizes, load, width))
     return terms
+
+
+def _head_term(sizes: Sizes, load: Load, width: int) -> Term:
+    """What ``lm_head`` needs: logits of a chunk and their logarithms, both in float32, and the gradient of its inputs.
+
+    The inputs, their gradient in float32 and the next product that is added to it have a row per target.
+    """
+    logits, inputs = 8 * sizes.dims.vocab_size, (4 + 2 * width) * sizes.dims.hidden_size
+    rows = min(CHUNK, load.num_targets)
+    return Term(
+        name="lm_head",
+        num_bytes=logits * rows + inputs * load.num_targets,
+        formula=f"{logits:,} B x {rows:,} rows + {inputs:,} B x {load.num_targets:,} targets",
+        phase=Phase.TRANSIENT,
+    )
 
 
 def _language_layer_bytes(sizes: Sizes, width: int) -> int:

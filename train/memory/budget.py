@@ -18,7 +18,7 @@ from train.memory.loads import LoadOf
 from train.memory.states import Sharding, state_terms
 from train.memory.terms import GIB, HOST, Memory
 from train.model.sizes import Sizes, sizes_of
-from train.settings.arguments import TrainArguments
+from train.settings.arguments import FUSED, TrainArguments
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 
 STRATEGIES = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")
@@ -53,8 +53,16 @@ def rank_memory(
     Raises:
         ConfigError: flags and configuration contradict each other.
     """
-    complete = complete_config(deepspeed, args, None, world=world, dtype=dtype, hidden_size=sizes.dims.hidden_size)
-    sharding = Sharding.of(complete, world=world, dtype=dtype)
+    complete = complete_config(
+        deepspeed,
+        args,
+        None,
+        world=world,
+        dtype=dtype,
+        hidden_size=sizes.dims.hidden_size,
+        num_trained=sizes.num_trained,
+    )
+    sharding = Sharding.of(complete, world=world, dtype=dtype, is_fused=args.optim == FUSED)
     return Memory((*state_terms(sizes, sharding), *activation_terms(sizes, load, dtype)))
 
 

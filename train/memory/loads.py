@@ -6,7 +6,7 @@ Cost: a few passes over all bins for each size of model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from schemas.qwen import MERGED_PATCHES
 from train.memory.activations import Load, activation_terms
 from train.memory.terms import Memory, Phase
-from train.model.packed import CHUNK
+from train.model.head import CHUNK
 from train.model.sizes import Sizes
 from train.shards.index import ShardIndex
 
@@ -64,8 +64,8 @@ def largest_bins(
 ) -> list[int]:
     """The bins whose micro-batch takes most memory.
 
-    Memory grows with tokens and patches, and with targets up to a chunk of logits, at rates that depend on which
-    transient term is the largest. For each transient term, find the bins that take most; return the largest of these.
+    Memory grows with tokens, patches, targets and, up to a chunk, logits. The rates depend on which transient term is
+    the largest. For each transient term, find the bins that take most; return the largest of these.
 
     Args:
         index: the bins.
@@ -79,41 +79,54 @@ def largest_bins(
         load = load_of_bins(index, bins, checkpointed=checkpointed)
         return Memory(tuple(activation_terms(sizes, load, dtype))).peak()
 
-    candidates = (_most_expensive(index, num_bins, *rates) for rates in _byte_rates(sizes, checkpointed, dtype))
+    candidates = (_most_expensive(index, num_bins, rates) for rates in _byte_rates(sizes, checkpointed, dtype))
     return max(candidates, key=peak)
 
 
-def _byte_rates(sizes: Sizes, checkpointed: bool, dtype: torch.dtype) -> list[tuple[int, int, int]]:
-    """Bytes per token, patch and target while a transient term is held, for each of the terms."""
-    nothing = Load(num_tokens=0, num_targets=0, num_patches=0, is_checkpointed=checkpointed)
-    units = (replace(nothing, num_tokens=1), replace(nothing, num_patches=1), replace(nothing, num_targets=1))
-    per_token, per_patch, per_target = (activation_terms(sizes, unit, dtype) for unit in units)
-    kept = [
-        sum(t.num_bytes for t in terms if t.phase == Phase.BACKWARD) for terms in (per_token, per_patch, per_target)
-    ]
-    rates = [
-        (kept[0] + token.num_bytes, kept[1] + patch.num_bytes, kept[2] + target.num_bytes)
-        for token, patch, target in zip(per_token, per_patch, per_target)
-        if token.phase == Phase.TRANSIENT
-    ]
-    return list(dict.fromkeys(rates))
+class _Rates(NamedTuple):
+    """Bytes per token, patch and target, and on top of it per target of the first chunk of logits."""
+
+    token: int
+    patch: int
+    target: int
+    logits: int
 
 
-def _most_expensive(index: ShardIndex, num_bins: int, per_token: int, per_patch: int, per_target: int) -> list[int]:
-    """The bins that together take most at these rates, chosen greedily; targets count up to a chunk."""
-    targets = np.minimum(index.num_targets, CHUNK).astype(np.int64)
-    fixed = per_token * index.num_tokens.astype(np.int64) + per_patch * index.num_patches.astype(np.int64)
+def _byte_rates(sizes: Sizes, checkpointed: bool, dtype: torch.dtype) -> list[_Rates]:
+    """What grows with the contents of a micro-batch while a transient term is held, for each of the terms."""
+
+    def held(*, num_tokens: int = 0, num_patches: int = 0, num_targets: int = 0) -> list[int]:
+        load = Load(
+            num_tokens=num_tokens, num_patches=num_patches, num_targets=num_targets, is_checkpointed=checkpointed
+        )
+        terms = activation_terms(sizes, load, dtype)
+        kept = sum(term.num_bytes for term in terms if term.phase == Phase.BACKWARD)
+        return [kept + term.num_bytes for term in terms if term.phase == Phase.TRANSIENT]
+
+    tokens, patches, first_targets = held(num_tokens=1), held(num_patches=1), held(num_targets=1)
+    targets = [more - less for less, more in zip(held(num_targets=CHUNK), held(num_targets=CHUNK + 1))]
+    logits = [first - later for first, later in zip(first_targets, targets)]
+    return list(dict.fromkeys(map(_Rates, tokens, patches, targets, logits)))
+
+
+def _most_expensive(index: ShardIndex, num_bins: int, rates: _Rates) -> list[int]:
+    """The bins that together take most at these rates, chosen greedily; logits count up to a chunk."""
+    num_tokens, num_patches, num_targets = (
+        counts.astype(np.int64) for counts in (index.num_tokens, index.num_patches, index.num_targets)
+    )
+    fixed = rates.token * num_tokens + rates.patch * num_patches + rates.target * num_targets
+    rows = np.minimum(num_targets, CHUNK)
     num_distinct = min(num_bins, index.num_bins)
-    # Only bins that are among the first with or without their targets can be chosen.
+    # Only bins that are among the first with or without their logits can be chosen.
     pool = np.unique(
-        np.concatenate([_largest(fixed, num_distinct), _largest(fixed + per_target * targets, num_distinct)])
+        np.concatenate([_largest(fixed, num_distinct), _largest(fixed + rates.logits * rows, num_distinct)])
     )
     chosen: list[int] = []
-    num_targets = 0
+    num_rows = 0
     for _ in range(num_distinct):
-        costs = fixed[pool] + per_target * np.minimum(targets[pool] + num_targets, CHUNK)
+        costs = fixed[pool] + rates.logits * np.minimum(rows[pool] + num_rows, CHUNK)
         best = int(costs.argmax())
-        num_targets += int(targets[pool[best]])
+        num_rows += int(rows[pool[best]])
         chosen.append(int(pool[best]))
         pool = np.delete(pool, best)
     return [chosen[i % num_distinct] for i in range(num_bins)]

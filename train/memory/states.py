@@ -21,6 +21,9 @@ from train.model.sizes import Sizes
 
 MOMENTS = "AdamW moments"
 
+BF16_BUCKET = 500_000_000
+"""Scalars of a gradient bucket of ``BF16_Optimizer``: ``MEMORY_OPT_ALLREDUCE_SIZE`` of DeepSpeed's engine."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sharding:
@@ -39,6 +42,8 @@ class Sharding:
         persistence_threshold: stage 3: smaller parameters are not partitioned.
         max_live: stage 3: scalars that stay gathered, at most.
         sub_group: stage 3: scalars that the optimizer steps at a time.
+        secondary_ranks: stage 3: ranks that a second copy of the weights is partitioned over; 1 without one.
+        is_fused: whether AdamW steps without temporaries.
     """
 
     stage: int
@@ -53,9 +58,11 @@ class Sharding:
     persistence_threshold: int
     max_live: int
     sub_group: int
+    secondary_ranks: int
+    is_fused: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], *, world: int, dtype: torch.dtype) -> Sharding:
+    def of(cls, config: Mapping[str, Any], *, world: int, dtype: torch.dtype, is_fused: bool) -> Sharding:
         """Read a complete configuration. Missing keys get the defaults of DeepSpeed 0.19."""
         zero = config["zero_optimization"]
         stage = zero["stage"]
@@ -74,6 +81,8 @@ class Sharding:
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
+            secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
+            is_fused=is_fused,
         )
 
     @property
@@ -90,9 +99,12 @@ def _offload_location(zero: Mapping[str, Any], section: str) -> str:
 def state_terms(sizes: Sizes, sharding: Sharding) -> list[Term]:
     """Weights, gradients, optimizer states and DeepSpeed's buffers."""
     terms = _stage_3(sizes, sharding) if sharding.stage == 3 else _stage_1_or_2(sizes, sharding)
-    # lm_head accumulates its gradient over chunks: the sum so far, and the gradient of the next chunk.
+    # The gradient, and its copy in the dtype or the buffer in which it is accumulated or reduced.
     share = (sharding.dtype.itemsize, sizes.largest_trained, 1)
-    return [*terms, _term("largest gradient, two parts", share, 2, phase=Phase.TRANSIENT)]
+    terms.append(_term("largest gradient and its copy", share, 2, phase=Phase.TRANSIENT))
+    if sizes.trains_tied_embeddings and not sharding.uses_bf16_optimizer:
+        terms.append(_term("gradient of lm_head, until that of the embeddings", share, phase=Phase.BACKWARD))
+    return terms
 
 
 def _stage_1_or_2(sizes: Sizes, sharding: Sharding) -> list[Term]:
@@ -111,6 +123,7 @@ def _stage_1_or_2(sizes: Sizes, sharding: Sharding) -> list[Term]:
         casts = sharding.stage == 1 and sharding.accumulation_dtype != sharding.dtype
         share = (sharding.accumulation_dtype.itemsize if casts else width, sharding.bucket, 1)
         terms.append(_term("gradient buckets", share, sharding.num_buckets, phase=Phase.BACKWARD))
+        terms.append(_term("copy of a bucket that is reduced", share, phase=Phase.BACKWARD))
     return terms
 
 
@@ -120,9 +133,13 @@ def _gradient_terms(sizes: Sizes, sharding: Sharding) -> list[Term]:
     trained, world = sizes.num_trained, sharding.world
     casts = sharding.accumulation_dtype != sharding.dtype
     if sharding.uses_bf16_optimizer:
+        # DeepSpeed fills a bucket of the reduction until it is larger than this, then casts it to the dtype in which
+        # it travels. The gradients of the last micro-batch are freed after the step.
+        bucket = min(trained, BF16_BUCKET + sizes.largest_trained)
         return [
             _term("accumulated gradients", (accumulated_width, trained, 1)),
-            _term("micro-batch gradients", (width, trained, 1), phase=Phase.BACKWARD),
+            _term("micro-batch gradients", (width, trained, 1)),
+            _term("gradients that are reduced", (accumulated_width + width, bucket, 1), phase=Phase.STEP),
         ]
     if sharding.stage == 1:
         return [_term("gradients", (accumulated_width if casts else width, trained, 1), phase=Phase.BACKWARD)]
@@ -141,6 +158,8 @@ def _stage_3(sizes: Sizes, sharding: Sharding) -> list[Term]:
     terms = [_term("weights", (width, total, world), location=location)]
     if location != DEVICE:
         terms.append(_term("second copy of trained weights", (width, trained, world), location=location))
+    if (ranks := sharding.secondary_ranks) > 1:
+        terms.append(_term("weights within a group of ranks", (width, total, ranks), location=location))
     small = sizes.num_in_small(sharding.persistence_threshold)
     gathered = min(total, max(sharding.max_live, sizes.largest_module))
     gradients = (sharding.accumulation_dtype.itemsize, trained, world)
@@ -150,6 +169,7 @@ def _stage_3(sizes: Sizes, sharding: Sharding) -> list[Term]:
         *_optimizer_terms(sizes, sharding),
         _term("gradients", gradients, location=sharding.optimizer_location),
         _term("gradient bucket", (width, sharding.bucket, 1)),
+        _term("copy of a bucket that is reduced", (width, sharding.bucket, 1), phase=Phase.BACKWARD),
         _term("gathered weights, at most", (width, gathered, 1), phase=Phase.BACKWARD),
         _term("prefetched weights", (width, min(total, sharding.prefetch_bucket), 1), phase=Phase.BACKWARD),
     ]
@@ -169,7 +189,9 @@ def _optimizer_terms(sizes: Sizes, sharding: Sharding) -> list[Term]:
         stepped = min(stepped, sharding.sub_group)
     if not sharding.uses_bf16_optimizer:
         terms.append(_term("float32 gradients of a group", (4, stepped, 1), phase=Phase.STEP))
-    return [*terms, _term("AdamW denominators", (4, stepped, 1), phase=Phase.STEP)]
+    if not sharding.is_fused:
+        terms.append(_term("AdamW denominators", (4, stepped, 1), phase=Phase.STEP))
+    return terms
 
 
 def _term(

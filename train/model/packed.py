@@ -6,94 +6,28 @@ so that under ZeRO-3 every rank takes part in the same collectives:
 1. the vision tower, once, over all media in sequence order (over a dummy image if there are none);
 2. the embeddings; the vision features replace those of the pad tokens;
 3. the language model, with attention confined to each sample;
-4. ``lm_head``, once, on target positions only. It runs in chunks, the same number on every rank.
+4. ``lm_head``, once, on target positions only (:mod:`train.model.head`).
 
-Cost: the model's own, plus one recomputation of the logits in the backward pass. Logits exist for ``CHUNK`` rows at a
-time (0.3 GB in float32 for Qwen's vocabulary), never for all tokens.
+Cost: the model's own, plus one recomputation of the logits in the backward pass.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from train.batches.batch import MicroBatch, VisionBatch
 from train.model.attention import SDPA, isolate_samples
+from train.model.head import TargetHead
 from train.model.pixels import pixel_values
-
-CHUNK = 512
-"""Rows of logits computed at a time."""
 
 NO_MASK = {"full_attention": None, "sliding_attention": None}
 """Attention mask per kind of layer. Sample boundaries isolate the samples, so transformers must not build a mask."""
-
-
-class TargetHead(nn.Linear):
-    """An ``lm_head`` that can also return the loss without materialising all logits.
-
-    The loop over chunks runs inside one call of the module, so ZeRO-3 gathers the weight once per call. Every rank runs
-    as many chunks as the rank with the most targets; a rank that runs out of rows continues with empty chunks.
-    """
-
-    @classmethod
-    def of(cls, head: nn.Linear) -> TargetHead:
-        """Wrap an existing head, sharing its weight (and thereby any tie to the embeddings)."""
-        wrapped = cls(head.in_features, head.out_features, bias=False, device="meta")
-        wrapped.weight = head.weight
-        return wrapped
-
-    def forward(
-        self,
-        input: torch.Tensor,
-        targets: torch.Tensor | None = None,
-        *,
-        max_targets: int = 0,
-        scores: bool = False,
-    ) -> torch.Tensor:
-        """Compute logits, the summed loss, or per-target scores.
-
-        Args:
-            input: (T, H) hidden states; any leading shape if ``targets`` is None.
-            targets: (T,) int64, the expected token of each row; T may be 0.
-            max_targets: largest T of any rank.
-            scores: return one score per target instead of the sum, without gradients.
-
-        Returns:
-            Without ``targets``: logits (..., V). With ``targets``: cross-entropy summed over the rows, float32 scalar.
-            With ``scores``: (2, T) float32, the cross-entropy of each target and 1.0 where it is the argmax.
-        """
-        if targets is None:
-            return super().forward(input)
-        chunks = list(zip(torch.split(input, CHUNK), torch.split(targets, CHUNK)))
-        chunks += [(input[:0], targets[:0])] * (math.ceil(max_targets / CHUNK) - len(chunks))
-        if scores:
-            return torch.cat([self._chunk_scores(*chunk) for chunk in chunks], dim=1)
-        loss = torch.zeros((), dtype=torch.float32, device=input.device)
-        for chunk in chunks:
-            chunk_loss: torch.Tensor = checkpoint(
-                self._chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False
-            )
-            loss = loss + chunk_loss
-        return loss
-
-    def _chunk_loss(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # states (C, H), targets (C,) -> logits (C, V) -> scalar
-        logits = functional.linear(states, self.weight).float()
-        return functional.cross_entropy(logits, targets, reduction="sum")
-
-    @torch.no_grad()
-    def _chunk_scores(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # states (C, H), targets (C,) -> logits (C, V) -> (2, C)
-        logits = functional.linear(states, self.weight).float()
-        losses = functional.cross_entropy(logits, targets, reduction="none")
-        return torch.stack([losses, (logits.argmax(dim=1) == targets).float()])
 
 
 class PatchProjection(nn.Conv3d):
@@ -152,7 +86,7 @@ class PackedQwen(nn.Module):
             parameter. With ``scores``, (2, T) float32: see :class:`TargetHead`.
         """
         states = self.target_states(micro)
-        result: torch.Tensor = self.hf.lm_head(states, micro.targets, max_targets=micro.max_targets, scores=scores)
+        result: torch.Tensor = self.hf.lm_head(states, micro.targets, scores=scores)
         return result
 
     def target_states(self, micro: MicroBatch) -> torch.Tensor:

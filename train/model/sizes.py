@@ -46,6 +46,11 @@ class Sizes:
         """Scalars of all parameters."""
         return sum(self.elements)
 
+    @property
+    def trains_tied_embeddings(self) -> bool:
+        """Whether the embeddings are trained and share their weight with ``lm_head``."""
+        return self.dims.has_tied_embeddings and self.largest_trained == self.dims.vocab_size * self.dims.hidden_size
+
     def num_in_small(self, max_elements: int) -> int:
         """Scalars of all parameters with at most ``max_elements`` each."""
         return sum(count for count in self.elements if count <= max_elements)

@@ -167,7 +167,13 @@ def make_plan(args: TrainArguments) -> Plan:
     check_window(shape.sliding_window, compute.attention)
     batch = plan_batch(args, recipe, index, config, saved, compute=compute, deepspeed=deepspeed, world=ranks.world)
     deepspeed = complete_config(
-        deepspeed, args, batch, world=ranks.world, dtype=compute.dtype, hidden_size=shape.hidden_size
+        deepspeed,
+        args,
+        batch,
+        world=ranks.world,
+        dtype=compute.dtype,
+        hidden_size=shape.hidden_size,
+        num_trained=sizes_of(config, args).num_trained,
     )
     check_kernels(args, compute.device, deepspeed)
 

@@ -25,8 +25,7 @@ from typing import IO
 import msgspec
 
 from schemas.errors import ConfigError
-from schemas.setting import setting_fields
-from train.settings.arguments import TrainArguments
+from train.settings.arguments import UNFUSED
 from train.settings.batch import Aim
 
 logger = logging.getLogger(__name__)
@@ -42,12 +41,19 @@ RESUME_FROM_ANOTHER = (
     "Resume from another checkpoint, or remove this one: --resume auto then resumes from the one before."
 )
 
-ADDED_SETTINGS = ("warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "tf32")
-"""Settings that checkpoints of older versions do not record: they were saved with the defaults."""
-
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 Setting = str | int | float | bool | None
+
+UNRECORDED_SETTINGS: dict[str, Setting] = {
+    "warmup_steps": None,
+    "optim": UNFUSED,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "tf32": None,
+}
+"""Settings that checkpoints of older versions do not record, with the values that these had."""
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
@@ -211,9 +217,8 @@ def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) 
     Raises:
         ConfigError: a setting differs.
     """
-    defaults = {name: setting_fields(TrainArguments)[name].default for name in ADDED_SETTINGS}
     for name, value in settings.items():
-        before = saved.settings.get(name, defaults.get(name, "nothing"))
+        before = saved.settings.get(name, UNRECORDED_SETTINGS.get(name, "nothing"))
         if before != value:
             raise ConfigError(
                 f"{folder} was saved with {name} = {before}, this run has {value}: it would not be the same run. "

@@ -25,8 +25,8 @@ READ_TIMEOUT_S = 480.0
 """Default limit for reading the data of a forward pass: two minutes below the time that ranks wait for each other, and
 longer than seven requests of a minute each, with their pauses, need to fail."""
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-"""Names of transformers for the optimizers of this trainer. The first leaves the kernel to PyTorch."""
+FUSED, UNFUSED = "adamw_torch_fused", "adamw_torch"
+"""Names of transformers for the optimizers of this trainer."""
 
 MAX_LORA_RANK = 8192
 """No matrix of the largest model has a higher rank."""
@@ -183,8 +183,8 @@ class TrainArguments:
         Setting("Steps in which the rates rise, instead of --warmup_ratio.", unit="steps", low=0, unset="by ratio"),
     ] = None
     optim: Annotated[
-        str, Setting("AdamW of PyTorch: as it chooses itself, or its fused kernel.", choices=OPTIMIZERS)
-    ] = OPTIMIZERS[0]
+        str, Setting("AdamW of PyTorch: its fused kernel, or one operation after the other.", choices=(FUSED, UNFUSED))
+    ] = FUSED
     adam_beta1: Annotated[float, Setting("AdamW: decay of the first moment.", low=0, below=1)] = 0.9
     adam_beta2: Annotated[float, Setting("AdamW: decay of the second moment.", low=0, below=1)] = 0.999
     adam_epsilon: Annotated[float, Setting("AdamW: added to the denominator.", above=0)] = 1e-8
