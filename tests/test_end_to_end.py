@@ -76,9 +76,9 @@ def test_real_images_and_videos_become_shards_and_the_loss_falls_in_twelve_steps
 ) -> None:
     run(*VLPREP, "verify", real / "shards")
     train_on(real / "shards", tiny_checkpoint, real / "run", "--max_steps", 12, "--gradient_accumulation_steps", 1)
-    found = losses(real / "run")
-    assert len(found) == 12
-    assert sum(found[-3:]) < 0.8 * sum(found[:3])
+    run_losses = losses(real / "run")
+    assert len(run_losses) == 12
+    assert sum(run_losses[-3:]) < 0.8 * sum(run_losses[:3])
     args, facts = read_record(real / "run")
     assert (args.max_steps, args.learning_rate, args.gradient_accumulation_steps) == (12, 2e-3, 1)
     assert (facts.world_size, facts.global_batch, facts.num_steps) == (2, 2, 12)
@@ -111,12 +111,12 @@ def test_a_folder_without_a_manifest_is_refused_with_one_sentence(real: Path, ti
 def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_reads_over(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    """Pictures that are cut short pass the scan, which reads headers only, and fail when they are decoded."""
-    for number in range(3):
-        Image.effect_noise((140, 140), 90).convert("RGB").save(tmp_path / f"{number}.jpg")
+    """Images that are cut short pass the scan, which reads headers only, and fail when they are decoded."""
+    for index in range(3):
+        Image.effect_noise((140, 140), 90).convert("RGB").save(tmp_path / f"{index}.jpg")
     cut = (tmp_path / "0.jpg").read_bytes()
     (tmp_path / "0.jpg").write_bytes(cut[: len(cut) // 2])
-    records = [{"image": f"{number}.jpg", "conversations": turn("<image>?")} for number in range(3)]
+    records = [{"image": f"{index}.jpg", "conversations": turn("<image>?")} for index in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(records))
     run(
         *VLPREP, "build", tmp_path / "a.json", "--out", tmp_path / "out", "--model", tiny_checkpoint,
@@ -128,7 +128,7 @@ def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_reads_over(
     missing = {0, 1, 2} - set(index.local_bin.tolist())
     assert len(missing) == 1
     reader = BinReader(index)
-    assert [reader.read(number).bin.index for number in range(index.num_bins)] == index.local_bin.tolist()
+    assert [reader.read(row).bin.index for row in range(index.num_bins)] == index.local_bin.tolist()
     run(*VLPREP, "verify", tmp_path / "out")
     explained = run(sys.executable, "-m", "train.order", "--shards", tmp_path / "out", "--global-batch", 2,
                     "--world-size", 2, "--step", 0)  # fmt: skip

@@ -91,39 +91,39 @@ def compare(annotations: Path, images: Path, folder: Path, model: Path, rounds: 
     cores = sorted({1, len(os.sched_getaffinity(0))})
     best: dict[tuple[str, int], Cost] = {}
     for turn in range(rounds):
-        for number in cores:
+        for num_cores in cores:
             runs = {
-                "reference": reference(reference_python, listed, number),
-                "build": build(annotations, images, folder / f"{turn}-{number}", model, number),
-                "build of one": build(single, images, folder / f"single-{turn}-{number}", model, number),
+                "reference": reference(reference_python, listed, num_cores),
+                "build": build(annotations, images, folder / f"{turn}-{num_cores}", model, num_cores),
+                "build of one": build(single, images, folder / f"single-{turn}-{num_cores}", model, num_cores),
             }
             for name, cost in runs.items():
-                key = (name, number)
+                key = (name, num_cores)
                 best[key] = cost.minimum(best.get(key, cost))
     counts = read_manifest(folder / f"0-{cores[0]}").counts
     megapixels = sum(_megapixels(path) for path in paths) / len(paths)
     size = f"{len(paths)} images of {megapixels:.2f} megapixels, {counts.num_tokens:,} tokens in {counts.num_bins} bins"
     click.echo(f"{size}; best of {counted(rounds, 'round')}, load {os.getloadavg()[0]:.1f} at the end\n")
     click.echo(f"{'':<22}{'cores':>6}{'wall ms/image':>15}{'cpu ms/image':>14}{'images/s':>10}{'tokens/s':>10}")
-    for (name, number), cost in best.items():
+    for (name, num_cores), cost in best.items():
         if name != "build of one":
             click.echo(
-                f"{name:<22}{number:>6}{cost.wall_s / len(paths) * 1e3:>15.2f}{cost.cpu_s / len(paths) * 1e3:>14.2f}"
+                f"{name:<22}{num_cores:>6}{cost.wall_s / len(paths) * 1e3:>15.2f}{cost.cpu_s / len(paths) * 1e3:>14.2f}"
                 f"{len(paths) / cost.wall_s:>10.1f}{counts.num_tokens / cost.wall_s:>10,.0f}"
             )
-    for number in cores:
-        ours, theirs, fixed = (best[name, number] for name in ("build", "reference", "build of one"))
+    for num_cores in cores:
+        ours, theirs, fixed = (best[name, num_cores] for name in ("build", "reference", "build of one"))
         click.echo(
-            f"build / reference, {counted(number, 'core')}: wall {ours.wall_s / theirs.wall_s:.2f}, processor time "
+            f"build / reference, {counted(num_cores, 'core')}: wall {ours.wall_s / theirs.wall_s:.2f}, processor time "
             f"{ours.cpu_s / theirs.cpu_s:.2f} (without start-up, {fixed.wall_s:.1f} s and "
             f"{fixed.cpu_s:.1f} s: {(ours.wall_s - fixed.wall_s) / theirs.wall_s:.2f}, "
             f"{(ours.cpu_s - fixed.cpu_s) / theirs.cpu_s:.2f})"
         )
     if len(cores) > 1:
-        one, all_of_them = best["build", cores[0]], best["build", cores[-1]]
+        serial, parallel = best["build", cores[0]], best["build", cores[-1]]
         speed_up = best["reference", cores[0]].wall_s / best["reference", cores[-1]].wall_s
         click.echo(
-            f"1 to {cores[-1]} workers: {one.wall_s / all_of_them.wall_s:.2f} times as fast (the reference: "
+            f"1 to {cores[-1]} workers: {serial.wall_s / parallel.wall_s:.2f} times as fast (the reference: "
             f"{speed_up:.2f})"
         )
 

@@ -64,9 +64,9 @@ def _write_large_images(folder: Path) -> Path:
     """Images of 4 megapixels, like those of scanners and phones."""
     folder.mkdir()
     drawn = photograph(np.random.default_rng(0), *_LARGE)
-    paths = [folder / f"{number}.jpg" for number in range(_NUM_LARGE)]
-    for number, path in enumerate(paths):
-        Image.fromarray(np.roll(drawn, (37 * number, 101 * number), axis=(0, 1))).save(path, quality=90)
+    paths = [folder / f"{index}.jpg" for index in range(_NUM_LARGE)]
+    for index, path in enumerate(paths):
+        Image.fromarray(np.roll(drawn, (37 * index, 101 * index), axis=(0, 1))).save(path, quality=90)
     return _annotate(paths, "image", "What is this?", "A photograph.")
 
 
@@ -79,8 +79,8 @@ def _write_texts(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     path = folder / "annotations.jsonl"
     with path.open("wb") as file:
-        for number in range(_NUM_TEXTS):
-            record = json.loads(llava_record(rng, number))
+        for index in range(_NUM_TEXTS):
+            record = json.loads(llava_record(rng, index))
             del record["image"]
             record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
             file.write(json.dumps(record).encode() + b"\n")
@@ -136,12 +136,12 @@ def profile_builds(images: Path, media_root: Path, folder: Path, model: Path) ->
         once = _samples(single, root, folder, model)
         # Sampling is noisy: a group may have fewer samples in the longer build.
         samples = Counter(
-            {group: max(number - once[group], 0) for group, number in _samples(path, root, folder, model).items()}
+            {group: max(count - once[group], 0) for group, count in _samples(path, root, folder, model).items()}
         )
         inside = sum(samples[group] for group in LIBRARIES)
         click.echo(
             f"\n{name}: {inside / samples.total():.1%} of {samples.total() / _RATE:.1f} s in {', '.join(LIBRARIES)} "
             f"({once.total() / _RATE:.1f} s more for start-up)"
         )
-        for group, number in samples.most_common():
-            click.echo(f"  {number / samples.total():>6.1%}  {group}")
+        for group, count in samples.most_common():
+            click.echo(f"  {count / samples.total():>6.1%}  {group}")

@@ -125,13 +125,13 @@ def read_over(index: ShardIndex) -> Work:
 def plain_webdataset(index: ShardIndex, *, decompressed: bool = False, undone: bool = False) -> Work:
     """Read all bins with ``webdataset`` and its decoders; the remaining steps follow ``docs/format.md``."""
     tokens = 0
-    for one in webdataset.WebDataset([str(path) for path in index.shard_paths], shardshuffle=False).decode():
-        tokens += one["input_ids.npy"].size
+    for sample in webdataset.WebDataset([str(path) for path in index.shard_paths], shardshuffle=False).decode():
+        tokens += sample["input_ids.npy"].size
         if not decompressed:
             continue
-        planes = np.frombuffer(zstandard.decompress(one["pixels.zst"]), np.uint8)
+        planes = np.frombuffer(zstandard.decompress(sample["pixels.zst"]), np.uint8)
         at = 0
-        for (t, h, w), kind in zip(one["grid_thw.npy"].tolist() if undone else (), one["media_type.npy"]):
+        for (t, h, w), kind in zip(sample["grid_thw.npy"].tolist() if undone else (), sample["media_type.npy"]):
             num_frames = 2 * t if kind else 1
             size = num_frames * 3 * 14 * h * 14 * w
             frames = planes[at : at + size].reshape(num_frames, 3, 14 * h, 14 * w)

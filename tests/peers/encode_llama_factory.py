@@ -53,18 +53,18 @@ def main(checkpoint: str) -> None:
     encodings: dict[str, Encoding] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for number, record in enumerate(corpus.values()):
+        for index, record in enumerate(corpus.values()):
             write_images(record, Path(folder))
-            Path(f"{number}.json").write_text(json.dumps([record]), encoding="utf-8")
-        info = {str(number): _data_set(number, record) for number, record in enumerate(corpus.values())}
+            Path(f"{index}.json").write_text(json.dumps([record]), encoding="utf-8")
+        info = {str(index): _data_set(index, record) for index, record in enumerate(corpus.values())}
         Path("dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
         model_args, data_args, training_args, _, _ = get_train_args(
             _arguments(checkpoint, folder, dataset=",".join(info))
         )
         loaded: dict[str, Any] = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(loaded["tokenizer"], data_args)
-        for number, name in enumerate(corpus):
-            data_args.dataset = [str(number)]
+        for index, name in enumerate(corpus):
+            data_args.dataset = [str(index)]
             data = get_dataset(template, model_args, data_args, training_args, stage="sft", **loaded)
             row = data["train_dataset"][0]
             images, videos = row["images"] or [], row["videos"] or []
@@ -83,10 +83,10 @@ def main(checkpoint: str) -> None:
     write_encodings("llama_factory", encodings, [f"{package} {version(package)}" for package in packages])
 
 
-def _data_set(number: int, record: dict[str, Any]) -> dict[str, Any]:
+def _data_set(index: int, record: dict[str, Any]) -> dict[str, Any]:
     """The entry of ``dataset_info.json`` for a record, as its documentation describes each dialect."""
     columns = {key: key for key in ("system", "tools", "images", "videos", "history") if key in record}
-    entry: dict[str, Any] = {"file_name": f"{number}.json", "columns": columns}
+    entry: dict[str, Any] = {"file_name": f"{index}.json", "columns": columns}
     if "instruction" in record:
         columns.update(prompt="instruction", query="input", response="output")
         return {**entry, "formatting": "alpaca"}

@@ -51,9 +51,9 @@ def main(checkpoint: str) -> None:
     encodings: dict[str, Encoding] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for number, (name, record) in enumerate(read_corpus("ms_swift").items()):
+        for index, (name, record) in enumerate(read_corpus("ms_swift").items()):
             write_images(record, Path(folder))
-            path = Path(f"{number}.jsonl")
+            path = Path(f"{index}.jsonl")
             path.write_text(json.dumps(record) + "\n", encoding="utf-8")
             dataset, _ = load_dataset(str(path), strict=True, load_from_cache_file=False)
             template.bbox_format = "legacy" if name == "boxes as tokens" else "new"

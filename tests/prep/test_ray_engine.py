@@ -74,12 +74,12 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
 
 
-def node_of(number: int) -> str:
+def node_of(task: int) -> str:
     import ray
 
     time.sleep(0.2)
-    found: str = ray.get_runtime_context().get_node_id()
-    return found
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
 
 
 def test_a_build_that_is_stopped_twice_and_then_loses_a_node_ends_with_the_same_bytes(
@@ -128,9 +128,9 @@ def test_validate_and_verify_find_the_same_as_one_process(
 ) -> None:
     for command in (["validate", str(corpus), "--deep"], ["verify", str(built)]):
         expected = CliRunner().invoke(main, [*command, "--workers", "1"])
-        found = CliRunner().invoke(main, [*command, "--engine", "ray", "--ray-address", ray_cluster.address])
-        assert found.exit_code == expected.exit_code
-        assert found.stdout == expected.stdout
+        result = CliRunner().invoke(main, [*command, "--engine", "ray", "--ray-address", ray_cluster.address])
+        assert result.exit_code == expected.exit_code
+        assert result.stdout == expected.stdout
 
 
 def test_nodes_that_see_other_files_or_have_other_software_get_no_work(
@@ -149,7 +149,7 @@ def test_nodes_that_see_other_files_or_have_other_software_get_no_work(
         used = set(engine.map(node_of, range(12)))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     refused = [re.fullmatch(r"ray: no work for node \S+ \((\w{8})\): (.*)", warning) for warning in warnings]
-    reasons = {found[2]: found[1] for found in refused if found is not None}
+    reasons = {match[2]: match[1] for match in refused if match is not None}
     assert len(reasons) == len(warnings) == 2
     assert any(f"it does not see the file {corpus} (" in reason for reason in reasons)
     assert any(f"the folder {corpus.parent} is a different one there" in reason for reason in reasons)
@@ -204,8 +204,8 @@ def web_server() -> Iterator[int]:
 def closed_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        number: int = free.getsockname()[1]
-    return number
+        port: int = free.getsockname()[1]
+    return port
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])

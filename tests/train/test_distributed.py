@@ -107,11 +107,11 @@ def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 def under(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Runs of two ranks that share the same four bins, by strategy; that of the default is started by torchrun."""
 
-    def made(strategy: str) -> Path:
+    def launched(strategy: str) -> Path:
         launcher = torchrun if strategy == "zero2" else run_ranks
         return run_once(tmp_path_factory, strategy, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy], launcher=launcher)
 
-    return made
+    return launched
 
 
 @pytest.fixture(params=STRATEGIES)
