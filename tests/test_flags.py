@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from prep.cli import main as vlprep
+from train.generate.cli import main as generate
 from train.order.cli import main as order
 from train.settings.flags import make_parser
 
@@ -22,7 +23,8 @@ def flags_of(program: str, command: click.Command) -> list[str]:
 
 def test_the_flags_of_both_programs_are_the_frozen_ones() -> None:
     trainer = [f"train/main.py {name}" for action in make_parser()._actions for name in action.option_strings]
-    flags = sorted([*flags_of("vlprep", vlprep), *trainer, *flags_of("python -m train.order", order)])
+    tools = [*flags_of("python -m train.order", order), *flags_of("python -m train.generate", generate)]
+    flags = sorted([*flags_of("vlprep", vlprep), *trainer, *tools])
     frozen = FROZEN.read_text(encoding="utf-8").splitlines()
     added, removed = sorted(set(flags) - set(frozen)), sorted(set(frozen) - set(flags))
     assert flags == frozen, (

@@ -9,8 +9,9 @@ The path of a bin, from file to gradient, reads top to bottom, and so do the pac
     run        trains: the loop, checkpoints, evaluation, metrics               train()
 
 ``settings`` declares the options of a run, ``arithmetic`` counts the operations of a bin, and ``main`` is the entry
-point. Other commands: ``preflight`` (the dry run), ``memory`` (what a run needs, before it starts) and ``tools`` (merge
-an adapter, summarise a run). ``python -m train.order`` explains any step of a run.
+point. Other commands: ``preflight`` (the dry run), ``memory`` (what a run needs, before it starts), ``tools`` (merge an
+adapter, summarise a run) and ``generate`` (judge a model by its answers). ``python -m train.order`` explains any step
+of a run.
 
 Imports point upwards in this list only; import-linter checks it.
 """

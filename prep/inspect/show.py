@@ -17,12 +17,12 @@ from PIL import Image
 
 from prep.annotations.boxes import Shape
 from prep.inspect.drawing import draw_shapes, shapes_by_image
-from prep.inspect.transcript import ESCAPED_NOTE, Span, SpanKind, Transcriber, printable, spells_token, visible
+from prep.inspect.transcript import ESCAPED_NOTE, Span, SpanKind, Transcriber, spells_token, visible
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
 from schemas.tables import LedgerRow
-from schemas.wording import counted
+from schemas.wording import counted, printable
 from storage.pixels import decode_frames
 from storage.shard_set import ShardSet
 

@@ -7,7 +7,6 @@ span with its length.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -22,7 +21,7 @@ from schemas.checkpoints import TOKENIZER_FILE, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest
 from schemas.qwen import CONTROL_TOKENS, IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD
-from schemas.wording import counted
+from schemas.wording import counted, printable
 
 _CONTROL_TEXTS = {token: text for text, token in CONTROL_TOKENS.items()}
 _LINE_BREAK = "↵"
@@ -46,14 +45,6 @@ class Span:
     kind: SpanKind
     text: str
     trained: bool
-
-
-def printable(text: str) -> str:
-    """Escape control characters, except line breaks and tabs, so that text cannot control a terminal."""
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character) != "Cc" else f"\\x{ord(character):02x}"
-        for character in text
-    )
 
 
 def visible(span: Span) -> str:

@@ -12,26 +12,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import click
-import numpy as np
-import torch
-from tokenizers import Tokenizer
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from demo.drawing import BACKGROUNDS, COLOURS, PNG, SHAPES, Figure, encode_image
 from demo.kinds import generator, pick
 from demo.scenes import Scene
 from demo.tiny_model import write_tiny_checkpoint
 from prep.annotations.boxes import find_shapes
-from schemas.qwen import IGNORE_INDEX, IM_END, IMAGE_PAD, PATCH_SIZE
+from schemas.qwen import PATCH_SIZE
 from tests.benchmarks.learning import Lesson, Record, build, train
 from tests.benchmarks.machine import describe_machine
-from tests.prep.packed import Packed, packed_samples
+from train.generate.answers import Answerer
+from train.shards.index import open_shards
 
 SIDE = 12 * PATCH_SIZE
 """Side of the images that the model sees: 6 x 6 merged tokens."""
@@ -42,6 +39,7 @@ ENLARGED = (1, 2, 3)
 WAYS = ("pixels", "off")
 MIN_OVERLAP = Fraction(1, 2)
 QUESTION = "Where is the shape?"
+MAX_ANSWER_TOKENS = 40
 
 POINTING = Lesson(questions={"boxes": 6000}, num_held_out=150, steps=3000, learning_rate=2e-3, vision_size=64)
 
@@ -104,27 +102,6 @@ def true_box(record: Record) -> Box:
     return tuple(value / enlarged for value in box)
 
 
-def answers(model: Path, samples: Sequence[Packed]) -> Iterator[str]:
-    """What the model says to the questions of samples, greedily."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    network = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    for sample in samples:
-        first_target = int(np.argmax(sample.labels != IGNORE_INDEX))
-        ids = torch.from_numpy(sample.input_ids[:first_target].astype(np.int64))[None]
-        with torch.inference_mode():
-            said = network.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                mm_token_type_ids=(ids == IMAGE_PAD).int(),
-                pixel_values=torch.from_numpy(sample.pixel_values()),
-                image_grid_thw=torch.tensor([grid for _, grid, _ in sample.media]),
-                max_new_tokens=40,
-                do_sample=False,
-                eos_token_id=IM_END,
-            )
-        yield tokenizer.decode(said[0, first_target:].tolist())
-
-
 def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Pointed]:
     """Draw the records, and for each way build shards, train a model and ask it.
 
@@ -148,13 +125,13 @@ def learn(lesson: Lesson, folder: Path, *, ranks: int) -> dict[str, Pointed]:
             options = ("--boxes", way, "--max-pixels", str(SIDE**2))
             build(datasets, (name,), folder, way, f"{way}-{name}", lesson, model, *options)
         train(folder / f"{way}-train", folder / f"{way}-run", lesson.steps, lesson, model, ranks)
-        packed = packed_samples(folder / f"{way}-heldout")
-        samples = [packed[record["id"]][0] for record in datasets["heldout"]]
         results[way] = Pointed()
-        said = answers(folder / f"{way}-run" / "final", samples)
-        for index, (record, answer) in enumerate(zip(datasets["heldout"], said)):
+        answerer = Answerer(folder / f"{way}-run" / "final", max_new_tokens=MAX_ANSWER_TOKENS)
+        answers = answerer.answer_shards(open_shards(folder / f"{way}-heldout"))
+        said = {answer.question.sample.id: answer.generated for answer in answers}
+        for index, record in enumerate(datasets["heldout"]):
             enlarged = ENLARGED[index % len(ENLARGED)]
-            box = read_box(answer)
+            box = read_box(said[record["id"]])
             results[way].questions[enlarged] += 1
             results[way].right[enlarged] += box is not None and overlap(box, true_box(record)) >= MIN_OVERLAP
     return results

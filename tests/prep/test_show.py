@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 from prep.cli import main
 from prep.inspect.show import render
-from prep.inspect.transcript import Span, SpanKind, Transcriber, cached_transcriber, printable
+from prep.inspect.transcript import Span, SpanKind, Transcriber, cached_transcriber
 from schemas.qwen import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD
 from schemas.settings import BuildSettings, MediaSettings
+from schemas.wording import printable
 from storage.pixels import decode_frames
 from storage.shard_set import open_set
 from tests.prep import finished as sets

@@ -54,7 +54,6 @@ def test_bounds_and_rates_are_those_of_the_shards_and_the_rest_is_kept(base: Pat
         "patch_size": 14,
         "image_mean": [0.48, 0.45, 0.4],
         "video_processor_type": "Qwen2VLVideoProcessor",
-        "do_sample_frames": True,
         "fps": 0.25,
         "min_frames": 4,
         "max_frames": 8,

@@ -53,8 +53,12 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
 HUB_FILES = (*COMPANION_FILES, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-def find_checkpoint(name_or_path: str) -> Path:
+def find_checkpoint(name_or_path: str, *, flag: str = "--model_name_or_path") -> Path:
     """Return the folder of a checkpoint, downloading a hub id into the cache of ``huggingface_hub`` first.
+
+    Args:
+        name_or_path: the folder or hub id.
+        flag: how messages name the option that gives it.
 
     Raises:
         ConfigError: the name is neither a folder nor a model that can be downloaded.
@@ -70,7 +74,7 @@ def find_checkpoint(name_or_path: str) -> Path:
     except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         reason = unreachable or str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"--model_name_or_path {name_or_path} is not a folder, and could not be downloaded from the hub "
+            f"{flag} {name_or_path} is not a folder, and could not be downloaded from the hub "
             f"({reason}). Pass the folder of a checkpoint."
         ) from error
 

@@ -3,8 +3,9 @@
 Manifests of the shards -> :class:`ShardMedia`; with it, the processor files of the base checkpoint -> those of the
 trained one. transformers, and what reads its files, takes bounds of pixels and frame rates from them.
 
-The processor of transformers samples frames at equal steps from the start of a video. Builds spread them from the first
-frame to the last one. So their number is that of training, and their times differ by less than a step.
+Whether the processor samples frames at all (``do_sample_frames``) stays as it is: callers that pass sampled frames rely
+on it. The one of transformers samples at equal steps from the start of a video. Builds spread frames from the first one
+to the last one. So their number is that of training, and their times differ by less than a step.
 
 Cost: a few JSON files.
 """
@@ -67,7 +68,6 @@ def video_values(settings: MediaSettings) -> Values:
     values: Values = {
         "min_pixels": settings.video_min_frame_pixels,
         "max_pixels": settings.video_max_frame_pixels,
-        "do_sample_frames": True,
         "fps": settings.fps if by_rate else 1 / settings.base_interval,
         "min_frames": settings.fps_min_frames if by_rate else settings.video_min_frames,
         "max_frames": settings.fps_max_frames if by_rate else settings.video_max_frames,

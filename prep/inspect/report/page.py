@@ -17,10 +17,10 @@ from prep.annotations.fields import describe_unused
 from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
 from prep.inspect.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.inspect.report.style import STYLE
-from prep.inspect.transcript import ESCAPED_NOTE, printable
+from prep.inspect.transcript import ESCAPED_NOTE
 from prep.shards.drift import decibels
 from schemas.manifest import Distribution, Drift, Manifest
-from schemas.wording import counted
+from schemas.wording import counted, printable
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _COLOURS = {"text only": "c-text-only", "images": "c-images", "video": "c-video"}

@@ -17,9 +17,9 @@ from PIL import Image
 from prep.annotations.boxes import Shape
 from prep.inspect.drawing import draw_shapes
 from prep.inspect.show import ShownSample, as_image, describe_medium, sample_shapes, samples_of
-from prep.inspect.transcript import Span, SpanKind, Transcriber, printable, visible
+from prep.inspect.transcript import Span, SpanKind, Transcriber, visible
 from schemas.bins import MEDIA_VIDEO, Bin
-from schemas.wording import counted
+from schemas.wording import counted, printable
 from storage.pixels import decode_frames
 from storage.shard_set import ShardSet
 

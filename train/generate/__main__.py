@@ -1,0 +1,5 @@
+"""``python -m train.generate``."""
+
+from train.generate.cli import main
+
+main()

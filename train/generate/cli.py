@@ -1,0 +1,152 @@
+"""``python -m train.generate``: wanted and generated answers side by side, and the share of exact matches.
+
+A checkpoint and shards -> lines on the screen and, on request, a page with the images.
+
+Cost: that of :mod:`train.generate.answers`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from transformers.utils import logging as transformers_logging
+
+from schemas.errors import ConfigError, ShardError, VlprepError
+from schemas.wording import counted, printable
+from train.generate.answers import MAX_NEW_TOKENS, Answer, Answerer
+from train.generate.page import render_page
+from train.model import pretrained
+from train.run.run_dir import FINAL_DIR
+from train.shards.index import open_shards
+
+LIMIT = 20
+_MIN_WIDTH = 24
+"""Characters of a column on a narrow screen."""
+
+
+@click.command(name="python -m train.generate")
+@click.option("--model", required=True, help="Checkpoint: the final/ of a run, another folder or a hub id.")
+@click.option("--shards", required=True, help="Folders or URLs, as the trainer takes them.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=LIMIT, show_default=True, help="Answers, the first of the shards."
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=MAX_NEW_TOKENS,
+    show_default=True,
+    help="Length at which an answer is cut off.",
+)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with the images, too.")
+def main(model: str, shards: str, limit: int, max_new_tokens: int, html: Path | None) -> None:
+    """Let a model answer questions from shards: wanted and generated answers side by side, and the exact matches.
+
+    Answers are greedy, on the GPU if there is one. Each trained answer of a sample is one, after all that precedes it.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        answers = []
+        for answer in generate(model, shards, limit=limit, max_new_tokens=max_new_tokens, page=html):
+            answers.append(answer)
+            for line in describe(answer, len(answers), width=shutil.get_terminal_size().columns):
+                click.echo(line)
+        click.echo(summarise(answers))
+        if html is not None:
+            html.write_text(render_page(answers, title=f"{model} on {shards}", summary=summarise(answers)))
+            click.echo(f"page: {html}")
+    except VlprepError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        click.echo(f"error: {error.filename or html}: {error.strerror or error}", err=True)
+        raise SystemExit(ConfigError.exit_code) from None
+
+
+def generate(
+    model: str, shards: str, *, limit: int, max_new_tokens: int = MAX_NEW_TOKENS, page: Path | None = None
+) -> Iterator[Answer]:
+    """Answer the first questions of shards, after checking all that can be wrong with the inputs.
+
+    Args:
+        model: folder or hub id of a checkpoint.
+        shards: as the trainer takes them.
+        limit: number of answers.
+        max_new_tokens: length at which an answer is cut off.
+        page: file that is to be written afterwards.
+
+    Raises:
+        ConfigError: there is no complete model, its tokenizer is not that of the shards, or the page cannot be written.
+        ShardError: the shards are incomplete, damaged, or without a trained answer.
+    """
+    if page is not None and not page.absolute().parent.is_dir():
+        raise ConfigError(f"--html {page}: the folder {page.parent} does not exist. Create it, or give another file.")
+    index = open_shards(shards)
+    source = find_model(model)
+    pretrained.check_fingerprints(source, index.manifests[0].fingerprints, shards=shards)
+    answerer = Answerer(source, max_new_tokens=max_new_tokens)
+    num_answers = 0
+    for answer in itertools.islice(answerer.answer_shards(index), limit):
+        num_answers += 1
+        yield answer
+    if not num_answers:
+        raise ShardError(f"{shards} has no trained answer to compare with. Give shards of conversations.")
+
+
+def find_model(model: str) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        ConfigError: there is none, or it is not Qwen2.5-VL.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        final = folder / FINAL_DIR
+        remedy = f"Give {final}." if (final / "config.json").is_file() else f"Give the {FINAL_DIR}/ of a finished run."
+        raise ConfigError(f"--model {folder} holds no model (config.json is missing). {remedy}")
+    source = pretrained.find_checkpoint(model, flag="--model")
+    pretrained.read_shape(source)
+    return source
+
+
+def describe(answer: Answer, count: int, *, width: int) -> Iterator[str]:
+    """An answer as lines: sample and question, then what is wanted and generated in two columns.
+
+    Args:
+        answer: the answer.
+        count: which one it is, from 1.
+        width: of the screen, in characters.
+    """
+    sample = answer.question.sample
+    name = f", id {printable(sample.id)}" if sample.id is not None else ""
+    yield f"{count}. {printable(sample.dataset)}, record {sample.record}{name}: {verdict(answer)}"
+    yield from textwrap.wrap(
+        printable(answer.question.text), width, initial_indent="   ", subsequent_indent="   ", tabsize=4
+    )
+    column = max(_MIN_WIDTH, (width - 6) // 2)
+    wanted, generated = (_wrap(text, column) for text in (answer.question.wanted, answer.generated))
+    yield f"   {'wanted':<{column}} | generated".rstrip()
+    for left, right in itertools.zip_longest(wanted, generated, fillvalue=""):
+        yield f"   {left:<{column}} | {right}".rstrip()
+    yield ""
+
+
+def verdict(answer: Answer) -> str:
+    """Whether an answer is right, in words."""
+    if answer.is_exact:
+        return "exact"
+    return "different" if answer.is_complete else "different, cut off"
+
+
+def summarise(answers: list[Answer]) -> str:
+    """The share of exact matches."""
+    num_exact = sum(answer.is_exact for answer in answers)
+    return f"exact match: {num_exact} of {counted(len(answers), 'answer')} ({num_exact / len(answers):.1%})"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return [part for line in printable(text).split("\n") for part in textwrap.wrap(line, width, tabsize=4) or [""]]
