@@ -83,11 +83,12 @@ def _read_python(module: ast.Module, path: Path) -> Tables:
     tables = Tables()
     values: dict[str, Any] = {}
     for node in module.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.If)) or _is_text(node):
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef)) or _is_text(node) or _is_for_programs(node):
             continue
         target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
         if not isinstance(node, ast.Assign) or not isinstance(target, ast.Name):
-            tables.not_understood.append(f"{path}:{node.lineno}: code that is not run here: {ast.unparse(node)[:60]}")
+            code = " ".join(ast.unparse(node).split())
+            tables.not_understood.append(f"{path}:{node.lineno}: code that is not run here: {code[:60]}")
             continue
         try:
             values[target.id] = _evaluate(node.value, values)
@@ -108,6 +109,11 @@ def _read_python(module: ast.Module, path: Path) -> Tables:
             tables.not_understood.append(f"{path}: {key} of the dataset {name}")
         tables.datasets[str(name)] = table
     return tables
+
+
+def _is_for_programs(node: ast.stmt) -> bool:
+    """Whether a statement is ``if __name__ == "__main__"``, which an import skips."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
 def _is_text(node: ast.stmt) -> bool:

@@ -266,6 +266,22 @@ def test_a_registry_with_code_is_read_as_far_as_it_has_none(folder: Path) -> Non
     assert not (folder / "made").exists()
 
 
+def test_a_script_whose_registry_has_code_is_rewritten_and_each_piece_of_code_has_a_line(folder: Path) -> None:
+    path = folder / "qwenvl" / "data" / "__init__.py"
+    code = "for name in data_dict:\n    data_dict[name] = {}\nif open('made', 'w'):\n    data_dict = {}\n"
+    path.write_text(f"{REGISTRY}\n{code}\nif __name__ == '__main__':\n    data_list(['a'])\n")
+    result = migrate("scripts/sft.sh")
+    assert result.exit_code == 1
+    assert train_command(result.output)[1].num_train_epochs == 0.5
+    assert '[mp_doc]\nannotation_path = "/data/mp_doc/all.json"' in result.output
+    left = section(result.output, "Not understood").splitlines()
+    assert [line.partition("code that is not run here: ")[2] for line in left] == [
+        "for name in data_dict: data_dict[name] = {}",
+        "if open('made', 'w'): data_dict = {}",
+    ]
+    assert not (folder / "made").exists()
+
+
 def test_datasets_of_another_kind_are_listed(folder: Path) -> None:
     info = {
         "hub": {"hf_hub_url": "someone/set"},
@@ -292,7 +308,10 @@ def test_an_unknown_flag_is_listed_and_never_dropped(folder: Path) -> None:
     (folder / "odd.yaml").write_text(
         LLAMA_FACTORY_FILES["lora.yaml"] + "galore_rank: 4\nnested: {a: 1}\nval_size: 0.1\n"
     )
-    left = section(migrate("odd.yaml").output, "Not understood")
+    result = migrate("odd.yaml")
+    assert result.exit_code == 1
+    assert train_command(result.output)[1].lora_r == 8, "what was understood is printed"
+    left = section(result.output, "Not understood")
     assert "galore_rank: 4: not a known flag of LLaMA-Factory" in left
     assert "nested in odd.yaml, a table or a nested list" in left
     assert "val_size: 0.1: build a second set of shards from it and give --eval_shards DIR" in left
