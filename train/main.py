@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 if not __package__:
@@ -50,7 +53,10 @@ def main(argv: list[str]) -> int:
         if args.dry_run:
             preflight(args)
             return 0
-        return 0 if train(args, argv) else REQUEUE_EXIT_CODE
+        if train(args, argv):
+            return 0
+        _tell_torchrun("stopped on request, with a checkpoint: rerun the same command to resume")
+        return REQUEUE_EXIT_CODE
     except VlprepError as error:
         if args.debug:
             raise
@@ -70,7 +76,8 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
             raise
-        return _fail(VlprepError("another rank has failed: see its message, above or in its log."))
+        # Not told to `torchrun`, which looks for the first rank that failed.
+        return _report(VlprepError("another rank has failed: see its message, above or in its log."))
 
 
 def use_expandable_segments() -> None:
@@ -91,9 +98,22 @@ def _ignore(text: str) -> None:
 
 
 def _fail(error: VlprepError) -> int:
+    _tell_torchrun(str(error))
+    return _report(error)
+
+
+def _report(error: VlprepError) -> int:
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     sys.stderr.write(f"error{rank}: {error}\n")
     return error.exit_code
+
+
+def _tell_torchrun(reason: str) -> None:
+    """Leave the reason of an exit where `torchrun` looks for one: it ends its report on a failed rank with it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": reason, "timestamp": int(time.time())}))
 
 
 def _configure_output(*, is_first: bool) -> None:

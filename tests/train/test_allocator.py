@@ -17,7 +17,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     """The allocator's variables when a run starts; nothing is trained."""
     records: list[dict[str, str]] = []
 
-    def train(args: object) -> bool:
+    def train(*_: object) -> bool:
         records.append({name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ})
         return True
 

@@ -153,6 +153,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_reports_it
         "torchrun has an exit code of its own, and ends the other ranks when one has ended with another code than 0"
     )
     assert f"exitcode  : {REQUEUE_EXIT_CODE}" in errors
+    assert "traceback : stopped on request, with a checkpoint: rerun the same command to resume\n" in errors
     saved_by_two_ranks(tmp_path)
 
 

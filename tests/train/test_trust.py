@@ -157,7 +157,7 @@ def test_a_rank_that_waits_for_one_that_stopped_says_so_in_a_sentence(
 ) -> None:
     """The one that met the damage tells of it; the others end too, without a traceback that would bury it."""
 
-    def fail(args: object) -> bool:
+    def fail(*_: object) -> bool:
         raise RuntimeError(says)
 
     monkeypatch.setattr("train.run.loop.train", fail)
@@ -170,15 +170,16 @@ def test_a_rank_that_waits_for_one_that_stopped_says_so_in_a_sentence(
         main(["--shards", "set", "--model_name_or_path", "model"])
 
 
-def test_ctrl_c_ends_a_run_without_a_traceback(
+def test_ctrl_c_before_the_first_step_ends_a_run_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(args: object) -> bool:
+    def interrupt(*_: object) -> bool:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("train.run.loop.train", interrupt)
     assert main(["--shards", "set", "--model_name_or_path", "model"]) == 130
-    assert capsys.readouterr().err == "stopped: rerun the same command to resume from the newest checkpoint\n"
+    expected = "\nstopped before the first step: nothing was trained; rerun the same command to start\n"
+    assert capsys.readouterr().err == expected
 
 
 FILES = ["bins-00001.tar", "bins.parquet", "manifest.json"]
