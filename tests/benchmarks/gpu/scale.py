@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Qwen2_5_VLConfig
 
 from demo.tiny_model import tiny_config
+from schemas import qwen
 from train.arithmetic.dimensions import OFFICIAL
 
 
@@ -82,10 +83,16 @@ def official_config(size: str) -> Qwen2_5_VLConfig:
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "bos_token_id": qwen.ENDOFTEXT,
+        "eos_token_id": qwen.IM_END,
     }
     return Qwen2_5_VLConfig(
         text_config=text,
-        vision_config=dict(OFFICIAL[size]["vision_config"]),
+        vision_config={**OFFICIAL[size]["vision_config"], "tokens_per_second": qwen.TOKENS_PER_SECOND},
+        image_token_id=qwen.IMAGE_PAD,
+        video_token_id=qwen.VIDEO_PAD,
+        vision_start_token_id=qwen.VISION_START,
+        vision_end_token_id=qwen.VISION_END,
         tie_word_embeddings=text["tie_word_embeddings"],
     )
 
