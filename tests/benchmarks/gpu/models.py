@@ -85,7 +85,7 @@ class Arrangement:
             ("weights", width * sizes.num_parameters, Phase.ALWAYS),
             ("moments", moments, Phase.ALWAYS),
             ("gradients", width * sizes.num_trained, Phase.BACKWARD),
-            ("largest gradient, two parts", 2 * width * sizes.largest_trained, Phase.TRANSIENT),
+            ("largest gradient and its copy", 2 * width * sizes.largest_trained, Phase.TRANSIENT),
         )
         terms = [Term(name=name, num_bytes=size, formula="", phase=phase) for name, size, phase in states]
         return Memory((*terms, *activation_terms(sizes, load, DTYPE))).peak()
