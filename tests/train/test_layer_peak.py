@@ -23,6 +23,7 @@ from train.arithmetic.dimensions import OFFICIAL
 from train.memory.activations import Load, activation_terms
 from train.memory.terms import Phase
 from train.model.attention import BY_SAMPLE, FLASH_VARLEN, SDPA, VARLEN
+from train.model.head import CHUNK, TargetHead
 from train.model.sizes import sizes_of
 from train.settings.arguments import TrainArguments
 
@@ -131,3 +132,21 @@ def test_a_layer_of_the_7b_takes_more_than_it_saves() -> None:
     options = {"trained": True, "checkpointed": True}
     assert estimate("layer", "7B", 1, **options) == 315_512
     assert estimate("block", "7B", 1, **options) == 82_072
+
+
+@pytest.mark.parametrize("num_targets", [100, CHUNK, 16384, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_loss_takes_what_was_estimated(dtype: torch.dtype, num_targets: int) -> None:
+    """Forward and backward pass of a frozen ``lm_head``; the gradient of its weight is a term of its own."""
+    sizes = sizes_of(OFFICIAL["7B"], TrainArguments(shards="shards"))
+    with FakeTensorMode():
+        head = TargetHead(sizes.dims.hidden_size, sizes.dims.vocab_size, bias=False, dtype=dtype).requires_grad_(False)
+        states = torch.empty(num_targets, sizes.dims.hidden_size, dtype=dtype, requires_grad=True)
+        targets = torch.empty(num_targets, dtype=torch.int64)
+        with LiveBytes((*head.parameters(), states, targets)) as alive:
+            head(states, targets).backward()
+    load = Load(num_tokens=0, num_targets=num_targets, num_patches=0, is_checkpointed=True)
+    terms = activation_terms(sizes, load, dtype)
+    (expected,) = (term.num_bytes for term in terms if term.name == "lm_head")
+    measured = alive.peak + states.nbytes
+    assert 0.95 * expected < measured < 1.001 * expected

@@ -91,16 +91,24 @@ def _language_terms(sizes: Sizes, load: Load, width: int) -> list[Term]:
 
 
 def _head_term(sizes: Sizes, load: Load, width: int) -> Term:
-    """What ``lm_head`` needs: logits of a chunk and their logarithms, both in float32, and the gradient of its inputs.
-
-    The inputs, their gradient in float32 and the next product that is added to it have a row per target.
-    """
-    logits, inputs = 8 * sizes.dims.vocab_size, (4 + 2 * width) * sizes.dims.hidden_size
-    rows = min(CHUNK, load.num_targets)
+    """What ``lm_head`` needs: scalars of a chunk of logits, and rows of its inputs, one per target."""
+    dims, rows = sizes.dims, min(CHUNK, load.num_targets)
+    steps = (
+        # Logits and their logarithms in float32.
+        (8, width),
+        # Backward pass: logits, also in float32, beside the float32 gradient of the inputs.
+        (4 if width == 4 else 4 + width, 4 + width),
+        # Their gradient, and a product that is added to the gradient of the inputs.
+        (width, 4 + 2 * width),
+    )
+    of_logits, of_inputs = max(
+        ((per_logit * dims.vocab_size, per_input * dims.hidden_size) for per_logit, per_input in steps),
+        key=lambda rates: rates[0] * rows + rates[1] * load.num_targets,
+    )
     return Term(
         name="lm_head",
-        num_bytes=logits * rows + inputs * load.num_targets,
-        formula=f"{logits:,} B x {rows:,} rows + {inputs:,} B x {load.num_targets:,} targets",
+        num_bytes=of_logits * rows + of_inputs * load.num_targets,
+        formula=f"{of_logits:,} B x {rows:,} rows + {of_inputs:,} B x {load.num_targets:,} targets",
         phase=Phase.TRANSIENT,
     )
 

@@ -5,8 +5,8 @@ tokens of the vocabulary for some rows. The backward pass computes the logits ag
 vocabulary. So each row of the weight's gradient is one matrix product that is rounded once. Sums of products over
 chunks of rows, in bfloat16, would be off by 7e-3 after 32 chunks.
 
-Cost: one recomputation of the logits in the backward pass. In transient memory, 8 bytes for each scalar of a chunk of
-logits (0.6 GB for Qwen's vocabulary) and a float32 gradient of the hidden states.
+Cost: one recomputation of the logits in the backward pass. In transient memory, at most 8 bytes for each scalar of a
+chunk of logits (0.6 GB for Qwen's vocabulary), then less and a float32 gradient of the hidden states.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 states_grad += logits_grad @ part
             if weight_grad is not None:
                 torch.mm(logits_grad.T, states, out=weight_grad[start : start + width])
+            del logits_grad  # before the next one is made
         return None if states_grad is None else states_grad.to(states.dtype), weight_grad, None
 
 
