@@ -86,6 +86,7 @@ bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machin
 	$(BIN)/python -m tests.benchmarks.balance
 	$(BIN)/python -m tests.benchmarks.learning
 	$(BIN)/python -m tests.benchmarks.pointing
+	$(BIN)/python -m tests.benchmarks.recipes
 
 clean: ## remove the environment and caches; data, shards, checkpoints and runs stay
 	rm -rf .venv build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

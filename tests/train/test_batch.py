@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -12,16 +13,17 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, ConfigErrors
 from tests.train.synthetic import make_bins, write_shards
 from train.arithmetic.dimensions import OFFICIAL
 from train.memory.budget import USABLE, bins_that_fit, rank_memory
-from train.memory.loads import loads_of_length
+from train.memory.loads import loads_of_length, loads_of_shards
 from train.model import pretrained
 from train.model.sizes import sizes_of
 from train.order.cli import main as order
 from train.run.loop import open_stream
-from train.run.plan import Plan, make_plan
+from train.run.plan import Compute, Plan, make_plan, plan_batch
 from train.run.record import record_run
 from train.run.run_dir import RunState
 from train.settings.arguments import TrainArguments
@@ -216,6 +218,24 @@ def test_a_run_does_not_resume_with_other_samples_a_step(flags: list[str]) -> No
             make_plan(parse_arguments([*flags, *other]))
     same = make_plan(parse_arguments([*flags, "--gradient_accumulation_steps", "4"]))
     assert same.start_step == 1
+
+
+def test_on_a_gpu_a_forward_pass_takes_the_bins_that_its_memory_holds(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of the largest bins fit, so the 7 bins of a step take three passes."""
+    args, world = parse_arguments([*flags, "--tune_mm_vision"]), 1
+    plan = make_plan(args)
+    config, dtype = read_config(plan.source), torch.bfloat16
+    sizes, deepspeed = sizes_of(config, args), read_deepspeed_config(args.deepspeed)
+    load = loads_of_shards(plan.index, checkpointed=True, dtype=dtype)(3, sizes)
+    memory = rank_memory(sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)
+    device = SimpleNamespace(total_memory=int(memory.peak() / USABLE) + 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    compute = Compute(device=torch.device("cuda", 0), dtype=dtype, attention="varlen", peak_tflops=None)
+    batch = plan_batch(args, plan.recipe, plan.index, config, None, compute=compute, deepspeed=deepspeed, world=world)
+    assert (plan.batch.bins, plan.batch.accumulation) == (7, 1)
+    assert (batch.bins, batch.per_device, batch.accumulation) == (7, 3, 3)
 
 
 def test_a_planned_step_has_the_bins_that_the_trainer_would_choose(flags: list[str]) -> None:

@@ -24,7 +24,7 @@ DEFAULT_TOKENS = 16 * 1024
 """Tokens of a forward pass where the memory of the device is not known."""
 
 TOLERANCE = 0.1
-"""A step has as many bins on each rank if its expected number of samples is then off by no more than this share."""
+"""All ranks get as many bins if the expected number of samples is then off by no more than this share."""
 
 
 class Aim(msgspec.Struct, frozen=True, kw_only=True):
