@@ -108,7 +108,7 @@ def test_a_folder_without_a_manifest_is_refused_with_one_sentence(real: Path, ti
     assert "manifest" in message
 
 
-def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_reads_over(
+def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_skips(
     tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     """Images that are cut short pass the scan, which reads headers only, and fail when they are decoded."""

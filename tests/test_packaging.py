@@ -66,7 +66,7 @@ def test_base_installation_has_no_torch() -> None:
     assert "msgspec" in names
 
 
-def test_torch_is_never_a_range() -> None:
+def test_torch_is_pinned_to_one_version() -> None:
     torch = [requirement for requirement in _requirements("train", "dev") if requirement.name == "torch"]
     assert [str(requirement.specifier) for requirement in torch] == [f"=={_pins('3.11')['torch']}"]
 
@@ -102,7 +102,7 @@ def _make(*arguments: str) -> str:
         (["DATASET=a%80,b"], '"a%80,b" --out "shards/a-80+b"'),
     ],
 )
-def test_make_shards_passes_on_what_is_given(arguments: list[str], command: str) -> None:
+def test_make_shards_passes_on_its_arguments(arguments: list[str], command: str) -> None:
     words = " ".join(_make("shards", *arguments).split())
     assert words == f".venv/bin/vlprep build {command}"
 

@@ -69,7 +69,7 @@ def test_shares_are_scaled_to_the_resized_image() -> None:
 
 
 @pytest.mark.parametrize("coordinates", ["resized", "off"])
-def test_coordinates_that_are_right_already_stay(coordinates: str) -> None:
+def test_coordinates_that_need_no_rewriting_stay(coordinates: str) -> None:
     text = '{"bbox_2d": [10.50, 20, 30, 40]}'
     assert rewritten(text, coordinates) == text
 
@@ -106,7 +106,7 @@ def test_the_image_is_the_one_that_the_object_names() -> None:
         ("<|box_start|>1,2,3,4<|box_end|>", "between its tokens"),
     ],
 )
-def test_what_is_no_box_is_told_with_its_value(text: str, reason: str) -> None:
+def test_a_malformed_box_is_reported_with_its_value(text: str, reason: str) -> None:
     shapes, faults = find_shapes(text)
     assert not shapes and len(faults) == 1 and reason in faults[0]
 
@@ -188,7 +188,7 @@ def test_mapped_back_a_coordinate_lies_within_half_a_resized_pixel(
 
 
 @given(st.text(alphabet='{}[]":,0123456789.-exN bbox_2dpoint_2d<>|()=\\' + "'", max_size=80))
-def test_no_text_makes_it_stumble(text: str) -> None:
+def test_no_text_raises(text: str) -> None:
     shapes, _ = find_shapes('{"bbox_2d": ' + text)
     for shape in shapes:
         for start, end in shape.spans:

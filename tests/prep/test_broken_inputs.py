@@ -112,7 +112,7 @@ def test_a_build_of_broken_records_balances(built: Path, broken: BrokenFolder) -
     assert counts.num_rejected == counts.num_annotations - good
 
 
-def test_messages_name_no_place_of_this_machine(built: Path, broken: BrokenFolder) -> None:
+def test_messages_name_no_path_of_this_machine(built: Path, broken: BrokenFolder) -> None:
     assert not [row["message"] for row in ledger(built) if str(broken.root) in (row["message"] or "")]
 
 
@@ -137,7 +137,7 @@ def test_validate_finds_exactly_the_same(validated: tuple[Result, Path], broken:
     assert len(lines_of(out / "fixed.jsonl")) == len(expected) - len(rejected)
 
 
-def test_validate_looks_into_parquet(broken: BrokenFolder) -> None:
+def test_validate_reads_parquet(broken: BrokenFolder) -> None:
     table = next(path for path in broken.files if path.suffix == ".parquet")
     result = run("validate", table, "--workers", 1, "--deep", "--max-source-bytes", MAX_SOURCE_BYTES)
     expected = [entry.codes for entry in broken.expected if entry.file == table.name]

@@ -173,7 +173,7 @@ def test_bytes_are_the_same_for_any_number_of_workers_and_from_another_folder(
     assert contents(tmp_path / "out") == contents(built)
 
 
-def test_a_finished_build_does_nothing_and_a_damaged_one_is_mended(
+def test_a_finished_build_does_nothing_and_a_damaged_one_is_repaired(
     built: Path,
     corpus: tuple[Path, dict[str, str]],
     tmp_path: Path,
@@ -198,7 +198,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
 @pytest.mark.parametrize("step", ["scan_chunk", "write_shard"])
-def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
+def test_an_interrupted_build_resumes_and_ends_with_the_same_bytes(
     built: Path,
     corpus: tuple[Path, dict[str, str]],
     tmp_path: Path,
@@ -233,7 +233,7 @@ def test_an_interrupted_build_goes_on_and_ends_with_the_same_bytes(
     }
 
 
-def test_shards_of_an_older_version_are_written_anew(
+def test_shards_of_an_older_version_are_rewritten(
     tmp_path: Path, corpus: tuple[Path, dict[str, str]], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
@@ -270,7 +270,7 @@ def leftovers(out: Path) -> list[Path]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_build_that_is_killed_or_stopped_goes_on(
+def test_a_build_that_is_killed_or_stopped_resumes(
     built: Path,
     corpus: tuple[Path, dict[str, str]],
     tmp_path: Path,
@@ -292,7 +292,7 @@ def test_a_build_that_is_killed_or_stopped_goes_on(
     assert leftovers(out) == []
 
 
-def test_a_second_build_into_the_same_folder_says_who_holds_it(
+def test_a_second_build_into_the_same_folder_names_the_process_that_locks_it(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     request = request_for(corpus[0], tmp_path / "out", tiny_checkpoint)
@@ -302,7 +302,7 @@ def test_a_second_build_into_the_same_folder_says_who_holds_it(
     assert build(request, SerialEngine()).counts.num_packed == 24
 
 
-def test_media_that_appear_later_are_found_when_asked_for(
+def test_media_that_appear_later_are_found_with_retry_media(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     shutil.copytree(corpus[0].parent, tmp_path / "in")
@@ -317,7 +317,7 @@ def test_media_that_appear_later_are_found_when_asked_for(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_looking_at_media_again_may_be_killed_at_any_moment(
+def test_a_build_that_retries_media_may_be_killed_at_any_moment(
     corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a part is rebuilt, none of its files is used together with a file of the previous part."""
@@ -376,7 +376,7 @@ def test_another_tokenizer_in_the_same_place_is_used_by_the_next_build_of_a_proc
     assert other.fingerprints.tokenizer != first.fingerprints.tokenizer
 
 
-def test_what_a_finished_build_was_killed_before_it_removed_is_removed_by_the_next(
+def test_leftovers_of_a_finished_build_that_was_killed_are_removed_by_the_next(
     built: Path, corpus: tuple[Path, dict[str, str]], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     out = tmp_path / "out"

@@ -172,7 +172,7 @@ def test_tasks_are_taken_as_they_are_needed(engine: Engine) -> None:
         ("bug", ZeroDivisionError),
     ],
 )
-def test_what_a_task_raises_comes_out_as_it_is(engine: Engine, kind: str, error: type[Exception]) -> None:
+def test_exceptions_of_a_task_are_raised_unchanged(engine: Engine, kind: str, error: type[Exception]) -> None:
     with pytest.raises(error) as raised:
         list(engine.map(fail, [kind]))
     assert type(raised.value) is error
@@ -202,7 +202,7 @@ def test_libraries_of_workers_start_no_threads(parallel: Engine) -> None:
     assert dict(zip(ONE_THREAD, parallel.map(environment, ONE_THREAD))) == ONE_THREAD
 
 
-def test_closing_ends_what_runs(parallel: Engine, tmp_path: Path) -> None:
+def test_closing_ends_running_tasks(parallel: Engine, tmp_path: Path) -> None:
     results = parallel.map(partial(stay, tmp_path), range(20))
     assert next(results) == 0
     results.close()
@@ -221,7 +221,7 @@ def test_workers_of_this_machine_stay_from_step_to_step_and_end_with_the_block()
     assert not any(Path(f"/proc/{process}").exists() for process in first)
 
 
-def test_workers_stay_where_the_end_of_the_results_is_not_looked_for(local_engine: Engine) -> None:
+def test_workers_stay_if_the_results_are_not_read_to_the_end(local_engine: Engine) -> None:
     """``zip(tasks, results)`` does not request the end of the results."""
     with closing(local_engine.map(process_of, range(8))) as results:
         first = {result for _, result in zip(range(8), results)}
@@ -240,7 +240,7 @@ def sigterm_handler(_: int) -> str:
     return str(signal.getsignal(signal.SIGTERM))
 
 
-def test_the_kernel_ends_workers_whatever_they_are_at(local_engine: Engine) -> None:
+def test_the_kernel_ends_workers_whatever_they_are_doing(local_engine: Engine) -> None:
     """A Python signal handler would run too late in a worker that starts to wait for a lock of an ended one."""
     assert set(local_engine.map(sigterm_handler, range(20))) == {str(signal.SIG_DFL)}
 
@@ -312,7 +312,7 @@ def test_a_task_whose_worker_dies_is_run_again_on_ray(ray_engine: Engine, tmp_pa
     assert list(ray_engine.map(partial(die_once, tmp_path), range(4))) == [0, 1, 2, 3]
 
 
-def test_a_task_that_kills_every_worker_ends_the_work_and_says_how_to_go_on(parallel: Engine) -> None:
+def test_a_task_that_kills_every_worker_stops_the_build_and_says_how_to_resume(parallel: Engine) -> None:
     with pytest.raises(VlprepError, match=r"(?s)killed|lost with its worker 4 times.*same command again"):
         list(parallel.map(die, [0]))
 
@@ -345,7 +345,7 @@ def test_an_address_without_the_ray_engine_is_wrong_use(command: str, corpus_fil
     assert "--ray-address auto goes with --engine ray" in result.output
 
 
-def test_ray_that_is_not_installed_is_one_sentence(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_is_reported_in_one_sentence(corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     result = CliRunner().invoke(main, ["validate", str(corpus_file), "--engine", "ray"])
     assert result.exit_code == 2
@@ -377,7 +377,7 @@ def test_paths_that_were_shared_before_are_not_shared_again(shared: tuple[Worker
     assert requirements.share([folder / "more"], [])
 
 
-def test_a_path_that_is_not_there_cannot_be_shared(tmp_path: Path) -> None:
+def test_a_missing_path_cannot_be_shared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none cannot be used: No such file or directory"):
         WorkerRequirements().share([tmp_path / "none"], [])
 
@@ -394,7 +394,7 @@ def test_a_path_that_is_not_there_cannot_be_shared(tmp_path: Path) -> None:
         ("package here only", "av is not installed there, 1.0 here"),
     ],
 )
-def test_what_a_machine_lacks_is_named_with_its_path(
+def test_unmet_requirements_are_named_with_their_path(
     shared: tuple[WorkerRequirements, Path], change: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requirements, folder = shared

@@ -91,7 +91,7 @@ def on_a_disk(namespace: list[str], mode: str, corpus: Path, model: Path, folder
     return runs[:-1]
 
 
-def test_a_disk_that_runs_full_at_any_step_stops_the_build_which_goes_on_once_there_is_room(
+def test_a_disk_that_runs_full_at_any_step_stops_the_build_which_resumes_once_there_is_room(
     namespace: list[str], corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     runs = on_a_disk(namespace, "stages", corpus, tiny_checkpoint, tmp_path)
@@ -133,7 +133,7 @@ def test_an_output_that_can_only_be_read_is_named(
 
 
 @pytest.mark.parametrize(("limit", "location"), [(1 << 10, "/.build/"), (1 << 19, "/bins-00000.tar: ")])
-def test_a_limit_on_the_size_of_files_stops_the_build_which_goes_on_without_it(
+def test_a_limit_on_the_size_of_files_stops_the_build_which_resumes_without_it(
     tiny_checkpoint: Path, tmp_path: Path, limit: int, location: str
 ) -> None:
     """The same with a limit on the file size, which needs no mount."""
@@ -289,7 +289,7 @@ KILLED = (
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_a_decoder_that_is_killed_from_outside_is_asked_again_before_the_medium_gets_the_blame(
+def test_a_decoder_killed_from_outside_is_retried_before_the_medium_is_blamed(
     box: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always: bool
 ) -> None:
     random_image(300, 200).save(tmp_path / "x.png")
@@ -309,7 +309,7 @@ def test_the_decoder_is_what_the_kernel_kills_first_when_memory_runs_out(box: Sa
     assert int(Path(f"/proc/{child.pid}/oom_score_adj").read_text()) == int(sandbox_module._OOM_SCORE_ADJUSTMENT)
 
 
-def test_a_worker_that_is_killed_is_reported_and_the_build_goes_on(
+def test_a_killed_worker_is_reported_and_the_build_resumes(
     corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -350,7 +350,7 @@ def test_sizes_of_shards_beyond_all_bounds_are_refused_and_the_largest_gives_one
 
 
 @pytest.mark.parametrize("spelling", ["canonical", "reordered"])
-def test_a_record_that_names_millions_of_media_is_one_problem_and_none_is_looked_at(spelling: str) -> None:
+def test_a_record_that_names_millions_of_media_is_one_problem_and_none_is_opened(spelling: str) -> None:
     names = np.arange(MAX_MEDIA + 1).astype(str).tolist()
     record = {"id": "many", "images": names, "conversations": turn("<image>" * len(names))}
     if spelling == "reordered":

@@ -104,7 +104,7 @@ def test_validate_of_an_empty_file_is_a_problem(tmp_path: Path, content: str) ->
     assert f"{tmp_path / 'empty.json'}: the file holds no annotation" in result.stdout
 
 
-def test_problems_beyond_the_examples_are_counted_and_told_where_they_are(tmp_path: Path) -> None:
+def test_problems_beyond_the_examples_are_counted_with_a_pointer_to_them(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [text_record(" ")] * 8)
     assert "\n  … 5 more; --rejects FILE writes all" in validate(file).stdout
     rejects = tmp_path / "rejects.jsonl"
@@ -159,7 +159,7 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
-def test_a_file_of_another_format_is_told_once_with_the_mend(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_format_is_reported_once_with_the_fix(tmp_path: Path, name: str) -> None:
     content, cause, mend = WRONG_FILES[name]
     file = tmp_path / name
     file.write_bytes(content)
@@ -225,13 +225,13 @@ def test_a_wrong_media_root_is_named_with_the_folder_that_holds_the_media(tmp_pa
         assert validate(file, "--media-root", (folder / where).resolve()).exit_code == 0
 
 
-def test_media_whose_names_have_another_folder_are_told_where_they_lie(tmp_path: Path) -> None:
+def test_media_named_relative_to_another_folder_are_located(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "a.png")
     file = write_lines(tmp_path / "a.jsonl", [image_record("train/2017/a.png")])
     assert f"a.png lies in {tmp_path / 'images'}, but the annotations name train/2017/a.png" in validate(file).stdout
 
 
-def test_media_that_are_nowhere_near_are_told_as_missing_from_the_root(tmp_path: Path) -> None:
+def test_media_that_are_nowhere_near_are_reported_as_missing_from_the_root(tmp_path: Path) -> None:
     folder = tmp_path / "one" / "two" / "three"  # the search goes two folders up, where other tests must not be
     folder.mkdir(parents=True)
     file = write_lines(folder / "a.jsonl", [image_record("a.png"), image_record("b.png")])
@@ -240,7 +240,7 @@ def test_media_that_are_nowhere_near_are_told_as_missing_from_the_root(tmp_path:
     assert f"all 2 media are missing below the media root {folder}, for example a.png." in hint
 
 
-def test_one_medium_that_is_there_is_enough_for_no_word_about_the_root(tmp_path: Path) -> None:
+def test_the_root_is_not_blamed_if_one_medium_exists(tmp_path: Path) -> None:
     write_image(tmp_path / "b.png")
     write_image(tmp_path / "images" / "a.png")
     file = write_lines(tmp_path / "a.jsonl", [image_record("a.png"), image_record("b.png")])
@@ -334,7 +334,7 @@ def test_a_build_that_fails_before_its_first_shard_leaves_no_folder(tmp_path: Pa
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
-def test_an_interrupted_build_keeps_its_work_and_is_named_by_those_who_read_the_shards(
+def test_an_interrupted_build_keeps_its_work_and_readers_of_the_shards_name_it(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_lines(tmp_path / "a.jsonl", [text_record()])
@@ -387,7 +387,7 @@ def test_without_a_network_the_trainer_stops_within_two_seconds() -> None:
         find_checkpoint("team/model")
 
 
-def test_a_refused_connection_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_connection_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("storage.hub.getproxies", lambda: {"https": "http://127.0.0.1:9"})
     assert unreachable_reason() == "no connection to 127.0.0.1: Connection refused"

@@ -99,7 +99,7 @@ def test_a_record_wrong_in_a_million_places_is_rejected_in_bounded_memory(
     assert int(result.stderr.split()[-1]) < BOUND_KB
 
 
-def test_what_is_left_out_of_a_long_list_of_problems_is_counted_for_each_code() -> None:
+def test_problems_left_out_of_a_long_list_are_counted_by_code() -> None:
     record = {"conversations": [{"from": "robot", "value": ""}] * 25, "id": 1.5}
     _, problems, *_ = parse_record(json.dumps(record).encode())
     by_code = {code: [problem.message for problem in problems if problem.code is code] for code in ReasonCode}
@@ -217,7 +217,7 @@ annotations = st.fixed_dictionaries(
     reserved="reject",
     ascii_only=True,
 )
-def test_the_quick_check_says_what_the_one_turn_by_turn_says(
+def test_the_quick_check_agrees_with_the_check_turn_by_turn(
     record: dict[str, Any], reserved: str, ascii_only: bool
 ) -> None:
     data = json.dumps(record, ensure_ascii=ascii_only).encode()
@@ -227,7 +227,7 @@ def test_the_quick_check_says_what_the_one_turn_by_turn_says(
         assert parse_record(data, reserved=reserved) == result
 
 
-def test_depth_in_a_field_that_nobody_reads_has_a_bound_of_its_own() -> None:
+def test_the_nesting_of_an_unread_field_has_a_bound_of_its_own() -> None:
     """The interpreter's bound depends on how deep the caller stands: the same record would pass here and fail there."""
 
     def problems(depth: int) -> list[str]:
@@ -241,7 +241,7 @@ def test_depth_in_a_field_that_nobody_reads_has_a_bound_of_its_own() -> None:
 # Misleading.
 
 
-def test_a_decoder_that_died_before_it_was_asked_is_not_held_against_the_medium(tmp_path: Path) -> None:
+def test_a_decoder_that_died_between_requests_is_not_blamed_on_the_medium(tmp_path: Path) -> None:
     random_image(40, 30).save(tmp_path / "x.png")
     source = MediaSource("x.png", tmp_path / "x.png")
     box = Sandbox()
@@ -311,7 +311,7 @@ def test_deep_validation_decodes_the_good_media_of_a_record_with_bad_ones(tmp_pa
     assert "media_unreadable: 1" in result.stdout
 
 
-def test_a_folder_named_like_a_pattern_is_no_pattern(tmp_path: Path) -> None:
+def test_a_folder_named_like_a_pattern_is_not_a_pattern(tmp_path: Path) -> None:
     folder = tmp_path / "data[1]*"
     folder.mkdir()
     for name in ("a.jsonl", "b.jsonl"):

@@ -319,7 +319,7 @@ def test_a_folder_of_frames_is_a_video_of_its_images_in_natural_order(tmp_path: 
         assert (stored == np.asarray(resized).transpose(2, 0, 1)).all()
 
 
-def test_frames_of_different_sizes_are_no_video(frame_folder: Path) -> None:
+def test_frames_of_different_sizes_are_not_a_video(frame_folder: Path) -> None:
     random_image(60, 90).save(frame_folder / "f3.png")
     for use in (probe, decode):
         with pytest.raises(MediaError, match=r"'clip/f3\.png' has 60x90 pixels") as caught:

@@ -345,7 +345,7 @@ def test_a_command_line_after_two_hyphens_is_read(folder: Path) -> None:
         ("broken.yaml", "a: [1\n", "is not valid YAML"),
     ],
 )
-def test_what_is_no_script_is_refused_in_a_sentence(folder: Path, name: str, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_script_is_refused_in_a_sentence(folder: Path, name: str, text: str, message: str) -> None:
     (folder / name).write_bytes(text.encode("utf-8", errors="surrogateescape"))
     result = migrate(name)
     assert result.exit_code == 1
@@ -365,7 +365,7 @@ def test_a_script_is_never_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere.sh", "nowhere.yaml", "nowhere.py", "nowhere/dataset_info.json", "scripts"])
-def test_a_file_that_is_not_there_is_wrong_use(folder: Path, name: str) -> None:
+def test_a_missing_file_is_wrong_use(folder: Path, name: str) -> None:
     result = migrate(name)
     assert result.exit_code == 2
     fault = "cannot be read: Is a directory" if name == "scripts" else "does not exist"
@@ -412,7 +412,7 @@ def test_the_samples_of_a_step_are_those_of_all_ranks(folder: Path, launch: str,
 
 
 @pytest.mark.parametrize("flag", ["--per_device_train_batch_size auto", "--gradient_accumulation_steps auto"])
-def test_a_batch_size_that_is_no_number_is_listed(folder: Path, flag: str) -> None:
+def test_a_batch_size_that_is_not_a_number_is_listed(folder: Path, flag: str) -> None:
     result = migrate(
         "--", "torchrun", "train_qwen.py", "--dataset_use", "mp_doc", "--tune_mm_llm", "True", *flag.split()
     )
@@ -490,7 +490,7 @@ def test_the_warm_up_is_a_share_or_a_number_of_steps(words: str, expected: tuple
     assert (args.warmup_ratio, args.warmup_steps) == expected
 
 
-def test_a_flag_given_twice_counts_once_the_last_time() -> None:
+def test_the_last_value_of_a_repeated_flag_counts() -> None:
     migration = rewrite(read_words(["--learning_rate", "1e-5", "--learning_rate", "2e-5", "--tune_mm_llm", "True"]))
     assert migration.train_words().count("--learning_rate") == 1
     assert migration.value("train", "learning_rate") == "2e-5"

@@ -121,7 +121,7 @@ def test_a_build_between_buckets_has_the_bytes_of_a_local_one_through_faults_of_
     assert {f"faulty/{file.file}" for file in (*manifest.shards, *manifest.tables)} <= set(before)
 
 
-def test_workers_put_shards_by_themselves_and_nothing_is_left_in_the_work_folder(
+def test_workers_upload_shards_themselves_and_nothing_is_left_in_the_work_folder(
     proxy: Proxy, finished: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     proxy.rule = seeded(11, 0.1)
@@ -588,7 +588,7 @@ def test_a_changed_annotation_file_is_downloaded_again(proxy: Proxy, tiny_checkp
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_validate_says_of_a_url_what_it_says_of_the_file(proxy: Proxy, corpus_file: Path, deep: bool) -> None:
+def test_validate_reports_the_same_of_a_url_as_of_the_file(proxy: Proxy, corpus_file: Path, deep: bool) -> None:
     proxy.rule = seeded(3, 0.1)
 
     def report(file: Location) -> Any:

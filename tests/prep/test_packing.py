@@ -110,7 +110,7 @@ def check_two_budgets(problem: TwoBudgetProblem, seed: int) -> int:
 
 @given(two_budget_problems, st.integers(0, 5))
 @settings(deadline=None)
-def test_both_budgets_hold_and_too_many_patches_stand_alone(problem: TwoBudgetProblem, seed: int) -> None:
+def test_both_budgets_hold_and_oversized_samples_get_their_own_bin(problem: TwoBudgetProblem, seed: int) -> None:
     check_two_budgets(problem, seed)
 
 
@@ -165,7 +165,7 @@ def fewest_bins(sizes: list[int], capacity: int) -> int:
 
 @given(st.integers(1, 30).flatmap(lambda most: st.tuples(st.just(most), st.lists(st.integers(1, most), max_size=7))))
 @settings(deadline=None)
-def test_the_lower_bound_is_one(problem: tuple[int, list[int]]) -> None:
+def test_the_lower_bound_is_at_most_the_fewest_bins(problem: tuple[int, list[int]]) -> None:
     capacity, sizes = problem
     if sizes:
         bound = min_bins(np.asarray(sizes), capacity)
@@ -173,7 +173,7 @@ def test_the_lower_bound_is_one(problem: tuple[int, list[int]]) -> None:
         assert bound >= sum(2 * size > capacity for size in sizes)
 
 
-def test_the_lower_bound_counts_what_fits_beside_nothing() -> None:
+def test_the_lower_bound_counts_samples_that_fit_beside_no_other() -> None:
     """Three samples of 6 in bins of 10 take one each, and none of the three of 5 fits beside one of them."""
     assert min_bins(np.asarray([6, 6, 6, 5, 5, 5]), 10) == 5
     assert min_bins(np.asarray([6, 6, 6, 4, 4, 4]), 10) == 3
@@ -220,7 +220,7 @@ def test_an_enormous_bin_takes_no_memory_of_its_size() -> None:
     assert min_bins(np.asarray([3, 4]), 10**12) == 1
 
 
-def test_what_would_take_long_is_left_to_best_fit_decreasing() -> None:
+def test_sets_that_would_take_long_are_left_to_best_fit_decreasing() -> None:
     lengths = np.random.default_rng(0).integers(20_000, 22_000, 3000)
     assert np.unique(lengths).size * 131_072 > MAX_WORK
     with pytest.MonkeyPatch.context() as patch:

@@ -32,7 +32,7 @@ def build_settings(shard_bytes: int, **changes: int) -> BuildSettings:
 
 @given(sizes, st.integers(1, 60_000), st.integers(0, 3))
 @settings(deadline=None)
-def test_every_sample_that_fits_has_one_place(samples: list[tuple[int, int]], shard_bytes: int, seed: int) -> None:
+def test_every_sample_that_fits_is_packed_once(samples: list[tuple[int, int]], shard_bytes: int, seed: int) -> None:
     plan = planned(samples, shard_bytes, seed=seed)
     fitting = [index for index, (tokens, _) in enumerate(samples) if tokens <= 64]
     assert sorted(plan.order.tolist()) == fitting
@@ -80,7 +80,7 @@ def datasets_of_bins(max_patches: int | None) -> tuple[Plan, NDArray[np.int64], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_patches", [None, 12_288])
-def test_datasets_spread_over_shards_as_chance_has_it(max_patches: int | None) -> None:
+def test_datasets_are_spread_over_shards_as_at_random(max_patches: int | None) -> None:
     """The tokens of a dataset in a shard deviate from its share by what they would if the bins lay in random order.
 
     In random order the mean over n of B bins has the variance s^2 / n * (B - n) / (B - 1), s^2 being that of single
@@ -103,7 +103,7 @@ def test_datasets_spread_over_shards_as_chance_has_it(max_patches: int | None) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_patches", [None, 12_288])
-def test_bins_of_like_composition_are_no_neighbours(max_patches: int | None) -> None:
+def test_bins_of_similar_composition_are_not_neighbours(max_patches: int | None) -> None:
     """The correlation of neighbouring bins is within 5 / sqrt(bins) of none."""
     plan, tokens, _ = datasets_of_bins(max_patches)
     for dataset in tokens.T.astype(np.float64):
@@ -111,7 +111,7 @@ def test_bins_of_like_composition_are_no_neighbours(max_patches: int | None) -> 
         assert abs(correlation) < 5 / np.sqrt(plan.num_bins)
 
 
-def test_samples_of_a_dataset_are_no_neighbours_in_their_bins() -> None:
+def test_samples_of_a_dataset_are_not_neighbours_in_their_bins() -> None:
     """Slots are shuffled: what stands first in a bin is as long as what stands last."""
     drawn = draw_mixture(num_samples=20_000, max_length=4096, seed=5)
     plan = make_plan(
@@ -127,7 +127,7 @@ def test_samples_of_a_dataset_are_no_neighbours_in_their_bins() -> None:
     assert abs((first - last).mean()) < 5 * error
 
 
-def test_samples_above_the_budget_of_patches_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_above_the_patch_budget_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     columns = (np.asarray([100, 100], np.int32), np.asarray([400, 2000], np.int32), np.zeros(2, np.int64))
     with caplog.at_level("WARNING"):
         make_plan(*columns, BuildSettings(max_patches=2000))
@@ -137,7 +137,7 @@ def test_samples_above_the_budget_of_patches_are_told_of(caplog: pytest.LogCaptu
     assert message.startswith("1 sample has more than --max-patches 1,000 patches, the largest 2,000")
 
 
-def test_columns_say_where_every_copy_lies(tmp_path: Path) -> None:
+def test_columns_locate_every_copy(tmp_path: Path) -> None:
     """A record that is drawn twice has two samples at one offset; one that is rejected, or not drawn, has none."""
     rows = {
         "a": {"copies": [2, 1, 0], "sample_bytes": [10, 0, 0], "sample_offset": [0, 0, 0]},

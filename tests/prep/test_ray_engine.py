@@ -209,7 +209,7 @@ def closed_port() -> int:
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_an_address_where_nothing_answers_is_said_at_once(form: str, corpus: Path) -> None:
+def test_an_address_where_nothing_answers_fails_at_once(form: str, corpus: Path) -> None:
     pytest.importorskip("ray")
     result = CliRunner().invoke(
         main, ["validate", str(corpus), "--engine", "ray", "--ray-address", form.format(closed_port())]
@@ -219,7 +219,7 @@ def test_an_address_where_nothing_answers_is_said_at_once(form: str, corpus: Pat
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_an_address_where_something_else_answers_is_said_at_once(form: str, corpus: Path, web_server: int) -> None:
+def test_an_address_where_something_else_answers_fails_at_once(form: str, corpus: Path, web_server: int) -> None:
     pytest.importorskip("ray")
     result = CliRunner().invoke(
         main, ["validate", str(corpus), "--engine", "ray", "--ray-address", form.format(web_server)]
@@ -229,7 +229,7 @@ def test_an_address_where_something_else_answers_is_said_at_once(form: str, corp
 
 
 @pytest.mark.parametrize("address", ["here", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:99999"])
-def test_what_is_no_address_is_wrong_use(address: str, corpus: Path) -> None:
+def test_an_invalid_address_is_wrong_use(address: str, corpus: Path) -> None:
     pytest.importorskip("ray")
     result = CliRunner().invoke(main, ["validate", str(corpus), "--engine", "ray", "--ray-address", address])
     assert result.exit_code == 2

@@ -97,7 +97,7 @@ def test_empty_files_have_no_records(path: Path, text: str) -> None:
     assert read_all(path) == []
 
 
-def test_what_follows_an_array_is_one_bad_record_not_silence(path: Path) -> None:
+def test_text_after_an_array_is_one_bad_record(path: Path) -> None:
     path.write_text('[{"id": 1}] {"id": 2}')
     assert [record.data for record in read_all(path)] == [b'{"id": 1}', b'{"id": 2}']
 
@@ -107,7 +107,7 @@ def test_an_array_that_is_cut_short_keeps_its_last_piece(path: Path) -> None:
     assert [record.data for record in read_all(path)] == [b'{"id": 1}', b'{"id"']
 
 
-def test_byte_order_mark_and_blank_lines_are_passed_over(path: Path) -> None:
+def test_byte_order_mark_and_blank_lines_are_skipped(path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf{"id": 1}\n\n   \n{"id": 2}')
     assert [(record.data, record.line) for record in read_all(path)] == [(b'{"id": 1}', 1), (b'{"id": 2}', 4)]
 

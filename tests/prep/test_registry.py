@@ -144,7 +144,7 @@ def test_an_annotation_file_is_a_dataset_with_its_folder_as_media_root(tmp_path:
     assert (dataset.name, dataset.media_root, dataset.file_names) == ("x.v1", tmp_path, ("x.v1.jsonl",))
 
 
-def test_missing_things_are_named(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("")
     for expression, registry, root, part in [
         (str(tmp_path / "no.jsonl"), None, None, "no.jsonl does not exist"),
@@ -157,7 +157,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("expression", ["a,b/x.jsonl", "one.json,two.json.gz", "b/", "x.jsonl,y.jsonl%50"])
-def test_paths_joined_by_commas_are_told_what_to_do_instead(registry: Path, expression: str) -> None:
+def test_paths_joined_by_commas_are_refused_with_the_alternative(registry: Path, expression: str) -> None:
     with pytest.raises(ConfigError, match="Give each annotation file as an argument of its own"):
         sources(expression, registry)
 

@@ -29,7 +29,7 @@ def test_pillow_is_named_with_the_version_that_is_imported() -> None:
     assert list(versions) == ["pillow", "decord2", "numpy", "pyarrow", "tokenizers", "zstandard"]
 
 
-def test_pillow_simd_is_named_in_its_place(simd: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_simd_is_recorded_in_place_of_pillow(simd: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL, "__version__", SIMD)
     versions = software_versions()
     assert versions["pillow-simd"] == SIMD
@@ -37,12 +37,12 @@ def test_pillow_simd_is_named_in_its_place(simd: None, monkeypatch: pytest.Monke
     assert environment()["pillow-simd"] == SIMD
 
 
-def test_metadata_that_were_left_behind_do_not_count(simd: None) -> None:
+def test_leftover_metadata_do_not_count(simd: None) -> None:
     assert "pillow" in software_versions()
     assert "pillow-simd" not in software_versions()
 
 
-def test_a_pillow_that_nothing_installed_tells_of_is_an_error(simd: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pillow_of_no_installed_package_is_an_error(simd: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL, "__version__", "1.0")
     with pytest.raises(
         ConfigError,

@@ -50,13 +50,13 @@ def test_the_image_processor_is_that_of_transformers(
     assert geometry == (reference.patch_size, reference.temporal_patch_size, reference.merge_size)
 
 
-def test_what_is_left_out_is_that_of_qwen(tmp_path: Path) -> None:
+def test_omitted_settings_are_those_of_qwen(tmp_path: Path) -> None:
     (tmp_path / ALONE).write_text("{}")
     assert read(tmp_path) == ImageProcessor()
     assert read(tmp_path).image_mean == IMAGE_MEAN
 
 
-def test_without_any_the_usual_name_is_missed(tmp_path: Path) -> None:
+def test_without_any_processor_file_the_published_name_is_expected(tmp_path: Path) -> None:
     assert processor_file(tmp_path) == tmp_path / "preprocessor_config.json"
 
 

@@ -114,7 +114,7 @@ def test_a_bin_written_with_standard_tools_is_read() -> None:
         (tar([(name.replace("07", "08"), data) for name, data in members()]), "found a member of bin 00000008"),
     ],
 )
-def test_what_is_not_the_bin_is_refused_with_its_place(data: bytes, message: str) -> None:
+def test_bytes_that_are_not_the_bin_are_refused_with_their_location(data: bytes, message: str) -> None:
     with pytest.raises(ShardError, match=message) as caught:
         parse_bin(data, 7, where="bins-00000.tar, bin 7 at byte 0")
     assert "bins-00000.tar, bin 7 at byte 0" in str(caught.value)
@@ -165,14 +165,14 @@ def test_the_fingerprint_of_a_tokenizer_ignores_layout_and_sees_content() -> Non
     assert fingerprint != tokenizer_fingerprint(tokenizer_json(["a b"], normalizer={"type": "NFC"}), where="t")
 
 
-def test_a_file_that_is_no_tokenizer_of_the_model_is_refused() -> None:
+def test_a_file_that_is_not_the_tokenizer_of_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="not a byte-level BPE"):
         tokenizer_fingerprint(b"[]", where="t.json")
     with pytest.raises(ConfigError, match="not the tokenizer of Qwen2"):
         tokenizer_fingerprint(tokenizer_json([], added_tokens=[]), where="t.json")
 
 
-def test_a_folder_without_a_manifest_is_told_from_one_that_is_not_there_or_holds_several(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_distinguished_from_one_that_is_missing_or_holds_several(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"gone does not exist\. Give the folder"):
         read_manifest(tmp_path / "gone")
     with pytest.raises(ShardError, match=r"holds no manifest\.json: it is not a complete set"):

@@ -85,7 +85,9 @@ WHOLE = b"".join(STREAMS)
         (changed(b"\xff\xc0\x00\x11", b"\xff\xdb\x00\x11"), "has 0 frame headers"),
     ],
 )
-def test_what_is_not_an_image_of_the_right_shape_is_refused_before_it_is_decoded(member: bytes, message: str) -> None:
+def test_a_member_that_is_not_an_image_of_the_right_shape_is_refused_before_it_is_decoded(
+    member: bytes, message: str
+) -> None:
     with pytest.raises(ShardError, match=rf"^bin 5: .*({message}).*Copy the set of shards again"):
         split_streams(with_member(member), where="bin 5")
 
@@ -111,7 +113,7 @@ def test_any_changed_bytes_are_refused_or_leave_the_shapes_alone(data: st.DataOb
 
 
 @pytest.mark.parametrize("medium", [VIDEO, IMAGE])
-def test_the_lossy_medium_of_these_tests_is_another_than_the_original(medium: Medium) -> None:
+def test_the_lossy_medium_of_these_tests_differs_from_the_original(medium: Medium) -> None:
     """Guards the comparisons of other modules: JPEG changes these frames, and not by much."""
     difference = np.abs(as_stored(medium, "jpeg").frames.astype(int) - medium.frames)
     assert 0 < difference.mean() < 10

@@ -206,7 +206,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run_to_the_bit(
     assert [name for name, weight in expected.items() if not torch.equal(actual[name], weight)] == []
 
 
-def test_dropout_is_drawn_anew_on_every_rank_and_in_every_step_of_training_alone(
+def test_dropout_differs_on_every_rank_and_in_every_step_and_is_off_in_evaluation(
     zero2_with_dropout: Path, one_rank: Path, shards: Path
 ) -> None:
     with_dropout, without = read_metrics(zero2_with_dropout), read_metrics(one_rank)

@@ -40,7 +40,7 @@ def test_buffers_in_use_never_overlap(sizes: list[int]) -> None:
         assert bool((buffer == (2 * position + 1) % 251).all())
 
 
-def test_a_kernel_without_huge_pages_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_work_on_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     class Small(mmap.mmap):
         def madvise(self, *args: int) -> None:
             raise OSError(errno.EINVAL, "Invalid argument")

@@ -43,7 +43,7 @@ def held(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("??/*") if not path.name.startswith(".tmp"))
 
 
-def test_what_is_written_is_read_also_by_another_process(tmp_path: Path) -> None:
+def test_another_process_reads_what_was_written(tmp_path: Path) -> None:
     cache = BinCache(tmp_path / "cache", 10_000)
     assert read(cache, 1) is None
     cache.write(key_of(1), memoryview(data_of(1)))
@@ -51,7 +51,7 @@ def test_what_is_written_is_read_also_by_another_process(tmp_path: Path) -> None
     assert read(cache, 2) is None
 
 
-def test_the_least_recently_used_bins_go_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_bins_are_evicted_first(tmp_path: Path) -> None:
     """Ten bins fill the cache; bins 0 and 3 are used again; the eleventh pushes out bins 1 and 2, to nine tenths."""
     cache = BinCache(tmp_path, 10_000)
     for bin_id in range(10):

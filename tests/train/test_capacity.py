@@ -125,7 +125,7 @@ def plan_of(
         ({"save_total_limit": 2, "start": 1000}, 5, 1),
     ],
 )
-def test_checkpoints_are_counted_that_exist_at_a_time(
+def test_checkpoints_that_exist_at_a_time_are_counted(
     tmp_path: Path, flags: dict[str, Any], existing: int, expected: int
 ) -> None:
     for step in range(existing):

@@ -342,7 +342,9 @@ def test_tables_list_the_settings_that_deepspeed_reads() -> None:
     assert set(TABLES["flops_profiler"]) == set(vars(DeepSpeedFlopsProfilerConfig({})))
 
 
-def test_a_path_that_does_not_exist_falls_to_the_shipped_file_of_its_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_path_that_does_not_exist_falls_back_to_the_shipped_file_of_its_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level("INFO"):
         assert read_deepspeed_config("./scripts/zero3.json") == read_deepspeed_config("zero3.json")
     assert caplog.messages == ["--deepspeed ./scripts/zero3.json does not exist: using the shipped zero3.json"]

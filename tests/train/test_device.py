@@ -137,7 +137,7 @@ def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("name", "module"), [(2, "flash_attn"), (3, "flash_attn_interface")])
-def test_a_flash_attn_that_cannot_be_imported_is_told_with_its_error(
+def test_a_flash_attn_that_cannot_be_imported_is_reported_with_its_error(
     monkeypatch: pytest.MonkeyPatch, name: int, module: str
 ) -> None:
     monkeypatch.setattr(device_module, f"is_flash_attn_{name}_available", lambda: True)

@@ -34,7 +34,7 @@ def hang_second() -> None:
 
 
 @pytest.mark.slow
-def test_each_rank_has_its_place_and_the_test_that_starts_them_keeps_its_own_environment() -> None:
+def test_ranks_have_their_own_environment_and_the_test_keeps_its_own() -> None:
     before = dict(os.environ)
     done = run_ranks(2, prepare=tell_environment)
     assert done.returncode == 0
@@ -48,7 +48,7 @@ def test_the_failure_of_a_later_rank_is_seen() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_goes_on_when_another_has_failed_fails_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_continues_after_another_failed_fails_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "GRACE_S", 0.1)
     with pytest.raises(pytest.fail.Exception, match="rank 1 did not end:"):
         run_ranks(2, prepare=hang_second)

@@ -137,7 +137,7 @@ def test_time_that_a_window_is_paused_counts_for_no_step(window: Window) -> None
     assert window.summarise(batch(0), torch.ones(1), {"merger": 1.0}, 0.0, 0)["step_s"] == 2.0
 
 
-def test_a_window_begins_anew_after_each_record(window: Window) -> None:
+def test_a_new_window_begins_after_each_record(window: Window) -> None:
     window.add(batch(0))
     first = window.summarise(batch(0), torch.ones(1), {"merger": 1.0}, 0.0, 0)
     window.add(batch(1))

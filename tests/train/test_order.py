@@ -311,7 +311,7 @@ def test_shares_of_the_ranks_worked_out_by_hand(tmp_path: Path) -> None:
     )
 
 
-def test_the_short_last_step_is_explained_with_its_empty_places(tmp_path: Path) -> None:
+def test_the_short_last_step_is_explained_with_its_empty_positions(tmp_path: Path) -> None:
     """Ten bins in steps of eight: the second has two, which one micro-step of two ranks takes."""
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=10)))
     order = DataOrder(index.cost(), seed=0, global_batch=8, epochs=1)

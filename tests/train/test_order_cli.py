@@ -76,7 +76,7 @@ def test_steps_are_those_of_the_run(
             assert result.output.splitlines() == expected
 
 
-def test_a_run_that_was_given_no_end_but_steps_has_an_order_without_end(
+def test_a_run_bounded_by_steps_alone_has_an_endless_order(
     shards: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))

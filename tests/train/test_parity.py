@@ -98,7 +98,7 @@ def test_a_leak_below_rounding_is_found_in_half_precision(model: PackedQwen, sha
     assert all("with other neighbours in the bin" in problem for problem in problems)
 
 
-def test_kernels_that_are_not_deterministic_are_no_leak(
+def test_nondeterministic_kernels_are_not_mistaken_for_a_leak(
     model: PackedQwen, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = PackedQwen.forward

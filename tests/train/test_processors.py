@@ -91,7 +91,7 @@ def test_a_processor_file_of_transformers_5_is_edited_inside(base: Path) -> None
     assert processor["processor_class"] == "Qwen2_5_VLProcessor"
 
 
-def test_differences_from_the_base_checkpoint_are_told(base: Path) -> None:
+def test_differences_from_the_base_checkpoint_are_named(base: Path) -> None:
     (note,) = compare_processors(base, ShardMedia(image=MEDIA, video=None))
     expected = "min_pixels 784 (base: 3136), max_pixels 7840 (base: 12845056)"
     assert note == f"images are processed as for the shards: {expected}"

@@ -67,7 +67,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         (1000, [2e-7], ""),
     ],
 )
-def test_few_steps_and_low_rates_are_doubted(num_steps: int, rates: list[float], expected: str) -> None:
+def test_few_steps_and_low_rates_cause_a_warning(num_steps: int, rates: list[float], expected: str) -> None:
     doubt = doubts(num_steps, rates)
     assert doubt.startswith(expected)
     assert bool(doubt) == bool(expected)
