@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +34,15 @@ from tests.train.synthetic import make_bins, write_shards
 from train.run import loop
 from train.run.engine import Engine
 from train.run.evaluation import Evaluation
-from train.run.interrupt import REQUEUE_EXIT_CODE, SAME_KEY_S, SAME_REQUEST_S, SIGNALS, StopRequest
+from train.run.interrupt import (
+    INTERRUPTED_EXIT_CODE,
+    REQUEUE_EXIT_CODE,
+    SAME_KEY_S,
+    SAME_REQUEST_S,
+    SIGNALS,
+    StopRequest,
+    is_copy,
+)
 from train.run.metrics import Record
 from train.run.plan import Plan
 from train.run.run_dir import list_checkpoints, read_state
@@ -281,33 +289,46 @@ def test_a_second_signal_has_its_default_effect_unless_it_is_the_same_request(
         ("none", signal.SIGTERM, signal.SIGINT, SAME_KEY_S + 0.1, True),
     ],
 )
-def test_a_second_ctrl_c_ends_the_run_and_a_copy_of_the_first_does_not(
+def test_a_second_ctrl_c_is_told_from_a_copy_of_the_first_one(
     launcher: str,
     first: signal.Signals,
     second: signal.Signals,
     seconds_later: float,
     ends: bool,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr("train.run.interrupt.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if launcher == "torchrun":
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with StopRequest():
-        signal.raise_signal(first)
-        now += seconds_later
-        with pytest.raises(SystemExit, match="130") if ends else nullcontext():
-            signal.raise_signal(second)
-    assert ("stopped at once" in capfd.readouterr().err) == ends
+    assert is_copy(first, second, seconds_later) == (not ends)
+
+
+def press_twice_while_waiting() -> None:
+    """The main thread waits outside of Python, where no handler runs, and Ctrl-C is pressed twice."""
+
+    def wait(engine: Engine, plan: Plan) -> None:
+        for seconds in (1, 1 + 2 * SAME_KEY_S):
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+        # Another thread takes the signals, so that the main thread goes on waiting, as inside a library.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Event().wait(60)
+
+    pytest.MonkeyPatch().setattr(loop, "export", wait)
+
+
+def test_the_second_ctrl_c_ends_a_run_whose_main_thread_waits(flags: list[str], tmp_path: Path) -> None:
+    length = ("--max_steps", "1", "--output_dir", str(tmp_path))
+    done = run_ranks(1, *flags, *length, prepare=press_twice_while_waiting, limit_s=50)
+    assert done.returncode == INTERRUPTED_EXIT_CODE == 130, done.stderr
+    assert "SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n" in done.stderr
+    assert "stopped at once: rerun the same command to resume from the newest checkpoint\n" in done.stderr
 
 
 def test_other_ranks_do_not_repeat_what_the_first_one_says(capfd: pytest.CaptureFixture[str]) -> None:
-    with StopRequest(is_first=False):
-        signal.raise_signal(signal.SIGINT)
-    assert capfd.readouterr().err == ""
+    for is_first in (True, False):
+        with StopRequest(is_first=is_first):
+            signal.raise_signal(signal.SIGTERM)
+        assert ("SIGTERM: finishing the step, then saving\n" in capfd.readouterr().err) == is_first
 
 
 def stop_while_exporting() -> None:

@@ -5,7 +5,10 @@ a checkpoint and exits with :data:`REQUEUE_EXIT_CODE`. The same command resumes 
 
 One request may reach a rank twice, since launchers pass signals on. After a Ctrl-C, `deepspeed` also sends SIGTERM to
 its ranks, which have the SIGINT from the terminal. `torchrun` passes on the first Ctrl-C as SIGINT and the second one
-as SIGTERM. So a copy is recognized by its time and kind, see :meth:`StopRequest._is_copy`.
+as SIGTERM. So a copy is recognized by its time and kind, see :func:`is_copy`.
+
+Python runs handlers of signals only between two of its own instructions, and a main thread that waits for other ranks
+or writes a file gets there late. So a thread watches for the second Ctrl-C.
 
 Cost: the ranks exchange one integer per step.
 """
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -40,7 +45,15 @@ SAME_KEY_S = 1.0
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 """Set by `torchrun` for its ranks."""
 
-_STOPPED_AT_ONCE = "\nstopped at once: rerun the same command to resume from the newest checkpoint\n"
+
+def is_copy(first: int, signum: int, seconds_later: float) -> bool:
+    """Whether a signal is the first request once more, passed on by a launcher.
+
+    A Ctrl-C that comes later is a new one. So is SIGTERM from `torchrun` after a Ctrl-C. From `deepspeed`, it is a
+    copy.
+    """
+    is_repeated_key = first == signal.SIGINT and _TORCHRUN_VARIABLE in os.environ
+    return seconds_later <= (SAME_KEY_S if signum == signal.SIGINT or is_repeated_key else SAME_REQUEST_S)
 
 
 class StopRequest:
@@ -60,16 +73,27 @@ class StopRequest:
         self._received: int | None = None
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
 
     def __enter__(self) -> StopRequest:
+        self._arrived, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._writer = writer
+        # The interpreter writes the number of each signal there at once, whatever the main thread does.
+        self._previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, self._note)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writer.close()
+        self._thread.join()
+        self._arrived.close()
 
     def is_agreed(self, device: torch.device) -> bool:
         """Whether any rank has received a request; the same answer on all ranks. Collective."""
@@ -78,30 +102,34 @@ class StopRequest:
         return bool(received.item())
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        """Note the first request. Give way to the second one, unless it is up to the thread."""
         now = time.monotonic()
         if self._received is None:
             self._received, self._received_at = signum, now
-            repeat = "; press Ctrl-C again to end at once" if signum == signal.SIGINT else ""
-            self._tell(f"\n{signal.Signals(signum).name}: finishing the step, then saving{repeat}\n")
-        elif not self._is_copy(signum, now - self._received_at):
-            if signal.SIGINT in (self._received, signum):
-                # An exception would unwind through collectives that other ranks no longer join.
-                self._tell(_STOPPED_AT_ONCE)
-                os._exit(INTERRUPTED_EXIT_CODE)
+        elif signal.SIGINT not in (self._received, signum) and not is_copy(
+            self._received, signum, now - self._received_at
+        ):
             self._restore()
             signal.raise_signal(signum)
 
-    def _is_copy(self, signum: int, seconds_later: float) -> bool:
-        """Whether a signal is the first request once more, passed on by a launcher.
-
-        A Ctrl-C that comes later is a new one. So is SIGTERM from `torchrun` after a Ctrl-C. From `deepspeed`, it is a
-        copy.
-        """
-        is_repeated_key = self._received == signal.SIGINT and _TORCHRUN_VARIABLE in os.environ
-        return seconds_later <= (SAME_KEY_S if signum == signal.SIGINT or is_repeated_key else SAME_REQUEST_S)
+    def _watch(self) -> None:
+        """Tell of the first request when it arrives, and end the process at the second one if one was Ctrl-C."""
+        first: tuple[int, float] | None = None
+        while arrived := self._arrived.recv(1):
+            signum, now = arrived[0], time.monotonic()
+            if signum not in SIGNALS:
+                continue
+            if first is None:
+                first = signum, now
+                repeat = "; press Ctrl-C again to end at once" if signum == signal.SIGINT else ""
+                self._tell(f"\n{signal.Signals(signum).name}: finishing the step, then saving{repeat}\n")
+            elif signal.SIGINT in (first[0], signum) and not is_copy(first[0], signum, now - first[1]):
+                self._tell("\nstopped at once: rerun the same command to resume from the newest checkpoint\n")
+                # An exception would unwind through collectives that other ranks no longer join.
+                os._exit(INTERRUPTED_EXIT_CODE)
 
     def _tell(self, text: str) -> None:
-        """Write to the screen, past the buffers of Python: the signal may have interrupted a write to them."""
+        """Write to the screen, past the buffers of Python, which the main thread may be writing to."""
         if self._is_first:
             os.write(2, text.encode())
 
