@@ -2,8 +2,8 @@
 
 Writes a checkpoint of the 3B with random bfloat16 weights and shards of a few samples. Then, for the merger alone
 (``--tune_mm_mlp``) and for LoRA: a dry run, two training steps with export, and ``from_pretrained`` of what was
-exported. Prints wall seconds and peak memory of every process, the memory that the dry run works out, and sizes of
-files. Nothing is learned; it shows that names, shapes, memory and files of a real size fit together.
+exported. Prints seconds and peak memory of every process, the memory that the dry run works out, and sizes of files.
+Nothing is learned; it shows that names, shapes, memory and files of a real size fit together.
 
 Needs 24 GiB of memory and 25 GB of disk. Cost: a dry run and two steps are some forty passes of a 3B over one bin:
 minutes on two cores with ``--max-length 128``.
@@ -58,13 +58,20 @@ class Done:
 
     Attributes:
         seconds: wall time.
+        cpu_s: processor time over all threads.
         peak_bytes: largest resident set.
         log: what it wrote to stderr.
     """
 
     seconds: float
+    cpu_s: float
     peak_bytes: int
     log: str
+
+    @property
+    def figures(self) -> str:
+        """All but the log."""
+        return f"{self.cpu_s:.0f} s of processor time, {self.seconds:.0f} s, peak {self.peak_bytes / GIB:.2f} GiB"
 
 
 def run(*command: str) -> Done:
@@ -85,7 +92,12 @@ def run(*command: str) -> Done:
         text = log.read()
     if process.returncode:
         raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}:\n{text[-3000:]}")
-    return Done(seconds=time.perf_counter() - start_s, peak_bytes=usage.ru_maxrss * 1024, log=text)
+    return Done(
+        seconds=time.perf_counter() - start_s,
+        cpu_s=usage.ru_utime + usage.ru_stime,
+        peak_bytes=usage.ru_maxrss * 1024,
+        log=text,
+    )
 
 
 def write_checkpoint(out: Path) -> None:
@@ -128,10 +140,10 @@ def train(name: str, base: Path, shards: Path, out: Path) -> None:
     command += ["--gradient_accumulation_steps", "1", "--learning_rate", "1e-2", "--warmup_ratio", "0", *RUNS[name]]
     dry = run(*command, "--dry_run")
     estimates = re.findall(r"([\d.]+) GiB +device, peak", dry.log)
-    click.echo(f"{name}\n  dry run: {dry.seconds:.0f} s, peak {dry.peak_bytes / GIB:.2f} GiB")
+    click.echo(f"{name}\n  dry run: {dry.figures}")
     click.echo(f"  train.memory: {estimates[0]} GiB for weights, gradients, states and activations")
     done = run(*command)
-    click.echo(f"  {NUM_STEPS} steps and export: {done.seconds:.0f} s, peak {done.peak_bytes / GIB:.2f} GiB")
+    click.echo(f"  {NUM_STEPS} steps and export: {done.figures}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     click.echo(
         f"  losses {', '.join(format(line['loss'], '.4f') for line in lines)}; {lines[-1]['step_s']:.1f} s a step"
@@ -158,17 +170,19 @@ def compare(name: str, base: dict[str, str], out: Path) -> None:
 
 @click.command(name="python -m tests.benchmarks.real_size")
 @click.option("--max-length", type=click.IntRange(64), default=128, show_default=True, help="Tokens of a bin.")
+@click.option("--base", type=click.Path(path_type=Path, exists=True), help="Checkpoint of an earlier run.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where data are written.  [default: a temporary one]")
-def main(max_length: int, folder: Path | None) -> None:
+def main(max_length: int, base: Path | None, folder: Path | None) -> None:
     """Train a 3B with random weights for two steps, on a CPU."""
     transformers_logging.disable_progress_bar()
     click.echo(describe_machine("torch", "transformers", "deepspeed", "peft"))
     with tempfile.TemporaryDirectory(dir=folder, prefix="vlprep-3b-") as name:
         root = Path(name)
-        base, shards = root / "base", root / "shards"
-        start_s = time.perf_counter()
-        write_checkpoint(base)
-        click.echo(f"checkpoint: {folder_bytes(base) / GIB:.2f} GiB, {time.perf_counter() - start_s:.0f} s")
+        shards = root / "shards"
+        if base is None:
+            base = root / "base"
+            write_checkpoint(base)
+        click.echo(f"checkpoint: {folder_bytes(base) / GIB:.2f} GiB")
         corpus = write_corpus(root / "corpus", replace(SMOKE, num_samples=NUM_SAMPLES))
         taken_s = build_shards(corpus, base, shards, max_length)
         index, _ = open_bins(shards)
