@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, ConfigErrors
+from tests.train.launching import as_flags, assert_close_metrics, fingerprint_of, resume, run_ranks
 from tests.train.synthetic import make_bins, write_shards
 from train.arithmetic.dimensions import OFFICIAL
 from train.memory.budget import USABLE, bins_that_fit, rank_memory
@@ -205,6 +206,29 @@ def test_a_run_keeps_its_steps_on_another_number_of_ranks(
             words = ["--run", str(plan.args.run_dir), "--step", str(step)]
             shown = CliRunner().invoke(order, words).output
             assert [bin_id for bin_id in range(12) if f"bin {bin_id} (" in shown] == sorted(set(before[step]))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_an_odd_number_of_bins_and_one_resumes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """5 bins hold 11 samples. Two passes of two bins leave places empty on two ranks; one rank needs one pass."""
+    shards = write_shards(tmp_path / "shards", make_bins(num_bins=12), tokenizer=fingerprint_of(tiny_checkpoint))
+    settings: dict[str, object] = {
+        "shards": shards,
+        "model_name_or_path": tiny_checkpoint,
+        "samples_per_step": 11,
+        "max_steps": 3,
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    }
+    two_ranks, one_rank = tmp_path / "two", tmp_path / "one"
+    flags = as_flags(settings)
+    done = run_ranks(2, *flags, "--max_tokens_per_forward", "200", "--output_dir", str(two_ranks))
+    assert done.returncode == 0, done.stderr
+    assert "5 bins on 2 ranks, 2 forward passes of up to 2 bins each" in done.stderr
+    assert done.stderr.count("this run makes 3 optimizer steps, and little is learnt") == 1
+    resume(two_ranks, one_rank, 1, *flags)
+    assert_close_metrics(one_rank, two_ranks, "loss", rel=1e-5)
 
 
 def test_a_run_does_not_resume_with_other_samples_a_step(flags: list[str]) -> None:

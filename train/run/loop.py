@@ -361,7 +361,7 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
     )
     logger.info(plan.batch_line)
     rates = [group.learning_rate for group in groups if group.learning_rate is not None]
-    if plan.resume is None and (doubt := doubts(plan.num_steps, rates)):
+    if ranks.is_first and plan.resume is None and (doubt := doubts(plan.num_steps, rates)):
         logger.warning(doubt)
     logger.info(
         "%s on %s, %s, %s, ZeRO-%d; steps %d to %d",

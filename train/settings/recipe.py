@@ -77,7 +77,7 @@ def doubts(num_steps: int, rates: Iterable[float]) -> str:
     if num_steps < FEW_STEPS:
         return (
             f"this run makes {counted(num_steps, 'optimizer step')}, and little is learnt in fewer than {FEW_STEPS}: "
-            "raise --num_train_epochs, or lower --samples_per_step; usual are 1,000 or more"
+            "raise --num_train_epochs or --max_steps, or lower --samples_per_step; usual are 1,000 or more"
         )
     highest = max(rates)
     if highest < LOW_RATE and num_steps < STEPS_AT_LOW_RATE:
