@@ -12,7 +12,7 @@ OUT ?= shards/$(subst $(comma),+,$(subst %,-,$(DATASET)))
 # demo, demo%50, demo_heldout, demo,mp_doc: the demo data and the tiny checkpoint are made first.
 IS_DEMO := $(filter demo demo\%% demo_heldout demo_heldout\%%,$(subst $(comma), ,$(DATASET)))
 DEMO_DATA := data/demo/annotations.jsonl
-# The file that each of the two writes last: where it stands, the folder is complete.
+# The file that each of the two writes last: if it exists, the folder is complete.
 TINY_MODEL := checkpoints/tiny/preprocessor_config.json
 MODEL ?= $(if $(IS_DEMO),checkpoints/tiny)
 

@@ -1,8 +1,8 @@
-"""JSON files of a checkpoint: its ``config.json``, and its image processor, whichever file describes that.
+"""JSON files of a checkpoint: its ``config.json``, and its image processor, in either of its files.
 
 transformers 5 saves a processor as ``processor_config.json``, with the image processor inside; the published
-checkpoints, and image processors saved by themselves, have ``preprocessor_config.json``. Where both are there, the
-first counts, as it does for transformers.
+checkpoints, and image processors saved by themselves, have ``preprocessor_config.json``. If both exist, the first
+one counts, as in transformers.
 """
 
 from __future__ import annotations

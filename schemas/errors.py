@@ -13,11 +13,11 @@ from schemas.annotation import ReasonCode
 MEND_SHARDS = (
     "Copy the set of shards again, or delete its manifest.json and run the same `vlprep build` to write it again."
 )
-"""How to mend a damaged set of shards. A build with a manifest is complete and would not run again."""
+"""How to repair a damaged set of shards. A build with a manifest is complete and would not run again."""
 
 BUILD_AGAIN = "Remove manifest.json and run the same `vlprep build` again"
 COPY_AGAIN = f"Copy it again from where it was built, or r{BUILD_AGAIN[1:]}"
-"""The same as parts of a sentence: for contents that break a rule, and for bytes that changed."""
+"""The same advice as clauses: the first for contents that break a rule, the second for bytes that changed."""
 
 
 class VlprepError(Exception):

@@ -1,4 +1,4 @@
-"""Flags of the upstream framework and of transformers that are no flags of the trainer, and why.
+"""Flags of the upstream framework and of transformers that the trainer does not have, and why.
 
 The trainer and ``vlprep migrate`` explain them in the same words.
 """

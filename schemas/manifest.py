@@ -151,7 +151,7 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Contents of ``manifest.json``. ``drift`` is there with a lossy codec alone."""
+    """Contents of ``manifest.json``. Only a lossy codec has a ``drift``."""
 
     version: int
     settings: BuildSettings

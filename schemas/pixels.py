@@ -23,7 +23,7 @@ PIXELS_MEMBER = {"zstd": "pixels.zst", "raw": "pixels.raw", "jpeg": "pixels.jpeg
 
 DEFAULT_JPEG_QUALITY = 95
 JPEG_QUALITIES = (1, 100)
-"""Least and greatest quality, on libjpeg's scale."""
+"""Lowest and highest quality, on libjpeg's scale."""
 
 
 def psnr(mean_squared_error: float) -> float | None:

@@ -133,10 +133,10 @@ def check_settings(settings: Any, *, spell: Callable[[str], str], fix: str) -> N
     Args:
         settings: an instance of a settings class.
         spell: how a message writes the name of a field.
-        fix: end of a message: how to mend it.
+        fix: end of a message: how to fix the value.
 
     Raises:
-        ConfigErrors: a value is out of bounds or no choice.
+        ConfigErrors: a value is out of bounds, or not one of the choices.
     """
     problems = tuple(setting_problems(settings, spell=spell, fix=fix))
     if problems:

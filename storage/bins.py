@@ -109,7 +109,7 @@ def check_digest(location: BinLocation, xxh3: int) -> None:
 
 
 def read_bytes(location: BinLocation, *, verify: bool) -> bytearray:
-    """The bytes of a bin whose size nobody has compared with that of its shard yet.
+    """Read the bytes of a bin whose location has not been compared with the size of its shard yet.
 
     Raises:
         ShardError: as :func:`read_into_buffer`.

@@ -173,7 +173,7 @@ def says_no_bucket(error: BaseException) -> bool:
 
 
 def explained(error: Exception, where: object, duration: str) -> VlprepError:
-    """The error that says what, where and how to mend it.
+    """The error that says what is wrong, where, and how to fix it.
 
     Args:
         error: of the last attempt.

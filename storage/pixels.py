@@ -111,7 +111,7 @@ def _decompress(frame: memoryview) -> NDArray[np.uint8]:
     """Contents of one zstd frame of known size, with nothing behind it."""
     if zstandard.frame_content_size(frame):
         return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False), dtype=np.uint8)
-    # The call above does not look at a frame that says it is empty.
+    # The call above does not read a frame whose header says that it is empty.
     stream = zstandard.ZstdDecompressor().decompressobj()
     content = stream.decompress(frame)
     if content or not stream.eof or stream.unused_data:

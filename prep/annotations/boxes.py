@@ -1,4 +1,4 @@
-"""Boxes, points and polygons in text: where they stand, what is wrong with them, and the text with other coordinates.
+"""Boxes, points and polygons in text: where they are, what is wrong with them, and the text with other coordinates.
 
 Qwen2.5-VL was trained on absolute integer coordinates of the *resized* image. Annotations have others: pixels of the
 original image, or shares of it. Input: the text of a turn and the sizes of the record's images. Output: the same text,
@@ -67,7 +67,7 @@ class Shape:
     """One box, point or polygon in a text.
 
     Attributes:
-        spans: start and end, in characters, of each number as it stands in the text: x, y, x, y, …
+        spans: start and end, in characters, of each number in the text: x, y, x, y, …
         values: the numbers.
         is_box: whether they are two opposite corners.
         image: index (from 0) of the image that the text names, or None.
@@ -310,9 +310,9 @@ def _json_shapes(text: str, match: re.Match[str], objects: _Objects, *, is_answe
 
 
 def _number_lists(text: str, position: int) -> tuple[list[list[tuple[int, int]]], int, str | None]:
-    """Spans of the numbers of a JSON array by innermost list, where it ends, and the first thing that is no number.
+    """Spans of the numbers of a JSON array by innermost list, where it ends, and the first item that is not a number.
 
-    Nothing is read beyond such a thing.
+    Nothing after such an item is read.
     """
     rows: list[list[tuple[int, int]]] = [[]]
     depth = 0

@@ -1,6 +1,6 @@
-"""Recognizes files that are not JSON or JSONL as a whole, so that the cause is told once and not for every record.
+"""Recognizes files that are not JSON or JSONL as a whole, so that the cause is reported once, not for every record.
 
-Input: an annotation file. Output: what it is instead, and how to mend it. A file in which only some records are broken
+Input: an annotation file. Output: what it is instead, and how to fix it. A file in which only some records are broken
 is left to the readers. Cost: the first 64 KiB of a file, and more of it only if the first record does not end there.
 """
 
@@ -24,7 +24,7 @@ _MARK = b"\xef\xbb\xbf"
 _UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|[{\[]\0|\0[{\[]")
 _TABLE_ROW = re.compile(rb'[\w .-]+|"[^"]*"')
 
-# The opening of an object whose first value that is no text, number or literal is a list of objects.
+# The start of an object whose first nested value is a list of objects; strings, numbers and literals may precede it.
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
 _OPENS_LIST = re.compile(rb"\{\s*(?:%b\s*:\s*(?:%b|[-+\w.]+)\s*,\s*)*(%b)\s*:\s*\[\s*\{" % (_TEXT, _TEXT, _TEXT))
 
@@ -37,7 +37,7 @@ _decoder = msgspec.json.Decoder(dict[str, Any])
 
 
 def whole_file_fault(path: Path, location: Location) -> str | None:
-    """What a file is instead of JSON or JSONL, and how to mend it. None if its records can be read one by one.
+    """What a file is instead of JSON or JSONL, and how to fix it. None if its records can be read one by one.
 
     Args:
         path: the file, decompressed.

@@ -218,7 +218,7 @@ def _without_indices(where: str) -> str:
 
 
 def _settings(kind: str, part: Mapping[str, Any], where: str) -> tuple[ItemSettings | None, set[str]]:
-    """The settings that a part has for its medium, and the fields that they stand in."""
+    """The settings that a part has for its medium, and the fields that hold them."""
     values: dict[str, Any] = {}
     names: set[str] = set()
     for name in ItemSettings.__struct_fields__:

@@ -1,10 +1,10 @@
-"""The fast path: records in the two most common spellings, without other fields that mean something.
+"""The fast path: records in the two most common spellings, without other fields that have an effect.
 
 Input: a record as JSON text, or decoded. Output: its annotation, or None for a record that
 :mod:`prep.annotations.dialects` must read key by key. Cost: about 1 µs a record.
 
-``msgspec`` skips the content of fields that no struct names. :func:`fault` checks the text of these: whether it is
-UTF-8 and not nested too deeply.
+``msgspec`` skips the content of fields that no struct names. :func:`fault` checks that their text is UTF-8
+and not nested too deeply.
 """
 
 from __future__ import annotations

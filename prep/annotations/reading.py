@@ -57,7 +57,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         annotation: None if the turns are unreadable.
-        places: where the turns stand in the record.
+        places: where the turns are in the record.
         problems: of the fields.
         unreadable: kinds of media (``image``, ``video``) of which some are unreadable.
         unused: names of the fields that have no effect. A field of a turn reads ``conversations[].name``.

@@ -35,11 +35,11 @@ from storage.files import temporary_path
 from storage.urls import Location, Url
 
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet")
-"""Endings by which a path is taken for an annotation file."""
+"""Suffixes of annotation files."""
 
 _BLOCK_BYTES = 4 << 20
 _ZSTD_BYTES = 1 << 10
-"""Compressed bytes that are given to zstd at once: at its greatest ratio, 1 to 32768, they become 32 MiB."""
+"""Compressed bytes passed to zstd at a time. At its highest ratio, 1 to 32768, they become 32 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

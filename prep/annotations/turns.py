@@ -1,7 +1,7 @@
 """Adds the turns of a record to one canonical conversation, whatever its dialect.
 
 In: messages, texts with a role, tools. Out: turns with the roles ``system``, ``human``, ``gpt`` (or one ``text``),
-where each stands in the record, and which answers have no loss. Tool calls join the model's turn and tool results
+where each is in the record, and which answers have no loss. Tool calls join the model's turn and tool results
 become the user's turn, as in the Qwen2.5 chat template.
 """
 

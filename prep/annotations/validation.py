@@ -153,9 +153,9 @@ def read_id(data: bytes) -> str | None:
 
 
 def _is_plain(annotation: Annotation, data: bytes, reserved: str) -> bool:
-    """Whether nothing is wrong with a record of canonical spelling, told by a few passes over all its text at once.
+    """Whether a few passes over all text of a record with canonical spelling show that nothing is wrong with it.
 
-    Says no to some good ones: those with boxes, or whose text is not ASCII and large.
+    False for some valid records: those with boxes, and those with large texts that are not ASCII.
     """
     turns = annotation.turns
     roles = [turn.role for turn in turns]

@@ -29,8 +29,8 @@ _COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampleColumns:
-    """Columns over all measured samples, each as often as it is drawn, in the order of the parts. A sample is known by
-    its index in them.
+    """Columns over all measured samples, each as often as it is drawn, in the order of the parts. A sample is
+    identified by its index in them.
 
     Attributes:
         part_starts: (P+1,) int64: part ``p`` has samples ``part_starts[p]`` to ``part_starts[p+1] - 1``.

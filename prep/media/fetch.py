@@ -1,9 +1,9 @@
 """Media behind URLs, downloaded by threads ahead of their use.
 
-In: requests, in the order of their use. Out: sources: images in memory, videos and large images as temporary files; of
-an image that is only probed its first 128 KiB (all of it if its format stores what is needed elsewhere). At most
-:data:`_MAX_BYTES_AHEAD` bytes, or one larger medium, are downloaded and not yet released; at most
-:data:`~storage.request.MAX_REQUESTS` requests are in flight.
+In: requests, in the order of their use. Out: sources. Images are held in memory, videos and large
+images in temporary files. For an image that is only probed, the first 128 KiB are fetched, or the complete file if its
+format needs it. At most :data:`_MAX_BYTES_AHEAD` bytes, or one larger medium, are downloaded and not yet released. At
+most :data:`~storage.request.MAX_REQUESTS` requests are in flight.
 
 Cost: two requests per medium (its size, its bytes), one more for each further 16 MiB.
 """

@@ -1,7 +1,7 @@
 """Tells where media lie if none of them lies below the media root.
 
 Input: the name of a missing medium, the root that was searched, and its annotation file. Output: one sentence with the
-mend. Cost: a look for a few paths in at most a few hundred folders.
+fix. Cost: looking for a few paths in at most a few hundred folders.
 """
 
 from __future__ import annotations

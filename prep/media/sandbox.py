@@ -4,7 +4,7 @@ Input: a source, its media type, the media settings and those of the item. Outpu
 child serves one worker. Requests go through a pipe. The child writes frames into shared memory that both processes keep
 mapped, so the detour costs one copy (a fraction of a millisecond per image) and about 0.1 ms of messages.
 
-A child that exceeds the time limit is killed, a child that crashes is replaced, and the medium at hand is rejected. If
+A child that exceeds the time limit is killed, a child that crashes is replaced, and the current medium is rejected. If
 the child was killed from outside, the request is retried first: when memory runs out, the kernel is told to kill the
 decoder before the worker, whatever medium it is decoding.
 """

@@ -32,7 +32,7 @@ def test_bars_are_as_high_as_their_values() -> None:
 
 @pytest.mark.parametrize("chart_type", ["bar", "line"])
 def test_names_and_values_are_above_their_column(chart_type: str) -> None:
-    """A point's value stands in the row of patches above it, its name above that: a new name changes no other pixel."""
+    """A point's value is in the row of patches above it, its name above that: a new name changes no other pixel."""
     rng = generator(2, "test")
     for _ in range(20):
         chart = sample_chart(rng, (chart_type,))

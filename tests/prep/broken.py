@@ -1,7 +1,7 @@
 """A folder of annotation files in which most records are broken, with the expected reason codes of each.
 
 It has JSONL, intact and damaged arrays, Parquet with embedded images, and the media files, valid and invalid.
-Valid records stand between the broken ones, since a broken record must not affect its neighbours.
+Valid records are between the broken ones, since a broken record must not affect its neighbours.
 """
 
 from __future__ import annotations

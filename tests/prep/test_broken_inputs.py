@@ -247,7 +247,7 @@ finally:
 def test_a_line_of_100_mb_is_rejected_in_bounded_memory(
     tmp_path: Path, name: str, start: bytes, filler: bytes, end: bytes
 ) -> None:
-    """It stands between two valid records, whose image file is empty so that no decoder starts."""
+    """It is between two valid records, whose image file is empty so that no decoder starts."""
     opening, separator, closing = (b"[", b",\n", b"]") if name.endswith(".json") else (b"", b"\n", b"\n")
     path = tmp_path / name
     with path.open("wb") as file:

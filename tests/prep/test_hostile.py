@@ -228,7 +228,7 @@ def test_the_quick_check_agrees_with_the_check_turn_by_turn(
 
 
 def test_the_nesting_of_an_unread_field_has_a_bound_of_its_own() -> None:
-    """The interpreter's bound depends on how deep the caller stands: the same record would pass here and fail there."""
+    """The interpreter's bound depends on how deep the caller is: the same record would pass here and fail there."""
 
     def problems(depth: int) -> list[str]:
         data = json.dumps({"conversations": turn("a")})[:-1] + f', "x": {"[" * depth}{"]" * depth}}}'

@@ -112,7 +112,7 @@ def test_bins_of_similar_composition_are_not_neighbours(max_patches: int | None)
 
 
 def test_samples_of_a_dataset_are_not_neighbours_in_their_bins() -> None:
-    """Slots are shuffled: what stands first in a bin is as long as what stands last."""
+    """Slots are shuffled: the first sample of a bin is as long as the last, on average."""
     drawn = draw_mixture(num_samples=20_000, max_length=4096, seed=5)
     plan = make_plan(
         drawn.num_tokens.astype(np.int32),

@@ -30,7 +30,7 @@ def recipe(config: dict[str, object], flags: str = "") -> tuple[float, int, floa
 def test_every_official_size_has_its_recommended_settings(
     size: str, expected: tuple[float, int, float], nested: bool
 ) -> None:
-    """Sizes of the language model stand at the top of older files, and in ``text_config`` of newer ones."""
+    """Sizes of the language model are at the top of older files, and in ``text_config`` of newer ones."""
     config = {"text_config": CONFIGS[size]} if nested else CONFIGS[size]
     assert official_size(config) == size
     assert recipe(config) == expected

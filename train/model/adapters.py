@@ -260,7 +260,7 @@ def write_adapter(
         adapters: layers and settings.
         model: name or path of the base checkpoint, as recorded for users of the adapter.
         source: folder of the base checkpoint, whose tokenizer and processor files are copied.
-        media: what the processor files are to say instead; None leaves them.
+        media: settings to write into the processor files; None keeps those of ``source``.
 
     Raises:
         VlprepError: the folder cannot be written.

@@ -228,7 +228,7 @@ def write_checkpoint(
         model: the model, for its configuration and the names of its weights.
         state_dict: the weights on the CPU, by their names in ``model``.
         source: checkpoint whose tokenizer and processor files are copied.
-        media: what the processor files are to say instead; None leaves them.
+        media: settings to write into the processor files; None keeps those of ``source``.
 
     Raises:
         VlprepError: the folder cannot be written.
@@ -265,7 +265,7 @@ def copy_companions(source: Path, out: Path, media: ShardMedia | None = None) ->
     Args:
         source: the checkpoint.
         out: folder to copy to.
-        media: what the processor files are to say instead; None leaves them.
+        media: settings to write into the processor files; None keeps those of ``source``.
     """
     for pattern in COMPANION_FILES:
         for path in sorted(source.glob(pattern)):

@@ -93,7 +93,7 @@ def write_processors(folder: Path, media: ShardMedia) -> None:
 
 
 def compare_processors(source: Path, media: ShardMedia) -> list[str]:
-    """What the processors of a trained model do otherwise than those of its base checkpoint, in sentences.
+    """How the processors of a trained model differ from those of its base checkpoint, in sentences.
 
     Raises:
         ConfigError: a file is not a JSON object.

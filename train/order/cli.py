@@ -1,6 +1,6 @@
 """``python -m train.order``: look at the order of a run without running it.
 
-The folder of a run, or shards and the numbers of a planned one -> a text: either a step with its bins, ranks and source
+The folder of a run, or shards and the numbers of a planned one -> text: either a step with its bins, ranks and source
 samples, or what many steps demand of ranks, storage and network.
 
 Cost: that of :mod:`train.order.explain` or :mod:`train.order.simulate`.

@@ -60,7 +60,7 @@ def explain(problems: list[str], ranks: Ranks) -> str:
 
 @contextmanager
 def room_for(what: str) -> Iterator[None]:
-    """Turn running out of device memory inside the ``with`` block into an error that says how to mend it.
+    """Turn running out of device memory inside the ``with`` block into an error that says how to fix it.
 
     Raises:
         ConfigError: the device ran out of memory.

@@ -103,6 +103,6 @@ def flash_problem(attn_implementation: str) -> str | None:
         return f"{package} is not installed ({mend})"
     try:
         importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # of a build for another torch or CUDA
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a build for another torch or CUDA
         return f"{package} cannot be imported ({type(error).__name__}: {error})"
     return None

@@ -67,7 +67,7 @@ class StopRequest:
         """Create a listener.
 
         Args:
-            is_first: whether this rank tells what happens.
+            is_first: whether this rank reports on the screen.
         """
         self._is_first = is_first
         self._received: int | None = None

@@ -102,7 +102,7 @@ def run_steps(trainer: Trainer, plan: Plan, stop: StopRequest) -> bool:
             evaluates = not is_stopped and trainer.should_evaluate()
             if evaluates or trainer.should_log():
                 metrics.write(trainer.summarise(result, evaluates=evaluates))
-            if evaluates:  # it may have taken minutes, and a request leaves few
+            if evaluates:  # an evaluation takes minutes, and a scheduler waits only a few
                 is_stopped = trainer.should_stop(stop)
             if is_stopped or trainer.should_save():
                 trainer.save(stream, is_stopped=is_stopped)

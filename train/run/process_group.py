@@ -89,7 +89,7 @@ def read_ranks(local_rank: int) -> Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Be in the process group inside the ``with`` block. Collective, also at the end, unless the block has left.
+    """Join the process group for a ``with`` block. Collective, also at the end, unless the block has left the group.
 
     If the block fails, the ranks that wait for this one at a barrier, now or later, fail as well.
 

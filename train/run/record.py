@@ -1,6 +1,6 @@
 """Records what a run resolved: plan -> ``<run>/settings.toml``.
 
-Cost: none, and a few calls of git if shards lie in one of its work trees.
+Cost: a few calls of git if shards are in one of its work trees, else none.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Aim(msgspec.Struct, frozen=True, kw_only=True):
     is_recommended: bool = False
 
     def continues(self, other: Aim) -> bool:
-        """Whether a run that has begun with another aim can go on with this one."""
+        """Whether a run that has begun with another aim can continue with this one."""
         return self.samples == other.samples or (self.is_recommended and other.is_recommended)
 
 

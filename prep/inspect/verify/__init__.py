@@ -3,7 +3,7 @@
 In: a folder or URL of a set. Out: a :class:`Verification` with every :class:`Finding`, not only the first. The manifest
 and the tables are compared with each other (``tables``, ``statistics``, ``drift``), then each shard (``shard``) and
 each bin (``bins``, ``positions``) is checked against them. Positions, statistics and counts are recomputed here by
-independent code. Nothing is imported from the builder that wrote them.
+independent code. Of the code that wrote them, only the wording of the drift is imported.
 """
 
 from prep.inspect.verify.findings import Finding

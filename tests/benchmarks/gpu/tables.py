@@ -41,7 +41,7 @@ class Result:
         turns: its turns so far.
         activity: from the profiler.
         losses: mean loss of each compared bin.
-        failure: why it could not go on.
+        failure: why it could not continue.
     """
 
     is_ours: bool
