@@ -1,9 +1,9 @@
 """``lm_head`` with the loss of its targets: hidden states and expected tokens -> their summed cross-entropy.
 
 At most as many logits exist at a time as ``CHUNK`` rows have, never those of all targets. The forward pass computes
-some rows over the whole vocabulary. The backward pass computes the logits again, for all rows and a part of the vocabulary.
-So each row of the weight's gradient is one matrix product that is rounded once. Sums of products over chunks of rows,
-in bfloat16, would be off by 7e-3 after 32 chunks.
+some rows over the whole vocabulary. The backward pass computes the logits again, for all rows and a part of the
+vocabulary. So each row of the weight's gradient is one matrix product that is rounded once. Sums of products over
+chunks of rows, in bfloat16, would be off by 7e-3 after 32 chunks.
 
 Cost: one recomputation of the logits in the backward pass. In transient memory, at most 8 bytes for each scalar of a
 chunk of logits (0.6 GB for Qwen's vocabulary), then less and a float32 gradient of the hidden states.
