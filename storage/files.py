@@ -33,7 +33,7 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def write_synced(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+def write_synced(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
     """Write a file completely or not at all: temporary name, sync, rename, sync of the folder.
 
     Args:
@@ -57,3 +57,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder, and all files and folders in it, to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)

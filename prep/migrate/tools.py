@@ -39,6 +39,7 @@ TRAINER_SWITCHES = (
     "fp16",
     "gradient_checkpointing",
     "lora_enable",
+    "save_in_background",
     "tf32",
     "torch_compile",
     "tune_mm_llm",

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
     from train.main import main
-    from train.run import checkpoint
+    from train.run import saving
 
-    checkpoint._random_state = _save_slowly  # type: ignore[assignment]
+    saving._random_state = _save_slowly  # type: ignore[assignment]
     sys.exit(main(sys.argv[1:]))

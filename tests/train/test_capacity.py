@@ -25,7 +25,9 @@ from train.preflight.capacity import (
     disk_usage,
     export_bytes,
     host_bytes,
+    snapshot_bytes,
 )
+from train.run.process_group import Ranks
 from train.run.resume import ResumePoint
 from train.settings.arguments import TrainArguments
 
@@ -57,21 +59,21 @@ def test_always_held_memory_must_fit_the_device() -> None:
 
 
 def test_memory_offloaded_by_all_ranks_must_fit_the_machine() -> None:
-    assert check_host(always_held(1000, 100), 8, 800, export=0) == []
-    (problem,) = check_host(always_held(0, 100 * GIB), 8, 799 * GIB, export=0)
+    assert check_host(always_held(1000, 100), 8, 800, snapshots=0, export=0) == []
+    (problem,) = check_host(always_held(0, 100 * GIB), 8, 799 * GIB, snapshots=0, export=0)
     assert "offloading needs 800.0 GiB (8 ranks with 100.0 GiB each), but the machine has 799.0 GiB" in problem
 
 
 def test_the_gathered_model_must_fit_the_machine_of_the_first_rank() -> None:
     """Next to what is offloaded, but not next to what a step alone needs."""
-    assert check_host(always_held(1000, 0), 8, 50, export=50) == []
-    (problem,) = check_host(always_held(0, 0), 8, 49 * GIB, export=50 * GIB)
+    assert check_host(always_held(1000, 0), 8, 50, snapshots=0, export=50) == []
+    (problem,) = check_host(always_held(0, 0), 8, 49 * GIB, snapshots=0, export=50 * GIB)
     assert "gathers 50.0 GiB in the host memory of the first rank, but the machine has 49.0 GiB" in problem
-    assert check_host(always_held(0, 100), 8, 850, export=50) == []
-    (problem,) = check_host(always_held(0, 100 * GIB), 8, 849 * GIB, export=50 * GIB)
+    assert check_host(always_held(0, 100), 8, 850, snapshots=0, export=50) == []
+    (problem,) = check_host(always_held(0, 100 * GIB), 8, 849 * GIB, snapshots=0, export=50 * GIB)
     assert "gathers 50.0 GiB in the host memory of the first rank next to 800.0 GiB that are offloaded" in problem
     step = Term(name="a", num_bytes=50, formula="", location=HOST, phase=Phase.STEP)
-    assert check_host(Memory((*always_held(0, 100).terms, step)), 1, 150, export=50) == []
+    assert check_host(Memory((*always_held(0, 100).terms, step)), 1, 150, snapshots=0, export=50) == []
 
 
 def test_host_memory_is_limited_by_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,12 +97,14 @@ def plan_of(
     steps: int = 2000,
     start: int = 0,
     lora: bool = False,
+    world: int = 1,
     converts: Path | None = None,
     **flags: Any,
 ) -> Any:
     return SimpleNamespace(
         args=TrainArguments(shards="shards", output_dir=run, **flags),
         compute=SimpleNamespace(dtype=torch.bfloat16),
+        ranks=Ranks(rank=0, local=0, world=world),
         deepspeed={"zero_optimization": {"stage": stage}},
         num_steps=steps,
         start_step=start,
@@ -142,6 +146,26 @@ def test_bytes_of_the_7b_worked_out_by_hand(tmp_path: Path) -> None:
     assert disk_usage(plan_of(tmp_path, stage=3), sizes).checkpoint == 12 * total
 
 
+def test_a_checkpoint_in_the_background_must_fit_next_to_what_is_offloaded() -> None:
+    assert check_host(always_held(1000, 100), 2, 250, snapshots=50, export=0) == []
+    (problem,) = check_host(always_held(0, 100 * GIB), 2, 249 * GIB, snapshots=50 * GIB, export=0)
+    assert "--save_in_background holds 50.0 GiB in host memory next to 200.0 GiB that are offloaded" in problem
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "expected"),
+    [(2, [0, 1], 2 * 16 // 4 + 2), (2, [2, 3], 2 * 16 // 4), (3, [0, 1], 2 * 16 // 4)],
+)
+def test_a_rank_holds_its_part_of_a_checkpoint_in_the_background(
+    tmp_path: Path, stage: int, ranks: list[int], expected: int
+) -> None:
+    """A quarter of 12 bytes of each parameter and 4 in transit; the first rank also has the weights in bfloat16."""
+    sizes = sizes_of(OFFICIAL["7B"], TrainArguments(shards="shards", tune_mm_vision=True))
+    plan = plan_of(tmp_path, stage=stage, world=4, save_in_background=True)
+    assert snapshot_bytes(plan, sizes, ranks) == expected * sizes.num_trained
+    assert snapshot_bytes(plan_of(tmp_path, stage=stage, world=4), sizes, ranks) == 0
+
+
 def test_the_export_gathers_all_weights_and_merges_adapters_beside_them(tmp_path: Path) -> None:
     whole = TrainArguments(shards="shards")
     adapted = TrainArguments(shards="shards", lora_enable=True, lora_target_modules="q_proj", tune_mm_mlp=False)
@@ -167,7 +191,7 @@ def test_a_resharded_checkpoint_takes_room_once_and_next_to_the_original(tmp_pat
     here, elsewhere = run / "checkpoint-2", tmp_path / "other" / "checkpoint-2"
     here.mkdir(parents=True)
     plain, converting = disk_usage(plan_of(run), sizes), disk_usage(plan_of(run, converts=here), sizes)
-    assert (plain.converted, converting.converted) == (0, 12 * sizes.num_trained)
+    assert (plain.converted, converting.converted) == (0, 14 * sizes.num_trained)
     assert converting.num_bytes - plain.num_bytes == converting.converted
     assert disk_usage(plan_of(run, converts=elsewhere), sizes).converted == 0
     (here / "universal").mkdir()

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError
-from train.run import checkpoint, run_dir
-from train.run.process_group import Ranks
+from train.run import run_dir, saving
 from train.run.run_dir import RunState, Setting, list_checkpoints, lock_run_dir
 
 
@@ -156,14 +155,6 @@ def test_unfinished_checkpoints_are_removed_and_nothing_else(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {"checkpoint-5", "checkpoint-10", "checkpoint-last", "final"}
 
 
-def test_a_save_without_the_files_of_a_rank_fails(tmp_path: Path) -> None:
-    """Ranks on machines with separate disks have written elsewhere."""
-    (tmp_path / "random-00000.pt").touch()
-    checkpoint._check_shared(tmp_path, Ranks(rank=0, local=0, world=1))
-    with pytest.raises(ConfigError, match=r"no files of ranks \[1, 2\].* Give an absolute --output_dir"):
-        checkpoint._check_shared(tmp_path, Ranks(rank=0, local=0, world=3))
-
-
 def test_failing_to_remove_an_old_checkpoint_is_a_warning(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -172,8 +163,8 @@ def test_failing_to_remove_an_old_checkpoint_is_a_warning(
     def refuse(path: Path) -> None:
         raise OSError(39, "Directory not empty", str(path))
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
-    checkpoint._remove(old)
+    monkeypatch.setattr(saving.shutil, "rmtree", refuse)
+    saving._remove(old)
     assert f"{old}.tmp cannot be removed (Directory not empty)" in caplog.text
     assert old not in [path for _, path in list_checkpoints(run)]
 
@@ -181,7 +172,7 @@ def test_failing_to_remove_an_old_checkpoint_is_a_warning(
 def test_removing_an_old_checkpoint_removes_nothing_else(run: Path) -> None:
     before = {path.name for path in run.iterdir()}
     old = list_checkpoints(run)[0][1]
-    checkpoint._remove(old)
+    saving._remove(old)
     assert {path.name for path in run.iterdir()} == before - {old.name}
 
 

@@ -224,10 +224,12 @@ def test_the_second_ctrl_c_under_torchrun_ends_the_ranks_at_once(flags: list[str
     assert "stopped at once: rerun the same command to resume from the newest checkpoint\n" in errors
 
 
+@pytest.mark.parametrize("in_background", ["False", "True"])
 def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(
-    flags: list[str], uninterrupted: Path, tmp_path: Path
+    flags: list[str], uninterrupted: Path, tmp_path: Path, in_background: str
 ) -> None:
     command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "8", "--output_dir", str(tmp_path)]
+    command += ["--save_in_background", in_background]
     process = start_alone(*command)
     wait_until(lambda: (tmp_path / "checkpoint-16.tmp").is_dir(), process)
     process.kill()

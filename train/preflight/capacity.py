@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +104,26 @@ def export_bytes(plan: Plan, sizes: Sizes) -> int:
     return width * (2 * sizes.num_parameters - sizes.num_trained)
 
 
-def check_host(memory: Memory, num_ranks: int, available: int, *, export: int) -> list[str]:
-    """Check that a machine has the host memory for what its ranks offload, and for the export of the model.
+def snapshot_bytes(plan: Plan, sizes: Sizes, ranks: Sequence[int]) -> int:
+    """Host memory of a checkpoint that some ranks write in the background; 0 if they do not.
+
+    Each rank holds its files. While it serializes them, a copy of its float32 weights or of a moment comes on top.
+    """
+    if not plan.args.save_in_background:
+        return 0
+    part = -(-sizes.num_trained // plan.ranks.world)
+    weights = plan.compute.dtype.itemsize * sizes.num_trained if 0 in ranks and _holds_weights(plan) else 0
+    return len(ranks) * (STATE_BYTES + 4) * part + weights
+
+
+def check_host(memory: Memory, num_ranks: int, available: int, *, snapshots: int, export: int) -> list[str]:
+    """Check that a machine has the host memory for what its ranks offload, for checkpoints, and for the export.
 
     Args:
         memory: memory of a rank.
         num_ranks: ranks on this machine.
         available: bytes of host memory.
+        snapshots: bytes of a checkpoint that its ranks write in the background.
         export: bytes that the export needs on this machine; 0 if the first rank is on another one.
     """
     per_rank, held = memory.peak(HOST), num_ranks * memory.held(HOST)
@@ -118,14 +132,28 @@ def check_host(memory: Memory, num_ranks: int, available: int, *, export: int) -
             f"offloading needs {num_ranks * per_rank / GIB:.1f} GiB ({num_ranks} ranks with {per_rank / GIB:.1f} GiB "
             f"each), but the machine has {available / GIB:.1f} GiB: use more machines, or offload less"
         ]
+    problems, machine = [], f"but the machine has {available / GIB:.1f} GiB"
+    if snapshots and num_ranks * per_rank + snapshots > available:
+        offloaded = _next_to(num_ranks * per_rank)
+        problems.append(
+            f"--save_in_background holds {snapshots / GIB:.1f} GiB in host memory{offloaded}, {machine}: leave it out"
+        )
     if held + export > available:
-        offloaded = f" next to {held / GIB:.1f} GiB that are offloaded" if held else ""
-        return [
-            f"exporting the model gathers {export / GIB:.1f} GiB in the host memory of the first rank{offloaded}, but "
-            f"the machine has {available / GIB:.1f} GiB: start the first rank on a machine with more memory"
-            + (", or offload less" if held else "")
-        ]
-    return []
+        problems.append(
+            f"exporting the model gathers {export / GIB:.1f} GiB in the host memory of the first rank{_next_to(held)}, "
+            f"{machine}: start the first rank on a machine with more memory" + (", or offload less" if held else "")
+        )
+    return problems
+
+
+def _next_to(offloaded: int) -> str:
+    return f" next to {offloaded / GIB:.1f} GiB that are offloaded" if offloaded else ""
+
+
+def _holds_weights(plan: Plan) -> bool:
+    """Whether a checkpoint holds the weights in the dtype of the computation. ZeRO-3 saves those in float32 only."""
+    stage: int = plan.deepspeed["zero_optimization"]["stage"]
+    return stage < 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +194,6 @@ def disk_usage(plan: Plan, sizes: Sizes) -> DiskUsage:
         # The oldest checkpoint is deleted after the newest is complete.
         room = args.save_total_limit + 1 - len(list_checkpoints(args.run_dir))
         num_checkpoints = min(num_checkpoints, max(1, room))
-    # ZeRO-3 saves the float32 weights only.
-    holds_weights = plan.deepspeed["zero_optimization"]["stage"] < 3
     resume = plan.resume
     is_converted_here = (
         resume is not None
@@ -175,11 +201,12 @@ def disk_usage(plan: Plan, sizes: Sizes) -> DiskUsage:
         and resume.folder.parent.resolve() == args.run_dir.resolve()
         and not (resume.folder / UNIVERSAL_TAG).is_dir()
     )
+    checkpoint = sizes.num_trained * (STATE_BYTES + (width if _holds_weights(plan) else 0))
     return DiskUsage(
         num_checkpoints=num_checkpoints,
-        checkpoint=sizes.num_trained * (STATE_BYTES + (width if holds_weights else 0)),
+        checkpoint=checkpoint,
         model=width * (sizes.num_parameters if plan.adapters is None else sizes.num_parameters + sizes.num_trained),
-        converted=sizes.num_trained * STATE_BYTES if is_converted_here else 0,
+        converted=checkpoint if is_converted_here else 0,
     )
 
 

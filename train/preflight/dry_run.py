@@ -43,6 +43,7 @@ from train.preflight.capacity import (
     disk_usage,
     export_bytes,
     host_bytes,
+    snapshot_bytes,
 )
 from train.preflight.parity import compare_packed
 from train.preflight.passes import run_evaluation, run_largest
@@ -151,7 +152,13 @@ def estimate_memory(plan: Plan, sizes: Sizes, bins: list[int]) -> Memory:
 def check_estimate(plan: Plan, sizes: Sizes, memory: Memory) -> list[str]:
     """Compare the estimate with the memory of host and device. All ranks call this together."""
     ranks = ranks_of_host(plan.ranks)
-    problems = check_host(memory, len(ranks), host_bytes(), export=export_bytes(plan, sizes) if 0 in ranks else 0)
+    problems = check_host(
+        memory,
+        len(ranks),
+        host_bytes(),
+        snapshots=snapshot_bytes(plan, sizes, ranks),
+        export=export_bytes(plan, sizes) if 0 in ranks else 0,
+    )
     if plan.compute.device.type == "cuda":
         problems += check_held(memory, device_bytes(plan.compute.device))
     return problems

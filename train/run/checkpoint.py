@@ -1,14 +1,11 @@
-"""Saving and resuming: state of the engine and the random generators <-> a checkpoint of :mod:`train.run.run_dir`.
+"""Resuming: a checkpoint of :mod:`train.run.saving` -> state of the engine and the random generators.
 
 A run may resume with another number of ranks as long as its steps use the same bins. The state is then resharded
 through DeepSpeed's universal form, which is made once and kept in the checkpoint. DeepSpeed 0.19 has three bugs there,
 which :func:`load` works around: ZeRO-3 gives every group the settings of the first one, ZeRO-3 shares one count of
 steps among all parameters, and frozen parameters are not restored.
 
-Checkpoints hold no frozen parameters. A run reads those from the checkpoint that it started from, which its settings
-name, so checkpoints of a run that trains adapters are small.
-
-Cost: 12 to 16 bytes per trained parameter, written by all ranks in parallel to a file system that all of them share.
+Cost: each rank reads its part of the checkpoint. Resharding reads the checkpoint and writes it once more.
 """
 
 from __future__ import annotations
@@ -16,71 +13,22 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
+from torch.utils.serialization import config
 
 from schemas.errors import ConfigError
 from schemas.wording import counted
-from storage.files import sync
-from train.model.disk import writing
-from train.run.engine import Engine
+from storage.files import sync_tree
+from train.run.engine import Engine, frozen_names
 from train.run.process_group import Ranks, barrier
-from train.run.run_dir import (
-    ENGINE_TAG,
-    RESUME_FROM_ANOTHER,
-    STATE_FILE,
-    UNIVERSAL_TAG,
-    RunState,
-    list_checkpoints,
-    random_state_file,
-)
+from train.run.run_dir import ENGINE_TAG, RESUME_FROM_ANOTHER, UNIVERSAL_TAG, random_state_file
+from train.run.universal import convert
 
 logger = logging.getLogger(__name__)
-
-
-def save(engine: Engine, run_dir: Path, state: RunState, ranks: Ranks, *, max_checkpoints: int | None) -> Path:
-    """Write a checkpoint. Collective.
-
-    Args:
-        engine: the engine, between two steps.
-        run_dir: folder of the run.
-        state: contents of ``state.json``.
-        ranks: position of this rank.
-        max_checkpoints: remove older checkpoints so that this many remain; None keeps all.
-
-    Returns:
-        The folder of the checkpoint.
-    """
-    folder = run_dir / f"checkpoint-{state.step}"
-    temporary = run_dir / f"{folder.name}.tmp"
-    if ranks.is_first:
-        with writing(temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    barrier()
-    with writing(temporary), _without_frozen(engine.module):
-        engine.save_checkpoint(str(temporary), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
-        torch.save(_random_state(engine.device), temporary / random_state_file(ranks.rank))
-    barrier()
-    if ranks.is_first:
-        _check_shared(temporary, ranks)
-        with writing(temporary):
-            (temporary / STATE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
-            _sync_tree(temporary)
-            temporary.rename(folder)
-            sync(run_dir)
-        for _, old in list_checkpoints(run_dir)[: -max_checkpoints if max_checkpoints else 0]:
-            _remove(old)
-        logger.info("checkpoint written to %s", folder)
-    barrier()
-    return folder
 
 
 def load(engine: Engine, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks, *, is_resharded: bool) -> None:
@@ -102,7 +50,8 @@ def load(engine: Engine, optimizer: torch.optim.Optimizer, folder: Path, ranks: 
     ]
     tag = UNIVERSAL_TAG if is_resharded else ENGINE_TAG
     try:
-        path, _ = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
+        with _mapped() if is_resharded else nullcontext():
+            path, _ = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=_load_trained)
         random_state = None if is_resharded else torch.load(folder / random_state_file(ranks.rank), weights_only=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} is incomplete: {error}. {RESUME_FROM_ANOTHER}") from error
@@ -133,83 +82,30 @@ def reshard(folder: Path, ranks: Ranks) -> None:
     if ranks.is_first and not out.is_dir():
         shutil.rmtree(temporary, ignore_errors=True)
         logger.info("resharding %s to %s", folder, counted(ranks.world, "rank"))
-        command = [
-            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
-            *("--input_folder", str(folder / ENGINE_TAG), "--output_folder", str(temporary)),
-            *("--num_extract_workers", "1", "--num_merge_workers", "1"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ConfigError(f"cannot reshard {folder} to {ranks.world} ranks: {reason}. Resume from another one.")
-        _sync_tree(temporary)
+        problem = convert(folder / ENGINE_TAG, temporary)
+        if problem is not None:
+            raise ConfigError(f"cannot reshard {folder} to {ranks.world} ranks: {problem}. Resume from another one.")
+        sync_tree(temporary)
         temporary.rename(out)
     barrier()
 
 
-def _check_shared(temporary: Path, ranks: Ranks) -> None:
-    """Check that all ranks have written to the same folder.
-
-    Raises:
-        ConfigError: the files of some ranks are elsewhere.
-    """
-    missing = [rank for rank in range(ranks.world) if not (temporary / random_state_file(rank)).is_file()]
-    if missing:
-        raise ConfigError(
-            f"{temporary} has no files of ranks {missing}, which have just written theirs: the folder is on a disk "
-            "that the machines do not share. Give an absolute --output_dir that they do."
-        )
-
-
-def _remove(old: Path) -> None:
-    """Remove an outdated checkpoint. A failure does not end the run, since the newer checkpoint is complete."""
-    temporary = old.with_name(f"{old.name}.tmp")
-    try:
-        old.rename(temporary)
-        shutil.rmtree(temporary)
-    except OSError as error:
-        logger.warning("%s cannot be removed (%s): remove it by hand", error.filename or old, error.strerror or error)
-
-
 @contextmanager
-def _without_frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Drop frozen parameters from ``state_dict`` under all their names: DeepSpeed drops tied ones under one name."""
-
-    def drop(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        for name in _frozen_names(module):
-            state.pop(prefix + name, None)
-
-    hooked: Any = module  # torch annotates this method only in part
-    handle = hooked.register_state_dict_post_hook(drop)
+def _mapped() -> Iterator[None]:
+    """Map files that torch loads into memory: DeepSpeed opens all of each parameter to copy a rank's part of it."""
+    before, config.load.mmap = config.load.mmap, True
     try:
         yield
     finally:
-        handle.remove()
+        config.load.mmap = before
 
 
 def _load_trained(*, src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     """Load the parameters that a checkpoint holds, which must be all but the frozen ones."""
     keys = dst.load_state_dict(src, strict=False)
-    wrong = {*keys.missing_keys} ^ _frozen_names(dst) | {*keys.unexpected_keys}
+    wrong = {*keys.missing_keys} ^ frozen_names(dst) | {*keys.unexpected_keys}
     if wrong:
         raise ConfigError(
             "the checkpoint to resume from does not hold exactly the weights that this run trains "
             f"({', '.join(sorted(wrong)[:3])}): resume from another one."
         )
-
-
-def _frozen_names(module: torch.nn.Module) -> set[str]:
-    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["device"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _sync_tree(folder: Path) -> None:
-    """Flush a folder and all its files to disk, so that a rename cannot become durable before them."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)

@@ -42,6 +42,8 @@ class Engine(Protocol):
     module: PackedQwen
     device: torch.device
     optimizer: ZeroOptimizer
+    checkpoint_engine: object
+    """Writes the files of a checkpoint."""
 
     def __call__(self, micro: MicroBatch, *, scores: bool = False) -> torch.Tensor:
         """Forward pass of the module, see :meth:`PackedQwen.forward`."""
@@ -122,6 +124,11 @@ def can_lower_scale(engine: Engine) -> bool:
         return False
     scaler = engine.optimizer.loss_scaler
     return scaler.dynamic and scaler.cur_scale > scaler.min_scale
+
+
+def frozen_names(module: torch.nn.Module) -> set[str]:
+    """Names of the parameters that are not trained, all names of tied ones."""
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def gather_weights(module: torch.nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:

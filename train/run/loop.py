@@ -46,6 +46,7 @@ from train.run.nonfinite import SkippedSteps
 from train.run.plan import Plan, check_same_plan, make_plan
 from train.run.record import record_run
 from train.run.run_dir import ADAPTER_DIR, FINAL_DIR, RunState, check_files, lock_run_dir, remove_unfinished
+from train.run.saving import Saver
 from train.run.schedule import LearningRates, count_warmup_steps, schedule
 from train.run.stragglers import Slowest, StepClock
 from train.settings.arguments import TrainArguments
@@ -148,6 +149,7 @@ class Trainer:
         self.engine = start_engine(model, optimizer, plan)
         self.step = plan.start_step
         self._plan = plan
+        self._saver = Saver(args.run_dir, plan.ranks, max_checkpoints=args.save_total_limit)
         self._evaluation = None if plan.held_out is None else Evaluation(plan)
         self._skipped = SkippedSteps(
             plan.index,
@@ -171,6 +173,7 @@ class Trainer:
 
     def run_step(self, batch: StepBatch) -> StepResult:
         """Make one optimizer step, or skip it if its gradient is not finite. Collective."""
+        self._saver.check()
         learning_rates = self._rates.set(batch.step)
         scales_loss = can_lower_scale(self.engine)
         losses = forward_backward(self.engine, batch, self._plan, self._window.clock)
@@ -225,10 +228,9 @@ class Trainer:
             shards=without_secrets(plan.args.shards),
             aim=plan.batch.aim,
         )
+        goes_on = not is_stopped and self.step < plan.num_steps
         with self._window.paused():
-            checkpoint.save(
-                self.engine, plan.args.run_dir, state, plan.ranks, max_checkpoints=plan.args.save_total_limit
-            )
+            self._saver.save(self.engine, state, in_background=plan.args.save_in_background and goes_on)
         if is_stopped:
             logger.info(
                 "stop requested: checkpoint saved at step %d/%d; rerun the same command to resume",

@@ -273,6 +273,13 @@ class TrainArguments:
             low=0,
         ),
     ] = 500
+    save_in_background: Annotated[
+        bool,
+        Setting(
+            "Copy the state to host memory and write the checkpoint while training goes on. The last checkpoint, and "
+            "that of a run that is asked to stop, are waited for."
+        ),
+    ] = False
     save_total_limit: Annotated[
         int | None, Setting("Checkpoints to keep, newest first.", unit="checkpoints", low=1, unset="all")
     ] = None
