@@ -34,10 +34,12 @@ def _ask_transcript(media: tuple[()], rng: np.random.Generator, wording: Wording
         )
         for person, count, thing in zip(people, counts, goods, strict=True)
     ]
-    one, other = (int(i) for i in rng.permutation(len(people))[:2])
-    how_many = wording.say(f"How many {goods[one]} did {people[one]} buy?", f"{people[one]}买了几个{goods[one]}？")
-    who = wording.say(f"Who bought {goods[other]}?", f"谁买了{goods[other]}？")
-    return wording.ask("\n".join([*lines, "", how_many]), counts[one]), wording.ask(who, people[other])
+    first, second = (int(i) for i in rng.permutation(len(people))[:2])
+    how_many = wording.say(
+        f"How many {goods[first]} did {people[first]} buy?", f"{people[first]}买了几个{goods[first]}？"
+    )
+    who = wording.say(f"Who bought {goods[second]}?", f"谁买了{goods[second]}？")
+    return wording.ask("\n".join([*lines, "", how_many]), counts[first]), wording.ask(who, people[second])
 
 
 _NUMBERS_ONLY = ("Answer with a number only.", "请只回答数字。")

@@ -72,10 +72,10 @@ def sample_document(rng: np.random.Generator) -> tuple[Page, ...]:
 
 def _ask_title(pages: tuple[Page, ...], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
     """The title of some page, word for word, then that of another."""
-    one, other = (pages[i] for i in rng.permutation(len(pages))[:2])
-    question = wording.say(f"What is the title of page {one.number}?", f"第{one.number}页的标题是什么？")
-    follow_up = wording.say(f"And of page {other.number}?", f"第{other.number}页呢？")
-    return wording.ask(question, one.title), wording.ask(follow_up, other.title)
+    first, second = (pages[i] for i in rng.permutation(len(pages))[:2])
+    question = wording.say(f"What is the title of page {first.number}?", f"第{first.number}页的标题是什么？")
+    follow_up = wording.say(f"And of page {second.number}?", f"第{second.number}页呢？")
+    return wording.ask(question, first.title), wording.ask(follow_up, second.title)
 
 
 PAGE_KINDS = (Kind(name="page/title", weight=14, sample=sample_document, ask=_ask_title, needs_colour=False),)

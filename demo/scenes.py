@@ -100,15 +100,16 @@ def _ask_count(scenes: tuple[Scene], rng: np.random.Generator, wording: Wording)
 
 
 def _ask_left_or_right(scenes: tuple[Scene], rng: np.random.Generator, wording: Wording) -> tuple[Exchange, ...]:
-    """On which side of the other figure one figure is, if their names differ and neither is above the other."""
-    one, other = scenes[0].figures
+    """On which side of the second figure the first one is, if their names differ and neither is above the other."""
+    first, second = scenes[0].figures
     a, b = (
-        wording.say(f"{f.colour} {f.shape}", f"{wording.word(f.colour)}的{wording.word(f.shape)}") for f in (one, other)
+        wording.say(f"{f.colour} {f.shape}", f"{wording.word(f.colour)}的{wording.word(f.shape)}")
+        for f in (first, second)
     )
-    if a == b or abs(one.x - other.x) < one.radius + other.radius:
+    if a == b or abs(first.x - second.x) < first.radius + second.radius:
         return ()
     question = wording.say(f"Is the {a} left or right of the {b}?", f"{a}在{b}的左边还是右边？")
-    return (wording.ask(question, "left" if one.x < other.x else "right"),)
+    return (wording.ask(question, "left" if first.x < second.x else "right"),)
 
 
 def _one_scene(**limits: int) -> Callable[[np.random.Generator], tuple[Scene]]:

@@ -43,7 +43,7 @@ class Record(msgspec.Struct, frozen=True):
     Attributes:
         data: its JSON text; None if it cannot be read.
         line: line on which it starts, from 1.
-        number: index among the annotations of the file, from 0.
+        index: index among the annotations of the file, from 0.
         embedded: encoded media that came inside the record, by their names in ``data``.
         fault: why ``data`` is None.
         unread: names of fields that no dialect has and that are not in ``data``.
@@ -51,7 +51,7 @@ class Record(msgspec.Struct, frozen=True):
 
     data: bytes | None
     line: int
-    number: int
+    index: int
     embedded: dict[str, bytes] = {}
     fault: str = ""
     unread: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Reads annotation files of every format record by record, in bounded memory.
 
 Two steps. :func:`index_file` walks a file once and cuts it into chunks of whole records, counting annotations and
-lines. :func:`read_chunk` reads one chunk again and yields its records as JSON text, each with its line and number;
+lines. :func:`read_chunk` reads one chunk again and yields its records as JSON text, each with its line and index;
 chunks are independent, so that any worker can take any of them.
 
 ========================================  ===========================================================

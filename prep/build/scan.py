@@ -179,7 +179,7 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
         for record, copies, checked in access.prefetch(_checked(task, timings), partial(_requests, task, probed)):
             annotation, problems = checked.annotation, checked.problems
             row = rows.add(
-                record=record.number,
+                record=record.index,
                 line=record.line,
                 copies=copies,
                 id=_record_id(record, annotation),
@@ -203,7 +203,7 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
                 rows.reject(row, problems)
             else:
                 media = _store_embedded(media, checked.embedded, media_file)
-                accepted.append(_Accepted(row, record.number, annotation, media))
+                accepted.append(_Accepted(row, record.index, annotation, media))
         _require_unchanged(task)
     return accepted, contents
 

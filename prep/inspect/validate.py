@@ -223,7 +223,7 @@ def _check_chunk(task: _ChunkTask) -> ChunkReport:
             Reject(
                 file=str(task.file),
                 line=record.line,
-                record=record.number,
+                record=record.index,
                 id=record_id(annotation) or (read_id(record.data) if record.data is not None else None),
                 problems=problems,
                 annotation=_raw(record, problems),

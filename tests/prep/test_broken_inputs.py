@@ -29,7 +29,7 @@ from tests.prep.test_videos import write_video
 SETTINGS = BuildSettings(max_length=MAX_LENGTH, media=MediaSettings(max_source_bytes=MAX_SOURCE_BYTES))
 SLOW_S = 1e-6
 
-Found = dict[tuple[str, int], list[list[str]]]
+CodesByLine = dict[tuple[str, int], list[list[str]]]
 """Codes of the annotations that start in a line of a file, sorted; several where the line is a packed record."""
 
 

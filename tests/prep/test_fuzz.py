@@ -160,7 +160,7 @@ def test_any_file_gives_as_many_records_as_were_counted(
             continue
         index = index_file(path, tmp_path)
         records = [record for chunk in index.chunks for record in read_chunk(index.data, chunk)]
-        assert [record.number for record in records] == list(range(index.num_records))
+        assert [record.index for record in records] == list(range(index.num_records))
         lines = [record.line for record in records]
         assert lines == sorted(lines)
         assert lines[-1:] <= [path.read_bytes().count(b"\n") + 1]

@@ -27,7 +27,7 @@ def read_all(path: Path) -> list[Record]:
     index = index_file(path, path.parent)
     records = [record for chunk in index.chunks for record in read_chunk(index.data, chunk)]
     assert len(records) == index.num_records
-    assert [record.number for record in records] == list(range(len(records)))
+    assert [record.index for record in records] == list(range(len(records)))
     return records
 
 

@@ -167,9 +167,9 @@ def test_a_rank_holds_its_part_of_a_checkpoint_in_the_background(
 
 
 def test_the_export_gathers_all_weights_and_merges_adapters_beside_them(tmp_path: Path) -> None:
-    whole = TrainArguments(shards="shards")
+    full = TrainArguments(shards="shards")
     adapted = TrainArguments(shards="shards", lora_enable=True, lora_target_modules="q_proj", tune_mm_mlp=False)
-    plain, lora = (sizes_of(OFFICIAL["3B"], args) for args in (whole, adapted))
+    plain, lora = (sizes_of(OFFICIAL["3B"], args) for args in (full, adapted))
     assert export_bytes(plan_of(tmp_path), plain) == 2 * 3_754_622_976
     # all weights and adapters, then the merged weights
     assert export_bytes(plan_of(tmp_path, lora=True), lora) == 2 * (2 * 3_754_622_976 + lora.num_trained)

@@ -52,9 +52,9 @@ def _projection(num_patches: int, device: torch.device) -> Iterator[tuple[str, s
     conv = nn.Conv3d(3, WIDTH, kernel, stride=kernel, bias=False, device=device, dtype=DTYPE)  # type: ignore[arg-type]
     patches = torch.randn(num_patches, 3, *kernel, device=device, dtype=DTYPE)
     for name, module in (("patch projection, Conv3d", conv), ("patch projection, product", PatchProjection.of(conv))):
-        taken = seconds(partial(_forward_backward, module, patches), device)
+        elapsed_s = seconds(partial(_forward_backward, module, patches), device)
         flops = 2 * 2 * num_patches * PATCH_DIM * WIDTH  # forward, and the gradient of the weight
-        yield name, f"{taken * 1e3:10.3f} ms {flops / taken / 1e12:8.2f} TFLOP/s"
+        yield name, f"{elapsed_s * 1e3:10.3f} ms {flops / elapsed_s / 1e12:8.2f} TFLOP/s"
 
 
 def _forward_backward(module: nn.Module, patches: torch.Tensor) -> None:
@@ -71,14 +71,14 @@ def _pixels(num_images: int, device: torch.device) -> Iterator[tuple[str, str]]:
     host = torch.randint(0, 256, shape, dtype=torch.uint8)
     sources = {"pageable": host, **({"pinned": host.pin_memory()} if device.type == "cuda" else {})}
     for name, source in sources.items():
-        taken = seconds(partial(_copy, source, device), device)
-        yield f"copy to the device, {name}", f"{taken * 1e3:10.3f} ms {host.numel() / taken / 1e9:8.2f} GB/s"
+        elapsed_s = seconds(partial(_copy, source, device), device)
+        yield f"copy to the device, {name}", f"{elapsed_s * 1e3:10.3f} ms {host.numel() / elapsed_s / 1e9:8.2f} GB/s"
     planes = host.to(device)
-    taken = seconds(lambda: undo_residuals(planes), device)
-    yield "undoing residuals", f"{taken * 1e3:10.3f} ms {host.numel() / taken / 1e9:8.2f} GB/s"
+    elapsed_s = seconds(lambda: undo_residuals(planes), device)
+    yield "undoing residuals", f"{elapsed_s * 1e3:10.3f} ms {host.numel() / elapsed_s / 1e9:8.2f} GB/s"
     vision = _vision_batch(planes.flatten(), num_images)
-    taken = seconds(lambda: pixel_values(vision, DTYPE), device)
-    yield "pixel values, residuals included", f"{taken * 1e3:10.3f} ms {host.numel() / taken / 1e9:8.2f} GB/s"
+    elapsed_s = seconds(lambda: pixel_values(vision, DTYPE), device)
+    yield "pixel values, residuals included", f"{elapsed_s * 1e3:10.3f} ms {host.numel() / elapsed_s / 1e9:8.2f} GB/s"
 
 
 def _vision_batch(planes: torch.Tensor, num_images: int) -> VisionBatch:

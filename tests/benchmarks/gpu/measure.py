@@ -167,15 +167,15 @@ def profiled(step: Callable[[], object], num_steps: int, device: torch.device) -
     results = profiler.profiler
     assert results is not None and results.kineto_results is not None
     events = results.kineto_results.events()
-    (whole,) = (event for event in events if event.name() == PROFILED and event.device_type() == DeviceType.CPU)
-    end_ns = whole.start_ns() + whole.duration_ns()
+    (profiled,) = (event for event in events if event.name() == PROFILED and event.device_type() == DeviceType.CPU)
+    end_ns = profiled.start_ns() + profiled.duration_ns()
     kind = DeviceType.CUDA if is_cuda else DeviceType.CPU
     spans = [
         (event.start_ns(), event.start_ns() + event.duration_ns())
         for event in events
         if event.device_type() == kind and not event.is_user_annotation()
     ]
-    waits = sum(event.name() in WAITS and whole.start_ns() <= event.start_ns() < end_ns for event in events)
+    waits = sum(event.name() in WAITS and profiled.start_ns() <= event.start_ns() < end_ns for event in events)
     busy, gap_ns = busy_and_gap(spans)
     return Activity(busy=busy, longest_gap_s=gap_ns / 1e9, waits_per_step=waits / num_steps)
 
