@@ -44,6 +44,7 @@ _WELL_FORMED = re.compile(
     re.DOTALL,
 )
 _LIST_ITEM = re.compile(rf"\s*(?:(?P<number>{_NUMBER})(?![\w.])|(?P<mark>[\[\],])|(?P<other>[^\s\[\],]+))")
+_PLAIN_NUMBER = re.compile(_NUMBER)
 _SEPARATED = re.compile(r"[^\s,]+")
 _PAIR = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
 _IMAGE_INDEX = re.compile(r"""(?P<quote>\\{0,16}["'])image_(?:id|index)(?P=quote)\s*:\s*(?P<index>\d{1,6})\b""")
@@ -72,6 +73,7 @@ class Shape:
         is_box: whether they are two opposite corners.
         image: index (from 0) of the image that the text names, or None.
         excerpt: how it reads, for messages.
+        path: JSON path of its text, for messages.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -79,6 +81,7 @@ class Shape:
     is_box: bool
     image: int | None = None
     excerpt: str
+    path: str = ""
 
 
 class BoxError(ValueError):
@@ -106,7 +109,7 @@ def find_shapes(text: str, *, is_answer: bool = True) -> Shapes:
     Args:
         text: of one turn.
         is_answer: whether the model says it. Other text may describe the format without numbers, as
-            ``"bbox_2d": [x1, y1, x2, y2]`` does; these are no boxes.
+            ``"bbox_2d": [x1, y1, x2, y2]`` does, or ``data-bbox="x1 y1 x2 y2"``; these are no boxes.
     """
     result = Shapes([], [])
     if not may_have_shapes(text):
@@ -275,6 +278,8 @@ def _shapes_at(text: str, match: re.Match[str], objects: _Objects, *, is_answer:
     elif match["attribute"] is not None:
         start = match.start("list")
         spans = [(start + item.start(), start + item.end()) for item in _SEPARATED.finditer(match["list"])]
+        if not is_answer and not any(_PLAIN_NUMBER.fullmatch(text, *span) for span in spans):
+            return
         is_box = match["attribute"].lower() == "bbox"
         if len(spans) != 4 if is_box else len(spans) < 4 or len(spans) % 2:
             expected = "4" if is_box else "an even number, 4 or more,"

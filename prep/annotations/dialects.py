@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from prep.annotations.annotation import Annotation
-from prep.annotations.fields import UNSUPPORTED_FIELDS, says_something
+from prep.annotations.fields import UNSUPPORTED_FIELDS, UNSUPPORTED_TURN_FIELDS, says_something
 from prep.annotations.media_fields import MediaReader
 from prep.annotations.objects import place_objects
 from prep.annotations.plain import PLAIN_FIELDS, convert_plain, fault
@@ -70,7 +70,7 @@ def _texts(record: _Record, turns: TurnReader) -> None:
             continue
         turns.add_field("human", exchange, "user", where)
         turns.add_field("gpt", exchange, "assistant", where)
-        turns.fields.account(exchange, {"user", "assistant"}, "texts[]")
+        turns.fields.account(exchange, {"user", "assistant"}, "texts[]", where=where, refused=UNSUPPORTED_TURN_FIELDS)
 
 
 def _alpaca(record: _Record, turns: TurnReader) -> None:

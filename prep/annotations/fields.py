@@ -30,6 +30,7 @@ UNSUPPORTED_FIELDS = {
 
 UNSUPPORTED_TURN_FIELDS = {
     "loss_scale": "ms-swift, a weight of the loss",
+    "train_detail": "Axolotl, parts of a turn with a loss",
     "audio": "OpenAI and qwen_vl_utils; Qwen2.5-VL has no audio",
     "audios": "ms-swift; Qwen2.5-VL has no audio",
     "refusal": "OpenAI, an answer of another kind",
@@ -39,7 +40,7 @@ UNSUPPORTED_TURN_FIELDS = {
     "chosen": "preference training",
     "rejected": "preference training",
 }
-"""Fields of a turn."""
+"""Fields of a turn, or of an exchange of question and answer."""
 
 UNSUPPORTED_PART_FIELDS = {
     "audio": "qwen_vl_utils; Qwen2.5-VL has no audio",

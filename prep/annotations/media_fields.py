@@ -59,11 +59,12 @@ class MediaReader:
         self._indices: dict[str, list[int | None]] = {kind: [] for kind in _KINDS}
         self._record = record
         self._fields = fields
+        self._uses_rate = False
 
     @property
     def used_fields(self) -> frozenset[str]:
-        """Fields of the record that name its media. ``fps`` is one if there are videos."""
-        return self.FIELDS if self.items["video"] else self.FIELDS - {"fps"}
+        """Fields of the record that name its media. ``fps`` is one if others of them name videos."""
+        return self.FIELDS if self._uses_rate else self.FIELDS - {"fps"}
 
     @staticmethod
     def kind_of(part: Mapping[str, Any]) -> str | None:
@@ -163,10 +164,11 @@ class MediaReader:
             return name, []
 
     def _record_settings(self, kind: str, index: int, count: int) -> ItemSettings | None:
-        """``fps`` of the record, for its videos: one number for all, or one for each."""
+        """``fps`` of the record, for the videos of its fields: one number for all, or one for each."""
         fps = self._record.get("fps")
         if kind != "video" or not says_something(fps):
             return None
+        self._uses_rate = True
         if isinstance(fps, list):
             if len(fps) != count:
                 raise FieldError(f"$.fps has {len(fps)} entries for {count} videos; give one number, or one for each")

@@ -36,7 +36,7 @@ def place_objects(
     if not isinstance(objects, dict):
         fields.fail(f"$.objects is of type {type_name(objects)}; expected an object {{ref, bbox}}")
         return {}, None
-    fields.account(objects, {"ref", "bbox", "bbox_type", "image_id", "width", "height"}, "objects")
+    fields.account(objects, {"ref", "bbox", "bbox_type", "image_id"}, "objects")
     names, boxes, images = (objects.get(key) or [] for key in ("ref", "bbox", "image_id"))
     kind = objects.get("bbox_type")
     if not all(isinstance(value, list) for value in (names, boxes, images)) or kind not in [*_COORDINATES]:

@@ -198,24 +198,30 @@ def _with_shapes(
     Returns:
         The annotation with them, and the first one if nothing says what their coordinates are.
     """
-    default = "pixels" if annotation.shapes else None
-    coordinates = annotation.coordinates or coordinates or default
+    coordinates = annotation.coordinates or coordinates
     if coordinates == "off":
         return msgspec.structs.replace(annotation, shapes={}, coordinates=coordinates), None
     shapes: dict[int, tuple[Shape, ...]] = {}
+    faults: list[tuple[str, str]] = []
     excerpts: list[str] = []
     for index, turn in enumerate(annotation.turns):
-        in_text, faults = find_shapes(turn.value, is_answer=turn.role in ("gpt", "text"))
-        in_turn = _merged(annotation.shapes.get(index, ()), in_text)
+        path = places.value_of(index)
+        in_text, wrong = find_shapes(turn.value, is_answer=turn.role in ("gpt", "text"))
+        in_turn = tuple(replace(shape, path=path) for shape in _merged(annotation.shapes.get(index, ()), in_text))
         if in_turn:
             shapes[index] = in_turn
-        excerpts += [*(shape.excerpt for shape in in_turn[:1]), *faults[:1], *_tokens_excerpt(turn.value)]
-        if coordinates is not None:
-            path = places.value_of(index)
-            for message in faults:
-                fail(ReasonCode.BAD_BOX, f"{path}: {message}")
+        faults += [(path, message) for message in wrong]
+        excerpts += [*(shape.excerpt for shape in in_turn[:1]), *wrong[:1], *_tokens_excerpt(turn.value)]
+    num_shapes = sum(map(len, shapes.values()))
+    if coordinates is None and num_shapes and num_shapes == annotation.num_shapes:
+        # Boxes of ``objects`` are pixels by default. Other boxes have no default.
+        coordinates = "pixels"
+    if coordinates is not None:
+        for path, message in faults:
+            fail(ReasonCode.BAD_BOX, f"{path}: {message}")
+        for in_turn in shapes.values():
             for shape in in_turn:
-                _check_image(shape, len(annotation.images), path, fail)
+                _check_image(shape, len(annotation.images), fail)
     grounding = any(has_grounding_tokens(turn.value) for turn in annotation.turns)
     annotation = msgspec.structs.replace(annotation, shapes=shapes, coordinates=coordinates, grounding=grounding)
     return annotation, excerpts[0] if excerpts and coordinates is None else None
@@ -237,23 +243,23 @@ def _merged(beside: Sequence[Shape], in_text: Sequence[Shape]) -> tuple[Shape, .
     return (*named, *(shape for shape in in_text if shape.spans not in spans))
 
 
-def _check_image(shape: Shape, num_images: int, path: str, fail: Callable[[ReasonCode, str], None]) -> None:
+def _check_image(shape: Shape, num_images: int, fail: Callable[[ReasonCode, str], None]) -> None:
+    box = f"{shape.path}: {shape.excerpt}"
     if not num_images:
         fail(
             ReasonCode.AMBIGUOUS_BOX,
-            f"{path}: {shape.excerpt} is a box or point, but the record has no image; if it only looks like one, "
-            "declare boxes as off",
+            f"{box} is a box or point, but the record has no image; if it only looks like one, declare boxes as off",
         )
     elif shape.image is None and num_images > 1:
         fail(
             ReasonCode.AMBIGUOUS_BOX,
-            f"{path}: {shape.excerpt} belongs to none of {num_images} images; name its image in the same object, "
+            f"{box} belongs to none of {num_images} images; name its image in the same object, "
             'as "image_id": 0 for the first one',
         )
     elif shape.image is not None and shape.image >= num_images:
         fail(
             ReasonCode.AMBIGUOUS_BOX,
-            f"{path}: {shape.excerpt} names image {shape.image} of {num_images}; they are counted from 0",
+            f"{box} names image {shape.image} of {num_images}; they are counted from 0",
         )
 
 

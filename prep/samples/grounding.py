@@ -41,7 +41,7 @@ def box_problems(annotation: Annotation, media: Sequence[Medium]) -> list[Proble
             try:
                 check(shape, sizes, annotation.coordinates)
             except BoxError as error:
-                problems.add(ReasonCode.BAD_BOX, str(error))
+                problems.add(ReasonCode.BAD_BOX, f"{shape.path}: {error}")
     return problems.listed()
 
 

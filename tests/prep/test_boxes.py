@@ -115,6 +115,10 @@ def test_a_question_may_describe_the_format_with_names() -> None:
     text = 'Answer as {"bbox_2d": [x1, y1, x2, y2], "label": "…"}.'
     assert find_shapes(text, is_answer=False) == ([], [])
     assert find_shapes(text, is_answer=True).faults
+    text = 'Mark every line, as in <p data-bbox="x1 y1 x2 y2">.'
+    assert find_shapes(text, is_answer=False) == ([], [])
+    assert find_shapes(text, is_answer=True).faults
+    assert find_shapes('<p data-bbox="0 y1 x2 y2">', is_answer=False).faults
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,11 @@ def test_the_files_of_a_set_stay_as_they_are_where_nothing_is_declared() -> None
 @pytest.mark.parametrize(
     ("answer", "code", "reason"),
     [
-        ('{"bbox_2d": [0, 0, 700, 400]}', "bad_box", "x = 700, outside the image, which is 600 pixels wide"),
+        (
+            '{"bbox_2d": [0, 0, 700, 400]}',
+            "bad_box",
+            '$.conversations[1].value: "bbox_2d": [0, 0, 700, 400] has x = 700, outside the image, which is 600 pixels',
+        ),
         ('{"bbox_2d": [300, 0, 200, 400]}', "bad_box", "x1 = 300 beyond x2 = 200"),
         ('{"bbox_2d": [0, 0, "a", 400]}', "bad_box", "not a number"),
         ('{"bbox_2d": [0, 0, 5, 5], "image_id": 1}', "ambiguous_box", "names image 1 of 1"),
@@ -301,6 +305,15 @@ def test_a_box_that_cannot_be_right_is_rejected(
     build_registered(tmp_path, "a", tiny_checkpoint, media=MediaSettings(boxes="pixels"))
     (row,) = pq.read_table(tmp_path / "out" / "samples.parquet", filters=[("status", "=", "rejected")]).to_pylist()
     assert row["codes"] == [code] and reason in row["message"]
+
+
+def test_boxes_in_the_text_of_a_record_with_objects_have_no_default() -> None:
+    objects = {"objects": {"bbox": [[100, 200, 300, 400]]}}
+    alone = parse_record(json.dumps({**answered('{"bbox_2d": <bbox>}'), **objects}).encode())
+    assert alone.annotation is not None and alone.annotation.coordinates == "pixels" and alone.undeclared is None
+    further = json.dumps({**answered("<bbox>", question=f"<image>Not {BOX}?"), **objects}).encode()
+    assert parse_record(further).undeclared == BOX[1:-1]
+    assert parse_record(further, coordinates="norm1000").undeclared is None
 
 
 @pytest.mark.parametrize("text", ["<|object_ref_start|>cat<|object_ref_end|>", "<|box_start|>(1,2)<|box_end|>"])
