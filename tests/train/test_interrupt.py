@@ -311,7 +311,7 @@ def press_twice_while_waiting() -> None:
     def wait(engine: Engine, plan: Plan) -> None:
         for seconds in (1, 1 + 2 * SAME_KEY_S):
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
-        # Another thread takes the signals, so that the main thread goes on waiting, as inside a library.
+        # Another thread takes the signals, so that the main thread keeps waiting, as inside a library.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Event().wait(60)
 

@@ -153,9 +153,9 @@ def test_a_stream_started_at_a_step_continues_bit_for_bit(index: ShardIndex, res
     with open_stream(index) as unbroken:
         expected = list(itertools.islice(unbroken, resume_at, None))
     with open_stream(index, start_step=resume_at, num_threads=3, prefetch=1) as resumed:
-        assert resumed.next_step == resume_at
+        assert resumed.state_dict()["step"] == resume_at
         actual = list(resumed)
-        assert resumed.next_step == 5
+        assert resumed.state_dict()["step"] == 5
     assert [batch.step for batch in actual] == list(range(resume_at, 5))
     for ours, theirs in zip(actual, expected):
         assert (ours.bins, ours.num_targets) == (theirs.bins, theirs.num_targets)

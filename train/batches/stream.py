@@ -135,11 +135,6 @@ class BinStream(Iterator[StepBatch]):
         self._workers: Workers | None = None
         self._is_closed = False
 
-    @property
-    def next_step(self) -> int:
-        """The step that comes next."""
-        return self._next_step
-
     def state_dict(self) -> dict[str, int]:
         """Return the state of the stream, the same on all ranks: a few integers for :meth:`DataOrder.step_of`."""
         return self._order.state_dict(self._next_step)

@@ -102,7 +102,7 @@ class StopRequest:
         return bool(received.item())
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        """Note the first request. Give way to the second one, unless it is up to the thread."""
+        """Note the first request. Let the second one end the process, unless the thread handles it."""
         now = time.monotonic()
         if self._received is None:
             self._received, self._received_at = signum, now
@@ -113,7 +113,7 @@ class StopRequest:
             signal.raise_signal(signum)
 
     def _watch(self) -> None:
-        """Tell of the first request when it arrives, and end the process at the second one if one was Ctrl-C."""
+        """Report the first request when it arrives, and end the process at the second one if one was Ctrl-C."""
         first: tuple[int, float] | None = None
         while arrived := self._arrived.recv(1):
             signum, now = arrived[0], time.monotonic()
@@ -122,13 +122,13 @@ class StopRequest:
             if first is None:
                 first = signum, now
                 repeat = "; press Ctrl-C again to end at once" if signum == signal.SIGINT else ""
-                self._tell(f"\n{signal.Signals(signum).name}: finishing the step, then saving{repeat}\n")
+                self._print(f"\n{signal.Signals(signum).name}: finishing the step, then saving{repeat}\n")
             elif signal.SIGINT in (first[0], signum) and not is_copy(first[0], signum, now - first[1]):
-                self._tell("\nstopped at once: rerun the same command to resume from the newest checkpoint\n")
+                self._print("\nstopped at once: rerun the same command to resume from the newest checkpoint\n")
                 # An exception would unwind through collectives that other ranks no longer join.
                 os._exit(INTERRUPTED_EXIT_CODE)
 
-    def _tell(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         """Write to the screen, past the buffers of Python, which the main thread may be writing to."""
         if self._is_first:
             os.write(2, text.encode())

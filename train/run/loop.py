@@ -228,9 +228,9 @@ class Trainer:
             shards=without_secrets(plan.args.shards),
             aim=plan.batch.aim,
         )
-        goes_on = not is_stopped and self.step < plan.num_steps
+        continues = not is_stopped and self.step < plan.num_steps
         with self._window.paused():
-            self._saver.save(self.engine, state, in_background=plan.args.save_in_background and goes_on)
+            self._saver.save(self.engine, state, in_background=plan.args.save_in_background and continues)
         if is_stopped:
             logger.info(
                 "stop requested: checkpoint saved at step %d/%d; rerun the same command to resume",

@@ -1,7 +1,7 @@
 """Saving: state of the engine and the random generators -> a checkpoint of :mod:`train.run.run_dir`.
 
 The files of a rank are written while training waits, or serialized to host memory at once and written by a thread
-while training goes on. In both cases, the file with a rank's random state comes last and says that the rank's files
+while training continues. In both cases, the file with a rank's random state comes last and says that the rank's files
 are complete. When all ranks have theirs, a thread of the first rank names the checkpoint. DeepSpeed 0.19's own
 background writer would not do: it loses files without an error if its process ends, and gives up after five minutes.
 

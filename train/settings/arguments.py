@@ -276,7 +276,7 @@ class TrainArguments:
     save_in_background: Annotated[
         bool,
         Setting(
-            "Copy the state to host memory and write the checkpoint while training goes on. The last checkpoint, and "
+            "Copy the state to host memory and write the checkpoint while training continues. The last checkpoint, and "
             "that of a run that is asked to stop, are waited for."
         ),
     ] = False
