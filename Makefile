@@ -61,7 +61,7 @@ shards: $(ENVIRONMENT) $(if $(IS_DEMO),$(DEMO_DATA) $(TINY_MODEL)) ## build shar
 	@test -n "$(DATASET)" || { echo "make shards needs a dataset: make shards DATASET=demo" >&2; exit 2; }
 	$(BIN)/vlprep build "$(DATASET)" --out "$(OUT)" $(BUILD_FLAGS)
 
-demo: $(ENVIRONMENT) ## the whole way: demo data, shards, training, summary
+demo: $(ENVIRONMENT) ## the complete pipeline: demo data, shards, training, summary
 	$(MAKE) shards DATASET=demo OUT=shards/demo
 	@if [ "$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())')" -gt 0 ]; then \
 		set -x; $(BIN)/deepspeed $(DEMO_TRAINING); \

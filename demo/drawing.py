@@ -85,7 +85,7 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 class Encoding(NamedTuple):
-    """How an image is stored. With ``turned``, for JPEG, the pixels lie on their side and EXIF says so."""
+    """How an image is stored. With ``turned``, for JPEG, the pixels are stored on their side, as EXIF records."""
 
     format: Literal["PNG", "JPEG", "WEBP"]
     mode: Literal["RGB", "L", "P", "RGBA"] = "RGB"

@@ -34,7 +34,7 @@ class InputFile(msgspec.Struct, frozen=True, kw_only=True):
 class InputDataset(msgspec.Struct, frozen=True, kw_only=True):
     """One dataset of the mix: the share taken (1.0 is all, 2.0 every annotation twice), its files, its media settings.
 
-    ``num_drawn`` is ``floor(rate * annotations)``, the number of samples asked for.
+    ``num_drawn`` is ``floor(rate * annotations)``, the number of samples requested.
     """
 
     dataset: str

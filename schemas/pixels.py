@@ -3,7 +3,7 @@
 A frame is planar, ``(3, H, W)`` uint8 in the order R G B. Encoding to residuals, all modulo 256: subtract G from R and
 from B, then take differences down the rows, then along the columns; the first row and the first column of what is
 differenced are kept. Decoding: cumulative sums along the columns and down the rows, then add G to R and to B.
-Photographs leave small residuals, which entropy coding stores well; there is nothing to search matches for.
+Photographs leave small residuals. Entropy coding stores them well, and a search for matches would find nothing.
 
 Cost, one core: encoding about 10 GB/s, plane by plane in the processor's cache; decoding with numpy 0.2-0.4 GB/s (the
 trainer decodes on its device).

@@ -4,7 +4,7 @@ A location -> the bytes of the bin, compared with their checksum -> a :class:`~s
 of those bytes. Every failure names shard, bin and offset.
 
 Cost: one positional read, or one range request; the checksum is taken while the bytes are in the processor's cache.
-Parsing walks eight tar headers (5 us each), whatever the number of tokens, and copies nothing.
+Parsing walks eight tar headers (5 us each) for any number of tokens, and copies nothing.
 """
 
 from __future__ import annotations

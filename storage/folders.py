@@ -79,7 +79,7 @@ def file_names(folder: Url) -> list[str]:
 def file_sizes(folder: Location, names: Iterable[str]) -> dict[str, int]:
     """Sizes of files of a folder in bytes; files that do not exist are left out.
 
-    One listing reports all sizes where the store has listings. The other files are asked for one by one.
+    One listing reports all sizes where the store has listings. The sizes of other files are requested one by one.
 
     Raises:
         OSError: a local size cannot be read.

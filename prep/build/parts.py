@@ -194,7 +194,7 @@ def read_sample(part: Path, offset: int, num_bytes: int) -> StoredSample:
 def part_file(folder: Path, path: Callable[[], Path]) -> Iterator[BinaryIO]:
     """Open a new file in ``folder`` that moves to ``path()`` once it is complete. An empty one is removed instead.
 
-    The path is asked for last, because the name of a part depends on what its records turn out to hold.
+    ``path`` is called last, because the name of a part depends on what its records turn out to hold.
     """
     temporary = temporary_path(folder / "part")
     with naming(temporary), temporary.open("wb") as file:

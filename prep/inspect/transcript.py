@@ -128,7 +128,7 @@ def open_transcriber(model: str, manifest: Manifest) -> Transcriber:
 
 
 def cached_transcriber(model: str, manifest: Manifest) -> Transcriber | None:
-    """Open the tokenizer from the local hub cache. None if it is not there or is a different tokenizer."""
+    """Open the tokenizer from the local hub cache. None if it is not in the cache, or is a different tokenizer."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(model, TOKENIZER_FILE)

@@ -92,7 +92,7 @@ def frame_count(total: int, fps: float, settings: MediaSettings, item: ItemSetti
         item: of the video.
 
     Raises:
-        MediaError: ``bad_field``: more frames are asked for than there are, or fewer than two.
+        MediaError: ``bad_field``: the settings request more frames than there are, or fewer than two.
     """
     step = TEMPORAL_PATCH_SIZE
     if item.nframes is not None:

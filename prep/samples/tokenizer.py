@@ -120,7 +120,7 @@ def read_fingerprints(files: ModelFiles) -> Fingerprints:
 
 
 class TextTokenizer:
-    """Encodes everything as ordinary text: it knows no control tokens, whatever the text spells."""
+    """Encodes everything as ordinary text. It has no control tokens, so text that spells one stays text."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
         # The merges, which are most of the file, stay undecoded.

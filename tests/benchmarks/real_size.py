@@ -54,7 +54,7 @@ RUNS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
-    """A process that ended well.
+    """A process that succeeded.
 
     Attributes:
         seconds: wall time.

@@ -135,6 +135,6 @@ class Workers:
             future, micro_step = task
             try:
                 future.set_result(self._builder.build(micro_step))
-            except BaseException as error:  # noqa: BLE001 - the training thread raises it, whatever it is
+            except BaseException as error:  # noqa: BLE001 - any error is raised in the training thread
                 future.set_exception(error)
             del task, future, micro_step  # an idle thread must not hold a batch

@@ -139,7 +139,7 @@ def open_run(run_dir: Path) -> ShownOrder:
     """The order of a run, from the settings that it recorded when it last started or resumed.
 
     Raises:
-        ConfigError: the folder has no such record, or its checkpoint is gone.
+        ConfigError: the folder has no such record, or its checkpoint no longer exists.
         ShardError: the shards are incomplete.
     """
     args, facts = read_record(run_dir)

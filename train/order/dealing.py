@@ -10,7 +10,7 @@ by cost and cut into one run of neighbours per micro-step; sorting a batch that 
 :class:`Grouping` goes further and also moves similar bins into the same step. The composition of a step then varies
 more, so it is off by default. ``docs/benchmarks.md`` has measurements of both.
 
-Cost: under a millisecond per step, whatever the step and the number of bins (a grouping draws a window of steps, and
+Cost: under a millisecond per step, for any step and any number of bins (a grouping draws a window of steps, and
 passes over the costs for a state); 8 bytes per bin for the costs.
 
 ``python -m train.order --help`` explains how to inspect a step.

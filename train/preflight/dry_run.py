@@ -1,4 +1,4 @@
-"""``--dry_run``: would a run succeed? Flags -> what it needs of each rank, tried as far as that is quick.
+"""``--dry_run``: would a run succeed? Flags -> what it needs of each rank, and a trial of what is quick to try.
 
 All ranks do the same, in the same order:
 

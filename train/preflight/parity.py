@@ -99,7 +99,7 @@ def compare_packed(
 
 
 def bins_to_compare(index: ShardIndex) -> list[int]:
-    """The cheapest bin with several samples of each kind (text, images, videos, both), as far as there are any."""
+    """The cheapest bin with several samples of each kind (text, images, videos, both) that exists."""
     order = np.argsort(index.cost(), kind="stable")
     chosen: dict[tuple[bool, bool], int] = {}
     for bin_id in order[index.num_samples[order] > 1].tolist():

@@ -235,7 +235,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for: a checkout that is not installed has none."""
+    """Looks the version up only when the flag is used: a checkout that is not installed has none."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         try:

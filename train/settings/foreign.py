@@ -24,7 +24,7 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Translation:
-    """What a foreign flag comes to. At most one of ``own`` and ``problem`` is set.
+    """The translation of a foreign flag. At most one of ``own`` and ``problem`` is set.
 
     Attributes:
         own: name and value of a flag of this trainer.

@@ -143,7 +143,7 @@ class BinCache:
         """Reserve bytes; False if bins being written leave no space. The lock is held.
 
         The recorded size is never below the true one: bins are recorded before they are written. What a killed process
-        recorded in vain is corrected by the next listing.
+        recorded but did not write is corrected by the next listing.
         """
         noted = self._noted_size()
         if noted is None or noted + num_bytes > self._max_bytes:

@@ -4,7 +4,7 @@ An expression -> sources with weights or epochs; their sizes -> a :class:`Mixtur
 endless sequence of bins to a source, and counts the earlier positions of that source. The positions of a source are
 spaced as evenly as integers allow, so proportions hold over every window of positions. Nothing is random.
 
-Cost: a few integer operations per position, whatever the position.
+Cost: a few integer operations, for any position.
 """
 
 from __future__ import annotations

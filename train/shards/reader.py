@@ -125,7 +125,7 @@ class BinReader:
         cache = self._cache if isinstance(location.path, Url) else None
         bin_ = None if cache is None else self._read_cached(cache, bin_id, location, data)
         if bin_ is None:
-            # Nothing unchecked enters the cache, whatever the settings: damage must not be kept.
+            # With any settings, only checked bins enter the cache: damage must not be kept.
             self._fetch(bin_id, location, data, verify=cache is not None or self._is_checked(bin_id))
             bin_ = self._parse(bin_id, location, data)
             if cache is not None:

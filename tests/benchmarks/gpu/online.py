@@ -103,7 +103,7 @@ class _Sample:
 
 
 class OnlineBins(Dataset[OnlineBatch]):
-    """Bins in the order of training, again and again, each processed when it is asked for.
+    """Bins in the order of training, repeated, each processed when it is requested.
 
     Args:
         corpus: annotations and images.
