@@ -20,9 +20,9 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 ``json_schema``     generates the JSON Schema files in ``schemas/json``
 ==================  ====================================================================================
 
-Vocabulary: an *annotation* (one input record) becomes a *sample* (token ids, labels, media); samples are packed
-into *bins* (one training sequence each); bins are stored in *shards* (tar files); a *manifest* seals a set of
-shards; the *ledger* accounts for every annotation.
+Vocabulary: an *annotation* (one input record) becomes a *sample* (token ids, labels, media). Samples are packed
+into *bins* (one training sequence each), and bins are stored in *shards* (tar files). A *manifest* seals a set of
+shards. The *ledger* accounts for every annotation.
 
 Needs numpy and msgspec only.
 """

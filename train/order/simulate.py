@@ -1,8 +1,12 @@
 """What a run will demand of ranks, storage and network, computed from the index before it starts.
 
-An index and an order -> a :class:`Simulation`: how evenly ranks are loaded in the micro-steps, compared with dealing
-the same bins at random; bytes, pixels and tokens per step; how much the composition of a step in datasets varies,
-compared with steps drawn at random. No bin is read.
+An index and an order -> a :class:`Simulation`, which has
+
+- how evenly ranks are loaded in the micro-steps, compared with dealing the same bins at random,
+- bytes, pixels and tokens per step,
+- how much the composition of a step in datasets varies, compared with steps drawn at random.
+
+No bin is read.
 
 Cost: the order of the simulated steps, a fraction of a millisecond each, and one pass over the ledgers.
 """
