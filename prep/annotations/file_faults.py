@@ -16,13 +16,20 @@ import msgspec
 
 from prep.annotations.array_scanner import ArrayScanner
 from prep.annotations.chunks import MAX_RECORD_BYTES
-from prep.annotations.fields import KNOWN_FIELDS
+from prep.annotations.dialects import FIELDS
 from storage.urls import Location
 
 _HEAD_BYTES = 1 << 16
 _MARK = b"\xef\xbb\xbf"
 _UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|[{\[]\0|\0[{\[]")
-_TABLE_ROW = re.compile(rb'[\w .-]+|"[^"]*"')
+_TRAILING_COMMA = "trailing comma in object"
+
+_CELL = rb'(?:[\w .\x80-\xff-]*| *"[^"]*" *)'
+_TABLE_HEADS = {
+    name: re.compile(rb"(?=.*[\w\x80-\xff])%b(?:%b%b)+" % (_CELL, separator, _CELL))
+    for name, separator in (("comma", b","), ("tab", b"\t"), ("semicolon", b";"))
+}
+"""First lines of tables: names of columns, some of which may be empty or in quotes."""
 
 # The start of an object whose first nested value is a list of objects; strings, numbers and literals may precede it.
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
@@ -70,6 +77,11 @@ def _line_commas(text: bytes, name: str) -> str | None:
             "has a comma at the end of each line, but JSONL separates records by line breaks alone. Remove the commas: "
             f"`sed 's/,[[:space:]]*$//' {name} > new.jsonl`"
         )
+    if all(_TRAILING_COMMA in _fault(line) for line in complete):
+        return (
+            "has a comma before the closing brace of each record, which JSON does not allow. Remove these commas, or "
+            "write the file with a JSON library"
+        )
     return None
 
 
@@ -87,7 +99,7 @@ def _object_fault(path: Path, start: int, name: str) -> str | None:
     if not scanner.closed:
         opening = _OPENS_LIST.match(text[:_HEAD_BYTES])
         key = None if opening is None else opening[1][1:-1].decode(errors="replace")
-        return None if key is None or key in KNOWN_FIELDS else _records_inside(key, name)
+        return None if key is None or key in FIELDS else _records_inside(key, name)
     stop = int(ends[-1]) + 1
     value = _decoded(text[:stop])
     if value is None:
@@ -107,7 +119,7 @@ def _object_fault(path: Path, start: int, name: str) -> str | None:
 
 def _list_of_records(value: dict[str, Any]) -> str | None:
     """The field of an object that holds a list of records. None for an object that is a record."""
-    if not value.keys().isdisjoint(KNOWN_FIELDS):
+    if not value.keys().isdisjoint(FIELDS):
         return None
     for key, items in value.items():
         if isinstance(items, list) and items and isinstance(items[0], dict):
@@ -125,18 +137,22 @@ def _records_inside(key: str, name: str) -> str:
 
 def _table(text: bytes) -> str | None:
     lines = list(_lines(text))
-    for separator, sort in ((b",", "comma"), (b"\t", "tab"), (b";", "semicolon")):
-        names = lines[0].strip().split(separator)
-        if (
-            len(names) > 1
-            and all(_TABLE_ROW.fullmatch(field.strip()) for field in names)
-            and not any(line.lstrip().startswith((b"{", b"[")) for line in lines)
-        ):
+    for separator, head in _TABLE_HEADS.items():
+        if head.fullmatch(lines[0]) and not any(_decoded(line) for line in lines):
             return (
-                f"is a table of {sort}-separated values, but annotations are JSON or Parquet. Convert it to one JSON "
-                "object per line, with a field `conversations` in each"
+                f"is a table of {separator}-separated values, but annotations are JSON or Parquet. Convert it to one "
+                "JSON object per line, with a field `conversations` in each"
             )
     return None
+
+
+def _fault(text: bytes) -> str:
+    """What is wrong with the JSON of an object; empty if nothing is."""
+    try:
+        _decoder.decode(text)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        return str(error)
+    return ""
 
 
 def _decoded(text: bytes) -> dict[str, Any] | None:
