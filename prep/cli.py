@@ -86,7 +86,7 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
     return run
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     """Print the result of a command.
 
     If the reader of a pipe is gone (``vlprep show … | head``), the rest is dropped and the exit code is unchanged.
@@ -187,10 +187,10 @@ def build_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         manifest = build(request, workforce)
-    _say(build_summary(manifest, out))
+    _print(build_summary(manifest, out))
     metrics = read_metrics(out) if verbose else None
     if metrics is not None:
-        _say(metrics_summary(metrics))
+        _print(metrics_summary(metrics))
 
 
 @main.command("validate")
@@ -250,7 +250,7 @@ def validate_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         report = validate(request, workforce)
-    _say(report.json() if as_json else report.text())
+    _print(report.json() if as_json else report.text())
     return report.exit_code
 
 
@@ -261,7 +261,7 @@ def datasets_command(registry: Path) -> None:
     """List the registered datasets and whether their files exist."""
     for row in Registry.read(registry).listed():
         files = ", ".join(map(str, row.files))
-        _say(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
+        _print(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
 
 
 @main.command("demo")
@@ -277,7 +277,7 @@ def demo_command(out: Path, seed: int) -> None:
     sys.path.insert(0, str(checkout))
     from demo import write_demo
 
-    _say(str(write_demo(out, seed=seed)))
+    _print(str(write_demo(out, seed=seed)))
 
 
 @main.command("migrate")
@@ -302,7 +302,7 @@ def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | N
     else:
         launch = read_words(script) if path is None else read_script(path)
         report = make_report(rewrite(launch, out=out), registry or find_registry(launch, path))
-    _say(report.text())
+    _print(report.text())
     return 0 if report.is_complete else 1
 
 
@@ -314,7 +314,7 @@ def verify_command(folder: Location, workers: int | None, engine: str, ray_addre
     """Check every byte, count and invariant of the shards in DIR; exit 1 on damage."""
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         verification = verify(folder, workforce)
-    _say(verification.text())
+    _print(verification.text())
     return 1 if verification.findings else 0
 
 
@@ -330,9 +330,9 @@ def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -
     """Print one bin of the shards in DIR: text, media, and what is trained."""
     shards = open_set(folder)
     transcriber = open_transcriber(model, shards.manifest)
-    _say(show(shards, bin_id, transcriber, colour=sys.stdout.isatty()))
+    _print(show(shards, bin_id, transcriber, colour=sys.stdout.isatty()))
     if save is not None:
-        _say(f"\n{counted(len(save_frames(shards, bin_id, save, transcriber)), 'PNG file')} written to {save}")
+        _print(f"\n{counted(len(save_frames(shards, bin_id, save, transcriber)), 'PNG file')} written to {save}")
 
 
 @main.command("report")
@@ -347,4 +347,4 @@ def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -
 def report_command(folder: Location, out: Path, model: str | None) -> None:
     """Write one HTML page about the shards in DIR: counts, rejects, distributions, samples."""
     num_bytes = write_report(folder, out, model)
-    _say(f"{out}: {num_bytes / 1e6:.1f} MB")
+    _print(f"{out}: {num_bytes / 1e6:.1f} MB")

@@ -107,9 +107,9 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             ("video_min_frames", "video_max_frames"),
             ("fps_min_frames", "fps_max_frames"),
         ):
-            least, most = getattr(self, low), getattr(self, high)
-            if most < least:
-                raise ConfigError(f"{_spell(high)} is {most}; allowed: at least {low} ({least}).{_FIX_MEDIA}")
+            lower, upper = getattr(self, low), getattr(self, high)
+            if upper < lower:
+                raise ConfigError(f"{_spell(high)} is {upper}; allowed: at least {low} ({lower}).{_FIX_MEDIA}")
 
 
 class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

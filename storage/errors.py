@@ -210,13 +210,13 @@ def describe(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None and verdict(error) is Verdict.TRANSIENT:
         error = error.__cause__  # over HTTP it only repeats the URL
     text = str(error).strip().splitlines()
-    said = text[0] if text else ""
-    code = next((code for link in _chain(error) if (code := _code(link)) and code not in said), "")
+    message = text[0] if text else ""
+    code = next((code for link in _chain(error) if (code := _code(link)) and code not in message), "")
     name = type(error).__name__
-    if not said and "Timeout" in name:
-        said = "no complete answer in time"
-    parts = [part for part in (code, said) if part]
-    return without_secrets(": ".join(parts if code or " " in said else [name, *parts]))[:300].rstrip(".")
+    if not message and "Timeout" in name:
+        message = "no complete answer in time"
+    parts = [part for part in (code, message) if part]
+    return without_secrets(": ".join(parts if code or " " in message else [name, *parts]))[:300].rstrip(".")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

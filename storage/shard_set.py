@@ -48,8 +48,8 @@ class ShardSet:
         numbers = self.bins.column("bin").to_numpy()
         at = int(np.searchsorted(numbers, bin_id))
         if at == len(numbers) or numbers[at] != bin_id:
-            held = f"bins {numbers[0]} to {numbers[-1]}" if len(numbers) else "no bins"
-            raise ConfigError(f"{self.folder} has no bin {bin_id}; it holds {held}.")
+            contents = f"bins {numbers[0]} to {numbers[-1]}" if len(numbers) else "no bins"
+            raise ConfigError(f"{self.folder} has no bin {bin_id}; it holds {contents}.")
         return bin_rows(self.bins.slice(at, 1))[0]
 
     def read(self, bin_id: int) -> Bin:

@@ -109,13 +109,13 @@ def _dump(value: Any) -> str:
         raise ToolError("a number is too large for JSON") from error
 
 
-def _parsed(value: Any, what: str) -> Any:
+def _parsed(value: Any, name: str) -> Any:
     """The value, or the JSON in it if it is text."""
     if not isinstance(value, str):
         return value
     try:
         return _decoder.decode(value)
     except RecursionError:
-        raise ToolError(f"{what} is nested too deeply") from None
+        raise ToolError(f"{name} is nested too deeply") from None
     except (msgspec.MsgspecError, UnicodeEncodeError) as error:
-        raise ToolError(f"{what} is text that is not JSON ({error})") from error
+        raise ToolError(f"{name} is text that is not JSON ({error})") from error

@@ -29,7 +29,7 @@ def all_missing(sources: Sequence[Source], parts: Sequence[ScannedPart]) -> list
         if name is not None:
             messages.append(
                 all_missing_message(
-                    what=f"media of each record that names some ({num_records:,}) are",
+                    subject=f"media of each record that names some ({num_records:,}) are",
                     name=name,
                     root=source.media_root,
                     annotation_file=source.files[source.file_names.index(own[0].file)],

@@ -127,9 +127,9 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
     for file in inputs:
         counts = report.files[str(file.file)]
         if counts.missing is not None and not counts.num_media_found:
-            what = "the only medium is" if counts.num_media == 1 else f"all {counts.num_media:,} media are"
+            subject = "the only medium is" if counts.num_media == 1 else f"all {counts.num_media:,} media are"
             report.hints.append(
-                all_missing_message(what=what, name=counts.missing, root=file.root, annotation_file=file.file)
+                all_missing_message(subject=subject, name=counts.missing, root=file.root, annotation_file=file.file)
             )
     return report
 

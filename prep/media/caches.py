@@ -135,20 +135,20 @@ class FrameCache:
             file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - the stack closes it
             self._file = self._open.enter_context(file)
         offset = self._file.seek(0, os.SEEK_END)
-        rest = np.ascontiguousarray(frames).reshape(-1).data
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        remaining = np.ascontiguousarray(frames).reshape(-1).data
+        while remaining:
+            remaining = remaining[self._file.write(remaining) :]
         return _Entry(info, offset, frames.shape)
 
     def _read(self, entry: _Entry) -> NDArray[np.uint8]:
         assert self._file is not None
         frames = np.empty(entry.shape, dtype=np.uint8)
-        rest, offset = frames.reshape(-1).data, entry.offset
-        while rest:
-            num_bytes = os.preadv(self._file.fileno(), [rest], offset)
+        remaining, offset = frames.reshape(-1).data, entry.offset
+        while remaining:
+            num_bytes = os.preadv(self._file.fileno(), [remaining], offset)
             if not num_bytes:
                 raise OSError(f"the temporary file of decoded media in {self._folder} is shorter than what was written")
-            rest, offset = rest[num_bytes:], offset + num_bytes
+            remaining, offset = remaining[num_bytes:], offset + num_bytes
         return frames
 
 

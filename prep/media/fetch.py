@@ -196,10 +196,10 @@ class RemoteMedia:
                 size = min(size, _HEAD_BYTES)
             elif request.media_type != MEDIA_IMAGE or size > _IN_MEMORY_BYTES:
                 return self._to_file(job, url, size)
-            self._hold(job, size)
+            self._reserve(job, size)
             data = storage.read_range(url, 0, size, self._stop_event)
             if size < stored.num_bytes and _KEPT_ELSEWHERE.match(data) and stored.num_bytes <= _IN_MEMORY_BYTES:
-                self._hold(job, stored.num_bytes - size)
+                self._reserve(job, stored.num_bytes - size)
                 data += storage.read_range(url, size, stored.num_bytes, self._stop_event)
         except ConfigError as error:
             raise _of_medium(request, error) from error
@@ -208,7 +208,7 @@ class RemoteMedia:
         return MediaSource(request.name, data=data)
 
     def _to_file(self, job: _Download, url: Url, num_bytes: int) -> MediaSource:
-        self._hold(job, num_bytes)
+        self._reserve(job, num_bytes)
         self._scratch.mkdir(parents=True, exist_ok=True)
         # Video libraries look at the suffix.
         path = self._scratch / f"{next(self._num_files)}{url.suffix}"
@@ -220,15 +220,15 @@ class RemoteMedia:
         path.unlink(missing_ok=True)
         raise _StoppedError
 
-    def _hold(self, job: _Download, num_bytes: int) -> None:
+    def _reserve(self, job: _Download, num_bytes: int) -> None:
         """Wait until the bytes fit into the budget. An awaited medium never waits."""
 
-        def may_go_on() -> bool:
+        def may_proceed() -> bool:
             has_room = self._held_bytes + num_bytes <= _MAX_BYTES_AHEAD
             return has_room or job.is_awaited or job.is_dropped or self._stop_event.is_set()
 
         with self._changed:
-            self._changed.wait_for(may_go_on)
+            self._changed.wait_for(may_proceed)
             if job.is_dropped or self._stop_event.is_set():
                 raise _StoppedError
             job.num_bytes += num_bytes

@@ -17,16 +17,16 @@ _MAX_SUB_FOLDERS = 200
 _NUM_PARENTS = 2
 
 
-def all_missing_message(*, what: str, name: str, root: Location, annotation_file: Location) -> str:
+def all_missing_message(*, subject: str, name: str, root: Location, annotation_file: Location) -> str:
     """A sentence about an annotation file of which every medium is missing.
 
     Args:
-        what: how many, as the subject of the sentence.
+        subject: of the sentence, such as "all 3 media are".
         name: one of the missing media.
         root: the media root.
         annotation_file: the file that names the media.
     """
-    message = f"{annotation_file}: {what} missing below the media root {root}"
+    message = f"{annotation_file}: {subject} missing below the media root {root}"
     match = None if not isinstance(annotation_file, Path) else _find(name, annotation_file.parent)
     if match is None:
         return f"{message}, for example {name}. Give the folder that names like this are relative to: --media-root DIR."

@@ -100,7 +100,7 @@ def test_the_slowest_rank_is_named_with_the_bins_of_its_longest_step() -> None:
     own_times = [OwnTime(1.0, 6), OwnTime(3.0, 7), OwnTime(1.5, 7)]
     slowest = find_slowest(own_times, partial(deal, order, 3))
     assert slowest == Slowest(rank=1, own_s=3.0, median_s=1.5, step=8, bins=tuple(dealt[dealt != EMPTY].tolist()))
-    assert slowest.is_worth_telling(7.4) and not slowest.is_worth_telling(7.6)
+    assert slowest.is_worth_logging(7.4) and not slowest.is_worth_logging(7.6)
 
 
 @pytest.mark.parametrize("own_times", [[OwnTime(1.0, 6)], [OwnTime(1.0, 6), OwnTime(math.nan, -1)]])

@@ -59,7 +59,7 @@ def explain(problems: list[str], ranks: Ranks) -> str:
 
 
 @contextmanager
-def room_for(what: str) -> Iterator[None]:
+def room_for(subject: str) -> Iterator[None]:
     """Turn running out of device memory inside the ``with`` block into an error that says how to fix it.
 
     Raises:
@@ -70,6 +70,6 @@ def room_for(what: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         raise ConfigError(
-            f"device memory is too small for {what} ({reason}): lower --max_tokens_per_forward (or, where it is "
+            f"device memory is too small for {subject} ({reason}): lower --max_tokens_per_forward (or, where it is "
             "given, --per_device_train_batch_size), or use a higher ZeRO stage, more ranks or offloading."
         ) from error

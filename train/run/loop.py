@@ -208,7 +208,7 @@ class Trainer:
         record = self._window.summarise(*result, self.engine.get_global_grad_norm(), self._skipped.total)
         if "slowest" in record:
             slowest = Slowest(**record["slowest"])
-            if slowest.is_worth_telling(record["step_s"]) and slowest.rank != self._slow_rank:
+            if slowest.is_worth_logging(record["step_s"]) and slowest.rank != self._slow_rank:
                 logger.info("%s", slowest)
                 self._slow_rank = slowest.rank
         if evaluates and self._evaluation is not None:

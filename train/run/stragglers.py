@@ -110,7 +110,7 @@ class Slowest:
     step: int
     bins: tuple[int, ...]
 
-    def is_worth_telling(self, step_s: float) -> bool:
+    def is_worth_logging(self, step_s: float) -> bool:
         """Whether the other ranks lose much of a step of ``step_s`` seconds to this one."""
         return self.own_s - self.median_s > WORTH_TELLING * step_s
 

@@ -100,8 +100,10 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read {path} ({error!r}). Pass the folder of an adapter.") from error
     if unsupported or not is_complete:
-        what = ", ".join(f"{name} {config[name]!r}" for name in unsupported) or "no base model, r or lora_alpha"
-        raise ConfigError(f"{path} has {what}, so it is not a plain LoRA adapter. Use peft's merge_and_unload instead.")
+        problem = ", ".join(f"{name} {config[name]!r}" for name in unsupported) or "no base model, r or lora_alpha"
+        raise ConfigError(
+            f"{path} has {problem}, so it is not a plain LoRA adapter. Use peft's merge_and_unload instead."
+        )
     return config
 
 

@@ -329,8 +329,8 @@ def _code(text: str) -> str:
 def _quantiles(values: NDArray[np.int64]) -> str:
     if not values.size:
         return "–"
-    least, median, high, most = np.quantile(values, (0, 0.5, 0.95, 1), method="nearest").tolist()
-    return f"{least:,} to {most:,}, median {median:,}, 95th percentile {high:,}"
+    lowest, median, high, highest = np.quantile(values, (0, 0.5, 0.95, 1), method="nearest").tolist()
+    return f"{lowest:,} to {highest:,}, median {median:,}, 95th percentile {high:,}"
 
 
 def _ratio(part: int, total: int) -> float:

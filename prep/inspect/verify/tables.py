@@ -239,8 +239,8 @@ def _check_draws(
     missing = np.flatnonzero(num_rows == 0)
     if missing.size:
         yield inconsistent(where, f"missing {counted(missing.size, 'annotation')}, the first is record {missing[0]}")
-    least, most = (dataset.num_drawn // total, -(-dataset.num_drawn // total)) if total else (0, 0)
-    uneven = np.flatnonzero((num_draws < least) | (num_draws > most) | (num_rows != np.maximum(num_draws, 1)))
+    lowest, highest = (dataset.num_drawn // total, -(-dataset.num_drawn // total)) if total else (0, 0)
+    uneven = np.flatnonzero((num_draws < lowest) | (num_draws > highest) | (num_rows != np.maximum(num_draws, 1)))
     if int(num_draws.sum()) != dataset.num_drawn or uneven.size:
         first = f"; record {uneven[0]} has {counted(num_rows[uneven[0]], 'row')}" if uneven.size else ""
         yield inconsistent(
