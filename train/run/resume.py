@@ -13,7 +13,15 @@ from storage.urls import without_secrets
 from train.model import optim, pretrained
 from train.model.adapters import Adapters
 from train.order.dealing import DataOrder
-from train.run.run_dir import RunState, Setting, check_settings, check_shards, choose_checkpoint, read_state
+from train.run.run_dir import (
+    BINS_OF_A_STEP,
+    RunState,
+    Setting,
+    check_settings,
+    check_shards,
+    choose_checkpoint,
+    read_state,
+)
 from train.settings.arguments import TrainArguments
 from train.settings.batch import Batch
 from train.settings.recipe import Recipe
@@ -56,7 +64,7 @@ def fixed_settings(
     return {
         "shards": index.fingerprint,
         "seed": args.seed,
-        "bins of a step": batch.bins,
+        BINS_OF_A_STEP: batch.bins,
         "group_steps": args.group_steps,
         "ZeRO stage": deepspeed["zero_optimization"]["stage"],
         "precision": str(dtype).removeprefix("torch."),

@@ -41,6 +41,9 @@ RESUME_FROM_ANOTHER = (
     "Resume from another checkpoint, or remove this one: --resume auto then resumes from the one before."
 )
 
+BINS_OF_A_STEP = "bins of a step"
+"""Name of the setting that flags count, or that follows from the samples of a step."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 Setting = str | int | float | bool | None
@@ -220,9 +223,11 @@ def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) 
     for name, value in settings.items():
         before = saved.settings.get(name, UNRECORDED_SETTINGS.get(name, "nothing"))
         if before != value:
+            aim = saved.aim if name == BINS_OF_A_STEP else None
+            same = "the same setting" if aim is None else f"--samples_per_step {aim.samples}"
             raise ConfigError(
                 f"{folder} was saved with {name} = {before}, this run has {value}: it would not be the same run. "
-                "Give the same setting, or --resume none with another --output_dir."
+                f"Give {same}, or --resume none with another --output_dir."
             )
 
 

@@ -7,7 +7,6 @@ of the dataclass. A setting that would be ignored, or that contradicts another o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -300,15 +299,9 @@ class TrainArguments:
     debug: Annotated[bool, Setting("Show tracebacks of errors.")] = False
 
     def __post_init__(self) -> None:
-        problems = (
-            *setting_problems(self, spell="--{}".format, fix=""),
-            *self._check_what_is_trained(),
-            *self._check_batch(),
-            *self._check_schedule(),
-            *self._check_adapters(),
-            *self._check_evaluation_and_saving(),
-            *self._check_computation(),
-        )
+        from train.settings.contradictions import contradictions  # which imports this module
+
+        problems = (*setting_problems(self, spell="--{}".format, fix=""), *contradictions(self))
         if problems:
             raise ConfigErrors(problems)
 
@@ -353,75 +346,3 @@ class TrainArguments:
             or (self.tune_mm_mlp and self.mm_projector_lr is None)
             or (self.tune_mm_vision and self.vision_tower_lr is None)
         )
-
-    def _check_what_is_trained(self) -> Iterator[str]:
-        if not (self.tune_mm_llm or self.tune_mm_mlp or self.tune_mm_vision):
-            yield ("nothing is trained: at least one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision must be True.")
-        for rate_flag, rate, tune_flag, is_tuned in (
-            ("mm_projector_lr", self.mm_projector_lr, "tune_mm_mlp", self.tune_mm_mlp),
-            ("vision_tower_lr", self.vision_tower_lr, "tune_mm_vision", self.tune_mm_vision),
-        ):
-            if rate is not None and not is_tuned:
-                yield f"--{rate_flag} {rate:g} has no effect with --{tune_flag} False: change one of them."
-        if self.learning_rate is not None and not self.uses_base_rate:
-            yield (
-                f"--learning_rate {self.learning_rate:g} has no effect: every trained part has a rate of its own. "
-                "Leave it out."
-            )
-
-    def _check_batch(self) -> Iterator[str]:
-        given = [
-            f"--{name} {value}"
-            for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-            if (value := getattr(self, name)) is not None
-        ]
-        for name in ("samples_per_step", "max_tokens_per_forward"):
-            value = getattr(self, name)
-            if given and value is not None:
-                yield (
-                    f"--{name} {value} has no effect with {' and '.join(given)}, which count{'s' * (len(given) == 1)} "
-                    "the bins of a step: leave one of them out."
-                )
-
-    def _check_schedule(self) -> Iterator[str]:
-        if self.max_steps is not None and self.num_train_epochs is not None:
-            yield "--max_steps and --num_train_epochs both say how long to train: give one of them."
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            yield "--warmup_steps and --warmup_ratio both say how long the rates rise: give one of them."
-        if self.lr_scheduler_type == FLAT and self.warmup_steps:
-            yield (
-                f"--warmup_steps {self.warmup_steps} has no effect with --lr_scheduler_type {FLAT}, which has no "
-                "warm-up: leave it out, or give constant_with_warmup."
-            )
-        if self.lr_scheduler_type == FLAT and self.warmup > 0:
-            yield (
-                f"--warmup_ratio {self.warmup:g} has no effect with --lr_scheduler_type {FLAT}, which has no warm-up: "
-                "leave it out, or give constant_with_warmup."
-            )
-
-    def _check_adapters(self) -> Iterator[str]:
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-            value = getattr(self, name)
-            if value is not None and not self.lora_enable:
-                yield f"--{name} {value} has no effect without --lora_enable."
-
-    def _check_evaluation_and_saving(self) -> Iterator[str]:
-        if self.eval_strategy != "no" and self.eval_shards is None:
-            yield f"--eval_strategy {self.eval_strategy} has nothing to evaluate on: give --eval_shards."
-        if self.eval_steps is not None and self.eval_strategy != "steps":
-            yield f"--eval_steps {self.eval_steps} has no effect without --eval_strategy steps."
-        if self.save_steps > 1 and not float(self.save_steps).is_integer():
-            yield f"--save_steps {self.save_steps} is neither a number of steps nor a share of the run below 1."
-
-    def _check_computation(self) -> Iterator[str]:
-        if self.use_liger_kernel and self.torch_compile:
-            yield "--use_liger_kernel and --torch_compile both replace the same kernels: give one of them."
-        if self.bf16 and self.fp16:
-            yield "--bf16 and --fp16 both say how to compute: give one of them."
-        if self.attn_implementation not in ("auto", "sdpa") and self.bf16 is False and not self.fp16:
-            yield (
-                f"--attn_implementation {self.attn_implementation} computes in bfloat16 or float16: leave out "
-                "--bf16 False."
-            )
-        if self.cache_bytes is not None and self.cache_dir is None:
-            yield "--cache_bytes has no effect without --cache_dir: give the folder, or leave it out."
