@@ -195,12 +195,12 @@ def explained(error: Exception, where: object, duration: str) -> VlprepError:
             )
         case Verdict.FINAL:
             return RefusedError(
-                f"{where}: the store cannot do what was asked ({words}). Check the URL, the endpoint, and whether "
+                f"{where}: the store does not support the request ({words}). Check the URL, the endpoint, and whether "
                 "temporary credentials have expired."
             )
         case Verdict.TRANSIENT:
             return StorageError(
-                f"{where}: no good answer in {duration}, the last: {words}. Nothing is lost; run the same command "
+                f"{where}: no valid response in {duration}, last error: {words}. Nothing is lost; run the same command "
                 "again to resume."
             )
 

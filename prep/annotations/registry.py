@@ -120,7 +120,7 @@ def find_sources(
     if path.is_file() or ("," not in file and path.name.endswith(ANNOTATION_SUFFIXES)):
         return [_file_source(path, media_root, media, rate)]
     if media_root is not None:
-        raise ConfigError("--media-root goes with annotation files; a registered dataset has its own media_root.")
+        raise ConfigError("--media-root applies to annotation files only; a registered dataset has its own media_root.")
     book = Registry.read(registry or DEFAULT_REGISTRY)
     return [book.source(name, rate, media) for name, rate in parse_expression(expression)]
 

@@ -222,7 +222,7 @@ def test_a_fault_that_outlasts_all_retries_stops_the_build_and_loses_no_sample(
     request = request_for(tmp_path / "out", tiny_checkpoint)
     for kind in ("slowdown", "reset", "cut"):
         proxy.rule = lambda method, key, earlier, kind=kind: kind if key.endswith("4.png") else None  # type: ignore[misc]
-        with pytest.raises(storage.StorageError, match=r"s3://bucket/corpus/4\.png: no good answer in 6 attempts"):
+        with pytest.raises(storage.StorageError, match=r"s3://bucket/corpus/4\.png: no valid response in 6 attempts"):
             build(request, SerialEngine())
         assert not (tmp_path / "out" / "manifest.json").exists()
     proxy.reset()
@@ -242,7 +242,7 @@ def test_a_fault_in_the_write_step_stops_the_build_too(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prep.build.pipeline, "write_shard", unlucky)
-        with pytest.raises(storage.StorageError, match=r"clip\.mp4: no good answer"):
+        with pytest.raises(storage.StorageError, match=r"clip\.mp4: no valid response"):
             build(request, SerialEngine())
     proxy.reset()
     build(request, SerialEngine())
@@ -284,7 +284,9 @@ def test_a_silent_server_ends_in_an_error(proxy: Proxy, monkeypatch: pytest.Monk
         lambda: storage.remove(CORPUS.parent / "file"),
         lambda: storage.check_folder(CORPUS),
     ):
-        with pytest.raises(storage.StorageError, match=r"no good answer in 2 attempts .* no complete answer in time"):
+        with pytest.raises(
+            storage.StorageError, match=r"no valid response in 2 attempts .* no complete answer in time"
+        ):
             call()
 
 

@@ -151,11 +151,11 @@ def test_requests_run_concurrently_up_to_the_limit(server: Server, folder: Path)
 @pytest.mark.parametrize(
     ("behaviour", "says"),
     [
-        ("broken", r"no good answer in 3 attempts over \d+ s, the last: 503.*to resume"),
-        ("silent", r"no good answer in 3 attempts over \d+ s, the last: no complete answer in time.*to resume"),
+        ("broken", r"no valid response in 3 attempts over \d+ s, last error: 503.*to resume"),
+        ("silent", r"no valid response in 3 attempts over \d+ s, last error: no complete answer in time.*to resume"),
         ("whole", "the server does not support range requests"),
         ("refused", r"the store refuses access \(403.*Check that the credentials"),
-        ("garbled", r"no good answer in 3 attempts over \d+ s, the last: 400, .*Bad status line.*to resume"),
+        ("garbled", r"no valid response in 3 attempts over \d+ s, last error: 400, .*Bad status line.*to resume"),
     ],
 )
 def test_a_server_that_always_fails_stops_with_shard_bin_and_offset(server: Server, behaviour: str, says: str) -> None:
@@ -175,7 +175,7 @@ def test_a_server_that_dies_stops_the_stream(server: Server) -> None:
     next(stream)
     server.die()
     began = time.monotonic()
-    with pytest.raises(storage.StorageError, match=r"bin \d+ at offset \d+: no good answer in 3 attempts .*resume"):
+    with pytest.raises(storage.StorageError, match=r"bin \d+ at offset \d+: no valid response in 3 attempts .*resume"):
         list(stream)
     assert time.monotonic() - began < 30
     assert next(stream, None) is None
@@ -223,7 +223,7 @@ def test_a_missing_set_is_distinguished_from_a_dead_server_at_start(
         "bins-00000.tar": (folder / "bins-00000.tar").stat().st_size
     }
     server.die()
-    with pytest.raises(storage.StorageError, match="no good answer in 3 attempts"):
+    with pytest.raises(storage.StorageError, match="no valid response in 3 attempts"):
         storage.file_sizes(served, ["bins-00000.tar"])
 
 
@@ -287,7 +287,7 @@ def test_a_failed_listing_is_not_an_empty_folder(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(request, "_system", lambda *_: Failing())
     monkeypatch.setattr(request, "DEFAULT_POLICY", QUICK)
     with pytest.raises(
-        storage.StorageError, match=r"s3://bucket/sets: no good answer in 3 attempts .* RuntimeError: busy"
+        storage.StorageError, match=r"s3://bucket/sets: no valid response in 3 attempts .* RuntimeError: busy"
     ):
         open_shards("s3://bucket/sets")
 
@@ -334,6 +334,6 @@ def test_a_signed_url_is_joined_in_front_of_its_query_and_never_printed(server: 
 def test_messages_contain_no_password(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(Url(f"http://user:{password}@host/a") / "b@c") == "http://***@host/a/b%40c"
     monkeypatch.setattr(request, "DEFAULT_POLICY", RetryPolicy(attempts=1))
-    with pytest.raises(storage.StorageError, match="no good answer in 1 attempt ") as failed:
+    with pytest.raises(storage.StorageError, match="no valid response in 1 attempt ") as failed:
         storage.read(Url(f"http://user:{password}@127.0.0.1:1/a"))
     assert "ret" not in str(failed.value)
