@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     except RuntimeError as error:
         if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
             raise
-        # Not told to `torchrun`, which looks for the first rank that failed.
+        # Not reported to `torchrun`, which looks for the first rank that failed.
         return _report(VlprepError("another rank has failed: see its message, above or in its log."))
 
 

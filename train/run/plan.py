@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def batch_line(self) -> str:
-        """What a step comes to in samples, in one line."""
+        """Samples, bins and forward passes of a step, in one line."""
         aim, world = self.batch.aim, self.ranks.world
         if aim is not None and not aim.is_recommended:
             reference = f"--samples_per_step {aim.samples:,}"

@@ -166,7 +166,7 @@ def bins_of_budget(args: TrainArguments, largest_bin: int) -> int:
 def describe_batch(
     batch: Batch, *, samples_per_bin: float, world: int, device: str, steps_per_epoch: float, reference: str
 ) -> str:
-    """What a step comes to in samples, in one line.
+    """Describe the samples, bins and forward passes of a step in one line.
 
     Args:
         batch: the batch.
