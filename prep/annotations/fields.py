@@ -28,6 +28,8 @@ UNSUPPORTED_FIELDS = {
 }
 """Fields of a record, each with the tool that uses it."""
 
+_MEDIA_OF_TURN = "media belong to the whole record, or to a part of the turn's content; move them there"
+
 UNSUPPORTED_TURN_FIELDS = {
     "loss_scale": "ms-swift, a weight of the loss",
     "train_detail": "Axolotl, parts of a turn with a loss",
@@ -37,6 +39,7 @@ UNSUPPORTED_TURN_FIELDS = {
     "reasoning_content": "reasoning models; write it into the answer",
     "thinking": "TRL, for reasoning models; write it into the answer",
     "tools": "tools belong to the whole record; move them there",
+    **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA_OF_TURN),
     "chosen": "preference training",
     "rejected": "preference training",
 }

@@ -17,6 +17,7 @@ from prep.annotations.fields import says_something
 from prep.annotations.reading import FieldReader, type_name
 from prep.media.item import ItemSettings
 from schemas.annotation import Turn
+from schemas.wording import counted
 
 ENCODED_NAMES = ("data:", "file:")
 """How names start that are not the path or URL itself."""
@@ -180,7 +181,7 @@ class MediaReader:
             if not value:
                 raise FieldError(f"{where} is an empty list; give the images that are the frames of the video")
             frames = tuple(self._name(frame, f"{where}[{index}]") for index, frame in enumerate(value))
-            return MediaItem(f"{frames[0]} … ({len(frames)} frames)", frames, settings)
+            return MediaItem(f"{frames[0]} … ({counted(len(frames), 'frame')})", frames, settings)
         return MediaItem(self._name(value, where), (), settings)
 
     def _name(self, value: Any, where: str) -> str:

@@ -26,7 +26,8 @@ def all_missing_message(*, subject: str, name: str, root: Location, annotation_f
         root: the media root.
         annotation_file: the file that names the media.
     """
-    message = f"{annotation_file}: {subject} missing below the media root {root}"
+    searched = root.absolute() if isinstance(root, Path) else root
+    message = f"{annotation_file}: {subject} missing below the media root {searched}"
     match = None if not isinstance(annotation_file, Path) else _find(name, annotation_file.parent)
     if match is None:
         return f"{message}, for example {name}. Give the folder that names like this are relative to: --media-root DIR."

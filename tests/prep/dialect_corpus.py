@@ -275,6 +275,9 @@ def _openai() -> list[Case]:
         _bad("OpenAI", "refusal",
              {"messages": [{"role": "user", "content": "Hi"},
                            {"role": "assistant", "content": "No", "refusal": "No."}]}, "unsupported_field"),
+        _bad("OpenAI", "images beside the content of a turn",
+             {"messages": [{"role": "user", "content": "What is it?", "images": ["a.png"]},
+                           {"role": "assistant", "content": "A cat."}]}, "unsupported_field"),
         _bad("OpenAI", "no content", messages(("user", "Hi"), ("assistant", None))),
     ]  # fmt: skip
 
@@ -554,6 +557,8 @@ def _frames() -> list[Case]:
         _good("frames", "rate of the record beside a part is counted",
               user_parts({"type": "video", "video": names}, WHAT, fps=4), plain, frames=(tuple(names),),
               unused=("fps",)),
+        _good("frames", "one frame", user_parts({"type": "video", "video": names[:1]}, WHAT), plain,
+              frames=((names[0],),)),
         _bad("frames", "no frame", {**plain, "video": None, "videos": [[]]}),
         _bad("frames", "rates for other videos", {**plain, "video": None, "videos": [names], "fps": [1, 2]}),
         _bad("frames", "frame without a name", {**plain, "video": None, "videos": [["f0.png", None]]}),

@@ -241,6 +241,15 @@ def test_media_named_relative_to_another_folder_are_located(tmp_path: Path) -> N
     assert f"a.png lies in {tmp_path / 'images'}, but the annotations name train/2017/a.png" in validate(file).stdout
 
 
+def test_the_root_that_was_searched_is_named_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "one" / "two" / "three" / "a.jsonl", [image_record("a.png")])
+    monkeypatch.chdir(tmp_path / "one" / "two" / "three")
+    assert (
+        f"the only medium is missing below the media root {Path.cwd()}, for example a.png."
+        in validate("a.jsonl").stdout
+    )
+
+
 def test_media_that_are_nowhere_near_are_reported_as_missing_from_the_root(tmp_path: Path) -> None:
     folder = tmp_path / "one" / "two" / "three"  # the search goes two folders up, where other tests must not be
     folder.mkdir(parents=True)
