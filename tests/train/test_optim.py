@@ -22,7 +22,8 @@ from train.model.optim import (
     part_of,
 )
 from train.model.packed import PackedQwen
-from train.settings.arguments import FUSED, UNFUSED, TrainArguments
+from train.settings.arguments import TrainArguments
+from train.settings.declarations import FUSED, UNFUSED
 from train.settings.flags import parse_arguments
 from train.settings.recipe import choose_recipe
 

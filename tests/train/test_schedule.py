@@ -7,7 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from train.run.schedule import LearningRates, count_warmup_steps, schedule
-from train.settings.arguments import SCHEDULES
+from train.settings.declarations import SCHEDULES
 
 
 @pytest.mark.parametrize(

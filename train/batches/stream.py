@@ -32,7 +32,7 @@ from train.batches.batch import MicroBatch
 from train.batches.vision_inputs import WINDOW_SIZE
 from train.batches.workers import Builder, MicroStep, Workers
 from train.order.dealing import EMPTY, DataOrder
-from train.settings.arguments import READ_TIMEOUT_S
+from train.settings.declarations import READ_TIMEOUT_S
 from train.shards.buffers import Buffers, PinnedBuffers, ReusedBuffers
 from train.shards.index import ShardIndex
 from train.shards.reader import BinReader, ReadSettings

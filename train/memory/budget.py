@@ -18,7 +18,8 @@ from train.memory.loads import LoadOf
 from train.memory.states import Sharding, state_terms
 from train.memory.terms import GIB, HOST, Memory
 from train.model.sizes import Sizes, sizes_of
-from train.settings.arguments import FUSED, TrainArguments
+from train.settings.arguments import TrainArguments
+from train.settings.declarations import FUSED
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 
 STRATEGIES = ("zero1.json", "zero2.json", "zero3.json", "zero3_offload.json")

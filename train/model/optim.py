@@ -18,7 +18,8 @@ from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from schemas.errors import ConfigError
-from train.settings.arguments import FUSED, TrainArguments
+from train.settings.arguments import TrainArguments
+from train.settings.declarations import FUSED
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from typing import IO
 import msgspec
 
 from schemas.errors import ConfigError
-from train.settings.arguments import UNFUSED
 from train.settings.batch import Aim
+from train.settings.declarations import UNFUSED
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from train.settings.arguments import FLAT
+from train.settings.declarations import FLAT
 
 
 def schedule(kind: str, *, warmup_steps: int, total_steps: int) -> Callable[[int], float]:

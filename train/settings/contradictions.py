@@ -1,4 +1,4 @@
-"""Settings of a run that contradict each other, or would have no effect: :class:`TrainArguments` -> sentences.
+"""Settings of a run that contradict each other, or would have no effect: :class:`Declarations` -> sentences.
 
 Bounds of single values are in the declarations.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from train.settings.arguments import FLAT, TrainArguments
+from train.settings.declarations import FLAT, Declarations
 
 
-def contradictions(args: TrainArguments) -> Iterator[str]:
+def contradictions(args: Declarations) -> Iterator[str]:
     """What is wrong with a combination of settings, one sentence each."""
     yield from _check_what_is_trained(args)
     yield from _check_batch(args)
@@ -20,7 +20,7 @@ def contradictions(args: TrainArguments) -> Iterator[str]:
     yield from _check_computation(args)
 
 
-def _check_what_is_trained(args: TrainArguments) -> Iterator[str]:
+def _check_what_is_trained(args: Declarations) -> Iterator[str]:
     if not (args.tune_mm_llm or args.tune_mm_mlp or args.tune_mm_vision):
         yield ("nothing is trained: at least one of --tune_mm_llm, --tune_mm_mlp, --tune_mm_vision must be True.")
     for rate_flag, rate, tune_flag, is_tuned in (
@@ -36,7 +36,7 @@ def _check_what_is_trained(args: TrainArguments) -> Iterator[str]:
         )
 
 
-def _check_batch(args: TrainArguments) -> Iterator[str]:
+def _check_batch(args: Declarations) -> Iterator[str]:
     given = [
         f"--{name} {value}"
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -51,7 +51,7 @@ def _check_batch(args: TrainArguments) -> Iterator[str]:
             )
 
 
-def _check_schedule(args: TrainArguments) -> Iterator[str]:
+def _check_schedule(args: Declarations) -> Iterator[str]:
     if args.max_steps is not None and args.num_train_epochs is not None:
         yield "--max_steps and --num_train_epochs both say how long to train: give one of them."
     if args.warmup_steps is not None and args.warmup_ratio is not None:
@@ -68,14 +68,14 @@ def _check_schedule(args: TrainArguments) -> Iterator[str]:
         )
 
 
-def _check_adapters(args: TrainArguments) -> Iterator[str]:
+def _check_adapters(args: Declarations) -> Iterator[str]:
     for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
         value = getattr(args, name)
         if value is not None and not args.lora_enable:
             yield f"--{name} {value} has no effect without --lora_enable."
 
 
-def _check_evaluation_and_saving(args: TrainArguments) -> Iterator[str]:
+def _check_evaluation_and_saving(args: Declarations) -> Iterator[str]:
     if args.eval_strategy != "no" and args.eval_shards is None:
         yield f"--eval_strategy {args.eval_strategy} has nothing to evaluate on: give --eval_shards."
     if args.eval_steps is not None and args.eval_strategy != "steps":
@@ -84,7 +84,7 @@ def _check_evaluation_and_saving(args: TrainArguments) -> Iterator[str]:
         yield f"--save_steps {args.save_steps} is neither a number of steps nor a share of the run below 1."
 
 
-def _check_computation(args: TrainArguments) -> Iterator[str]:
+def _check_computation(args: Declarations) -> Iterator[str]:
     if args.use_liger_kernel and args.torch_compile:
         yield "--use_liger_kernel and --torch_compile both replace the same kernels: give one of them."
     if args.bf16 and args.fp16:
