@@ -9,9 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from torch import nn
 
 from schemas.errors import ConfigError
-from train.run import run_dir, saving
+from train.run import checkpoint, run_dir, saving
 from train.run.run_dir import RunState, Setting, list_checkpoints, lock_run_dir
 
 
@@ -85,6 +86,23 @@ def test_a_checkpoint_that_does_not_record_a_newer_setting_had_its_default() -> 
     run_dir.check_settings(Path("c"), saved_at(5), {"adam_beta2": 0.999, "warmup_steps": None, "optim": "adamw_torch"})
     with pytest.raises(ConfigError, match=r"was saved with adam_beta2 = 0\.999, this run has 0\.95"):
         run_dir.check_settings(Path("c"), saved_at(5), {"adam_beta2": 0.95})
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])
+def test_every_parameter_gets_its_own_step_count_where_its_kernel_reads_it(fused: bool | None, device: str) -> None:
+    """The device ``meta`` stands for a GPU. DeepSpeed shares a count, or pads it like a partition."""
+    parameters = [nn.Parameter(torch.empty(3, device="meta")) for _ in range(3)]
+    optimizer = torch.optim.AdamW(parameters, fused=fused)
+    shared = torch.tensor(7.0)
+    for parameter, saved in zip(parameters, (shared, shared, torch.tensor([7.0, 0.0]))):
+        optimizer.state[parameter] = {"step": saved}
+    checkpoint.restore_step_counts(optimizer)
+    counts = [optimizer.state[parameter]["step"] for parameter in parameters]
+    assert {(count.device.type, count.shape, count.dtype) for count in counts} == {(device, (), torch.float32)}
+    assert len({id(count) for count in counts}) == 3
+    if device == "cpu":
+        counts[0].add_(1)
+        assert [count.item() for count in counts] == [8, 7, 7]
 
 
 def test_only_one_run_at_a_time_locks_its_folder(tmp_path: Path) -> None:

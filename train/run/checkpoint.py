@@ -61,15 +61,27 @@ def load(engine: Engine, optimizer: torch.optim.Optimizer, folder: Path, ranks: 
         ) from error
     if path is None:
         raise ConfigError(f"{folder} holds no state of the engine. Resume from another checkpoint.")
+    restore_step_counts(optimizer)
     if random_state is None:
         for group, settings in zip(optimizer.param_groups, group_settings):
             group.update(settings)
-        for state in optimizer.state.values():
-            state.update({key: value.clone() for key, value in state.items() if key == "step"})
         return
     torch.set_rng_state(random_state["cpu"])
     if engine.device.type == "cuda":
         torch.cuda.set_rng_state(random_state["device"], engine.device)
+
+
+def restore_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter a step count of its own, on the device where AdamW looks for it.
+
+    DeepSpeed loads one count for several parameters, pads it, or leaves it on the device where it was saved. A fused
+    kernel reads it beside the parameter, the other one on the host.
+    """
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+            count = torch.as_tensor(state["step"], dtype=torch.float32).flatten()[0]
+            state["step"] = count.to(device, copy=True)
 
 
 def reshard(folder: Path, ranks: Ranks) -> None:
