@@ -375,35 +375,41 @@ def test_an_interrupted_build_keeps_its_work_and_readers_of_the_shards_name_it(
 
 
 @pytest.fixture
-def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name servers do not answer before the limit of 1.5 s is over, and the hub's cache is empty."""
+def lookups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Hosts looked up without a network: name servers do not answer within 1.5 s, and the hub's cache is empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
-    def silent(*_: object, **__: object) -> None:
+    hosts: list[object] = []
+
+    def silent(host: object, *_: object, **__: object) -> None:
+        hosts.append(host)
         time.sleep(5)
         raise socket.gaierror("no answer")
 
     monkeypatch.setattr("socket.getaddrinfo", silent)
+    return hosts
 
 
-@pytest.mark.usefixtures("no_network")
-def test_without_a_network_a_hub_id_costs_one_line_within_two_seconds(tmp_path: Path) -> None:
+def test_without_a_network_a_hub_id_costs_one_line_within_two_seconds(tmp_path: Path, lookups: list[object]) -> None:
     file = write_lines(tmp_path / "a.jsonl", [text_record()])
     result = run("build", file, "--out", tmp_path / "out", "--model", "team/model", "--workers", 1)
     assert result.exit_code == 2
-    assert "cannot be fetched from the hub (no connection to huggingface.co: no answer within 1.5 s)" in result.stderr
+    assert "cannot be fetched from the hub (no connection to huggingface.co: no answer within 1.5 s)" in error_line(
+        result
+    )
+    assert lookups == ["huggingface.co"]
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("no_network")
-def test_without_a_network_the_trainer_stops_within_two_seconds() -> None:
+def test_without_a_network_the_trainer_stops_within_two_seconds(lookups: list[object]) -> None:
     from train.model.pretrained import find_checkpoint
 
     with pytest.raises(ConfigError, match=r"no connection to huggingface\.co: no answer within 1\.5 s"):
         find_checkpoint("team/model")
+    assert lookups == ["huggingface.co"]
 
 
 def test_a_refused_connection_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
