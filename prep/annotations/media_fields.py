@@ -237,7 +237,7 @@ def _settings(kind: str, part: Mapping[str, Any], where: str) -> tuple[ItemSetti
         names.add(name)
     if isinstance(part.get("video"), list) and part.get("sample_fps") is not None:
         values["fps"] = _positive(part["sample_fps"], f"{where}.sample_fps")
-        names.add("sample_fps")
+        names = names - {"fps"} | {"sample_fps"}
     if "fps" in values and "nframes" in values:
         raise FieldError(f"{where} has fps and nframes; give one of them")
     if ("resized_height" in values) != ("resized_width" in values):
