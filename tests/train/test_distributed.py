@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tests.train.launching import (
     assert_same_run,
     deepspeed,
     fingerprint_of,
+    launch,
     made_once,
     read_metrics,
     read_weights,
@@ -41,6 +43,7 @@ from train.batches.batch import build_micro_batch
 from train.model.head import CHUNK
 from train.model.packed import PackedQwen
 from train.order.dealing import DataOrder
+from train.run.universal import convert
 from train.shards.index import open_shards
 from train.shards.reader import read_checked_bin
 
@@ -259,6 +262,30 @@ def test_one_rank_resumes_a_run_of_two_with_the_same_losses_and_weights(
     resume(under(strategy), tmp_path, 1, *flags, *TIMES_FOUR, *STRATEGIES[strategy])
     assert_close_metrics(tmp_path, under(strategy), "loss", "grad_norm", "eval_loss", rel=1e-6)
     assert_close_weights(tmp_path, under(strategy))
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_the_universal_form_is_that_of_deepspeed_without_fragments_on_the_disk(
+    under: Callable[[str], Path], tmp_path: Path, strategy: str
+) -> None:
+    engine, out, expected = under(strategy) / "checkpoint-3" / "engine", tmp_path / "out", tmp_path / "expected"
+    out.mkdir()
+    (out / "tmp").touch()  # DeepSpeed's converter writes fragments into a folder of this name
+    assert convert(engine, out) is None
+    converter = (sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state")
+    workers = ("--num_extract_workers", "1", "--num_merge_workers", "1")
+    done = launch(*converter, *workers, "--input_folder", str(engine), "--output_folder", str(expected))
+    assert done.returncode == 0, done.stderr
+
+    paths = sorted(path.relative_to(expected) for path in expected.rglob("*.pt"))
+    assert paths == sorted(path.relative_to(out) for path in out.rglob("*.pt"))
+    parameters = [path for path in paths if path.stem in ("fp32", "exp_avg", "exp_avg_sq")]
+    assert len(parameters) > 200
+    for path in parameters:
+        values = [torch.load(folder / path, weights_only=False) for folder in (out, expected)]
+        joined, expected_joined = (value["param"] if isinstance(value, dict) else value for value in values)
+        assert joined.dtype == torch.float32 and torch.equal(joined, expected_joined), path
+    assert (out / "zero" / "optimizer_state.pt").stat().st_size < 100_000, "the states of the first rank are left out"
 
 
 def test_two_ranks_resume_a_run_of_one_with_the_same_losses_and_weights(
