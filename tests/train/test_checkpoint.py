@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from torch import nn
+from torch.utils.serialization import config
 
 from schemas.errors import ConfigError
 from train.run import checkpoint, run_dir, saving
+from train.run.process_group import Ranks
 from train.run.run_dir import RunState, Setting, list_checkpoints, lock_run_dir
 
 
@@ -198,3 +202,21 @@ def test_a_file_is_not_a_checkpoint(run: Path) -> None:
     before = list_checkpoints(run)
     (run / "checkpoint-77").touch()
     assert list_checkpoints(run) == before
+
+
+@pytest.mark.parametrize("is_resharded", [False, True])
+def test_only_resharded_files_are_mapped_into_memory(complete: Path, is_resharded: bool) -> None:
+    """All ranks open all of them. The other files are removed while ranks on other machines train on."""
+    is_mapped: list[bool] = []
+
+    def load_checkpoint(*_: object, **__: object) -> tuple[str, None]:
+        is_mapped.append(config.load.mmap)
+        return str(complete), None
+
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight], fused=False)
+    torch.save({"cpu": torch.get_rng_state()}, complete / "random-00000.pt")
+    engine: Any = SimpleNamespace(load_checkpoint=load_checkpoint, device=torch.device("cpu"))
+    checkpoint.load(engine, optimizer, complete, Ranks(rank=0, local=0, world=1), is_resharded=is_resharded)
+    assert is_mapped == [is_resharded]
+    assert not config.load.mmap
