@@ -231,7 +231,7 @@ def test_show_draws_boxes_and_points_onto_copies_of_the_stored_images(
     built: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     write_images(tmp_path)
-    names = ["several images", "question", "page", "only text"]
+    names = ["several images", "question", "page", "objects by default", "only text"]
     for name in names:
         boxes = CASES[name].boxes
         write_records(tmp_path / "a.jsonl", [CASES[name].record(name)])
@@ -258,6 +258,8 @@ def test_show_draws_boxes_and_points_onto_copies_of_the_stored_images(
     # A disc around 49, 98.
     assert (49, 98) in lines("question", 0) and all(abs(x - 49) + abs(y - 98) < 12 for x, y in lines("question", 0))
     assert {(98, 196), (98, 300), (200, 196), (294, 300), (588 // 2, 0)} <= lines("page", 0)
+    # A list without a key is a box where a dataset has boxes and the sample one image.
+    assert {(147, 196), (147, 300), (300, 196), (300, 391)} <= lines("objects by default", 0)
     assert not list((tmp_path / "only text" / "png").glob("*-boxes.png"))
 
 
