@@ -77,9 +77,7 @@ def _plain_lists(text: str, others: Sequence[Shape]) -> list[Shape]:
     starts = {start for shape in others for start, _ in shape.spans}
     lists = (match for match in _PLAIN_LIST.finditer(text) if match.start("first") not in starts)
     shapes = [number_shape([int(value) for value in match[0][1:-1].split(", ")], image=None)[1] for match in lists]
-    return [
-        shape for shape in shapes if not shape.is_box or all(map(operator.le, shape.values[:2], shape.values[2:]))
-    ]
+    return [shape for shape in shapes if not shape.is_box or all(map(operator.le, shape.values[:2], shape.values[2:]))]
 
 
 def _turns(spans: Iterable[Span]) -> Iterator[str]:
