@@ -170,6 +170,10 @@ def _launch_of(command: Command, entry: int, folder: Path) -> Launch:
         tool = SWIFT
     launch = Launch(tool=tool)
     _read_environment(command.environment, launch)
+    launch.not_understood += [
+        f"the word {word}: it needs a variable of the script in a way that only a shell works out"
+        for word in command.unresolved
+    ]
     starts = words[: entry - 2] if is_cli else words[: entry - 1]
     launch.launcher = _launcher_of(starts, command.environment, launch)
     flags = list(words[entry:])
@@ -274,12 +278,14 @@ def _read_yaml(text: str, path: str, launch: Launch) -> None:
 
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number out of bounds
         raise ScriptError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ScriptError(f"{path} holds no settings: lines such as `learning_rate: 1.0e-4` are expected.")
     for key, value in values.items():
-        if value is None:
+        if value is None:  # a known flag has its default
+            if str(key) not in launch.tool.rules:
+                launch.flags.append(Flag(written=f"{key}:", name=str(key), values=("null",)))
             continue
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, (dict, list)) for item in items):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ _COLUMNS = {
 }
 """Columns of LLaMA-Factory, and the fields that hold them in annotations."""
 
+_MAX_LENGTH = 1 << 16
+"""Bound on a text that is joined from others: each can hold the one before twice."""
+
 _TAGS = {
     "role_tag": ("from", "role"),
     "content_tag": ("value", "content"),
@@ -46,7 +50,7 @@ class Tables:
         not_understood: what could not be read, a sentence each.
     """
 
-    datasets: dict[str, dict[str, str]] = field(default_factory=dict)
+    datasets: dict[str, dict[str, str | float]] = field(default_factory=dict)
     not_understood: list[str] = field(default_factory=list)
 
     def text(self, names: Iterable[str]) -> str:
@@ -102,10 +106,13 @@ def _read_python(module: ast.Module, path: Path) -> Tables:
         if not isinstance(entry, dict) or not isinstance(entry.get("annotation_path"), str):
             tables.not_understood.append(f"{path}: the dataset {name} has no annotation_path that can be read")
             continue
-        table = {"annotation_path": entry["annotation_path"]}
+        table: dict[str, str | float] = {"annotation_path": entry["annotation_path"]}
         if entry.get("data_path"):
             table["media_root"] = str(entry["data_path"])
-        for key in entry.keys() - {"annotation_path", "data_path"}:
+        rate = entry.get("sampling_rate")
+        if isinstance(rate, (int, float)) and math.isfinite(rate):
+            table["sampling_rate"] = float(rate)
+        for key in entry.keys() - {"annotation_path", "data_path"} - table.keys():
             tables.not_understood.append(f"{path}: {key} of the dataset {name}")
         tables.datasets[str(name)] = table
     return tables
@@ -140,11 +147,13 @@ def _evaluate(node: ast.expr, values: dict[str, Any]) -> Any:
         return items
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = _evaluate(node.left, values), _evaluate(node.right, values)
-        if isinstance(left, str) and isinstance(right, str):
+        if isinstance(left, str) and isinstance(right, str) and len(left) + len(right) <= _MAX_LENGTH:
             return left + right
     if isinstance(node, ast.JoinedStr):
         parts = [part.value if isinstance(part, ast.FormattedValue) else part for part in node.values]
-        return "".join(str(_evaluate(part, values)) for part in parts)
+        texts = [str(_evaluate(part, values)) for part in parts]
+        if sum(map(len, texts)) <= _MAX_LENGTH:
+            return "".join(texts)
     raise ValueError(ast.unparse(node)[:60])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prep.migrate.launch import Launch
 from prep.migrate.registries import Tables, read_registry
-from prep.migrate.rewrite import Migration, command_text
+from prep.migrate.rewrite import UNNAMED, Migration, command_text
 from prep.migrate.tools import LLAMA_FACTORY, UPSTREAM
 
 
@@ -74,6 +74,8 @@ def registry_report(registry: Path) -> Report:
 def _add_tables(report: Report, migration: Migration, registry: Path | None) -> list[str]:
     """Add the tables of the datasets. Returns what is left to the reader."""
     names = migration.dataset_names()
+    if names == [UNNAMED]:
+        return []
     if registry is None:
         return [f"the registry of {', '.join(names)}: give it with --registry, or register them in datasets.toml"]
     media_dir = next((flag.value for flag in migration.launch.flags if flag.name == "media_dir"), None)

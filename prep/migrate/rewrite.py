@@ -14,7 +14,13 @@ from prep.migrate.rules import BUILD, TRAIN, NoEffect, NotHere, is_left_to_shell
 from prep.migrate.shell import quote
 from prep.migrate.tools import DATASETS, LLAMA_FACTORY, SWIFT, UPSTREAM
 
+UNNAMED = "DATASETS"
+"""Stands for datasets that a script does not name."""
+
 _WIDTH = 100
+_LISTS = (DATASETS, "lora_target_modules", "report_to")
+"""Flags of the two commands that may have several words as their value."""
+
 _INTERVAL_FRAMES = {"video_max_frames": "fps_max_frames", "video_min_frames": "fps_min_frames"}
 
 
@@ -177,8 +183,11 @@ def _default_of(launch: Launch) -> str:
 
 
 def _add(migration: Migration, flag: Flag, origin: str = "") -> None:
-    entry = Entry(written=flag.text(), origin=origin)
     rule = migration.launch.tool.rules.get(flag.name)
+    if rule is not None and rule.program and rule.name not in _LISTS:
+        migration.launch.not_understood += [f"the word {word} after {flag.written}" for word in flag.values[1:]]
+        flag = Flag(written=flag.written, name=flag.name, values=flag.values[:1])
+    entry = Entry(written=flag.text(), origin=origin)
     if rule is None and flag.name.startswith("ddp_"):
         entry.why = "DeepSpeed moves the gradients"
     elif rule is None:
@@ -330,9 +339,9 @@ def _set(migration: Migration, program: str, name: str, value: str) -> None:
 def _datasets(migration: Migration) -> list[str]:
     """The argument of ``vlprep build``."""
     entry = migration.find(BUILD, DATASETS)
-    if entry is None:
+    if entry is None or not entry.value.strip(", "):
         migration.launch.not_understood.append("no dataset is named: give DATASETS to vlprep build")
-        return ["DATASETS"]
+        return [UNNAMED]
     if migration.launch.tool is not SWIFT:
         return [",".join(entry.value.replace(",", " ").split())]
     files = []

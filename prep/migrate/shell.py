@@ -1,8 +1,9 @@
 r"""Reads a shell script: text -> its commands, with variables filled in. Nothing is run.
 
 Variables that the script sets, ``${name:-default}`` and arrays are filled in. What only a shell can know stays as it is
-written: command substitutions, arithmetic, variables that the script does not set. A ``$`` in a word therefore is the
-shell's; a literal one is written ``\$``, as in double quotes.
+written: command substitutions, arithmetic, variables that the script does not set. Variables of the script inside of
+the former two are filled in. A ``$`` in a word therefore is the shell's; a literal one is written ``\$``, as in double
+quotes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from dataclasses import dataclass, field
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _PARAMETER = re.compile(r"([A-Za-z_]\w*)(?:(\[[@*]\])|:?[-=](.*))?", re.DOTALL)
+_REFERENCE = re.compile(r"\$\{?[#!]?([A-Za-z_]\w*)")
+_PLAIN_REFERENCE = re.compile(r"\$(\{)?(?P<name>[A-Za-z_]\w*)(?(1)\})")
+_BARE_NAME = re.compile(r"(?<![\w$.{])(?P<name>[A-Za-z_]\w*)")
+_SIMPLE_VALUE = re.compile(r"[\w./:,-]+|\$\([^()'\"]*\)")
 _HEREDOC = re.compile(r"<<-?\s*[\"'\\]?(\w+)[\"']?")
 _PREFIXES = ("export", "declare", "local", "readonly", "then", "do", "else", "time", "exec", "nohup", "{")
 _SEPARATORS = ";|&\n()"
@@ -25,10 +30,17 @@ _MAX_LENGTH = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """One command of a script: its words, and the variables that are set for it, by name."""
+    """One command of a script.
+
+    Attributes:
+        words: its words.
+        environment: the variables that are set for it, by name.
+        unresolved: its words that need a variable of the script in a way that only a shell works out.
+    """
 
     words: tuple[str, ...]
     environment: dict[str, str]
+    unresolved: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -112,7 +124,12 @@ class _Reader:
                 environment[match[1]] = " ".join((*self._variables.get(match[1], ()), match[3]))
             words = words[1:]
         if words and not is_exported:
-            yield Command(words=tuple(words), environment={**self._exported, **environment})
+            unresolved = [word for word in words if any(name in self._variables for name in _REFERENCE.findall(word))]
+            yield Command(
+                words=tuple(words),
+                environment={**self._exported, **environment},
+                unresolved=tuple(unresolved),
+            )
             return
         for name, value in environment.items():
             if len(value) > _MAX_LENGTH:
@@ -133,7 +150,9 @@ class _Reader:
                     return word.fields  # the file descriptor of a redirection
                 break
             self._at += 1
-            if char == "'":
+            if char == "~" and self._starts_home(word):
+                word.text += "$HOME"
+            elif char == "'":
                 word.text += self._until("'").replace("\\", "\\\\").replace("$", "\\$")
                 word.is_quoted = True
             elif char == '"':
@@ -153,6 +172,11 @@ class _Reader:
 
     def _starts_array(self, word: _Word) -> bool:
         return self._text[self._at] == "(" and bool(re.fullmatch(r"[A-Za-z_]\w*\+?=", word.text))
+
+    def _starts_home(self, word: _Word) -> bool:
+        """Whether the tilde before the position is the home folder: at the start of a word or of a value."""
+        is_start = re.fullmatch(r"([A-Za-z_]\w*\+?=)?", word.text) is not None and not word.is_quoted
+        return is_start and self._text[self._at : self._at + 1] in ("/", "", *_SPACE, *_SEPARATORS)
 
     def _read_array(self, word: _Word) -> None:
         """Read the words of ``name=( … )`` into the variable."""
@@ -219,9 +243,9 @@ class _Reader:
     def _expand(self, char: str) -> list[str]:
         """Expand what follows a ``$`` or a backquote: the value of a variable, or the text as it is written."""
         if char == "`":
-            return [f"`{self._until('`')}`"]
+            return [self._filled(f"`{self._until('`')}`")]
         if self._text.startswith("(", self._at):
-            return ["$" + self._balanced("(", ")")]
+            return [self._filled("$" + self._balanced("(", ")"))]
         if self._text.startswith("{", self._at):
             return self._expand_parameter(self._balanced("{", "}")[1:-1])
         match = _NAME.match(self._text, self._at)
@@ -231,6 +255,17 @@ class _Reader:
             return ["$" + special]
         self._at = match.end()
         return self._variables.get(match[0], [f"${match[0]}"])
+
+    def _filled(self, text: str) -> str:
+        """Fill the variables of the script with a simple value into a command substitution or arithmetic."""
+
+        def fill(match: re.Match[str]) -> str:
+            value = " ".join(self._variables.get(match["name"], ()))
+            return value if _SIMPLE_VALUE.fullmatch(value) else match[0]
+
+        if text.startswith("$((") and "$(" not in text[3:]:
+            text = _BARE_NAME.sub(fill, text)
+        return _PLAIN_REFERENCE.sub(fill, text)
 
     def _expand_parameter(self, inner: str) -> list[str]:
         match = _PARAMETER.fullmatch(inner)

@@ -282,6 +282,20 @@ def test_a_script_whose_registry_has_code_is_rewritten_and_each_piece_of_code_ha
     assert not (folder / "made").exists()
 
 
+def test_texts_of_a_registry_that_grow_without_bound_are_not_read(folder: Path) -> None:
+    for grown in ("x + x", "f'{x}{x}'"):
+        lines = [
+            "x = 'aaaa'",
+            *[f"x = {grown}"] * 40,
+            "data_dict = {'a': {'annotation_path': 'a', 'sampling_rate': 2}}",
+        ]
+        (folder / "registry.py").write_text("\n".join(lines))
+        result = migrate("registry.py")
+        assert result.exit_code == 1
+        assert f"registry.py:16: x needs code that is not run here: {grown}" in result.output
+        assert '[a]\nannotation_path = "a"\nsampling_rate = 2.0\n' in result.output
+
+
 def test_datasets_of_another_kind_are_listed(folder: Path) -> None:
     info = {
         "hub": {"hf_hub_url": "someone/set"},
@@ -343,6 +357,8 @@ def test_a_command_line_after_two_hyphens_is_read(folder: Path) -> None:
         ("binary.sh", "\udcff\udcfe", "cannot be read as a script"),
         ("list.yaml", "- 1\n- 2\n", "holds no settings"),
         ("broken.yaml", "a: [1\n", "is not valid YAML"),
+        ("date.yaml", "a: 2024-13-45\n", "is not valid YAML: month must be in 1..12"),
+        ("digits.yaml", f"a: {'9' * 5000}\n", "is not valid YAML: Exceeds the limit"),
     ],
 )
 def test_a_file_that_is_not_a_script_is_refused_in_a_sentence(folder: Path, name: str, text: str, message: str) -> None:
@@ -431,6 +447,15 @@ def test_a_batch_size_that_is_not_a_number_is_listed(folder: Path, flag: str) ->
         ("run a\\\nb \\\n c # comment\n", ["run", "ab", "c"]),
         ("run $(x y) `x y` $((1+2)) >log 2>&1", ["run", "$(x y)", "`x y`", "$((1+2))"]),
         ("export A=1; run $A#b", ["run", "1#b"]),
+        (
+            "n=2; run $(expr 16 / $n) `expr 16 / ${n}` $((16/n - $n)) $(x $m)",
+            ["run", "$(expr 16 / 2)", "`expr 16 / 2`", "$((16/2 - 2))", "$(x $m)"],
+        ),
+        ("n=$(x y); a=b; run $((16/n)) $(a $(n))", ["run", "$((16/$(x y)))", "$(a $(n))"]),
+        (
+            "d=~/d; run ~/x $d ~ '~/x' \"~/x\" ~root x~/ --o=~/x",
+            ["run", "$HOME/x", "$HOME/d", "$HOME", "~/x", "~/x", "~root", "x~/", "--o=~/x"],
+        ),
         ("# old \\\n#  --a \\\nrun \\\n  # --b \\\n --c\n", ["run", "--c"]),
         ("run <<'END' a\nit's \"text\nEND\n", ["run", "a"]),
     ],
@@ -438,6 +463,19 @@ def test_a_batch_size_that_is_not_a_number_is_listed(folder: Path, flag: str) ->
 def test_a_shell_command_is_read_as_a_shell_would(text: str, words: list[str]) -> None:
     (command,) = read_commands(text)
     assert list(command.words) == words
+
+
+def test_a_word_that_needs_more_of_a_variable_than_its_value_is_listed(folder: Path) -> None:
+    (folder / "run.sh").write_text(
+        "sets=(mp_doc clevr_mc)\n"
+        'torchrun train.py --dataset_use ${sets[0]} --tune_mm_llm True --output_dir $OUT --run_name r "$@"\n'
+    )
+    result = migrate("run.sh", "--registry", "qwenvl/data/__init__.py")
+    assert result.exit_code == 1
+    left = section(result.output, "Not understood")
+    assert "the word ${sets[0]}: it needs a variable of the script in a way that only a shell works out" in left
+    assert "the word $@ after --run_name" in left
+    assert "$OUT" not in left
 
 
 @pytest.mark.parametrize("text", ["run 'a", 'run "a', "run $(a", "a=(b", "run ${a"])
@@ -506,6 +544,8 @@ def test_the_last_value_of_a_repeated_flag_counts() -> None:
         ("finetuning_type: freeze", "finetuning_type: freeze: allowed here: lora (--lora_enable), full"),
         ("quantization_bit: 4", "quantization_bit: 4: not a known flag of LLaMA-Factory"),
         ("eval_steps: [[1]]", "eval_steps in odd.yaml, a table or a nested list"),
+        ("galore_rank:", "galore_rank: null: not a known flag of LLaMA-Factory"),
+        ("dataset:", "no dataset is named: give DATASETS to vlprep build"),
     ],
 )
 def test_a_value_that_means_nothing_here_is_listed(folder: Path, line: str, listed: str) -> None:

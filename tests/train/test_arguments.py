@@ -172,6 +172,14 @@ def test_all_mistakes_of_a_command_are_listed_at_once(tmp_path: Path) -> None:
         "--lora_r 8 has no effect without --lora_enable.",
     ):
         assert [problem for problem in problems if problem.startswith(expected)], expected
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([*SHARDS, "--learning_rate", "--save_steps", "-1", "--optim"])
+    assert str(caught.value).split("\n  - ") == [
+        "3 problems:",
+        "argument --learning_rate: expected one argument; --help lists the flags.",
+        "argument --optim: expected one argument; --help lists the flags.",
+        "--save_steps is -1.0; allowed: 0 or more steps.",
+    ]
     with pytest.raises(ConfigError, match=r"(?s)2 problems:.*max_steps is 1\.5.*unknown flag frobnicate"):
         parse_arguments([*SHARDS, "--config", str(path)])
 

@@ -56,7 +56,7 @@ def parse_arguments(
         SystemExit: after ``--help`` and ``--version`` (exit code 0).
     """
     problems: list[str] = []
-    own, foreign = _separate(argv)
+    own, foreign = _separate(argv, problems)
     values, strays = _parse_words(own, problems)
     problems += [f"unknown flag {word}; --help lists the flags." for word in strays]
     path = values.pop("config", None)
@@ -79,8 +79,10 @@ def parse_arguments(
     return arguments
 
 
-def _separate(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+def _separate(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Split a command line into the words of our flags, and the flags that the trainer does not declare.
+
+    A flag of ours that lacks its value is a problem. argparse would stop there, and hide all others.
 
     Returns:
         The words of our own flags, hyphens in their names made underscores; and of every other flag how it is written,
@@ -93,6 +95,12 @@ def _separate(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, str]
         word = words.popleft()
         written, equals, value = word.partition("=")
         name = written.removeprefix("--").replace("-", "_")
+        needs_value = written.startswith("--") and (
+            name == "config" or (name in FIELDS and FIELDS[name].kind is not bool)
+        )
+        if needs_value and not equals and (not words or words[0].startswith(("--", "-v"))):
+            problems.append(f"argument --{name}: expected one argument; --help lists the flags.")
+            continue
         if not written.startswith("--") or name in (*FIELDS, *_PARSER_FLAGS):
             own.append(f"--{name}{equals}{value}" if written.startswith("--") else word)
             continue
