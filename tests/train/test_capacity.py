@@ -166,13 +166,12 @@ def test_a_rank_holds_its_part_of_a_checkpoint_in_the_background(
     assert snapshot_bytes(plan_of(tmp_path, stage=stage, world=4), sizes, ranks) == 0
 
 
-def test_the_export_gathers_all_weights_and_merges_adapters_beside_them(tmp_path: Path) -> None:
+def test_the_export_gathers_all_weights_and_merges_adapters_in_place(tmp_path: Path) -> None:
     full = TrainArguments(shards="shards")
     adapted = TrainArguments(shards="shards", lora_enable=True, lora_target_modules="q_proj", tune_mm_mlp=False)
     plain, lora = (sizes_of(OFFICIAL["3B"], args) for args in (full, adapted))
     assert export_bytes(plan_of(tmp_path), plain) == 2 * 3_754_622_976
-    # all weights and adapters, then the merged weights
-    assert export_bytes(plan_of(tmp_path, lora=True), lora) == 2 * (2 * 3_754_622_976 + lora.num_trained)
+    assert export_bytes(plan_of(tmp_path, lora=True), lora) == 2 * (3_754_622_976 + lora.num_trained)
 
 
 def test_with_adapters_checkpoints_are_small_and_the_adapters_are_written_too(tmp_path: Path) -> None:

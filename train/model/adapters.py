@@ -204,23 +204,21 @@ def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.
     return own, adapter_weights
 
 
-def merge_weights(
-    own: Mapping[str, torch.Tensor], adapter_weights: Mapping[str, torch.Tensor], scaling: float
-) -> dict[str, torch.Tensor]:
-    """Add adapters to the weights of their model, in float32, rounding once to the dtype of the weight.
+@torch.no_grad()
+def merge_weights(own: Mapping[str, torch.Tensor], adapter_weights: Mapping[str, torch.Tensor], scaling: float) -> None:
+    """Add adapters to the weights of their model in place, so that no second copy of the model takes memory.
+
+    The sum is made in float32 and rounded once to the dtype of the weight.
 
     Args:
-        own: weights of the model, by name.
+        own: weights of the model, by name, which are changed.
         adapter_weights: weights of the adapters, by their names in an adapter file of peft.
         scaling: see :class:`Adapters`.
-
-    Returns:
-        The weights of the model, by name.
 
     Raises:
         ConfigError: an adapter does not belong to this model, or is not a pair of LoRA matrices.
     """
-    merged, remaining = dict(own), dict(adapter_weights)
+    remaining = dict(adapter_weights)
     for name in adapter_weights:
         if not name.endswith(_A):
             continue
@@ -231,10 +229,9 @@ def merge_weights(
         if b is None or weight is None or not _fits(a, b, weight):
             raise ConfigError(f"{stem} does not match a layer of this model: use the model that it was trained for.")
         # weight (out, in) + b (out, r) @ a (r, in)
-        merged[target] = (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+        weight.copy_(weight.float() + scaling * (b.float() @ a.float()))
     if remaining:
         raise ConfigError(f"the adapter holds {next(iter(remaining))}, which is not a LoRA matrix: merge it with peft.")
-    return merged
 
 
 def _fits(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> bool:

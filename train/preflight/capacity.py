@@ -96,12 +96,9 @@ def check_device(memory: Memory, peak: int, available: int) -> list[str]:
 def export_bytes(plan: Plan, sizes: Sizes) -> int:
     """Host memory that the first rank needs to export the model, besides what offloading holds.
 
-    It gathers all weights there. With adapters, the merged weights are then made beside them.
+    It gathers all weights there, those of adapters too, which are then merged in place.
     """
-    width = plan.compute.dtype.itemsize
-    if plan.adapters is None:
-        return width * sizes.num_parameters
-    return width * (2 * sizes.num_parameters - sizes.num_trained)
+    return plan.compute.dtype.itemsize * sizes.num_parameters
 
 
 def snapshot_bytes(plan: Plan, sizes: Sizes, ranks: Sequence[int]) -> int:

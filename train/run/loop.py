@@ -337,7 +337,7 @@ def export(engine: Engine, plan: Plan) -> None:
             out, name = plan.args.run_dir / ADAPTER_DIR, plan.args.model_name_or_path
             weights, of_adapters = adapters.split_weights(weights)
             adapters.write_adapter(out, of_adapters, plan.adapters, model=name, source=plan.source, media=media)
-            weights = adapters.merge_weights(weights, of_adapters, plan.adapters.scaling)
+            adapters.merge_weights(weights, of_adapters, plan.adapters.scaling)
         pretrained.write_checkpoint(plan.args.run_dir / FINAL_DIR, hf, weights, source=plan.source, media=media)
 
 

@@ -62,8 +62,8 @@ def merge_adapter(adapter: Path, out: Path, *, model: str | None = None) -> Path
     check_out(out, adapter, source)
     pretrained.read_shape(source)
     hf = pretrained.load_model(source, dtype="auto", attn_implementation=SDPA)
-    own = {name: weight.detach() for name, weight in hf.named_parameters()}
-    weights = merge_weights(own, adapter_weights, config["lora_alpha"] / config["r"])
+    weights = {name: weight.detach() for name, weight in hf.named_parameters()}
+    merge_weights(weights, adapter_weights, config["lora_alpha"] / config["r"])
     pretrained.write_checkpoint(out, hf, weights, source=source)
     for path in sorted(adapter.glob("*processor_config.json")):  # of a run: they say how its shards were made
         shutil.copyfile(path, out / path.name)
