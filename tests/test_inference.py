@@ -105,6 +105,7 @@ def final(folder: Path, index: ShardIndex, tiny_checkpoint: Path) -> Path:
     weights = {name: parameter.detach() for name, parameter in hf.named_parameters()}
     media = shard_media(index.manifests)
     pretrained.write_checkpoint(folder / "run" / "final", hf, weights, source=tiny_checkpoint, media=media)
+    (folder / "run" / "adapter").mkdir()
     return folder / "run" / "final"
 
 
@@ -116,7 +117,7 @@ def test_a_model_that_knows_the_answers_gives_them_exactly_and_shows_them_beside
     final: Path, shards: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "answers.html"
-    command = ("--model", final, "--shards", shards, "--html", page)
+    command = ("--model", final, "--shards", shards, "--html", page, "--limit", 10**30)
     done = subprocess.run(
         [sys.executable, "-m", "train.generate", *map(str, command)], cwd=REPOSITORY, capture_output=True, text=True
     )
@@ -184,6 +185,11 @@ def prompt_of(sample: Packed) -> torch.Tensor:
     [
         ({"--shards": "nothing"}, 1, "nothing"),
         ({"--model": "run"}, 2, r"--model \S+run holds no model \(config.json is missing\)\. Give \S+run/final\."),
+        (
+            {"--model": "run/adapter"},
+            2,
+            r"--model \S+run/adapter holds no model \(config.json is missing\)\. Give \S+run/final\.",
+        ),
         ({"--model": "shards"}, 2, r"--model \S+shards holds no model \(config.json is missing\)\. Give the final/"),
         ({"--model": "missing"}, 2, r"--model \S+missing is not a folder"),
         ({"--limit": "0"}, 2, "'--limit': 0 is not in the range x>=1"),

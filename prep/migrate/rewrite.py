@@ -275,7 +275,14 @@ def _settle_batch(migration: Migration) -> None:
         return
     batch, accumulation = entries
     of_ranks = " x ".join(factor for factor in ranks if factor != "1") or "1"
-    batch.why = f"{batch.value} samples x {accumulation.value} forward passes x {of_ranks} ranks"
+    batch.why = " x ".join(
+        f"{count} {noun if count == '1' else plural}"
+        for count, noun, plural in (
+            (batch.value, "sample", "samples"),
+            (accumulation.value, "forward pass", "forward passes"),
+            (of_ranks, "rank", "ranks"),
+        )
+    )
     batch.name, batch.value = "samples_per_step", samples
     accumulation.drop("")
     accumulation.counted_in = f"--samples_per_step {samples}"

@@ -224,7 +224,7 @@ def test_any_step_of_ten_million_bins_is_computed_directly() -> None:
         ({"global_batch": 0}, "global batch is 0"),
         ({"epochs": 0.0}, "number of epochs is 0"),
         ({"epochs": math.inf}, "number of epochs is inf"),
-        ({"global_batch": 10**9}, "1000000000 bins are drawn at a time, .* Lower"),
+        ({"global_batch": 10**9}, "1000000000 bins are drawn at a time, .* Lower --samples_per_step"),
         ({"grouping": Grouping(steps=10**12, runs=1)}, "2000000000000 bins are drawn at a time, 2 for each step"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,8 @@ def main(model: str, shards: str, limit: int, max_new_tokens: int, html: Path | 
                 click.echo(line)
         click.echo(summarise(answers))
         if html is not None:
-            html.write_text(render_page(answers, title=f"{model} on {shards}", summary=summarise(answers)))
+            page = render_page(answers, title=f"{model} on {shards}", summary=summarise(answers))
+            html.write_text(page, encoding="utf-8")
             click.echo(f"page: {html}")
     except VlprepError as error:
         click.echo(f"error: {error}", err=True)
@@ -90,7 +92,7 @@ def generate(
     pretrained.check_fingerprints(source, index.manifests[0].fingerprints, shards=shards)
     answerer = Answerer(source, max_new_tokens=max_new_tokens)
     num_answers = 0
-    for answer in itertools.islice(answerer.answer_shards(index), limit):
+    for answer in itertools.islice(answerer.answer_shards(index), min(limit, sys.maxsize)):
         num_answers += 1
         yield answer
     if not num_answers:
@@ -105,8 +107,9 @@ def find_model(model: str) -> Path:
     """
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        final = folder / FINAL_DIR
-        remedy = f"Give {final}." if (final / "config.json").is_file() else f"Give the {FINAL_DIR}/ of a finished run."
+        finals = (folder / FINAL_DIR, folder.parent / FINAL_DIR)  # of a run, or beside its adapter and checkpoints
+        final = next((final for final in finals if (final / "config.json").is_file()), None)
+        remedy = f"Give the {FINAL_DIR}/ of a finished run." if final is None else f"Give {final}."
         raise ConfigError(f"--model {folder} holds no model (config.json is missing). {remedy}")
     source = pretrained.find_checkpoint(model, flag="--model")
     pretrained.read_shape(source)

@@ -97,7 +97,7 @@ class DataOrder:
         if window > _MAX_WINDOW:
             raise ConfigError(
                 f"{window} bins are drawn at a time, {self.global_batch} for each step of a window; allowed: up to "
-                f"{_MAX_WINDOW}. Lower group_steps or the global batch."
+                f"{_MAX_WINDOW}. Lower --samples_per_step, the bins of a step, or --group_steps."
             )
         if self.epochs is not None and not (0 < self.epochs < math.inf):
             raise ConfigError(f"number of epochs is {self.epochs}; allowed: a positive number.")
