@@ -55,6 +55,12 @@ def test_every_contender_has_all_figures_that_a_cpu_can_give(output: str) -> Non
     assert len(re.findall(r"^bar: ", output, flags=re.MULTILINE)) == 2
 
 
+def test_data_of_an_earlier_run_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    done = CliRunner().invoke(main, ["--smoke", "--folder", str(tmp_path)])
+    assert done.exit_code == 1 and done.output.endswith("is not empty: give another one\n")
+
+
 @pytest.mark.slow
 def test_all_contenders_compute_the_same_loss(output: str) -> None:
     """Packed, padded and flattened; they differ by roundings in bfloat16."""

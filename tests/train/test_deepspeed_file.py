@@ -82,6 +82,21 @@ def test_gradients_travel_in_large_buckets(name: str, hidden_size: int, num_trai
     assert done["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
+@pytest.mark.parametrize("size", [0, 1, 2, 4, 8, 64])
+def test_a_second_copy_of_the_weights_is_kept_by_equal_groups_of_ranks(size: int) -> None:
+    config = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}
+    assert complete(config)["zero_optimization"]["zero_hpz_partition_size"] == size
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "message"),
+    [(3, 3, "is 3, which does not divide the 8 ranks"), (2, 4, "4 has no effect at stage 2")],
+)
+def test_a_second_copy_that_cannot_be_kept_is_an_error(stage: int, size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"zero_hpz_partition_size {message}"):
+        complete({"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}})
+
+
 def test_the_throughput_timer_of_deepspeed_never_synchronizes_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's own timer, as its engine makes it: on by default, off in a completed file."""
     calls: list[str] = []

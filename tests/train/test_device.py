@@ -30,6 +30,12 @@ def half_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
 
+@pytest.fixture(autouse=True)
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU that some tests name is not asked what it can do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -122,6 +128,16 @@ def test_half_precision_on_a_gpu_is_what_every_fused_attention_needs(name: str) 
     for device, dtype in ((CPU, BF16), (GPU, FP32)):
         with pytest.raises(ConfigError, match="needs a GPU and bfloat16 or float16"):
             choose_attention(arguments("--attn_implementation", name), device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_gpu_older_than_ampere_runs_sdpa_only(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    pretend_flash_attn(monkeypatch, True)
+    assert choose_attention(arguments(), GPU, dtype) == "sdpa"
+    for name in ("varlen", "flash_attention_2"):
+        with pytest.raises(ConfigError, match=rf"{name} needs a GPU since Ampere .* use sdpa here"):
+            choose_attention(arguments("--attn_implementation", name), GPU, dtype)
 
 
 def test_varlen_attention_needs_no_package() -> None:

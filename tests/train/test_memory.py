@@ -151,6 +151,13 @@ def test_each_stage_partitions_what_zero_says(tiny_checkpoint: Path) -> None:
     assert held[3] == pytest.approx((2 + 4 + 12) / 64 * total, rel=1e-6)
 
 
+def test_a_second_copy_of_the_weights_has_no_more_parts_than_there_are_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "hpz.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}))
+    assert sharding(str(path), torch.bfloat16, world=2).secondary_ranks == 2
+    assert sharding(str(path), torch.bfloat16, world=16).secondary_ranks == 8
+
+
 def run_cli(*flags: str) -> str:
     done = CliRunner().invoke(main, flags)
     assert done.exit_code == 0, done.output

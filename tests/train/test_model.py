@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from demo.tiny_model import tiny_config
 from schemas.bins import Bin
-from schemas.errors import VlprepError
+from schemas.errors import ConfigError, VlprepError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD
 from tests.train.synthetic import Sample, make_medium, make_sample
 from train.batches.batch import MicroBatch, build_micro_batch
@@ -204,6 +204,14 @@ def test_attention_that_transformers_does_not_accept_is_an_error(
     monkeypatch.setattr(hf.model.language_model, "set_attn_implementation", lambda name: None)
     with pytest.raises(VlprepError, match="did not accept the attention that isolates packed samples"):
         PackedQwen(hf, attn_implementation="sdpa")
+
+
+def test_varlen_attention_refuses_a_model_with_dropout(
+    hf: Qwen2_5_VLForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf.model.language_model.config, "attention_dropout", 0.1)
+    with pytest.raises(ConfigError, match=r"attention_dropout 0\.1, which varlen attention does not have: use .* sdpa"):
+        PackedQwen(hf, attn_implementation=VARLEN)
 
 
 def test_attention_by_sample_applies_dropout() -> None:

@@ -159,7 +159,7 @@ def test_the_number_of_steps_follows_from_steps_or_epochs(
     assert steps == num_steps
 
 
-def test_a_sliding_window_requires_flash_attention(
+def test_a_sliding_window_is_beyond_sdpa(
     flags: list[str],
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -180,7 +180,7 @@ def test_a_sliding_window_requires_flash_attention(
     write(True)
     code, line = only_error(flags, capsys)
     assert code == 2
-    assert "a sliding window of 64 tokens, which needs --attn_implementation flash_attention_2: install" in line
+    assert "a sliding window of 64 tokens, which --attn_implementation sdpa cannot compute: use varlen or flash" in line
     args = parse_arguments(flags)
     assert sizes_of(config, args) == sizes_of(read_config(tiny_checkpoint), args)
     monkeypatch.setattr("train.run.plan.choose_attention", lambda *_: FLASH_ATTENTION)

@@ -81,7 +81,7 @@ class Sharding:
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", 1e5)),
             max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
-            secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
+            secondary_ranks=min(world, int(zero.get("zero_hpz_partition_size", 1))),
             is_fused=is_fused,
         )
 

@@ -39,7 +39,8 @@ FLASH_VARLEN = "flash_varlen"
 to implementations with "flash" in their name."""
 
 AMPERE = (8, 0)
-"""Lowest compute capability with a flash-attention kernel in SDPA, which supports grouped-query attention."""
+"""Lowest compute capability with flash-attention kernels: those of SDPA, which support grouped-query attention, and all
+others."""
 
 
 def check_window(window: int | None, attn_implementation: str) -> None:
@@ -54,9 +55,9 @@ def check_window(window: int | None, attn_implementation: str) -> None:
     """
     if window is not None and attn_implementation == SDPA:
         raise ConfigError(
-            f"the checkpoint uses a sliding window of {window} tokens, which needs --attn_implementation "
-            f"{FLASH_ATTENTION}: install flash-attn, or set use_sliding_window to false in its config.json, as in the "
-            "official checkpoints."
+            f"the checkpoint uses a sliding window of {window} tokens, which --attn_implementation {SDPA} cannot "
+            f"compute: use {VARLEN} or {FLASH_ATTENTION} on a GPU, or set use_sliding_window to false in its "
+            "config.json, as in the official checkpoints."
         )
 
 
@@ -175,11 +176,17 @@ def isolate_samples(hf: Qwen2_5_VLForConditionalGeneration, attn_implementation:
     """Give the model the attention of an implementation that confines it to samples, windows and frames.
 
     Raises:
+        ConfigError: the model has dropout in its attention, and the implementation has none.
         VlprepError: transformers did not accept it; it would only warn, and samples would attend to one another.
     """
     assert attn_implementation in IMPLEMENTATIONS, attn_implementation
     language_model, visual = hf.model.language_model, hf.model.visual
     if attn_implementation == VARLEN:
+        if (dropout := language_model.config.attention_dropout) > 0:
+            raise ConfigError(
+                f"the checkpoint has attention_dropout {dropout}, which {VARLEN} attention does not have: use "
+                f"--attn_implementation {SDPA}, or set it to 0 in its config.json, as in the official checkpoints."
+            )
         # The public setters refuse names that transformers does not know, except with a hub kernel.
         for config in (language_model.config, visual.config):
             config._attn_implementation_internal = FLASH_VARLEN

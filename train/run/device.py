@@ -9,7 +9,7 @@ import torch
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from schemas.errors import ConfigError
-from train.model.attention import FLASH_ATTENTION, SDPA, VARLEN
+from train.model.attention import AMPERE, FLASH_ATTENTION, SDPA, VARLEN
 from train.run.process_group import Ranks
 from train.settings.arguments import TrainArguments
 from train.settings.deepspeed_file import AUTO, contradiction, section
@@ -66,13 +66,14 @@ def set_tf32(args: TrainArguments) -> None:
 def choose_attention(args: TrainArguments, device: torch.device, dtype: torch.dtype) -> str:
     """The attention of ``--attn_implementation``.
 
-    ``auto`` is, on a GPU in half precision, flash-attn 2 where it works, else torch's variable-length attention;
-    elsewhere SDPA.
+    ``auto`` is, on a GPU since Ampere in half precision, flash-attn 2 where it works, else torch's variable-length
+    attention; elsewhere SDPA, as none of the other kernels runs there.
 
     Raises:
         ConfigError: the flag requests an implementation that cannot run here.
     """
-    is_possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    is_half_on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    is_possible = is_half_on_gpu and torch.cuda.get_device_capability(device) >= AMPERE
     name = args.attn_implementation
     if name == "auto":
         if not is_possible:
@@ -81,7 +82,8 @@ def choose_attention(args: TrainArguments, device: torch.device, dtype: torch.dt
     if name == SDPA:
         return name
     if not is_possible:
-        raise ConfigError(f"--attn_implementation {name} needs a GPU and bfloat16 or float16: use sdpa here.")
+        since = "since Ampere (compute capability 8.0)" if is_half_on_gpu else "and bfloat16 or float16"
+        raise ConfigError(f"--attn_implementation {name} needs a GPU {since}: use sdpa here.")
     if name != VARLEN and (problem := flash_problem(name)) is not None:
         raise ConfigError(f"--attn_implementation {name} cannot run: {problem}. {VARLEN} needs no package.")
     return name

@@ -224,6 +224,7 @@ def complete_config(
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
     if "offload_optimizer" in zero:
         complete.setdefault("zero_force_ds_cpu_optimizer", False)
+    _check_secondary(zero, args.deepspeed, world)
     if (open_key := _find_auto(complete)) is not None:
         raise ConfigError(f'--deepspeed {args.deepspeed}: {open_key} is "auto", which no flag decides: write a value.')
     return complete
@@ -276,6 +277,23 @@ def _apply_flags(config: dict[str, Any], args: TrainArguments, batch: Batch | No
         if config.get(key, AUTO) not in (AUTO, value):
             raise contradiction(args.deepspeed, key, config[key], flag, value)
         config[key] = value
+
+
+def _check_secondary(zero: Mapping[str, Any], path: str, world: int) -> None:
+    """Check the groups that hold a second copy of the weights, which DeepSpeed creates after loading them."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size == AUTO or int(size) <= 1:
+        return
+    if zero["stage"] != 3:
+        raise ConfigError(
+            f"--deepspeed {path}: zero_optimization.zero_hpz_partition_size {size} has no effect at stage "
+            f"{zero['stage']}: remove it, or use stage 3."
+        )
+    if world % min(int(size), world):
+        raise ConfigError(
+            f"--deepspeed {path}: zero_optimization.zero_hpz_partition_size is {size}, which does not divide the "
+            f"{world} ranks: give the GPUs of a machine."
+        )
 
 
 def _check_with_classes(config: Mapping[str, Any], path: str) -> None:

@@ -198,9 +198,15 @@ class Benchmark:
 
 @click.command(name="python -m tests.benchmarks.gpu")
 @click.option("--smoke", is_flag=True, help="Run everything on a tiny model, in seconds.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder with tokenizer files.  [default: made]")
 @click.option(
-    "--folder", type=click.Path(path_type=Path), help="Where data are written.  [default: a temporary folder]"
+    "--checkpoint",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder with tokenizer files.  [default: made]",
+)
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Empty folder where data are written.  [default: a temporary folder]",
 )
 def main(smoke: bool, checkpoint: Path | None, folder: Path | None) -> None:
     """Compare training steps on a GPU with those of the upstream trainer."""
@@ -208,6 +214,8 @@ def main(smoke: bool, checkpoint: Path | None, folder: Path | None) -> None:
     has_gpu = torch.cuda.is_available()
     if not (smoke or has_gpu):
         raise click.ClickException("there is no GPU here: --smoke runs a tiny model on the CPU")
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise click.ClickException(f"--folder {folder} is not empty: give another one")
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
     click.echo(describe_machine("torch", "transformers", "numpy", "pillow"))
     click.echo(f"device: {torch.cuda.get_device_name(device) if has_gpu else 'CPU: its figures mean nothing'}")
