@@ -47,6 +47,10 @@ NO_EFFECT = {
     "logging_first_step": "the first step is always logged",
     "disable_tqdm": _SCREEN,
     "log_level": _SCREEN,
+    "log_level_replica": _SCREEN,
+    "log_on_each_node": _SCREEN,
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "skip_memory_metrics": "metrics.jsonl has the memory of each logged step",
     "trust_remote_code": "no code of a checkpoint is run",
 }
 """Flags that have no effect here with any value, and why."""

@@ -162,6 +162,8 @@ def _layers(value: str) -> str:
     return comma_list(value)
 
 
+_EVALUATE = trained("eval_strategy", unless({"no"}, "no evaluation is the default", one_of("steps", "epoch")))
+_PRECISION = trained("bf16", _dtype)
 _RESUME = trained("resume", lambda value: {"true": "auto", "": "auto", "false": "none"}.get(value.lower(), value))
 
 COMMON: dict[str, Rule] = {
@@ -175,7 +177,9 @@ COMMON: dict[str, Rule] = {
     "cache_dir": unneeded("it is the cache of the Hub there; set HF_HOME"),
     "dataloader_num_workers": trained("dataloader_num_workers", at_least(1), "threads, not processes"),
     "deepspeed": trained("deepspeed", deepspeed_file),
-    "eval_strategy": trained("eval_strategy", unless({"no"}, "no evaluation is the default", one_of("steps", "epoch"))),
+    "dtype": _PRECISION,
+    "eval_strategy": _EVALUATE,
+    "evaluation_strategy": _EVALUATE,
     "gradient_accumulation_steps": trained("gradient_accumulation_steps", _steps),
     "local_rank": unneeded("the launcher sets it"),
     "logging_steps": trained("logging_steps", at_least(1)),
@@ -189,7 +193,7 @@ COMMON: dict[str, Rule] = {
     "resume_from_checkpoint": _RESUME,
     "save_steps": trained("save_steps", _save_steps),
     "save_strategy": trained("save_steps", _save_strategy),
-    "torch_dtype": trained("bf16", _dtype),
+    "torch_dtype": _PRECISION,
     "warmup_steps": trained("warmup_steps", unless({"0"}, "--warmup_ratio says how long the rates rise")),
 }
 """Flags of the trainer, under the names of transformers, and those of transformers that are none here."""
@@ -312,7 +316,6 @@ LLAMA_FACTORY = Tool(
         "freeze_vision_tower": trained("tune_mm_vision", negated),
         "image_max_pixels": built("max_pixels", at_least(784)),
         "image_min_pixels": built("min_pixels", at_least(784)),
-        "include_num_input_tokens_seen": unneeded("tokens are always counted"),
         "lora_target": trained("lora_target_modules", _layers),
         "mask_history": unneeded_with({"false"}, "all answers are trained"),
         "max_samples": impossible("take a share instead, such as name%10, in DATASETS"),

@@ -528,6 +528,14 @@ def test_the_warm_up_is_a_share_or_a_number_of_steps(words: str, expected: tuple
     assert (args.warmup_ratio, args.warmup_steps) == expected
 
 
+def test_older_and_newer_names_of_transformers_are_known() -> None:
+    migration = rewrite(read_words(["--evaluation_strategy", "no", "--dtype", "bfloat16", "--tune_mm_llm", "True"]))
+    assert migration.value("train", "bf16") == "True"
+    lines = [entry.line() for entry in migration.entries]
+    assert "--evaluation_strategy no  has no effect here: no evaluation is the default" in lines
+    assert not [entry for entry in migration.entries if entry.is_left]
+
+
 def test_the_last_value_of_a_repeated_flag_counts() -> None:
     migration = rewrite(read_words(["--learning_rate", "1e-5", "--learning_rate", "2e-5", "--tune_mm_llm", "True"]))
     assert migration.train_words().count("--learning_rate") == 1

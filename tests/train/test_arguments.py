@@ -188,6 +188,7 @@ def test_all_mistakes_of_a_command_are_listed_at_once(tmp_path: Path) -> None:
     ("written", "expected", "note"),
     [
         ("--data_flatten True", {}, "--data_flatten has no effect here: bins are always packed"),
+        ("--evaluation_strategy no", {"eval_strategy": "no"}, "--evaluation_strategy is --eval_strategy no here."),
         ("--data_packing False", {}, "--data_packing has no effect here: bins are always packed"),
         ("--save_strategy steps", {}, "--save_strategy has no effect here: --save_steps says how often to save"),
         ("--save-strategy=steps", {}, "--save-strategy has no effect here: --save_steps says how often to save"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from schemas.foreign_flags import AT_BUILD, NO_EFFECT, NO_EFFECT_WITH
 
-RENAMED = {"lora_rank": "lora_r", "resume_from_checkpoint": "resume"}
+RENAMED = {"evaluation_strategy": "eval_strategy", "lora_rank": "lora_r", "resume_from_checkpoint": "resume"}
 RESUME_VALUES = {"true": "auto", "": "auto", "false": "none"}
 DTYPES = {
     "bfloat16": ("bf16", "True"),
