@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -277,11 +278,14 @@ def _read_yaml(text: str, path: str, launch: Launch) -> None:
     import yaml
 
     try:
-        values = yaml.safe_load(text)
+        values, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number out of bounds
         raise ScriptError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ScriptError(f"{path} holds no settings: lines such as `learning_rate: 1.0e-4` are expected.")
+    for key, count in Counter(node.value for node, _ in root.value).items():
+        if count > 1:
+            launch.not_understood.append(f"{key} in {path}, which is there {count} times: the last one was read")
     for key, value in values.items():
         if value is None:  # a known flag has its default
             if str(key) not in launch.tool.rules:

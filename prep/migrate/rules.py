@@ -168,6 +168,8 @@ def reporter(value: str) -> str:
     known = [name for name in names if name in ("tensorboard", "wandb", "none")]
     if not known:
         raise NotHere("metrics go to metrics.jsonl, and to tensorboard or wandb with --report_to")
+    if len(set(known)) > 1:
+        raise NotHere("a run here reports to one of tensorboard and wandb: choose with --report_to")
     return known[0]
 
 

@@ -552,6 +552,11 @@ def test_the_last_value_of_a_repeated_flag_counts() -> None:
         ("finetuning_type: freeze", "finetuning_type: freeze: allowed here: lora (--lora_enable), full"),
         ("quantization_bit: 4", "quantization_bit: 4: not a known flag of LLaMA-Factory"),
         ("eval_steps: [[1]]", "eval_steps in odd.yaml, a table or a nested list"),
+        ("eval_steps: 5\neval_steps: 7", "eval_steps in odd.yaml, which is there 2 times: the last one was read"),
+        (
+            "report_to: [tensorboard, wandb]",
+            "report_to: tensorboard,wandb: a run here reports to one of tensorboard and wandb: choose with --report_to",
+        ),
         ("galore_rank:", "galore_rank: null: not a known flag of LLaMA-Factory"),
         ("dataset:", "no dataset is named: give DATASETS to vlprep build"),
     ],
