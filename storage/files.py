@@ -13,6 +13,9 @@ from pathlib import Path
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 """Errors of the operating system for lack of space, or of permission to write."""
 
+NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
+"""Errors of ``flock`` on file systems without locks (Lustre without ``-o flock``, FUSE)."""
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:

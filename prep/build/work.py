@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -39,8 +40,10 @@ from prep.build.output import FolderOutput, Output, open_output
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, decode_manifest, encode_manifest
 from storage.errors import StorageError
-from storage.files import write_synced
+from storage.files import NO_LOCKS, write_synced
 from storage.urls import Location, location_key
+
+logger = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"bins-\d{5,}\.tar")
 _TEMPORARY = re.compile(r"\.(bins-\d{5,}\.tar|manifest\.json|build_metrics\.json|mark)(\.[0-9a-f]{16})?\.tmp")
@@ -96,6 +99,15 @@ class WorkFolder:
                 raise VlprepError(
                     f"{self.output} is being built by {holder}. Wait until it is done, stop it, or give another --out."
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise ConfigError(f"{self._root} cannot be locked: {error.strerror}. Give another.") from error
+                logger.warning(
+                    "the file system of %s has no locks (%s): make sure that no other build writes to %s",
+                    self._root,
+                    error.strerror,
+                    self.output,
+                )
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             self._remove_temporary_files()

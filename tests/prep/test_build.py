@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -300,6 +302,30 @@ def test_a_second_build_into_the_same_folder_names_the_process_that_locks_it(
     with WorkFolder(tmp_path / "out").locked(), pytest.raises(VlprepError, match=message):
         build(request, SerialEngine())
     assert build(request, SerialEngine()).counts.num_packed == 24
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with WorkFolder(tmp_path / "out").locked():
+        assert "has no locks" in caplog.text and str(tmp_path / "out") in caplog.text
+
+
+def test_another_failure_to_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with (
+        pytest.raises(ConfigError, match="cannot be locked: Input/output error"),
+        WorkFolder(tmp_path / "out").locked(),
+    ):
+        pass
 
 
 def test_media_that_appear_later_are_found_with_retry_media(

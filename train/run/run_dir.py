@@ -13,7 +13,6 @@ A checkpoint is written as ``checkpoint-N.tmp`` and renamed when all ranks have 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import re
@@ -25,6 +24,7 @@ from typing import IO
 import msgspec
 
 from schemas.errors import ConfigError
+from storage.files import NO_LOCKS
 from train.settings.batch import Aim
 from train.settings.declarations import UNFUSED
 
@@ -101,8 +101,7 @@ def lock_run_dir(run_dir: Path) -> IO[bytes]:
             f"--output_dir {run_dir} is in use by another run: stop it, or give another folder."
         ) from None
     except OSError as error:
-        # Some file systems (Lustre without -o flock, FUSE) have no locks.
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if error.errno not in NO_LOCKS:
             lock.close()
             raise ConfigError(
                 f"--output_dir {run_dir} cannot be locked: {error.strerror}. Give another one."

@@ -204,13 +204,13 @@ class Declarations:
         Setting("Multiply float32 matrices in TF32, on GPUs since Ampere.", unset="as PyTorch is configured"),
     ] = None
     gradient_checkpointing: Annotated[
-        bool, Setting("Recompute activations instead of keeping them: less memory, a fifth slower.")
+        bool, Setting("Recompute activations instead of keeping them: less memory, a second forward pass.")
     ] = True
     use_liger_kernel: Annotated[
         bool, Setting("Compute norms, MLPs and rotary embeddings with Liger kernels. Needs a GPU.")
     ] = False
     torch_compile: Annotated[
-        bool, Setting("Compile layers with torch.compile: slow first steps, then faster. Not with ZeRO-3.")
+        bool, Setting("Compile layers with torch.compile: slow first steps, then fewer kernels. Not with ZeRO-3.")
     ] = False
     attn_implementation: Annotated[
         str,

@@ -18,14 +18,15 @@ Figures: tokens per second without padding, samples per second, model FLOPs by t
 the same bins; and single kernels. Tables appear as they become complete. A contender that runs out of memory is left
 out of the rest of its case. ``--smoke`` runs all of it on a tiny model in seconds, on a CPU too.
 
-What the machine must have: one GPU with 80 GB or more; Python 3.12; 100 GB of memory, 15 GB of it allowed in
-``/dev/shm``, through which worker processes pass pixels; torch 2.11 or newer with CUDA, whose ``varlen_attn`` knows
-``window_size``, ``scale`` and ``enable_gqa``; numpy, pillow, pyarrow, xxhash, fsspec; and what transformers 5.23 asks
-for: tokenizers 0.23.1, huggingface_hub 1.31, safetensors 0.8, regex, pyyaml, packaging, tqdm, typer. It needs no
-flash-attn, no DeepSpeed (one GPU partitions nothing), no accelerate, no peft and no network. Wheels to carry where they
-are missing, 48 MB in all: ``transformers==5.23.0``, ``msgspec``, ``zstandard``, ``click``, ``tenacity``,
-``binpacking``, ``decord2`` (shards record its version; 27 MB), and ``dashscope`` (for the file of the tokenizer; it is
-never imported). Install them with ``--no-deps``. The project itself need not be installed: start in its root.
+What the machine must have: one GPU with 80 GB or more; Python 3.12; 100 GB of memory; ``/dev/shm``
+of 15 GB, or 0.9 GB per core, through which worker processes pass pixels; torch 2.11 or newer with CUDA, whose
+``varlen_attn`` knows ``window_size``, ``scale`` and ``enable_gqa``; numpy, pillow, pyarrow, xxhash, fsspec; and what
+transformers 5.23 asks for: tokenizers 0.23.1, huggingface_hub 1.31, safetensors 0.8, regex, pyyaml, packaging, tqdm,
+typer. It needs no flash-attn, no DeepSpeed (one GPU partitions nothing), no accelerate, no peft and no network. Wheels
+to carry where they are missing, 48 MB in all: ``transformers==5.23.0``, ``msgspec``, ``zstandard``, ``click``,
+``tenacity``, ``binpacking``, ``decord2`` (shards record its version; 27 MB), and ``dashscope`` (for the file of the
+tokenizer; it is never imported). Install them with ``--no-deps``. The project itself need not be installed: start in
+its root.
 """
 
 from __future__ import annotations
