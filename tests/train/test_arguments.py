@@ -134,6 +134,7 @@ def test_a_switch_can_be_written_in_several_ways(written: list[str], expected: b
             "--mm_projector_lr 1e-05 has no effect with --tune_mm_mlp False",
         ),
         ("--tune_mm_llm False --mm_projector_lr 1e-5 --learning_rate 1e-5", "--learning_rate 1e-05 has no effect"),
+        ("--save_in_background --save_steps 0", "--save_in_background has no effect with --save_steps 0: the only"),
         ("--save_steps 2.5", "--save_steps 2.5 is neither a number of steps nor a share of the run below 1."),
         (
             "--lr_scheduler_type constant --warmup_ratio 0.1",

@@ -82,6 +82,8 @@ def _check_evaluation_and_saving(args: Declarations) -> Iterator[str]:
         yield f"--eval_steps {args.eval_steps} has no effect without --eval_strategy steps."
     if args.save_steps > 1 and not float(args.save_steps).is_integer():
         yield f"--save_steps {args.save_steps} is neither a number of steps nor a share of the run below 1."
+    if args.save_in_background and args.save_steps == 0:
+        yield "--save_in_background has no effect with --save_steps 0: the only checkpoint is the last one. Omit it."
 
 
 def _check_computation(args: Declarations) -> Iterator[str]:
