@@ -324,7 +324,9 @@ def test_a_signed_url_is_joined_in_front_of_its_query_and_never_printed(server: 
         open_shards(f"{server.address}/signed/set?X-Amz-Signature=SECRET2")
     with pytest.raises(ConfigError, match=r"names http.*\?\*\*\* twice") as twice:
         open_shards(f"{signed},{signed}")
-    with pytest.raises(storage.StorageError, match=r"bins-0000\d\.tar\?\*\*\*, bin \d+ at offset \d+: no good") as dead:
+    with pytest.raises(
+        storage.StorageError, match=r"bins-0000\d\.tar\?\*\*\*, bin \d+ at offset \d+: no valid response"
+    ) as dead:
         server.die()
         list(stream_of(index))
     assert all("SECRET" not in str(failed.value) for failed in (missing, refused, twice, dead))
