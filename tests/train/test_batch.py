@@ -23,6 +23,7 @@ from train.memory.loads import loads_of_length, loads_of_shards
 from train.model import pretrained
 from train.model.sizes import sizes_of
 from train.order.cli import main as order
+from train.preflight.dry_run import suggest_zero1
 from train.run.loop import open_stream
 from train.run.plan import Compute, Plan, make_plan, plan_batch
 from train.run.record import record_run
@@ -262,6 +263,32 @@ def test_on_a_gpu_a_forward_pass_takes_the_bins_that_its_memory_holds(
     batch = plan_batch(args, plan.recipe, plan.index, config, None, compute=compute, deepspeed=deepspeed, world=world)
     assert (plan.batch.bins, plan.batch.accumulation) == (7, 1)
     assert (batch.bins, batch.per_device, batch.accumulation) == (7, 3, 3)
+
+
+def test_a_dry_run_recommends_zero_1_where_it_saves_exchanges_and_fits(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, world, dtype = parse_arguments(flags), 2, torch.bfloat16
+    real = make_plan(args)
+    sizes = sizes_of(read_config(real.source), args)
+    load = loads_of_shards(real.index, checkpointed=True, dtype=dtype)(1, sizes)
+    zero1 = rank_memory(sizes, args, load, deepspeed=read_deepspeed_config("zero1.json"), world=world, dtype=dtype)
+
+    def suggestion(stage: int = 2, num_passes: int = 3, num_ranks: int = world, *, room: int = 1) -> str | None:
+        device = SimpleNamespace(total_memory=int(zero1.peak() / USABLE) + room)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        plan = SimpleNamespace(
+            args=args,
+            batch=SimpleNamespace(accumulation=num_passes),
+            compute=SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype),
+            deepspeed={"zero_optimization": {"stage": stage}},
+            ranks=SimpleNamespace(world=num_ranks),
+        )
+        return suggest_zero1(plan, sizes, load)  # type: ignore[arg-type]
+
+    assert "exchange gradients once a step, not 3 times" in (suggestion() or "")
+    assert suggestion(room=-2) is None
+    assert suggestion(stage=3) is suggestion(num_passes=1) is suggestion(num_ranks=1) is None
 
 
 def test_a_planned_step_has_the_bins_that_the_trainer_would_choose(flags: list[str]) -> None:

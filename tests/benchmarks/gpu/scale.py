@@ -98,10 +98,10 @@ def official_config(size: str) -> Qwen2_5_VLConfig:
 
 
 def _cases(model: str, short: int, long: int) -> tuple[Case, ...]:
-    return (
-        Case(model=model, max_length=short, trains_vision=False),
-        Case(model=model, max_length=long, trains_vision=False),
-        Case(model=model, max_length=long, trains_vision=True),
+    return tuple(
+        Case(model=model, max_length=length, trains_vision=trains_vision)
+        for length in (short, long)
+        for trains_vision in (False, True)
     )
 
 
