@@ -24,6 +24,8 @@ _INTERRUPTED = 130
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
 """What gloo and NCCL say in ranks that wait for one that has ended."""
 
+REPORT_TIMEOUT_S = 60
+"""Seconds in which the first rank of a machine has started and reported an error that all ranks have."""
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Where torch 2.13 reads the settings of its GPU memory allocator."""
@@ -40,8 +42,12 @@ def main(argv: list[str]) -> int:
     try:
         args = parse_arguments(argv, note=_note if rank == 0 else _ignore)
     except VlprepError as error:
-        # All ranks have the same command line, so one reports for all.
-        return _fail(error) if rank == 0 else error.exit_code
+        # All ranks have the same command line, so one of a machine reports for all. A launcher ends all ranks as soon
+        # as one has ended, so the others leave it the time to report.
+        if int(os.environ.get("LOCAL_RANK", rank)) != 0:
+            time.sleep(REPORT_TIMEOUT_S)
+            return error.exit_code
+        return _fail(error)
     try:
         # Imports take seconds, so Ctrl-C may come here too.
         _configure_output(is_first=rank == 0)

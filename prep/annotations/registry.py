@@ -267,6 +267,11 @@ class Registry:
                     f"of its own: a.jsonl b.jsonl%50."
                 )
             known = ", ".join(self.tables) or "none"
+            if Path(name).is_dir():
+                raise ConfigError(
+                    f"{name} is a folder, not a dataset registered in {self.path} (registered: {known}). Give an "
+                    f"annotation file, such as {name}/data.jsonl."
+                )
             raise ConfigError(
                 f"dataset {name!r} is not registered in {self.path}; registered: {known}. Add a table [{name}] with "
                 "annotation_path and media_root, or give the path of an annotation file."

@@ -250,7 +250,10 @@ def test_validate_distinguishes_a_dataset_from_a_folder_of_the_same_name(
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     assert "29 annotations: 26 valid, 3 rejected" in run("validate", "mine", "--workers", 1).stdout
-    for wrong, part in [("other", "'other' is not registered"), (tmp_path / "mine", "is not a regular file")]:
+    for wrong, part in [
+        ("other", "other is a folder, not a dataset registered in"),
+        (tmp_path / "mine", "is not a regular file"),
+    ]:
         result = run("validate", wrong, "--workers", 1)
         assert (result.exit_code, part in result.stderr) == (2, True)
 

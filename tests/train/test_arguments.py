@@ -11,7 +11,7 @@ import pytest
 
 import train
 from schemas.errors import ConfigError
-from train.main import main
+from train.main import REPORT_TIMEOUT_S, main
 from train.settings.arguments import TrainArguments
 from train.settings.flags import FIELDS, parse_arguments
 
@@ -220,20 +220,25 @@ def test_flags_of_other_trainers_are_taken_with_a_note(written: str, expected: d
     assert note in notes[0]
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_first_rank_prints_notes_and_all_errors(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str
+@pytest.mark.parametrize(("rank", "local_rank"), [("0", "0"), ("1", "1"), ("8", "0")])
+def test_the_first_rank_of_a_machine_prints_all_errors_and_the_others_wait_for_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, local_rank: str
 ) -> None:
+    """Launchers end all ranks when one ends: it must not be one that says nothing. Notes come from the first rank."""
+    waits: list[float] = []
+    monkeypatch.setattr("train.main.time.sleep", waits.append)
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert main([*SHARDS, "--data_flatten", "True", "--frobnicate", "--max_steps", "0"]) == 2
-    expected = """\
-note: --data_flatten has no effect here: bins are always packed, and their samples isolated.
+    note = "note: --data_flatten has no effect here: bins are always packed, and their samples isolated.\n"
+    errors = """\
 error: 2 problems:
   - unknown flag --frobnicate; --help lists the flags.
   - --max_steps is 0; allowed: 1 or more.
 """
-    assert capsys.readouterr().err == (expected if rank == "0" else "")
+    assert capsys.readouterr().err == note * (rank == "0") + errors * (local_rank == "0")
+    assert waits == ([] if local_rank == "0" else [REPORT_TIMEOUT_S])
 
 
 def test_a_file_of_flags_takes_those_of_other_trainers_too(tmp_path: Path) -> None:

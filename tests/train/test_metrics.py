@@ -340,6 +340,23 @@ def test_wandb_gets_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
+@pytest.mark.slow
+def test_wandb_without_a_login_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    import wandb
+
+    wandb.teardown()  # forgets the settings of earlier runs
+    args = TrainArguments(shards="shards", output_dir=tmp_path, report_to="wandb")
+    with (
+        pytest.raises(ConfigError, match=r"--report_to wandb: .*Run `wandb login`, or set WANDB_MODE=offline"),
+        open_log(args, is_first=True, start_step=0, num_steps=1),
+    ):
+        pass
+
+
 def test_log_lines_do_not_run_into_the_progress_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,8 +99,21 @@ def test_the_slowest_rank_is_named_with_the_bins_of_its_longest_step() -> None:
     dealt = deal(order, 3, 7)[:, 1]
     own_times = [OwnTime(1.0, 6), OwnTime(3.0, 7), OwnTime(1.5, 7)]
     slowest = find_slowest(own_times, partial(deal, order, 3))
-    assert slowest == Slowest(rank=1, own_s=3.0, median_s=1.5, step=8, bins=tuple(dealt[dealt != EMPTY].tolist()))
+    bins = tuple(dealt[dealt != EMPTY].tolist())
+    # 11 bins on 3 ranks: 4, 4 and 3
+    assert slowest == Slowest(rank=1, own_s=3.0, median_s=1.5, step=8, bins=bins, median_bins=4)
     assert slowest.is_worth_logging(7.4) and not slowest.is_worth_logging(7.6)
+
+
+def test_a_rank_that_was_dealt_more_bins_is_not_slow() -> None:
+    """3 bins on 2 ranks."""
+    order = DataOrder(np.ones(40), seed=0, global_batch=3)
+    busy = int((deal(order, 2, 7)[:, 1] != EMPTY).sum() == 2)
+    own_times = [OwnTime(1.0 + 2.0 * (rank == busy), 7) for rank in range(2)]
+    slowest = find_slowest(own_times, partial(deal, order, 2))
+    assert slowest is not None
+    assert (slowest.rank, len(slowest.bins), slowest.median_bins) == (busy, 2, 1)
+    assert not slowest.is_worth_logging(3.0)
 
 
 @pytest.mark.parametrize("own_times", [[OwnTime(1.0, 6)], [OwnTime(1.0, 6), OwnTime(math.nan, -1)]])

@@ -377,7 +377,12 @@ class _WeightsAndBiases:
         import wandb
 
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-        self._run = wandb.init(name=args.name, dir=str(args.run_dir), config=settings)
+        try:
+            self._run = wandb.init(name=args.name, dir=str(args.run_dir), config=settings)
+        except wandb.Error as error:
+            raise ConfigError(
+                f"--report_to wandb: {str(error).splitlines()[0]} Run `wandb login`, or set WANDB_MODE=offline."
+            ) from error
 
     def write(self, record: Record) -> None:
         self._run.log(grouped(record), step=record["step"], commit=True)

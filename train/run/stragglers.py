@@ -102,6 +102,7 @@ class Slowest:
         median_s: that of the median rank.
         step: the step, counted from 1, that took it longest.
         bins: its bins in that step.
+        median_bins: how many the median rank has in that step.
     """
 
     rank: int
@@ -109,10 +110,11 @@ class Slowest:
     median_s: float
     step: int
     bins: tuple[int, ...]
+    median_bins: int
 
     def is_worth_logging(self, step_s: float) -> bool:
-        """Whether the other ranks lose much of a step of ``step_s`` seconds to this one."""
-        return self.own_s - self.median_s > WORTH_TELLING * step_s
+        """Whether the other ranks lose much of a step of ``step_s`` seconds to this one, which has no more bins."""
+        return len(self.bins) <= self.median_bins and self.own_s - self.median_s > WORTH_TELLING * step_s
 
     def __str__(self) -> str:
         return (
@@ -135,12 +137,14 @@ def find_slowest(own_times: Sequence[OwnTime], deal: Callable[[int], NDArray[np.
         return None
     rank = int(np.argmax([own.mean_s for own in own_times]))
     slow = own_times[rank]
-    # (A, W, P) -> (A, P) with empty positions -> (K,)
-    dealt = deal(slow.longest_step)[:, rank]
+    # (A, W, P), with empty positions
+    dealt = deal(slow.longest_step)
+    own_bins = dealt[:, rank]
     return Slowest(
         rank=rank,
         own_s=slow.mean_s,
         median_s=statistics.median_low(own.mean_s for own in own_times),
         step=slow.longest_step + 1,
-        bins=tuple(dealt[dealt != EMPTY].tolist()),
+        bins=tuple(own_bins[own_bins != EMPTY].tolist()),
+        median_bins=statistics.median_low((dealt != EMPTY).sum(axis=(0, 2)).tolist()),
     )
