@@ -49,7 +49,7 @@ check: $(ENVIRONMENT) ## format, lint, types, import rules
 	$(BIN)/lint-imports
 
 # A worker runs all tests of a file, so that those which share a run do not wait for one another.
-PYTEST := $(BIN)/pytest -q -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(ENVIRONMENT) ## all tests (TESTS=tests/prep: some)
 	$(PYTEST) $(TESTS)

@@ -7,9 +7,11 @@ forked ranks cannot show: ranks whose sets and dictionaries hash differently, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -182,11 +184,12 @@ def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def free_port() -> int:
-    """A free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A free port of this machine, below those that it gives to connections of other tests."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
