@@ -24,6 +24,7 @@ from schemas.bins import Bin
 from schemas.errors import ConfigError, VlprepError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD
 from tests.train.synthetic import Sample, make_medium, make_sample
+from tests.train.varlen_on_cpu import attend_in_parts
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.model import attention, optim
 from train.model.attention import BY_SAMPLE, FLASH_ATTENTION, SDPA, VARLEN, attend_by_sample
@@ -409,36 +410,17 @@ def test_flash_attention_gets_the_boundaries_of_samples_and_media(
     }
 
 
-def attend_in_parts(calls: list[tuple[int, int]]) -> Any:
-    """SDPA part by part behind the signature of torch's variable-length kernel, which exists on GPUs only."""
+def noting_attention(calls: list[tuple[int, int]]) -> Any:
+    """SDPA part by part, which checks and notes how the variable-length kernel is called."""
 
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seq_q: torch.Tensor,
-        cu_seq_k: torch.Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float,
-        window_size: tuple[int, int],
-        enable_gqa: bool,
-    ) -> torch.Tensor:
+    def attend(*arguments: Any, window_size: tuple[int, int], **options: Any) -> torch.Tensor:
+        query, _, _, cu_seq_q, cu_seq_k, max_q, max_k = arguments
         assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32
         lengths = cu_seq_q.diff().tolist()
         assert type(max_q) is int and max_q == max_k == max(lengths)
         assert window_size in ((-1, 0), (-1, -1))
         calls.append((query.shape[0], len(lengths)))
-        # (L, heads, D) -> per part (1, heads, length, D)
-        parts = zip(*(states.transpose(0, 1)[None].split(lengths, dim=2) for states in (query, key, value)))
-        outputs = [
-            functional.scaled_dot_product_attention(
-                *part, is_causal=window_size == (-1, 0), scale=scale, enable_gqa=enable_gqa
-            )
-            for part in parts
-        ]
-        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)[0]
+        return attend_in_parts(*arguments, window_size=window_size, **options)
 
     return attend
 
@@ -448,7 +430,7 @@ def test_varlen_attention_has_the_loss_and_gradients_of_sdpa_by_sample(
 ) -> None:
     batch = micro_batch(*samples_of_all_kinds())
     calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(attention, "varlen_attn", attend_in_parts(calls))
+    monkeypatch.setattr(attention, "varlen_attn", noting_attention(calls))
     results = []
     for name in (SDPA, VARLEN):
         hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)

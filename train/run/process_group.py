@@ -99,7 +99,7 @@ def joined(device: torch.device) -> Iterator[None]:
     join(device)
     try:
         yield
-    except BaseException:
+    except BaseException:  # whatever ends this rank, the others must not wait for it
         if torch.distributed.is_initialized():
             with suppress(DistError):  # the store has ended with the first rank
                 store, world = _get_default_store(), torch.distributed.get_world_size()
