@@ -47,8 +47,8 @@ class Page:
         draw = ImageDraw.Draw(image)
         draw.text((_MARGIN, 14), self.title, fill=INK, font=font(_TITLE_SIZE))
         draw.line((_MARGIN, _TOP - 8, self.width - _MARGIN, _TOP - 8), fill=INK)
-        number = f"Page {self.number}"
-        draw.text((self.width / 2, self.height - 8), number, fill=INK, font=font(_TEXT_SIZE), anchor="mb")
+        footer = f"Page {self.number}"
+        draw.text((self.width / 2, self.height - 8), footer, fill=INK, font=font(_TEXT_SIZE), anchor="mb")
         for i, line in enumerate(textwrap.wrap(" ".join(self.sentences), self.width // 8)):
             draw.text((_MARGIN, _TOP + i * _LINE_HEIGHT), line, fill=INK, font=font(_TEXT_SIZE))
         return image

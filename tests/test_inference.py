@@ -144,10 +144,10 @@ def test_an_untrained_model_has_no_exact_match_and_its_answers_are_cut_off(tiny_
 
 def test_each_trained_answer_of_a_chat_is_a_question_after_all_that_precedes_it(final: Path, index: ShardIndex) -> None:
     answers = list(Answerer(final).answer_shards(index))
-    wanted: dict[str | None, list[str]] = {}
+    answers_of: dict[str | None, list[str]] = {}
     for answer in answers:
-        wanted.setdefault(answer.question.sample.id, []).append(answer.question.wanted)
-    assert wanted == WANTED
+        answers_of.setdefault(answer.question.sample.id, []).append(answer.question.wanted)
+    assert answers_of == WANTED
     texts = {answer.question.text for answer in answers if answer.question.sample.id == "chat"}
     assert texts == {"Count.", "And back?"}
 

@@ -46,10 +46,10 @@ def multiply(*factors: str) -> str | None:
     """The product of counts: a number, or arithmetic of the shell; None if a factor is neither."""
     if not all(factor.isdigit() or is_left_to_shell(factor) for factor in factors):
         return None
-    number = math.prod(int(factor) for factor in factors if factor.isdigit())
-    left = [factor for factor in factors if not factor.isdigit()]
-    if not left:
-        return str(number)
-    if number == 1 and len(left) == 1:
-        return left[0]
-    return f"$(({'*'.join([*([] if number == 1 else [str(number)]), *left])}))"
+    product = math.prod(int(factor) for factor in factors if factor.isdigit())
+    expressions = [factor for factor in factors if not factor.isdigit()]
+    if not expressions:
+        return str(product)
+    if product == 1 and len(expressions) == 1:
+        return expressions[0]
+    return f"$(({'*'.join([*([] if product == 1 else [str(product)]), *expressions])}))"

@@ -57,14 +57,14 @@ def min_bins(sizes: NDArray[np.int64], capacity: int) -> int:
     return int(num_large + (-(-(small - room) // capacity)).max(initial=0))
 
 
-def largest_first(left: Counts) -> list[int]:
+def largest_first(remaining: Counts) -> list[int]:
     """Sizes in descending order: those that are hard to place go first."""
-    return sorted(left, reverse=True)
+    return sorted(remaining, reverse=True)
 
 
-def most_frequent_first(left: Counts) -> list[int]:
+def most_frequent_first(remaining: Counts) -> list[int]:
     """Sizes by descending frequency: if no sample is large, rare sizes are more useful to complete bins."""
-    return sorted(left, key=lambda size: (-left[size], -size))
+    return sorted(remaining, key=lambda size: (-remaining[size], -size))
 
 
 def minimum_bin_slack(
@@ -81,25 +81,25 @@ def minimum_bin_slack(
         (N,) int64 bin numbers from 0 without gaps; samples of equal size keep their order.
     """
     distinct, counts = np.unique(sizes, return_counts=True)
-    left: Counts = dict(zip(distinct.tolist(), counts.tolist()))
-    runs: dict[int, list[Run]] = {size: [] for size in reversed(left)}
+    remaining: Counts = dict(zip(distinct.tolist(), counts.tolist()))
+    runs: dict[int, list[Run]] = {size: [] for size in reversed(remaining)}
     num_bins = 0
-    while left:
-        pattern = _pattern(left, preferred(left), capacity)
-        times = min(left[size] // count for size, count in pattern.items())
+    while remaining:
+        pattern = _pattern(remaining, preferred(remaining), capacity)
+        times = min(remaining[size] // count for size, count in pattern.items())
         for size, count in pattern.items():
             runs[size].append((num_bins, times, count))
-            left[size] -= times * count
-            if not left[size]:
-                del left[size]
+            remaining[size] -= times * count
+            if not remaining[size]:
+                del remaining[size]
         num_bins += times
     return spread(sizes, [run for of_size in runs.values() for run in of_size])
 
 
-def _pattern(left: Counts, order: Sequence[int], capacity: int) -> Counts:
+def _pattern(remaining: Counts, order: Sequence[int], capacity: int) -> Counts:
     """The fullest bin that begins with the first size: size -> count of samples."""
     first, room = order[0], capacity - order[0]
-    fitting = [(size, left[size] - (size == first)) for size in order if size <= room]
+    fitting = [(size, remaining[size] - (size == first)) for size in order if size <= room]
     chosen = _subset_sum(fitting[:_FEW], room)
     if len(fitting) > _FEW and sum(size * count for size, count in chosen.items()) < room:
         chosen = _subset_sum(fitting, room)

@@ -163,11 +163,11 @@ def main() -> None:
         f"checkpoint: {size_of(engine) / 1e9:.2f} GB, ZeRO-{args.stage}, {args.ranks} ranks, {2 * num_layers} tensors",
     ]
     outs = {name: folder / f"universal-{index}" for index, name in enumerate(CONTENDERS)}
-    for number in range(args.rounds):
+    for turn in range(args.rounds):
         for name, convert_to in CONTENDERS.items():
             seconds, processor, peak = measure(convert_to, engine, outs[name])
             lines.append(
-                f"round {number}: {name}: {seconds:.1f} s, processor {processor:.1f} s, peak disk {peak / 1e9:.2f} GB"
+                f"round {turn}: {name}: {seconds:.1f} s, processor {processor:.1f} s, peak disk {peak / 1e9:.2f} GB"
             )
     differing = differing_files(*reversed(outs.values()))
     lines.append(f"parameters whose files differ: {len(differing)}")

@@ -44,7 +44,7 @@ def output(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 @pytest.mark.slow
 def test_every_contender_has_all_figures_that_a_cpu_can_give(output: str) -> None:
     lines = output.splitlines()
-    head = next(number for number, line in enumerate(lines) if line.split("  ")[-1].strip() == COLUMNS[-1])
+    head = next(row for row, line in enumerate(lines) if line.split("  ")[-1].strip() == COLUMNS[-1])
     for name, line in zip(CONTENDERS, lines[head + 1 :]):
         assert line.startswith(name)
         cells = dict(zip(COLUMNS[1:], re.split(r" {2,}", line.removeprefix(name).strip())))

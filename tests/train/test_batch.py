@@ -95,14 +95,14 @@ def test_a_step_has_as_few_and_as_equal_forward_passes_as_the_budget_allows(bins
 
 
 def test_the_budget_of_a_device_is_what_fits_and_a_flag_overrides_it() -> None:
-    asked: list[int] = []
+    limits: list[int] = []
 
     def fitting(most: int) -> int:
-        asked.append(most)
+        limits.append(most)
         return 3
 
     assert batch_of(fitting=fitting).per_device == 3
-    assert asked == [3]
+    assert limits == [3]
     assert batch_of("--max_tokens_per_forward", "16384", fitting=fitting).per_device == 2
     assert batch_of().per_device == 2  # 16k on a CPU
     with pytest.raises(ConfigError, match="--max_tokens_per_forward 8191 is less than the largest bin has, 8192"):

@@ -37,16 +37,16 @@ def _check_what_is_trained(args: Declarations) -> Iterator[str]:
 
 
 def _check_batch(args: Declarations) -> Iterator[str]:
-    given = [
+    bins_flags = [
         f"--{name} {value}"
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
         if (value := getattr(args, name)) is not None
     ]
     for name in ("samples_per_step", "max_tokens_per_forward"):
         value = getattr(args, name)
-        if given and value is not None:
+        if bins_flags and value is not None:
             yield (
-                f"--{name} {value} has no effect with {' and '.join(given)}, which count{'s' * (len(given) == 1)} "
+                f"--{name} {value} has no effect with {' and '.join(bins_flags)}, which count{'s' * (len(bins_flags) == 1)} "
                 "the bins of a step: leave one of them out."
             )
 
