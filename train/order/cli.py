@@ -9,7 +9,8 @@ Cost: that of :mod:`train.order.explain` or :mod:`train.order.simulate`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
+from schemas.setting import setting_fields
 from train.order.dealing import DataOrder
 from train.order.explain import explain_step
 from train.order.run_order import order_of_run
@@ -27,6 +29,17 @@ from train.settings.record import read_record
 from train.shards.index import ShardIndex, open_shards
 
 _PLANNED = "Without --run: "
+
+
+def _run_setting(name: str, flag: str, *, unset: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Option of a planned run that is a setting of the trainer: type, help and bounds are those of its declaration.
+
+    ``unset`` says what applies without the option where that differs from the trainer.
+    """
+    field = setting_fields(TrainArguments)[name]
+    if unset:
+        field = replace(field, setting=replace(field.setting, unset=unset))
+    return click.option(flag, name, type=field.kind, help=_PLANNED + field.help_text())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,20 +62,16 @@ class ShownOrder:
 @click.option("--step", type=click.IntRange(min=0), help="Print this step, counted from 0.")
 @click.option("--simulate", "simulated", is_flag=True, help="Summarize many steps instead of printing a step.")
 @click.option("--global-batch", type=click.IntRange(min=1), help=_PLANNED + "bins of a step over all ranks.")
-@click.option(
-    "--samples-per-step",
-    type=click.IntRange(min=1),
-    help=_PLANNED + "samples of a step, instead of --global-batch. The trainer chooses as many bins.",
-)
+@_run_setting("samples_per_step", "--samples-per-step", unset="--global-batch bins")
 @click.option("--world-size", type=click.IntRange(min=1), help=_PLANNED + "number of ranks.")
 @click.option(
     "--accumulation",
     type=click.IntRange(min=1),
     help=_PLANNED + "micro-steps of a step.  [default: as many as give each rank one bin in a micro-step]",
 )
-@click.option("--seed", type=int, help=_PLANNED + "seed.  [default: 0]")
-@click.option("--epochs", "num_train_epochs", type=float, help=_PLANNED + "number of epochs.  [default: no end]")
-@click.option("--group-steps", type=int, help=_PLANNED + "window of steps.  [default: 1]")
+@_run_setting("seed", "--seed")
+@_run_setting("num_train_epochs", "--epochs", unset="no end")
+@_run_setting("group_steps", "--group-steps")
 @click.option(
     "--model_name_or_path",
     "--model",

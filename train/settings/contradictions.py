@@ -45,9 +45,10 @@ def _check_batch(args: Declarations) -> Iterator[str]:
     for name in ("samples_per_step", "max_tokens_per_forward"):
         value = getattr(args, name)
         if bins_flags and value is not None:
+            verb = "counts" if len(bins_flags) == 1 else "count"
             yield (
-                f"--{name} {value} has no effect with {' and '.join(bins_flags)}, which count{'s' * (len(bins_flags) == 1)} "
-                "the bins of a step: leave one of them out."
+                f"--{name} {value} has no effect with {' and '.join(bins_flags)}, which {verb} the bins of a step: "
+                "leave one of them out."
             )
 
 
