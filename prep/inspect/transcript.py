@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -148,4 +149,10 @@ def _from_files(files: ModelFiles, model: str, manifest: Manifest) -> Transcribe
             f"--model {model} has a different tokenizer (fingerprint {fingerprint}) than the one that made the shards "
             f"({expected}). Pass the --model that `vlprep build` used."
         )
-    return Transcriber(Tokenizer.from_file(str(files.tokenizer)))
+    return Transcriber(_decoder(files.tokenizer, fingerprint))
+
+
+@lru_cache(maxsize=1)
+def _decoder(path: Path, fingerprint: str) -> Tokenizer:
+    """Load the tokenizer in ``path`` with this fingerprint."""
+    return Tokenizer.from_file(str(path))

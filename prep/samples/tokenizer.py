@@ -15,16 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import tokenizers
 from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
 
 from schemas.checkpoints import PROCESSOR_FILES, TOKENIZER_FILE, image_processor, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
-from schemas.qwen import CONTROL_TOKENS, MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, tokenizer_fingerprint
+from schemas.qwen import (
+    CONTROL_TOKENS,
+    MERGE_SIZE,
+    PATCH_SIZE,
+    TEMPORAL_PATCH_SIZE,
+    AddedToken,
+    parse_tokenizer,
+    tokenizer_fingerprint,
+)
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+_EMPTY_MODEL: dict[str, Any] = {"type": "BPE", "vocab": {}, "merges": []}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,29 +131,53 @@ def read_fingerprints(files: ModelFiles) -> Fingerprints:
     )
 
 
+class _BpeOptions(msgspec.Struct):
+    """The settings of a ``model`` in ``tokenizer.json``, by the names that ``tokenizers`` gives them."""
+
+    dropout: float | None = None
+    unk_token: str | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+    fuse_unk: bool | None = None
+    byte_fallback: bool | None = None
+    ignore_merges: bool | None = None
+
+
 class TextTokenizer:
     """Encodes everything as ordinary text. It has no control tokens, so text that spells one stays text."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
-        # The merges, which are most of the file, stay undecoded.
+        parsed = parse_tokenizer(tokenizer_json)
+        ordinary = [token for token in parsed.added_tokens if token.content not in CONTROL_TOKENS]
         content = msgspec.json.decode(tokenizer_json, type=dict[str, msgspec.Raw])
-        model = msgspec.json.decode(content["model"], type=dict[str, msgspec.Raw])
-        vocabulary = msgspec.json.decode(model["vocab"], type=dict[str, int])
-        added = msgspec.json.decode(content["added_tokens"], type=list[dict[str, Any]])
-        ordinary = [token for token in added if token["content"] not in CONTROL_TOKENS]
-        # Added tokens that are not in the vocabulary would get new ids, from those of the control tokens on.
-        vocabulary.update({token["content"]: token["id"] for token in ordinary})
-        changed = {
-            **content,
-            "added_tokens": ordinary,
-            "post_processor": None,
-            "model": {**model, "vocab": vocabulary},
-        }
-        self._tokenizer = Tokenizer.from_str(msgspec.json.encode(changed).decode())
+        options = msgspec.json.decode(content["model"], type=_BpeOptions)
+        # The vocabulary enters as Python objects: writing it into JSON for `tokenizers` to parse takes twice as long.
+        shell: dict[str, Any] = {**content, "added_tokens": [], "post_processor": None, "model": _EMPTY_MODEL}
+        self._tokenizer = Tokenizer.from_str(msgspec.json.encode(shell).decode())
+        self._tokenizer.model = BPE(
+            # Added tokens that are not in the vocabulary would get new ids, from those of the control tokens on.
+            vocab={**parsed.model.vocab, **{token.content: token.id for token in ordinary}},
+            merges=[_pair(merge) for merge in parsed.model.merges],
+            **{name: value for name, value in msgspec.structs.asdict(options).items() if value is not None},
+        )
+        self._tokenizer.add_tokens([_added(token) for token in ordinary])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encodings (ids and character offsets) of many texts at once."""
         return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+
+def _pair(merge: str | tuple[str, str]) -> tuple[str, str]:
+    if isinstance(merge, tuple):
+        return merge
+    left, right = merge.split(" ")
+    return left, right
+
+
+def _added(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        **{name: value for name, value in msgspec.structs.asdict(token).items() if name != "id"}
+    )
 
 
 @lru_cache(maxsize=2)
