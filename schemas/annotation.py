@@ -52,12 +52,25 @@ class Problem(msgspec.Struct, frozen=True):
     message: str
 
 
-class SampleRef(msgspec.Struct, frozen=True):
+class SampleBox(msgspec.Struct, frozen=True):
+    """A box or point of a sample that its text does not show as one, or not with its image.
+
+    ``image`` counts the images of the sample from 0. ``numbers`` are ``[x1, y1, x2, y2]``, or ``[x, y]`` for a point,
+    in pixels of the stored image.
+    """
+
+    image: int
+    numbers: list[int | float]
+
+
+class SampleRef(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where a sample of a bin comes from, as ``samples.json`` stores it.
 
     ``record`` counts the annotations of the dataset from 0, over all its files; ``id`` is the annotation's own, if any.
+    ``boxes`` is left out if it is empty.
     """
 
     dataset: str
     record: int
     id: str | None
+    boxes: list[SampleBox] = []

@@ -74,6 +74,7 @@ class Shape:
         image: index (from 0) of the image that the text names, or None.
         excerpt: how it reads, for messages.
         path: JSON path of its text, for messages.
+        is_evident: whether the text alone shows that it is a shape, and of which image.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -82,6 +83,7 @@ class Shape:
     image: int | None = None
     excerpt: str
     path: str = ""
+    is_evident: bool = True
 
 
 class BoxError(ValueError):
@@ -147,6 +149,13 @@ def rewrite(text: str, shapes: Sequence[Shape], sizes: Sequence[ImageSize], coor
         pieces += (text[position:start], str(_scale(value, axis % 2, size, coordinates)))
         position = end
     return "".join((*pieces, text[position:]))
+
+
+def stored_numbers(shape: Shape, size: ImageSize, coordinates: str) -> list[int | float]:
+    """The numbers of a shape as the text has them after :func:`rewrite`: pixels of the resized image."""
+    if coordinates == "resized":
+        return [value.numerator if value.denominator == 1 else float(value) for value in shape.values]
+    return [_scale(value, axis % 2, size, coordinates) for axis, value in enumerate(shape.values)]
 
 
 def check(shape: Shape, sizes: Sequence[ImageSize], coordinates: str) -> None:

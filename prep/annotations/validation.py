@@ -198,27 +198,34 @@ def _with_shapes(
     Returns:
         The annotation with them, and the first one if nothing says what their coordinates are.
     """
+    reads_text = coordinates != "off"
     coordinates = annotation.coordinates or coordinates
     if coordinates == "off":
         return msgspec.structs.replace(annotation, shapes={}, coordinates=coordinates), None
     shapes: dict[int, tuple[Shape, ...]] = {}
-    faults: list[tuple[str, str]] = []
+    is_single = len(annotation.images) == 1
+    faults: list[tuple[ReasonCode, str]] = []
     excerpts: list[str] = []
     for index, turn in enumerate(annotation.turns):
         path = places.value_of(index)
         in_text, wrong = find_shapes(turn.value, is_answer=turn.role in ("gpt", "text"))
-        in_turn = tuple(replace(shape, path=path) for shape in _merged(annotation.shapes.get(index, ()), in_text))
+        beside = annotation.shapes.get(index, ())
+        evident = {shape.spans for shape in in_text if reads_text and (shape.image is not None or is_single)}
+        in_turn = tuple(
+            replace(shape, path=path, is_evident=shape.spans in evident) for shape in _merged(beside, in_text)
+        )
         if in_turn:
             shapes[index] = in_turn
-        faults += [(path, message) for message in wrong]
+        faults += [(ReasonCode.BAD_BOX, f"{path}: {message}") for message in wrong]
+        faults += [(ReasonCode.AMBIGUOUS_BOX, f"{path}: {text}") for text in _contradictions(beside, in_text)]
         excerpts += [*(shape.excerpt for shape in in_turn[:1]), *wrong[:1], *_tokens_excerpt(turn.value)]
     num_shapes = sum(map(len, shapes.values()))
     if coordinates is None and num_shapes and num_shapes == annotation.num_shapes:
         # Boxes of ``objects`` are pixels by default. Other boxes have no default.
         coordinates = "pixels"
     if coordinates is not None:
-        for path, message in faults:
-            fail(ReasonCode.BAD_BOX, f"{path}: {message}")
+        for code, message in faults:
+            fail(code, message)
         for in_turn in shapes.values():
             for shape in in_turn:
                 _check_image(shape, len(annotation.images), fail)
@@ -232,6 +239,17 @@ def _tokens_excerpt(text: str) -> list[str]:
     return [] if not has_grounding_tokens(text) else [text.strip()[:60]]
 
 
+def _contradictions(beside: Sequence[Shape], in_text: Sequence[Shape]) -> Iterator[str]:
+    """What is wrong with shapes beside the text that are in one image by ``image_id`` and in another by the text."""
+    images = {shape.spans: shape.image for shape in in_text if shape.image is not None}
+    for shape in beside:
+        if shape.image is not None and images.get(shape.spans, shape.image) != shape.image:
+            yield (
+                f"{shape.excerpt} is in image {shape.image} by $.objects.image_id, and in image "
+                f"{images[shape.spans]} by the text around it; name one of them"
+            )
+
+
 def _merged(beside: Sequence[Shape], in_text: Sequence[Shape]) -> tuple[Shape, ...]:
     """The shapes that a record gives beside its text and those in its text, each once.
 
@@ -239,8 +257,8 @@ def _merged(beside: Sequence[Shape], in_text: Sequence[Shape]) -> tuple[Shape, .
     """
     images = {shape.spans: shape.image for shape in in_text}
     spans = {shape.spans for shape in beside}
-    named = [replace(shape, image=images.get(shape.spans)) if shape.image is None else shape for shape in beside]
-    return (*named, *(shape for shape in in_text if shape.spans not in spans))
+    placed = [replace(shape, image=images.get(shape.spans)) if shape.image is None else shape for shape in beside]
+    return (*placed, *(shape for shape in in_text if shape.spans not in spans))
 
 
 def _check_image(shape: Shape, num_images: int, fail: Callable[[ReasonCode, str], None]) -> None:

@@ -26,11 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.samples.sample import Measured
-from schemas.annotation import Problem, ReasonCode
+from schemas.annotation import Problem, ReasonCode, SampleBox
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from storage.files import naming, temporary_path
 
-PART_VERSION = 6
+PART_VERSION = 7
 """Part of every key. Increase it when parts of an older version must not be reused."""
 
 PART_SCHEMA = pa.schema(
@@ -88,11 +88,15 @@ class ScannedPart:
 
 
 class StoredSample(msgspec.Struct, frozen=True, array_like=True):
-    """A measured sample as a part stores it, with the index (within the file) and the id of its record."""
+    """A measured sample as a part stores it, with the index (within the file) and the id of its record.
+
+    ``boxes`` are those that its text does not show.
+    """
 
     record: int
     id: str | None
     measured: Measured
+    boxes: list[SampleBox] = []
 
 
 _sample_decoder = msgspec.msgpack.Decoder(StoredSample)

@@ -35,7 +35,7 @@ from prep.build.parts import (
 from prep.media.access import MediaRequest
 from prep.media.caches import ProbeCache
 from prep.media.fetch import open_media
-from prep.samples.grounding import box_problems, follows_resize, in_resized_pixels
+from prep.samples.grounding import box_problems, boxes_beside_text, follows_resize, in_resized_pixels
 from prep.samples.lengths import NO_TARGETS
 from prep.samples.media import Medium, media_requests, probe_media
 from prep.samples.sample import measure, shrink
@@ -224,7 +224,8 @@ def _tokenize_and_measure(
             if not sample.num_targets:
                 rows.reject(row, [NO_TARGETS])
                 continue
-            data = msgspec.msgpack.encode(StoredSample(record, record_id(annotation), sample))
+            boxes = boxes_beside_text(annotation, sample.media)
+            data = msgspec.msgpack.encode(StoredSample(record, record_id(annotation), sample, boxes))
             num_boxes = 0 if annotation.coordinates is None else annotation.num_shapes
             rows.accept(row, sample, num_boxes, samples_file.tell(), len(data))
             samples_file.write(data)

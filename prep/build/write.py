@@ -178,7 +178,8 @@ def _encode_bin(
             outcome.failed[position] = Problem(error.code, error.message)
             mark_stale(part.path)
             continue
-        samples.append((SampleRef(task.names[part.source], part.record_base + stored.record, stored.id), encoded))
+        record = part.record_base + stored.record
+        samples.append((SampleRef(task.names[part.source], record, stored.id, stored.boxes), encoded))
         if encoded.video_backend != stored.measured.video_backend:
             outcome.backends[position] = encoded.video_backend or ""
     return samples

@@ -6,7 +6,7 @@ exactly as the model sees them before normalisation. Cost: reading one bin.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from PIL import Image
 from prep.annotations.boxes import Shape
 from prep.inspect.drawing import draw_shapes, shapes_by_image
 from prep.inspect.transcript import ESCAPED_NOTE, Span, SpanKind, Transcriber, spells_token, visible
+from schemas.annotation import SampleBox
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
@@ -37,12 +38,14 @@ class ShownSample:
         row: its row of the ledger.
         first, last: its tokens in the bin, ``last`` excluded.
         media: index in the bin, grid and media type of its media.
+        boxes: those that its text does not show.
     """
 
     row: LedgerRow
     first: int
     last: int
     media: tuple[tuple[int, Grid, int], ...]
+    boxes: Sequence[SampleBox]
 
 
 def samples_of(shards: ShardSet, bin_: Bin) -> list[ShownSample]:
@@ -51,16 +54,17 @@ def samples_of(shards: ShardSet, bin_: Bin) -> list[ShownSample]:
     Raises:
         ShardError: the bin and the ledger disagree.
     """
-    rows = shards.packed_in(bin_.index)
+    rows, references = shards.packed_in(bin_.index), bin_.samples()
     boundaries = bin_.cu_seqlens.tolist()
     is_pad = np.isin(bin_.input_ids, (IMAGE_PAD, VIDEO_PAD))
     # (M,): first pad token of every medium.
     starts = np.flatnonzero(is_pad & ~np.concatenate([[False], is_pad[:-1]]))
     grids = bin_.grids()
-    if len(rows) != len(boundaries) - 1 or len(starts) != len(grids):
+    if not len(rows) == len(references) == len(boundaries) - 1 or len(starts) != len(grids):
         raise ShardError(
             f"bin {bin_.index} of {shards.folder} has {len(boundaries) - 1} samples and {len(grids)} media, but the "
-            f"ledger has {len(rows)} samples and input_ids {len(starts)} media. Run `vlprep verify` for details."
+            f"ledger has {len(rows)} samples, samples.json {len(references)}, and input_ids {len(starts)} media. Run "
+            "`vlprep verify` for details."
         )
     sample_of = np.searchsorted(bin_.cu_seqlens, starts, side="right") - 1
     return [
@@ -69,8 +73,9 @@ def samples_of(shards: ShardSet, bin_: Bin) -> list[ShownSample]:
             first=first,
             last=last,
             media=tuple((int(index), *grids[index]) for index in np.flatnonzero(sample_of == slot)),
+            boxes=reference.boxes,
         )
-        for slot, (row, first, last) in enumerate(zip(rows, boundaries, boundaries[1:]))
+        for slot, (row, reference, first, last) in enumerate(zip(rows, references, boundaries, boundaries[1:]))
     ]
 
 
@@ -165,13 +170,18 @@ def save_frames(shards: ShardSet, bin_id: int, folder: Path, transcriber: Transc
 def sample_shapes(
     shards: ShardSet, sample: ShownSample, bin_: Bin, transcriber: Transcriber
 ) -> Mapping[int, list[Shape]]:
-    """The boxes and points in the text of a sample by the index of their image in the bin; none without a tokenizer."""
+    """The boxes and points of a sample by the index of their image in the bin.
+
+    Those in its text need a tokenizer, and are left out if the dataset's ``boxes`` are ``off``.
+    """
     images = [medium for medium, _, kind in sample.media if kind == MEDIA_IMAGE]
-    if not images or not transcriber.reads_text:
+    if not images:
         return {}
-    tokens = slice(sample.first, sample.last)
-    spans = transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens])
-    return shapes_by_image(spans, images, sample.row.dataset, shards.manifest)
+    dataset, tokens = sample.row.dataset, slice(sample.first, sample.last)
+    is_off = any(source.dataset == dataset and source.media.boxes == "off" for source in shards.manifest.inputs)
+    reads_text = transcriber.reads_text and not is_off
+    spans = transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens]) if reads_text else ()
+    return shapes_by_image(spans, images, sample.boxes)
 
 
 def as_image(frame: NDArray[np.uint8]) -> Image.Image:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import msgspec
 
 from prep.annotations.annotation import Annotation
-from prep.annotations.boxes import BoxError, ImageSize, check, rewrite
+from prep.annotations.boxes import BoxError, ImageSize, check, rewrite, stored_numbers
 from prep.annotations.problems import Problems
 from prep.samples.media import Medium
-from schemas.annotation import Problem, ReasonCode, Turn
+from schemas.annotation import Problem, ReasonCode, SampleBox, Turn
 from schemas.bins import MEDIA_IMAGE
 from schemas.qwen import PATCH_SIZE
 
@@ -59,6 +59,23 @@ def in_resized_pixels(annotation: Annotation, media: Sequence[Medium]) -> Annota
     for index, shapes in annotation.shapes.items():
         turns[index] = Turn(turns[index].role, rewrite(turns[index].value, shapes, sizes, annotation.coordinates))
     return msgspec.structs.replace(annotation, turns=turns)
+
+
+def boxes_beside_text(annotation: Annotation, media: Sequence[Medium]) -> list[SampleBox]:
+    """The shapes that a reader of the shards would not find in the text, such as ms-swift's plain lists of numbers.
+
+    Args:
+        annotation: as for :func:`in_resized_pixels`.
+        media: likewise; only the order of the images counts.
+    """
+    if annotation.coordinates is None:
+        return []
+    hidden = [shape for shapes in annotation.shapes.values() for shape in shapes if not shape.is_evident]
+    sizes = _sizes(media) if hidden else []
+    return [
+        SampleBox(shape.image or 0, stored_numbers(shape, sizes[shape.image or 0], annotation.coordinates))
+        for shape in hidden
+    ]
 
 
 def _sizes(media: Sequence[Medium]) -> list[ImageSize]:

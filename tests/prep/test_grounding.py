@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import tarfile
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,9 +27,13 @@ from prep.build.pipeline import BuildRequest, build
 from prep.build.summary import build_summary
 from prep.cli import main
 from prep.engines import SerialEngine
+from prep.inspect.verify.bins import BinCheck
+from schemas.bins import Bin
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest
+from schemas.qwen import IM_START, IMAGE_PAD, VISION_END, VISION_START
 from schemas.settings import BOX_COORDINATES, BuildSettings, MediaSettings
+from schemas.tables import StoredBin
 from storage.shard_set import read_manifest
 from tests.guides import blocks, table_rows
 from tests.prep.packed import packed_samples
@@ -131,6 +136,14 @@ CASES = {
         images=("photo.png", "wide.png"),
         fields={"objects": {"bbox": [[0.25, 0, 1, 1]], "bbox_type": "norm1", "image_id": [1]}},
     ),
+    # Nothing in the text says that these lists are boxes, or of which image. [1, 2] is not one.
+    "objects of several images": Case(
+        "<image> and <image>: where, as [x, y] like [1, 2]?",
+        "<bbox> and <bbox>",
+        "[70, 140, 448, 504] and [49, 98]",
+        images=("photo.png", "wide.png"),
+        fields={"objects": {"bbox": [[150, 300, 960, 1080], [50, 100]], "image_id": [1, 0]}},
+    ),
     "objects by default": Case(
         "<image>?",
         "<bbox>",
@@ -210,12 +223,80 @@ def test_the_manifest_records_the_coordinates_and_counts_the_boxes(built: Path) 
     assert {dataset.dataset: dataset.media.boxes for dataset in manifest.inputs} == {
         name: name for name in ("pixels", "norm1", "norm1000", "resized", "off")
     }
-    # photo, turned, wide and tokens have one, several images, page and objects two, question and objects in shares one.
-    counts = {"pixels": 4 + 3 * 2 + 2, "norm1": 1, "norm1000": 2, "resized": 1, "off": 0}
+    # photo, turned, wide and tokens have one, question and objects in shares one, the others two.
+    counts = {"pixels": 4 + 2 + 4 * 2, "norm1": 1, "norm1000": 2, "resized": 1, "off": 0}
     assert {dataset.dataset: dataset.num_boxes for dataset in manifest.statistics} == counts
     assert b"num_boxes" not in msgspec.json.encode(manifest.statistics[-1])
     summary = build_summary(manifest, built / "out")
-    assert "9 image; 12 boxes and points; tokens" in summary and "1 image; 1 box or point; tokens" in summary
+    assert "10 image; 14 boxes and points; tokens" in summary and "1 image; 1 box or point; tokens" in summary
+
+
+def stored_references(folder: Path) -> dict[str, str]:
+    """The entries of ``samples.json`` by id, as they are written."""
+    entries: dict[str, str] = {}
+    for shard in sorted(folder.glob("bins-*.tar")):
+        with tarfile.open(shard) as tar:
+            for name in tar.getnames():
+                if name.endswith(".samples.json"):
+                    text = tar.extractfile(name).read().decode()  # type: ignore[union-attr]
+                    pieces = text[1:-1].replace('},{"dataset"', '}\n{"dataset"').split("\n")
+                    entries |= {json.loads(piece)["id"]: piece for piece in pieces}
+    return entries
+
+
+def test_samples_json_has_the_boxes_that_the_text_does_not_show_and_no_others(built: Path) -> None:
+    """Every other entry has the bytes that it had before there were such boxes."""
+    beside = {
+        "objects": '[{"image":0,"numbers":[98,196,294,392]},{"image":0,"numbers":[0,49]}]',
+        "objects in shares": '[{"image":1,"numbers":[224,0,896,504]}]',
+        "objects of several images": '[{"image":1,"numbers":[70,140,448,504]},{"image":0,"numbers":[49,98]}]',
+        "objects by default": '[{"image":0,"numbers":[147,196,588,392]}]',
+    }
+    records = {
+        name: (boxes, index)
+        for boxes in BOX_COORDINATES
+        for index, name in enumerate(name for name, case in CASES.items() if case.boxes == boxes)
+    }
+    assert stored_references(built / "out") == {
+        name: f'{{"dataset":"{dataset}","record":{record},"id":"{name}"'
+        + (f',"boxes":{beside[name]}}}' if name in beside else "}")
+        for name, (dataset, record) in records.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        {"image": 2, "numbers": [1, 2]},
+        {"image": -1, "numbers": [1, 2]},
+        {"image": 0, "numbers": [1, 2, 3]},
+        {"image": 0, "numbers": [590, 2]},
+        {"image": 1, "numbers": [5, 5, 4, 6]},
+    ],
+)
+def test_verify_finds_a_box_beside_the_text_that_cannot_be_right(box: dict[str, Any]) -> None:
+    ids = np.asarray([IM_START, *[VISION_START, IMAGE_PAD, VISION_END] * 2], dtype=np.int32)
+    good = [{"image": 1, "numbers": [0, 0, 28, 29]}, {"image": 0, "numbers": [588.5, 27.5]}]
+    found = []
+    for boxes in (good, [*good, box]):
+        sample = {"dataset": "d", "record": 0, "id": None, "boxes": boxes}
+        bin_ = Bin(
+            index=0,
+            input_ids=ids,
+            labels=ids,
+            position_ids=np.zeros((3, ids.size), dtype=np.int32),
+            cu_seqlens=np.asarray([0, ids.size], dtype=np.int32),
+            grid_thw=np.asarray([[1, 2, 42], [1, 2, 2]], dtype=np.int32),
+            media_type=np.zeros(2, dtype=np.uint8),
+            pixels=np.zeros(0, dtype=np.uint8),
+            codec="raw",
+            samples_json=json.dumps([sample], separators=(",", ":")).encode(),
+        )
+        row = msgspec.convert(dict.fromkeys(StoredBin.__struct_fields__, 0), StoredBin)
+        check = BinCheck(bin_, row, None, BuildSettings())
+        found.append([finding.text for finding in check.findings() if "samples.json" in finding.text])
+    assert found[0] == [] and len(found[1]) == 1
+    assert f"in image {box['image']} of sample 0, which has 2 images" in found[1][0]
 
 
 def test_verify_accepts_tokens_of_boxes_and_text_without_a_template(built: Path, tiny_checkpoint: Path) -> None:
@@ -231,10 +312,14 @@ def test_show_draws_boxes_and_points_onto_copies_of_the_stored_images(
     built: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     write_images(tmp_path)
-    names = ["several images", "question", "page", "objects by default", "only text"]
-    for name in names:
-        boxes = CASES[name].boxes
-        write_records(tmp_path / "a.jsonl", [CASES[name].record(name)])
+    names = ["several images", "question", "page", "objects by default", "objects of several images", "only text"]
+    cases = {name: CASES[name] for name in names}
+    # The record says what its boxes are, whatever the dataset says.
+    own = {"objects": {"bbox": [[0.25, 0.5, 1, 1]], "bbox_type": "norm1"}}
+    cases["objects where boxes are off"] = Case("<image>?", '{"bbox_2d": <bbox>}', "", boxes="off", fields=own)
+    for name, case in cases.items():
+        boxes = case.boxes
+        write_records(tmp_path / "a.jsonl", [case.record(name)])
         (tmp_path / "datasets.toml").write_text(
             f'[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\nboxes = "{boxes}"\n'
         )
@@ -258,15 +343,18 @@ def test_show_draws_boxes_and_points_onto_copies_of_the_stored_images(
     # A disc around 49, 98.
     assert (49, 98) in lines("question", 0) and all(abs(x - 49) + abs(y - 98) < 12 for x, y in lines("question", 0))
     assert {(98, 196), (98, 300), (200, 196), (294, 300), (588 // 2, 0)} <= lines("page", 0)
-    # A list without a key is a box where a dataset has boxes and the sample one image.
-    assert {(147, 196), (147, 300), (300, 196), (300, 391)} <= lines("objects by default", 0)
+    for name in ("objects by default", "objects where boxes are off"):
+        assert {(147, 196), (147, 300), (300, 196), (300, 391)} <= lines(name, 0)
+    first, second = lines("objects of several images", 0), lines("objects of several images", 1)
+    assert (49, 98) in first and all(abs(x - 49) + abs(y - 98) < 12 for x, y in first)
+    assert {(70, 140), (70, 300), (300, 140), (448, 300)} <= second and (1, 2) not in second and (49, 98) not in second
     assert not list((tmp_path / "only text" / "png").glob("*-boxes.png"))
 
 
 def test_the_report_draws_boxes_and_counts_them(built: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert vlprep("report", built / "out", "--out", tmp_path / "a.html", "--model", tiny_checkpoint).exit_code == 0
     page = (tmp_path / "a.html").read_text()
-    assert "9 image; 12 boxes and points" in page
+    assert "10 image; 14 boxes and points" in page
     thumbnails = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
         for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
@@ -316,6 +404,13 @@ def test_boxes_in_the_text_of_a_record_with_objects_have_no_default() -> None:
     further = json.dumps({**answered("<bbox>", question=f"<image>Not {BOX}?"), **objects}).encode()
     assert parse_record(further).undeclared == BOX[1:-1]
     assert parse_record(further, coordinates="norm1000").undeclared is None
+
+
+def test_a_box_in_one_image_by_its_number_and_in_another_by_its_text_is_ambiguous() -> None:
+    case = Case("<image><image>?", '{"bbox_2d": <bbox>, "image_id": 1}', "", images=("photo.png", "wide.png"))
+    for image, codes in ((1, []), (0, ["ambiguous_box"])):
+        record = {**case.record("x"), "objects": {"bbox": [[1, 2, 3, 4]], "image_id": [image]}}
+        assert [problem.code for problem in parse_record(json.dumps(record).encode()).problems] == codes
 
 
 @pytest.mark.parametrize("text", ["<|object_ref_start|>cat<|object_ref_end|>", "<|box_start|>(1,2)<|box_end|>"])
@@ -385,10 +480,15 @@ def test_shrunk_media_have_boxes_of_their_final_size(
     """600x400 in a bin of 128 tokens: the text has the size that is stored, and its length is that of the bin."""
     write_images(tmp_path)
     answer = json.dumps([{"point_2d": [600, 400]}, {"bbox_2d": [150, 100, 300, 200]}])
-    write_records(tmp_path / "a.jsonl", [answered(answer), answered("A cat. " * 20)])
+    objects = {**answered("<bbox>" + " a" * 20), "id": "objects", "objects": {"bbox": [[150, 100, 300, 200]]}}
+    write_records(tmp_path / "a.jsonl", [answered(answer), answered("A cat. " * 20), objects])
     (tmp_path / "datasets.toml").write_text('[a]\nannotation_path = "a.jsonl"\nmedia_root = "."\nboxes = "pixels"\n')
     manifest = build_registered(tmp_path, "a", tiny_checkpoint, max_length=128, overlong="shrink")
-    assert manifest.counts.num_packed == 2
+    assert manifest.counts.num_packed == 3
+    (plain,) = packed_samples(tmp_path / "out")["objects"]
+    assert plain.media[0][2].shape[2] < 392
+    ((_, numbers),) = [box.values() for box in json.loads(stored_references(tmp_path / "out")["objects"])["boxes"]]
+    assert tokenizer.decode(plain.input_ids[plain.labels != -100]).startswith(f"{numbers} a")
     (sample,) = packed_samples(tmp_path / "out")[answer]
     ((_, (_, h, w), frames),) = sample.media
     height, width = frames.shape[2:]

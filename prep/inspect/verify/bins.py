@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from prep.inspect.verify.findings import Finding, inconsistent, unreadable
 from prep.inspect.verify.positions import position_problem
 from prep.inspect.verify.statistics import modality
-from schemas.annotation import SampleRef
-from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, Bin
+from schemas.annotation import SampleBox, SampleRef
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, Bin, frame_shape
 from schemas.errors import ShardError
 from schemas.qwen import (
     CONTROL_TOKENS,
@@ -253,6 +253,7 @@ class BinCheck:
         if len(samples) != self._lengths.size:
             num_samples = counted(len(samples), "sample")
             yield f"{SAMPLES_MEMBER} names {num_samples}, cu_seqlens divides the bin into {self._lengths.size}"
+        yield from itertools.islice(self._boxes(samples), _EXAMPLES)
         if self.ledger is None:
             return
         slots = [row.slot for row in self.ledger]
@@ -263,6 +264,19 @@ class BinCheck:
         yield from wrong[:_EXAMPLES]
         if len(wrong) > _EXAMPLES:
             yield f"differences from samples.parquet in {counted(len(wrong) - _EXAMPLES, 'more sample')}"
+
+    def _boxes(self, samples: Sequence[SampleRef]) -> Iterator[str]:
+        """Compare the boxes of ``samples.json`` with the images of their samples."""
+        if len(self._runs) != len(self._grid_list):
+            return
+        for sample, (first, last) in enumerate(itertools.pairwise(self._first_media)):
+            grids = [grid for grid, kind in self._grid_list[first:last] if kind == MEDIA_IMAGE]
+            for box in samples[sample].boxes if sample < len(samples) else ():
+                if not _fits(box, grids):
+                    yield (
+                        f"{SAMPLES_MEMBER} has {_shortened(box.numbers)} in image {box.image} of sample {sample}, "
+                        f"which has {counted(len(grids), 'image')}; a box has 4 numbers inside one of them, a point 2"
+                    )
 
     def _sample_problem(self, reference: SampleRef, row: LedgerRow) -> str | None:
         """Recompute what ``samples.parquet`` says about a sample. Returns the differences, or None."""
@@ -285,5 +299,15 @@ class BinCheck:
         return f"samples.parquet says of sample {row.slot}: {'; '.join(wrong)}" if wrong else None
 
 
-def _shortened(numbers: Sequence[int]) -> str:
+def _fits(box: SampleBox, grids: Sequence[Grid]) -> bool:
+    """Whether a box or point is inside one of the images, or at most one pixel outside, with its corners in order."""
+    numbers = box.numbers
+    if not 0 <= box.image < len(grids) or len(numbers) not in (2, 4):
+        return False
+    _, height, width = frame_shape(grids[box.image])
+    is_inside = all(-1 <= x <= width + 1 for x in numbers[::2]) and all(-1 <= y <= height + 1 for y in numbers[1::2])
+    return is_inside and (len(numbers) == 2 or (numbers[0] <= numbers[2] and numbers[1] <= numbers[3]))
+
+
+def _shortened(numbers: Sequence[float]) -> str:
     return f"{list(numbers[:8])}{'…' if len(numbers) > 8 else ''}"
