@@ -170,12 +170,12 @@ def torchrun(num_ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
     return launch(*torchrun_command(num_ranks, *flags))
 
 
-def deepspeed_command(num_ranks: int, *flags: str) -> tuple[str, ...]:
+def deepspeed_command(num_ranks: int, *flags: str, script: str = "train/main.py") -> tuple[str, ...]:
     """Command that starts ranks on this machine with ``deepspeed``."""
     launcher = (str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port()))
     # On CPUs, unlike GPUs, it starts one rank by default.
     count = () if num_ranks == 1 else ("--num_accelerators", str(num_ranks))
-    return (*launcher, *count, "train/main.py", *flags)
+    return (*launcher, *count, script, *flags)
 
 
 def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:

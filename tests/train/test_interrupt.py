@@ -30,8 +30,9 @@ from tests.train.launching import (
     start_alone,
     torchrun_command,
 )
+from tests.train.pseudo_terminal import CTRL_C, Shell, shell_in_terminal
 from tests.train.synthetic import make_bins, write_shards
-from train.run import loop
+from train.run import loop, terminal
 from train.run.engine import Engine
 from train.run.evaluation import Evaluation
 from train.run.interrupt import (
@@ -165,13 +166,41 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_reports_it
     saved_by_two_ranks(tmp_path)
 
 
-def test_deepspeed_exits_with_the_code_of_its_stopped_ranks(flags: list[str], tmp_path: Path) -> None:
+def keys_go_to_ranks(shell: Shell) -> bool:
+    """Whether the terminal is in the hands of the process that passes Ctrl-C on to the ranks."""
+    with suppress(psutil.Error):
+        return str(terminal.__file__) in psutil.Process(shell.foreground).cmdline()
+    return False
+
+
+def test_ctrl_c_under_deepspeed_saves_and_the_launcher_exits_with_the_code_of_its_ranks(
+    flags: list[str], tmp_path: Path
+) -> None:
     command = deepspeed_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
-    with launched(command, tmp_path) as (launcher, ranks):
-        ranks[1].send_signal(signal.SIGUSR1)
-        _, errors = launcher.communicate(timeout=240)
-    assert launcher.returncode == REQUEUE_EXIT_CODE, errors
-    saved_by_two_ranks(tmp_path)
+    with shell_in_terminal(REPOSITORY, ENVIRONMENT, limit_s=240) as shell:
+        shell.run(*command)
+        shell.wait_until(lambda: has_logged(tmp_path) and keys_go_to_ranks(shell))
+        shell.type(CTRL_C)
+        shell.wait_for("SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n")
+        saved = shell.wait_for(r"checkpoint saved at step (\d+)/1000; rerun the same command to resume\n")
+        shell.wait_for(f"exit code: {REQUEUE_EXIT_CODE}\n")
+        assert "Traceback" not in shell.screen
+    step, _ = saved_by_two_ranks(tmp_path)
+    assert int(saved[1]) == step
+
+
+def test_the_second_ctrl_c_under_deepspeed_ends_the_run_at_once(flags: list[str], tmp_path: Path) -> None:
+    command = deepspeed_command(1, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path), script=SLOW_SAVING)
+    with shell_in_terminal(REPOSITORY, ENVIRONMENT, limit_s=240) as shell:
+        shell.run(*command)
+        shell.wait_until(lambda: has_logged(tmp_path) and keys_go_to_ranks(shell))
+        shell.type(CTRL_C)
+        shell.wait_until(lambda: any(tmp_path.glob("checkpoint-*.tmp")))
+        time.sleep(SAME_KEY_S)
+        shell.type(CTRL_C)
+        shell.wait_for("stopped at once: rerun the same command to resume from the newest checkpoint\n")
+        shell.wait_for(f"exit code: {INTERRUPTED_EXIT_CODE}\n")
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_stopping_torchrun_lets_its_ranks_save_and_the_same_command_resumes(flags: list[str], tmp_path: Path) -> None:
@@ -194,19 +223,6 @@ def test_stopping_torchrun_lets_its_ranks_save_and_the_same_command_resumes(flag
 def press_ctrl_c(launcher: subprocess.Popen[str]) -> None:
     """A terminal sends SIGINT to all processes of the command that runs in it."""
     os.killpg(launcher.pid, signal.SIGINT)
-
-
-def test_ctrl_c_under_deepspeed_saves_although_the_launcher_ends_its_ranks(flags: list[str], tmp_path: Path) -> None:
-    """Its ranks get SIGINT from the terminal and SIGTERM from the launcher, which is one request in either order."""
-    command = deepspeed_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
-    with launched(command, tmp_path) as (launcher, ranks):
-        press_ctrl_c(launcher)
-        _, errors = launcher.communicate(timeout=240)
-        psutil.wait_procs(ranks, timeout=60)
-    step, _ = saved_by_two_ranks(tmp_path)
-    assert f"stop requested: checkpoint saved at step {step}/1000; rerun the same command to resume\n" in errors
-    assert errors.count(": finishing the step, then saving") == 1
-    assert "stopped at once" not in errors
 
 
 def test_the_second_ctrl_c_under_torchrun_ends_the_ranks_at_once(flags: list[str], tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 Schedulers send such a signal some minutes before they reclaim the machines, and people press Ctrl-C. The run then saves
 a checkpoint and exits with :data:`REQUEUE_EXIT_CODE`. The same command resumes it.
 
-One request may reach a rank twice, since launchers pass signals on. After a Ctrl-C, `deepspeed` also sends SIGTERM to
-its ranks, which have the SIGINT from the terminal. `torchrun` passes on the first Ctrl-C as SIGINT and the second one
-as SIGTERM. So a copy is recognized by its time and kind, see :func:`is_copy`.
+One request may reach a rank twice, since launchers pass signals on. If a process group gets SIGINT, `deepspeed` also
+sends SIGTERM to its ranks. (In a terminal, Ctrl-C reaches its ranks alone, see :mod:`train.run.terminal`.) `torchrun`
+passes on the first Ctrl-C as SIGINT and the second one as SIGTERM. So a copy is recognized by its time and kind, see
+:func:`is_copy`.
 
 Python runs handlers of signals only between two of its own instructions, and a main thread that waits for other ranks
 or writes a file gets there late. So a thread watches for the second Ctrl-C.
@@ -20,6 +21,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -131,7 +133,8 @@ class StopRequest:
     def _print(self, text: str) -> None:
         """Write to the screen, past the buffers of Python, which the main thread may be writing to."""
         if self._is_first:
-            os.write(2, text.encode())
+            with suppress(OSError):  # `… | tee`: Ctrl-C has ended the reader
+                os.write(2, text.encode())
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

@@ -1,0 +1,105 @@
+"""In a terminal, Ctrl-C reaches the ranks of `deepspeed` and not the launcher, whatever else is typed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.train.pseudo_terminal import CTRL_BACKSLASH, CTRL_C, CTRL_Z, Shell, shell_in_terminal
+
+LAUNCH = shlex.join([sys.executable, str(Path(__file__).with_name("fake_ranks.py"))])
+SCRIPT = f"{LAUNCH}; echo ended with $?; read line; echo read: $line"
+"""A script that goes on to read the terminal, which only a command in the foreground can."""
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    with shell_in_terminal(tmp_path, os.environ) as shell:
+        yield shell
+
+
+def wait_for_ranks(shell: Shell, where: str = "not in front") -> list[psutil.Process]:
+    ranks = {}
+    for _ in range(2):
+        started = shell.wait_for(rf"<rank (\d) = (\d+) is {where}>")
+        ranks[started[1]] = psutil.Process(int(started[2]))
+    return [ranks["0"], ranks["1"]]
+
+
+def press_twice(shell: Shell) -> None:
+    for count in (1, 2):
+        shell.type(CTRL_C)
+        for _ in range(2):
+            shell.wait_for(rf"<rank \d: {count} of 2>")
+
+
+def test_ctrl_c_reaches_the_ranks_alone_and_a_script_gets_their_exit_code_and_the_terminal(shell: Shell) -> None:
+    shell.run("bash", "-c", f"{SCRIPT}")
+    wait_for_ranks(shell)
+    press_twice(shell)
+    shell.wait_for("ended with 85\n")
+    shell.type("some words\n")
+    shell.wait_for("read: some words\nexit code: 0\n")
+
+
+def test_ctrl_z_stops_the_launch_and_fg_continues_it(shell: Shell) -> None:
+    shell.run(*shlex.split(LAUNCH))
+    ranks = wait_for_ranks(shell)
+    shell.type(CTRL_Z)
+    shell.wait_for(f"exit code: {128 + signal.SIGTSTP}\n")
+    (helper,) = ranks[0].children()
+    assert [process.status() for process in (*ranks, helper)] == [psutil.STATUS_STOPPED] * 3
+    shell.type("fg\n")
+    shell.wait_until(lambda: shell.foreground == helper.pid)
+    press_twice(shell)
+
+
+def test_ctrl_backslash_ends_all(shell: Shell) -> None:
+    shell.run(*shlex.split(LAUNCH))
+    ranks = wait_for_ranks(shell)
+    shell.type(CTRL_BACKSLASH)
+    shell.wait_for(f"exit code: {128 + signal.SIGQUIT}")
+    assert psutil.wait_procs(ranks, timeout=20)[1] == []
+
+
+def test_a_killed_rank_leaves_the_terminal_to_the_script(shell: Shell) -> None:
+    shell.run("bash", "-c", SCRIPT)
+    ranks = wait_for_ranks(shell)
+    for rank in ranks:
+        rank.kill()
+    shell.wait_for("ended with")
+    shell.type("some words\n")
+    shell.wait_for("read: some words\nexit code: 0\n")
+
+
+def test_closing_the_terminal_ends_the_ranks(tmp_path: Path) -> None:
+    with shell_in_terminal(tmp_path, os.environ) as shell:
+        shell.run("bash", "-c", SCRIPT)
+        ranks = wait_for_ranks(shell)
+        helpers = ranks[0].children()
+    assert len(helpers) == 1
+    assert psutil.wait_procs([*ranks, *helpers], timeout=20)[1] == []
+
+
+@pytest.mark.parametrize("before", ["stty -icanon", "stty tostop"])
+def test_the_terminal_is_left_alone_where_another_program_reads_keys_or_the_ranks_could_not_write(
+    shell: Shell, before: str
+) -> None:
+    shell.run("bash", "-c", f"{before}; {LAUNCH}")
+    wait_for_ranks(shell, where="in front")
+    shell.type(CTRL_C)
+    shell.wait_for(re.escape("KeyboardInterrupt"))
+
+
+def test_a_background_job_of_a_script_leaves_the_terminal_alone(shell: Shell) -> None:
+    shell.run("bash", "-c", f"{LAUNCH} & wait")
+    ranks = wait_for_ranks(shell, where="in front")
+    assert ranks[0].children() == []
