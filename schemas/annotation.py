@@ -1,6 +1,6 @@
 """A turn of a conversation, and the reasons to reject an annotation.
 
-:mod:`schemas.dialects` describes the records that users write.
+:mod:`schemas.records` describes the records that users write.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from schemas.annotation import Problem, SampleRef
-from schemas.dialects import RECORDS
 from schemas.manifest import Manifest
+from schemas.records import Record, SharedFields
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
 
@@ -38,12 +38,13 @@ def json_schemas() -> dict[str, bytes]:
 
 
 def _annotation_schema() -> dict[str, Any]:
-    """Schema of a record of any dialect. Turns may have either spelling."""
-    dialects, definitions = msgspec.json.schema_components(RECORDS, ref_template="#/$defs/{name}")
+    """Schema of a record. Turns may have either spelling, and some field must hold them."""
+    schema = msgspec.json.schema(Record)
     turn = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in ("ConversationTurn", "Message")]}
-    for record, field in (("ConversationsRecord", "conversations"), ("MessagesRecord", "messages")):
-        definitions[record]["properties"][field]["items"] = turn
-    return {"anyOf": list(dialects), "$defs": definitions}
+    properties = schema["$defs"]["Record"]["properties"]
+    for field in ("conversations", "messages"):
+        next(kind for kind in properties[field]["anyOf"] if kind["type"] == "array")["items"] = turn
+    return {**schema, "not": {"propertyNames": {"enum": [*SharedFields.__struct_fields__]}}}
 
 
 def _encoded(schema: dict[str, Any]) -> bytes:

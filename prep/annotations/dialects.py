@@ -3,13 +3,14 @@
 Input: the JSON text of a record. Output: a :class:`~prep.annotations.reading.Reading`: the annotation, every field that
 is wrong or not supported, and the names of unused fields.
 
-A dialect is recognized by the field in :data:`_DIALECTS`. To add one, add a function that reads its turns and an entry
-to that table. Turns, media, tools and ``objects`` are read by the modules of these names, the same for all dialects.
+A dialect is recognized by a field. To add one, add a function here that reads its turns, under :func:`dialect`, which
+names its fields; nothing else lists them. Turns, media, tools and ``objects`` are read by the modules of these names,
+the same for all dialects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,31 +31,68 @@ _Record = dict[str, Any]
 _decoder = msgspec.json.Decoder(float_hook=float)
 
 
-class _Dialect(NamedTuple):
-    """One dialect.
+_ReadTurns = Callable[[_Record, TurnReader], None]
 
-    Attributes:
-        read: adds the record's turns.
+
+class _Dialect(NamedTuple):
+    """One dialect, as :func:`dialect` declares it."""
+
+    read: _ReadTurns
+    fields: tuple[str, ...] = ()
+    inserts_tags: str | None = None
+
+
+_DIALECTS: dict[str, _Dialect] = {}
+"""The dialects by the field that each is recognized by. The first one that a record has counts."""
+
+_TURN_LISTS = ("conversations", "messages", "texts")
+_SHARED_FIELDS = frozenset({"id", "system", "tools", "functions", "objects"})
+
+FIELDS = {*_SHARED_FIELDS, *MediaReader.FIELDS}
+"""Fields of a record that some dialect uses."""
+
+
+def dialect(key: str, *fields: str, inserts_tags: str | None = None) -> Callable[[_ReadTurns], _ReadTurns]:
+    """Declare a dialect; the decorated function adds a record's turns.
+
+    Args:
+        key: the field that it is recognized by.
         fields: its further fields.
         inserts_tags: if the text has no tag for its media, they come first, each followed by this text. None: the
             dialect requires tags.
     """
 
-    read: Callable[[_Record, TurnReader], None]
-    fields: tuple[str, ...] = ()
-    inserts_tags: str | None = None
+    def declare(read: _ReadTurns) -> _ReadTurns:
+        _DIALECTS[key] = _Dialect(read, fields, inserts_tags)
+        FIELDS.update((key, *fields))
+        return read
+
+    return declare
 
 
+def is_known(field: str) -> bool:
+    """Whether a field of a record is read: some dialect uses it, or it is refused."""
+    return field in FIELDS or field in UNSUPPORTED_FIELDS
+
+
+def marks_record(fields: Collection[str]) -> bool:
+    """Whether these are the fields of a record, and not of one of its turns. A turn may have a ``text``."""
+    return not (_DIALECTS.keys() - {"text"} | MediaReader.FIELDS - {"fps"}).isdisjoint(fields)
+
+
+@dialect("conversations")
 def _conversations(record: _Record, turns: TurnReader) -> None:
     """LLaVA and ShareGPT: a list of ``{from, value}``."""
     turns.add_messages(record["conversations"], "$.conversations")
 
 
+@dialect("messages")
 def _messages(record: _Record, turns: TurnReader) -> None:
     """OpenAI, ``qwen_vl_utils`` and ms-swift: a list of ``{role, content}``."""
     turns.add_messages(record["messages"], "$.messages")
 
 
+@dialect("texts", inserts_tags="\n")
 def _texts(record: _Record, turns: TurnReader) -> None:
     """The Cauldron and FineVision: a list of ``{user, assistant}``."""
     exchanges = record["texts"]
@@ -73,6 +111,7 @@ def _texts(record: _Record, turns: TurnReader) -> None:
         turns.fields.account(exchange, {"user", "assistant"}, "texts[]", where=where, refused=UNSUPPORTED_TURN_FIELDS)
 
 
+@dialect("instruction", "input", "output", "history")
 def _alpaca(record: _Record, turns: TurnReader) -> None:
     """``instruction``, ``input`` and ``output``, joined as by LLaMA-Factory."""
     _history(record, turns)
@@ -83,6 +122,7 @@ def _alpaca(record: _Record, turns: TurnReader) -> None:
     turns.add_field("gpt", record, "output")
 
 
+@dialect("query", "response", "history", inserts_tags="")
 def _query(record: _Record, turns: TurnReader) -> None:
     """ms-swift: ``query`` and ``response``."""
     _history(record, turns)
@@ -90,6 +130,7 @@ def _query(record: _Record, turns: TurnReader) -> None:
     turns.add_field("gpt", record, "response")
 
 
+@dialect("prompt", "completion", inserts_tags="")
 def _prompt(record: _Record, turns: TurnReader) -> None:
     """TRL: ``prompt`` and ``completion``, strings or lists of messages. Only the completion is trained."""
     for key, kind in (("prompt", "human"), ("completion", "gpt")):
@@ -101,6 +142,7 @@ def _prompt(record: _Record, turns: TurnReader) -> None:
             turns.untrained |= {index for index, turn in enumerate(turns.turns) if turn.role == "gpt"}
 
 
+@dialect("text")
 def _text(record: _Record, turns: TurnReader) -> None:
     """Text for continued pretraining, with media tags anywhere."""
     turns.add_field("text", record, "text")
@@ -119,32 +161,6 @@ def _history(record: _Record, turns: TurnReader) -> None:
     for index, (question, answer) in enumerate(history):
         turns.add("human", question, f"$.history[{index}][0]")
         turns.add("gpt", answer, f"$.history[{index}][1]")
-
-
-_DIALECTS = {
-    "conversations": _Dialect(_conversations),
-    "messages": _Dialect(_messages),
-    "texts": _Dialect(_texts, inserts_tags="\n"),
-    "instruction": _Dialect(_alpaca, ("input", "output", "history")),
-    "query": _Dialect(_query, ("response", "history"), inserts_tags=""),
-    "prompt": _Dialect(_prompt, ("completion",), inserts_tags=""),
-    "text": _Dialect(_text),
-}
-"""The dialects by the field that each is recognized by. The first one that a record has counts."""
-
-_TURN_LISTS = ("conversations", "messages", "texts")
-_SHARED_FIELDS = frozenset({"id", "system", "tools", "functions", "objects"})
-
-FIELDS = frozenset(
-    {
-        *_SHARED_FIELDS,
-        *_DIALECTS,
-        *(name for dialect in _DIALECTS.values() for name in dialect.fields),
-        *MediaReader.FIELDS,
-        *UNSUPPORTED_FIELDS,
-    }
-)
-"""Fields of a record that some dialect uses, or that are refused."""
 
 
 def read_record(data: bytes, embedded: Mapping[str, bytes] | None = None) -> Reading:
@@ -168,7 +184,7 @@ def read_record(data: bytes, embedded: Mapping[str, bytes] | None = None) -> Rea
 
 def _read_plain(record: _Record, embedded: Mapping[str, bytes]) -> Reading | None:
     """Read a record in one of the two common spellings whose other fields, if any, have no effect."""
-    if not FIELDS.isdisjoint(record.keys() - PLAIN_FIELDS):
+    if any(map(is_known, record.keys() - PLAIN_FIELDS)):
         return None
     annotation = convert_plain({name: value for name, value in record.items() if name in PLAIN_FIELDS})
     if annotation is None:
@@ -197,12 +213,12 @@ def _read(record: _Record, embedded: Mapping[str, bytes]) -> Reading:
     media = MediaReader(record, embedded, fields)
     turns = TurnReader(fields, media)
     key = _recognized(record, turns)
-    dialect = _Dialect(lambda *_: None) if key is None else _DIALECTS[key]
-    dialect.read(record, turns)
+    declared = _Dialect(lambda *_: None) if key is None else _DIALECTS[key]
+    declared.read(record, turns)
     turns.add_system(record.get("system"), _tools(record, turns))
-    media.finish(turns.turns, dialect.inserts_tags)
+    media.finish(turns.turns, declared.inserts_tags)
     shapes, coordinates = place_objects(record.get("objects"), turns.turns, fields)
-    used = {key or "", *dialect.fields, *_SHARED_FIELDS, *media.used_fields}
+    used = {key or "", *declared.fields, *_SHARED_FIELDS, *media.used_fields}
     fields.account(record, used, refused=UNSUPPORTED_FIELDS)
     annotation = Annotation(
         turns=turns.turns,

@@ -1,4 +1,4 @@
-"""Unsupported fields that change the meaning of a record in another tool, and suggestions for misspelled names.
+"""Unsupported fields that change the meaning of a record in another tool.
 
 Every field of a record is used, rejected as ``unsupported_field`` if it is listed here, or counted by its name. A field
 that is null, or an empty list, text or object, counts as absent.
@@ -7,7 +7,6 @@ that is null, or an empty list, text or object, counts as absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 
 UNSUPPORTED_FIELDS = {
     "rejected_response": "ms-swift, for preference training",
@@ -52,16 +51,6 @@ UNSUPPORTED_PART_FIELDS = {
 }
 """Fields of a part of a turn's content."""
 
-KNOWN_FIELDS = (
-    *("conversations", "messages", "texts", "prompt", "completion", "instruction", "input", "output", "query"),
-    *("response", "history", "text", "system", "tools", "objects", "id", "image", "images", "video", "videos", "fps"),
-    *("from", "value", "role", "content", "loss", "train", "weight", "tool_calls"),
-)
-"""Used names, for suggestions."""
-
-
-_MAX_NAMES = 20
-
 
 def says_something(value: object) -> bool:
     """Whether a field holds anything but null, or an empty list, text or object."""
@@ -73,28 +62,3 @@ def unsupported(name: str, value: object, table: Mapping[str, str], where: str) 
     if name not in table or not says_something(value) or (name == "label" and not isinstance(value, bool)):
         return None
     return f"{where}.{name} is not supported ({table[name]}); remove it, or train on such records with another tool"
-
-
-def suggestion(name: str) -> str | None:
-    """The used field that a name may be a misspelling of: ``image`` for ``img``."""
-    leaf = name.rpartition(".")[2]
-    if leaf.lower() in ("img", "image_path", "img_path", "image_file", "pic", "picture"):
-        return "image"
-    if leaf in KNOWN_FIELDS:
-        return None
-    return next(iter(get_close_matches(leaf.lower(), KNOWN_FIELDS, n=1, cutoff=0.8)), None)
-
-
-def with_suggestion(name: str) -> str:
-    """``img (did you mean image?)``, or the name alone."""
-    near = suggestion(name)
-    return f"{name} (did you mean {near}?)" if near else name
-
-
-def describe_unused(counts: Mapping[str, int]) -> str:
-    """``width ×1,204, img ×3 (did you mean image?)``, the most frequent first."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    parts = [with_suggestion(name).replace(name, f"{name} ×{count:,}", 1) for name, count in ordered[:_MAX_NAMES]]
-    if len(ordered) > _MAX_NAMES:
-        parts.append(f"… and {len(ordered) - _MAX_NAMES:,} more")
-    return ", ".join(parts)

@@ -16,7 +16,7 @@ import msgspec
 
 from prep.annotations.array_scanner import ArrayScanner
 from prep.annotations.chunks import MAX_RECORD_BYTES
-from prep.annotations.dialects import FIELDS
+from prep.annotations.dialects import is_known, marks_record
 from storage.urls import Location
 
 _HEAD_BYTES = 1 << 16
@@ -34,11 +34,6 @@ _TABLE_HEADS = {
 # The start of an object whose first nested value is a list of objects; strings, numbers and literals may precede it.
 _TEXT = rb'"(?:[^"\\]|\\.)*"'
 _OPENS_LIST = re.compile(rb"\{\s*(?:%b\s*:\s*(?:%b|[-+\w.]+)\s*,\s*)*(%b)\s*:\s*\[\s*\{" % (_TEXT, _TEXT, _TEXT))
-
-_RECORD_FIELDS = frozenset(
-    ("conversations", "messages", "texts", "prompt", "instruction", "query", "image", "images", "video", "videos")
-)
-"""A list of objects with one of these is a list of records. The turns of a record have none of them."""
 
 _decoder = msgspec.json.Decoder(dict[str, Any])
 
@@ -99,7 +94,7 @@ def _object_fault(path: Path, start: int, name: str) -> str | None:
     if not scanner.closed:
         opening = _OPENS_LIST.match(text[:_HEAD_BYTES])
         key = None if opening is None else opening[1][1:-1].decode(errors="replace")
-        return None if key is None or key in FIELDS else _records_inside(key, name)
+        return None if key is None or is_known(key) else _records_inside(key, name)
     stop = int(ends[-1]) + 1
     value = _decoded(text[:stop])
     if value is None:
@@ -119,11 +114,11 @@ def _object_fault(path: Path, start: int, name: str) -> str | None:
 
 def _list_of_records(value: dict[str, Any]) -> str | None:
     """The field of an object that holds a list of records. None for an object that is a record."""
-    if not value.keys().isdisjoint(FIELDS):
+    if any(map(is_known, value)):
         return None
     for key, items in value.items():
         if isinstance(items, list) and items and isinstance(items[0], dict):
-            return None if items[0].keys().isdisjoint(_RECORD_FIELDS) else key
+            return key if marks_record(items[0].keys()) else None
     return None
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prep.annotations.chunks import MAX_RECORD_BYTES, Chunk, Record
-from prep.annotations.dialects import FIELDS
+from prep.annotations.dialects import is_known
 from schemas.errors import ConfigError
 
 CHUNK_ROWS = 8192
@@ -49,7 +49,7 @@ def read_chunk(path: Path, chunk: Chunk) -> Iterator[Record]:
         group, first = _row_group(file.metadata, chunk.start)
         if group is None or chunk.stop > file.metadata.num_rows:
             raise ConfigError(f"annotation file {path} changed while it was being read; run the command again.")
-        columns = [name for name in file.schema_arrow.names if name in FIELDS]
+        columns = [name for name in file.schema_arrow.names if is_known(name)]
         unread = _unread_columns(file.schema_arrow, file.metadata.row_group(group))
         # Some writers do not mark bytes as text. msgspec would encode them in base64.
         has_bytes = any(
@@ -85,7 +85,7 @@ def _unread_columns(schema: pa.Schema, group: Any) -> tuple[str, ...]:
         is_null = schema.field(name).type == pa.null() or (
             statistics is not None and statistics.has_null_count and statistics.null_count >= column.num_values
         )
-        if name not in FIELDS and not is_null:
+        if not is_known(name) and not is_null:
             names[name] = None
     return tuple(names)
 

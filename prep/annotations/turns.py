@@ -33,6 +33,10 @@ ROLES = {
 """Kind of turn by accepted role, in lower case. Records may use any case."""
 
 _LOSS_FLAGS = ("loss", "train", "weight")
+_FURTHER_FIELDS = (*_LOSS_FLAGS, "tool_calls", "function_call")
+TURN_FIELDS = frozenset({"from", "value", "role", "content", *_FURTHER_FIELDS})
+"""Fields of a turn in either spelling."""
+
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
@@ -165,7 +169,7 @@ class TurnReader:
             content = self._calls_text(content, calls, f"{path}.tool_calls")
         is_trained = self._is_trained(message, kind, path)
         self.add(kind, content, f"{path}.{value_key}", role_path=f"{path}.{role_key}", is_trained=is_trained)
-        used = {role_key, value_key, *_LOSS_FLAGS, "tool_calls", "function_call"}
+        used = {role_key, value_key, *_FURTHER_FIELDS}
         self.fields.account(message, used, name, where=path, refused=UNSUPPORTED_TURN_FIELDS)
 
     def _calls(self, message: dict[str, Any], kind: str, path: str) -> list[Any]:

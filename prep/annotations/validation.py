@@ -24,10 +24,10 @@ from prep.annotations.boxes import (
 )
 from prep.annotations.chunks import Record
 from prep.annotations.dialects import read_record
-from prep.annotations.fields import with_suggestion
 from prep.annotations.plain import MAX_DEPTH, decode_plain, fault
 from prep.annotations.reading import Places
 from prep.annotations.turns import ROLES
+from prep.annotations.unused import unused_problem
 from schemas.annotation import Problem, ReasonCode, Turn
 from schemas.qwen import CONTROL_TOKENS
 from schemas.wording import counted
@@ -127,15 +127,6 @@ def check_record(
     if strict_fields and checked.unused:
         checked = checked._replace(problems=[*checked.problems, unused_problem(checked.unused)])
     return checked
-
-
-def unused_problem(names: Sequence[str]) -> Problem:
-    """The problem of a record with unused fields, where these are not accepted."""
-    return Problem(
-        ReasonCode.UNSUPPORTED_FIELD,
-        f"fields that are not used: {', '.join(map(with_suggestion, names))}; remove them, or leave out "
-        "--strict-fields",
-    )
 
 
 def record_id(annotation: Annotation | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prep.annotations.fields import describe_unused
+from prep.annotations.unused import describe_unused
 from prep.build.metrics import BuildMetrics
 from prep.shards.drift import drift_lines
 from schemas.manifest import DatasetStatistics, Manifest

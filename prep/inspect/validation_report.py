@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from prep.annotations.fields import describe_unused
 from prep.annotations.undeclared import UndeclaredCounts
+from prep.annotations.unused import describe_unused
 from schemas.annotation import Problem
 from schemas.wording import counted
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.annotations.fields import describe_unused
+from prep.annotations.unused import describe_unused
 from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
 from prep.inspect.report.statistics import MODALITIES, DatasetNumbers, Example, RejectNumbers, Statistics
 from prep.inspect.report.style import STYLE

@@ -1,7 +1,7 @@
-"""Records of all dialects, as the JSON Schema for editors describes them.
+"""Records as the JSON Schema for editors describes them: what all dialects share, and the two spellings of turns.
 
-The structs say which fields there are and of which types. They are lenient: further fields are allowed, and what
-depends on several fields is checked by ``vlprep validate``. Nothing is decoded into them.
+The structs say which fields there are and of which types. They are lenient: further fields are allowed, as dialects
+have them, and what depends on several fields is checked by ``vlprep validate``. Nothing is decoded into them.
 """
 
 from __future__ import annotations
@@ -104,71 +104,12 @@ class SharedFields(msgspec.Struct, kw_only=True):
     objects: Objects | None = None
 
 
-class ConversationsRecord(SharedFields, kw_only=True):
-    """LLaVA and ShareGPT: turns ``{from, value}``, and the media of their ``<image>`` and ``<video>`` tags in order."""
+class Record(SharedFields, kw_only=True):
+    """A record: turns, and the media of their ``<image>`` and ``<video>`` tags in order.
 
-    conversations: list[ConversationTurn]
-
-
-class MessagesRecord(SharedFields, kw_only=True):
-    """OpenAI, ``qwen_vl_utils`` and ms-swift: messages ``{role, content}``."""
-
-    messages: list[Message]
-
-
-class Exchange(msgspec.Struct, kw_only=True):
-    """One question and its answer."""
-
-    user: str
-    assistant: str
-
-
-class TextsRecord(SharedFields, kw_only=True):
-    """The Cauldron and FineVision: a list of exchanges.
-
-    If they have no ``<image>`` tag, the images come first: one tag and a newline each before the first text.
+    The turns are ``conversations`` (LLaVA, ShareGPT) or ``messages`` (OpenAI, qwen-vl-utils, ms-swift). Other dialects
+    have other fields for them, which docs/annotations.md lists and ``vlprep validate`` checks.
     """
 
-    texts: list[Exchange]
-
-
-class InstructionRecord(SharedFields, kw_only=True):
-    """alpaca: ``input`` follows ``instruction`` on a new line. ``history`` holds pairs of question and answer."""
-
-    instruction: str
-    input: str | None = None
-    output: str
-    history: list[tuple[str, str]] | None = None
-
-
-class QueryRecord(SharedFields, kw_only=True):
-    """ms-swift: a question and its answer. ``history`` holds pairs of question and answer."""
-
-    query: str
-    response: str
-    history: list[tuple[str, str]] | None = None
-
-
-class PromptRecord(SharedFields, kw_only=True):
-    """TRL: texts or lists of messages. Only the completion is trained."""
-
-    prompt: str | list[Message]
-    completion: str | list[Message]
-
-
-class TextRecord(SharedFields, kw_only=True):
-    """Text for continued pretraining, with media tags anywhere."""
-
-    text: str
-
-
-RECORDS = (
-    ConversationsRecord,
-    MessagesRecord,
-    TextsRecord,
-    InstructionRecord,
-    QueryRecord,
-    PromptRecord,
-    TextRecord,
-)
-"""One struct a dialect family."""
+    conversations: list[ConversationTurn] | None = None
+    messages: list[Message] | None = None
