@@ -1,4 +1,7 @@
-"""The command line of ``vlprep``: parse, configure, call, exit code. 0 fine, 1 problems in the data, 2 wrong use."""
+"""The command line of ``vlprep``: parse, configure, call, exit code. 0 fine, 1 problems in the data, 2 wrong use.
+
+Each command imports what it runs when it runs, so that ``--help`` and wrong use are answered in a quarter of a second.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,8 @@ from typing import Any, ParamSpec
 
 import click
 
-from prep.annotations.registry import DEFAULT_REGISTRY, Registry, find_all_sources
-from prep.build.metrics import read_metrics
-from prep.build.pipeline import BuildRequest, build
-from prep.build.summary import build_summary, metrics_summary
+from prep.annotations import DEFAULT_REGISTRY
 from prep.engines import open_engine
-from prep.inspect.report import write_report
-from prep.inspect.show import save_frames, show
-from prep.inspect.transcript import open_transcriber
-from prep.inspect.validate import ValidateRequest, validate
-from prep.inspect.verify import verify
-from prep.migrate.launch import read_script, read_words
-from prep.migrate.report import find_registry, make_report, registry_report
-from prep.migrate.rewrite import rewrite
 from prep.options import (
     FILE,
     FOLDER,
@@ -38,12 +30,10 @@ from prep.options import (
     media_settings,
     setting_options,
 )
-from prep.samples.lengths import open_length_check
-from prep.samples.tokenizer import DEFAULT_MODEL
 from schemas.errors import ConfigError, VlprepError
+from schemas.qwen import DEFAULT_MODEL
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
-from storage.shard_set import open_set
 from storage.urls import Location, Url
 
 P = ParamSpec("P")
@@ -165,6 +155,11 @@ def build_command(
     """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc), or paths or URLs of annotation
     files, each with an optional share (a.jsonl b.jsonl%50).
     """
+    from prep.annotations.registry import find_all_sources
+    from prep.build.metrics import read_metrics
+    from prep.build.pipeline import BuildRequest, build
+    from prep.build.summary import build_summary, metrics_summary
+
     if work_dir is not None and isinstance(out, Path):
         raise ConfigError(
             f"--work-dir has no effect unless --out is a URL: unfinished work lies in {out / '.build'}. Leave it out."
@@ -234,6 +229,9 @@ def validate_command(
     """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 on problems, 2 on
     boxes whose coordinates are not declared.
     """
+    from prep.inspect.validate import ValidateRequest, validate
+    from prep.samples.lengths import open_length_check
+
     if model is not None and max_length is None:
         raise ConfigError("--model has no effect without --max-length, which counts tokens. Give both, or neither.")
     request = ValidateRequest(
@@ -259,6 +257,8 @@ def validate_command(
 @_guarded
 def datasets_command(registry: Path) -> None:
     """List the registered datasets and whether their files exist."""
+    from prep.annotations.registry import Registry
+
     for row in Registry.read(registry).listed():
         files = ", ".join(map(str, row.files))
         _print(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
@@ -296,6 +296,10 @@ def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | N
 
     Nothing in SCRIPT is run. Exit 1 if a part of it was not understood.
     """
+    from prep.migrate.launch import read_script, read_words
+    from prep.migrate.report import find_registry, make_report, registry_report
+    from prep.migrate.rewrite import rewrite
+
     path = Path(script[0]) if len(script) == 1 and not script[0].startswith("--") else None
     if path is not None and (path.suffix == ".py" or path.name == "dataset_info.json"):
         report = registry_report(path)
@@ -312,6 +316,8 @@ def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | N
 @_guarded
 def verify_command(folder: Location, workers: int | None, engine: str, ray_address: str | None) -> int:
     """Check every byte, count and invariant of the shards in DIR; exit 1 on damage."""
+    from prep.inspect.verify import verify
+
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         verification = verify(folder, workforce)
     _print(verification.text())
@@ -328,6 +334,10 @@ def verify_command(folder: Location, workers: int | None, engine: str, ray_addre
 @_guarded
 def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -> None:
     """Print one bin of the shards in DIR: text, media, and what is trained."""
+    from prep.inspect.show import save_frames, show
+    from prep.inspect.transcript import open_transcriber
+    from storage.shard_set import open_set
+
     shards = open_set(folder)
     transcriber = open_transcriber(model, shards.manifest)
     _print(show(shards, bin_id, transcriber, colour=sys.stdout.isatty()))
@@ -346,5 +356,7 @@ def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -
 @_guarded
 def report_command(folder: Location, out: Path, model: str | None) -> None:
     """Write one HTML page about the shards in DIR: counts, rejects, distributions, samples."""
+    from prep.inspect.report import write_report
+
     num_bytes = write_report(folder, out, model)
     _print(f"{out}: {num_bytes / 1e6:.1f} MB")

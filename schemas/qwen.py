@@ -14,6 +14,9 @@ import msgspec
 
 from schemas.errors import ConfigError
 
+DEFAULT_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+"""Hub id of the checkpoint whose tokenizer is used if none is given."""
+
 PATCH_SIZE = 14
 MERGE_SIZE = 2
 TEMPORAL_PATCH_SIZE = 2

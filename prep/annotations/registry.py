@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 import storage
+from prep.annotations import DEFAULT_REGISTRY
 from prep.annotations.records import ANNOTATION_SUFFIXES
 from prep.annotations.shares import MAX_PERCENT, parse_expression, split_share
 from schemas.errors import ConfigError, VlprepError
@@ -29,8 +30,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-DEFAULT_REGISTRY = Path("datasets.toml")
 
 _WILDCARD = re.compile(r"[*?\[]")
 

@@ -1,23 +1,26 @@
-"""The engines of one machine: this process, or worker processes."""
+"""The engines of one machine: this process, or worker processes.
+
+The library of the workers is imported with the first of them, because decoders import this package and start none.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prep.engines.processes import ONE_THREAD, die_with_parent, without
 from schemas.errors import VlprepError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from multiprocessing.process import BaseProcess
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -70,6 +73,8 @@ class LocalEngine:
         Raises:
             VlprepError: a worker process died.
         """
+        from concurrent.futures.process import BrokenProcessPool
+
         waiting = iter(tasks)
         first = list(itertools.islice(waiting, self.num_workers * _IN_FLIGHT_PER_WORKER))
         if not first:
@@ -98,6 +103,9 @@ class LocalEngine:
 
     def _ready(self) -> ProcessPoolExecutor:
         """The workers of the previous step; new ones if any of them was killed while idle."""
+        import multiprocessing.connection
+        from concurrent.futures import ProcessPoolExecutor
+
         if self._pool is not None:
             # Not is_alive(): the pool's own thread may be waiting for the same process, and only one gets its status.
             ended = multiprocessing.connection.wait([worker.sentinel for worker in _workers(self._pool)], timeout=0)
@@ -119,7 +127,7 @@ class LocalEngine:
             self._pool = None
 
 
-def _workers(pool: ProcessPoolExecutor) -> list[multiprocessing.process.BaseProcess]:
+def _workers(pool: ProcessPoolExecutor) -> list[BaseProcess]:
     """The processes of a pool, and no other children of this process."""
     return list((pool._processes or {}).values())
 

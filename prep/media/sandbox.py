@@ -38,7 +38,6 @@ from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
-from storage.files import naming
 
 _HEADER = struct.Struct("<Q")
 _START_TIMEOUT_S = 120.0
@@ -47,7 +46,7 @@ _START_TIMEOUT_S = 120.0
 _MAX_KEPT_BYTES = 1 << 26
 """Shared memory that is kept between media. What a larger video needs beyond this is freed with the next medium."""
 
-_SHARED_MEMORY = Path("memory shared with the decoder process")
+_SHARED_MEMORY = "memory shared with the decoder process"
 """Name of the shared memory in errors. A limit on the size of files applies to it too."""
 
 _MAX_ATTEMPTS = 2
@@ -284,10 +283,10 @@ class _SharedFrames:
             # Drop the mapping instead of closing it: an exception in flight may still hold an array in it.
             self._mapped = None
             try:
-                with naming(_SHARED_MEMORY):
-                    os.ftruncate(self._memory, size)
-                    self._mapped = mmap.mmap(self._memory, size)
+                os.ftruncate(self._memory, size)
+                self._mapped = mmap.mmap(self._memory, size)
             except OSError as error:
+                error.filename = _SHARED_MEMORY
                 raise _NoRoomError(error) from error
         return np.frombuffer(self._mapped, dtype=np.uint8, count=num_bytes).reshape(shape)
 

@@ -24,6 +24,7 @@ from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
 from schemas.qwen import (
     CONTROL_TOKENS,
+    DEFAULT_MODEL,
     MERGE_SIZE,
     PATCH_SIZE,
     TEMPORAL_PATCH_SIZE,
@@ -33,8 +34,6 @@ from schemas.qwen import (
 )
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 _EMPTY_MODEL: dict[str, Any] = {"type": "BPE", "vocab": {}, "merges": []}
 

@@ -11,8 +11,8 @@ from prep.inspect.report.page import render_page
 from prep.inspect.report.samples import bin_section
 from prep.inspect.report.statistics import gather, notable_bins
 from prep.inspect.transcript import Transcriber, cached_transcriber, open_transcriber
-from prep.samples.tokenizer import DEFAULT_MODEL
 from schemas.errors import ConfigError
+from schemas.qwen import DEFAULT_MODEL
 from storage.files import write_synced
 from storage.shard_set import ShardSet, open_set
 from storage.urls import Location
