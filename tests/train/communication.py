@@ -20,23 +20,29 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from schemas.checkpoints import read_config
 from tests.train.synthetic import as_bin, make_sample
 from train.batches.batch import build_micro_batch
 from train.model import optim, pretrained
 from train.model.packed import PackedQwen
 from train.run import process_group
+from train.run.device import Compute
 from train.run.engine import initialize, register_zero3_loading
+from train.run.strategy import choose_strategy
+from train.settings.arguments import TrainArguments
 from train.settings.batch import Batch
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.flags import parse_arguments
+from train.settings.recipe import choose_recipe
+from train.shards.index import open_shards
 
 REDUCTIONS = ("allreduce_", "_reduce_scatter_base_")
 NUM_MICRO_STEPS = 2
 HIDDEN_SIZE, VOCAB_SIZE = 64, 2048
 """Of the tiny model."""
 
-Case = tuple[str, str, dict[str, Any]]
-"""DeepSpeed file, dtype, and settings of its ``zero_optimization`` that differ."""
+Case = tuple[str | None, str, dict[str, Any]]
+"""DeepSpeed file, dtype, and settings of its ``zero_optimization`` that differ. Without a file, the run chooses one."""
 
 waits: Counter[str] = Counter()
 
@@ -105,11 +111,21 @@ def emulate_streams() -> None:
     tensor.record_stream = lambda self, stream: None
 
 
-def run_step(checkpoint: Path, case: Case) -> dict[str, Any]:
+def chosen_file(args: TrainArguments, checkpoint: Path, shards: Path, *, dtype: torch.dtype, world: int) -> str:
+    """The DeepSpeed file that a run takes on GPUs with plenty of memory."""
+    config, cpu = read_config(checkpoint), torch.device("cpu")
+    compute = Compute(device=cpu, dtype=dtype, attention="sdpa", peak_tflops=None, capacity=2**40)
+    recipe, index = choose_recipe(args, config), open_shards(str(shards))
+    return choose_strategy(args, recipe, index, config, None, compute=compute, world=world).args.deepspeed_file
+
+
+def run_step(checkpoint: Path, shards: Path, case: Case) -> dict[str, Any]:
     """Make one optimizer step; return the bytes of reductions and the waits, each per micro-step."""
     deepspeed, dtype, changes = case
-    flags = ["--shards", "none", "--gradient_accumulation_steps", str(NUM_MICRO_STEPS)]
+    flags = ["--shards", str(shards), "--gradient_accumulation_steps", str(NUM_MICRO_STEPS)]
     args, ranks, kind = parse_arguments(flags), process_group.read_ranks(-1), getattr(torch, dtype)
+    if deepspeed is None:
+        deepspeed = chosen_file(args, checkpoint, shards, dtype=kind, world=ranks.world)
     file = read_deepspeed_config(deepspeed)
     file["zero_optimization"].update(changes)
     config = complete_config(
@@ -140,20 +156,21 @@ def run_step(checkpoint: Path, case: Case) -> dict[str, Any]:
     del zero3_loading
     engine.destroy()
     num_trained = sum(group.num_elements for group in groups if group.learning_rate is not None)
-    return {"reductions": reductions, "waits": waited, "trained": num_trained}
+    return {"reductions": reductions, "waits": waited, "trained": num_trained, "file": deepspeed}
 
 
-def count(checkpoint: Path, out: Path, cases: Sequence[Case]) -> None:
+def count(checkpoint: Path, shards: Path, out: Path, cases: Sequence[Case]) -> None:
     """Be a rank that counts and ends.
 
     Args:
         checkpoint: folder of the model.
+        shards: shards that it can train on.
         out: file that gets one object per case.
         cases: what to count.
     """
     emulate_streams()
     process_group.join(torch.device("cpu"))
-    results = [run_step(checkpoint, case) for case in cases]
+    results = [run_step(checkpoint, shards, case) for case in cases]
     if process_group.read_ranks(-1).is_first:
         out.write_text(json.dumps(results))
     process_group.leave()

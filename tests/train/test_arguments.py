@@ -22,7 +22,7 @@ def test_only_shards_are_required() -> None:
     args = parse_arguments(SHARDS)
     assert args.model_name_or_path == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert args.run_dir == Path("runs/Qwen2.5-VL-3B-Instruct")
-    assert args.deepspeed == "zero2.json"
+    assert (args.deepspeed, args.deepspeed_file) == (None, "zero2.json")
     assert (args.tune_mm_llm, args.tune_mm_mlp, args.tune_mm_vision) == (True, True, False)
     assert (args.learning_rate, args.num_train_epochs, args.gradient_accumulation_steps) == (None, None, None)
 

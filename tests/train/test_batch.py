@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -23,11 +22,12 @@ from train.memory.loads import loads_of_length, loads_of_shards
 from train.model import pretrained
 from train.model.sizes import sizes_of
 from train.order.cli import main as order
-from train.preflight.dry_run import suggest_zero1
+from train.run.device import Compute
 from train.run.loop import open_stream
-from train.run.plan import Compute, Plan, make_plan, plan_batch
+from train.run.plan import Plan, make_plan
 from train.run.record import record_run
 from train.run.run_dir import RunState
+from train.run.strategy import plan_batch
 from train.settings.arguments import TrainArguments
 from train.settings.batch import TOLERANCE, Aim, Batch, choose_batch, choose_bins, describe_batch, split_bins
 from train.settings.deepspeed_file import read_deepspeed_config
@@ -155,7 +155,7 @@ def test_the_mean_bin_follows_the_proportions_of_a_mixture(tmp_path: Path) -> No
 @pytest.fixture
 def flags(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """12 bins with 2.25 samples on average."""
-    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.device.choose_device", lambda ranks: torch.device("cpu"))
     monkeypatch.setattr(pretrained, "check_fingerprints", lambda *_, **__: None)
     as_rank(monkeypatch, 0, 1)
     shards = write_shards(tmp_path / "shards", make_bins(num_bins=12))
@@ -247,48 +247,24 @@ def test_a_run_does_not_resume_with_other_samples_a_step(flags: list[str]) -> No
     assert same.start_step == 1
 
 
-def test_on_a_gpu_a_forward_pass_takes_the_bins_that_its_memory_holds(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_a_forward_pass_takes_the_bins_that_its_memory_holds(flags: list[str]) -> None:
     """Three of the largest bins fit, so the 7 bins of a step take three passes."""
     args, world = parse_arguments([*flags, "--tune_mm_vision"]), 1
     plan = make_plan(args)
     config, dtype = read_config(plan.source), torch.bfloat16
-    sizes, deepspeed = sizes_of(config, args), read_deepspeed_config(args.deepspeed)
+    sizes, deepspeed = sizes_of(config, args), read_deepspeed_config(args.deepspeed_file)
     load = loads_of_shards(plan.index, checkpointed=True, dtype=dtype)(3, sizes)
     memory = rank_memory(sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)
-    device = SimpleNamespace(total_memory=int(memory.peak() / USABLE) + 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    compute = Compute(device=torch.device("cuda", 0), dtype=dtype, attention="varlen", peak_tflops=None)
+    compute = Compute(
+        device=torch.device("cuda", 0),
+        dtype=dtype,
+        attention="varlen",
+        peak_tflops=None,
+        capacity=int(memory.peak() / USABLE) + 1,
+    )
     batch = plan_batch(args, plan.recipe, plan.index, config, None, compute=compute, deepspeed=deepspeed, world=world)
     assert (plan.batch.bins, plan.batch.accumulation) == (7, 1)
     assert (batch.bins, batch.per_device, batch.accumulation) == (7, 3, 3)
-
-
-def test_a_dry_run_recommends_zero_1_where_it_saves_exchanges_and_fits(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args, world, dtype = parse_arguments(flags), 2, torch.bfloat16
-    real = make_plan(args)
-    sizes = sizes_of(read_config(real.source), args)
-    load = loads_of_shards(real.index, checkpointed=True, dtype=dtype)(1, sizes)
-    zero1 = rank_memory(sizes, args, load, deepspeed=read_deepspeed_config("zero1.json"), world=world, dtype=dtype)
-
-    def suggestion(stage: int = 2, num_passes: int = 3, num_ranks: int = world, *, room: int = 1) -> str | None:
-        device = SimpleNamespace(total_memory=int(zero1.peak() / USABLE) + room)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-        plan = SimpleNamespace(
-            args=args,
-            batch=SimpleNamespace(accumulation=num_passes),
-            compute=SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype),
-            deepspeed={"zero_optimization": {"stage": stage}},
-            ranks=SimpleNamespace(world=num_ranks),
-        )
-        return suggest_zero1(plan, sizes, load)  # type: ignore[arg-type]
-
-    assert "exchange gradients once a step, not 3 times" in (suggestion() or "")
-    assert suggestion(room=-2) is None
-    assert suggestion(stage=3) is suggestion(num_passes=1) is suggestion(num_ranks=1) is None
 
 
 def test_a_planned_step_has_the_bins_that_the_trainer_would_choose(flags: list[str]) -> None:

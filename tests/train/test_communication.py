@@ -11,6 +11,7 @@ import pytest
 
 from tests.train.communication import NUM_MICRO_STEPS, Case, count
 from tests.train.launching import made_once, run_ranks
+from tests.train.synthetic import make_bins, write_shards
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +24,7 @@ SMALL_BUCKETS = {"reduce_bucket_size": 64 * 64}
 ALONE = {"overlap_comm": False}
 
 CASES: dict[str, Case] = {
+    "chosen": (None, "bfloat16", {}),
     "zero1": ("zero1.json", "bfloat16", {}),
     "zero1, float32": ("zero1.json", "float32", {}),
     "zero1, float32, no overlap": ("zero1.json", "float32", ALONE),
@@ -41,7 +43,8 @@ def counts(tiny_vocab_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
     def run(out: Path) -> None:
         out.mkdir()
-        prepare = partial(count, tiny_vocab_checkpoint, out / "counts.json", list(CASES.values()))
+        shards = write_shards(out / "shards", make_bins(num_bins=4))
+        prepare = partial(count, tiny_vocab_checkpoint, shards, out / "counts.json", list(CASES.values()))
         done = run_ranks(2, prepare=prepare)
         assert done.returncode == 0, done.stderr
 
@@ -54,6 +57,14 @@ def test_zero_1_reduces_gradients_once_a_step(counts: dict[str, Any], name: str,
     *before, last = counts[name]["reductions"]
     assert before == [[]] * (NUM_MICRO_STEPS - 1)
     assert sum(last) == width * counts[name]["trained"]
+
+
+def test_a_run_with_room_for_it_reduces_gradients_once_a_step_unless_a_file_is_named(counts: dict[str, Any]) -> None:
+    """As many bytes in a step as ZeRO-2 in each of its forward passes."""
+    assert counts["chosen"] == counts["zero1"]
+    assert counts["chosen"]["file"] == "zero1.json"
+    chosen, zero2 = (sum(map(sum, counts[name]["reductions"])) for name in ("chosen", "zero2"))
+    assert zero2 == NUM_MICRO_STEPS * chosen
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

@@ -52,7 +52,7 @@ def test_steps_are_those_of_the_run(
 
     A planned run trains what is trained by default, so its numbers reproduce only such a run.
     """
-    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.device.choose_device", lambda ranks: torch.device("cpu"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     run_dir = tmp_path / "a run"
@@ -79,7 +79,7 @@ def test_steps_are_those_of_the_run(
 def test_a_run_bounded_by_steps_alone_has_an_endless_order(
     shards: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.device.choose_device", lambda ranks: torch.device("cpu"))
     flags = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run")]
     plan = make_plan(parse_arguments([*flags, "--max_steps", "2"]))
     plan.args.run_dir.mkdir()

@@ -35,7 +35,7 @@ from train.shards.reader import ReadSettings
 
 @pytest.fixture(autouse=True)
 def one_process_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.device.choose_device", lambda ranks: torch.device("cpu"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -183,7 +183,7 @@ def test_a_sliding_window_is_beyond_sdpa(
     assert "a sliding window of 64 tokens, which --attn_implementation sdpa cannot compute: use varlen or flash" in line
     args = parse_arguments(flags)
     assert sizes_of(config, args) == sizes_of(read_config(tiny_checkpoint), args)
-    monkeypatch.setattr("train.run.plan.choose_attention", lambda *_: FLASH_ATTENTION)
+    monkeypatch.setattr("train.run.device.choose_attention", lambda *_: FLASH_ATTENTION)
     assert make_plan(args).shape.sliding_window == 64
     write(False)
     assert pretrained.read_shape(copy).sliding_window is None

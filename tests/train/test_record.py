@@ -92,7 +92,7 @@ def test_a_folder_without_a_record_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flags(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("train.run.plan.choose_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr("train.run.device.choose_device", lambda ranks: torch.device("cpu"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     # Comparing tokenizers is tested elsewhere and takes most of the time of a plan.
@@ -178,4 +178,4 @@ def test_nothing_is_left_to_the_model_or_the_machine(flags: list[str]) -> None:
         None,
     )
     assert args.max_tokens_per_forward is not None
-    assert (args.bf16, args.attn_implementation) == (False, "sdpa")
+    assert (args.bf16, args.attn_implementation, args.deepspeed) == (False, "sdpa", "zero2.json")

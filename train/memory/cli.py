@@ -91,12 +91,12 @@ def report(flags: list[str], *, world: int, max_length: int | None) -> str:
     else:
         load_of = loads_of_length(max_length, checkpointed=checkpointed)
         num_bins = (args.per_device_train_batch_size or 1) if args.counts_bins else bins_of_budget(args, max_length)
-    deepspeed = read_deepspeed_config(args.deepspeed)
+    deepspeed = read_deepspeed_config(args.deepspeed_file)
     sizes = sizes_of(model_config, args)
     load = load_of(num_bins, sizes)
     memory = rank_memory(sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)
     table = size_table(args, load_of, num_bins, world=world, dtype=dtype)
-    title = f"{args.model_name_or_path}, {args.deepspeed}, {world} ranks, {str(dtype).removeprefix('torch.')}"
+    title = f"{args.model_name_or_path}, {args.deepspeed_file}, {world} ranks, {str(dtype).removeprefix('torch.')}"
     return "\n".join([title, memory.format(), "", TABLE_TITLE % world, table])
 
 

@@ -27,10 +27,9 @@ import torch
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
-from train.memory.activations import Load
-from train.memory.budget import TABLE_TITLE, USABLE, rank_memory, size_table
+from train.memory.budget import TABLE_TITLE, rank_memory, size_table
 from train.memory.loads import largest_bins, load_of_bins, loads_of_shards
-from train.memory.terms import GIB, Memory
+from train.memory.terms import Memory
 from train.model import optim
 from train.model.attention import SDPA
 from train.model.disk import nearest_existing
@@ -54,11 +53,10 @@ from train.run.checks import read_settings
 from train.run.engine import Engine, initialize, register_zero3_loading
 from train.run.loop import build_model, describe
 from train.run.metrics import peak_memory_bytes
-from train.run.plan import Plan, check_same_plan, make_plan
+from train.run.plan import Plan, agree_on_capacity, check_same_plan, make_plan
 from train.run.process_group import Ranks
 from train.run.run_dir import check_files
 from train.settings.arguments import TrainArguments
-from train.settings.deepspeed_file import read_deepspeed_config
 from train.shards.reader import BinReader
 
 logger = logging.getLogger(__name__)
@@ -75,17 +73,18 @@ def preflight(args: TrainArguments) -> None:
     """
     plan = make_plan(args)
     check_paths(plan)
-    sizes = sizes_of(read_config(plan.source), args)
-    bins = largest_bins(
-        plan.index,
-        plan.batch.per_device,
-        sizes,
-        checkpointed=args.gradient_checkpointing,
-        dtype=plan.compute.dtype,
-    )
-    memory = estimate_memory(plan, sizes, bins)
     with process_group.joined(plan.compute.device):
+        plan = agree_on_capacity(plan, args)
         check_same_plan(plan)
+        sizes = sizes_of(read_config(plan.source), args)
+        bins = largest_bins(
+            plan.index,
+            plan.batch.per_device,
+            sizes,
+            checkpointed=args.gradient_checkpointing,
+            dtype=plan.compute.dtype,
+        )
+        memory = estimate_memory(plan, sizes, bins)
         stop_on_problems(check_estimate(plan, sizes, memory), plan.ranks, ConfigError)
         with room_for("the model and its optimizer"):
             zero3_loading = register_zero3_loading(plan.deepspeed)
@@ -148,24 +147,7 @@ def estimate_memory(plan: Plan, sizes: Sizes, bins: list[int]) -> Memory:
         load_of = loads_of_shards(plan.index, checkpointed=checkpointed, dtype=plan.compute.dtype)
         table = size_table(args, load_of, plan.batch.per_device, world=world, dtype=plan.compute.dtype)
         logger.info(f"{TABLE_TITLE}\n%s", world, table)
-        if suggestion := suggest_zero1(plan, sizes, load):
-            logger.info(suggestion)
     return memory
-
-
-def suggest_zero1(plan: Plan, sizes: Sizes, load: Load) -> str | None:
-    """Recommend ZeRO-1 to a run at ZeRO-2 that accumulates, if a GPU has room for it by the estimate."""
-    num_passes, stage = plan.batch.accumulation, plan.deepspeed["zero_optimization"]["stage"]
-    if plan.compute.device.type != "cuda" or stage != 2 or num_passes == 1 or plan.ranks.world == 1:
-        return None
-    deepspeed, world, dtype = read_deepspeed_config("zero1.json"), plan.ranks.world, plan.compute.dtype
-    peak = rank_memory(sizes, plan.args, load, deepspeed=deepspeed, world=world, dtype=dtype).peak()
-    if peak > USABLE * torch.cuda.get_device_properties(plan.compute.device).total_memory:
-        return None
-    return (
-        f"--deepspeed zero1.json fits too ({peak / GIB:.1f} GiB): ranks would exchange gradients once a step, not "
-        f"{num_passes} times"
-    )
 
 
 def check_estimate(plan: Plan, sizes: Sizes, memory: Memory) -> list[str]:

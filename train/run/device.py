@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,52 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from schemas.errors import ConfigError
 from train.model.attention import AMPERE, FLASH_ATTENTION, SDPA, VARLEN
+from train.model.flops import peak_tflops
 from train.run.process_group import Ranks
 from train.settings.arguments import TrainArguments
 from train.settings.deepspeed_file import AUTO, contradiction, section
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """How a rank computes.
+
+    Attributes:
+        device: device of the rank.
+        dtype: bfloat16, float16 or float32.
+        attention: attention implementation.
+        peak_tflops: peak of the device in 10^12 operations per second, if known.
+        capacity: bytes of the device, or of the smallest device of all ranks; None if that is not known.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    peak_tflops: float | None
+    capacity: int | None
+
+
+def choose_compute(args: TrainArguments, deepspeed: dict[str, Any], ranks: Ranks) -> Compute:
+    """Choose device, precision and attention of a rank.
+
+    Raises:
+        ConfigError: the device cannot compute as the flags say.
+    """
+    set_tf32(args)
+    device = choose_device(ranks)
+    dtype = choose_dtype(args, deepspeed, device)
+    return Compute(
+        device=device,
+        dtype=dtype,
+        attention=choose_attention(args, device, dtype),
+        peak_tflops=args.peak_tflops or peak_tflops(device, dtype),
+        capacity=device_capacity(device),
+    )
+
+
+def device_capacity(device: torch.device) -> int | None:
+    """Bytes of a GPU, free or not, so that equal GPUs have equal plans. None on a CPU, whose memory ranks share."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def choose_device(ranks: Ranks) -> torch.device:
@@ -35,20 +79,20 @@ def choose_dtype(args: TrainArguments, config: dict[str, Any], device: torch.dev
 
     is_enabled: dict[str, bool | None] = {}
     for name, flag in (("bf16", args.bf16), ("fp16", args.fp16)):
-        in_file = section(config, name, args.deepspeed).get("enabled", AUTO)
+        in_file = section(config, name, args.deepspeed_file).get("enabled", AUTO)
         if flag is not None and in_file not in (AUTO, flag):
-            raise contradiction(args.deepspeed, f"{name}.enabled", in_file, f"--{name}", flag)
+            raise contradiction(args.deepspeed_file, f"{name}.enabled", in_file, f"--{name}", flag)
         is_enabled[name] = flag if in_file == AUTO else bool(in_file)
     if is_enabled["bf16"] and is_enabled["fp16"]:
         raise ConfigError(
-            f"the flags and --deepspeed {args.deepspeed} enable both bf16 and fp16: drop --bf16 or --fp16, or write "
-            '"auto" for the other one in the file.'
+            f"the flags and --deepspeed {args.deepspeed_file} enable both bf16 and fp16: drop --bf16 or --fp16, or "
+            'write "auto" for the other one in the file.'
         )
     if is_enabled["fp16"]:
         if not get_accelerator().is_fp16_supported():
             raise ConfigError(
                 f"{device.type} does not support float16: drop --fp16, and fp16.enabled of --deepspeed "
-                f"{args.deepspeed}."
+                f"{args.deepspeed_file}."
             )
         return torch.float16
     if is_enabled["bf16"] is None:

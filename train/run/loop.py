@@ -43,7 +43,7 @@ from train.run.evaluation import Evaluation, format_evaluation, is_due
 from train.run.interrupt import StopRequest
 from train.run.metrics import Record, Window, open_log
 from train.run.nonfinite import SkippedSteps
-from train.run.plan import Plan, check_same_plan, make_plan
+from train.run.plan import Plan, agree_on_capacity, check_same_plan, make_plan
 from train.run.record import record_run
 from train.run.run_dir import ADAPTER_DIR, FINAL_DIR, RunState, check_files, lock_run_dir, remove_unfinished
 from train.run.saving import Saver
@@ -76,6 +76,7 @@ def train(args: TrainArguments, argv: Sequence[str] = ()) -> bool:
         if plan.ranks.is_first:
             prepare_run_dir(plan)
         with process_group.joined(plan.compute.device):
+            plan = agree_on_capacity(plan, args)
             agree_on_run(plan, argv)
             zero3_loading = register_zero3_loading(plan.deepspeed)
             trainer = Trainer(plan)
@@ -363,6 +364,8 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
         index.num_targets.sum(),
     )
     logger.info(plan.batch_line)
+    if plan.strategy_note is not None:
+        logger.info(plan.strategy_note)
     rates = [group.learning_rate for group in groups if group.learning_rate is not None]
     if ranks.is_first and plan.resume is None and (doubt := doubts(plan.num_steps, rates)):
         logger.warning(doubt)

@@ -8,8 +8,8 @@ Cost: opening the shards, the ledgers of those to evaluate on, and parsing ``tok
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,16 @@ import torch
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError
-from train.memory.budget import bins_that_fit
-from train.memory.loads import loads_of_shards
 from train.model import pretrained
 from train.model.adapters import Adapters, choose_adapters
 from train.model.attention import check_window
-from train.model.flops import peak_tflops
 from train.model.kernels import check_kernels
 from train.model.pretrained import ModelShape
 from train.model.sizes import sizes_of
 from train.order.dealing import DataOrder
 from train.order.run_order import order_of_run
 from train.run.checks import check_outputs, check_read_flags, check_tokenizers, open_eval_shards
-from train.run.device import choose_attention, choose_device, choose_dtype, set_tf32
+from train.run.device import Compute, choose_compute
 from train.run.metrics import require_reporter
 from train.run.process_group import Ranks, read_ranks
 from train.run.resume import (
@@ -41,30 +38,14 @@ from train.run.resume import (
     find_saved_state,
     fixed_settings,
 )
-from train.run.run_dir import RunState, Setting
+from train.run.run_dir import Setting
+from train.run.strategy import choose_strategy
 from train.settings.arguments import TrainArguments
-from train.settings.batch import Batch, choose_batch, describe_batch
+from train.settings.batch import Batch, describe_batch
 from train.settings.deepspeed_file import complete_config, read_deepspeed_config
 from train.settings.recipe import Recipe, choose_recipe
 from train.shards.index import ShardIndex, open_shards
 from train.shards.ledger import SampleDatasets, sample_datasets
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compute:
-    """How a rank computes.
-
-    Attributes:
-        device: device of the rank.
-        dtype: bfloat16, float16 or float32.
-        attention: attention implementation.
-        peak_tflops: peak of the device in 10^12 operations per second, if known.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    attention: str
-    peak_tflops: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +61,13 @@ class Plan:
     """A run that can start. Nothing is started yet.
 
     Attributes:
-        args: the flags.
+        args: the flags, with the DeepSpeed file that the run takes.
         recipe: rate and length, with recommended values for flags left out.
         batch: bins of a step, and their forward passes.
         ranks: this process among the ranks.
         compute: how this rank computes.
         deepspeed: complete DeepSpeed configuration.
+        strategy_note: why the run takes a DeepSpeed file that neither a flag names nor is the default, if so.
         index: the bins to train on.
         order: their order.
         num_steps: optimizer steps of the run.
@@ -103,6 +85,7 @@ class Plan:
     ranks: Ranks
     compute: Compute
     deepspeed: dict[str, Any]
+    strategy_note: str | None
     index: ShardIndex
     order: DataOrder
     num_steps: int
@@ -141,8 +124,12 @@ class Plan:
         return shlex.join(["python", "-m", "train.order", "--run", str(self.args.run_dir)])
 
 
-def make_plan(args: TrainArguments) -> Plan:
+def make_plan(args: TrainArguments, *, capacity: int | None = None) -> Plan:
     """Plan a run, before anything expensive starts.
+
+    Args:
+        args: the flags.
+        capacity: bytes of the smallest device of all ranks, where it is not that of this rank.
 
     Raises:
         ConfigError: settings, shards and checkpoints do not match.
@@ -150,7 +137,6 @@ def make_plan(args: TrainArguments) -> Plan:
     """
     ranks = read_ranks(args.local_rank)
     require_reporter(args.report_to)
-    deepspeed = read_deepspeed_config(args.deepspeed)
     index = open_shards(args.shards)
     eval_index = None if args.eval_shards is None else open_eval_shards(args.eval_shards)
     check_read_flags(args, [index] if eval_index is None else [index, eval_index])
@@ -163,11 +149,14 @@ def make_plan(args: TrainArguments) -> Plan:
     recipe = choose_recipe(args, config)
     saved = find_saved_state(args)
     adapters = choose_adapters(args, config)
-    compute = choose_compute(args, deepspeed, ranks)
+    compute = choose_compute(args, read_deepspeed_config(args.deepspeed_file), ranks)
+    if capacity is not None:
+        compute = dataclasses.replace(compute, capacity=capacity)
     check_window(shape.sliding_window, compute.attention)
-    batch = plan_batch(args, recipe, index, config, saved, compute=compute, deepspeed=deepspeed, world=ranks.world)
+    strategy = choose_strategy(args, recipe, index, config, saved, compute=compute, world=ranks.world)
+    args, batch = strategy.args, strategy.batch
     deepspeed = complete_config(
-        deepspeed,
+        strategy.deepspeed,
         args,
         batch,
         world=ranks.world,
@@ -199,6 +188,7 @@ def make_plan(args: TrainArguments) -> Plan:
         ranks=ranks,
         compute=compute,
         deepspeed=deepspeed,
+        strategy_note=strategy.note,
         index=index,
         order=order,
         num_steps=num_steps,
@@ -211,62 +201,21 @@ def make_plan(args: TrainArguments) -> Plan:
     )
 
 
-def plan_batch(
-    args: TrainArguments,
-    recipe: Recipe,
-    index: ShardIndex,
-    config: Mapping[str, Any],
-    saved: tuple[Path, RunState] | None,
-    *,
-    compute: Compute,
-    deepspeed: dict[str, Any],
-    world: int,
-) -> Batch:
-    """Choose the bins of a step, and split them into forward passes that fit the device.
+def agree_on_capacity(plan: Plan, args: TrainArguments) -> Plan:
+    """Plan for the smallest device of all ranks, so that all plan alike. Collective.
 
-    Ranks compare the memory of their devices rather than what is free, so that equal devices have equal passes.
+    Args:
+        plan: the plan for the device of this rank.
+        args: the flags that it was made of.
 
     Raises:
-        ConfigError: ``--max_tokens_per_forward`` does not allow a single bin.
+        ConfigError: settings, shards and checkpoints do not match.
+        ShardError: shards are incomplete.
     """
-
-    def fitting(most: int) -> int:
-        load_of = loads_of_shards(index, checkpointed=args.gradient_checkpointing, dtype=compute.dtype)
-        available = torch.cuda.get_device_properties(compute.device).total_memory
-        return bins_that_fit(
-            sizes_of(config, args),
-            args,
-            load_of,
-            deepspeed=deepspeed,
-            world=world,
-            dtype=compute.dtype,
-            available=available,
-            most=most,
-        )
-
-    return choose_batch(
-        args,
-        recipe,
-        samples_per_bin=index.samples_per_bin,
-        largest_bin=int(index.num_tokens.max()),
-        world=world,
-        begun=(None, 0) if saved is None else (saved[1].aim, saved[1].stream["global_batch"]),
-        fitting=fitting if compute.device.type == "cuda" else None,
-    )
-
-
-def choose_compute(args: TrainArguments, deepspeed: dict[str, Any], ranks: Ranks) -> Compute:
-    """Choose device, precision and attention of a rank.
-
-    Raises:
-        ConfigError: the device cannot compute as the flags say.
-    """
-    set_tf32(args)
-    device = choose_device(ranks)
-    dtype = choose_dtype(args, deepspeed, device)
-    attention = choose_attention(args, device, dtype)
-    peak = args.peak_tflops or peak_tflops(device, dtype)
-    return Compute(device=device, dtype=dtype, attention=attention, peak_tflops=peak)
+    capacities: list[int | None] = [None] * plan.ranks.world
+    torch.distributed.all_gather_object(capacities, plan.compute.capacity)
+    smallest = min((capacity for capacity in capacities if capacity is not None), default=None)
+    return plan if plan.compute.capacity == smallest else make_plan(args, capacity=smallest)
 
 
 def check_same_plan(plan: Plan) -> None:

@@ -15,6 +15,7 @@ from train.model.adapters import Adapters
 from train.order.dealing import DataOrder
 from train.run.run_dir import (
     BINS_OF_A_STEP,
+    ZERO_STAGE,
     RunState,
     Setting,
     check_settings,
@@ -66,7 +67,7 @@ def fixed_settings(
         "seed": args.seed,
         BINS_OF_A_STEP: batch.bins,
         "group_steps": args.group_steps,
-        "ZeRO stage": deepspeed["zero_optimization"]["stage"],
+        ZERO_STAGE: deepspeed["zero_optimization"]["stage"],
         "precision": str(dtype).removeprefix("torch."),
         **{f"learning rate of {part}": rate for part, rate in rates.items()},
         "lr_scheduler_type": args.lr_scheduler_type,

@@ -44,6 +44,9 @@ RESUME_FROM_ANOTHER = (
 BINS_OF_A_STEP = "bins of a step"
 """Name of the setting that flags count, or that follows from the samples of a step."""
 
+ZERO_STAGE = "ZeRO stage"
+"""Name of the setting that a run keeps when it resumes without naming a DeepSpeed file."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 Setting = str | int | float | bool | None

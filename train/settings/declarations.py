@@ -22,6 +22,9 @@ READ_TIMEOUT_S = 480.0
 """Default limit for reading the data of a forward pass: two minutes below the time that ranks wait for each other, and
 longer than seven requests of a minute each, with their pauses, need to fail."""
 
+DEEPSPEED_FILE, FEWER_EXCHANGES_FILE = "zero2.json", "zero1.json"
+"""The DeepSpeed file without a flag, and the one that a run takes instead where it fits and saves communication."""
+
 FUSED, UNFUSED = "adamw_torch_fused", "adamw_torch"
 """Names of transformers for the optimizers of this trainer."""
 
@@ -190,9 +193,13 @@ class Declarations:
         float, Setting("Gradients with a larger norm are clipped to it. 0 turns clipping off.", low=0)
     ] = 1.0
 
-    deepspeed: Annotated[str, Setting("DeepSpeed configuration: a file, or a name in train/settings/configs.")] = (
-        "zero2.json"
-    )
+    deepspeed: Annotated[
+        str | None,
+        Setting(
+            "DeepSpeed configuration: a file, or a name in train/settings/configs.",
+            unset="zero1.json on several GPUs with room for it, if a step has several forward passes; else zero2.json",
+        ),
+    ] = None
     bf16: Annotated[bool | None, Setting("Compute in bfloat16.", unset="where the accelerator can; else float32")] = (
         None
     )
@@ -305,6 +312,11 @@ class Declarations:
     def run_dir(self) -> Path:
         """Folder of the run."""
         return self.output_dir or Path("runs") / self.name
+
+    @property
+    def deepspeed_file(self) -> str:
+        """The DeepSpeed file that a flag names, or the default."""
+        return self.deepspeed or DEEPSPEED_FILE
 
     @property
     def counts_bins(self) -> bool:

@@ -208,7 +208,7 @@ def complete_config(
     complete: dict[str, Any] = json.loads(json.dumps(config))
     _apply_flags(complete, args, batch, world)
     for name, of_section in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        values = {**section(complete, name, args.deepspeed), "enabled": True}
+        values = {**section(complete, name, args.deepspeed_file), "enabled": True}
         complete.pop(name, None)
         if dtype == of_section:
             complete[name] = values
@@ -224,9 +224,11 @@ def complete_config(
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
     if "offload_optimizer" in zero:
         complete.setdefault("zero_force_ds_cpu_optimizer", False)
-    _check_secondary(zero, args.deepspeed, world)
+    _check_secondary(zero, args.deepspeed_file, world)
     if (open_key := _find_auto(complete)) is not None:
-        raise ConfigError(f'--deepspeed {args.deepspeed}: {open_key} is "auto", which no flag decides: write a value.')
+        raise ConfigError(
+            f'--deepspeed {args.deepspeed_file}: {open_key} is "auto", which no flag decides: write a value.'
+        )
     return complete
 
 
@@ -275,7 +277,7 @@ def _apply_flags(config: dict[str, Any], args: TrainArguments, batch: Batch | No
         }
     for key, (value, flag) in flags.items():
         if config.get(key, AUTO) not in (AUTO, value):
-            raise contradiction(args.deepspeed, key, config[key], flag, value)
+            raise contradiction(args.deepspeed_file, key, config[key], flag, value)
         config[key] = value
 
 
