@@ -451,24 +451,6 @@ def test_varlen_attention_has_the_loss_and_gradients_of_sdpa_by_sample(
     }
 
 
-@pytest.mark.parametrize("heads", [(28, 4, 128), (16, 16, 80)], ids=["language model", "vision tower"])
-def test_the_variable_length_kernel_accepts_the_sizes_of_the_7b(heads: tuple[int, int, int]) -> None:
-    """The real function of torch, forward and backward, on tensors without memory."""
-    num_heads, num_keys, size = heads
-    query, key, value = (
-        torch.empty(1, count, 16384, size, device="meta", dtype=torch.bfloat16, requires_grad=True)
-        for count in (num_heads, num_keys, num_keys)
-    )
-    boundaries = torch.empty(41, device="meta", dtype=torch.int32)
-    output, _ = attention.attend_varlen(
-        nn.Identity(), query, key, value, None, cu_seq_lens_q=boundaries, max_length_q=4096, is_causal=num_keys == 4
-    )
-    assert output.shape == (1, 16384, num_heads, size)
-    output.sum().backward()
-    assert query.grad is not None and query.grad.shape == query.shape
-    assert key.grad is not None and key.grad.shape == key.shape
-
-
 def test_the_patch_embedding_is_the_convolution_of_the_same_weight(tiny_checkpoint: Path) -> None:
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
     keys = list(hf.state_dict())

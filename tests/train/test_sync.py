@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.benchmarks.gpu.scale import official_config
+from tests.train.synthetic import make_medium, make_sample
 from tests.train.test_model import EVERYTHING, micro_batch, samples_of_all_kinds
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.model import optim
-from train.model.attention import FLASH_ATTENTION
+from train.model.attention import FLASH_ATTENTION, VARLEN
 from train.model.packed import PackedQwen, checkpoint_activations
 
 NEEDS_FLASH_ATTENTION = pytest.mark.skipif(
@@ -94,6 +98,54 @@ def test_no_operation_of_a_forward_and_backward_pass_synchronizes(
         with monkeypatch.context() as patch, SyncRecorder(patch) as recorder:
             model(batch).backward()
         assert recorder.calls == []
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and notes queries, keys and boundaries of the variable-length attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.attended: Counter[tuple[tuple[int, ...], tuple[int, ...], int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.counts[name] += 1
+        if name == "_varlen_attn":
+            query, key, _, boundaries, *_ = args
+            self.attended[tuple(query.shape), tuple(key.shape), boundaries.numel()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_a_7b_attends_with_one_call_a_layer_and_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward on tensors without values: 16k tokens, and layers that are computed again."""
+    with torch.device("meta"):
+        hf = Qwen2_5_VLForConditionalGeneration._from_config(official_config("7B"), dtype=torch.bfloat16)
+    model = PackedQwen(hf, attn_implementation=VARLEN).train()
+    optim.group_parameters(model, EVERYTHING)
+    checkpoint_activations(model)
+    rng = np.random.default_rng(0)
+    media = [make_medium(rng, 12, 20), make_medium(rng, 20, 12, steps=2)]
+    batch = micro_batch(*(make_sample(rng, media, num_text=1900) for _ in range(8)), make_sample(rng, num_text=600))
+    with monkeypatch.context() as patch, SyncRecorder(patch) as recorder, Operations() as operations:
+        loss = model(batch.to("meta"))
+        loss.backward()
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    assert all(weight.grad.shape == weight.shape for weight in model.parameters() if weight.grad is not None)
+
+    tokens, patches, vision = batch.num_tokens, batch.vision.num_patches, batch.vision
+    assert tokens > 16384
+    assert operations.attended == {
+        # 28 layers; 32 blocks, 4 of which attend to whole frames and 28 to windows; each computed twice.
+        ((tokens, 28, 128), (tokens, 4, 128), batch.cu_seqlens.numel()): 2 * 28,
+        ((patches, 16, 80), (patches, 16, 80), vision.cu_seqlens.numel()): 2 * 4,
+        ((patches, 16, 80), (patches, 16, 80), vision.cu_window_seqlens.numel()): 2 * 28,
+    }
+    assert operations.counts["_varlen_attn_backward"] == 28 + 32
+    assert [name for name in operations.counts if "scaled_dot_product" in name or name == "_softmax"] == []
+    assert recorder.calls == []
 
 
 def test_an_operation_that_synchronizes_would_be_noticed(
