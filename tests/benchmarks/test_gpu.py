@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+import time
+from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from demo.tiny_model import tiny_config
 from schemas.qwen import FACTOR
+from tests.benchmarks._unreliable import crash_in, hang
+from tests.benchmarks.gpu import supervisor
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.contenders import content_of
 from tests.benchmarks.gpu.corpus import draw_cut
@@ -53,6 +60,62 @@ def test_every_contender_has_all_figures_that_a_cpu_can_give(output: str) -> Non
     assert "memory: train.memory says" in output
     assert len(re.findall(r"^kernel: ", output, flags=re.MULTILINE)) == 5
     assert len(re.findall(r"^bar: ", output, flags=re.MULTILINE)) == 2
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_when_the_time_is_over_all_processes_end_and_the_figures_so_far_are_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now.s))
+    lines, pids = [], []
+    for line in supervisor.supervise(hang, until_s=530.0):
+        lines.append(line)
+        if line.startswith("hanging beside "):
+            pids = [int(line.split()[-1]), *(child.pid for child in active_children())]
+            now.s = 530.0
+    assert lines[:2] == ["figures of data", "figures of first"]
+    assert lines[3:] == [
+        "\nsecond: the time is over; measured until then:\nturns of second: 2",
+        "\nnot reached: third (the time is over)",
+    ]
+    until_s = time.monotonic() + 30
+    while any(map(is_running, pids)) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert [pid for pid in pids if is_running(pid)] == []
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (
+            "first",
+            [
+                "figures of data",
+                "\nfirst: its process failed (exit code -9); measured until then:\nnothing",
+                "figures of second",
+                "\nnot reached: third (no time to start it)",
+            ],
+        ),
+        (
+            "data",
+            [
+                "\ndata: its process failed (exit code -9); measured until then:\nnothing",
+                "\nnot reached: first; second; third (its process failed (exit code -9))",
+            ],
+        ),
+    ],
+)
+def test_after_a_crash_a_new_process_does_the_parts_that_are_left_unless_they_have_no_data(
+    part: str, expected: list[str]
+) -> None:
+    assert list(supervisor.supervise(partial(crash_in, part), until_s=time.monotonic() + 300)) == expected
 
 
 def test_data_of_an_earlier_run_are_left_alone(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Scale:
         num_rounds: turns of every contender.
         num_profiled: steps under the profiler.
         num_compared: bins whose losses are compared.
-        max_s: seconds after which no turn starts.
+        reserve_s: seconds before the end in which no turn starts.
         min_turn_s: seconds of a turn, at least.
         max_turn_s: seconds of a turn, at most.
         num_patches: patches of the benchmarks of single kernels.
@@ -65,7 +65,7 @@ class Scale:
     num_rounds: int
     num_profiled: int
     num_compared: int
-    max_s: float
+    reserve_s: float
     min_turn_s: float
     max_turn_s: float
     num_patches: int
@@ -116,7 +116,7 @@ REAL = Scale(
     num_rounds=2,
     num_profiled=2,
     num_compared=2,
-    max_s=480.0,
+    reserve_s=50.0,
     min_turn_s=1.0,
     max_turn_s=20.0,
     num_patches=32768,
@@ -133,7 +133,7 @@ SMOKE = Scale(
     num_rounds=1,
     num_profiled=1,
     num_compared=1,
-    max_s=600.0,
+    reserve_s=0.0,
     min_turn_s=0.0,
     max_turn_s=0.0,
     num_patches=64,
