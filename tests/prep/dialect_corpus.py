@@ -31,6 +31,7 @@ class Case:
         untrained: answers without loss, counted from 0.
         settings: of each image and then of each video, if any has settings of its own.
         frames: names of the frames of each video that is a list of images.
+        packed: the canonical record as it is packed, where that differs: with boxes in pixels of the resized images.
         code: that it must be rejected with; several are separated by blanks.
         unused: names of the fields that are counted.
     """
@@ -42,6 +43,7 @@ class Case:
     untrained: tuple[int, ...] = ()
     settings: tuple[ItemSettings | None, ...] = ()
     frames: tuple[tuple[str, ...], ...] = ()
+    packed: Record | None = None
     code: str = ""
     unused: tuple[str, ...] = ()
 
@@ -343,8 +345,8 @@ def _qwen_vl_utils() -> list[Case]:
               settings=(ItemSettings(resized_height=280, resized_width=420),)),
         _good("qwen-vl-utils", "rate of a video", video(fps=1.5, min_frames=4, max_frames=8, total_pixels=1e6), VIDEO,
               settings=(ItemSettings(fps=1.5, min_frames=4, max_frames=8, total_pixels=1000000),)),
-        _good("qwen-vl-utils", "frames of a video", video(nframes=6, video_start=0.5, video_end=2), VIDEO,
-              settings=(ItemSettings(nframes=6, video_start=0.5, video_end=2.0),)),
+        _good("qwen-vl-utils", "frames of a video", video(nframes=6, video_start=0.5, video_end=5), VIDEO,
+              settings=(ItemSettings(nframes=6, video_start=0.5, video_end=5.0),)),
         _good("qwen-vl-utils", "rate of an image is counted", image(fps=2), ONE, unused=("content[].fps",)),
         _bad("qwen-vl-utils", "rate and frames", video(fps=1, nframes=4)),
         _bad("qwen-vl-utils", "height alone", image(resized_height=280)),
@@ -415,21 +417,36 @@ def _swift() -> list[Case]:
 
 
 def _objects() -> list[Case]:
+    """120x90 pixels are resized to 140x112 where an image has at least 16 tokens: times 7/6, and times 56/45."""
+
     def swift(question: str, answer: str, objects: Record) -> Record:
         return messages(("user", f"<image>{question}"), ("assistant", answer), images=["a.png"], objects=objects)
 
+    def located(question: str, answer: str) -> Record:
+        return llava(f"<image>{question}", answer, image="a.png")
+
     return [
         _good("ms-swift objects", "box", swift("Where?", "<bbox>", {"bbox": [[10, 20, 30, 40]]}),
-              llava("<image>Where?", "[10, 20, 30, 40]", image="a.png")),
+              located("Where?", "[10, 20, 30, 40]"), packed=located("Where?", "[12, 25, 35, 50]")),
         _good("ms-swift objects", "names and boxes",
               swift("Find <ref-object>", "<bbox> and <bbox>",
                     {"ref": ["cats"], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], "bbox_type": "real"}),
-              llava("<image>Find cats", "[1, 2, 3, 4] and [5, 6, 7, 8]", image="a.png")),
+              located("Find cats", "[1, 2, 3, 4] and [5, 6, 7, 8]"),
+              packed=located("Find cats", "[1, 2, 4, 5] and [6, 7, 8, 10]")),
         _good("ms-swift objects", "size that ms-swift fills in itself",
               swift("Where?", "<bbox>", {"bbox": [[10, 20, 30, 40]], "width": [120], "height": [90]}),
-              llava("<image>Where?", "[10, 20, 30, 40]", image="a.png"), unused=("objects.width", "objects.height")),
+              located("Where?", "[10, 20, 30, 40]"), packed=located("Where?", "[12, 25, 35, 50]"),
+              unused=("objects.width", "objects.height")),
+        _good("ms-swift objects", "shares of the image",
+              swift("Where?", "<bbox>", {"bbox": [[0, 0.25, 0.5, 1]], "bbox_type": "norm1"}),
+              located("Where?", "[0, 0.25, 0.5, 1]"), packed=located("Where?", "[0, 28, 70, 112]")),
+        _good("ms-swift objects", "second of two images",
+              messages(("user", "<image><image>Where?"), ("assistant", "<bbox>"), images=["b.jpg", "a.png"],
+                       objects={"bbox": [[10, 20, 30, 40]], "image_id": [1]}),
+              llava("<image><image>Where?", "[10, 20, 30, 40]", images=["b.jpg", "a.png"]),
+              packed=llava("<image><image>Where?", "[12, 25, 35, 50]", images=["b.jpg", "a.png"])),
         _good("ms-swift objects", "point", swift("Where?", "<bbox>", {"bbox": [[10, 20]], "image_id": [0]}),
-              llava("<image>Where?", "[10, 20]", image="a.png")),
+              located("Where?", "[10, 20]"), packed=located("Where?", "[12, 25]")),
         _bad("ms-swift objects", "fewer boxes", swift("Where?", "<bbox><bbox>", {"bbox": [[1, 2, 3, 4]]})),
         _bad("ms-swift objects", "name that is no text", swift("Find <ref-object>", "It", {"ref": [None]})),
         _bad("ms-swift objects", "unknown type", swift("Where?", "<bbox>", {"bbox": [[1, 2, 3, 4]], "bbox_type": "x"})),

@@ -10,20 +10,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prep.annotations.annotation import Annotation, MediaItem
 from prep.annotations.dialects import read_record
 from prep.annotations.records import index_file, read_chunk
 from prep.annotations.validation import TAG, Checked, check_record, parse_record
+from prep.media.item import ItemSettings
 from prep.media.paths import resolve_media
 from prep.samples.text import Template, build_templates
 from prep.samples.tokenizer import TextTokenizer
 from schemas.errors import MediaError
 from schemas.qwen import DEFAULT_SYSTEM
+from schemas.settings import MediaSettings
 from tests.prep.dialect_corpus import (
     CASES,
     DEFAULT,
@@ -35,15 +40,17 @@ from tests.prep.dialect_corpus import (
     openai_agent,
     write_media,
 )
-from tests.prep.packed import assert_same, packed_samples
-from tests.prep.test_formats import build_datasets, table, write_jsonl
+from tests.prep.packed import Packed, assert_same, packed_samples
+from tests.prep.qwen_vl_utils_module import qwen_vl_utils, resized_frames, sampled_video
+from tests.prep.test_formats import SETTINGS, build_datasets, table, write_jsonl
+from tests.prep.test_golden import original_positions
 
 NUM_FUZZED = 2000
 
 ACCEPTED = [case for case in CASES if case.canonical is not None]
 REJECTED = [case for case in CASES if case.canonical is None]
-# The canonical spelling cannot express settings and frames; their effect on pixels is a matter of the media tests.
-PLAIN = [case for case in ACCEPTED if not case.settings and not case.frames and "objects" not in case.record]
+# The canonical spelling cannot express settings, frames and boxes. The tests of media compare the pixels of these.
+PLAIN = [case for case in ACCEPTED if not case.settings and not case.frames and not case.packed]
 
 QWEN_TEMPLATE = """\
 {%- if tools %}
@@ -140,11 +147,14 @@ def template_of(annotation: Annotation | None, tokenizer: TextTokenizer) -> Temp
     return build_templates([annotation], tokenizer)[0]
 
 
-def chatml(record: dict[str, Any], untrained: tuple[int, ...]) -> tuple[str, list[tuple[int, int]]]:
+def chatml(
+    record: dict[str, Any], untrained: tuple[int, ...], num_pads: list[int]
+) -> tuple[str, list[tuple[int, int]]]:
     """The text that a canonical record stands for, written out, and the ranges of characters that are trained."""
+    pads = iter(num_pads)
 
     def media(value: str) -> str:
-        return TAG.sub(lambda tag: f"<|vision_start|><|{tag[1]}_pad|><|vision_end|>", value)
+        return TAG.sub(lambda tag: f"<|vision_start|>{f'<|{tag[1]}_pad|>' * next(pads)}<|vision_end|>", value)
 
     if "text" in record:
         text = media(record["text"]) + "<|endoftext|>"
@@ -162,6 +172,53 @@ def chatml(record: dict[str, Any], untrained: tuple[int, ...]) -> tuple[str, lis
                 trained.append((start, len(text)))
             num_answers += 1
     return text, trained
+
+
+def media_of(case: Case, root: Path) -> list[tuple[int, tuple[int, int, int], float]]:
+    """Kind, grid, and seconds of a temporal step of the media in sequence order, by ``qwen_vl_utils``."""
+    record = case.canonical or {}
+    tags = TAG.findall("".join([record.get("text", ""), *(turn["value"] for turn in record.get("conversations", []))]))
+    listed = {kind: record.get(f"{kind}s") or record.get(kind) or [] for kind in ("image", "video")}
+    names = {kind: [value] if isinstance(value, str) else value for kind, value in listed.items()}
+    own = iter(case.settings or [None] * sum(map(len, names.values())))
+    items = {
+        "image": iter([image_of(root / name, element_of(next(own))) for name in names["image"]]),
+        "video": iter([
+            video_of(root, name, case.frames[index] if case.frames else (), element_of(next(own)))
+            for index, name in enumerate(names["video"])
+        ]),
+    }  # fmt: skip
+    return [next(items[tag]) for tag in tags]
+
+
+def element_of(item: ItemSettings | None) -> dict[str, Any]:
+    """Settings of a medium as ``qwen_vl_utils`` gets them."""
+    return {name: value for name, value in msgspec.to_builtins(item or {}).items() if value is not None}
+
+
+def image_of(path: Path, element: dict[str, Any]) -> tuple[int, tuple[int, int, int], float]:
+    bounds = {"min_pixels": MediaSettings().min_pixels, "max_pixels": SETTINGS.media.max_pixels}
+    image = qwen_vl_utils().fetch_image({"image": Image.open(path), **bounds, **element})
+    return 0, (1, image.height // 14, image.width // 14), 0.0
+
+
+def video_of(
+    root: Path, name: str, frames: tuple[str, ...], element: dict[str, Any]
+) -> tuple[int, tuple[int, int, int], float]:
+    """Videos of the corpus are 12 frames of 64x48 pixels, two a second; frames have 112x84 pixels."""
+    media = SETTINGS.media
+    element = {"min_pixels": media.video_min_frame_pixels, "max_pixels": media.video_max_frame_pixels, **element}
+    if frames:
+        count, rate = len(frames) + len(frames) % 2, element.get("fps", 2.0)
+        height, width = resized_frames(element, count, 84, 112)
+    elif "fps" in element or "nframes" in element:
+        indices, rate, (height, width) = sampled_video({"video": str(root / name), **element})
+        count = len(indices)
+    else:
+        # An interval of 4 s asks for 2 frames of 6 s. At least 4 are taken.
+        count, rate = 4, 4 / 6
+        height, width = resized_frames(element, count, 48, 64)
+    return 1, (count // 2, height // 14, width // 14), 2 / rate
 
 
 def test_the_corpus_covers_twenty_dialects_each_with_a_record_to_accept_and_one_to_reject() -> None:
@@ -206,21 +263,37 @@ def test_a_near_miss_is_rejected_with_its_code_and_no_other(case: Case, root: Pa
     assert codes == set(case.code.split())
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=case_id)
-def test_ids_and_labels_are_those_of_the_conversation_written_out_by_hand(
-    case: Case, root: Path, tokenizer: TextTokenizer, reference: PreTrainedTokenizerBase
+@pytest.fixture(scope="module")
+def packed(root: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Packed]]:
+    """The samples of all accepted records by :func:`case_id`, as the shards of one build hold them."""
+    folder = tmp_path_factory.mktemp("packed")
+    records = [{"id": case_id(case), **case.record} for case in ACCEPTED]
+    (folder / "all.jsonl").write_bytes(b"".join(as_text(record, root) + b"\n" for record in records))
+    (folder / "datasets.toml").write_text(table("all", [folder / "all.jsonl"], root))
+    build_datasets("all", folder / "datasets.toml", tiny_checkpoint, folder / "out")
+    return packed_samples(folder / "out")
+
+
+@pytest.mark.parametrize("case", ACCEPTED, ids=case_id)
+def test_ids_labels_positions_and_grids_are_those_of_independent_code(
+    case: Case, root: Path, packed: dict[str, list[Packed]], reference: PreTrainedTokenizerBase
 ) -> None:
-    assert case.canonical is not None
-    text, ranges = chatml(case.canonical, case.untrained)
+    """Written out by hand, tokenized by transformers, measured by ``qwen_vl_utils``, placed token by token."""
+    media = media_of(case, root)
+    grids = [grid for _, grid, _ in media]
+    text, ranges = chatml(case.packed or case.canonical or {}, case.untrained, [t * h * w // 4 for t, h, w in grids])
     encoding = reference(text, add_special_tokens=False, return_offsets_mapping=True)
-    template = template_of(checked(case.record, root).annotation, tokenizer)
-    assert template.ids.tolist() == encoding["input_ids"]
+    (sample,) = packed[case_id(case)]
+    assert sample.input_ids.tolist() == encoding["input_ids"]
     vision = reference.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"])
-    expected = [
-        any(start < last and first < end for first, last in ranges) and token not in vision
+    labels = [
+        token if any(start < last and first < end for first, last in ranges) and token not in vision else -100
         for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"])
     ]
-    assert template.trained.tolist() == [False, *expected[1:]]
+    assert sample.labels.tolist() == [-100, *labels[1:]]
+    assert [(kind, grid) for kind, grid, _ in sample.media] == [(kind, grid) for kind, grid, _ in media]
+    positions = original_positions(encoding["input_ids"], grids, [seconds for _, _, seconds in media])
+    assert np.array_equal(sample.position_ids, positions)
 
 
 def test_a_tool_call_is_the_token_of_its_own(
@@ -260,22 +333,17 @@ def test_tools_are_laid_out_as_by_the_chat_template_of_qwen(
     assert template_of(checked(record, root).annotation, tokenizer).ids.tolist() == expected
 
 
-def test_a_build_packs_what_the_canonical_records_give(root: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_build_packs_what_the_canonical_records_give(
+    root: Path, packed: dict[str, list[Packed]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     """Ids, labels, positions, grids and pixels."""
-    spelled = [{"id": f"case-{index}", **case.record} for index, case in enumerate(PLAIN)]
-    canonical = [{"id": f"case-{index}", **(case.canonical or {})} for index, case in enumerate(PLAIN)]
-    files = [write_jsonl(tmp_path / "spelled.jsonl", []), write_jsonl(tmp_path / "canonical.jsonl", canonical)]
-    files[0].write_bytes(b"".join(as_text(record, root) + b"\n" for record in spelled))
-    (tmp_path / "datasets.toml").write_text(table("spelled", files[:1], root) + table("canonical", files[1:], root))
-    trained_fully = {f"case-{index}" for index, case in enumerate(PLAIN) if not case.untrained}
-    samples = {}
-    for name in ("spelled", "canonical"):
-        build_datasets(name, tmp_path / "datasets.toml", tiny_checkpoint, tmp_path / name)
-        samples[name] = packed_samples(tmp_path / name)
-    for index in range(len(PLAIN)):
-        name = f"case-{index}"
-        ours, expected = samples["spelled"][name][0], samples["canonical"][name][0]
-        if name in trained_fully:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"id": case_id(case), **(case.canonical or {})} for case in PLAIN])
+    (tmp_path / "datasets.toml").write_text(table("canonical", [file], root))
+    build_datasets("canonical", tmp_path / "datasets.toml", tiny_checkpoint, tmp_path / "out")
+    canonical = packed_samples(tmp_path / "out")
+    for case in PLAIN:
+        (ours,), (expected,) = packed[case_id(case)], canonical[case_id(case)]
+        if not case.untrained:
             assert_same(ours, expected)
         else:
             assert ours.input_ids.tolist() == expected.input_ids.tolist()

@@ -269,9 +269,8 @@ def original_positions(ids: list[int], grids: list[tuple[int, int, int]], second
     """Token by token, as transformers 4.49 defines it: the text after a medium continues after its largest index."""
     positions: list[tuple[int, int, int]] = []
     media = iter(zip(grids, seconds))
-    at = 0
+    at, following = 0, 0
     while len(positions) < len(ids):
-        following = max((max(position) for position in positions), default=-1) + 1
         if ids[at] not in (IMAGE_PAD, VIDEO_PAD):
             positions.append((following,) * 3)
         else:
@@ -282,6 +281,7 @@ def original_positions(ids: list[int], grids: list[tuple[int, int, int]], second
                         # 2 positions per second
                         offsets = (int(step * step_s * 2), row, column)
                         positions.append(tuple(following + offset for offset in offsets))  # type: ignore[arg-type]
+        following = 1 + max(max(position) for position in positions[at:])
         at = len(positions)
     return np.asarray(positions).T
 
