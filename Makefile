@@ -34,7 +34,7 @@ help: ## list the targets
 
 .venv: $(ENVIRONMENT) ## the environment, with the versions of constraints.txt
 
-$(ENVIRONMENT): setup.cfg pyproject.toml constraints.txt
+$(ENVIRONMENT): setup.cfg setup.py pyproject.toml constraints.txt prep/media/_bicubic.c
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
 		{ echo "vlprep needs Python 3.10 to 3.13: make .venv PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv .venv

@@ -42,6 +42,7 @@ from prep.build.written import WrittenShards
 from prep.engines import Engine
 from prep.engines.progress import progress
 from prep.engines.software import software_versions
+from prep.media.bicubic import fallback_reason
 from prep.samples.tokenizer import ModelFiles, find_model_files, read_fingerprints
 from schemas.manifest import (
     MANIFEST_FILE,
@@ -175,6 +176,8 @@ def _build_shards(
     check_scan(parts, samples, max_length=request.settings.max_length, max_rejected=request.max_rejected)
     plan = make_plan(samples.num_tokens, samples.num_patches, samples.pixel_bytes, request.settings)
     clock.lap("plan")
+    if samples.pixel_bytes.any() and (reason := fallback_reason()) is not None:
+        logger.info(reason)
     results = work.write_results(_plan_key(key, parts, plan))
     written = _write(engine, _write_tasks(request, work.output, results, parts, samples, plan), plan)
     merge_timings(clock.timings, written.timings)

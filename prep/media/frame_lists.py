@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.media.images import Allocate, frames_shape, image_size, new_frames, opened_rgb, resize_into
+from prep.media.bicubic import resize_into
+from prep.media.images import Allocate, frames_shape, image_size, new_frames, opened_rgb
 from prep.media.item import NO_ITEM_SETTINGS, ItemSettings
 from prep.media.source import MediaSource
 from prep.media.videos import VideoPlan, video_grid

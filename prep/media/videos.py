@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from prep.media.backends import BACKENDS, Video
-from prep.media.images import Allocate, frames_shape, image_grid, new_frames, resize_into
+from prep.media.bicubic import resize_into
+from prep.media.images import Allocate, frames_shape, image_grid, new_frames
 from prep.media.item import NO_ITEM_SETTINGS, ItemSettings, frame_bounds
 from prep.media.sampling import sampled_frames
 from prep.media.source import MediaSource
@@ -123,7 +123,7 @@ def decode_video(
         frames = allocate(frames_shape(TEMPORAL_PATCH_SIZE * plan.grid.t, plan.grid))  # (2·t, 3, H', W')
         num_decoded = 0
         for frame, planes in zip(video.frames(plan.indices), frames):  # frame: (H, W, 3)
-            resize_into(planes, Image.fromarray(frame))
+            resize_into(planes, frame)
             num_decoded += 1
         if num_decoded != len(plan.indices):
             raise MediaError(
