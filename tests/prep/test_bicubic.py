@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from prep.build import pipeline
 from prep.media import bicubic
 from prep.media.decode import decode
 from prep.media.source import MediaSource
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.settings import MediaSettings
+from tests.prep.finished import build_set
 from tests.prep.test_images import random_image
 from tests.prep.test_videos import write_video
 
@@ -217,3 +220,17 @@ def test_media_have_the_same_planes_without_the_kernel(
     for (info, planes), (other_info, other_planes) in zip(with_kernel, without):
         assert info == other_info
         assert np.array_equal(planes, other_planes)
+
+
+def test_a_build_says_once_that_pillow_resizes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "Noise."}]
+    records = [{"image": f"{index}.png", "conversations": turns} for index in range(2)]
+    for record in records:
+        random_image(40, 30).save(tmp_path / str(record["image"]))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr(pipeline, "fallback_reason", lambda: "Pillow resizes the images.")
+    with caplog.at_level("INFO"):
+        build_set(tmp_path / "x.jsonl", tmp_path / "shards", tiny_checkpoint)
+    assert caplog.messages.count("Pillow resizes the images.") == 1
