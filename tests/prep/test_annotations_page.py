@@ -14,13 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from prep.annotations.annotation import ItemSettings
 from prep.annotations.dialects import read_record
 from prep.annotations.fields import UNSUPPORTED_FIELDS, UNSUPPORTED_PART_FIELDS, UNSUPPORTED_TURN_FIELDS
+from prep.annotations.unused import describe_unused
 from prep.annotations.validation import parse_record
 from prep.samples.text import build_templates
 from prep.samples.tokenizer import TextTokenizer
 from schemas.annotation import ReasonCode
 from schemas.json_schema import FOLDER
 from schemas.qwen import DEFAULT_SYSTEM
-from tests.guides import DOCS
+from tests.guides import DOCS, blocks
 from tests.prep.dialect_corpus import CASES, llava
 
 PAGE = (DOCS / "annotations.md").read_text(encoding="utf-8")
@@ -101,6 +102,22 @@ def test_tools_are_laid_out_as_the_page_shows(tiny_checkpoint: Path) -> None:
     (template,) = build_templates([annotation], tokenizer)
     text = f"<|im_start|>system\n{TOOLS[0][0]}<|im_end|>\n{TOOLS[0][1]}".replace("…", "")
     assert template.ids.tolist() == reference(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_record_becomes_the_text_that_the_page_shows(tiny_checkpoint: Path) -> None:
+    tokenizer = TextTokenizer((tiny_checkpoint / "tokenizer.json").read_bytes())
+    reference: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    (text,) = blocks("annotations.md", "From record to tokens", "")
+    annotation = parse_record(json.dumps(llava("<image>\nWhat is this?", "A car.", image="a.jpg")).encode()).annotation
+    assert annotation is not None
+    (template,) = build_templates([annotation], tokenizer)
+    assert template.ids.tolist() == reference(text.replace("…", ""), add_special_tokens=False)["input_ids"]
+    assert reference.decode(template.ids[template.trained]) == "A car.<|im_end|>\n"
+
+
+def test_unused_fields_are_listed_as_the_page_shows() -> None:
+    (line,) = blocks("annotations.md", "Fields", "")
+    assert line == f"fields not used: {describe_unused({'img': 3, 'width': 1204})}\n"
 
 
 def rows(heading: str) -> dict[str, str]:
