@@ -31,6 +31,7 @@ from prep.options import (
     setting_options,
 )
 from schemas.errors import ConfigError, VlprepError
+from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
@@ -133,6 +134,7 @@ def main(debug: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a finished set of other annotation files in --out.")
 @click.option("--retry-media", is_flag=True, help="Retry media that an earlier run could not use.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print the times of the stages and of the work on a sample.")
+@click.option("--report", is_flag=True, help=f"Also write a page about the shards, {REPORT_FILE} beside them.")
 @engine_options
 @setting_options(MediaSettings)
 @_guarded
@@ -147,6 +149,7 @@ def build_command(
     overwrite: bool,
     retry_media: bool,
     verbose: bool,
+    report: bool,
     workers: int | None,
     engine: str,
     ray_address: str | None,
@@ -186,6 +189,11 @@ def build_command(
     metrics = read_metrics(out) if verbose else None
     if metrics is not None:
         _print(metrics_summary(metrics))
+    if report:
+        from prep.inspect.report import ReportRequest, write_report
+
+        request_of_page = ReportRequest(model=model, sources=request.sources)
+        _print(f"Report: {write_report(out, out / REPORT_FILE, request_of_page)}")
 
 
 @main.command("validate")
@@ -347,16 +355,51 @@ def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -
 
 @main.command("report")
 @click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
-@click.option("--out", type=FILE, required=True, help="HTML file to write.")
+@click.option("--out", type=FILE, required=True, help="HTML file to write. Its folder is created.")
+@click.option("--bin", "bins", type=click.IntRange(min=0), multiple=True, help="Show all samples of this bin.")
+@click.option(
+    "--sample",
+    "samples",
+    metavar="DATASET:RECORD",
+    multiple=True,
+    help="Show this sample.  [default, without --bin: a choice from every dataset]",
+)
 @click.option(
     "--model",
     help=f"Checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL} if the hub's cache "
     "has it; else the page has no texts]",
 )
+@click.option(
+    "--datasets",
+    multiple=True,
+    help="The DATASETS of the build: adds the sizes of images before resizing, and images of rejected records.",
+)
+@click.option("--registry", type=FILE, help=f"With --datasets: registry of datasets.  [default: {DEFAULT_REGISTRY}]")
+@click.option(
+    "--media-root",
+    type=FOLDER_OR_URL,
+    help="With --datasets: folder or URL of the media of annotation files.  [default: the folder of each file]",
+)
 @_guarded
-def report_command(folder: Location, out: Path, model: str | None) -> None:
-    """Write one HTML page about the shards in DIR: counts, rejects, distributions, samples."""
-    from prep.inspect.report import write_report
+def report_command(
+    folder: Location,
+    out: Path,
+    bins: tuple[int, ...],
+    samples: tuple[str, ...],
+    model: str | None,
+    datasets: tuple[str, ...],
+    registry: Path | None,
+    media_root: Location | None,
+) -> None:
+    """Write one HTML page about the shards in DIR: samples, mixture, lengths, balance, rejects.
 
-    num_bytes = write_report(folder, out, model)
-    _print(f"{out}: {num_bytes / 1e6:.1f} MB")
+    --bin and --sample may be repeated.
+    """
+    from prep.annotations.registry import find_all_sources
+    from prep.inspect.report import ReportRequest, write_report
+
+    if not datasets and (registry is not None or media_root is not None):
+        raise ConfigError("--registry and --media-root have no effect without --datasets. Give them together.")
+    sources = find_all_sources(datasets, registry=registry, media_root=media_root, media=MediaSettings())
+    request = ReportRequest(model=model, sources=tuple(sources), bins=bins, samples=samples)
+    _print(write_report(folder, out, request))

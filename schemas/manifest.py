@@ -16,6 +16,9 @@ MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "build_metrics.json"
 """Counts and times of the run that finished the build. Times differ from run to run, so it is not part of the set."""
 
+REPORT_FILE = "report.html"
+"""The page that ``vlprep build --report`` writes beside the shards. It is not part of the set either."""
+
 WORK_FOLDER = ".build"
 """What a build keeps beside its shards."""
 

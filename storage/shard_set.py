@@ -6,6 +6,7 @@ In: a folder or a URL. Out: a :class:`ShardSet` with its manifest and its table 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,19 @@ class ShardSet:
         path = self.folder / SAMPLES_FILE
         table = read_table(path, SAMPLES_COLUMNS, filters=[("bin", "=", bin_id)])
         return ledger_rows(table.sort_by("slot"))
+
+    def packed_in_bins(self, bin_ids: Collection[int]) -> dict[int, list[LedgerRow]]:
+        """The same for several bins in one pass over the ledger.
+
+        Raises:
+            ShardError: the ledger is missing or damaged.
+        """
+        rows: dict[int, list[LedgerRow]] = {bin_id: [] for bin_id in bin_ids}
+        if rows:
+            table = read_table(self.folder / SAMPLES_FILE, SAMPLES_COLUMNS, filters=[("bin", "in", list(rows))])
+            for row in ledger_rows(table.sort_by("slot")):
+                rows[row.bin].append(row)
+        return rows
 
 
 def open_set(folder: Location) -> ShardSet:

@@ -48,13 +48,18 @@ class ShownSample:
     boxes: Sequence[SampleBox]
 
 
-def samples_of(shards: ShardSet, bin_: Bin) -> list[ShownSample]:
+def samples_of(shards: ShardSet, bin_: Bin, rows: Sequence[LedgerRow] | None = None) -> list[ShownSample]:
     """Split a bin into its samples.
+
+    Args:
+        shards: the set.
+        bin_: the bin.
+        rows: the rows of the ledger for the bin, by slot; None to read them.
 
     Raises:
         ShardError: the bin and the ledger disagree.
     """
-    rows, references = shards.packed_in(bin_.index), bin_.samples()
+    rows, references = shards.packed_in(bin_.index) if rows is None else rows, bin_.samples()
     boundaries = bin_.cu_seqlens.tolist()
     is_pad = np.isin(bin_.input_ids, (IMAGE_PAD, VIDEO_PAD))
     # (M,): first pad token of every medium.

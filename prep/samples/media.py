@@ -226,15 +226,30 @@ def check_media(
     access: MediaAccess = LOCAL_MEDIA,
 ) -> list[Problem]:
     """Decode all media of a record; returns the problems of those that fail."""
-    record = _RecordMedia(root, settings.max_source_bytes, embedded, access)
     problems = Problems()
     for medium in media:
         try:
-            source = record.source(medium, medium.media_type)
-            require_as_scanned(medium, sandbox().decode(source, medium.media_type, *_settings_for(medium, settings))[0])
+            require_as_scanned(medium, decode_of_record(medium, root, settings, embedded, access)[0])
         except MediaError as error:
             problems.add(error.code, error.message)
     return problems.listed()
+
+
+def decode_of_record(
+    medium: Medium,
+    root: Location,
+    settings: MediaSettings,
+    embedded: Mapping[str, bytes],
+    access: MediaAccess = LOCAL_MEDIA,
+) -> tuple[MediaInfo, NDArray[np.uint8]]:
+    """Decode a medium of a record: its info, and its stored frames (F, 3, H, W) uint8.
+
+    Raises:
+        MediaError: it cannot be decoded.
+    """
+    record = _RecordMedia(root, settings.max_source_bytes, embedded, access)
+    source = record.source(medium, medium.media_type)
+    return sandbox().decode(source, medium.media_type, *_settings_for(medium, settings))
 
 
 def decode_medium(

@@ -88,8 +88,8 @@ def test_build_prints_its_times_on_request_only(tmp_path: Path, tiny_checkpoint:
     record = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "good.json").write_text(json.dumps([record]))
     command = ["build", tmp_path / "good.json", "--out", tmp_path / "out", "--model", tiny_checkpoint, "--workers", 1]
-    quiet, verbose = run(*command), run(*command, "-v")
-    assert (quiet.exit_code, verbose.exit_code) == (0, 0)
+    quiet, verbose, with_report = run(*command), run(*command, "-v"), run(*command, "--report")
+    assert (quiet.exit_code, verbose.exit_code, with_report.exit_code) == (0, 0, 0)
     assert "1 annotation = 1 packed + 0 rejected" in quiet.stdout
     assert "\n1 bin of " in quiet.stdout
     assert "; 1 shard, " in quiet.stdout
@@ -97,6 +97,9 @@ def test_build_prints_its_times_on_request_only(tmp_path: Path, tiny_checkpoint:
     assert times.startswith("1 worker: scan ")
     assert "tokenize " in times
     assert times not in quiet.stdout
+    path, size = with_report.stdout.removeprefix(quiet.stdout).removeprefix("Report: ").rsplit(": ", 1)
+    assert (Path(path), size.endswith(" kB\n")) == (tmp_path / "out" / "report.html", True)
+    assert "<mark>b</mark>" in Path(path).read_text()
 
 
 @pytest.mark.parametrize(

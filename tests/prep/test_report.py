@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,17 +18,34 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from prep.annotations.registry import find_sources
 from prep.cli import main
 from prep.inspect.report import render_report
-from prep.inspect.report.charts import Histogram, doubling_histogram, number_histogram, share_histogram, svg
-from prep.inspect.report.statistics import gather, notable_bins
-from prep.inspect.transcript import Transcriber
-from schemas.settings import BuildSettings, MediaSettings
+from prep.inspect.report.charts import (
+    Drawing,
+    Histogram,
+    draw,
+    growing_histogram,
+    number_histogram,
+    round_step,
+    segments,
+    share_histogram,
+)
+from prep.inspect.report.choice import PER_GROUP, choose_samples
+from prep.inspect.report.gallery import DETAILS, caption_of, shortened
+from prep.inspect.report.page import size_text
+from prep.inspect.report.statistics import MODALITIES, busy_share, gather
+from prep.inspect.report.writer import MAX_BYTES, ReportRequest
+from prep.inspect.transcript import Span, SpanKind, Transcriber
+from schemas.errors import ConfigError
+from schemas.qwen import Grid
+from schemas.settings import MediaSettings
 from storage.shard_set import open_set
 from tests.prep import finished as sets
+from tests.prep.browser import NAMES, Tab, find_browser, open_tab
 from tests.prep.corpus import turn
 
-VOID = {"meta", "img", "br", "line", "rect"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -52,7 +72,7 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] != "style":
+        if self._open and self._open[-1] not in ("style", "script"):
             self.texts.append(data)
 
     @property
@@ -75,17 +95,32 @@ def page(tmp_path_factory: pytest.TempPathFactory, finished: Path, tiny_checkpoi
 def test_the_page_is_well_formed_and_loads_nothing(page: str) -> None:
     document = Page(page)
     names = Counter(name for name, _ in document.elements)
-    assert names["script"] == names["link"] == names["iframe"] == 0
-    assert names["html"] == names["body"] == names["style"] == 1
+    assert names["link"] == names["iframe"] == names["form"] == 0
+    assert names["html"] == names["body"] == names["style"] == names["script"] == 1
+    ids = {attributes["id"] for _, attributes in document.elements if "id" in attributes}
     for name, attributes in document.elements:
-        assert not any(key.startswith("on") or key in ("href", "action", "srcset", "data") for key in attributes), name
+        assert not any(key.startswith("on") or key in ("action", "srcset", "data", "style") for key in attributes), name
         assert (attributes.get("src") or "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+        assert "href" not in attributes or (attributes["href"] or "")[1:] in ids
     assert "url(" not in page
     assert "@import" not in page
     assert "http" not in page.replace("http-equiv", "")
-    policy = next(attributes for name, attributes in document.elements if "http-equiv" in attributes)
-    assert policy["content"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert "prefers-color-scheme: dark" in page
+    assert len(page.encode()) < MAX_BYTES
+
+
+def test_the_policy_of_the_page_admits_its_own_style_and_script_alone(page: str) -> None:
+    document = Page(page)
+    policy = next(attributes["content"] for _, attributes in document.elements if "http-equiv" in attributes)
+    hashes = {
+        name: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        for name in ("style", "script")
+        for content in re.findall(f"<{name}>(.*?)</{name}>", page, re.DOTALL)
+    }
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes['style']}'; "
+        f"script-src 'sha256-{hashes['script']}'; base-uri 'none'; form-action 'none'"
+    )
 
 
 def test_the_page_accounts_for_every_annotation(page: str, finished: Path) -> None:
@@ -127,7 +162,7 @@ def test_without_a_tokenizer_the_page_has_no_texts_and_says_so(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert run(finished, "--out", tmp_path / "report.html").exit_code == 0
     page = (tmp_path / "report.html").read_text()
-    assert "Their texts are missing, because the tokenizer is not available" in Page(page).text
+    assert "The texts are missing, because the tokenizer is not available" in Page(page).text
     assert "An answer." not in page
     assert re.search(r"<mark>⟨\d+ tokens⟩</mark>", page)
 
@@ -143,11 +178,11 @@ def test_user_text_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Path) -
     (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
     out = sets.build_set(tmp_path / name, tmp_path / "<i>&", tiny_checkpoint)
     assert run(out, "--out", tmp_path / "page.html", "--model", tiny_checkpoint).exit_code == 0
-    document = Page((tmp_path / "page.html").read_text())
-    assert {name for name, _ in document.elements} & {"script", "b onclick=x", "i"} <= {"i"}
-    assert all(
-        attributes.get("class") for name, attributes in document.elements if name == "i" and "style" not in attributes
-    )
+    page = (tmp_path / "page.html").read_text()
+    document = Page(page)
+    assert page.count("<script") == 1
+    assert {name for name, _ in document.elements} & {"b onclick=x", "i"} <= {"i"}
+    assert all(attributes.get("class") for name, attributes in document.elements if name == "i")
     assert [attributes["src"][:5] for name, attributes in document.elements if name == "img"] == ["data:"]
     assert document.text.count("<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>\\x1b") >= 4
     assert "transcript <b onclick=x>&" not in document.text
@@ -156,11 +191,87 @@ def test_user_text_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Path) -
 
 
 def test_wrong_use_exits_with_2_and_missing_shards_with_1(finished: Path, tmp_path: Path) -> None:
-    assert run(finished, "--out", tmp_path / "none" / "page.html").exit_code == 2
     assert run(finished, "--out", tmp_path / "page.html", "--model", tmp_path).exit_code == 2
     result = run(tmp_path, "--out", tmp_path / "page.html")
     assert (result.exit_code, "holds no manifest.json" in result.stderr) == (1, True)
     assert not (tmp_path / "page.html").exists()
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Tab]:
+    program = find_browser()
+    if program is None:
+        pytest.skip(f"no headless browser on this machine ({', '.join(NAMES)})")
+    with open_tab(program) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory, page: str) -> Path:
+    path = tmp_path_factory.mktemp("browser") / "page.html"
+    path.write_text(page)
+    return path
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_nothing_is_wider_than_the_window(tab: Tab, page_file: Path, width: int) -> None:
+    tab.open(page_file, width=width, dark=width == 820)
+    tab.value("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    assert tab.value("innerWidth") == width
+    assert tab.value("document.documentElement.scrollWidth") == width
+    # Tables may scroll within their card, but not on a phone.
+    cut_off = "node.scrollWidth > node.clientWidth + 1 && (innerWidth < 600 || !node.matches('.scroll'))"
+    nodes = "document.querySelectorAll('main *:not(svg *), .top *')"
+    assert tab.value(f"Array.from({nodes}).filter((node) => node.clientWidth && {cut_off}).length") == 0
+    if width == 390:
+        assert (
+            tab.value("new Set(Array.from(document.querySelectorAll('.tiles > div'), (n) => n.offsetLeft)).size") == 2
+        )
+    assert tab.console == []
+
+
+def test_the_script_filters_samples_and_rejects(tab: Tab, page_file: Path) -> None:
+    tab.open(page_file, width=1440)
+    visible = "Array.from(document.querySelectorAll('[data-item]')).filter((node) => node.checkVisibility())"
+
+    def filtered(**values: str) -> list[list[str]]:
+        for name in ("dataset", "kind", "code", "text"):
+            value = json.dumps(values.get(name, ""))
+            tab.value(f"document.getElementById('by-{name}').value = {value}")
+        tab.value("document.getElementById('by-text').dispatchEvent(new Event('input'))")
+        shown: list[list[str]] = tab.value(
+            f"{visible}.map((node) => [node.dataset.item, node.dataset.kind + node.dataset.code])"
+        )
+        return shown
+
+    num_samples = tab.value("document.querySelectorAll('article').length")
+    # Rejects are folded until a filter is set.
+    assert len(filtered()) == num_samples
+    assert filtered(kind="video") == [["sample", "video"]] * PER_GROUP
+    assert filtered(code="tag_mismatch") == [["reject", "tag_mismatch"]]
+    assert filtered(text="gets zebra") == []
+    assert filtered(text="GETS brighter.") == [["sample", "video"]] * PER_GROUP
+    assert len(filtered(dataset="annotations")) > num_samples
+    assert tab.value("document.getElementById('shown').textContent").startswith(
+        f"{num_samples} of {num_samples} samples"
+    )
+    assert tab.console == []
+
+
+def test_without_scripts_everything_is_there_but_the_filter(tab: Tab, page_file: Path) -> None:
+    tab.open(page_file, width=820, scripts=False)
+    layout = tab.call("DOM.getDocument", depth=-1)
+    assert layout["root"]["children"]
+    metrics = tab.call("Page.getLayoutMetrics")["cssContentSize"]
+    tab.open(page_file, width=820)
+    with_filter = tab.call("Page.getLayoutMetrics")["cssContentSize"]
+    filter_height = tab.value("document.getElementById('filter').offsetHeight")
+    assert filter_height > 0
+    assert 0 <= with_filter["height"] - metrics["height"] - filter_height < 40
+    assert tab.console == []
 
 
 # Numbers
@@ -200,22 +311,136 @@ def test_statistics_count_every_row_once(corpus_file: Path, tmp_path: Path, tiny
     assert statistics.fill.mean() == pytest.approx(shards.manifest.fill)
 
 
-def test_example_bins_are_chosen_with_a_reason(finished: Path) -> None:
+def test_ranks_that_take_random_bins_wait_for_the_slowest_of_them() -> None:
+    values = np.array([1, 2, 3, 4])
+    largest_of_two = np.maximum.outer(values, values).mean()
+    assert busy_share(values, 1) == pytest.approx(1)
+    assert busy_share(values, 2) == pytest.approx(values.mean() / largest_of_two)
+    assert busy_share(np.array([5, 5, 5]), 512) == pytest.approx(1)
+    assert busy_share(np.zeros(3, dtype=np.int64), 8) == 1
+
+
+def test_sizes_below_a_tenth_of_a_megabyte_are_kilobytes() -> None:
+    sizes = (512, 99_949, 100_000, 1_500_000, 2_500_000_000, 3 * 10**12)
+    assert [*map(size_text, sizes)] == ["0.5 kB", "99.9 kB", "0.1 MB", "1.5 MB", "2.5 GB", "3 TB"]
+
+
+# The choice of samples
+
+
+def test_every_dataset_and_modality_shows_its_median_its_longest_and_its_most_visual_sample(finished: Path) -> None:
+    choices = choose_samples(open_set(finished))
+    rows = [row for row in pq.read_table(finished / "samples.parquet").to_pylist() if row["status"] == "packed"]
+    by_record = {row["record"]: row for row in rows}
+    assert len({choice.record for choice in choices}) == len(choices)
+    for modality in MODALITIES:
+        group = [row for row in rows if modality == kind_of(row)]
+        own = [choice for choice in choices if choice.modality == modality]
+        assert len(own) == min(PER_GROUP, len(group))
+        reasons = {reason: choice.record for choice in own for reason in choice.reason.split(", ")}
+        lengths = sorted(row["num_tokens"] for row in group)
+        assert by_record[reasons["median length"]]["num_tokens"] == lengths[(len(lengths) - 1) // 2]
+        assert by_record[reasons["longest"]]["num_tokens"] == lengths[-1]
+        most = ("most trained tokens", "num_targets") if modality == "text only" else ("most visual", "num_patches")
+        assert by_record[reasons[most[0]]][most[1]] == max(row[most[1]] for row in group)
+        assert "random" in reasons
+
+
+def kind_of(row: dict[str, object]) -> str:
+    return "video" if row["video_backend"] else "images" if row["num_patches"] else "text only"
+
+
+def test_named_bins_and_samples_replace_the_choice(finished: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    row = next(row for row in pq.read_table(finished / "samples.parquet").to_pylist() if row["bin"] == 1)
     shards = open_set(finished)
-    rows = pq.read_table(finished / "bins.parquet").to_pylist()
-    chosen = dict(notable_bins(shards, 3))
-    assert len(chosen) == 3
-    videos = next(index for index, reason in chosen.items() if reason == "the most videos")
-    assert rows[videos]["num_videos"] == max(row["num_videos"] for row in rows)
-    assert notable_bins(shards, 1) == [(videos, "the most videos")]
-    assert sorted(dict(notable_bins(shards, 99))) == [row["bin"] for row in rows]
+    sample = f"annotations:{row['record']}"
+    assert [choice.record for choice in choose_samples(shards, samples=[sample])] == [row["record"]]
+    whole = choose_samples(shards, bins=[1])
+    assert [choice.slot for choice in whole] == list(range(sets.place_of(finished, 1)["num_samples"]))
+    both = choose_samples(shards, bins=[1], samples=[sample])
+    assert len(both) == len(whole) and both[0].reason == "chosen"
+    out = tmp_path / "new" / "folder" / "page.html"
+    assert run(finished, "--out", out, "--model", tiny_checkpoint, "--sample", sample).exit_code == 0
+    articles = [attributes for name, attributes in Page(out.read_text()).elements if name == "article"]
+    assert len(articles) == 1
 
 
-def test_long_bins_are_shortened_and_say_so(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    (tmp_path / "many.jsonl").write_text("\n".join(json.dumps({"conversations": turn(f"{n}")}) for n in range(9)))
-    out = sets.build_set(tmp_path / "many.jsonl", tmp_path / "out", tiny_checkpoint, BuildSettings())
-    page = render_report(open_set(out), Transcriber(None))
-    assert "And 3 more samples; vlprep show DIR --bin 0 prints all." in Page(page).text.replace("  ", " ")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bins": [99]}, "has no bin 99"),
+        ({"samples": ["annotations"]}, "is not dataset:record, such as annotations:0"),
+        ({"samples": ["other:0"]}, "no packed sample of record 0 of dataset 'other'. Its datasets: annotations"),
+        ({"samples": ["annotations:0"]}, "no packed sample of record 0"),
+    ],
+)
+def test_a_bin_or_sample_that_is_not_there_is_wrong_use(
+    finished: Path, arguments: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        choose_samples(open_set(finished), **arguments)
+
+
+# Sizes before resizing, and images of rejects
+
+
+def test_with_its_datasets_a_page_has_original_sizes_and_images_of_rejects(
+    finished: Path, corpus_file: Path, tiny_checkpoint: Path
+) -> None:
+    sources = tuple(find_sources(str(corpus_file), registry=None, media_root=None, media=MediaSettings()))
+    shards = open_set(finished)
+    page = render_report(shards, Transcriber(None), ReportRequest(sources=sources))
+    with Image.open(corpus_file.parent / "0.png") as image:
+        assert f"{image.width}×{image.height} →" in page
+    items = re.findall(r'<li data-item="reject".*?</li>', page, re.DOTALL)
+    with_image = [re.search(r'data-code="(\w+)"', item)[1] for item in items if "<img" in item]  # type: ignore[index]
+    assert with_image == ["tag_mismatch"]
+
+
+def test_other_annotation_files_than_those_of_the_build_are_refused(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "annotations.jsonl"
+    other.write_text('{"conversations": []}\n' * 29)
+    result = run(finished, "--out", tmp_path / "page.html", "--datasets", other)
+    assert (result.exit_code, "is not the one that these shards were built from" in result.stderr) == (2, True)
+    other.rename(tmp_path / "talk.jsonl")
+    result = run(finished, "--out", tmp_path / "page.html", "--datasets", tmp_path / "talk.jsonl")
+    assert (result.exit_code, "talk is no dataset of these shards" in result.stderr) == (2, True)
+
+
+def test_a_caption_has_the_size_before_and_after_resizing() -> None:
+    assert caption_of(Grid(1, 4, 6), 0, None) == "84×56 pixels, 6 tokens"
+    assert caption_of(Grid(1, 4, 6), 0, (84, 57)) == "84×57 → 84×56 pixels, 6 tokens"
+    assert caption_of(Grid(1, 4, 6), 0, (168, 112)) == "168×112 → 84×56 pixels (25% of the pixels), 6 tokens"
+    assert caption_of(Grid(2, 4, 6), 1, (42, 28)) == (
+        "video, 4 frames of 42×28 → 84×56 pixels (4.0 times the pixels), 12 tokens"
+    )
+
+
+# Size
+
+
+def test_long_texts_are_shortened_and_say_so() -> None:
+    spans = [
+        Span(SpanKind.TEXT, "a" * 1000, False),
+        Span(SpanKind.TEXT, "b" * 90, True),
+        Span(SpanKind.TEXT, "c", True),
+    ]
+    pieces = list(shortened(spans, 200))
+    assert [len(set(piece.text) & set("abc")) > 0 for piece in pieces] == [True, True, True]
+    assert "⟨… 900 characters …⟩" in pieces[0].text
+    assert (pieces[1].text, pieces[1].is_trained) == ("b" * 90, True)
+    assert list(shortened(spans, 20))[1].text == " ⟨… 91 more characters⟩"
+    assert [piece.text for piece in shortened(spans[1:], 6000)] == ["b" * 90, "c"]
+
+
+def test_a_page_that_would_be_too_large_shows_less_of_each_sample(
+    finished: Path, tiny_checkpoint: Path, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prep.inspect.report.writer.MAX_BYTES", 0)
+    smallest = render_report(open_set(finished), Transcriber(None))
+    widths = [int(attributes["width"] or 0) for name, attributes in Page(smallest).elements if name == "img"]
+    assert widths and max(widths) <= DETAILS[-1].side
+    assert len(smallest) < len(page)
 
 
 # Charts
@@ -225,49 +450,74 @@ def bars(chart: Histogram) -> dict[str, list[int]]:
     return {name: counts.tolist() for name, counts in chart.counts.items()}
 
 
-def test_a_number_histogram_has_at_most_32_bars_of_equal_width() -> None:
+def test_bars_of_a_number_histogram_have_a_round_width_and_ticks_at_round_numbers() -> None:
     small = number_histogram("t", "u", {"a": np.array([0, 1, 1, 5]), "b": np.array([3])})
     assert small.labels == ("0", "1", "2", "3", "4", "5")
     assert bars(small) == {"a": [1, 2, 0, 0, 0, 1], "b": [0, 0, 0, 1, 0, 0]}
     large = number_histogram("t", "u", {"a": np.array([0, 127, 128, 4096])})
-    assert large.labels[0] == "0 to 255"
-    assert large.labels[-1] == "4,096 to 4,351"
-    assert bars(large)["a"] == [3, *[0] * 15, 1]
+    assert large.labels[0] == "0 to 199"
+    assert large.labels[-1] == "4,000 to 4,199"
+    assert bars(large)["a"] == [3, *[0] * 19, 1]
+    assert large.ticks == ((0, "0"), (5, "1,000"), (10, "2,000"), (15, "3,000"), (20, "4,000"))
 
 
-def test_bars_of_a_doubling_histogram_start_at_powers_of_two() -> None:
-    chart = doubling_histogram("t", "u", {"a": np.array([1, 2, 3, 4, 7, 8])})
-    assert chart.labels == ("1", "2 to 3", "4 to 7", "8 to 15")
-    assert bars(chart)["a"] == [1, 2, 2, 1]
+@pytest.mark.parametrize("top", [0, 1, 7, 39, 40, 41, 99, 100, 123_456, 7 * 10**9])
+def test_a_number_histogram_has_few_bars_and_ticks(top: int) -> None:
+    chart = number_histogram("t", "u", {"a": np.array([top])})
+    assert len(chart.labels) <= 40
+    assert 1 <= len(chart.ticks) <= 8
+    assert bars(chart)["a"][-1] == 1
 
 
-def test_a_share_histogram_runs_from_the_lowest_share_to_one() -> None:
+def test_bars_of_a_growing_histogram_start_at_1_2_and_5_times_powers_of_ten() -> None:
+    chart = growing_histogram("t", "u", {"a": np.array([1, 2, 3, 4, 7, 8, 10])})
+    assert chart.labels == ("1", "2 to 4", "5 to 9", "10 to 19")
+    assert bars(chart)["a"] == [1, 3, 2, 1]
+    assert chart.ticks == ((0, "1"), (1, "2"), (2, "5"), (3, "10"), (4, "20"))
+    assert [text for _, text in growing_histogram("t", "u", {"a": np.array([4000])}).ticks][-1] == "1,000"
+
+
+def test_a_share_histogram_runs_from_a_round_share_to_one() -> None:
     chart = share_histogram("t", "u", "bins", np.array([0.81, 0.999, 1.0]))
     assert chart.labels[0] == "80 % to 81 %"
     assert bars(chart)["bins"] == [0, 1, *[0] * 17, 2]
-    assert [text for _, text in chart.ticks] == ["80 %", "84 %", "88 %", "92 %", "96 %", "100 %"]
+    assert chart.ticks == ((0, "80 %"), (5, "85 %"), (10, "90 %"), (15, "95 %"), (20, "100 %"))
+    assert [text for _, text in share_histogram("t", "u", "b", np.array([0.1])).ticks][:2] == ["0 %", "20 %"]
+
+
+def test_steps_of_an_axis_are_round() -> None:
+    assert [round_step(largest, 4) for largest in (0, 1, 4, 5, 9, 21, 400, 401)] == [1, 1, 1, 2, 5, 10, 100, 200]
 
 
 def test_empty_charts_can_be_drawn() -> None:
     none = np.empty(0, dtype=np.int64)
     for chart in (
         number_histogram("t", "u", {"a": none}),
-        doubling_histogram("t", "u", {"a": none}),
+        growing_histogram("t", "u", {"a": none}),
         share_histogram("t", "u", "a", none.astype(np.float64)),
     ):
-        Page(svg(chart, ["c"]))
+        assert drawn(chart, "c").bars == ()
+    assert segments([("c", "none", 0)]) == []
+
+
+def drawn(chart: Histogram, *colours: str) -> Drawing:
+    return draw(chart, colours)
 
 
 def test_bars_are_proportional_and_stacked() -> None:
     chart = number_histogram("t", "tokens", {"a": np.array([0, 0, 1, 1, 1, 1]), "b": np.array([1, 1])})
-    document = Page(svg(chart, ["first", "second"]))
-    rects = [attributes for name, attributes in document.elements if name == "rect"]
-    assert [rect["class"] for rect in rects] == ["first", "first", "second"]
-    heights = [float(rect["height"] or 0) for rect in rects]
-    assert heights[1] == pytest.approx(2 * heights[0], abs=0.02)
-    assert heights[2] == pytest.approx(heights[0], abs=0.02)
-    assert float(rects[2]["y"] or 0) + heights[2] == pytest.approx(float(rects[1]["y"] or 0), abs=0.02)
-    assert "1 tokens: 4 a, 2 b" in document.text
+    (_, (alone,)), (tooltip, (lower, upper)) = drawn(chart, "first", "second").bars
+    assert [alone.css, lower.css, upper.css] == ["first", "first", "second"]
+    assert lower.height == pytest.approx(2 * alone.height)
+    assert upper.height == pytest.approx(alone.height)
+    assert upper.y + upper.height == pytest.approx(lower.y)
+    assert tooltip == "1 tokens: 4 a, 2 b"
+
+
+def test_a_bar_of_shares_is_divided_in_proportion() -> None:
+    first, second = segments([("x", "one", 1), ("y", "none", 0), ("z", "three", 3)])
+    assert (first.start, first.width, second.start, second.width) == (0, 25, 25, 75)
+    assert second.label == "three: 3"
 
 
 def test_overrides_of_a_dataset_are_shown(finished: Path, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """``vlprep report``: one self-contained HTML page about a set of shards.
 
-In: a finished set, and the tokenizer that made it if it is available. Out: the page, with equal bytes for equal sets.
-``statistics`` reads the numbers from the tables, ``charts`` and ``samples`` draw them and a few bins as HTML, ``page``
-lays everything out, and ``writer`` writes the file. Cost: one pass over the tables, and decoding a few bins.
+In: a finished set; if they are available, the tokenizer and the datasets that made it. Out: the page, with equal bytes
+for equal inputs. ``statistics`` counts, ``choice`` picks the samples to show, ``sources`` looks up what the shards no
+longer have, ``charts`` and ``gallery`` prepare drawings and samples, ``page`` puts all into ``templates``, and
+``writer`` writes the file. Cost: a pass over the tables, and decoding the bins of a few samples.
 """
 
-from prep.inspect.report.writer import render_report, write_report
+from prep.inspect.report.writer import ReportRequest, render_report, write_report
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["ReportRequest", "render_report", "write_report"]

@@ -7,7 +7,7 @@ numbers of memory per row of the ledger.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +42,10 @@ class DatasetNumbers:
 class Example:
     """One rejected annotation."""
 
+    dataset: str
     file: str
     line: int
+    record: int
     id: str | None
     message: str
 
@@ -70,6 +72,7 @@ class Statistics:
         samples_of_bin: (B,) int64 samples in each bin.
         targets_of_bin: (B,) int64 targets in each bin.
         patches_of_bin: (B,) int64 vision patches in each bin.
+        attention_of_bin: (B,) int64 sum of the squared lengths of the samples in each bin.
     """
 
     datasets: tuple[DatasetNumbers, ...]
@@ -80,6 +83,7 @@ class Statistics:
     samples_of_bin: NDArray[np.int64]
     targets_of_bin: NDArray[np.int64]
     patches_of_bin: NDArray[np.int64]
+    attention_of_bin: NDArray[np.int64]
 
 
 def gather(shards: ShardSet) -> Statistics:
@@ -94,51 +98,48 @@ def gather(shards: ShardSet) -> Statistics:
     rejected = read_table(
         path,
         SAMPLES_COLUMNS,
-        names=["file", "line", "id", "codes", "message"],
+        names=[*(field.name for field in fields(Example)), "codes"],
         filters=[("status", "=", STATUS_REJECTED)],
     )
     packed = ledger.filter(pc.equal(ledger.column("status"), STATUS_PACKED))
-    modality = _modality(packed)
-    tokens, targets = _numbers(packed, "num_tokens"), _numbers(packed, "num_targets")
+    modality = modality_of(packed)
+    tokens, targets = numbers(packed, "num_tokens"), numbers(packed, "num_targets")
     datasets = [dataset.dataset for dataset in shards.manifest.inputs]
     return Statistics(
         datasets=tuple(_dataset(name, ledger, packed) for name in datasets),
         rejects=_rejects(rejected),
         num_tokens={name: tokens[modality == kind] for kind, name in enumerate(MODALITIES)},
         num_targets={name: targets[modality == kind] for kind, name in enumerate(MODALITIES)},
-        fill=_numbers(shards.bins, "num_tokens") / shards.manifest.settings.max_length,
-        samples_of_bin=_numbers(shards.bins, "num_samples"),
-        targets_of_bin=_numbers(shards.bins, "num_targets"),
-        patches_of_bin=_numbers(shards.bins, "num_patches"),
+        fill=numbers(shards.bins, "num_tokens") / shards.manifest.settings.max_length,
+        samples_of_bin=numbers(shards.bins, "num_samples"),
+        targets_of_bin=numbers(shards.bins, "num_targets"),
+        patches_of_bin=numbers(shards.bins, "num_patches"),
+        attention_of_bin=numbers(shards.bins, "sum_squared_lengths"),
     )
 
 
-def notable_bins(shards: ShardSet, max_bins: int) -> list[tuple[int, str]]:
-    """Choose example bins with a reason: most videos, most images, most samples, then the first bins in order."""
-    numbers = _numbers(shards.bins, "bin")
-    chosen: dict[int, str] = {}
-    for column, reason in (
-        ("num_videos", "the most videos"),
-        ("num_images", "the most images"),
-        ("num_samples", "the most samples"),
-    ):
-        values = _numbers(shards.bins, column)
-        if values.size and values.max() > 0:
-            chosen.setdefault(int(numbers[np.argmax(values)]), reason)
-    for bin_id in numbers[:max_bins].tolist():
-        chosen.setdefault(bin_id, "in order")
-    return list(chosen.items())[:max_bins]
+def busy_share(values: NDArray[np.int64], ranks: int) -> float:
+    """Mean of ``values`` relative to the expected largest of ``ranks`` of them, drawn at random: the share of the time
+    for which a rank computes if every rank takes a random bin and all wait for the slowest.
+    """
+    if not values.size or not values.max():
+        return 1.0
+    ordered = np.sort(values).astype(np.float64)
+    # Probability that the largest of the draws is at most the i-th value: (i / n) ** ranks.
+    at_most = (np.arange(ordered.size + 1) / ordered.size) ** ranks
+    return float(ordered.mean() / (ordered * np.diff(at_most)).sum())
 
 
-def _numbers(table: pa.Table, column: str) -> NDArray[np.int64]:
+def numbers(table: pa.Table, column: str) -> NDArray[np.int64]:
+    """A column of integers."""
     values: NDArray[np.int64] = table.column(column).to_numpy().astype(np.int64)
     return values
 
 
-def _modality(packed: pa.Table) -> NDArray[np.int64]:
+def modality_of(packed: pa.Table) -> NDArray[np.int64]:
     """Index into :data:`MODALITIES` of every packed sample."""
     has_video = pc.is_valid(packed.column("video_backend")).to_numpy()
-    return np.where(has_video, 2, np.where(_numbers(packed, "num_patches") > 0, 1, 0))
+    return np.where(has_video, 2, np.where(numbers(packed, "num_patches") > 0, 1, 0))
 
 
 def _dataset(name: str, ledger: pa.Table, packed: pa.Table) -> DatasetNumbers:
@@ -147,7 +148,7 @@ def _dataset(name: str, ledger: pa.Table, packed: pa.Table) -> DatasetNumbers:
     status = own.column("status")
 
     def total(column: str) -> int:
-        return int(_numbers(own_packed, column).sum())
+        return int(numbers(own_packed, column).sum())
 
     return DatasetNumbers(
         name=name,
@@ -174,10 +175,10 @@ def _rejects(rejected: pa.Table) -> tuple[RejectNumbers, ...]:
 
 def _examples(rejected: pa.Table, rows: Sequence[int]) -> tuple[Example, ...]:
     """The first annotations among ``rows``. An annotation that is drawn more than once counts once."""
-    columns = ("file", "line", "id", "message")
+    columns = [rejected.column(field.name) for field in fields(Example)]
     examples: dict[Example, None] = {}
     for row in rows:
-        examples.setdefault(Example(*(rejected.column(name)[row].as_py() for name in columns)))
+        examples.setdefault(Example(*(column[row].as_py() for column in columns)))
         if len(examples) == _EXAMPLES_PER_CODE:
             break
     return tuple(examples)

@@ -1,68 +1,154 @@
 """Collects what a report shows, renders the page and writes it.
 
-Input: a finished set, and the tokenizer that made it if it is available. Output: an HTML file.
+Input: a finished set, and as far as they are available the tokenizer and the datasets that made it. Output: an HTML
+file below 3 MB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from prep.inspect.report.page import render_page
-from prep.inspect.report.samples import bin_section
-from prep.inspect.report.statistics import gather, notable_bins
+import storage
+from prep.annotations.registry import Source
+from prep.inspect.report.choice import Choice, choose_samples
+from prep.inspect.report.gallery import DETAILS, Detail, Thumbnail, make_cards, thumbnail
+from prep.inspect.report.page import Reject, render_page, size_text
+from prep.inspect.report.sources import RecordKey, SourceRecord, read_originals
+from prep.inspect.report.statistics import Statistics, gather
 from prep.inspect.transcript import Transcriber, cached_transcriber, open_transcriber
 from schemas.errors import ConfigError
+from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
 from storage.files import write_synced
 from storage.shard_set import ShardSet, open_set
-from storage.urls import Location
+from storage.urls import Location, Url
 
-_MAX_BINS = 3
+MAX_BYTES = 3_000_000
+"""A larger page shows smaller thumbnails and shorter texts."""
+
+_REJECT_SIDE = 0.4
 
 
-def write_report(folder: Location, out: Path, model: str | None) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportRequest:
+    """What a report shows.
+
+    Attributes:
+        model: checkpoint folder or hub id of the tokenizer. By default, the default model is used if it made these
+            shards and is in the local hub cache. Otherwise the page has no texts and says so.
+        sources: the datasets of the build, for sizes before resizing and for images of rejected records.
+        bins: bins to show completely, instead of a choice of samples.
+        samples: samples to show, as ``dataset:record``, likewise.
+    """
+
+    model: str | None = None
+    sources: tuple[Source, ...] = field(default=())
+    bins: tuple[int, ...] = ()
+    samples: tuple[str, ...] = ()
+
+
+def write_report(folder: Location, out: Location, request: ReportRequest) -> str:
     """Write the page about a set of shards.
 
     Args:
         folder: the set, a folder or URL.
-        out: file to write.
-        model: checkpoint folder or hub id of the tokenizer. By default, the default model is used if it made these
-            shards and is in the local hub cache. Otherwise the page has no texts and says so.
+        out: file or URL to write. Its folder is created.
+        request: what to show.
 
     Returns:
-        Size of the page in bytes.
+        Where the page is and how large, in words.
 
     Raises:
         ShardError: the set is incomplete or damaged.
-        ConfigError: ``model`` is not the checkpoint of the build, or ``out`` cannot be written.
+        ConfigError: the model or a dataset is not that of the build, there is no such bin or sample, or ``out`` cannot
+            be written.
     """
     shards = open_set(folder)
-    if model is not None:
-        transcriber = open_transcriber(model, shards.manifest)
+    if request.model is not None:
+        transcriber = open_transcriber(request.model, shards.manifest)
     else:
         transcriber = cached_transcriber(DEFAULT_MODEL, shards.manifest) or Transcriber(None)
     # The name of a folder may contain bytes that are not text.
-    page = render_report(shards, transcriber).encode(errors="replace")
-    try:
-        write_synced(out, page)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
-    return len(page)
+    page = render_report(shards, transcriber, request).encode(errors="replace")
+    if isinstance(out, Url):
+        with TemporaryDirectory(prefix="vlprep-") as scratch:
+            path = Path(scratch) / REPORT_FILE
+            path.write_bytes(page)
+            storage.upload(path, out)
+    else:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(out, page)
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
+    return f"{out}: {size_text(len(page))}"
 
 
-def render_report(shards: ShardSet, transcriber: Transcriber) -> str:
+def render_report(shards: ShardSet, transcriber: Transcriber, request: ReportRequest | None = None) -> str:
     """Render the page as HTML.
 
     Args:
         shards: the set.
         transcriber: reads the token ids. Without a tokenizer, it gives the count of tokens instead of the text.
+        request: what to show.
 
     Raises:
+        ConfigError: a dataset is not that of the build, or there is no such bin or sample.
         ShardError: a table or a shard is damaged.
     """
-    bins = [bin_section(shards, bin_id, reason, transcriber) for bin_id, reason in notable_bins(shards, _MAX_BINS)]
-    note = "A few bins in the order in which the model reads them, with thumbnails of their images and videos."
-    if not transcriber.reads_text:
-        note += " Their texts are missing, because the tokenizer is not available. Pass its checkpoint as --model."
+    request = request or ReportRequest()
+    choices = choose_samples(shards, bins=request.bins, samples=request.samples)
+    statistics = gather(shards)
+    records = read_originals(
+        request.sources,
+        shards.manifest,
+        packed={(choice.dataset, choice.record) for choice in choices},
+        rejected={(example.dataset, example.record) for code in statistics.rejects for example in code.examples},
+    )
+    page = ""
+    for detail in DETAILS:
+        page = _render(shards, transcriber, choices, statistics, records, detail)
+        if len(page.encode(errors="replace")) < MAX_BYTES:
+            break
+    return page
+
+
+def _render(
+    shards: ShardSet,
+    transcriber: Transcriber,
+    choices: Sequence[Choice],
+    statistics: Statistics,
+    records: Mapping[RecordKey, SourceRecord],
+    detail: Detail,
+) -> str:
+    originals = {key: record.sizes for key, record in records.items()}
+    rejects = [
+        Reject(
+            code=reject.code,
+            num_rejected=reject.num_rejected,
+            examples=tuple(
+                (example, _thumbnail(records.get((example.dataset, example.record)), example.message, detail))
+                for example in reject.examples
+            ),
+        )
+        for reject in statistics.rejects
+    ]
+    cards = make_cards(shards, choices, transcriber, originals, detail)
     name = shards.folder.resolve().name if isinstance(shards.folder, Path) else shards.folder.name
-    return render_page(name, shards.manifest, gather(shards), bins, note)
+    return render_page(name, shards.manifest, statistics, cards, rejects, _note(transcriber))
+
+
+def _thumbnail(record: SourceRecord | None, message: str, detail: Detail) -> Thumbnail | None:
+    if record is None or record.image is None:
+        return None
+    return thumbnail(record.image, int(detail.side * _REJECT_SIDE), f"first image of the record: {message}")
+
+
+def _note(transcriber: Transcriber) -> str:
+    note = "What the model reads, with thumbnails of the images and of a few frames of each video."
+    if not transcriber.reads_text:
+        note += " The texts are missing, because the tokenizer is not available. Pass its checkpoint as --model."
+    return note
