@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -41,6 +39,7 @@ from schemas.pixels import decode_residuals
 from schemas.settings import BuildSettings, MediaSettings
 from storage.bins import parse_bin
 from storage.shard_set import read_manifest
+from tests.prep.commands import Command
 from tests.prep.corpus import turn, write_corpus
 from tests.prep.test_images import reference_pixel_values
 
@@ -254,16 +253,18 @@ def stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def start_build(corpus: Path, out: Path, model: Path, workers: int) -> tuple[list[str], subprocess.Popen[str]]:
-    """Start the command in a process; return it with its arguments once it is about to write the second shard."""
-    command = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
-    command += ["--model", str(model), "--max-length", "1200", "--shard-bytes", "1500000", "--workers", str(workers)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
-    )
-    while process.poll() is None and not (out / shard_name(0)).exists():
-        time.sleep(0.01)
-    return command, process
+def build_arguments(corpus: Path, out: Path, model: Path, workers: int) -> list[object]:
+    """The command line of what :func:`request_for` asks for."""
+    options = ["--model", model, "--max-length", SETTINGS.max_length, "--shard-bytes", SETTINGS.shard_bytes]
+    return ["build", corpus, "--out", out, *options, "--workers", workers]
+
+
+def started(arguments: list[object], out: Path, folder: Path, shards: int = 1) -> Command:
+    """Start the command; return once it has written some shards and is about to write the next."""
+    command = Command(*arguments, folder=folder)
+    while command.poll() is None and not (out / shard_name(shards - 1)).exists():
+        time.sleep(0.002)
+    return command
 
 
 def leftovers(out: Path) -> list[Path]:
@@ -281,15 +282,17 @@ def test_a_build_that_is_killed_or_stopped_resumes(
     workers: int,
 ) -> None:
     out = tmp_path / "out"
-    command, process = start_build(corpus[0], out, tiny_checkpoint, workers)
-    os.kill(process.pid, kind)
-    _, errors = process.communicate()
-    if kind is not signal.SIGKILL and process.returncode != 0:
-        assert process.returncode == 130
-        assert "rerun the same command to continue" in errors
-        assert "Traceback" not in errors
+    command = started(build_arguments(corpus[0], out, tiny_checkpoint, workers), out, tmp_path)
+    command.send(kind)
+    command.wait()
+    if kind is not signal.SIGKILL and command.returncode != 0:
+        assert command.returncode == 130
+        assert "rerun the same command to continue" in command.errors
+        assert "Traceback" not in command.errors
         assert leftovers(out) == []
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    # One worker more starts two processes; after a kill, which leaves most behind, it is the very same command.
+    again = workers if kind is signal.SIGKILL else 1
+    assert Command(*build_arguments(corpus[0], out, tiny_checkpoint, again), folder=tmp_path).wait() == 0
     assert contents(out) == contents(built)
     assert leftovers(out) == []
 
@@ -678,21 +681,19 @@ def test_images_stay_with_their_samples_after_a_stop_between_question_and_answer
     """Images of the same size: a worker that continued after a stop would give each sample the previous image."""
     rng = np.random.default_rng(0)
     records = []
-    for index in range(160):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((400, 400)).save(
-            tmp_path / f"{index}.png"
-        )
+    for index in range(64):
+        colours = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        colours.resize((400, 400), Image.Resampling.NEAREST).save(tmp_path / f"{index}.png", compress_level=1)
         records.append({"id": index, "image": f"{index}.png", "conversations": turn("<image>")})
-    (tmp_path / "a.json").write_text(json.dumps(records))
-    request = request_for(tmp_path / "a.json", tmp_path / "undisturbed", tiny_checkpoint)
-    build(request, SerialEngine())
-    for index, kind in enumerate((signal.SIGINT, signal.SIGTERM)):
-        out = tmp_path / f"out{index}"
-        command, process = start_build(tmp_path / "a.json", out, tiny_checkpoint, 2)
-        time.sleep(0.3)
-        process.send_signal(kind)
-        process.communicate()
-        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    annotations = tmp_path / "a.json"
+    annotations.write_text(json.dumps(records))
+    build(request_for(annotations, tmp_path / "undisturbed", tiny_checkpoint), SerialEngine())
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        out = tmp_path / kind.name
+        command = started(build_arguments(annotations, out, tiny_checkpoint, 2), out, tmp_path, shards=3)
+        command.send(kind)
+        assert command.wait() in (0, 130)
+        assert Command(*build_arguments(annotations, out, tiny_checkpoint, 1), folder=tmp_path).wait() == 0
         assert contents(out) == contents(tmp_path / "undisturbed")
 
 

@@ -33,13 +33,23 @@ from prep.media.decode import probe
 from prep.media.sandbox import Sandbox
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
-from schemas.bins import MEDIA_IMAGE, shard_name
+from schemas.bins import MEDIA_IMAGE
 from schemas.errors import ConfigError, MediaError
 from schemas.manifest import Manifest
 from schemas.settings import BuildSettings, MediaSettings
+from tests.prep.commands import Command
 from tests.prep.corpus import turn, write_corpus
 from tests.prep.full_disk import STAGES
-from tests.prep.test_build import SETTINGS, contents, ledger, leftovers, replace_settings, request_for
+from tests.prep.test_build import (
+    SETTINGS,
+    build_arguments,
+    contents,
+    ledger,
+    leftovers,
+    replace_settings,
+    request_for,
+    started,
+)
 from tests.prep.test_images import random_image
 from tests.prep.test_sandbox import replace_child
 
@@ -58,12 +68,6 @@ def built(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_checkpoin
     out = tmp_path_factory.mktemp("built")
     build(request_for(corpus, out, tiny_checkpoint), SerialEngine())
     return out
-
-
-def command(corpus: Path, out: Path, model: Path, workers: int = 1) -> list[str]:
-    arguments = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
-    arguments += ["--model", str(model), "--max-length", "1200", "--shard-bytes", "1500000"]
-    return [*arguments, "--workers", str(workers)]
 
 
 # Disks
@@ -141,19 +145,15 @@ def test_a_limit_on_the_size_of_files_stops_the_build_which_resumes_without_it(
     record = json.dumps({"image": "a.png", "conversations": turn("<image>")})
     (tmp_path / "a.jsonl").write_text(f"{record}\n" * 30)
     out = tmp_path / "out"
-    program = [*command(tmp_path / "a.jsonl", out, tiny_checkpoint), "--pixels", "raw"]
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-    stopped = subprocess.run(program, capture_output=True, text=True, cwd=REPOSITORY, preexec_fn=limited)
-    (sentence,) = [line for line in stopped.stderr.splitlines() if line.startswith("vlprep: ")]
-    assert stopped.returncode == 1
+    arguments = [*build_arguments(tmp_path / "a.jsonl", out, tiny_checkpoint, 1), "--pixels", "raw"]
+    stopped = Command(*arguments, folder=tmp_path, max_file_bytes=limit)
+    assert stopped.wait() == 1
+    (sentence,) = [line for line in stopped.errors.splitlines() if line.startswith("vlprep: ")]
     assert f"{out}{location}" in sentence
     assert sentence.endswith("File too large. Fix that and rerun the same command.")
     assert not (out / "manifest.json").exists()
     assert leftovers(out) == []
-    subprocess.run(program, check=True, capture_output=True, cwd=REPOSITORY)
+    assert Command(*arguments, folder=tmp_path).wait() == 0
     unlimited = request_for(
         tmp_path / "a.jsonl", tmp_path / "unlimited", tiny_checkpoint, replace_settings(pixels="raw")
     )
@@ -233,14 +233,12 @@ def test_a_medium_that_vanishes_costs_its_samples_and_the_command_succeeds(
 ) -> None:
     """With the command itself: the video is deleted as soon as the scan has written its parts."""
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(own_corpus, out, tiny_checkpoint), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=REPOSITORY
-    )
-    while process.poll() is None and not list((out / ".build").glob("write-*")):
+    command = Command(*build_arguments(own_corpus, out, tiny_checkpoint, 1), folder=tmp_path)
+    while command.poll() is None and not list((out / ".build").glob("write-*")):
         time.sleep(0.001)
     (own_corpus.parent / "clip.mp4").unlink()
-    printed = process.communicate()[0].decode()
-    assert process.returncode == 0
+    assert command.wait() == 0
+    printed = command.output
     rows = ledger(out)
     lost = [row for row in rows if row["codes"] == ["media_missing"] and row["id"] != "bad-media_missing"]
     statuses = Counter(row["status"] for row in rows)
@@ -313,20 +311,20 @@ def test_a_killed_worker_is_reported_and_the_build_resumes(
     corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    program = command(corpus, out, tiny_checkpoint, workers=2)
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    while process.poll() is None and not (out / shard_name(0)).exists():
-        time.sleep(0.005)
-    killed = [pid for pid in children_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    arguments = build_arguments(corpus, out, tiny_checkpoint, 2)
+    command = started(arguments, out, tmp_path)
+    killed = [pid for pid in children_of(command.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    errors = process.communicate()[1]
-    if process.returncode:
-        assert process.returncode == 1
-        assert "vlprep: a worker process was killed (out of memory, or by a signal). Run the same command" in errors
-        assert "Traceback" not in errors
-    assert killed or not process.returncode
-    subprocess.run(program, check=True, capture_output=True, cwd=REPOSITORY)
+    if command.wait():
+        assert command.returncode == 1
+        assert (
+            "vlprep: a worker process was killed (out of memory, or by a signal). Run the same command"
+            in command.errors
+        )
+        assert "Traceback" not in command.errors
+    assert killed or not command.returncode
+    assert Command(*arguments, folder=tmp_path).wait() == 0
     assert contents(out) == contents(built)
     assert leftovers(out) == []
 
