@@ -332,6 +332,18 @@ def _settle_videos(migration: Migration) -> None:
             entry = migration.find(BUILD, name)
             if entry is not None:
                 entry.name = of_fps
+    if migration.launch.tool is SWIFT:
+        _settle_frame_bounds(migration)
+
+
+def _settle_frame_bounds(migration: Migration) -> None:
+    """Raise the upper bound of a frame as qwen_vl_utils does, which ms-swift reads videos with."""
+    lowest, highest = (migration.find(BUILD, f"video_{end}_frame_pixels") for end in ("min", "max"))
+    if lowest and highest and lowest.value.isdigit() and highest.value.isdigit():
+        bound = int(int(lowest.value) * 1.05)
+        if int(highest.value) < bound:
+            highest.value = str(bound)
+            highest.why = f"qwen_vl_utils raises it to 1.05 x the lower bound, {lowest.value}"
 
 
 def _set(migration: Migration, program: str, name: str, value: str) -> None:

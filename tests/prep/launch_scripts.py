@@ -142,7 +142,7 @@ args=(
     --model Qwen/Qwen2.5-VL-3B-Instruct
     --dataset "my data.jsonl"  # all of it
     --tuner_type full --freeze_llm true --freeze_aligner false --freeze_vit true
-    --max_steps 100 --lr_scheduler_type constant --report_to tensorboard --logging_dir logs
+    --max_steps 2 --lr_scheduler_type constant --report_to tensorboard --logging_dir logs
     --split_dataset_ratio 0 --dataset_num_proc 4 --lazy_tokenize true
 )
 swift sft "${args[@]}" 2>&1 | tee train.log

@@ -189,7 +189,8 @@ def test_a_swift_script_becomes_two_commands_that_are_accepted(folder: Path, nam
     if name == "full.sh":
         assert launcher == ["CUDA_VISIBLE_DEVICES=0,1", "torchrun", "--nproc_per_node=2"]
         assert options["datasets"] == ("a.jsonl", "b.jsonl")
-        assert (options["video_max_frame_pixels"], options["fps_max_frames"]) == (50176, 12)
+        assert (options["video_max_frame_pixels"], options["fps_max_frames"]) == (105369, 12)
+        assert "raises it to 1.05 x the lower bound, 100352" in result.output
         assert (args.vision_tower_lr, args.tune_mm_mlp, args.lora_enable) == (1e-6, False, False)
         assert args.deepspeed == "zero3.json"
         assert args.samples_per_step == 16  # at least, by default
@@ -199,7 +200,7 @@ def test_a_swift_script_becomes_two_commands_that_are_accepted(folder: Path, nam
         assert options["datasets"] == ("my data.jsonl",)
         assert options["workers"] == 4
         assert (args.tune_mm_llm, args.tune_mm_mlp, args.tune_mm_vision) == (False, True, False)
-        assert (args.max_steps, args.num_train_epochs, args.warmup_ratio) == (100, None, None)
+        assert (args.max_steps, args.num_train_epochs, args.warmup_ratio) == (2, None, None)
         assert (args.learning_rate, args.report_to, str(args.logging_dir)) == (1e-5, "tensorboard", "logs")
         assert result.exit_code == 0, result.output
 
