@@ -7,6 +7,7 @@ become the user's turn, as in the Qwen2.5 chat template.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -37,6 +38,7 @@ _FURTHER_FIELDS = (*_LOSS_FLAGS, "tool_calls", "function_call")
 TURN_FIELDS = frozenset({"from", "value", "role", "content", *_FURTHER_FIELDS})
 """Fields of a turn in either spelling."""
 
+_INDEX = re.compile(r"\[\d+\]")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
@@ -186,10 +188,28 @@ class TurnReader:
     def _calls_text(self, content: str, calls: list[Any], path: str) -> str:
         try:
             parsed = [call for item in calls for call in (calls_in_text(item) if isinstance(item, str) else [item])]
-            return answer_with_calls(content, parsed)
+            text = answer_with_calls(content, parsed)
         except ToolError as error:
             self.fail(f"{path}: {error}")
             return content
+        for call in parsed:
+            self._account_call(call, path)
+        return text
+
+    def _account_call(self, call: dict[str, Any], path: str) -> None:
+        """Account for the fields of a call that could be laid out."""
+        name = f"{_INDEX.sub('[]', path.removeprefix('$.'))}[]"
+        kind = call.get("type")
+        if says_something(kind) and kind not in ("function", "function_call"):
+            self.fields.fail(
+                f"{path} has a call of type {kind!r:.40}; only calls of functions are supported",
+                ReasonCode.UNSUPPORTED_FIELD,
+            )
+        if isinstance(call.get("function"), dict):
+            self.fields.account(call, {"type", "function"}, name, where=path)
+            self.fields.account(call["function"], {"name", "arguments"}, f"{name}.function", where=path)
+        else:
+            self.fields.account(call, {"type", "name", "arguments"}, name, where=path)
 
     def _is_trained(self, message: dict[str, Any], kind: str, path: str) -> bool:
         """Whether a turn has a loss: ``loss`` (ms-swift), ``train`` (Axolotl) or ``weight`` (OpenAI) may say no."""

@@ -66,8 +66,11 @@ def write_media(root: Path) -> None:
     random_image(60, 200, seed=2).save(root / "b.jpg")
     (root / "sub dir" / "c%20.png").write_bytes(_png(90, 90, seed=3))
     (root / "e.png").write_bytes(PNG)
+    (root / "clip").mkdir()
     for index in range(6):
-        (root / f"f{index}.png").write_bytes(_png(112, 84, seed=10 + index))
+        frame = _png(112, 84, seed=10 + index)
+        for name in (f"f{index}.png", f"clip/f{index}.png"):
+            (root / name).write_bytes(frame)
     write_video(root / "v.mp4", 12, 2)
 
 
@@ -232,6 +235,9 @@ def _sharegpt_tools() -> list[Case]:
                        ("gpt", "Both.")),
               llava("Rain?", f"{CALL_TEXT}\n{CALL_2_TEXT}", f"{RESULT_TEXT}\n{RESULT_TEXT.replace('rain', 'sun')}",
                     "Both.")),
+        _good("ShareGPT with tools", "further fields of a call are counted",
+              sharegpt(agent[0], ("function_call", json.dumps({**CALL, "id": 7})), *agent[2:]),
+              llava("Rain?", CALL_TEXT, RESULT_TEXT, "Yes."), unused=("conversations[].value[].id",)),
         _good("ShareGPT with tools", "call after text",
               sharegpt(("human", "Rain?"), ("gpt", "I look."), *agent[1:]),
               llava("Rain?", f"I look.\n{CALL_TEXT}", RESULT_TEXT, "Yes.")),
@@ -304,7 +310,9 @@ def _openai_tools() -> list[Case]:
     bad_arguments["messages"][1]["tool_calls"] = [{"function": {"name": "weather", "arguments": "Orléans"}}]
     of_user = openai_agent("rain")
     of_user["messages"][0]["tool_calls"] = [OPENAI_CALL]
-    ids = ("messages[].tool_call_id",)
+    of_another_type = openai_agent("rain")
+    of_another_type["messages"][1]["tool_calls"] = [{**OPENAI_CALL, "type": "custom"}]
+    ids = ("messages[].tool_calls[].id", "messages[].tool_call_id")
     return [
         _good("OpenAI with tools", "call and result", openai_agent("rain"), AGENT, unused=ids),
         _good("OpenAI with tools", "two results", openai_agent("rain", "rain"),
@@ -319,6 +327,7 @@ def _openai_tools() -> list[Case]:
         _good("OpenAI functions", "function_call", legacy, AGENT, unused=("messages[].name",)),
         _bad("OpenAI with tools", "arguments are not JSON", bad_arguments),
         _bad("OpenAI with tools", "user calls a tool", of_user),
+        _bad("OpenAI with tools", "call of another type", of_another_type, "unsupported_field"),
         _bad("OpenAI functions", "tools and functions", openai_agent("rain", functions=[WEATHER])),
         _bad("OpenAI with tools", "no turn after the result",
              {"messages": openai_agent("rain")["messages"][:3]}, "bad_turn_order"),
@@ -579,6 +588,9 @@ def _frames() -> list[Case]:
               frames=(tuple(names),), settings=(ItemSettings(fps=1.0),), unused=("content[].fps",)),
         _good("frames", "one frame", user_parts({"type": "video", "video": names[:1]}, WHAT), plain,
               frames=((names[0],),)),
+        _good("frames", "folder", user_parts({"type": "video", "video": "clip"}, WHAT), {**plain, "video": "clip"}),
+        _bad("frames", "image that is a folder", user_parts({"type": "image", "image": "clip"}, WHAT),
+             "unsupported_media"),
         _bad("frames", "no frame", {**plain, "video": None, "videos": [[]]}),
         _bad("frames", "rates for other videos", {**plain, "video": None, "videos": [names], "fps": [1, 2]}),
         _bad("frames", "frame without a name", {**plain, "video": None, "videos": [["f0.png", None]]}),

@@ -139,7 +139,11 @@ def names(items: list[MediaItem]) -> list[str]:
 
 def contents(items: list[MediaItem], embedded: Any, root: Path) -> list[bytes]:
     """The encoded bytes of all media, independent of their names."""
-    return [embedded[name] if name in embedded else (root / name).read_bytes() for name in names(items)]
+    paths = [(name, [root / name, *sorted((root / name).glob("*"))]) for name in names(items)]
+    return [
+        embedded[name] if name in embedded else b"".join(path.read_bytes() for path in files if path.is_file())
+        for name, files in paths
+    ]
 
 
 def template_of(annotation: Annotation | None, tokenizer: TextTokenizer) -> Template:
@@ -184,7 +188,7 @@ def media_of(case: Case, root: Path) -> list[tuple[int, tuple[int, int, int], fl
     items = {
         "image": iter([image_of(root / name, element_of(next(own))) for name in names["image"]]),
         "video": iter([
-            video_of(root, name, case.frames[index] if case.frames else (), element_of(next(own)))
+            video_of(root, name, case.frames[index] if case.frames else frames_in(root / name), element_of(next(own)))
             for index, name in enumerate(names["video"])
         ]),
     }  # fmt: skip
@@ -194,6 +198,10 @@ def media_of(case: Case, root: Path) -> list[tuple[int, tuple[int, int, int], fl
 def element_of(item: ItemSettings | None) -> dict[str, Any]:
     """Settings of a medium as ``qwen_vl_utils`` gets them."""
     return {name: value for name, value in msgspec.to_builtins(item or {}).items() if value is not None}
+
+
+def frames_in(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.glob("*.png")))
 
 
 def image_of(path: Path, element: dict[str, Any]) -> tuple[int, tuple[int, int, int], float]:
