@@ -163,6 +163,14 @@ def test_a_flash_attn_that_cannot_be_imported_is_reported_with_its_error(
         choose_attention(arguments("--attn_implementation", f"flash_attention_{name}"), GPU, BF16)
 
 
+def test_flash_attn_3_is_chosen_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_flash_attn(monkeypatch, False)
+    monkeypatch.setattr(device_module, "is_flash_attn_3_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    assert choose_attention(arguments(), GPU, BF16) == "varlen"
+    assert choose_attention(arguments("--attn_implementation", "flash_attention_3"), GPU, BF16) == "flash_attention_3"
+
+
 def pretend_flash_attn(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
     monkeypatch.setattr(device_module, "is_flash_attn_2_available", lambda: installed)
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
