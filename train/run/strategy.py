@@ -57,9 +57,9 @@ def choose_strategy(
 ) -> Strategy:
     """Choose the DeepSpeed file, the bins of a step, and forward passes that fit the device.
 
-    ZeRO-1 is taken where the flags name no file, if several ranks make several forward passes a step, ZeRO-1 needs no
-    more of them than ZeRO-2, and its peak fits. Where the memory of the device is unknown, as on a CPU, it is not
-    taken.
+    ZeRO-1 is taken where the flags name no file, if several ranks make several forward passes a step at ZeRO-2, and the
+    peak of ZeRO-1 fits, perhaps with more and smaller passes. Where the memory of the device is unknown, as on a CPU,
+    it is not taken.
 
     Args:
         args: the flags.
@@ -92,12 +92,12 @@ def choose_strategy(
     load_of = loads_of_shards(index, checkpointed=args.gradient_checkpointing, dtype=compute.dtype)
     load = load_of(other.batch.per_device, sizes)
     peak = rank_memory(sizes, other.args, load, deepspeed=other.deepspeed, world=world, dtype=compute.dtype).peak()
-    if other.batch.accumulation > num_passes or peak > USABLE * compute.capacity:
+    if peak > USABLE * compute.capacity:
         return default
     note = (
         f"DeepSpeed: {FEWER_EXCHANGES_FILE}, which fits ({peak / GIB:.1f} of {compute.capacity / GIB:.1f} GiB by the "
-        f"estimate): ranks exchange gradients once a step, not {num_passes} times; --deepspeed {DEEPSPEED_FILE} takes "
-        "less memory"
+        f"estimate): ranks exchange gradients once a step; --deepspeed {DEEPSPEED_FILE} takes less memory, for "
+        f"{num_passes} forward passes and exchanges"
     )
     return dataclasses.replace(other, note=note)
 
