@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from prep.migrate.shell import Command, ShellError, read_commands
 from prep.migrate.tools import LLAMA_FACTORY, SWIFT, UPSTREAM, Tool
@@ -15,6 +16,16 @@ from schemas.errors import ConfigError, VlprepError
 
 YAML_SUFFIXES = (".yaml", ".yml", ".json")
 _LAUNCHERS = ("torchrun", "deepspeed", "python", "python3", "accelerate")
+_LAUNCHER_MODULES = {
+    "torch.distributed.run": "torchrun",
+    "torch.distributed.launch": "torchrun",
+    "accelerate.commands.launch": "accelerate",
+    "deepspeed.launcher.runner": "deepspeed",
+}
+_COMMANDS = ("swift", "llamafactory-cli", "lmf")
+_COMMAND_MODULES = ("swift.cli.main", "llamafactory.cli")
+"""Modules that do what a command does: they start the ranks themselves."""
+_SUBCOMMANDS = ("sft", "pt", "train")
 _RENDEZVOUS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 
 FLAGS_IN_ENVIRONMENT = {
@@ -98,7 +109,7 @@ def read_script(path: Path) -> Launch:
     training = _find_launch(commands, path.parent)
     if training is None:
         raise ScriptError(
-            f"{path} starts no training that is known here: no torchrun, deepspeed or python with a .py file, no "
+            f"{path} starts no training that is known here: no torchrun, deepspeed or python with a .py file or -m, no "
             "swift sft, no llamafactory-cli train. Give its flags after --."
         )
     return training
@@ -138,47 +149,82 @@ def read_words(words: Sequence[str]) -> Launch:
 
 
 def _find_launch(commands: Sequence[Command], folder: Path) -> Launch | None:
-    launch = None
-    for command in commands:
-        entry = _entry_of(command.words)
-        if entry is None:
-            continue
-        if launch is not None:
-            launch.not_understood.append(f"a second training: {' '.join(command.words[:6])} …")
-            continue
-        launch = _launch_of(command, entry, folder)
+    """Read the first command that trains. One without any known flag is another program, if there is a choice."""
+    launches = [
+        (command, _launch_of(command, parts, folder))
+        for command in _without_shells(commands)
+        if (parts := _split_command(command.words)) is not None
+    ]
+    known = [item for item in launches if any(flag.name in item[1].tool.rules for flag in item[1].flags)]
+    # python -m runs anything, such as pip.
+    trainings = known or [item for item in launches if item[1].tool is not UPSTREAM or "-m" not in item[0].words]
+    if not trainings:
+        return None
+    (_, launch), *others = trainings
+    launch.not_understood += [f"a second training: {' '.join(command.words[:6])} …" for command, _ in others]
     return launch
 
 
-def _entry_of(words: Sequence[str]) -> int | None:
-    """Where the flags of the trainer begin in the words of a command; None if it starts no training."""
-    for at, word in enumerate(words[:-1]):
-        if PurePath(word).name in ("swift", "llamafactory-cli", "lmf") and words[at + 1] in ("sft", "pt", "train"):
-            return at + 2
-    if not any(PurePath(word).name in _LAUNCHERS for word in words):
-        return None
-    scripts = [at for at, word in enumerate(words) if word.endswith(".py")]
-    return scripts[0] + 1 if scripts else None
+def _without_shells(commands: Sequence[Command]) -> Iterator[Command]:
+    """Replace ``bash -c '…'`` by the commands in it."""
+    for command in commands:
+        words = command.words
+        shells = [at for at, word in enumerate(words[:-2]) if PurePath(word).name in ("bash", "sh")]
+        if not shells or not re.fullmatch(r"-\w*c", words[shells[0] + 1]):
+            yield command
+            continue
+        for inner in read_commands(words[shells[0] + 2].replace("\\$", "$")):
+            environment = {**command.environment, **inner.environment}
+            yield replace(inner, words=(*words[: shells[0]], *inner.words), environment=environment)
 
 
-def _launch_of(command: Command, entry: int, folder: Path) -> Launch:
-    words = command.words
-    is_cli = not words[entry - 1].endswith(".py")
-    tool = UPSTREAM
-    if is_cli:
-        tool = SWIFT if PurePath(words[entry - 2]).name == "swift" else LLAMA_FACTORY
-    elif "swift" in words[entry - 1]:
-        tool = SWIFT
-    launch = Launch(tool=tool)
+class _Parts(NamedTuple):
+    """The words of a command that trains. ``launcher`` starts the ranks of ``program``, a file, module or command."""
+
+    in_front: Sequence[str]
+    launcher: Sequence[str]
+    program: str
+    arguments: Sequence[str]
+
+
+def _split_command(words: Sequence[str]) -> _Parts | None:
+    """Split a command; None if it starts no training."""
+    starts = [at for at, word in enumerate(words) if PurePath(word).name in _LAUNCHERS]
+    for at, word in enumerate(words):
+        start = min([at, *starts])
+        has_subcommand = at + 1 < len(words) and words[at + 1] in _SUBCOMMANDS
+        is_command = has_subcommand and PurePath(word).name in _COMMANDS
+        is_module = at > start and words[at - 1] in ("-m", "--module") and word not in _LAUNCHER_MODULES
+        if not is_command and not is_module and not (at > start and word.endswith(".py")):
+            continue
+        launcher = words[start : at - is_module]
+        if word in _COMMAND_MODULES and PurePath(launcher[0]).name.startswith("python"):
+            launcher = ()
+        is_in_two_words = has_subcommand and not word.endswith(".py")
+        return _Parts(words[:start], launcher, word, words[at + 1 + is_in_two_words :])
+    return None
+
+
+def _tool_of(parts: _Parts) -> Tool:
+    name = re.sub(r"[-_]", "", parts.program.lower())
+    if "swift" in name:
+        return SWIFT
+    is_factory = "llamafactory" in name or name.endswith("lmf") or "--stage" in parts.arguments
+    return LLAMA_FACTORY if is_factory or [*parts.arguments, ""][0].endswith(YAML_SUFFIXES) else UPSTREAM
+
+
+def _launch_of(command: Command, parts: _Parts, folder: Path) -> Launch:
+    launch = Launch(tool=_tool_of(parts))
     _read_environment(command.environment, launch)
     launch.not_understood += [
         f"the word {word}: it needs a variable of the script in a way that only a shell works out"
         for word in command.unresolved
     ]
-    starts = words[: entry - 2] if is_cli else words[: entry - 1]
-    launch.launcher = _launcher_of(starts, command.environment, launch)
-    flags = list(words[entry:])
-    if tool is LLAMA_FACTORY and flags and flags[0].endswith(YAML_SUFFIXES):
+    if parts.in_front:
+        launch.not_understood.append(f"{' '.join(parts.in_front)}: put it in front of the commands if they need it")
+    launch.launcher = _launcher_of(parts.launcher, command.environment, launch)
+    flags = list(parts.arguments)
+    if launch.tool is LLAMA_FACTORY and flags and flags[0].endswith(YAML_SUFFIXES):
         _read_yaml_file(flags.pop(0), folder, launch)
         flags = [f"--{word}" if re.match(r"\w+=", word) else word for word in flags]
     _read_flags(flags, launch)
@@ -199,18 +245,14 @@ def _read_environment(environment: dict[str, str], launch: Launch) -> None:
 
 def _launcher_of(words: Sequence[str], environment: dict[str, str], launch: Launch) -> list[str]:
     """The words that start the ranks here."""
-    starts = [at for at, word in enumerate(words) if PurePath(word).name in _LAUNCHERS]
-    name = PurePath(words[starts[0]]).name if starts else ""
-    options = list(words[starts[0] + 1 :]) if starts else []
+    name = PurePath(words[0]).name if words else ""
+    options = list(words[1:])
+    if name.startswith("python") and options[:1] == ["-m"]:
+        name, options = _LAUNCHER_MODULES[options[1]], options[2:]
     if name == "accelerate":
         return _launcher_of_accelerate(options, launch)
-    if name.startswith("python"):
-        if options[:2] != ["-m", "torch.distributed.run"] and options[:2] != ["-m", "torch.distributed.launch"]:
-            launch.not_understood += [f"the option {' '.join(options)} of {name}"] if options else []
-            return ["python"]
-        return ["torchrun", *options[2:]]
     if name:
-        return [name, *options]
+        return ["python" if name.startswith("python") else name, *options]
     variables = {variable.lower(): environment[variable] for variable in _LAUNCH_VARIABLES if variable in environment}
     options = [f"--{option}={variables[option]}" for option in _RENDEZVOUS if option in variables]
     if launch.tool is SWIFT and "nproc_per_node" not in variables:

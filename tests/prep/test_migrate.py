@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from prep.cli import build_command, main
-from prep.migrate.launch import read_words
+from prep.migrate.launch import _find_launch, read_words
 from prep.migrate.rewrite import rewrite
 from prep.migrate.shell import ShellError, quote, read_commands
-from prep.migrate.tools import LLAMA_FACTORY, SWIFT, TRAINER_SWITCHES, TRAINER_VALUES, UPSTREAM
+from prep.migrate.tools import LLAMA_FACTORY, SWIFT, TRAINER_SWITCHES, TRAINER_VALUES, UPSTREAM, Tool
 from tests.guides import table_rows
 from tests.prep.launch_scripts import LLAMA_FACTORY_FILES, SWIFT_SCRIPTS, UPSTREAM_SCRIPTS, upstream
 from train.settings.arguments import TrainArguments
@@ -391,6 +391,39 @@ def test_a_missing_file_is_wrong_use(folder: Path, name: str) -> None:
         "line after --.\n"
     )
     assert migrate("scripts/sft.sh", "--registry", "nowhere.py").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "launcher", "tool"),
+    [
+        ("torchrun --nproc_per_node 8 -m qwenvl.train.train_qwen", "torchrun --nproc_per_node 8", UPSTREAM),
+        ("deepspeed --num_gpus 2 --module qwenvl.train.train_qwen", "deepspeed --num_gpus 2", UPSTREAM),
+        ("accelerate launch --num_processes 4 -m qwenvl.train", "torchrun --nproc_per_node=4", UPSTREAM),
+        ("python -u train_qwen.py", "python -u", UPSTREAM),
+        ("python -m swift.cli.main sft", "torchrun --nproc_per_node=1", SWIFT),
+        ("NPROC_PER_NODE=4 python -m swift.cli.main sft", "torchrun --nproc_per_node=4", SWIFT),
+        ("python -m torch.distributed.run --nproc_per_node 4 -m swift.cli.sft", "torchrun --nproc_per_node 4", SWIFT),
+        ("python -m llamafactory.cli train", "deepspeed", LLAMA_FACTORY),
+        ("torchrun --nproc_per_node 2 src/train.py --stage sft", "torchrun --nproc_per_node 2", LLAMA_FACTORY),
+        ("python -m pip install x; python convert.py --to x; torchrun train.py", "torchrun", UPSTREAM),
+    ],
+)
+def test_a_training_may_be_a_module_and_stand_among_other_programs(command: str, launcher: str, tool: Tool) -> None:
+    launch = _find_launch(read_commands(f"{command} --learning_rate 1e-5\n"), Path())
+    assert launch is not None
+    assert (" ".join(launch.launcher), launch.tool, launch.not_understood) == (launcher, tool, [])
+    assert "--learning_rate 1e-5" in [flag.text() for flag in launch.flags]
+
+
+def test_a_command_for_another_shell_is_read_and_what_is_in_front_of_it_is_listed(folder: Path) -> None:
+    text = (
+        "N=2\nsrun -N $N bash -lc 'CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 train.py --max_steps $STEPS'\n"
+    )
+    launch = _find_launch(read_commands(text), Path())
+    assert launch is not None
+    assert launch.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert [flag.text() for flag in launch.flags] == ["--max_steps $STEPS"]
+    assert launch.not_understood == ["srun -N 2: put it in front of the commands if they need it"]
 
 
 @pytest.mark.parametrize(
