@@ -15,7 +15,7 @@ from storage.shard_set import read_manifest
 from tests.guides import DOCS
 from tests.prep.dialect_corpus import HELLO, llava
 from tests.prep.test_formats import write_jsonl
-from tests.prep.test_grounding import BOX, write_images
+from tests.prep.test_grounding import BOX, thumbnails, write_images
 
 GOOD = llava("<image>Where?", "A cat.", image="photo.png")
 
@@ -74,4 +74,8 @@ def test_the_commands_of_the_page_about_boxes(folder: Path, tiny_checkpoint: Pat
     assert read_manifest(folder / "shards" / "mine").statistics[0].num_boxes == 2
     drawn = sorted(path.name for path in (folder / "pngs").glob("*-boxes.png"))
     assert len(drawn) == 2 and len(list((folder / "pngs").glob("*.png"))) == 3 + 2
-    assert "2 boxes and points" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "2 boxes and points" in page
+    # The box of the second record is in its second image, the wide one.
+    is_drawn = {(width > 1.6 * height, drawn) for (width, height), drawn in thumbnails(page)}
+    assert is_drawn == {(False, True), (False, False), (True, True)}
