@@ -82,6 +82,28 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     max: int
 
 
+CHANGED_PERCENT = 10
+"""An image counts as shrunken or enlarged if its pixels change by more. Rounding to 28 pixels changes most by less."""
+
+
+class MediaStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sizes of media of the packed samples of a dataset, and repetitions among its packed annotations.
+
+    ``frames`` is over videos. ``kept_percent`` is the size of shrunken images in percent of the original pixels.
+    ``num_same_text``, ``num_same_media`` and ``num_same_sample`` count annotations whose text, media, or both occur in
+    an earlier one.
+    """
+
+    num_images: int = 0
+    num_shrunk: int = 0
+    num_enlarged: int = 0
+    kept_percent: Distribution | None = None
+    frames: Distribution | None = None
+    num_same_text: int = 0
+    num_same_media: int = 0
+    num_same_sample: int = 0
+
+
 class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What became of one dataset.
 
@@ -89,6 +111,7 @@ class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     ``video``, ``image+video``); the distributions are over packed samples, None where there are none.
     ``num_boxes`` counts boxes, points and polygons of packed samples; it is left out if there are none.
     ``unused_fields`` counts annotations by the names of their fields that have no effect; absent if there are none.
+    ``media`` is absent if there is nothing to tell, and in sets of earlier versions.
     """
 
     dataset: str
@@ -103,6 +126,7 @@ class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     patches: Distribution | None
     num_boxes: int = 0
     unused_fields: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    media: MediaStatistics | msgspec.UnsetType = msgspec.UNSET
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,12 +1,11 @@
 """The ledger: one row per annotation with its outcome, and the totals of every dataset.
 
 Input: the parts of the scan, the plan, the results of the shards. Output: ``samples.parquet`` and statistics. It works
-part by part. Memory: 8 bytes per sample, and histograms of sizes that do not grow with the samples.
+part by part. Memory: 32 bytes per sample, and histograms of sizes that do not grow with the samples.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,14 @@ import pyarrow.parquet as pq
 from msgspec import UNSET
 from numpy.typing import NDArray
 
+from prep.build.distribution import ValueCounts
+from prep.build.media_tally import MediaTally
 from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan
 from prep.build.written import WrittenShards
 from prep.samples.lengths import too_long
 from schemas.annotation import Problem
-from schemas.manifest import DatasetStatistics, Distribution
+from schemas.manifest import DatasetStatistics
 from schemas.tables import SAMPLES_COLUMNS, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
 from storage.tables import arrow_schema
 
@@ -31,31 +32,6 @@ _MAX_UNUSED = 100
 _MODALITIES = ("text", "image", "video", "image+video")
 _STATUSES = (STATUS_PACKED, STATUS_REJECTED, STATUS_NOT_SAMPLED)
 _PACKED, _REJECTED, _NOT_SAMPLED = range(3)
-
-
-class _Counts:
-    """A histogram of small integers: 8 bytes for each integer up to the largest."""
-
-    def __init__(self) -> None:
-        self._counts: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-
-    def add(self, values: NDArray[np.integer]) -> None:
-        """Count values, each 0 or more."""
-        counts = np.bincount(values, minlength=self._counts.size)
-        counts[: self._counts.size] += self._counts
-        self._counts = counts
-
-    def distribution(self) -> Distribution | None:
-        """Exact totals and quantiles, or None without values."""
-        ends = np.cumsum(self._counts)
-        num_values = int(ends[-1]) if ends.size else 0
-        if not num_values:
-            return None
-        # A quantile is the smallest value that at least this share of all values does not exceed.
-        ranks = [max(1, math.ceil(num_values * share)) for share in (0, 0.5, 0.9, 0.99, 1)]
-        low, p50, p90, p99, high = np.searchsorted(ends, ranks).tolist()
-        total = int(np.dot(self._counts, np.arange(self._counts.size)))
-        return Distribution(total=total, mean=total / num_values, min=low, p50=p50, p90=p90, p99=p99, max=high)
 
 
 class _Tally:
@@ -68,7 +44,8 @@ class _Tally:
         self._codes: Counter[str] = Counter()
         self._num_boxes = 0
         self._unused: Counter[str] = Counter()
-        self._sizes = {name: _Counts() for name in ("num_tokens", "num_targets", "num_patches")}
+        self._media = MediaTally()
+        self._sizes = {name: ValueCounts() for name in ("num_tokens", "num_targets", "num_patches")}
 
     def add(self, scanned: pa.Table, codes: pa.ChunkedArray, statuses: NDArray[np.int64]) -> None:
         """Count the rows of a part, with their final codes and statuses (indices of ``_STATUSES``)."""
@@ -80,6 +57,7 @@ class _Tally:
         kinds = (num_images > 0) + 2 * (num_videos > 0).astype(np.int64)
         self._modalities += np.bincount(kinds, minlength=len(_MODALITIES))
         self._num_boxes += pc.sum(packed.column("num_boxes")).as_py() or 0
+        self._media.add(packed)
         for name, counts in self._sizes.items():
             counts.add(packed.column(name).to_numpy())
 
@@ -98,6 +76,7 @@ class _Tally:
             num_boxes=self._num_boxes,
             **{name.removeprefix("num_"): counts.distribution() for name, counts in self._sizes.items()},
             unused_fields=dict(sorted(self._unused.most_common(_MAX_UNUSED))) or UNSET,
+            media=self._media.statistics(),
         )
 
 

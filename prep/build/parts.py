@@ -24,13 +24,14 @@ from typing import BinaryIO
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from prep.samples.sample import Measured
 from schemas.annotation import Problem, ReasonCode, SampleBox
-from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, stored_frames
 from storage.files import naming, temporary_path
 
-PART_VERSION = 7
+PART_VERSION = 8
 """Part of every key. Increase it when parts of an older version must not be reused."""
 
 PART_SCHEMA = pa.schema(
@@ -53,11 +54,16 @@ PART_SCHEMA = pa.schema(
         ("video_backend", pa.string()),
         ("num_boxes", pa.int32()),
         ("undeclared", pa.string()),
+        ("kept_percents", pa.list_(pa.int32())),
+        ("frames", pa.list_(pa.int32())),
+        ("text_hash", pa.uint64()),
+        ("media_hash", pa.uint64()),
     ]
 )
 """Columns of the table. ``record`` counts within the file. Without a sample, ``sample_bytes`` is 0 and the sizes are
 null. ``num_boxes`` counts the boxes, points and polygons of a sample. ``undeclared`` is the first one of a record, as
-it reads, if nothing says what its coordinates are."""
+it reads, if nothing says what its coordinates are. ``kept_percents`` has the size of each image after resizing, in
+percent of its pixels before; ``frames`` the stored frames of each video; ``media_hash`` is 0 without media."""
 
 _EMPTY_ROW: dict[str, object] = {
     **dict.fromkeys(PART_SCHEMA.names),
@@ -123,8 +129,19 @@ class PartRows:
         """Record that nothing says what the coordinates of a row's boxes are."""
         self._rows[row].update(undeclared=excerpt)
 
-    def accept(self, row: int, sample: Measured, num_boxes: int, offset: int, num_bytes: int) -> None:
-        """Record the sizes of a row's sample, and which bytes of the samples file hold it."""
+    def accept(
+        self, row: int, sample: Measured, *, num_boxes: int, media_hash: int, offset: int, num_bytes: int
+    ) -> None:
+        """Record the sizes of a row's sample, and which bytes of the samples file hold it.
+
+        Args:
+            row: the row.
+            sample: its sample.
+            num_boxes: boxes, points and polygons of the sample.
+            media_hash: equal for samples with the same media.
+            offset: first byte in the samples file.
+            num_bytes: size there.
+        """
         self._rows[row].update(
             sample_offset=offset,
             sample_bytes=num_bytes,
@@ -136,6 +153,12 @@ class PartRows:
             pixel_bytes=sample.pixel_bytes,
             video_backend=sample.video_backend,
             num_boxes=num_boxes,
+            kept_percents=[medium.kept_percent for medium in sample.media if medium.media_type == MEDIA_IMAGE],
+            frames=[
+                stored_frames(medium.grid, MEDIA_VIDEO) for medium in sample.media if medium.media_type == MEDIA_VIDEO
+            ],
+            text_hash=xxhash.xxh3_64_intdigest(sample.ids),
+            media_hash=media_hash,
         )
 
     def write(self, part: Path) -> None:

@@ -175,12 +175,13 @@ def _make_part(task: ScanTask, timings: Timings) -> Path:
 
 
 class _Accepted(NamedTuple):
-    """A record without problems so far: its row, its index within the file, and its probed media."""
+    """A record without problems so far: its row, its index within the file, its probed media, and their hash."""
 
     row: int
     record: int
     annotation: Annotation
     media: list[Medium]
+    media_hash: int
 
 
 def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[list[_Accepted], set[int | str]]:
@@ -223,7 +224,8 @@ def _check_and_probe(task: ScanTask, rows: PartRows, timings: Timings) -> tuple[
                 rows.reject(row, problems)
             else:
                 media = _store_embedded(media, checked.embedded, media_file)
-                accepted.append(_Accepted(row, record.index, annotation, media))
+                media_hash = _media_hash(media, checked.embedded)
+                accepted.append(_Accepted(row, record.index, annotation, media, media_hash))
         _require_unchanged(task)
     return accepted, contents
 
@@ -237,7 +239,7 @@ def _tokenize_and_measure(
         resized = [in_resized_pixels(record.annotation, record.media) for record in accepted]
         templates = build_templates(resized, tokenizer)
     with part_file(task.folder, lambda: samples_path(part)) as samples_file:
-        for (row, record, annotation, media), template in zip(accepted, templates):
+        for (row, record, annotation, media, media_hash), template in zip(accepted, templates):
             sample = measure(template, media)
             if task.shrink_to is not None and sample.num_tokens > task.shrink_to:
                 sample = shrink(partial(_template_of, annotation, template, tokenizer), media, task.shrink_to)
@@ -247,7 +249,14 @@ def _tokenize_and_measure(
             boxes = boxes_beside_text(annotation, sample.media)
             data = msgspec.msgpack.encode(StoredSample(record, record_id(annotation), sample, boxes))
             num_boxes = 0 if annotation.coordinates is None else annotation.num_shapes
-            rows.accept(row, sample, num_boxes, samples_file.tell(), len(data))
+            rows.accept(
+                row,
+                sample,
+                num_boxes=num_boxes,
+                media_hash=media_hash,
+                offset=samples_file.tell(),
+                num_bytes=len(data),
+            )
             samples_file.write(data)
 
 
@@ -258,6 +267,19 @@ def _template_of(
     if not follows_resize(annotation):
         return template
     return build_templates([in_resized_pixels(annotation, media)], tokenizer)[0]
+
+
+def _media_hash(media: Sequence[Medium], embedded: Mapping[str, bytes]) -> int:
+    """Equal for records that name the same files, or hold the same bytes. 0 without media."""
+    if not media:
+        return 0
+    digest = xxhash.xxh3_64()
+    for medium in media:
+        for name in [frame.name for frame in medium.frames] or [medium.name]:
+            content = embedded.get(name) or name.encode(errors="surrogateescape")
+            digest.update(len(content).to_bytes(8, "little") + bytes([medium.media_type]))
+            digest.update(content)
+    return digest.intdigest() or 1
 
 
 def _contents(checked: Checked) -> set[int | str]:

@@ -28,7 +28,7 @@ from prep.media.source import HeadTooShortError, MediaSource
 from schemas.annotation import Problem, ReasonCode
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO
 from schemas.errors import MediaError
-from schemas.qwen import FACTOR, Grid
+from schemas.qwen import FACTOR, PATCH_SIZE, Grid
 from schemas.settings import MediaSettings
 from storage.urls import Location, location_key
 
@@ -70,6 +70,11 @@ class Medium(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     span: tuple[int, int] | None = None
     frames: tuple[FrameFile, ...] = ()
     settings: ItemSettings | None = None
+
+    @property
+    def kept_percent(self) -> int:
+        """Pixels of an image, or of a frame, after resizing, in percent of those before."""
+        return round(100 * self.grid.h * self.grid.w * PATCH_SIZE**2 / (self.height * self.width))
 
     def stored(self, store: Callable[[str], tuple[int, int] | None]) -> Medium:
         """The medium with the spans of what came inside its record.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prep.build.pipeline
-from prep.build.ledger import _Counts
+from prep.build.distribution import ValueCounts
 from prep.build.write import WriteTask, write_shard
 from tests.prep.corpus import turn
 from tests.prep.finished import build_set
@@ -20,7 +20,7 @@ from tests.prep.finished import build_set
 
 @given(st.lists(st.lists(st.integers(0, 5000), max_size=30), max_size=6))
 def test_distributions_are_those_of_all_values_together(parts: list[list[int]]) -> None:
-    counts = _Counts()
+    counts = ValueCounts()
     for part in parts:
         counts.add(np.asarray(part, dtype=np.int32))
     values = np.asarray([value for part in parts for value in part], dtype=np.int64)

@@ -13,12 +13,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import UNSET
 from PIL import Image
 
 from prep.annotations.registry import find_sources
+from prep.build.media_tally import MediaTally
 from prep.cli import main
 from prep.inspect.report import render_report
 from prep.inspect.report.charts import (
@@ -38,12 +41,14 @@ from prep.inspect.report.statistics import MODALITIES, busy_share, gather
 from prep.inspect.report.writer import MAX_BYTES, ReportRequest
 from prep.inspect.transcript import Span, SpanKind, Transcriber
 from schemas.errors import ConfigError
+from schemas.manifest import MediaStatistics
 from schemas.qwen import Grid
-from schemas.settings import MediaSettings
+from schemas.settings import BuildSettings, MediaSettings
 from storage.shard_set import open_set
 from tests.prep import finished as sets
 from tests.prep.browser import NAMES, Tab, find_browser, open_tab
 from tests.prep.corpus import turn
+from tests.prep.test_videos import write_video
 
 VOID = {"meta", "img", "br", "input"}
 
@@ -323,6 +328,45 @@ def test_ranks_that_take_random_bins_wait_for_the_slowest_of_them() -> None:
 def test_sizes_below_a_tenth_of_a_megabyte_are_kilobytes() -> None:
     sizes = (512, 99_949, 100_000, 1_500_000, 2_500_000_000, 3 * 10**12)
     assert [*map(size_text, sizes)] == ["0.5 kB", "99.9 kB", "0.1 MB", "1.5 MB", "2.5 GB", "3 TB"]
+
+
+def test_shrunken_images_frames_and_repetitions_are_counted(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    for name, size in (("small.png", (56, 56)), ("large.png", (1120, 840)), ("tiny.png", (28, 28))):
+        Image.new("RGB", size).save(tmp_path / name)
+    write_video(tmp_path / "clip.mp4", 12, 2)
+    talks = [("small", "a"), ("small", "b"), ("large", "a"), ("small", "a"), ("tiny", "c"), ("small", "a")]
+    records = [{"image": f"{name}.png", "conversations": turn(f"<image>{text}")} for name, text in talks]
+    records += [{"video": "clip.mp4", "conversations": turn("<video>a")}, {"conversations": turn("a")}]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, records)))
+    settings = BuildSettings(media=MediaSettings(min_pixels=56 * 56, max_pixels=560 * 420))
+    (dataset,) = open_set(
+        sets.build_set(tmp_path / "talk.jsonl", tmp_path / "out", tiny_checkpoint, settings)
+    ).manifest.statistics
+    media = dataset.media
+    assert isinstance(media, MediaStatistics)
+    assert (media.num_images, media.num_shrunk, media.num_enlarged) == (6, 1, 1)
+    assert media.kept_percent is not None and (media.kept_percent.min, media.kept_percent.max) == (25, 25)
+    assert media.frames is not None and media.frames.total == 4
+    # Of the text with an image: a is repeated three times. The small image: three times. Both together: twice.
+    assert (media.num_same_text, media.num_same_media, media.num_same_sample) == (3, 3, 2)
+    page = Page(render_report(open_set(tmp_path / "out"), Transcriber(None))).text
+    assert "talk 6 16.67 % median 25 %, least 25 % 16.67 % 4 to 4, median 4 3 3 2" in page
+
+
+def test_copies_of_an_annotation_are_no_repetitions() -> None:
+    tally = MediaTally()
+    columns = {
+        "record": pa.array([4, 4, 5], pa.int64()),
+        "kept_percents": pa.array([[100], [100], []], pa.list_(pa.int32())),
+        "frames": pa.array([[], [], [8]], pa.list_(pa.int32())),
+        "text_hash": pa.array([1, 1, 2], pa.uint64()),
+        "media_hash": pa.array([7, 7, 8], pa.uint64()),
+    }
+    tally.add(pa.table(columns))
+    statistics = tally.statistics()
+    assert isinstance(statistics, MediaStatistics)
+    assert (statistics.num_images, statistics.num_same_text, statistics.num_same_sample) == (2, 0, 0)
+    assert MediaTally().statistics() is UNSET
 
 
 # The choice of samples

@@ -23,7 +23,7 @@ from prep.inspect.report.statistics import MODALITIES, Example, Statistics, busy
 from prep.inspect.report.templates import percent, render
 from prep.inspect.transcript import ESCAPED_NOTE
 from prep.shards.drift import decibels
-from schemas.manifest import Distribution, Drift, Manifest, encode_manifest
+from schemas.manifest import CHANGED_PERCENT, Distribution, Drift, Manifest, MediaStatistics, encode_manifest
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
@@ -91,6 +91,7 @@ def render_page(
         **_datasets(manifest, statistics),
         **_lengths(statistics),
         **_bins(manifest, statistics),
+        **_media(manifest),
         **_origin(manifest),
     }
     return render("page.html", variables)
@@ -263,6 +264,30 @@ def _bins(manifest: Manifest, statistics: Statistics) -> dict[str, object]:
         "rank_head": ("work of a bin", *(f"#{ranks} ranks" for ranks in _RANKS)),
         "rank_rows": rows,
     }
+
+
+def _media(manifest: Manifest) -> dict[str, object]:
+    head = ("dataset", "#images", "#shrunken", "pixels kept", "#enlarged", "frames of a video")
+    rows = []
+    for dataset in manifest.statistics:
+        media = dataset.media
+        if isinstance(media, MediaStatistics):
+            kept, frames = media.kept_percent, media.frames
+            rows.append(
+                (
+                    dataset.dataset,
+                    f"{media.num_images:,}",
+                    percent(_ratio(media.num_shrunk, media.num_images)),
+                    f"median {kept.p50} %, least {kept.min} %" if kept is not None else "–",
+                    percent(_ratio(media.num_enlarged, media.num_images)),
+                    f"{frames.min:,} to {frames.max:,}, median {frames.p50:,}" if frames is not None else "–",
+                    f"{media.num_same_text:,}",
+                    f"{media.num_same_media:,}",
+                    f"{media.num_same_sample:,}",
+                )
+            )
+    repeated = ("#same text", "#same media", "#same text and media")
+    return {"media_head": (*head, *repeated), "media_rows": rows, "changed_percent": CHANGED_PERCENT}
 
 
 def _chart(histogram: Histogram, caption: str) -> Chart:
