@@ -194,6 +194,7 @@ def prompt_of(sample: Packed) -> torch.Tensor:
         ({"--model": "missing"}, 2, r"--model \S+missing is not a folder"),
         ({"--limit": "0"}, 2, "'--limit': 0 is not in the range x>=1"),
         ({"--html": "missing/page.html"}, 2, r"--html \S+: the folder \S+missing does not exist"),
+        ({"--html": f"{'x' * 300}.html"}, 2, r"--html \S+ cannot be written: File name too long\. Give another file"),
     ],
 )
 def test_a_wrong_input_is_named_in_a_sentence(

@@ -338,7 +338,8 @@ def test_another_number_of_ranks_must_keep_the_size_of_a_step(
     flags: list[str], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_rank(monkeypatch, 0, 2)
-    with pytest.raises(ConfigError, match=f"{saved} was saved with bins of a step = 4, this run has 8"):
+    remedy = "--per_device_train_batch_size and --gradient_accumulation_steps whose product, times the ranks, is 4"
+    with pytest.raises(ConfigError, match=f"{saved} was saved with bins of a step = 4, this run has 8.* Give {remedy}"):
         make_plan(parse_arguments(flags))
 
 

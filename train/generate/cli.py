@@ -85,8 +85,8 @@ def generate(
         ConfigError: there is no complete model, its tokenizer is not that of the shards, or the page cannot be written.
         ShardError: the shards are incomplete, damaged, or without a trained answer.
     """
-    if page is not None and not page.absolute().parent.is_dir():
-        raise ConfigError(f"--html {page}: the folder {page.parent} does not exist. Create it, or give another file.")
+    if page is not None:
+        _check_page(page)
     index = open_shards(shards)
     source = find_model(model)
     pretrained.check_fingerprints(source, index.manifests[0].fingerprints, shards=shards)
@@ -97,6 +97,23 @@ def generate(
         yield answer
     if not num_answers:
         raise ShardError(f"{shards} has no trained answer to compare with. Give shards of conversations.")
+
+
+def _check_page(page: Path) -> None:
+    """Check that a page can be written, before the model answers for minutes.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not page.absolute().parent.is_dir():
+        raise ConfigError(f"--html {page}: the folder {page.parent} does not exist. Create it, or give another file.")
+    try:
+        is_new = not page.exists()
+        page.open("ab").close()
+        if is_new:
+            page.unlink()
+    except OSError as error:
+        raise ConfigError(f"--html {page} cannot be written: {error.strerror}. Give another file.") from error
 
 
 def find_model(model: str) -> Path:

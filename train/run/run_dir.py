@@ -225,12 +225,18 @@ def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) 
     for name, value in settings.items():
         before = saved.settings.get(name, UNRECORDED_SETTINGS.get(name, "nothing"))
         if before != value:
-            aim = saved.aim if name == BINS_OF_A_STEP else None
-            same = "the same setting" if aim is None else f"--samples_per_step {aim.samples}"
+            same = _same_bins(saved.aim, before) if name == BINS_OF_A_STEP else "the same setting"
             raise ConfigError(
                 f"{folder} was saved with {name} = {before}, this run has {value}: it would not be the same run. "
                 f"Give {same}, or --resume none with another --output_dir."
             )
+
+
+def _same_bins(aim: Aim | None, bins: Setting) -> str:
+    """Flags that give a step the bins that it began with."""
+    if aim is not None:
+        return f"--samples_per_step {aim.samples}"
+    return f"--per_device_train_batch_size and --gradient_accumulation_steps whose product, times the ranks, is {bins}"
 
 
 def random_state_file(rank: int) -> str:
