@@ -30,11 +30,12 @@ from prep.options import (
     media_settings,
     setting_options,
 )
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import NO_MEMORY, ConfigError, VlprepError, lacks_memory
 from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
+from storage.memory import require_address_space
 from storage.urls import Location, Url
 
 P = ParamSpec("P")
@@ -42,6 +43,9 @@ P = ParamSpec("P")
 
 _INTERRUPTED = 130
 """Exit code of shells after SIGINT. SIGTERM gets the same."""
+
+_LEAST_BYTES = 512 << 20
+"""Address space of a command, of which it uses a part: threads reserve 64 MiB each."""
 
 _NOT_FOR_OUTPUT = {
     "http": "web servers are read-only here",
@@ -57,6 +61,7 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
+            require_address_space(_LEAST_BYTES)
             code = command(*args, **kwargs)
         except VlprepError as error:
             if click.get_current_context().find_root().params["debug"]:
@@ -68,6 +73,11 @@ def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"vlprep: {where}{error.strerror or error}. Fix that and rerun the same command.", err=True)
+            sys.exit(1)
+        except (MemoryError, ImportError, RuntimeError) as error:
+            if not lacks_memory(error) or click.get_current_context().find_root().params["debug"]:
+                raise
+            click.echo(f"vlprep: {NO_MEMORY} Or use fewer --workers, where the command has them.", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("vlprep: stopped. No file is half written; rerun the same command to continue.", err=True)

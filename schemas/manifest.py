@@ -6,12 +6,21 @@ bytes.
 
 from __future__ import annotations
 
-import msgspec
+import re
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
+
+from schemas.bounds import MAX_RATE, Count, Digest, FileName, PositiveCount, Sha256, Size
 from schemas.errors import MEND_SHARDS, ConfigError, ShardError
+from schemas.qwen import IMAGE_MEAN, IMAGE_STD
 from schemas.settings import BuildSettings, MediaSettings
 
 MANIFEST_FILE = "manifest.json"
+
+MAX_MANIFEST_BYTES = 256 << 20
+"""A shard takes about 250 bytes, so this is enough for a million."""
 
 METRICS_FILE = "build_metrics.json"
 """Counts and times of the run that finished the build. Times differ from run to run, so it is not part of the set."""
@@ -29,9 +38,9 @@ class InputFile(msgspec.Struct, frozen=True, kw_only=True):
     """One annotation file: name relative to the common folder of its dataset, size, XXH3-128 of its bytes."""
 
     file: str
-    num_bytes: int
-    xxh3: str
-    num_annotations: int
+    num_bytes: Size
+    xxh3: Digest
+    num_annotations: Count
 
 
 class InputDataset(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +50,8 @@ class InputDataset(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     dataset: str
-    rate: float
-    num_drawn: int
+    rate: Annotated[float, Meta(ge=0, le=MAX_RATE)]
+    num_drawn: Count
     media: MediaSettings
     files: list[InputFile]
 
@@ -53,17 +62,17 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     An annotation that is taken k times counts k times. ``rejects_by_code`` counts a record under each of its codes.
     """
 
-    num_annotations: int
-    num_packed: int
-    num_rejected: int
-    num_not_sampled: int
-    rejects_by_code: dict[str, int]
-    num_bins: int
-    num_tokens: int
-    num_targets: int
-    num_patches: int
-    num_images: int
-    num_videos: int
+    num_annotations: Count
+    num_packed: Count
+    num_rejected: Count
+    num_not_sampled: Count
+    rejects_by_code: dict[str, Count]
+    num_bins: Count
+    num_tokens: Count
+    num_targets: Count
+    num_patches: Count
+    num_images: Count
+    num_videos: Count
 
     def balances(self) -> bool:
         """Whether every annotation is accounted for."""
@@ -73,13 +82,13 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     """Spread of a number over the packed samples of a dataset; percentiles are values that occur (nearest rank)."""
 
-    total: int
-    mean: float
-    min: int
-    p50: int
-    p90: int
-    p99: int
-    max: int
+    total: Count
+    mean: Annotated[float, Meta(ge=0)]
+    min: Count
+    p50: Count
+    p90: Count
+    p99: Count
+    max: Count
 
 
 CHANGED_PERCENT = 10
@@ -94,14 +103,14 @@ class MediaStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     an earlier one.
     """
 
-    num_images: int = 0
-    num_shrunk: int = 0
-    num_enlarged: int = 0
+    num_images: Count = 0
+    num_shrunk: Count = 0
+    num_enlarged: Count = 0
     kept_percent: Distribution | None = None
     frames: Distribution | None = None
-    num_same_text: int = 0
-    num_same_media: int = 0
-    num_same_sample: int = 0
+    num_same_text: Count = 0
+    num_same_media: Count = 0
+    num_same_sample: Count = 0
 
 
 class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -115,33 +124,33 @@ class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     """
 
     dataset: str
-    num_annotations: int
-    num_packed: int
-    num_rejected: int
-    num_not_sampled: int
-    rejects_by_code: dict[str, int]
-    modalities: dict[str, int]
+    num_annotations: Count
+    num_packed: Count
+    num_rejected: Count
+    num_not_sampled: Count
+    rejects_by_code: dict[str, Count]
+    modalities: dict[str, Count]
     tokens: Distribution | None
     targets: Distribution | None
     patches: Distribution | None
-    num_boxes: int = 0
-    unused_fields: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    num_boxes: Count = 0
+    unused_fields: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
     media: MediaStatistics | msgspec.UnsetType = msgspec.UNSET
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file of the set: name relative to the manifest, size, SHA-256."""
 
-    file: str
-    num_bytes: int
-    sha256: str
+    file: FileName
+    num_bytes: Size
+    sha256: Sha256
 
 
 class StoredShard(StoredFile, frozen=True, kw_only=True):
     """A shard: a stored file with the run of bins it holds."""
 
-    first_bin: int
-    num_bins: int
+    first_bin: Count
+    num_bins: Count
 
 
 class Fingerprints(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +160,7 @@ class Fingerprints(msgspec.Struct, frozen=True, kw_only=True):
     normalises with.
     """
 
-    tokenizer: str
+    tokenizer: Digest
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
@@ -170,9 +179,9 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
         lowest_psnr_db: of a single frame; likewise.
     """
 
-    every: int
-    num_frames: int
-    mean_squared_error: float
+    every: PositiveCount
+    num_frames: Count
+    mean_squared_error: Annotated[float, Meta(ge=0, le=255**2)]
     psnr_db: float | None
     lowest_psnr_db: float | None
 
@@ -207,7 +216,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
     """Parse the bytes of a manifest; ``where`` names them in messages.
 
     Raises:
-        ShardError: damaged, or of another version of the format.
+        ShardError: damaged, of another version of the format, or with a value out of its bounds.
     """
     try:
         version = msgspec.json.decode(data, type=_Version).version
@@ -217,8 +226,36 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
                 "Build the shards again or use the program that wrote them."
             )
         return msgspec.json.decode(data, type=Manifest)
+    except RecursionError:
+        raise ShardError(f"{where} is damaged: its JSON is nested too deeply. {MEND_SHARDS}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
-        raise ShardError(f"{where} is damaged: {str(error).rstrip('.')}. {MEND_SHARDS}") from error
+        raise ShardError(f"{where} is damaged: {_reason(data, error)}. {MEND_SHARDS}") from error
+
+
+def normalisation_problem(fingerprints: Fingerprints) -> str | None:
+    """What is wrong with the normalisation that pixels were made for, or None if it is that of Qwen2.5-VL."""
+    if (fingerprints.image_mean, fingerprints.image_std) == (IMAGE_MEAN, IMAGE_STD):
+        return None
+    return (
+        f"made for pixels normalised with mean {fingerprints.image_mean} and deviation {fingerprints.image_std}; "
+        f"Qwen2.5-VL has {IMAGE_MEAN} and {IMAGE_STD}"
+    )
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    """What is wrong, with the value that an error of msgspec is about: it ends with the path, ``at `$.counts```."""
+    message = str(error).rstrip(".")
+    problem, is_located, path = message.partition(" - at `$.")
+    if not is_located:
+        return message
+    try:
+        value: Any = msgspec.json.decode(data)
+        for name, index in re.findall(r"(\w+)|\[(\d+)\]", path):
+            value = value[name] if name else value[int(index)]
+    except (msgspec.MsgspecError, RecursionError, LookupError):  # more than 64 bits, or a name that is not a word
+        return message
+    shown = f"is {repr(value)[:80]}" if isinstance(value, (str, int, float)) else "is damaged"
+    return f"{path.rstrip('`')} {shown}: {problem[:1].lower()}{problem[1:]}"
 
 
 class _Version(msgspec.Struct):

@@ -10,11 +10,18 @@ from typing import Annotated
 
 import msgspec
 
+from schemas.bounds import MAX_INT32, MAX_LENGTH
 from schemas.errors import ConfigError
 from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
 from schemas.setting import Setting, check_settings
 
 TOKEN_PIXELS = 28 * 28
+MAX_FRAMES = 1 << 20
+MAX_SECONDS = 1_000_000
+MAX_SOURCE_PIXELS = 1 << 40
+MAX_SOURCE_BYTES = 1 << 50
+"""Upper bounds of settings, far above any use: a manifest beyond them is not one that vlprep wrote."""
+
 PACKERS = ("bfd", "binpacking")
 RESERVED_POLICIES = ("reject", "escape")
 OVERLONG_POLICIES = ("reject", "shrink")
@@ -34,25 +41,27 @@ def _spell(name: str) -> str:
 class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How images and videos become pixels. A dataset can override each field in ``datasets.toml``."""
 
-    min_pixels: Annotated[int, Setting("Images with fewer pixels are enlarged.", unit="pixels", low=TOKEN_PIXELS)] = (
-        16 * TOKEN_PIXELS
-    )
-    max_pixels: Annotated[int, Setting("Images with more pixels are reduced.", unit="pixels", low=TOKEN_PIXELS)] = (
-        576 * TOKEN_PIXELS
-    )
+    min_pixels: Annotated[
+        int, Setting("Images with fewer pixels are enlarged.", unit="pixels", low=TOKEN_PIXELS, high=MAX_INT32)
+    ] = 16 * TOKEN_PIXELS
+    max_pixels: Annotated[
+        int, Setting("Images with more pixels are reduced.", unit="pixels", low=TOKEN_PIXELS, high=MAX_INT32)
+    ] = 576 * TOKEN_PIXELS
     video_min_frame_pixels: Annotated[
-        int, Setting("Video frames with fewer pixels are enlarged.", unit="pixels", low=TOKEN_PIXELS)
+        int, Setting("Video frames with fewer pixels are enlarged.", unit="pixels", low=TOKEN_PIXELS, high=MAX_INT32)
     ] = 256 * TOKEN_PIXELS
     video_max_frame_pixels: Annotated[
-        int, Setting("Video frames with more pixels are reduced.", unit="pixels", low=TOKEN_PIXELS)
+        int, Setting("Video frames with more pixels are reduced.", unit="pixels", low=TOKEN_PIXELS, high=MAX_INT32)
     ] = 1664 * TOKEN_PIXELS
     video_min_frames: Annotated[
-        int, Setting("Minimum number of frames sampled from a video.", unit="frames", low=1)
+        int, Setting("Minimum number of frames sampled from a video.", unit="frames", low=1, high=MAX_FRAMES)
     ] = 4
     video_max_frames: Annotated[
-        int, Setting("Maximum number of frames sampled from a video.", unit="frames", low=1)
+        int, Setting("Maximum number of frames sampled from a video.", unit="frames", low=1, high=MAX_FRAMES)
     ] = 8
-    base_interval: Annotated[float, Setting("Time between two sampled frames.", unit="seconds", above=0)] = 4.0
+    base_interval: Annotated[
+        float, Setting("Time between two sampled frames.", unit="seconds", above=0, high=MAX_SECONDS)
+    ] = 4.0
     video_sampling: Annotated[
         str,
         Setting(
@@ -62,13 +71,15 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ),
     ] = "interval"
     fps: Annotated[
-        float, Setting("With --video-sampling fps: frames sampled from a second.", unit="frames", above=0)
+        float, Setting("With --video-sampling fps: frames sampled from a second.", unit="frames", above=0, high=1000)
     ] = 2.0
     fps_min_frames: Annotated[
-        int, Setting("With --video-sampling fps: minimum number of frames sampled.", unit="frames", low=2)
+        int,
+        Setting("With --video-sampling fps: minimum number of frames sampled.", unit="frames", low=2, high=MAX_FRAMES),
     ] = 4
     fps_max_frames: Annotated[
-        int, Setting("With --video-sampling fps: maximum number of frames sampled.", unit="frames", low=2)
+        int,
+        Setting("With --video-sampling fps: maximum number of frames sampled.", unit="frames", low=2, high=MAX_FRAMES),
     ] = 768
     video_total_pixels: Annotated[
         int | None,
@@ -76,18 +87,27 @@ class MediaSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "Bound on half the pixels of all frames of a video together, total_pixels of qwen_vl_utils.",
             unit="pixels",
             low=TOKEN_PIXELS,
+            high=MAX_SOURCE_PIXELS,
             unset="no limit",
         ),
     ] = None
     max_source_pixels: Annotated[
         int,
-        Setting("Images and frames whose header promises more pixels are rejected undecoded.", unit="pixels", low=1),
+        Setting(
+            "Images and frames whose header promises more pixels are rejected undecoded.",
+            unit="pixels",
+            low=1,
+            high=MAX_SOURCE_PIXELS,
+        ),
     ] = 178_956_970
     max_source_bytes: Annotated[
-        int, Setting("Media files larger than this are rejected unopened.", unit="bytes", low=1)
+        int, Setting("Media files larger than this are rejected unopened.", unit="bytes", low=1, high=MAX_SOURCE_BYTES)
     ] = 1 << 32
     decode_timeout: Annotated[
-        float, Setting("A decoder that takes longer for an image or video is stopped.", unit="seconds", above=0)
+        float,
+        Setting(
+            "A decoder that takes longer for an image or video is stopped.", unit="seconds", above=0, high=MAX_SECONDS
+        ),
     ] = 60.0
     boxes: Annotated[
         str | msgspec.UnsetType,
@@ -120,7 +140,8 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     media: MediaSettings = MediaSettings()
     max_length: Annotated[
-        int, Setting("Capacity of a bin. Longer samples are rejected as too_long.", unit="tokens", low=32)
+        int,
+        Setting("Capacity of a bin. Longer samples are rejected as too_long.", unit="tokens", low=32, high=MAX_LENGTH),
     ] = 4096
     max_patches: Annotated[
         int | None,
@@ -128,6 +149,7 @@ class BuildSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             "Capacity of a bin in vision patches. A sample that exceeds it gets a bin of its own.",
             unit="patches",
             low=4,
+            high=MAX_INT32,
             unset="no limit",
         ),
     ] = None

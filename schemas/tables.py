@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from schemas.bins import shard_name
+from schemas.bounds import Checksum, Count, Count32, Length, PositiveCount, PositiveSize, Size
 
 BINS_FILE = "bins.parquet"
 SAMPLES_FILE = "samples.parquet"
@@ -56,23 +59,23 @@ STATUS_NOT_SAMPLED = "not_sampled"
 class BinRow(msgspec.Struct, frozen=True, kw_only=True):
     """One row of ``bins.parquet``, without the number of the shard."""
 
-    bin: int
-    offset: int
-    num_bytes: int
-    xxh3: int
-    num_tokens: int
-    num_targets: int
-    num_samples: int
-    num_patches: int
-    num_images: int
-    num_videos: int
-    sum_squared_lengths: int
+    bin: Count
+    offset: Size
+    num_bytes: PositiveSize
+    xxh3: Checksum
+    num_tokens: Length
+    num_targets: Length
+    num_samples: Length
+    num_patches: Count32
+    num_images: Count32
+    num_videos: Count32
+    sum_squared_lengths: PositiveCount
 
 
 class StoredBin(BinRow, frozen=True, kw_only=True):
     """One row of ``bins.parquet``: where a bin lies and what it holds."""
 
-    shard: int
+    shard: Count32
 
     @property
     def where(self) -> str:
@@ -85,12 +88,31 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
 
     dataset: str
     file: str
-    line: int
-    record: int
+    line: PositiveCount
+    record: Count
     id: str | None
-    bin: int
-    slot: int
-    num_tokens: int
-    num_targets: int
-    num_patches: int
+    bin: Count
+    slot: Count32
+    num_tokens: Length
+    num_targets: Length
+    num_patches: Count32
+    video_backend: str | None
+
+
+class AnnotationRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of ``samples.parquet``."""
+
+    dataset: str
+    file: str
+    line: PositiveCount
+    record: Count
+    id: str | None
+    status: Literal["packed", "rejected", "not_sampled"]
+    codes: list[str]
+    message: str | None
+    bin: Count | None
+    slot: Count32 | None
+    num_tokens: Count32 | None
+    num_targets: Count32 | None
+    num_patches: Count32 | None
     video_backend: str | None

@@ -21,11 +21,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from schemas.bins import ARRAY_MEMBERS, MEDIA_IMAGE, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
+from schemas.bins import ARRAY_MEMBERS, MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ShardError
 from schemas.pixels import PIXELS_MEMBER
 from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VIDEO_PAD
 from storage.errors import NotThereError
+from storage.files import regular_size
 from storage.reading import read_into, stat
 from storage.request import RetryPolicy
 from storage.urls import Location
@@ -117,9 +118,11 @@ def read_bytes(location: BinLocation, *, verify: bool) -> bytearray:
     """
     path, end = location.path, location.offset + location.num_bytes
     try:
-        size = path.stat().st_size if isinstance(path, Path) else stat(path).num_bytes
+        size = regular_size(path) if isinstance(path, Path) else stat(path).num_bytes
     except (FileNotFoundError, NotADirectoryError, NotThereError) as error:
         raise ShardError(f"{location}: the shard does not exist. {COPY_AGAIN}.") from error
+    except OSError as error:
+        raise ShardError(f"{location}: the shard cannot be read: {error.strerror or error}. {COPY_AGAIN}.") from error
     if not 0 <= location.offset < end:
         raise ShardError(f"{location}: a bin cannot have {location.num_bytes} bytes. {BUILD_AGAIN}.")
     if end > size:
@@ -210,7 +213,7 @@ def _array(data: memoryview, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
                 f"dtype {np.dtype(description)}, Fortran order {fortran_order}; expected {dtype} in C order"
             )
         return np.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ShardError(f"{where}: not the expected array: {error}. {MEND_SHARDS}") from error
 
 
@@ -258,6 +261,11 @@ def check_samples(parsed: Bin, *, where: str) -> None:
         raise ShardError(
             f"{where}: grid_thw {grids[:4]} has a grid that is not positive with even rows and columns. "
             "Build the shards again."
+        )
+    if bool(np.any(parsed.media_type > MEDIA_VIDEO)):
+        raise ShardError(
+            f"{where}: media_type has {int(parsed.media_type.max())}; allowed: {MEDIA_IMAGE} (image), {MEDIA_VIDEO} "
+            "(video). Build the shards again."
         )
     if bool(np.any((parsed.media_type == MEDIA_IMAGE) & (parsed.grid_thw[:, 0] != 1))):
         raise ShardError(f"{where}: grid_thw has an image of several temporal steps. Build the shards again.")

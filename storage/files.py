@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,28 @@ NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
 
 NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP))
 """Errors of ``flock`` on file systems without locks (Lustre without ``-o flock``, FUSE)."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def regular_size(path: Path) -> int:
+    """Size of a regular file, or of one that a link leads to, as in the cache of the hub.
+
+    Raises:
+        OSError: it does not exist, or it is a folder, a pipe, a device or a socket. Reading these may never end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
+        link = " (through a link)" if path.is_symlink() else ""
+        raise OSError(errno.EINVAL, f"it is {kind}{link}, not a regular file", str(path))
+    return status.st_size
 
 
 @contextmanager

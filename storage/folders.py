@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from schemas.errors import VlprepError
 from storage.errors import NotThereError, Verdict, says_no_bucket, verdict
+from storage.files import regular_size
 from storage.reading import Stored, in_parallel, no_size, stat, stored_of
 from storage.request import file_system, retry, time_limit
 from storage.urls import Location, Url
@@ -82,7 +83,7 @@ def file_sizes(folder: Location, names: Iterable[str]) -> dict[str, int]:
     One listing reports all sizes where the store has listings. The sizes of other files are requested one by one.
 
     Raises:
-        OSError: a local size cannot be read.
+        OSError: a local size cannot be read, or a file is not a regular one.
         VlprepError: as :func:`stat`.
     """
     if isinstance(folder, Path):
@@ -167,6 +168,6 @@ def _size_or_none(url: Url) -> int | None:
 
 def _local_size(path: Path) -> int | None:
     try:
-        return path.stat().st_size
+        return regular_size(path)
     except (FileNotFoundError, NotADirectoryError):
         return None

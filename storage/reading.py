@@ -156,7 +156,7 @@ def read_into(
 
 def _read_local(path: Path, offset: int, out: memoryview, digest: Digest | None) -> int:
     got, at_once = 0, len(out) if digest is None else _DIGEST_BYTES
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
     try:
         while got < len(out) and (count := os.preadv(descriptor, [out[got : got + at_once]], offset + got)):
             if digest is not None:

@@ -6,7 +6,8 @@ In: a folder or a URL. Out: a :class:`ShardSet` with its manifest and its table 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import errno
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,25 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from schemas.bins import Bin, shard_name
+from schemas.bins import TAR_BLOCK, Bin, shard_name
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ConfigError, ShardError
-from schemas.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, decode_manifest
-from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, LedgerRow, StoredBin
-from storage.bins import BinLocation, parse_bin, read_bytes
+from schemas.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, WORK_FOLDER, Manifest, decode_manifest
+from schemas.tables import (
+    BINS_COLUMNS,
+    BINS_FILE,
+    SAMPLES_COLUMNS,
+    SAMPLES_FILE,
+    STATUS_PACKED,
+    AnnotationRow,
+    LedgerRow,
+    StoredBin,
+)
+from storage.bins import BinLocation, check_samples, parse_bin, read_bytes
 from storage.errors import NotThereError
+from storage.files import regular_size
 from storage.folders import file_sizes, sub_folders
-from storage.reading import read
-from storage.tables import read_table
+from storage.reading import read_range, stat
+from storage.tables import check_columns, read_table
 from storage.urls import Location, Url
 
 
@@ -62,7 +73,9 @@ class ShardSet:
         """
         row = self.row(bin_id)
         location = locate(self.folder / shard_name(row.shard), row)
-        return parse_bin(read_bytes(location, verify=True), bin_id, where=str(location))
+        parsed = parse_bin(read_bytes(location, verify=True), bin_id, where=str(location))
+        check_samples(parsed, where=str(location))
+        return parsed
 
     def packed_in(self, bin_id: int) -> list[LedgerRow]:
         """The rows of the ledger for the samples in a bin, by slot.
@@ -70,9 +83,7 @@ class ShardSet:
         Raises:
             ShardError: the ledger is missing or damaged.
         """
-        path = self.folder / SAMPLES_FILE
-        table = read_table(path, SAMPLES_COLUMNS, filters=[("bin", "=", bin_id)])
-        return ledger_rows(table.sort_by("slot"))
+        return ledger_rows(read_packed(self.folder, filters=[("bin", "=", bin_id)]).sort_by("slot"))
 
     def packed_in_bins(self, bin_ids: Collection[int]) -> dict[int, list[LedgerRow]]:
         """The same for several bins in one pass over the ledger.
@@ -82,7 +93,7 @@ class ShardSet:
         """
         rows: dict[int, list[LedgerRow]] = {bin_id: [] for bin_id in bin_ids}
         if rows:
-            table = read_table(self.folder / SAMPLES_FILE, SAMPLES_COLUMNS, filters=[("bin", "in", list(rows))])
+            table = read_packed(self.folder, filters=[("bin", "in", list(rows))])
             for row in ledger_rows(table.sort_by("slot")):
                 rows[row.bin].append(row)
         return rows
@@ -96,7 +107,7 @@ def open_set(folder: Location) -> ShardSet:
         StorageError: the store does not answer.
     """
     manifest = read_manifest(folder)
-    return ShardSet(folder=folder, manifest=manifest, bins=read_table(folder / BINS_FILE, BINS_COLUMNS))
+    return ShardSet(folder=folder, manifest=manifest, bins=read_bins(folder, manifest))
 
 
 def find_sets(location: Location) -> list[Location]:
@@ -133,19 +144,26 @@ def read_manifest(folder: Location) -> Manifest:
         ShardError: there is none (the build is not complete), or it is damaged or of another version.
         StorageError: the store does not answer.
     """
+    return decode_manifest(read_manifest_bytes(folder), where=str(folder / MANIFEST_FILE))
+
+
+def read_manifest_bytes(folder: Location) -> bytes:
+    """Contents of the manifest of a folder or URL.
+
+    Raises:
+        ShardError: there is none (the build is not complete), or it cannot be read, or is too large to be one.
+        StorageError: the store does not answer.
+    """
     path = folder / MANIFEST_FILE
     try:
-        if isinstance(path, Path):
-            if path.exists() and not path.is_file():  # reading a pipe would wait for a writer
-                raise ShardError(f"{path} is not a file. {MEND_SHARDS}")
-            data = path.read_bytes()
-        else:
-            data = read(path)
+        num_bytes = regular_size(path) if isinstance(path, Path) else stat(path).num_bytes
+        if num_bytes > MAX_MANIFEST_BYTES:
+            raise ShardError(f"{path} has {num_bytes:,} bytes; allowed: at most {MAX_MANIFEST_BYTES:,}. {MEND_SHARDS}")
+        return path.read_bytes() if isinstance(path, Path) else read_range(path, 0, num_bytes)
     except (FileNotFoundError, NotThereError):
         raise ShardError(_no_manifest(folder)) from None
     except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
-    return decode_manifest(data, where=str(path))
+        raise ShardError(f"{path} cannot be read: {error.strerror or error}. {MEND_SHARDS}") from error
 
 
 def check_files(folder: Location, manifest: Manifest) -> None:
@@ -168,11 +186,11 @@ def check_files(folder: Location, manifest: Manifest) -> None:
             raise ShardError(f"{path} has {size} bytes, its manifest says {stored.num_bytes}. {COPY_AGAIN}.")
 
 
-def read_sealed_bins(folder: Location, manifest: Manifest) -> pa.Table:
-    """The table of bins, its digest compared with the manifest.
+def read_bins(folder: Location, manifest: Manifest) -> pa.Table:
+    """The table of bins: the file that the manifest seals, and the bins that it lists, each inside its shard.
 
     Raises:
-        ShardError: it is missing, damaged, or holds nulls.
+        ShardError: it is missing or damaged, has a value out of its bounds, or contradicts the manifest.
         StorageError: the store does not answer.
     """
     path = folder / BINS_FILE
@@ -180,8 +198,53 @@ def read_sealed_bins(folder: Location, manifest: Manifest) -> pa.Table:
     if sha256 is None:
         raise ShardError(f"{folder / MANIFEST_FILE} does not list {BINS_FILE}. {BUILD_AGAIN}.")
     table = read_table(path, BINS_COLUMNS, sha256=sha256)
-    if any(table[name].null_count for name in BINS_COLUMNS):
-        raise ShardError(f"{path}: a column has nulls. {BUILD_AGAIN}.")
+    check_columns(table, StoredBin, path)
+    bins, shards, offsets, num_bytes = (table[name].to_numpy() for name in ("bin", "shard", "offset", "num_bytes"))
+    names, sizes = zip(*((shard.file, shard.num_bins) for shard in manifest.shards)) if manifest.shards else ((), ())
+    # A number is missing if every sample of a bin was unusable, a shard if all its bins were.
+    shard_ids, counts = np.unique(shards, return_counts=True)
+    if (
+        tuple(map(shard_name, shard_ids.tolist())) != names
+        or tuple(counts.tolist()) != sizes
+        or bool((np.diff(bins) <= 0).any() or (np.diff(shards) < 0).any())
+    ):
+        raise ShardError(f"{path}: its rows are not the bins that the manifest lists, in order. {BUILD_AGAIN}.")
+    limits = np.repeat(np.array([shard.num_bytes for shard in manifest.shards], dtype=np.int64), sizes)
+    outside = (num_bytes < TAR_BLOCK) | (offsets + num_bytes > limits)
+    if bool(outside.any()):
+        raise ShardError(f"{path}: bin {int(bins[outside.argmax()])} lies outside its shard. {BUILD_AGAIN}.")
+    return table
+
+
+def read_ledger(
+    folder: Location,
+    *,
+    names: Sequence[str] | None = None,
+    filters: list[tuple[str, str, object]] | None = None,
+) -> pa.Table:
+    """Rows and columns of the ledger.
+
+    Args:
+        folder: the set.
+        names: columns to read, or None for all.
+        filters: rows to read, as pyarrow takes them, or None for all.
+
+    Raises:
+        ShardError: it is missing or damaged, or has a value out of its bounds.
+        StorageError: the store does not answer.
+    """
+    table = read_table(folder / SAMPLES_FILE, SAMPLES_COLUMNS, names=names, filters=filters)
+    check_columns(table, AnnotationRow, folder / SAMPLES_FILE)
+    return table
+
+
+def read_packed(
+    folder: Location, *, names: Sequence[str] | None = None, filters: Sequence[tuple[str, str, object]] = ()
+) -> pa.Table:
+    """Rows of the ledger for packed samples; arguments and errors are those of :func:`read_ledger`."""
+    path = folder / SAMPLES_FILE
+    table = read_table(path, SAMPLES_COLUMNS, names=names, filters=[("status", "=", STATUS_PACKED), *filters])
+    check_columns(table, LedgerRow, path)
     return table
 
 
@@ -211,10 +274,10 @@ def _is_unfinished(folder: Location) -> bool:
 
 
 def _unreadable(folder: Location, error: OSError) -> ShardError:
-    return ShardError(
-        f"{folder} cannot be read: {error.strerror or error}. Check that the file system answers and the folder may be "
-        "read, then run the same command again."
-    )
+    mend = COPY_AGAIN
+    if error.errno != errno.EINVAL:  # which says that it is not a regular file
+        mend = "Check that the file system answers and the folder may be read, then run the same command again"
+    return ShardError(f"{error.filename or folder} cannot be read: {error.strerror or error}. {mend}.")
 
 
 def _no_manifest(folder: Location) -> str:

@@ -6,18 +6,31 @@ Behind a URL, only the parts that are needed are requested.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from schemas.bounds import MAX_INT64, ColumnBounds, column_bounds
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, ShardError
 from storage.errors import NotThereError
+from storage.files import regular_size
 from storage.reading import open_file, read
 from storage.urls import Location
+
+_FREE_ROWS = 1_000_000
+_FREE_TEXT_BYTES = 64 << 20
+"""Rows and text of a column that a table of any size may have."""
+
+_MAX_CODES = 256
+"""Most reason codes of an annotation."""
 
 
 def arrow_schema(columns: dict[str, str]) -> pa.Schema:
@@ -42,6 +55,8 @@ def read_table(
 ) -> pa.Table:
     """Read one of the two tables.
 
+    Its size is compared with that of the file first: a few kilobytes can stand for gigabytes of equal rows.
+
     Args:
         path: of the Parquet file.
         columns: names and types that it must have, as :mod:`schemas.tables` lists them.
@@ -50,39 +65,156 @@ def read_table(
         sha256: digest to compare the file with first. The file is then read completely.
 
     Raises:
-        ShardError: it is missing, damaged, or has other columns.
+        ShardError: it is missing, damaged, or has other columns, or more rows or text than its size allows.
         VlprepError: the store refuses, or does not answer.
     """
+    texts = [name if kind == "string" else f"{name}.list.element" for name, kind in columns.items() if "string" in kind]
     try:
-        with nullcontext(_sealed(path, sha256)) if sha256 else _open(path) as source:
-            schema, expected = pq.read_schema(source), arrow_schema(columns)
-            if not schema.equals(expected):
-                raise ShardError(
-                    f"{path} has other columns than expected: {_difference(schema, expected)}. {BUILD_AGAIN}."
-                )
+        with _open(path, sha256) as (source, num_bytes):
+            metadata = pq.read_metadata(source)
+            _check_schema(path, metadata.schema.to_arrow_schema(), arrow_schema(columns))
+            _check_size(path, metadata, columns, num_bytes)
             # Threads of pyarrow release a Python file some time after the call. If the interpreter ends just then, it
             # aborts (apache/arrow, issue 34314).
             threads = isinstance(source, (Path, pa.BufferReader))
-            table = pq.read_table(source, columns=names, filters=filters, use_threads=threads, pre_buffer=threads)
+            table = pq.read_table(
+                source,
+                columns=names,
+                filters=filters,
+                use_threads=threads,
+                pre_buffer=threads,
+                read_dictionary=texts,  # each different text once, until their size is known
+            )
         table.validate(full=True)
+        return _with_plain_texts(path, table, columns, num_bytes)
     except (FileNotFoundError, NotThereError):
         raise ShardError(f"{path} is missing. {COPY_AGAIN}.") from None
+    except MemoryError:
+        raise
     # Names of columns in a damaged file need not be text.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        strerror = error.strerror if isinstance(error, OSError) else None
+        reason = (strerror or str(error)).splitlines()[0].rstrip(".")
         raise ShardError(f"{path} cannot be read as a Parquet table: {reason}. {COPY_AGAIN}.") from error
-    return table
 
 
-def _open(path: Location) -> Any:
-    return nullcontext(path) if isinstance(path, Path) else open_file(path)
+def column_problems(table: pa.Table, row: type[msgspec.Struct]) -> Iterator[tuple[int, str]]:
+    """Values that are out of the bounds of their columns.
+
+    Args:
+        table: all or some columns of a table.
+        row: the struct of its rows, which declares the bounds.
+
+    Yields:
+        For each such column, the first row that breaks a bound, and what is wrong with it.
+    """
+    for name, bounds in column_bounds(row).items():
+        if name not in table.column_names:
+            continue
+        column = table.column(name)
+        if column.null_count and not bounds.is_nullable:
+            yield _first(pc.is_null(column)), f"{name} is null"
+        if pa.types.is_list(column.type) and (texts := pc.list_flatten(column)).null_count:
+            parents = pc.list_parent_indices(column)
+            yield parents[_first(pc.is_null(texts))].as_py(), f"{name} has an entry that is null"
+        for is_wrong in _out_of_bounds(column, bounds):
+            if pc.any(is_wrong).as_py():
+                at = _first(is_wrong)
+                yield at, f"{name} is {repr(column[at].as_py())[:80]}; allowed: {bounds.allowed()}"
 
 
-def _sealed(path: Location, sha256: str) -> pa.BufferReader:
+def check_columns(table: pa.Table, row: type[msgspec.Struct], path: Location) -> None:
+    """Check that all values are within the bounds of their columns.
+
+    Raises:
+        ShardError: one is not.
+    """
+    for at, problem in column_problems(table, row):
+        raise ShardError(f"{path}, row {at}: {problem}. {BUILD_AGAIN}.")
+
+
+def _out_of_bounds(column: pa.ChunkedArray, bounds: ColumnBounds) -> Iterator[pa.ChunkedArray]:
+    if bounds.choices:
+        yield pc.invert(pc.is_in(column, value_set=pa.array(bounds.choices)))
+    if bounds.low is not None:
+        yield pc.less(column, pa.scalar(bounds.low, column.type))
+    if bounds.high is not None and bounds.high < MAX_INT64:
+        yield pc.greater(column, pa.scalar(bounds.high, column.type))
+
+
+def _first(mask: pa.ChunkedArray) -> int:
+    return int(pc.index(mask, True).as_py())
+
+
+@contextmanager
+def _open(path: Location, sha256: str | None) -> Iterator[tuple[Any, int]]:
+    """A source that pyarrow reads from, and its size."""
+    if sha256 is not None:
+        data = _sealed(path, sha256)
+        yield pa.BufferReader(data), len(data)
+    elif isinstance(path, Path):
+        yield path, regular_size(path)
+    else:
+        with open_file(path) as file:
+            yield file, file.seek(0, io.SEEK_END)
+
+
+def _sealed(path: Location, sha256: str) -> bytes:
+    if isinstance(path, Path):
+        regular_size(path)
     data = path.read_bytes() if isinstance(path, Path) else read(path)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ShardError(f"{path} is not the file that its manifest seals (SHA-256 differs). {COPY_AGAIN}.")
-    return pa.BufferReader(data)
+    return data
+
+
+def _check_size(path: Location, metadata: pq.FileMetaData, columns: dict[str, str], num_bytes: int) -> None:
+    """Compare the rows that the footer announces with the size of the file."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    num_rows = sum(group.num_rows for group in groups)
+    # Checksums do not compress. A ledger has at most 20 rows a byte, even with each annotation taken 100 times.
+    most = num_bytes // 8 if "xxh3" in columns else _FREE_ROWS + 64 * num_bytes
+    if num_rows > most:
+        raise ShardError(
+            f"{path} announces {num_rows:,} rows in {num_bytes:,} bytes; allowed: at most {most:,}. {COPY_AGAIN}."
+        )
+    for column in (group.column(index) for group in groups for index in range(group.num_columns)):
+        if column.num_values > _MAX_CODES * num_rows:
+            raise ShardError(
+                f"{path} announces {column.num_values:,} values of {column.path_in_schema} in {num_rows:,} rows; "
+                f"allowed: at most {_MAX_CODES} a row. {COPY_AGAIN}."
+            )
+
+
+def _with_plain_texts(path: Location, table: pa.Table, columns: dict[str, str], num_bytes: int) -> pa.Table:
+    """The table with columns of text instead of dictionaries, if that takes not much more than the file."""
+    most = _FREE_TEXT_BYTES + 1024 * num_bytes
+    for index, field in enumerate(table.schema):
+        kind = arrow_schema({field.name: columns[field.name]}).field(0).type
+        if field.type == kind:
+            continue
+        column = table.column(index)
+        texts = pc.list_flatten(column) if pa.types.is_list(kind) else column
+        total = sum(map(_text_bytes, texts.chunks))
+        if total > most:
+            raise ShardError(
+                f"{path}: column {field.name} holds {total:,} bytes of text in a file of {num_bytes:,} bytes; allowed: "
+                f"{most:,}. {COPY_AGAIN}."
+            )
+        table = table.set_column(index, field.name, column.cast(kind))
+    return table
+
+
+def _text_bytes(texts: pa.DictionaryArray) -> int:
+    """Size of all texts of a dictionary array, each as often as it occurs."""
+    lengths = pc.binary_length(texts.dictionary).fill_null(0).to_numpy().astype(np.int64)
+    counts = np.bincount(texts.indices.drop_null().to_numpy(zero_copy_only=False), minlength=lengths.size)
+    return int(np.dot(lengths, counts))
+
+
+def _check_schema(path: Location, schema: pa.Schema, expected: pa.Schema) -> None:
+    if not schema.equals(expected):
+        raise ShardError(f"{path} has other columns than expected: {_difference(schema, expected)}. {BUILD_AGAIN}.")
 
 
 def _difference(schema: pa.Schema, expected: pa.Schema) -> str:

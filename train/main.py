@@ -15,7 +15,7 @@ if not __package__:
     # Started as a script: import modules from the repository, not from this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from schemas.errors import VlprepError
+from schemas.errors import NO_MEMORY, VlprepError, lacks_memory
 from train.settings.flags import parse_arguments
 
 _INTERRUPTED = 130
@@ -26,6 +26,9 @@ _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote p
 
 REPORT_TIMEOUT_S = 60
 """Seconds in which the first rank of a machine has started and reported an error that all ranks have."""
+
+_LEAST_BYTES = 2 << 30
+"""Address space that torch and its threads need at least."""
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Where torch 2.13 reads the settings of its GPU memory allocator."""
@@ -50,6 +53,9 @@ def main(argv: list[str]) -> int:
         return _fail(error)
     try:
         # Imports take seconds, so Ctrl-C may come here too.
+        from storage.memory import require_address_space
+
+        require_address_space(_LEAST_BYTES)
         _configure_output(is_first=rank == 0)
         use_expandable_segments()
         from train.preflight.dry_run import preflight
@@ -79,7 +85,9 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             sys.stderr.write("\nstopped before the first step: nothing was trained; rerun the same command to start\n")
         return _INTERRUPTED
-    except RuntimeError as error:
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not args.debug and lacks_memory(error):
+            return _fail(VlprepError(NO_MEMORY))
         if args.debug or not any(phrase in str(error) for phrase in _LOST_RANK):
             raise
         # Not reported to `torchrun`, which looks for the first rank that failed.

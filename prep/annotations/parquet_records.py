@@ -25,6 +25,13 @@ CHUNK_ROWS = 8192
 _MEDIA_COLUMNS = ("image", "images", "video", "videos")
 
 
+def whole_file_fault(path: Path) -> str | None:
+    """Why the rows of a file are not records, and how to fix it. None if they are."""
+    names = [name for name in pq.read_schema(path).names if is_known(name)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return f"has several columns named {twice[0]!r}. Remove or rename all but one" if twice else None
+
+
 def cut(path: Path) -> Iterator[Chunk]:
     """Cut a file into chunks. Reads only its footer."""
     metadata = pq.read_metadata(path)
@@ -77,12 +84,15 @@ def _row_group(metadata: Any, row: int) -> tuple[int | None, int]:
 
 def _unread_columns(schema: pa.Schema, group: Any) -> tuple[str, ...]:
     """Names of the columns of a row group that no dialect has and that hold something. They are not read."""
+    types = {field.name: field.type for field in schema}
     names: dict[str, None] = {}
     for index in range(group.num_columns):
         column = group.column(index)
-        name = column.path_in_schema.partition(".")[0]
+        # A name may contain dots, which also separate the names of nested fields.
+        parts = column.path_in_schema.split(".")
+        name = next(name for end in range(len(parts), -1, -1) if (name := ".".join(parts[:end])) in types or not end)
         statistics = column.statistics
-        is_null = schema.field(name).type == pa.null() or (
+        is_null = types.get(name) == pa.null() or (
             statistics is not None and statistics.has_null_count and statistics.null_count >= column.num_values
         )
         if not is_known(name) and not is_null:
@@ -97,6 +107,9 @@ def _record(batch: pa.RecordBatch, index: int, has_bytes: bool, unread: tuple[st
             row = {name: value if name in _MEDIA_COLUMNS else _text(value) for name, value in row.items()}
     except UnicodeDecodeError as error:
         return Record(None, index + 1, index, fault=f"text that is not UTF-8: {error.reason}")
+    except (ValueError, OverflowError):
+        # Times in nanoseconds, or beyond the year 9999; two fields of a struct with one name.
+        return Record(None, index + 1, index, fault=_unreadable(batch))
     embedded: dict[str, bytes] = {}
     for column in _MEDIA_COLUMNS:
         value = row.get(column)
@@ -106,6 +119,17 @@ def _record(batch: pa.RecordBatch, index: int, has_bytes: bool, unread: tuple[st
     if len(data) > MAX_RECORD_BYTES:
         return Record(None, index + 1, index, fault=f"the row has more than {MAX_RECORD_BYTES:,} bytes of text")
     return Record(data, index + 1, index, embedded, unread=unread)
+
+
+def _unreadable(batch: pa.RecordBatch) -> str:
+    """Names the columns of a row whose values Python has no object for."""
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            column.to_pylist()
+        except (ValueError, OverflowError):
+            columns.append(f"{name!r} ({column.type})")
+    return f"a value that JSON cannot express, in column {', '.join(columns)}: convert it to text"
 
 
 def _text(value: Any) -> Any:

@@ -101,9 +101,11 @@ def _index(path: Path, spool: Path, name: Location) -> FileIndex:
         modified_ns = path.stat().st_mtime_ns
         digest = _digest(path)
         data = _decompressed(path, spool / f"{digest}.jsonl") if path.suffix in _DECOMPRESSORS else path
-        if path.suffix != ".parquet" and (fault := whole_file_fault(data, name)) is not None:
+        is_parquet = path.suffix == ".parquet"
+        fault = parquet_records.whole_file_fault(data) if is_parquet else whole_file_fault(data, name)
+        if fault is not None:
             raise VlprepError(f"annotation file {name} {fault}.")
-        chunks = tuple(parquet_records.cut(data) if path.suffix == ".parquet" else json_records.cut(data))
+        chunks = tuple(parquet_records.cut(data) if is_parquet else json_records.cut(data))
     return FileIndex(
         num_bytes=path.stat().st_size,
         xxh3=digest,
@@ -132,12 +134,25 @@ def read_chunk(data: Path, chunk: Chunk) -> Iterator[Record]:
         )
 
 
+_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException)
+
+
 @contextmanager
 def _failures(path: Location) -> Iterator[None]:
     """Turn what the readers raise into errors that name the file."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException) as error:
+    except MemoryError:
+        raise
+    # Names of columns in a damaged file need not be text.
+    except (
+        EOFError,
+        zlib.error,
+        gzip.BadGzipFile,
+        zstandard.ZstdError,
+        pa.ArrowException,
+        UnicodeDecodeError,
+    ) as error:
         raise _damaged(path, error) from error
     except OSError as error:
         if error.errno is None:

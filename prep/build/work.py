@@ -237,7 +237,11 @@ def default_root(out: Location) -> Path:
 
 
 def _identity(path: Location) -> str:
-    """Identifies a state of an annotation file: path, size, and modification time or tag."""
+    """Identifies a state of an annotation file: path, size, and times or tag.
+
+    The inode's own change time also tells of an edit after which the modification time was restored, as by
+    ``touch -r`` or ``rsync --times``. A file of which only that time changed is read again, with the same result.
+    """
     if not isinstance(path, Path):
         stored = storage.stat(path)
         return f"{path.url}\0{stored.num_bytes}\0{stored.tag}"
@@ -245,7 +249,7 @@ def _identity(path: Location) -> str:
         status = path.stat()
     except OSError as error:
         raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}.") from error
-    return f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}"
+    return f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
 
 
 def _path_hash(file: Location) -> str:

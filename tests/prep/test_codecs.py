@@ -463,7 +463,7 @@ def test_a_drift_that_cannot_be_is_found(folder: Path, change: Callable[[dict[st
     sets.change_manifest(folder, change)
     result = invoke("verify", folder, "--workers", 1)
     assert result.exit_code == 1
-    assert message in result.stdout
+    assert message in result.output
 
 
 def test_a_drift_of_lossless_pixels_is_found(finished: Path, lossy: Path, tmp_path: Path) -> None:

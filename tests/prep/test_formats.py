@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from prep.annotations import parquet_records
 from prep.annotations.registry import find_sources
 from prep.build.pipeline import BuildRequest, build
 from prep.engines import SerialEngine
@@ -524,15 +524,17 @@ def test_a_share_draws_the_same_records_from_every_format(
 
 
 def test_another_max_length_does_not_read_the_media_of_a_parquet_file_again(
-    media: Path, tiny_checkpoint: Path, tmp_path: Path, expected: dict[str, Packed]
+    media: Path, tiny_checkpoint: Path, tmp_path: Path, expected: dict[str, Packed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scan stores embedded media, so the file may be a placeholder by then."""
+    """The scan stores embedded media."""
     path = tmp_path / "a.parquet"
     pq.write_table(messages_table(RECORDS, media), path)
     build_file(path, media, tiny_checkpoint, tmp_path / "out")
-    status = path.stat()
-    path.write_bytes(bytes(status.st_size))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def fail(*_: object) -> None:
+        pytest.fail("rows were read again")
+
+    monkeypatch.setattr(parquet_records, "read_chunk", fail)
     settings = BuildSettings(media=SETTINGS.media, max_length=400)
     manifest = build_file(path, media, tiny_checkpoint, tmp_path / "out", settings=settings)
     assert (manifest.settings.max_length, manifest.counts.num_packed) == (400, len(RECORDS))

@@ -88,6 +88,7 @@ def test_a_short_or_missing_shard_stops(shards: ShardSet) -> None:
 
 def test_a_table_with_another_column_stops(shards: ShardSet) -> None:
     (shards.folder / "bins.parquet").write_bytes((shards.folder / "samples.parquet").read_bytes())
+    sets.reseal(shards.folder)
     with pytest.raises(ShardError, match="shard is missing, not int32"):
         open_set(shards.folder)
 

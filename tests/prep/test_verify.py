@@ -293,7 +293,10 @@ def test_shards_with_other_bins_than_the_manifest_says_are_found(folder: Path) -
         (lambda manifest: manifest["inputs"][0].update(rate=0.5), "draws 29 of 29 annotations, but its rate is 0.5"),
         (lambda manifest: manifest["tables"].reverse(), "tables are ['samples.parquet', 'bins.parquet']"),
         (lambda manifest: manifest["shards"].reverse(), "expected ascending names such as bins-00000.tar"),
-        (lambda manifest: manifest["shards"][0].update(file="../bins-00000.tar"), "shards are ['../bins-00000.tar'"),
+        (
+            lambda manifest: manifest["fingerprints"].update(image_mean=[0.5] * 3),
+            "normalised with mean (0.5, 0.5, 0.5)",
+        ),
         (lambda manifest: manifest["shards"].pop(), "counts.num_bins is 4, the shards hold 3"),
     ],
 )
@@ -335,8 +338,8 @@ def test_percentiles_are_values_of_the_data_by_rank() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda rows: rows[BIN].update(num_tokens=None), "bins.parquet: columns num_tokens have nulls"),
-        (lambda rows: rows[BIN].update(num_targets=0), "bins.parquet, row 1: num_targets is not above 0"),
+        (lambda rows: rows[BIN].update(num_tokens=None), "bins.parquet, row 1: num_tokens is null"),
+        (lambda rows: rows[BIN].update(num_targets=0), "row 1: num_targets is 0; allowed: 1 to 16777216"),
         (lambda rows: rows[BIN].update(shard=9), "bins.parquet, row 1: the manifest has no such shard"),
         (lambda rows: rows[BIN].update(shard=9), "bins.parquet, bins-00000.tar: the table has 1 bin from bin 0 on"),
         (lambda rows: rows.reverse(), "bins.parquet, row 1: bin does not ascend (3 rows in all)"),
@@ -345,8 +348,10 @@ def test_percentiles_are_values_of_the_data_by_rank() -> None:
         (lambda rows: rows.pop(), "bins.parquet, bins-00002.tar: the table has 0 bins"),
         (lambda rows: rows.pop(), "samples.parquet, bin 3: bins.parquet does not have this bin"),
         (lambda rows: rows[BIN].update(num_bytes=rows[BIN]["num_bytes"] + 9999), "the shard ends"),
-        (lambda rows: rows[BIN].update(num_bytes=1 << 62), "the shard ends"),
-        (lambda rows: rows[BIN].update(offset=-512), "a bin cannot have"),
+        (lambda rows: rows[BIN].update(num_bytes=(1 << 62) - 1), "the shard ends"),
+        (lambda rows: rows[BIN].update(num_bytes=1 << 62), "num_bytes is 4611686018427387904; allowed: 1 to"),
+        (lambda rows: rows[BIN].update(offset=-512), "offset is -512; allowed: 0 to"),
+        (lambda rows: rows[BIN].update(num_patches=-4), "num_patches is -4; allowed: 0 to"),
     ],
 )
 def test_a_table_of_bins_that_breaks_a_rule_is_found(
@@ -363,14 +368,35 @@ def test_an_edited_manifest_is_found(folder: Path) -> None:
     assert ["it was edited" in line for line in findings(folder)] == [True]
 
 
+@pytest.mark.parametrize("change", [lambda media: media.clear(), lambda media: media.update(fps=3)])
+def test_settings_that_are_left_out_or_spelled_otherwise_are_found(
+    folder: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """They would be read as the defaults, which are not those of the build."""
+    sets.change_manifest(folder, lambda manifest: change(manifest["settings"]["media"]))
+    assert [line.startswith("manifest.json, line ") and "it was edited" in line for line in findings(folder)] == [True]
+
+
 @pytest.mark.parametrize(
-    "old, new", [(b'"max_length"', b'"max_l\xefngth"'), (b'"max_length": 1200', b'"max_length": 1')]
+    ("old", "new", "expected"),
+    [
+        (b'"max_length"', b'"max_l\xefngth"', ""),
+        (b'"max_length": 1200', b'"max_length": 1', "max_length is 1; allowed: 32 to 16777216 tokens"),
+        (b'"max_length": 1200', b'"max_length": 4611686018427387904', "allowed: 32 to 16777216 tokens"),
+        (b'"max_pixels": ', b'"max_pixels": 9999999', "max_pixels is 9999999"),
+        (b'"num_packed": ', b'"num_packed": -', "num_packed is -"),
+        (b'"num_packed": ', b'"num_packed": 99999999999999999999', "num_packed"),
+        (b"bins-00000.tar", b"../bins-00000.tar", "shards[0].file is '../bins-00000.tar'"),
+        (b"bins-00000.tar", b"bins-99999999999999999999.tar", "shards[0].file is 'bins-99999999999999999999.tar'"),
+        (b'"inputs": ', b'"inputs": ' + b"[" * 5000, "nested too deeply"),
+    ],
 )
-def test_an_unreadable_manifest_is_an_error(folder: Path, old: bytes, new: bytes) -> None:
-    (folder / "manifest.json").write_bytes((folder / "manifest.json").read_bytes().replace(old, new))
+def test_an_unreadable_manifest_is_an_error(folder: Path, old: bytes, new: bytes, expected: str) -> None:
+    (folder / "manifest.json").write_bytes((folder / "manifest.json").read_bytes().replace(old, new, 1))
     result = run(folder)
     assert result.exit_code == 1
     assert "manifest.json is damaged" in result.stderr
+    assert expected in result.stderr
 
 
 # Rules of the format, broken with matching checksums
@@ -608,21 +634,24 @@ def first_rejected(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ),
         (lambda rows: first_packed(rows).update(num_tokens=1), "its samples add up to num_tokens"),
         (lambda rows: first_packed(rows).update(num_patches=1), "its samples add up to num_patches"),
-        (lambda rows: first_rejected(rows).update(num_tokens=-1), "num_tokens is below 0"),
+        (lambda rows: first_rejected(rows).update(num_tokens=-1), "num_tokens is -1; allowed: 0 to"),
         (lambda rows: first_packed(rows).update(bin=None), "bin must be set for status packed, and only then"),
-        (lambda rows: first_packed(rows).update(num_tokens=None), "num_tokens of a packed sample is null"),
+        (lambda rows: first_packed(rows).update(num_tokens=None), "num_tokens is null, for a packed sample"),
         (lambda rows: first_packed(rows).update(message="m"), "message must be set for status rejected, and only then"),
         (lambda rows: first_packed(rows).update(id="x"), "samples.parquet says of sample"),
-        (lambda rows: first_packed(rows).update(status="lost"), "the status is none of packed, rejected, not_sampled"),
+        (
+            lambda rows: first_packed(rows).update(status="lost"),
+            "status is 'lost'; allowed: not_sampled, packed, rejected",
+        ),
         (lambda rows: first_packed(rows).update(dataset="other"), "the manifest has no such dataset"),
         (
             lambda rows: first_packed(rows).update(file="other.jsonl"),
             "the manifest says that this record is in another file",
         ),
-        (lambda rows: first_packed(rows).update(line=0), "line is below 1"),
+        (lambda rows: first_packed(rows).update(line=0), "line is 0; allowed: 1 to"),
         (lambda rows: rows[-1].update(line=2), "row 28: line decreases within a file"),
         (lambda rows: first_packed(rows).update(record=1000), "record is outside 0 to 28"),
-        (lambda rows: first_packed(rows).update(dataset=None), "columns dataset have nulls"),
+        (lambda rows: first_packed(rows).update(dataset=None), "dataset is null"),
         (lambda rows: first_rejected(rows).update(codes=[]), "codes must be set for status rejected, and only then"),
         (lambda rows: first_rejected(rows).update(codes=["bad_luck"]), "the code 'bad_luck' is unknown"),
         (

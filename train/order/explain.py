@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from schemas.errors import ConfigError, ShardError
 from schemas.tables import SAMPLES_FILE
 from schemas.wording import counted
+from storage.shard_set import read_packed
 from train.order.dealing import EMPTY, DataOrder
 from train.shards.index import ShardIndex
-from train.shards.ledger import read_ledger
 
 
 class SourceSample(NamedTuple):
@@ -52,7 +52,7 @@ def source_samples(index: ShardIndex, bins: Sequence[int]) -> dict[int, list[Sou
         bin_ids = {int(index.local_bin[bin_id]): bin_id for bin_id in bins if index.folder_of(bin_id) == position}
         if not bin_ids:
             continue
-        ledger = read_ledger(folder, ["bin", *SourceSample._fields], [("bin", "in", list(bin_ids))])
+        ledger = read_packed(folder, names=["bin", *SourceSample._fields], filters=[("bin", "in", list(bin_ids))])
         for row in ledger.sort_by([("bin", "ascending"), ("slot", "ascending")]).to_pylist():
             samples[bin_ids[row.pop("bin")]].append(SourceSample(**row))
     for bin_id, in_ledger in samples.items():

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from schemas.errors import ShardError
 from schemas.qwen import PATCH_DIM, TEMPORAL_PATCH_SIZE
-from schemas.tables import SAMPLES_FILE, STATUS_PACKED
+from schemas.tables import SAMPLES_FILE
+from storage.shard_set import read_packed
 from train.order.dealing import EMPTY, DataOrder
 from train.order.explain import bins_per_device
 from train.shards.index import ShardIndex
-from train.shards.ledger import read_ledger
 
 NUM_STEPS = 200
 """Default number of simulated steps."""
@@ -157,7 +157,7 @@ def dataset_tokens(index: ShardIndex) -> NDArray[np.int64]:
     """
     tables: list[tuple[NDArray[np.int64], list[str], NDArray[np.int64]]] = []
     for folder, first, end in zip(index.folders, index.first_bins.tolist(), index.first_bins.tolist()[1:]):
-        ledger = read_ledger(folder, ["bin", "dataset", "num_tokens"], [("status", "=", STATUS_PACKED)])
+        ledger = read_packed(folder, names=["bin", "dataset", "num_tokens"])
         summed = ledger.group_by(["bin", "dataset"]).aggregate([("num_tokens", "sum")])
         bins, known = summed["bin"].to_numpy(), index.local_bin[first:end]
         unknown = np.setdiff1d(bins, known)

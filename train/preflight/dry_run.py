@@ -73,7 +73,7 @@ def preflight(args: TrainArguments) -> None:
     """
     plan = make_plan(args)
     check_paths(plan)
-    with process_group.joined(plan.compute.device):
+    with process_group.joined(plan.compute.device, plan.args.rendezvous_timeout_s):
         plan = agree_on_capacity(plan, args)
         check_same_plan(plan)
         sizes = sizes_of(read_config(plan.source), args)

@@ -75,7 +75,7 @@ def train(args: TrainArguments, argv: Sequence[str] = ()) -> bool:
     with lock_run_dir(args.run_dir) if plan.ranks.is_first else nullcontext():
         if plan.ranks.is_first:
             prepare_run_dir(plan)
-        with process_group.joined(plan.compute.device):
+        with process_group.joined(plan.compute.device, plan.args.rendezvous_timeout_s):
             plan = agree_on_capacity(plan, args)
             agree_on_run(plan, argv)
             zero3_loading = register_zero3_loading(plan.deepspeed)

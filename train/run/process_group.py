@@ -1,8 +1,9 @@
 """The process group: which rank this process is, joining the other ranks, waiting for them, leaving.
 
-Ranks wait for each other in two ways. Between steps they wait in collectives, which fail after DeepSpeed's timeout
-(10 minutes, or ``DEEPSPEED_TIMEOUT``). For work that the first rank does alone, they wait at a :func:`barrier` in the
-key-value store through which they met. It needs no connection between ranks but the one that each has to the store.
+Ranks wait for each other in three ways. First they meet through a key-value store, for as long as
+``--rendezvous_timeout_s``: a rank may end while it starts. Between steps they wait in collectives, which fail after
+DeepSpeed's timeout (10 minutes, or ``DEEPSPEED_TIMEOUT``). For work that the first rank does alone, they wait at a
+:func:`barrier` in the store. It needs no connection between ranks but the one that each has to the store.
 
 DeepSpeed 0.19 needs two workarounds on a CPU: it would compile a communication kernel at every start (27 s), and a
 process that leaves without a barrier sometimes aborts.
@@ -13,20 +14,26 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch.distributed import DistError
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.distributed_c10d import _get_default_store
 
 from schemas.errors import ConfigError, VlprepError
+from train.settings.declarations import RENDEZVOUS_TIMEOUT_S
 
 BARRIER_TIMEOUT = timedelta(days=1)
 """How long ranks wait for work that the first rank does alone, such as writing a model of 140 GB. Ranks that wait for
 one that fails are told, and end at once. If a rank is killed, the launcher ends the others."""
+
+_POLL_S = 0.1
+_SHOWN_RANKS = 8
 
 _ARRIVALS = "vlprep/arrivals"
 """Key of the store that counts all arrivals at barriers."""
@@ -88,15 +95,15 @@ def read_ranks(local_rank: int) -> Ranks:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def joined(device: torch.device, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> Iterator[None]:
     """Join the process group for a ``with`` block. Collective, also at the end, unless the block has left the group.
 
     If the block fails, the ranks that wait for this one at a barrier, now or later, fail as well.
 
     Raises:
-        ConfigError: the ranks cannot connect.
+        ConfigError, VlprepError: as :func:`join`.
     """
-    join(device)
+    join(device, timeout_s)
     try:
         yield
     except BaseException:  # whatever ends this rank, the others must not wait for it
@@ -109,25 +116,81 @@ def joined(device: torch.device) -> Iterator[None]:
         leave()
 
 
-def join(device: torch.device) -> None:
+def join(device: torch.device, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> None:
     """Join the process group. Collective.
+
+    Args:
+        device: of this rank.
+        timeout_s: how long to wait for the other ranks to start.
 
     Raises:
         ConfigError: the ranks cannot connect.
+        VlprepError: some ranks have not come in time.
     """
     import deepspeed
 
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
+        store = _meet(address, timeout_s)
         deepspeed.init_distributed()
-    except torch.distributed.DistNetworkError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"the ranks cannot meet at {address} ({reason}): give the launcher another --master_port, or check its "
-            "--master_addr."
-        ) from error
+    except (DistNetworkError, DistStoreError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise _no_meeting(address, timeout_s, reason) from error
+    del store  # on the first rank it has kept the server running until the process group uses it
+
+
+def _meet(address: str, timeout_s: float) -> TCPStore:
+    """Wait until all ranks have started. Returns the store through which they meet.
+
+    Raises:
+        ConfigError: nothing answers at the address.
+        VlprepError: some ranks have not come in time.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    is_served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, _, port = address.rpartition(":")
+    is_server = rank == 0 and not is_served_by_torchrun
+    deadline = time.monotonic() + timeout_s
+    while not is_server:  # the store's own client prints its stack when it gives up
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise _no_meeting(address, timeout_s, error.strerror or str(error)) from error
+            time.sleep(_POLL_S)
+    store = TCPStore(
+        host,
+        int(port),
+        is_master=is_server,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=not is_served_by_torchrun,
+    )
+    meeting = f"vlprep/meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store.set(f"{meeting}/{rank}", "")
+    if store.add(f"{meeting}/count", 1) == world:
+        store.set(f"{meeting}/complete", "")
+    while not store.check([f"{meeting}/complete"]):
+        if time.monotonic() >= deadline:
+            missing = [str(other) for other in range(world) if not store.check([f"{meeting}/{other}"])]
+            shown = ", ".join(missing[:_SHOWN_RANKS]) + (", …" if len(missing) > _SHOWN_RANKS else "")
+            raise VlprepError(
+                f"{world - len(missing)} of {world} ranks came to {address} within {timeout_s:g} s; missing: rank "
+                f"{shown}. See its message, above or in its log; if it needs longer to start, raise "
+                "--rendezvous_timeout_s."
+            )
+        time.sleep(_POLL_S)
+    return store
+
+
+def _no_meeting(address: str, timeout_s: float, reason: str) -> ConfigError:
+    return ConfigError(
+        f"the ranks cannot meet at {address} within {timeout_s:g} s ({reason}): if rank 0 has ended, see its message, "
+        "above or in its log. Else give the launcher another --master_port, or check its --master_addr."
+    )
 
 
 def barrier() -> None:

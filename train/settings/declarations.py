@@ -25,6 +25,9 @@ longer than seven requests of a minute each, with their pauses, need to fail."""
 DEEPSPEED_FILE, FEWER_EXCHANGES_FILE = "zero2.json", "zero1.json"
 """The DeepSpeed file without a flag, and the one that a run takes instead where it fits and saves communication."""
 
+RENDEZVOUS_TIMEOUT_S = 120.0
+"""Default limit for the ranks to meet: machines import from a shared file system at different speeds."""
+
 FUSED, UNFUSED = "adamw_torch_fused", "adamw_torch"
 """Names of transformers for the optimizers of this trainer."""
 
@@ -125,6 +128,15 @@ class Declarations:
             above=0,
         ),
     ] = READ_TIMEOUT_S
+    rendezvous_timeout_s: Annotated[
+        float,
+        Setting(
+            "At the start, ranks wait so long for each other. Then the run ends and says how many came.",
+            unit="seconds",
+            above=0,
+            high=86_400,
+        ),
+    ] = RENDEZVOUS_TIMEOUT_S
     read_connections: Annotated[
         int | None, Setting("Remote shards: concurrent requests of a rank.", unit="requests", low=1, unset="16")
     ] = None

@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.bins import TAR_BLOCK, shard_name
-from schemas.errors import BUILD_AGAIN, ConfigError, ShardError
-from schemas.manifest import Manifest
-from schemas.qwen import IMAGE_MEAN, IMAGE_STD
+from schemas.errors import ConfigError, ShardError
+from schemas.manifest import Manifest, normalisation_problem
 from schemas.tables import BINS_COLUMNS, BINS_FILE
 from storage.bins import BinLocation
-from storage.shard_set import check_files, find_sets, read_manifest, read_sealed_bins
+from storage.shard_set import check_files, find_sets, read_bins, read_manifest
 from storage.urls import Location, Url, location_key, parse_location, without_secrets
 from train.arithmetic.cost import CostModel
 from train.shards.mixture import Mixture, Source, mix, parse_sources
@@ -183,8 +181,12 @@ def open_shards(shards: str | Path) -> ShardIndex:
     shard_paths: list[Location] = []
     for folder, manifest in zip(folders, manifests):
         check_files(folder, manifest)
-        columns = _read_columns(folder, manifest)
-        columns["shard"] = _shard_of_row(manifest) + np.int32(len(shard_paths))
+        table = read_bins(folder, manifest)
+        columns = {name: table[name].to_numpy() for name in BINS_COLUMNS}
+        # Positions in shard_paths instead of numbers, some of which may be missing.
+        first = len(shard_paths)
+        positions = np.arange(first, first + len(manifest.shards), dtype=np.int32)
+        columns["shard"] = np.repeat(positions, [shard.num_bins for shard in manifest.shards])
         tables.append(columns)
         shard_paths.extend(folder / shard.file for shard in manifest.shards)
     sizes = [len(columns["bin"]) for columns in tables]
@@ -234,44 +236,10 @@ def _check_distinct(folders: list[Location]) -> None:
 def _check_agreement(folders: list[Location], manifests: list[Manifest]) -> None:
     for folder, manifest in zip(folders, manifests):
         prints, first = manifest.fingerprints, manifests[0].fingerprints
-        if (prints.image_mean, prints.image_std) != (IMAGE_MEAN, IMAGE_STD):
-            raise ShardError(
-                f"{folder} was made for pixels normalised with mean {prints.image_mean} and deviation "
-                f"{prints.image_std}; Qwen2.5-VL has {IMAGE_MEAN} and {IMAGE_STD}. Build it with --model of that kind."
-            )
+        if (problem := normalisation_problem(prints)) is not None:
+            raise ShardError(f"{folder} was {problem}. Build it with --model of that kind.")
         if prints.tokenizer != first.tokenizer:
             raise ShardError(
                 f"{folders[0]} and {folder} were made with different tokenizers ({first.tokenizer} and "
                 f"{prints.tokenizer}) and cannot be mixed. Build both with the same --model."
             )
-
-
-def _read_columns(folder: Location, manifest: Manifest) -> dict[str, NDArray[Any]]:
-    table = read_sealed_bins(folder, manifest)
-    columns = {name: table[name].to_numpy() for name in BINS_COLUMNS}
-    _check_rows(folder / BINS_FILE, columns, manifest)
-    return columns
-
-
-def _shard_of_row(manifest: Manifest) -> NDArray[np.int32]:
-    """Position of the shard of every bin in the manifest's list."""
-    sizes = [shard.num_bins for shard in manifest.shards]
-    return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-
-
-def _check_rows(path: Location, columns: dict[str, NDArray[Any]], manifest: Manifest) -> None:
-    bins, shard_of_row = columns["bin"], _shard_of_row(manifest)
-    # A number is missing if every sample of a bin was unusable, a shard if all its bins were.
-    in_order = len(bins) == len(shard_of_row) and bool((np.diff(bins, prepend=-1) > 0).all())
-    shards = np.unique(columns["shard"]).tolist()
-    if (
-        not in_order
-        or list(map(shard_name, shards)) != [stored.file for stored in manifest.shards]
-        or not np.array_equal(np.searchsorted(shards, columns["shard"]), shard_of_row)
-    ):
-        raise ShardError(f"{path}: its rows are not the bins that the manifest lists, in order. {BUILD_AGAIN}.")
-    ends = columns["offset"] + columns["num_bytes"]
-    limits = np.array([shard.num_bytes for shard in manifest.shards], dtype=np.int64)[shard_of_row]
-    outside = (columns["offset"] < 0) | (columns["num_bytes"] < TAR_BLOCK) | (ends > limits)
-    if bool(outside.any()):
-        raise ShardError(f"{path}: bin {int(bins[outside.argmax()])} lies outside its shard. {BUILD_AGAIN}.")

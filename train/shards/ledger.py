@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from schemas.errors import ShardError
-from schemas.tables import SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED
-from storage.tables import read_table
-from storage.urls import Location
+from schemas.tables import SAMPLES_FILE
+from storage.shard_set import read_packed
 from train.shards.index import ShardIndex
 
 
@@ -31,20 +29,6 @@ class SampleDatasets:
     of_sample: NDArray[np.int32]
 
 
-def read_ledger(folder: Location, columns: list[str], filters: list[tuple[str, str, object]]) -> pa.Table:
-    """Rows and columns of the ledger of one set of shards.
-
-    Args:
-        folder: the set.
-        columns: names.
-        filters: rows, as pyarrow takes them.
-
-    Raises:
-        ShardError: it is missing or damaged.
-    """
-    return read_table(folder / SAMPLES_FILE, SAMPLES_COLUMNS, names=columns, filters=filters)
-
-
 def sample_datasets(index: ShardIndex) -> SampleDatasets:
     """Look up the datasets of all samples.
 
@@ -55,7 +39,7 @@ def sample_datasets(index: ShardIndex) -> SampleDatasets:
     parts: list[NDArray[np.int32]] = []
     for position, folder in enumerate(index.folders):
         first, end = index.first_bins[position : position + 2].tolist()
-        ledger = read_ledger(folder, ["bin", "slot", "dataset"], [("status", "=", STATUS_PACKED)])
+        ledger = read_packed(folder, names=["bin", "slot", "dataset"])
         ledger = ledger.sort_by([("bin", "ascending"), ("slot", "ascending")])
         expected = np.repeat(index.local_bin[first:end], index.num_samples[first:end])
         if not np.array_equal(ledger["bin"].to_numpy(), expected):

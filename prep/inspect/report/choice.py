@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +17,7 @@ from numpy.typing import NDArray
 
 from prep.inspect.report.statistics import MODALITIES, modality_of, numbers
 from schemas.errors import ConfigError
-from schemas.tables import SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED
-from storage.shard_set import ShardSet
-from storage.tables import read_table
+from storage.shard_set import ShardSet, read_packed
 
 PER_GROUP = 4
 _MAX_GROUPS = 60
@@ -61,10 +58,8 @@ def choose_samples(shards: ShardSet, *, bins: Sequence[int] = (), samples: Seque
         ConfigError: the set has no such bin or sample.
         ShardError: the ledger is missing or damaged.
     """
-    filters: list[tuple[str, str, Any]] = [("status", "=", STATUS_PACKED)]
-    if bins and not samples:
-        filters.append(("bin", "in", list(bins)))
-    table = read_table(shards.folder / SAMPLES_FILE, SAMPLES_COLUMNS, names=_COLUMNS, filters=filters)
+    filters = [("bin", "in", list(bins))] if bins and not samples else []
+    table = read_packed(shards.folder, names=_COLUMNS, filters=filters)
     modality = modality_of(table)
     if not bins and not samples:
         datasets = [source.dataset for source in shards.manifest.inputs]

@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from schemas.tables import SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
-from storage.shard_set import ShardSet
-from storage.tables import read_table
+from schemas.tables import STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
+from storage.shard_set import ShardSet, read_ledger
 
 MODALITIES = ("text only", "images", "video")
 """Kinds of samples. A ``video`` sample may have images too."""
@@ -92,12 +91,10 @@ def gather(shards: ShardSet) -> Statistics:
     Raises:
         ShardError: the ledger is missing or damaged.
     """
-    path = shards.folder / SAMPLES_FILE
     names = ["dataset", "status", "num_tokens", "num_targets", "num_patches", "video_backend"]
-    ledger = read_table(path, SAMPLES_COLUMNS, names=names)
-    rejected = read_table(
-        path,
-        SAMPLES_COLUMNS,
+    ledger = read_ledger(shards.folder, names=names)
+    rejected = read_ledger(
+        shards.folder,
         names=[*(field.name for field in fields(Example)), "codes"],
         filters=[("status", "=", STATUS_REJECTED)],
     )

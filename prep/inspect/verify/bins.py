@@ -67,17 +67,13 @@ class BinCheck:
     def findings(self) -> Iterator[Finding]:
         """Check everything. Some checks run only if those that they rely on pass."""
         problems = [*self._tokens(), *self._grounding(), *self._labels()]
-        grids = list(self._grids())
-        problems += grids
-        if not grids:
-            media = list(self._media())
-            problems += media
-            if not media:
-                problems += self._positions()
-            problems += self._budgets()
-        problems += [*self._samples(), *self._counts()]
+        media = list(self._grids()) or list(self._media())
+        problems += media
+        if not media:
+            problems += self._positions()
+        problems += [*self._budgets(), *self._samples(), *self._counts()]
         yield from (inconsistent(self.row.where, problem) for problem in problems)
-        if not grids:
+        if not media:  # the tokens bound the size of the pixels
             try:
                 decode_pixels(self.bin, where=self.row.where)
             except ShardError as error:
@@ -97,7 +93,7 @@ class BinCheck:
         """Contents of ``samples.json``. None if it cannot be read."""
         try:
             return self.bin.samples()
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
 
     @cached_property

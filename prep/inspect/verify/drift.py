@@ -33,9 +33,7 @@ def check_drift(manifest: Manifest, num_frames: Sequence[int]) -> Iterator[Findi
         return
     if codec != "jpeg":
         yield inconsistent(MANIFEST_FILE, f"it has a drift, but the pixels are {codec}, which is lossless")
-    if drift.every < 1:
-        yield inconsistent(MANIFEST_FILE, f"drift.every is {drift.every}; it must be at least 1")
-    elif drift.num_frames != (expected := sum(-(-count // drift.every) for count in num_frames)):
+    if drift.num_frames != (expected := sum(-(-count // drift.every) for count in num_frames)):
         yield inconsistent(
             MANIFEST_FILE,
             f"drift.num_frames is {drift.num_frames}; one frame in {drift.every} of each shard makes {expected}",

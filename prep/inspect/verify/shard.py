@@ -28,6 +28,7 @@ from schemas.settings import BuildSettings
 from schemas.tables import LedgerRow, StoredBin
 from schemas.wording import counted
 from storage.bins import parse_bin, read_bytes
+from storage.files import regular_size
 from storage.shard_set import ledger_rows, locate
 from storage.urls import Location
 
@@ -132,9 +133,11 @@ def file_digest(path: Location) -> tuple[int, str]:
     """Size and SHA-256 of a file.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is not a regular one.
         NotThereError: the URL does not exist.
     """
+    if isinstance(path, Path):
+        regular_size(path)
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") if isinstance(path, Path) else storage.open_file(path) as file:
         while block := file.read(_HASH_BYTES):
@@ -210,7 +213,11 @@ def _check_members(data: bytes, row: StoredBin, bin_: Bin) -> Iterator[Finding]:
     at = 0
     while at < len(data):
         header = data[at : at + TAR_BLOCK]
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            yield inconsistent(f"{row.where}, tar header at offset {row.offset + at}", f"it is damaged: {error}")
+            return
         names.append(member.name)
         where = f"{row.where}, member {member.name} at offset {row.offset + at}"
         plain = tarfile.TarInfo(member.name)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import msgspec
@@ -21,23 +22,38 @@ import storage
 from prep.engines import Engine
 from prep.engines.progress import progress
 from prep.inspect.verify.drift import check_drift
-from prep.inspect.verify.findings import Finding, damaged, unreadable
+from prep.inspect.verify.findings import Finding, damaged, inconsistent, unreadable
 from prep.inspect.verify.shard import ShardOutcome, ShardTask, check_shard, file_digest
 from prep.inspect.verify.statistics import check_modalities, check_statistics
 from prep.inspect.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
 from prep.shards.drift import drift_lines
 from schemas.errors import ShardError
-from schemas.manifest import MANIFEST_FILE, METRICS_FILE, WORK_FOLDER, Manifest, StoredFile
-from schemas.tables import BINS_COLUMNS, BINS_FILE, SAMPLES_COLUMNS, SAMPLES_FILE, STATUS_PACKED, LedgerRow
+from schemas.manifest import (
+    MANIFEST_FILE,
+    METRICS_FILE,
+    WORK_FOLDER,
+    Manifest,
+    StoredFile,
+    decode_manifest,
+    encode_manifest,
+)
+from schemas.tables import (
+    BINS_COLUMNS,
+    BINS_FILE,
+    SAMPLES_COLUMNS,
+    SAMPLES_FILE,
+    STATUS_PACKED,
+    AnnotationRow,
+    LedgerRow,
+    StoredBin,
+)
 from schemas.wording import counted
-from storage.shard_set import bin_rows, read_manifest
-from storage.tables import read_table
+from storage.shard_set import bin_rows, read_manifest_bytes
+from storage.tables import column_problems, read_table
 from storage.urls import Location
 
 _PAGE_SUFFIX = ".html"
 """A page of `vlprep report` may lie beside the shards."""
-
-_NULLABLE = ("id", "video_backend")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +95,11 @@ def verify(folder: Location, engine: Engine) -> Verification:
         ShardError: the manifest is missing or cannot be read.
         StorageError: the store does not answer.
     """
-    manifest = read_manifest(folder)
-    findings = [*_manifest_bytes(folder), *check_manifest(manifest), *_unlisted_files(folder, manifest)]
-    bins = _table(folder, manifest, BINS_FILE, BINS_COLUMNS, findings)
-    ledger = _table(folder, manifest, SAMPLES_FILE, SAMPLES_COLUMNS, findings)
+    data = read_manifest_bytes(folder)
+    manifest = decode_manifest(data, where=str(folder / MANIFEST_FILE))
+    findings = [*_manifest_bytes(data, manifest), *check_manifest(manifest), *_unlisted_files(folder, manifest)]
+    bins = _table(folder, manifest, BINS_FILE, BINS_COLUMNS, StoredBin, findings)
+    ledger = _table(folder, manifest, SAMPLES_FILE, SAMPLES_COLUMNS, AnnotationRow, findings)
     if bins is not None:
         findings += check_bins_table(bins, manifest)
     if ledger is not None:
@@ -119,11 +136,17 @@ def _check_shards(tasks: Iterator[ShardTask], manifest: Manifest, engine: Engine
     return outcomes
 
 
-def _manifest_bytes(folder: Location) -> Iterator[Finding]:
-    path = folder / MANIFEST_FILE
-    data = path.read_bytes() if isinstance(path, Path) else storage.read(path)
-    if data != msgspec.json.format(data, indent=2) + b"\n":
-        yield damaged(MANIFEST_FILE, "its JSON is not formatted as vlprep writes it, so it was edited")
+def _manifest_bytes(data: bytes, manifest: Manifest) -> Iterator[Finding]:
+    """Compare the bytes of a manifest with those of the same values as vlprep writes them."""
+    lines = zip_longest(data.splitlines(), encode_manifest(manifest).splitlines(), fillvalue=b"nothing")
+    for number, (line, expected) in enumerate(lines, start=1):
+        if line != expected:
+            actual, written = (text.strip().decode(errors="replace")[:80] for text in (line, expected))
+            yield damaged(
+                f"{MANIFEST_FILE}, line {number}",
+                f"it was edited, or another version of vlprep wrote it: {actual} stands where {written} is expected",
+            )
+            return
 
 
 def _unlisted_files(folder: Location, manifest: Manifest) -> Iterator[Finding]:
@@ -145,17 +168,25 @@ def _unlisted_files(folder: Location, manifest: Manifest) -> Iterator[Finding]:
 
 
 def _table(
-    folder: Location, manifest: Manifest, name: str, columns: dict[str, str], findings: list[Finding]
+    folder: Location,
+    manifest: Manifest,
+    name: str,
+    columns: dict[str, str],
+    row: type[msgspec.Struct],
+    findings: list[Finding],
 ) -> pa.Table | None:
-    """Check the bytes of a table and read it. None if it cannot be read."""
+    """Check the bytes of a table, read it, and check its values against the bounds of ``row``; None if unusable."""
     stored = next((table for table in manifest.tables if table.file == name), None)
     if stored is not None:
         findings += _table_bytes(folder, stored)
     try:
-        return read_table(folder / name, columns)
+        table = read_table(folder / name, columns)
     except ShardError as error:
         findings.append(unreadable(name, error))
         return None
+    problems = [inconsistent(f"{name}, row {at}", problem) for at, problem in column_problems(table, row)]
+    findings += problems
+    return None if problems else table
 
 
 def _table_bytes(folder: Location, stored: StoredFile) -> Iterator[Finding]:
@@ -171,13 +202,12 @@ def _table_bytes(folder: Location, stored: StoredFile) -> Iterator[Finding]:
 
 
 def _tasks(folder: Location, manifest: Manifest, bins: pa.Table | None, ledger: pa.Table | None) -> Iterator[ShardTask]:
-    """One task per shard, with the rows that its worker needs. Tables with nulls, reported before, are left out."""
-    if bins is not None and any(bins.column(name).null_count for name in BINS_COLUMNS):
-        bins = None
+    """One task per shard, with the rows that its worker needs."""
     packed = None if ledger is None else _packed_by_bin(ledger)
     shard_of = {index: shard for shard, index in shard_numbers(manifest).items()}
+    by_shard = None if bins is None else bins.take(np.argsort(bins.column("shard").to_numpy(), kind="stable"))
     for index, stored in enumerate(manifest.shards):
-        rows = None if bins is None else bins.filter(pc.equal(bins.column("shard"), shard_of.get(index, -1)))
+        rows = None if by_shard is None else _bins_of(by_shard, shard_of.get(index, -1))
         yield ShardTask(
             folder=folder,
             stored=stored,
@@ -185,6 +215,12 @@ def _tasks(folder: Location, manifest: Manifest, bins: pa.Table | None, ledger: 
             bins=None if rows is None else bin_rows(rows),
             ledger=None if packed is None or rows is None else _samples_of(packed, rows),
         )
+
+
+def _bins_of(bins: pa.Table, shard: int) -> pa.Table:
+    """Rows of a shard. ``bins`` is sorted by shard."""
+    first, last = np.searchsorted(bins.column("shard").to_numpy(), [shard, shard + 1]).tolist()
+    return bins.slice(first, last - first)
 
 
 def _samples_of(packed: pa.Table, bins: pa.Table) -> pa.Table:
@@ -198,10 +234,10 @@ def _samples_of(packed: pa.Table, bins: pa.Table) -> pa.Table:
 
 
 def _packed_by_bin(ledger: pa.Table) -> pa.Table | None:
-    """Packed rows of the ledger, sorted by bin and slot. None if a required value is missing."""
+    """Packed rows of the ledger, sorted by bin and slot. None if a value is missing or out of its bounds."""
     packed = ledger.select(["status", *LedgerRow.__struct_fields__])
     packed = packed.filter(pc.equal(packed.column("status"), STATUS_PACKED)).drop_columns("status")
-    if any(packed.column(name).null_count for name in LedgerRow.__struct_fields__ if name not in _NULLABLE):
+    if any(column_problems(packed, LedgerRow)):
         return None
     return packed.sort_by([("bin", "ascending"), ("slot", "ascending")])
 

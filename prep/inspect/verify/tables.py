@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prep.inspect.verify.findings import Finding, inconsistent
 from schemas.annotation import ReasonCode
 from schemas.bins import shard_name
-from schemas.manifest import MANIFEST_FILE, InputDataset, Manifest
+from schemas.manifest import MANIFEST_FILE, InputDataset, Manifest, normalisation_problem
 from schemas.tables import (
     BINS_COLUMNS,
     BINS_FILE,
@@ -26,12 +26,13 @@ from schemas.tables import (
     STATUS_NOT_SAMPLED,
     STATUS_PACKED,
     STATUS_REJECTED,
+    LedgerRow,
 )
 from schemas.wording import counted
+from storage.tables import column_problems
 
 _CODES = {code.value for code in ReasonCode}
 _SIZES = ("num_tokens", "num_targets", "num_patches")
-_ALWAYS = ("dataset", "file", "line", "record", "status", "codes")
 _EXAMPLES = 3
 _RATE_TOLERANCE = 1e-6
 """The exact rate is a fraction, which the manifest rounds to a float."""
@@ -65,6 +66,8 @@ def check_manifest(manifest: Manifest) -> Iterator[Finding]:
                 f"dataset {dataset.dataset} draws {dataset.num_drawn} of {_num_annotations(dataset)} annotations, but "
                 f"its rate is {dataset.rate}",
             )
+    if (problem := normalisation_problem(manifest.fingerprints)) is not None:
+        yield inconsistent(MANIFEST_FILE, f"the set was {problem}")
     for code in sorted(counts.rejects_by_code.keys() - _CODES):
         yield inconsistent(MANIFEST_FILE, f"rejects_by_code has the unknown code {code!r}")
     tables = [table.file for table in manifest.tables]
@@ -89,26 +92,21 @@ def shard_numbers(manifest: Manifest) -> dict[int, int]:
 
 
 def check_bins_table(bins: pa.Table, manifest: Manifest) -> Iterator[Finding]:
-    """Compare ``bins.parquet`` with the manifest."""
-    nulls = [name for name in BINS_COLUMNS if bins.column(name).null_count]
-    if nulls:
-        yield inconsistent(BINS_FILE, f"columns {', '.join(nulls)} have nulls")
-        return
+    """Compare ``bins.parquet``, whose values are within their bounds, with the manifest."""
     columns = {name: bins.column(name).to_numpy() for name in BINS_COLUMNS}
     numbers, shards = columns["bin"], columns["shard"]
     yield from _rows(BINS_FILE, np.flatnonzero(np.diff(numbers, prepend=-1) <= 0), "bin does not ascend")
     yield from _rows(BINS_FILE, np.flatnonzero(np.diff(shards, prepend=0) < 0), "shard does not ascend")
     known = shard_numbers(manifest)
     yield from _rows(BINS_FILE, np.flatnonzero(~np.isin(shards, list(known))), "the manifest has no such shard")
-    for shard, index in known.items():
-        stored = manifest.shards[index]
-        shard_bins = numbers[shards == shard]
+    by_shard = np.argsort(shards, kind="stable")
+    firsts, lasts = (np.searchsorted(shards[by_shard], list(known), side=side).tolist() for side in ("left", "right"))
+    for index, first, last in zip(known.values(), firsts, lasts):
+        stored, shard_bins = manifest.shards[index], numbers[by_shard[first:last]]
         if shard_bins.size != stored.num_bins or (shard_bins.size and shard_bins[0] != stored.first_bin):
             actual = counted(shard_bins.size, "bin") + (f" from bin {shard_bins[0]} on" if shard_bins.size else "")
             expected = f"{counted(stored.num_bins, 'bin')} from bin {stored.first_bin} on"
             yield inconsistent(f"{BINS_FILE}, {stored.file}", f"the table has {actual}, the manifest says {expected}")
-    for name in ("num_tokens", "num_targets", "num_samples", "num_bytes"):
-        yield from _rows(BINS_FILE, np.flatnonzero(columns[name] <= 0), f"{name} is not above 0")
     yield from _check_bin_totals(columns, len(bins), manifest)
 
 
@@ -131,17 +129,11 @@ def _check_bin_totals(columns: dict[str, NDArray[Any]], num_bins: int, manifest:
 
 
 def check_ledger(ledger: pa.Table, manifest: Manifest, bins: pa.Table | None) -> Iterator[Finding]:
-    """Compare ``samples.parquet`` with the manifest, and with ``bins.parquet`` if that can be read."""
-    nulls = [name for name in _ALWAYS if ledger.column(name).null_count]
-    if nulls:
-        yield inconsistent(SAMPLES_FILE, f"columns {', '.join(nulls)} have nulls")
-        return
+    """Compare ``samples.parquet``, whose values are within their bounds, with the manifest and ``bins.parquet``."""
     status = ledger.column("status")
     packed, rejected, not_sampled = (
         pc.equal(status, name).to_numpy() for name in (STATUS_PACKED, STATUS_REJECTED, STATUS_NOT_SAMPLED)
     )
-    unknown = np.flatnonzero(~(packed | rejected | not_sampled))
-    yield from _rows(SAMPLES_FILE, unknown, "the status is none of packed, rejected, not_sampled")
     yield from _check_statuses(ledger, packed, rejected)
     yield from _check_totals(ledger, manifest, packed, rejected, not_sampled)
     names = [dataset.dataset for dataset in manifest.inputs]
@@ -151,7 +143,7 @@ def check_ledger(ledger: pa.Table, manifest: Manifest, bins: pa.Table | None) ->
     yield from _rows(SAMPLES_FILE, np.flatnonzero(np.diff(index, prepend=0) < 0), "it comes after a later dataset")
     for position, dataset in enumerate(manifest.inputs):
         rows = np.flatnonzero(index == position)
-        yield from _check_dataset(ledger.take(rows), rows, dataset, not_sampled[rows])
+        yield from _check_dataset(ledger.filter(index == position), rows, dataset, not_sampled[rows])
     if bins is not None:
         yield from _check_packed(ledger.filter(packed), bins)
 
@@ -159,7 +151,7 @@ def check_ledger(ledger: pa.Table, manifest: Manifest, bins: pa.Table | None) ->
 def _check_statuses(ledger: pa.Table, packed: NDArray[np.bool_], rejected: NDArray[np.bool_]) -> Iterator[Finding]:
     """Check which columns are set and which are null for each status."""
     has_codes = pc.list_value_length(ledger.column("codes")).to_numpy() > 0
-    is_set = {name: pc.is_valid(ledger.column(name)).to_numpy() for name in ("message", "bin", "slot", *_SIZES)}
+    is_set = {name: pc.is_valid(ledger.column(name)).to_numpy() for name in ("message", "bin", "slot")}
     for name, status, of_status, actual in (
         ("codes", STATUS_REJECTED, rejected, has_codes),
         ("message", STATUS_REJECTED, rejected, is_set["message"]),
@@ -168,10 +160,9 @@ def _check_statuses(ledger: pa.Table, packed: NDArray[np.bool_], rejected: NDArr
     ):
         wrong = np.flatnonzero(of_status != actual)
         yield from _rows(SAMPLES_FILE, wrong, f"{name} must be set for status {status}, and only then")
-    for name in _SIZES:
-        yield from _rows(SAMPLES_FILE, np.flatnonzero(packed & ~is_set[name]), f"{name} of a packed sample is null")
-        negative = pc.fill_null(pc.less(ledger.column(name), 0), False).to_numpy()
-        yield from _rows(SAMPLES_FILE, np.flatnonzero(negative), f"{name} is below 0")
+    numbers = np.flatnonzero(packed)
+    for at, problem in column_problems(ledger.filter(packed).select(_SIZES), LedgerRow):
+        yield from _rows(SAMPLES_FILE, numbers[at : at + 1], f"{problem}, for a packed sample")
 
 
 def _check_totals(
@@ -257,7 +248,6 @@ def _check_origins(where: str, rows: pa.Table, numbers: NDArray[np.int64], datas
     other = np.flatnonzero(pc.not_equal(rows.column("file"), expected).to_numpy())
     yield from _rows(where, numbers[other], "the manifest says that this record is in another file")
     same_file = np.diff(file_of[records], prepend=-1) == 0
-    yield from _rows(where, numbers[np.flatnonzero(lines < 1)], "line is below 1")
     yield from _rows(
         where, numbers[np.flatnonzero(same_file & (np.diff(lines, prepend=1) < 0))], "line decreases within a file"
     )
