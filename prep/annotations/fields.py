@@ -35,12 +35,12 @@ UNSUPPORTED_TURN_FIELDS = {
     "audio": "OpenAI and qwen_vl_utils; Qwen2.5-VL has no audio",
     "audios": "ms-swift; Qwen2.5-VL has no audio",
     "refusal": "OpenAI, an answer of another kind",
-    "reasoning_content": "reasoning models; write it into the answer",
+    "reasoning_content": "DeepSeek, for reasoning models; write it into the answer",
     "thinking": "TRL, for reasoning models; write it into the answer",
     "tools": "tools belong to the whole record; move them there",
     **dict.fromkeys(("image", "images", "video", "videos"), _MEDIA_OF_TURN),
-    "chosen": "preference training",
-    "rejected": "preference training",
+    "chosen": "TRL and LLaMA-Factory, for preference training",
+    "rejected": "TRL and LLaMA-Factory, for preference training",
 }
 """Fields of a turn, or of an exchange of question and answer."""
 
