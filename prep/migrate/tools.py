@@ -170,6 +170,7 @@ COMMON: dict[str, Rule] = {
     **{name: trained(name, switch) for name in TRAINER_SWITCHES},
     **{name: trained(name) for name in TRAINER_VALUES},
     **from_tables(NO_EFFECT, NO_EFFECT_WITH),
+    "activation_checkpointing": trained("gradient_checkpointing", switch),
     "attn_implementation": trained(
         "attn_implementation",
         one_of("auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", eager="sdpa", flash_attn="auto"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import random
 import re
@@ -18,7 +20,7 @@ from prep.cli import build_command, main
 from prep.migrate.launch import _find_launch, read_words
 from prep.migrate.rewrite import rewrite
 from prep.migrate.shell import ShellError, quote, read_commands
-from prep.migrate.tools import LLAMA_FACTORY, SWIFT, TRAINER_SWITCHES, TRAINER_VALUES, UPSTREAM, Tool
+from prep.migrate.tools import COMMON, LLAMA_FACTORY, SWIFT, TRAINER_SWITCHES, TRAINER_VALUES, UPSTREAM, Tool
 from tests.guides import table_rows
 from tests.prep.launch_scripts import LLAMA_FACTORY_FILES, SWIFT_SCRIPTS, UPSTREAM_SCRIPTS, upstream
 from train.settings.arguments import TrainArguments
@@ -536,6 +538,17 @@ def test_a_quoted_word_is_read_back_as_it_was(word: str) -> None:
 def test_the_trainer_has_the_flags_that_migrate_knows() -> None:
     assert sorted((*TRAINER_SWITCHES, *TRAINER_VALUES)) == sorted(FIELDS)
     assert {name for name, field in FIELDS.items() if field.kind is bool} == set(TRAINER_SWITCHES)
+
+
+def test_every_flag_of_transformers_is_known() -> None:
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    module = ast.parse(Path(spec.origin).with_name("training_args.py").read_text())
+    (arguments,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    fields = [node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)]
+    assert len(fields) > 100
+    assert [name for name in fields if name not in COMMON and not name.startswith("ddp_")] == []
 
 
 def test_every_rule_names_an_option_that_exists() -> None:

@@ -201,6 +201,12 @@ def test_all_mistakes_of_a_command_are_listed_at_once(tmp_path: Path) -> None:
         ("--run_name a --output_dir x", {"run_name": None}, "--run_name a has no effect here"),
         ("--run_name a --output_dir x --report_to tensorboard", {"run_name": None}, "--run_name a has no effect here"),
         ("--logging_dir logs", {"logging_dir": None}, "--logging_dir logs has no effect here"),
+        (
+            "--activation_checkpointing False",
+            {"gradient_checkpointing": False},
+            "is --gradient_checkpointing False here",
+        ),
+        ("--activation_checkpointing", {"gradient_checkpointing": True}, "--activation_checkpointing is"),
         ("--lora_enable --lora_rank 8", {"lora_r": 8}, "--lora_rank is --lora_r 8 here."),
         ("--torch_dtype bfloat16", {"bf16": True, "fp16": None}, "--torch_dtype bfloat16 is --bf16 True here."),
         ("--torch_dtype float32", {"bf16": False}, "--torch_dtype float32 is --bf16 False here."),

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 
 from schemas.foreign_flags import AT_BUILD, NO_EFFECT, NO_EFFECT_WITH
 
-RENAMED = {"evaluation_strategy": "eval_strategy", "lora_rank": "lora_r", "resume_from_checkpoint": "resume"}
-RESUME_VALUES = {"true": "auto", "": "auto", "false": "none"}
+RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "evaluation_strategy": "eval_strategy",
+    "lora_rank": "lora_r",
+    "resume_from_checkpoint": "resume",
+}
+RENAMED_VALUES = {
+    "activation_checkpointing": {"": "True"},
+    "resume_from_checkpoint": {"true": "auto", "": "auto", "false": "none"},
+}
 DTYPES = {
     "bfloat16": ("bf16", "True"),
     "float16": ("fp16", "True"),
@@ -63,7 +71,7 @@ def translate(written: str, name: str, value: str, own_names: Collection[str]) -
     if name in ("torch_dtype", "dtype"):
         return _translate_dtype(written, value)
     if name in RENAMED:
-        value = RESUME_VALUES.get(value.lower(), value) if name == "resume_from_checkpoint" else value
+        value = RENAMED_VALUES.get(name, {}).get(value.lower(), value)
         return Translation(own=(RENAMED[name], value), note=f"{written} is {prefix}{RENAMED[name]} {value} here.")
     near = difflib.get_close_matches(name, own_names, n=1)
     hint = f"; did you mean {prefix}{near[0]}?" if near else "; --help lists the flags."
