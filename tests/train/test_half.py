@@ -7,8 +7,10 @@ bfloat16 DeepSpeed uses another optimizer under ZeRO-1 than under ZeRO-2 and 3.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from tests.train.launching import (
 from tests.train.synthetic import make_bins, write_shards
 from train.run.engine import can_lower_scale
 from train.settings.deepspeed_file import CONFIGS
+from train.settings.record import read_record
 
 pytestmark = pytest.mark.slow
 
@@ -122,13 +125,27 @@ def in_float32(training: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return run_once(tmp_path_factory, "half-full", 2, *training, *TIMES_TWO, "--save_steps", "0")
 
 
-@pytest.fixture(scope="module", params=[1, 3])
+def have_plenty_of_memory() -> None:
+    mock.patch("train.run.device.device_capacity", return_value=2**40).start()
+
+
+STAGES = {
+    1: ([], partial(run_ranks, prepare=have_plenty_of_memory)),
+    3: (["--deepspeed", "zero3.json"], run_ranks),
+}
+"""ZeRO stage -> its flags, and what starts the ranks. ZeRO-1 is what a run chooses where memory allows."""
+
+
+@pytest.fixture(scope="module", params=STAGES)
 def in_bfloat16(
     request: pytest.FixtureRequest, training: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
     """A run of two ranks under a ZeRO stage, and its flags."""
-    flags = [*training, "--deepspeed", f"zero{request.param}.json", "--bf16"]
-    return run_once(tmp_path_factory, f"half-brain-{request.param}", 2, *flags, *TIMES_TWO), flags
+    of_stage, launcher = STAGES[request.param]
+    flags = [*training, *of_stage, "--bf16"]
+    run = run_once(tmp_path_factory, f"half-brain-{request.param}", 2, *flags, *TIMES_TWO, launcher=launcher)
+    assert read_record(run)[0].deepspeed == f"zero{request.param}.json"
+    return run, flags
 
 
 def test_two_ranks_in_bfloat16_have_the_losses_of_float32(
@@ -142,9 +159,11 @@ def test_two_ranks_in_bfloat16_have_the_losses_of_float32(
 def test_a_resumed_run_in_bfloat16_is_the_uninterrupted_run_to_the_bit(
     in_bfloat16: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
+    """It keeps the stage that it began with, where the memory of the devices is no longer known."""
     run, flags = in_bfloat16
     resume(run, tmp_path, 2, *flags, *TIMES_TWO)
     assert_same_run(tmp_path, run)
+    assert read_record(tmp_path)[0].deepspeed == read_record(run)[0].deepspeed
 
 
 def test_one_rank_resumes_a_bfloat16_run_of_two(

@@ -1,7 +1,8 @@
 """What a run is going to be: flags -> a :class:`Plan`, whose settings, shards and checkpoints match.
 
 Everything that can be wrong is detected here, before the process group starts and weights are loaded. Every rank plans
-for itself from the same files, so all ranks have the same plan; :func:`check_same_plan` compares them.
+for itself from the same files and, if devices differ, for the smallest (:func:`agree_on_capacity`). So all ranks have
+the same plan; :func:`check_same_plan` compares them.
 
 Cost: opening the shards, the ledgers of those to evaluate on, and parsing ``tokenizer.json`` (0.3 s).
 """
