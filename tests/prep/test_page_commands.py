@@ -1,4 +1,4 @@
-"""The commands of ``docs/annotations.md`` and ``docs/grounding.md``, run as they stand there."""
+"""The commands of pages in ``docs`` about annotations, boxes and the report, run as they stand there."""
 
 from __future__ import annotations
 
@@ -79,3 +79,14 @@ def test_the_commands_of_the_page_about_boxes(folder: Path, tiny_checkpoint: Pat
     # The box of the second record is in its second image, the wide one.
     is_drawn = {(width > 1.6 * height, drawn) for (width, height), drawn in thumbnails(page)}
     assert is_drawn == {(False, True), (False, False), (True, True)}
+
+
+def test_the_commands_of_the_page_about_the_report(folder: Path, tiny_checkpoint: Path) -> None:
+    write_jsonl(folder / "annotations.jsonl", [GOOD, HELLO])
+    for command in commands("report.md"):
+        result = typed(command, tiny_checkpoint)
+        assert result.exit_code == 0, result.output
+    names = ["shards/mine/report.html", "pages/mine.html", "pages/bin.html", "pages/sample.html"]
+    pages = [(folder / name).read_text() for name in names]
+    assert pages[0] == pages[1]
+    assert [page.count("<article") for page in pages] == [2, 2, 2, 2]

@@ -83,7 +83,8 @@ def _of_dataset(table: pa.Table, modality: NDArray[np.int64], dataset: str) -> l
     # Of an annotation that was drawn several times, only the first row.
     rows = rows[np.unique(numbers(table, "record")[rows], return_index=True)[1]]
     chosen: list[tuple[int, str]] = []
-    for kind in range(len(MODALITIES)):
+    # Images and videos first: a page begins with them.
+    for kind in (1, 2, 0):
         own = rows[modality[rows] == kind]
         if own.size:
             chosen += _of_group(table, own, seed=f"{dataset}\0{MODALITIES[kind]}")
