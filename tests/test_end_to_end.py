@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from storage.shard_set import read_manifest
+from tests.prep.commands import Command
 from tests.prep.corpus import turn
 from tests.train.launching import as_flags, run_ranks
+from train.order.cli import main as order_command
 from train.settings.record import read_record
 from train.shards.index import open_shards
 from train.shards.reader import BinReader
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-VLPREP = [sys.executable, "-c", "from prep.cli import main; main()"]
-DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+# Smaller media than the default, for steps of a tenth of a second.
+SMALL = [
+    *("--max-length", "1024", "--max-pixels", "100352"),
+    *("--video-min-frame-pixels", "25088", "--video-max-frame-pixels", "50176"),
+]
 
 
-def run(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, cwd=REPOSITORY, env=ENVIRONMENT
-    )
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
+def vlprep(folder: Path, *arguments: object, code: int = 0) -> Command:
+    """Run the command until it ends; its output goes into ``folder``."""
+    command = Command(*arguments, folder=folder)
+    assert command.wait() == code, command.output[-3000:] + command.errors[-3000:]
+    return command
 
 
-def train_on(shards: Path, model: Path, out: Path, *more: object) -> None:
+def train_on(shards: Path, model: Path, out: Path, *more: str) -> None:
     rates = [word for flag in ("learning_rate", "mm_projector_lr", "vision_tower_lr") for word in (f"--{flag}", "2e-3")]
-    flags = ["--shards", shards, "--model_name_or_path", model, "--output_dir", out, "--tune_mm_vision", "True"]
-    port = 20000 + os.getpid() % 9000
-    run(
-        *DEEPSPEED, "--master_port", port, "train/main.py", *flags, *rates,
-        "--gradient_checkpointing", "False", "--save_steps", "0", "--logging_steps", "1", *more,
-    )  # fmt: skip
+    flags = ["--shards", str(shards), "--model_name_or_path", str(model), "--output_dir", str(out)]
+    flags += ["--tune_mm_vision", "True", "--gradient_checkpointing", "False", "--save_steps", "0"]
+    done = run_ranks(2, *flags, *rates, "--logging_steps", "1", *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def order(*arguments: object) -> str:
+    """What ``python -m train.order`` prints."""
+    result = CliRunner().invoke(order_command, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def refusal(shards: Path, model: Path, out: Path) -> tuple[int, str]:
@@ -61,12 +66,12 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def real(qwen_demo: Path, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("real")
-    done = run(
-        *VLPREP, "build", qwen_demo / "annotations.jsonl", "--out", out / "shards", "--model", tiny_checkpoint,
-        "--max-length", "2048", "--boxes", "off",
-    )  # fmt: skip
-    assert "7 annotations = 6 packed + 1 rejected + 0 not sampled" in done.stdout
-    assert "media_missing: 1" in done.stdout
+    model = ["--model", tiny_checkpoint]
+    command = vlprep(
+        out, "build", qwen_demo / "annotations.jsonl", "--out", out / "shards", *model, *SMALL, "--boxes", "off"
+    )
+    assert "7 annotations = 6 packed + 1 rejected + 0 not sampled" in command.output
+    assert "media_missing: 1" in command.output
     yield out
     shutil.rmtree(out)
 
@@ -74,15 +79,15 @@ def real(qwen_demo: Path, tmp_path_factory: pytest.TempPathFactory, tiny_checkpo
 def test_real_images_and_videos_become_shards_and_the_loss_falls_in_twelve_steps(
     real: Path, tiny_checkpoint: Path
 ) -> None:
-    run(*VLPREP, "verify", real / "shards")
-    train_on(real / "shards", tiny_checkpoint, real / "run", "--max_steps", 12, "--gradient_accumulation_steps", 1)
+    vlprep(real, "verify", real / "shards")
+    train_on(real / "shards", tiny_checkpoint, real / "run", "--max_steps", "12", "--gradient_accumulation_steps", "1")
     run_losses = losses(real / "run")
     assert len(run_losses) == 12
     assert sum(run_losses[-3:]) < 0.8 * sum(run_losses[:3])
     args, facts = read_record(real / "run")
     assert (args.max_steps, args.learning_rate, args.gradient_accumulation_steps) == (12, 2e-3, 1)
     assert (facts.world_size, facts.global_batch, facts.num_steps) == (2, 2, 12)
-    shown = run(sys.executable, "-m", "train.order", "--run", real / "run", "--step", 11).stdout
+    shown = order("--run", real / "run", "--step", 11)
     assert shown.startswith("step 11, epoch ") and "annotations.jsonl:" in shown
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -118,10 +123,8 @@ def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_skips(
     (tmp_path / "0.jpg").write_bytes(cut[: len(cut) // 2])
     records = [{"image": f"{index}.jpg", "conversations": turn("<image>?")} for index in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    run(
-        *VLPREP, "build", tmp_path / "a.json", "--out", tmp_path / "out", "--model", tiny_checkpoint,
-        "--max-length", "64", "--shard-bytes", "1",
-    )  # fmt: skip
+    sizes = ["--max-length", "64", "--shard-bytes", "1", "--workers", "1"]
+    vlprep(tmp_path, "build", tmp_path / "a.json", "--out", tmp_path / "out", "--model", tiny_checkpoint, *sizes)
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.counts.num_packed, manifest.counts.num_rejected, len(manifest.shards)) == (2, 1, 2)
     index = open_shards(tmp_path / "out")
@@ -129,13 +132,12 @@ def test_a_bin_whose_samples_all_fail_leaves_a_gap_that_the_trainer_skips(
     assert len(missing) == 1
     reader = BinReader(index)
     assert [reader.read(row).bin.index for row in range(index.num_bins)] == index.local_bin.tolist()
-    run(*VLPREP, "verify", tmp_path / "out")
-    explained = run(sys.executable, "-m", "train.order", "--shards", tmp_path / "out", "--global-batch", 2,
-                    "--world-size", 2, "--step", 0)  # fmt: skip
-    assert explained.stdout.count("a.json:") == 2
+    vlprep(tmp_path, "verify", tmp_path / "out", "--workers", "1")
+    explained = order("--shards", tmp_path / "out", "--global-batch", 2, "--world-size", 2, "--step", 0)
+    assert explained.count("a.json:") == 2
 
 
 def test_a_registered_dataset_asks_for_its_path_before_it_can_be_used(tmp_path: Path) -> None:
-    done = run(*VLPREP, "build", "mp_doc%50", "--out", tmp_path / "out", code=2)
-    assert "datasets.toml:" in done.stderr
-    assert "annotation_path" in done.stderr
+    command = vlprep(tmp_path, "build", "mp_doc%50", "--out", tmp_path / "out", code=2)
+    assert "datasets.toml:" in command.errors
+    assert "annotation_path" in command.errors

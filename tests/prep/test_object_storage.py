@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,13 +47,13 @@ from storage.errors import Verdict, verdict
 from storage.request import RetryPolicy
 from storage.shard_set import read_manifest
 from storage.urls import Location, Url, names_below_common_folder, parse_location, without_secrets
+from tests.prep.commands import Command
 from tests.prep.corpus import turn
 from tests.prep.finished import SETTINGS
 from tests.prep.s3_server import KINDS, Proxy, s3_server, seeded
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
 CORPUS = Url("s3://bucket/corpus")
 QUICK = RetryPolicy(attempts=6, timeout_s=20, first_delay_s=0.01, max_delay_s=0.05)
 
@@ -183,32 +181,28 @@ def test_another_plan_removes_the_manifest_first_and_the_shards_of_the_old_plan(
     assert remote_contents(out) == local_contents(tmp_path / "local")
 
 
-def start(out: Url, model: Path, work: Path) -> tuple[list[str], subprocess.Popen[str]]:
-    command = [sys.executable, "-c", "from prep.cli import main; main()", "build", f"{CORPUS}/annotations.jsonl"]
-    command += ["--out", out.url, "--work-dir", str(work), "--model", str(model), "--max-length", "1200"]
-    command += ["--shard-bytes", "1500000", "--workers", "1"]
-    return command, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-
-
 def test_a_build_killed_during_an_upload_resumes(
     proxy: Proxy, finished: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     out = Url("s3://bucket/killed")
     last = shard_name(len(read_manifest(finished).shards) - 1)
     proxy.rule = lambda method, key, earlier: "stall" if method == "PUT" and key.endswith(last) else None
-    command, process = start(out, tiny_checkpoint, tmp_path / "work")
-    while process.poll() is None and not any(seen.fault == "stall" for seen in proxy.seen):
+    arguments = ["build", f"{CORPUS}/annotations.jsonl", "--out", out.url, "--work-dir", tmp_path / "work"]
+    arguments += ["--model", tiny_checkpoint, "--max-length", 1200, "--shard-bytes", 1_500_000, "--workers", 1]
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "XDG_"))}
+    command = Command(*arguments, folder=tmp_path, environment=environment)
+    while command.poll() is None and not any(seen.fault == "stall" for seen in proxy.seen):
         time.sleep(0.02)
     with pytest.raises(VlprepError, match=r"s3://bucket/killed is being built by process \d+ on "):
         build(replace(request_for(out, tiny_checkpoint), work_dir=tmp_path / "work"), SerialEngine())
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    command.send(signal.SIGKILL)
+    command.wait()
     proxy.reset()
     done = storage.listing(out)
     assert "manifest.json" not in done
     assert done
     proxy.seen.clear()
-    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
+    assert Command(*arguments, folder=tmp_path, environment=environment).wait() == 0
     assert {key for key in proxy.stored() if key.endswith(".tar")}.isdisjoint(f"killed/{name}" for name in done)
     assert remote_contents(out) == local_contents(finished)
 
