@@ -118,13 +118,16 @@ class Benchmark:
             lengths = sorted({case.max_length for case in cases})
             by_length = {length: self._contenders(corpus, length, stack) for length in lengths}
             for model, of_model in groupby(cases, key=lambda case: case.model):
-                if self._schedule.is_over:
-                    break
-                arrangement = Arrangement(self._scale.configs[model](), self._device)
-                for number, case in enumerate(of_model):
+                arrangement: Arrangement | None = None
+                for case in of_model:
                     if self._schedule.is_over:
                         break
-                    self._run_case(case, arrangement, by_length[case.max_length], compares=number == 0)
+                    self._send("begin", case.title)
+                    compares = arrangement is None
+                    if arrangement is None:
+                        arrangement = Arrangement(self._scale.configs[model](), self._device)
+                    self._run_case(case, arrangement, by_length[case.max_length], compares=compares)
+                    self._send("done", case.title)
                 del arrangement
                 self._free()
         self._send("end")
@@ -171,7 +174,6 @@ class Benchmark:
         return contenders
 
     def _run_case(self, case: Case, arrangement: Arrangement, contenders: list[Contender], *, compares: bool) -> None:
-        self._send("begin", case.title)
         arrangement.prepare(trains_vision=case.trains_vision, optimized=case.model in self._scale.optimized)
         runner, flops = Runner(arrangement, self._device), arrangement.flops()
         results = {contender.name: Result(is_ours=contender.is_ours) for contender in contenders}
@@ -191,7 +193,6 @@ class Benchmark:
                 with self._survive(result, arrangement):
                     result.activity = runner.activity(contender, self._scale.num_profiled)
         self._report(case, arrangement, results, flops)
-        self._send("done", case.title)
 
     def _report(self, case: Case, arrangement: Arrangement, results: Mapping[str, Result], flops: ModelFlops) -> None:
         """Send all figures of a case so far."""
