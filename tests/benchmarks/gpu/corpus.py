@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from schemas.qwen import FACTOR
-from schemas.tables import STATUS_PACKED
+from storage.shard_set import read_packed
 from tests.benchmarks.gpu.scale import Scale
 from tests.benchmarks.photographs import WORDS, photograph
 from train.shards.index import ShardIndex, open_shards
-from train.shards.ledger import read_ledger
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 NUM_PHOTOGRAPHS = 8
@@ -117,7 +116,7 @@ def build_shards(corpus: Corpus, model: Path, out: Path, max_length: int) -> flo
 def open_bins(shards: Path) -> tuple[ShardIndex, list[NDArray[np.int64]]]:
     """Open a set of shards; return its index, and the records of every bin in the order of their slots."""
     index = open_shards(shards)
-    ledger = read_ledger(index.folders[0], ["bin", "slot", "record"], [("status", "=", STATUS_PACKED)])
+    ledger = read_packed(index.folders[0], names=["bin", "slot", "record"])
     ledger = ledger.sort_by([("bin", "ascending"), ("slot", "ascending")])
     records = ledger["record"].to_numpy().astype(np.int64)
     ends: Sequence[int] = np.cumsum(index.num_samples)[:-1].tolist()
