@@ -23,7 +23,7 @@ DEMO_TRAINING := train/main.py --shards shards/demo --model_name_or_path checkpo
 	--tune_mm_vision True --max_steps 60 --learning_rate 5e-3 --mm_projector_lr 5e-3 --vision_tower_lr 5e-3 \
 	--gradient_accumulation_steps 1 --gradient_checkpointing False --logging_steps 5 --save_steps 0
 
-.PHONY: help check test quick bench shards demo clean
+.PHONY: help check test quick bench shards demo report docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -70,6 +70,16 @@ demo: $(ENVIRONMENT) ## the complete pipeline: demo data, shards, training, summ
 	fi
 	@$(BIN)/python -m train.tools.summary shards/demo runs/demo
 
+report: shards/demo/manifest.json ## one page about the demo's shards
+	$(BIN)/vlprep report shards/demo --out runs/demo/report.html
+
+shards/demo/manifest.json:
+	$(MAKE) demo
+
+docs: $(ENVIRONMENT) ## the documentation as a site in site/, with its links checked
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(DEMO_DATA): | $(ENVIRONMENT)
 	$(BIN)/vlprep demo $(dir $@)
 
@@ -89,5 +99,5 @@ bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machin
 	$(BIN)/python -m tests.benchmarks.recipes
 
 clean: ## remove the environment and caches; data, shards, checkpoints and runs stay
-	rm -rf .venv build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv site build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,3 +48,18 @@ def test_every_object_of_the_code_that_a_page_names_exists(page: Path) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError:
             assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_every_page_has_its_place_in_the_navigation_of_the_site() -> None:
+    text = (REPOSITORY / "mkdocs.yml").read_text()
+    listed = re.findall(r": ([\w]+\.md)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in PAGES if page.parent.name == "docs")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_link_to_a_heading_leads_to_one(page: Path) -> None:
+    for name, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", page.read_text()):
+        target = page.parent / name if name else page
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in anchors, f"{name}#{anchor}"
