@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+from schemas.bounds import MAX_INT32, Count32
 
 
 class Turn(msgspec.Struct, frozen=True, gc=False, rename={"role": "from"}):
@@ -52,6 +56,11 @@ class Problem(msgspec.Struct, frozen=True):
     message: str
 
 
+_IN_IMAGE = Meta(ge=-1, le=MAX_INT32)
+BoxNumbers = Annotated[list[Annotated[int, _IN_IMAGE] | Annotated[float, _IN_IMAGE]], Meta(min_length=2, max_length=4)]
+"""Coordinates of a box or point, at most one pixel outside its image."""
+
+
 class SampleBox(msgspec.Struct, frozen=True):
     """A box or point of a sample that its text does not show as one, or not with its image.
 
@@ -59,8 +68,8 @@ class SampleBox(msgspec.Struct, frozen=True):
     in pixels of the stored image.
     """
 
-    image: int
-    numbers: list[int | float]
+    image: Count32
+    numbers: BoxNumbers
 
 
 class SampleRef(msgspec.Struct, frozen=True, omit_defaults=True):

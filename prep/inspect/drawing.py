@@ -31,7 +31,7 @@ def shapes_by_image(
         boxes: those that the text does not show.
     """
     result: dict[int, list[Shape]] = {}
-    shapes = [number_shape(box.numbers, image=box.image)[1] for box in boxes]
+    shapes = [number_shape(box.numbers, image=box.image)[1] for box in boxes if len(box.numbers) in (2, 4)]
     for text in _turns(spans):
         is_answer = text.startswith(_ANSWER) or not text.startswith(("user\n", "system\n"))
         shapes += find_shapes(text, is_answer=is_answer).shapes
@@ -43,17 +43,22 @@ def shapes_by_image(
 
 
 def draw_shapes(image: Image.Image, shapes: Sequence[Shape]) -> Image.Image:
-    """A copy of a stored image with shapes on it, whose coordinates are its pixels."""
+    """A copy of a stored image with shapes on it, whose coordinates are its pixels.
+
+    Shapes are cut at the edges of the image, since a set from elsewhere may have any numbers.
+    """
     drawn = image.copy()
     if not shapes:
         return drawn
     draw = ImageDraw.Draw(drawn)
     width = max(2, max(image.size) // 200)
     for shape, colour in zip(shapes, cycle(_COLOURS)):
-        numbers = [float(value) for value in shape.values]
+        limits = cycle(image.size)
+        numbers = [min(max(float(value), -1.0), limit + 1.0) for value, limit in zip(shape.values, limits)]
         points = list(zip(numbers[::2], numbers[1::2]))
         if shape.is_box:
-            draw.rectangle(points, outline=colour, width=width)
+            xs, ys = zip(*points)
+            draw.rectangle([(min(xs), min(ys)), (max(xs), max(ys))], outline=colour, width=width)
         elif len(points) == 1:
             draw.circle(points[0], 2 * width, fill=colour, outline="white")
         else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -59,7 +60,14 @@ def samples_of(shards: ShardSet, bin_: Bin, rows: Sequence[LedgerRow] | None = N
     Raises:
         ShardError: the bin and the ledger disagree.
     """
-    rows, references = shards.packed_in(bin_.index) if rows is None else rows, bin_.samples()
+    rows = shards.packed_in(bin_.index) if rows is None else rows
+    try:
+        references = bin_.samples()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ShardError(
+            f"bin {bin_.index} of {shards.folder}: samples.json cannot be read ({error}). Run `vlprep verify` for "
+            "details."
+        ) from error
     boundaries = bin_.cu_seqlens.tolist()
     is_pad = np.isin(bin_.input_ids, (IMAGE_PAD, VIDEO_PAD))
     # (M,): first pad token of every medium.

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import tarfile
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,21 +22,25 @@ from PIL import Image
 from PIL.ExifTags import Base as ExifTag
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from prep.annotations.boxes import find_shapes
 from prep.annotations.registry import find_sources
 from prep.annotations.validation import parse_record
 from prep.build.pipeline import BuildRequest, build
 from prep.build.summary import build_summary
 from prep.cli import main
 from prep.engines import SerialEngine
+from prep.inspect.drawing import draw_shapes, shapes_by_image
 from prep.inspect.verify.bins import BinCheck
+from schemas.annotation import SampleBox
 from schemas.bins import Bin
 from schemas.errors import ConfigError
-from schemas.manifest import Manifest
+from schemas.manifest import WORK_FOLDER, Manifest
 from schemas.qwen import IM_START, IMAGE_PAD, VISION_END, VISION_START
 from schemas.settings import BOX_COORDINATES, BuildSettings, MediaSettings
 from schemas.tables import StoredBin
 from storage.shard_set import read_manifest
 from tests.guides import blocks, table_rows
+from tests.prep.finished import change_members
 from tests.prep.packed import packed_samples
 from tests.prep.test_build import watch_scans
 
@@ -268,7 +273,6 @@ def test_samples_json_has_the_boxes_that_the_text_does_not_show_and_no_others(bu
     "box",
     [
         {"image": 2, "numbers": [1, 2]},
-        {"image": -1, "numbers": [1, 2]},
         {"image": 0, "numbers": [1, 2, 3]},
         {"image": 0, "numbers": [590, 2]},
         {"image": 1, "numbers": [5, 5, 4, 6]},
@@ -292,7 +296,7 @@ def test_verify_finds_a_box_beside_the_text_that_cannot_be_right(box: dict[str, 
             codec="raw",
             samples_json=json.dumps([sample], separators=(",", ":")).encode(),
         )
-        row = msgspec.convert(dict.fromkeys(StoredBin.__struct_fields__, 0), StoredBin)
+        row = msgspec.convert(dict.fromkeys(StoredBin.__struct_fields__, 1), StoredBin)
         check = BinCheck(bin_, row, None, BuildSettings())
         found.append([finding.text for finding in check.findings() if "samples.json" in finding.text])
     assert found[0] == [] and len(found[1]) == 1
@@ -358,6 +362,32 @@ def thumbnails(page: str) -> list[tuple[tuple[int, int], bool]]:
         for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
     ]
     return [(image.size, bool((np.ptp(np.asarray(image).astype(int), axis=2) > 60).any())) for image in images]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image": -1}, {"numbers": [1]}, {"numbers": [1, 2, 3, 4, 5]}, {"numbers": [-2, 0]}, {"numbers": [1e300, 0]}],
+)
+def test_boxes_that_no_build_writes_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"image": 0, "numbers": [1, 2], **change}, SampleBox)
+
+
+def test_shapes_that_no_build_writes_are_cut_at_the_image_or_left_out() -> None:
+    image = Image.new("RGB", (56, 28), "white")
+    far = find_shapes('{"bbox_2d": [900000000000, 20, 10, -700000000000]} {"point_2d": [-1e11, 1e11]}').shapes
+    drawn = np.asarray(draw_shapes(image, far))
+    assert drawn.shape == (28, 56, 3) and (drawn[15, 10] != 255).any() and (drawn[24, 30] == 255).all()
+    assert shapes_by_image((), [0], [SampleBox(0, [1, 2, 3]), SampleBox(1, [1, 2])]) == {}
+
+
+def test_show_of_a_bin_without_readable_references_is_an_error(
+    built: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(built / "out", tmp_path / "out", ignore=shutil.ignore_patterns(WORK_FOLDER))
+    change_members(tmp_path / "out", 0, lambda members: {**members, "samples.json": b'[{"dataset": 1}]'})
+    shown = vlprep("show", tmp_path / "out", "--bin", 0, "--model", tiny_checkpoint)
+    assert shown.exit_code == 1 and "samples.json cannot be read" in shown.stderr
 
 
 def test_the_report_draws_boxes_and_counts_them(built: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
