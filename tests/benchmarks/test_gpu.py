@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from functools import partial
 from multiprocessing import active_children
@@ -21,7 +23,7 @@ from tests.benchmarks._unreliable import crash_in, hang
 from tests.benchmarks.gpu import supervisor
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.contenders import content_of
-from tests.benchmarks.gpu.corpus import draw_cut
+from tests.benchmarks.gpu.corpus import REPOSITORY, draw_cut
 from tests.benchmarks.gpu.measure import busy_and_gap, flops_of
 from tests.benchmarks.gpu.scale import REAL, official_config
 from tests.benchmarks.gpu.tables import COLUMNS
@@ -89,6 +91,11 @@ def test_when_the_time_is_over_all_processes_end_and_the_figures_so_far_are_prin
     while any(map(is_running, pids)) and time.monotonic() < until_s:
         time.sleep(0.05)
     assert [pid for pid in pids if is_running(pid)] == []
+
+
+def test_the_program_that_keeps_the_time_imports_nothing_that_takes_some() -> None:
+    program = "import sys, tests.benchmarks.gpu.__main__; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 
 
 @pytest.mark.parametrize(

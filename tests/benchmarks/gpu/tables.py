@@ -121,8 +121,8 @@ def memory_line(results: Mapping[str, Result], estimate: int) -> str:
     """The measured peak of ours against the arithmetic."""
     name, result = next((name, result) for name, result in results.items() if result.is_ours)
     peaks = [turn.peak_bytes for turn in result.turns if turn.peak_bytes is not None]
-    measured = f"{max(peaks) / GIB:.2f} GiB, {estimate / max(peaks) - 1:+.1%}" if peaks else "not measured"
-    return f"memory: train.memory says {estimate / GIB:.2f} GiB for {name}; measured {measured}"
+    measured = f"measured {max(peaks) / GIB:.2f} GiB, {estimate / max(peaks) - 1:+.1%}" if peaks else "not measured"
+    return f"memory: train.memory says {estimate / GIB:.2f} GiB for {name}; {measured}"
 
 
 def verdict_lines(results: Mapping[str, Result], flops: ModelFlops) -> Iterator[str]:
