@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -10,6 +11,10 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 if not __package__:
     # Started as a script: import modules from the repository, not from this folder.
@@ -94,6 +99,28 @@ def main(argv: list[str]) -> int:
         return _report(VlprepError("another rank has failed: see its message, above or in its log."))
 
 
+class _Unbroken(io.FileIO):
+    """A file whose writes are lost, rather than fail, once its reader has ended."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write, or pretend to."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(memoryview(data).cast("B"))
+
+
+def outlive_readers() -> None:
+    """Let a run go on without a screen: Ctrl-C also ends the ``tee`` that its output is piped to."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            continue
+        stream.flush()
+        raw = _Unbroken(stream.fileno(), "w", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, write_through=True))
+
+
 def use_expandable_segments() -> None:
     """Let segments of GPU memory grow, so that bins of different sizes do not fragment it.
 
@@ -143,6 +170,7 @@ def _configure_output(*, is_first: bool) -> None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     exit_code = main(sys.argv[1:])
     if exit_code == _INTERRUPTED:
         # Shutting the interpreter down would wait for threads, and for ranks that have ended.

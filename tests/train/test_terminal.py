@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.train.pseudo_terminal import CTRL_BACKSLASH, CTRL_C, CTRL_Z, Shell, shell_in_terminal
 
 LAUNCH = shlex.join([sys.executable, str(Path(__file__).with_name("fake_ranks.py"))])
@@ -103,3 +105,13 @@ def test_a_background_job_of_a_script_leaves_the_terminal_alone(shell: Shell) ->
     shell.run("bash", "-c", f"{LAUNCH} & wait")
     ranks = wait_for_ranks(shell, where="in front")
     assert ranks[0].children() == []
+
+
+def test_the_trainer_goes_on_after_the_end_of_the_program_that_its_output_is_piped_to(tmp_path: Path) -> None:
+    """Ctrl-C ends ``tee`` as well. The error that is reported into the closed pipe is not replaced by another one."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "train/main.py", "--no_such_flag"]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=writer, timeout=60, check=False)
+    os.close(writer)
+    assert done.returncode == 2
