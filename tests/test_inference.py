@@ -6,7 +6,7 @@ import html
 import itertools
 import json
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,6 @@ from train.shards.reader import read_checked_bin
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 MEDIA = MediaSettings(
     min_pixels=784 * 4,
     max_pixels=784 * 9,
@@ -93,7 +92,7 @@ def final(folder: Path, index: ShardIndex, tiny_checkpoint: Path) -> Path:
     """The model of a run that has learnt the shards by heart."""
     hf = pretrained.load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation=SDPA)
     model = PackedQwen(hf, attn_implementation=SDPA)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, fused=True)
     micro = build_micro_batch([read_checked_bin(index, 0)])
     for _ in range(60):
         loss = model(micro) / micro.targets.numel()
@@ -114,18 +113,20 @@ def run(*words: object) -> Result:
 
 
 def test_a_model_that_knows_the_answers_gives_them_exactly_and_shows_them_beside_the_images(
-    final: Path, shards: Path, tmp_path: Path
+    final: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """As ``python -m train.generate``, but in this process."""
     page = tmp_path / "answers.html"
     command = ("--model", final, "--shards", shards, "--html", page, "--limit", 10**30)
-    done = subprocess.run(
-        [sys.executable, "-m", "train.generate", *map(str, command)], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "exact match: 5 of 5 answers (100.0%)" in done.stdout
-    assert re.search(r"record 0, id red: exact\n +<image>Which colour\?\n +wanted +\| generated\n", done.stdout)
-    assert re.search(r"Red <b>indeed</b>\. +\| Red <b>indeed</b>\.\n", done.stdout)
+    monkeypatch.setattr(sys, "argv", ["train.generate", *map(str, command)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("train.generate", run_name="__main__")
+    output, errors = capsys.readouterr()
+    assert not ended.value.code, errors
+    assert "Traceback" not in errors
+    assert "exact match: 5 of 5 answers (100.0%)" in output
+    assert re.search(r"record 0, id red: exact\n +<image>Which colour\?\n +wanted +\| generated\n", output)
+    assert re.search(r"Red <b>indeed</b>\. +\| Red <b>indeed</b>\.\n", output)
     text = page.read_text()
     # one image, two images and at most four frames of the video
     assert text.count('<img src="data:image/jpeg;base64,') == 1 + 2 + 4

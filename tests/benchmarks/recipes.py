@@ -164,7 +164,7 @@ def small_ids(ids: torch.Tensor) -> torch.Tensor:
 def run_unpacked(samples: Sequence[Sample], setup: Setup, seed: int) -> Run:
     """Train with a plain loop over the Hugging Face model, on steps of B samples."""
     model = make_model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=setup.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setup.learning_rate, fused=True)
     rng = np.random.default_rng(seed)
     num_epochs = 1 + setup.steps * setup.samples_per_step // len(samples)
     order = np.concatenate([rng.permutation(len(samples)) for _ in range(num_epochs)])
@@ -209,7 +209,7 @@ def padded(samples: Sequence[Sample]) -> tuple[dict[str, torch.Tensor], int]:
 def run_packed(index: ShardIndex, batch: Batch, setup: Setup, seed: int) -> Run:
     """Train like the trainer, on steps of a batch, until as many samples are used."""
     model = PackedQwen(make_model(seed), attn_implementation="sdpa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=setup.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=setup.learning_rate, fused=True)
     losses, targets, num_samples = [], [], []
     order = DataOrder(index.cost(), seed=seed, global_batch=batch.bins)
     stream = BinStream(

@@ -64,18 +64,24 @@ def _name_shape(ys: Indices, xs: Indices) -> str:
 
 
 def _connected_parts(mask: npt.NDArray[np.bool_]) -> list[tuple[Indices, Indices]]:
-    """Coordinates of the parts of a mask, without specks: labels spread to neighbours until none changes."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        padded = np.pad(labels, 1)
-        spread = labels
-        for y in (0, 1, 2):
-            for x in (0, 1, 2):
-                spread = np.maximum(spread, padded[y : y + mask.shape[0], x : x + mask.shape[1]])
-        spread = np.where(mask, spread, 0)
-        if (spread == labels).all():
-            break
-        labels = spread
-    names, sizes = np.unique(labels[mask], return_counts=True)
-    parts = [np.nonzero(labels == name) for name in names[sizes > _MIN_PIXELS]]
-    return [(ys, xs) for ys, xs in parts]
+    """Coordinates of the parts of a mask, without specks: runs of pixels, joined with those that they touch above."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8))
+    rows, starts = np.nonzero(edges == 1)
+    _, ends = np.nonzero(edges == -1)
+    first = np.searchsorted(rows, np.arange(mask.shape[0] + 1))
+    joined = list(range(rows.size))
+
+    def last_of(run: int) -> int:
+        while joined[run] != run:
+            run = joined[run]
+        return run
+
+    for run, row in enumerate(rows.tolist()):
+        for above in range(first[row - 1], first[row]) if row else ():
+            if starts[above] <= ends[run] and starts[run] <= ends[above]:
+                joined[last_of(above)] = run
+    part_of = np.array([last_of(run) for run in range(rows.size)], dtype=np.int64)
+    names = np.zeros(mask.shape, dtype=np.int64)
+    names[mask] = np.repeat(part_of + 1, ends - starts)
+    numbers, sizes = np.unique(names[mask], return_counts=True)
+    return [np.nonzero(names == number) for number in numbers[sizes > _MIN_PIXELS]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_a_shard_ends_with_the_bin_that_fills_it(samples: list[tuple[int, int]],
         assert sum(of_bins[first:last]) >= shard_bytes or last == plan.num_bins
 
 
+@cache
 def datasets_of_bins(max_patches: int | None) -> tuple[Plan, NDArray[np.int64], NDArray[np.int64]]:
     """A plan of a mixture with datasets of very different lengths, tokens of each in every bin (B, D), and shard of
     every bin.
