@@ -166,14 +166,23 @@ def _find_launch(commands: Sequence[Command], folder: Path) -> Launch | None:
 
 
 def _without_shells(commands: Sequence[Command]) -> Iterator[Command]:
-    """Replace ``bash -c '…'`` by the commands in it."""
+    """Replace ``bash -c '…'`` by the commands in it.
+
+    Raises:
+        ScriptError: they cannot be read.
+    """
     for command in commands:
         words = command.words
         shells = [at for at, word in enumerate(words[:-2]) if PurePath(word).name in ("bash", "sh")]
         if not shells or not re.fullmatch(r"-\w*c", words[shells[0] + 1]):
             yield command
             continue
-        for inner in read_commands(words[shells[0] + 2].replace("\\$", "$")):
+        text = words[shells[0] + 2].replace("\\$", "$")
+        try:
+            inner_commands = read_commands(text)
+        except ShellError as error:
+            raise ScriptError(f"{' '.join(words[: shells[0] + 2])}: what it runs is not a script: {error}.") from error
+        for inner in inner_commands:
             environment = {**command.environment, **inner.environment}
             yield replace(inner, words=(*words[: shells[0]], *inner.words), environment=environment)
 

@@ -357,6 +357,11 @@ def test_a_command_line_after_two_hyphens_is_read(folder: Path) -> None:
     [
         ("notes.sh", "echo hello\n", "starts no training that is known here"),
         ("broken.sh", 'torchrun train.py --a "b\n', "is not a shell script: a double quote is not closed"),
+        (
+            "nested.sh",
+            "srun bash -c 'torchrun \"a'\n",
+            "srun bash -c: what it runs is not a script: a double quote is not",
+        ),
         ("binary.sh", "\udcff\udcfe", "cannot be read as a script"),
         ("list.yaml", "- 1\n- 2\n", "holds no settings"),
         ("broken.yaml", "a: [1\n", "is not valid YAML"),
