@@ -85,6 +85,7 @@ TRAINER_VALUES = (
     "per_device_train_batch_size",
     "read_connections",
     "read_timeout_s",
+    "rendezvous_timeout_s",
     "report_to",
     "resume",
     "run_name",
