@@ -1,12 +1,18 @@
-"""Video decoders behind one small interface: decord, torchcodec and PyAV, in the order in which they are tried.
+"""Video decoders behind one small interface: PyAV, decord and torchcodec, in the order in which they are tried.
 
 Input: a source. Output: an open :class:`Video`. Whatever the library raises becomes ``media_unreadable`` with the
-library's message. A library that is not installed counts as a failure of its backend. Each backend decodes on the
-calling thread alone, because the workers of a build already occupy the cores.
+library's message. A library that is not installed, or does not know the format, is :class:`BackendUnavailableError`.
+
+PyAV comes first because it decodes on the calling thread, one packet after the other, so that a damaged video gives the
+same frames or the same error every time. decord reads ahead on a thread of its own. What its decoder has seen when it
+seeks, and whether an error arrives before or after a frame, depends on the speed of both threads. Each backend uses one
+thread, because the workers of a build already occupy the cores.
 """
 
 from __future__ import annotations
 
+import contextlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -22,10 +28,15 @@ from schemas.errors import MediaError
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.container import InputContainer
+    from av.filter import Graph
 
 
 _MAX_BATCH = 32
 """Frames that are decoded at once: 85 MB of 1280x720 pixels."""
+
+
+class BackendUnavailableError(MediaError):
+    """A backend is not installed, or does not know the format of a video. The next one is tried."""
 
 
 class Video(Protocol):
@@ -57,7 +68,9 @@ def _failures(source: MediaSource, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"not available ({source.explain(error)})") from error
+        raise BackendUnavailableError(
+            ReasonCode.MEDIA_UNREADABLE, f"not available ({source.explain(error)})"
+        ) from error
     except errors as error:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, source.explain(error)) from error
 
@@ -66,7 +79,7 @@ def _check_index(source: MediaSource) -> None:
     """Refuse containers without an index: only PyAV, which decodes from the start, returns the right frames."""
     container = container_of(source)
     if not container.has_index:
-        raise ValueError(f"cannot seek exactly in {container.demuxer}")
+        raise BackendUnavailableError(ReasonCode.MEDIA_UNREADABLE, f"cannot seek exactly in {container.demuxer}")
 
 
 def _batches(indices: Sequence[int]) -> Iterator[list[int]]:
@@ -82,11 +95,11 @@ class DecordVideo:
         with _failures(source, RuntimeError, AssertionError, ValueError, OSError):
             _check_index(source)
             import decord
-            from decord._ffi.base import DECORDError
+            from decord._ffi.base import DECORDError, DECORDLimitReachedError
 
             decord.logging.set_level(decord.logging.QUIET)
-            self._error = DECORDError
-            with _failures(source, DECORDError):
+            self._errors = (DECORDError, DECORDLimitReachedError)
+            with _failures(source, *self._errors):
                 self._reader = decord.VideoReader(source.target(), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
                 self.num_frames = len(self._reader)
                 self.fps = float(self._reader.get_avg_fps())
@@ -95,7 +108,7 @@ class DecordVideo:
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """See :class:`Video`."""
         for batch in _batches(indices):
-            with _failures(self._source, self._error, RuntimeError, AssertionError, ValueError, OSError):
+            with _failures(self._source, *self._errors, RuntimeError, AssertionError, ValueError, OSError):
                 frames: NDArray[np.uint8] = self._reader.get_batch(batch).asnumpy()
             yield from frames
 
@@ -124,33 +137,72 @@ class TorchcodecVideo:
 
 
 class PyavVideo:
-    """A video opened by PyAV, which bundles FFmpeg. Decodes in order up to the last requested frame."""
+    """A video opened by PyAV, which bundles FFmpeg.
+
+    Opening reads all packets, to learn the time of every frame. Where the times tell frames apart, decoding starts at
+    the last key frame before each requested one. Otherwise it goes from the start to the last requested frame.
+    """
 
     def __init__(self, source: MediaSource) -> None:
         self._source = source
         with _failures(source, OSError):
-            self._demuxer = container_of(source).demuxer
+            container_type = container_of(source)
+            self._demuxer = container_type.demuxer
             import av
 
             self._error = av.FFmpegError
             with self._opened() as (container, stream):
-                self.num_frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+                shown = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+                self.num_frames = len(shown)
                 self.fps = float(stream.average_rate or 0)
+            times = [packet.pts for packet in shown]
+            self._times = sorted(time for time in times if time is not None)
+            self._key_times = sorted(packet.pts for packet in shown if packet.is_keyframe and packet.pts is not None)
+            self._has_index = container_type.has_index and len(set(self._times)) == len(times)
             with self._opened() as (container, stream):
                 first = next(container.decode(stream), None)
-                upright = None if first is None else _upright(_rgb(first), first.rotation)
-                self.height, self.width = (0, 0) if upright is None else upright.shape[:2]
+                sideways = first is not None and round(first.rotation / 90) % 2 == 1
+                size = (0, 0) if first is None else (first.height, first.width)
+                self.height, self.width = size[::-1] if sideways else size
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """See :class:`Video`."""
-        remaining = set(indices)
+        num_sought = 0
+        if self._has_index:
+            for frame in self._sought(indices):
+                yield frame
+                num_sought += 1
+        # Where the container's index or the times are wrong, counting frames is left.
+        if num_sought < len(indices):
+            yield from self._counted(indices[num_sought:])
+
+    def _sought(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
+        """The frames at ``indices`` up to the first that is not where the index says."""
+        with contextlib.suppress(MediaError), self._opened() as (container, stream):
+            convert = _RgbConverter()
+            start: int | None = None
+            decoded: Iterator[VideoFrame] = iter(())
+            for index in indices:
+                time = self._times[index]
+                key = bisect_right(self._key_times, time) - 1
+                if key != start:
+                    container.seek(self._key_times[max(key, 0)], stream=stream)
+                    decoded, start = container.decode(stream), key
+                # Frames come in the order of their times.
+                frame = next((frame for frame in decoded if frame.pts is None or frame.pts >= time), None)
+                if frame is None or frame.pts != time:
+                    return
+                yield convert(frame)
+
+    def _counted(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         with self._opened() as (container, stream):
-            for index, frame in enumerate(container.decode(stream)):
-                if index in remaining:
-                    yield _upright(_rgb(frame), frame.rotation)
-                    remaining.remove(index)
-                if not remaining:
-                    break
+            convert = _RgbConverter()
+            decoded = enumerate(container.decode(stream))
+            for index in indices:
+                frame = next((frame for position, frame in decoded if position == index), None)
+                if frame is None:
+                    return
+                yield convert(frame)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -164,11 +216,46 @@ class PyavVideo:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream):
                 raise MediaError(ReasonCode.MEDIA_UNREADABLE, "the file has no video stream")
+            if stream.codec_context is None:
+                raise BackendUnavailableError(ReasonCode.MEDIA_UNREADABLE, "has no decoder for the video")
+            stream.codec_context.thread_count = 1
             yield container, stream
 
 
-def _rgb(frame: VideoFrame) -> NDArray[np.uint8]:
-    return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+class _RgbConverter:
+    """Converts frames to upright RGB by FFmpeg's ``scale`` filter, as decord does.
+
+    ``VideoFrame.to_ndarray`` gives other colours where chroma is subsampled: with 10 bits, or for odd sizes.
+    """
+
+    def __init__(self) -> None:
+        self._graph: Graph | None = None
+        self._input: tuple[int, int, str] | None = None
+        self._size: tuple[int, int] | None = None
+
+    def __call__(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """Returns (H, W, 3) uint8. Frames of one video have the size of its first one."""
+        self._size = self._size or (frame.width, frame.height)
+        kind = (frame.width, frame.height, frame.format.name)
+        if self._graph is None or kind != self._input:
+            self._graph, self._input = _rgb_graph(frame, self._size), kind
+        self._graph.push(frame)
+        rgb = self._graph.pull()
+        return _upright(np.asarray(rgb.to_ndarray(), dtype=np.uint8), frame.rotation)
+
+
+def _rgb_graph(frame: VideoFrame, size: tuple[int, int]) -> Graph:
+    from av.filter import Graph
+
+    graph = Graph()
+    graph.threads = 1
+    graph.link_nodes(
+        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base),
+        graph.add("scale", f"{size[0]}:{size[1]}"),
+        graph.add("format", "pix_fmts=rgb24"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
 
 
 def _upright(frame: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
@@ -177,8 +264,8 @@ def _upright(frame: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
 
 
 BACKENDS: dict[str, Callable[[MediaSource], Video]] = {
+    "pyav": PyavVideo,
     "decord": DecordVideo,
     "torchcodec": TorchcodecVideo,
-    "pyav": PyavVideo,
 }
 """Backends by their name in the ledger, in the order in which they are tried."""

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 
-_PREFIX = re.compile(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+_PREFIX = re.compile(r"^(?:\[\d\d:\d\d:\d\d\] \S+:\d+: )+")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -93,7 +93,8 @@ class MediaSource:
     def explain(self, error: Exception) -> str:
         """Reduce a library's error to its first line, without anything that differs between runs or machines.
 
-        decord starts its messages with the time of day and a source file. Others contain the path or a memory address.
+        decord starts its messages with the time of day and a source file, at times twice. Others contain the path or a
+        memory address.
         """
         text = str(error).strip() or type(error).__name__
         text = _PREFIX.sub("", text.splitlines()[0])

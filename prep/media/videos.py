@@ -3,7 +3,8 @@
 Input: a source. Output: a :class:`VideoPlan` (probe), or frames (2·t, 3, H, W) uint8 (decode). A probe decodes one
 frame to learn its size. A temporal step has two frames, so an odd count repeats the last frame.
 
-decord is tried first. When a backend fails, the next one is tried. The ledger records which backend served.
+PyAV decodes. Where it is not installed or does not know the format, decord or torchcodec does. The ledger records
+which backend served.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.media.backends import BACKENDS, Video
+from prep.media.backends import BACKENDS, BackendUnavailableError, Video
 from prep.media.bicubic import resize_into
 from prep.media.images import Allocate, frames_shape, image_grid, new_frames
 from prep.media.item import NO_ITEM_SETTINGS, ItemSettings, frame_bounds
@@ -137,13 +138,19 @@ def decode_video(
 
 
 def _first_success(source: MediaSource, use: Callable[[Video, str], _T]) -> _T:
-    """Try the backends in order. A video that no backend could use (too large, no frames) is not tried again."""
+    """Use the first backend that is installed and knows the format. Its verdict is final.
+
+    Otherwise another backend might make frames of a damaged video, and not the same ones every time.
+    """
     failures: list[str] = []
     for name, open_video in BACKENDS.items():
         try:
             return use(open_video(source), name)
+        except BackendUnavailableError as error:
+            failures.append(f"{name}: {error.message}")
         except MediaError as error:
             if error.code is not ReasonCode.MEDIA_UNREADABLE:
                 raise MediaError(error.code, f"{source.name!r}: {error.message}") from error
             failures.append(f"{name}: {error.message}")
+            break
     raise MediaError(ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} cannot be decoded ({'; '.join(failures)})")

@@ -92,7 +92,7 @@ def test_every_annotation_is_packed_or_rejected_with_its_code_and_place(
         assert (row["message"] is None) == (expected is None)
         if row["id"] is not None:
             assert json.loads(lines[row["line"] - 1])["id"] == row["id"]
-    assert {row["video_backend"] for row in rows if row["codes"] == []} == {None, "decord"}
+    assert {row["video_backend"] for row in rows if row["codes"] == []} == {None, "pyav"}
 
 
 def test_tables_manifest_and_bins_agree(built: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.media.backends import BACKENDS, PyavVideo
+from prep.media.backends import BACKENDS, BackendUnavailableError, DecordVideo, PyavVideo
 from prep.media.sampling import interval_frames
 from prep.media.source import MediaSource
 from prep.media.videos import decode_video, probe_video
@@ -178,25 +179,105 @@ def test_every_container_returns_the_requested_frames(tmp_path: Path, name: str,
     assert brightness_of(frames.transpose(0, 2, 3, 1)) == pytest.approx(expected, abs=4)
 
 
-def test_the_next_backend_is_tried_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def unavailable(source: MediaSource) -> PyavVideo:
+    raise BackendUnavailableError(ReasonCode.MEDIA_UNREADABLE, "not available")
+
+
+def test_the_next_backend_is_tried_when_one_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "x.mp4", 8, 2)
-
-    def broken(source: MediaSource) -> PyavVideo:
-        raise MediaError(ReasonCode.MEDIA_UNREADABLE, "broken")
-
-    monkeypatch.setitem(BACKENDS, "decord", broken)
-    monkeypatch.setitem(BACKENDS, "torchcodec", broken)
-    _, plan = decode_video(source(path), SETTINGS)
+    frames, plan = decode_video(source(path), SETTINGS)
     assert plan.backend == "pyav"
+    monkeypatch.setitem(BACKENDS, "pyav", unavailable)
+    other_frames, other_plan = decode_video(source(path), SETTINGS)
+    assert other_plan == replace(plan, backend="decord")
+    assert np.array_equal(frames, other_frames)
 
 
-def test_a_damaged_video_is_unreadable_and_the_message_names_every_backend(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "x.mp4", 30, 10)
-    path.write_bytes(path.read_bytes()[:200])
+def test_the_message_names_every_backend_that_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "x.mp4", 8, 2)
+    for name in BACKENDS:
+        monkeypatch.setitem(BACKENDS, name, unavailable)
     with pytest.raises(MediaError) as caught:
         decode_video(source(path), SETTINGS)
     assert caught.value.code is ReasonCode.MEDIA_UNREADABLE
-    assert all(name in caught.value.message for name in BACKENDS)
+    assert all(f"{name}: not available" in caught.value.message for name in BACKENDS)
+
+
+def test_the_verdict_on_a_damaged_video_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "x.mp4", 30, 10)
+    path.write_bytes(path.read_bytes()[:200])
+    monkeypatch.setitem(BACKENDS, "decord", lambda source: pytest.fail("another backend was tried"))
+    with pytest.raises(MediaError) as caught:
+        decode_video(source(path), SETTINGS)
+    assert caught.value.code is ReasonCode.MEDIA_UNREADABLE
+    assert "'x.mp4' cannot be decoded (pyav: " in caught.value.message
+
+
+def test_a_video_without_a_decoder_is_unreadable(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.avi", 8, 2)
+    path.write_bytes(re.sub(rb"FMP4|fmp4", b"QQQQ", path.read_bytes()))
+    with pytest.raises(MediaError) as caught:
+        decode_video(source(path), SETTINGS)
+    assert caught.value.code is ReasonCode.MEDIA_UNREADABLE
+    assert "pyav: has no decoder for the video" in caught.value.message
+
+
+def test_frames_decord_would_substitute_are_an_error(tmp_path: Path) -> None:
+    """The last frames cannot be decoded: their packets are zeros."""
+    path = write_video(tmp_path / "x.mp4", 12, 4, codec="libx264")
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as file:
+        last = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size][-3:]
+    for at, size in last:
+        content[at + 4 : at + size] = bytes(size - 4)
+    path.write_bytes(content)
+    with pytest.raises(MediaError):
+        list(DecordVideo(source(path)).frames([0, 11]))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixel_format", "size"),
+    [
+        ("x.mp4", "libx264", "yuv420p10le", (64, 48)),
+        ("x.mp4", "libx264", "yuv444p", (65, 47)),
+        ("x.webm", "libvpx", "yuv420p", (65, 47)),
+        ("x.mp4", "mpeg4", "yuv420p", (65, 47)),
+        ("x.avi", "mjpeg", "yuvj420p", (66, 50)),
+    ],
+)
+def test_colours_equal_those_of_decord(
+    tmp_path: Path, name: str, codec: str, pixel_format: str, size: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    with av.open(str(tmp_path / name), "w") as file:
+        stream = file.add_stream(codec, rate=4)
+        stream.width, stream.height, stream.pix_fmt = *size, pixel_format
+        for index in range(5):
+            frame = np.ascontiguousarray(pixels[index : index + size[1], : size[0]])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    videos = (PyavVideo(source(tmp_path / name)), DecordVideo(source(tmp_path / name)))
+    ours, others = (np.stack(list(video.frames([0, 2, 4]))) for video in videos)
+    assert np.array_equal(ours, others)
+
+
+def test_seeking_gives_the_frames_that_counting_gives(tmp_path: Path) -> None:
+    """Frames in the same key interval, in the next one, and far apart; B frames are in between."""
+    path = tmp_path / "x.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 6
+        for index in range(31):
+            pixels = np.full((48, 64, 3), 20 + 3 * index, dtype=np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    video = PyavVideo(source(path))
+    indices = [0, 1, 5, 6, 13, 17, 30]
+    sought, counted = list(video._sought(indices)), list(video._counted(indices))
+    assert len(sought) == len(counted) == len(indices)
+    assert np.array_equal(np.stack(sought), np.stack(counted))
+    assert brightness_of(sought) == pytest.approx([20 + 3 * index for index in indices], abs=3)
 
 
 def test_an_image_or_a_text_is_not_accepted_as_a_video(tmp_path: Path) -> None:
