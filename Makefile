@@ -38,7 +38,7 @@ $(ENVIRONMENT): setup.cfg setup.py pyproject.toml constraints.txt prep/media/_bi
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
 		{ echo "vlprep needs Python 3.10 to 3.13: make .venv PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[train,lora,av,ray,dev]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[train,lora,ray,dev]'
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-deps dashscope
 	@touch $@
 

@@ -12,9 +12,9 @@ import PIL
 
 from schemas.errors import ConfigError
 
-_PACKAGES = ("decord2", "numpy", "pyarrow", "tokenizers", "zstandard")
+_PACKAGES = ("av", "numpy", "pyarrow", "tokenizers", "zstandard")
 _PILLOWS = ("pillow-simd", "pillow")
-_OTHERS = ("vlprep", "av", "torchcodec", "msgspec", "xxhash")
+_OTHERS = ("vlprep", "decord2", "torchcodec", "msgspec", "xxhash")
 
 
 def software_versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ def simd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pillow_is_named_with_the_version_that_is_imported() -> None:
     versions = software_versions()
     assert versions["pillow"] == PIL.__version__ == version("pillow")
-    assert list(versions) == ["pillow", "decord2", "numpy", "pyarrow", "tokenizers", "zstandard"]
+    assert list(versions) == ["pillow", "av", "numpy", "pyarrow", "tokenizers", "zstandard"]
 
 
 def test_pillow_simd_is_recorded_in_place_of_pillow(simd: None, monkeypatch: pytest.MonkeyPatch) -> None:
