@@ -6,6 +6,8 @@ One run generates a corpus, builds it with both codecs through the command line,
 - reading the same files only: bin by bin into as much memory as the stream keeps ready, and repeatedly into one buffer
   of 1 MiB, which stays in the processor's cache but is useless for training;
 - plain ``webdataset`` over the same shards, decoded; then also with pixels decompressed, then with residuals undone;
+- LitData and MosaicML Streaming, where they are installed, over the same arrays in their own formats, unchecked
+  (Streaming imports torchvision);
 - online preprocessing of each sample: open the image, run the Hugging Face image processor, tokenize;
 - opening a set of a million bins.
 
@@ -16,21 +18,24 @@ machine has little effect. A run takes about two minutes; ``--samples`` changes 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import torch
 import webdataset
 import zstandard
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -42,12 +47,15 @@ from tests.benchmarks.photographs import write_photographs
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder
 from train.shards.index import ShardIndex, open_shards
-from train.shards.reader import ReadSettings
+from train.shards.reader import ReadSettings, read_checked_bin
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODECS = ("raw", "zstd")
 NUM_HELD = 12
 """Micro-batches of the step handed out, of the next step, and prefetched ones."""
+
+ARRAYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "grid_thw", "media_type", "pixels")
+"""The arrays of a bin."""
 
 SIZE = {"shortest_edge": 16 * 28 * 28, "longest_edge": 576 * 28 * 28}
 
@@ -141,6 +149,50 @@ def plain_webdataset(index: ShardIndex, *, decompressed: bool = False, undone: b
     return Work(tokens, int(index.num_bytes.sum()))
 
 
+def _arrays(index: ShardIndex) -> Iterator[dict[str, NDArray[Any]]]:
+    """The arrays of every bin."""
+    for bin_id in range(index.num_bins):
+        bin_ = read_checked_bin(index, bin_id)
+        yield {name: np.array(getattr(bin_, name)) for name in ARRAYS}
+
+
+def litdata(index: ShardIndex, folder: Path) -> Callable[[], Work]:
+    """Write all bins in the format of LitData; return how it reads them."""
+    from litdata import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    folder.mkdir()
+    writer = BinaryWriter(str(folder), chunk_bytes="64MB")
+    for bin_id, arrays in enumerate(_arrays(index)):
+        writer.add_item(bin_id, arrays)
+    writer.done()
+    writer.merge()
+    return lambda: _read_samples(StreamingDataset(str(folder), shuffle=False), index)
+
+
+def mosaicml_streaming(index: ShardIndex, folder: Path) -> Callable[[], Work]:
+    """Write all bins in the format of MosaicML Streaming; return how it reads them."""
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(folder), columns=dict.fromkeys(ARRAYS, "ndarray")) as writer:
+        for arrays in _arrays(index):
+            writer.write(arrays)
+    return lambda: _read_samples(StreamingDataset(local=str(folder), shuffle=False, batch_size=1), index)
+
+
+def _read_samples(samples: Iterable[Mapping[str, NDArray[Any]]], index: ShardIndex) -> Work:
+    tokens = sum(sample["input_ids"].size for sample in samples)
+    assert tokens == int(index.num_tokens.sum())
+    return Work(tokens, int(index.num_bytes.sum()))
+
+
+OTHER_FORMATS: dict[str, tuple[str, Callable[[ShardIndex, Path], Callable[[], Work]]]] = {
+    "LitData": ("litdata", litdata),
+    "MosaicML Streaming": ("streaming", mosaicml_streaming),
+}
+"""Name of a loader with a format of its own -> its module, and what prepares it."""
+
+
 class Online:
     """The work of a data loader that starts from annotations and images."""
 
@@ -188,7 +240,12 @@ def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterat
     annotations, checkpoint = make_shards(folder, num_samples)
     raw, zstd = (open_shards(folder / codec) for codec in CODECS)
     online = Online(annotations, checkpoint, min(num_samples, 32))
-    figures = measure(contenders(raw, zstd), rounds) | measure({"online": online}, 2)
+    others = {
+        name: prepare(raw, folder / module)
+        for name, (module, prepare) in OTHER_FORMATS.items()
+        if importlib.util.find_spec(module)
+    }
+    figures = measure(contenders(raw, zstd) | others, rounds) | measure({"online": online}, 2)
     planes, num_tokens = int(raw.num_patches.sum()) * 588, int(raw.num_tokens.sum())
     yield f"corpus: {num_samples} images of about a megapixel, {num_tokens:,} tokens, {raw.num_bins} bins", None
     yield f"planes: {planes / 1e6:.0f} MB, as zstd {int(zstd.num_bytes.sum()) / planes:.2f} of that", None
@@ -228,6 +285,9 @@ def compare(figures: dict[str, Figure]) -> Iterator[tuple[str, float]]:
     for name in ("files, bin by bin", "files, into one buffer"):
         yield f"raw against {name}", figures["raw"].bytes_per_s / figures[name].bytes_per_s
     yield "raw against plain webdataset", tokens("raw", "webdataset raw")
+    for name in OTHER_FORMATS.keys() & figures.keys():
+        yield f"raw against {name}", tokens("raw", name)
+        yield f"raw, unchecked, against {name}", tokens("raw, unchecked", name)
     unchecked, files = figures["raw, unchecked"], figures["files, bin by bin"]
     yield "raw, unchecked, against files, bin by bin", unchecked.bytes_per_s / files.bytes_per_s
     yield "raw, unchecked, against plain webdataset", tokens("raw, unchecked", "webdataset raw")
