@@ -47,7 +47,7 @@ _LIST_ITEM = re.compile(rf"\s*(?:(?P<number>{_NUMBER})(?![\w.])|(?P<mark>[\[\],]
 _PLAIN_NUMBER = re.compile(_NUMBER)
 _SEPARATED = re.compile(r"[^\s,]+")
 _PAIR = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
-_IMAGE_INDEX = re.compile(r"""(?P<quote>\\{0,16}["'])image_(?:id|index)(?P=quote)\s*:\s*(?P<index>\d{1,6})\b""")
+_IMAGE_INDEX = re.compile(r"""(?P<quote>\\{0,16}["'])image_(?:id|index)(?P=quote)\s*:\s*(?P<index>\d{1,15})(?![\w.])""")
 _BRACE = re.compile("[{}]")
 
 _MAX_EXCERPT = 60
@@ -100,7 +100,7 @@ class Shapes(NamedTuple):
 def may_have_shapes(text: str) -> bool:
     """Whether a text may have boxes, points or names of objects. Cheap; says yes to some texts without them."""
     # Coordinates in JSON and HTML are quoted, and a quote is found faster than a word.
-    if ('"' in text or "'" in text) and ("_2d" in text or "data-" in text or "DATA-" in text):
+    if ('"' in text or "'" in text) and any(mark in text for mark in ("_2d", "data-", "DATA-", "Data-")):
         return True
     return "<|" in text and ("<|box_start|>" in text or "<|object_ref_start|>" in text)
 
@@ -254,20 +254,17 @@ class _Objects:
         self._text = text
         self._edges: list[int] = []
         self._innermost: list[int] = []
-        self._ends: dict[int, int] = {}
-        self._images: dict[int, int | None] = {}
+        self._images: dict[int, int] = {}
 
     def image_at(self, position: int) -> int | None:
-        """``image_id`` or ``image_index`` of the innermost object around a character."""
+        """``image_id`` or ``image_index`` of the innermost object around a character, not of the objects inside it."""
         if not self._edges:
             self._find()
-        start = self._innermost[bisect.bisect_right(self._edges, position) - 1]
-        if start < 0:
-            return None
-        if start not in self._images:
-            match = _IMAGE_INDEX.search(self._text, start, self._ends.get(start, len(self._text)))
-            self._images[start] = None if match is None else int(match["index"])
-        return self._images[start]
+        return self._images.get(self._innermost_at(position))
+
+    def _innermost_at(self, position: int) -> int:
+        """Where the innermost object around a character begins; -1 outside of all objects."""
+        return self._innermost[bisect.bisect_right(self._edges, position) - 1]
 
     def _find(self) -> None:
         self._edges, self._innermost = [-1], [-1]
@@ -276,9 +273,13 @@ class _Objects:
             if brace.group() == "{":
                 opened.append(brace.start())
             elif len(opened) > 1:
-                self._ends[opened.pop()] = brace.start()
+                opened.pop()
             self._edges.append(brace.start())
             self._innermost.append(opened[-1])
+        for match in _IMAGE_INDEX.finditer(self._text):
+            start = self._innermost_at(match.start())
+            if start >= 0:
+                self._images.setdefault(start, int(match["index"]))
 
 
 def _shapes_at(text: str, match: re.Match[str], objects: _Objects, *, is_answer: bool) -> Iterator[Shape]:

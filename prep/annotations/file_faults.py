@@ -22,9 +22,9 @@ from storage.urls import Location
 _HEAD_BYTES = 1 << 16
 _MARK = b"\xef\xbb\xbf"
 _UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|[{\[]\0|\0[{\[]")
-_TRAILING_COMMA = "trailing comma in object"
+_TRAILING_COMMA = "trailing comma in"
 
-_CELL = rb'(?:[\w .\x80-\xff-]*| *"[^"]*" *)'
+_CELL = rb'(?:[\w .:/?%#&()\x80-\xff-]*| *"[^"]*" *)'
 _TABLE_HEADS = {
     name: re.compile(rb"(?=.*[\w\x80-\xff])%b(?:%b%b)+" % (_CELL, separator, _CELL))
     for name, separator in (("comma", b","), ("tab", b"\t"), ("semicolon", b";"))
@@ -74,8 +74,8 @@ def _line_commas(text: bytes, name: str) -> str | None:
         )
     if all(_TRAILING_COMMA in _fault(line) for line in complete):
         return (
-            "has a comma before the closing brace of each record, which JSON does not allow. Remove these commas, or "
-            "write the file with a JSON library"
+            "has a comma before a closing brace or bracket in each record, which JSON does not allow. Remove these "
+            "commas, or write the file with a JSON library"
         )
     return None
 

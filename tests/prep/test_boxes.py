@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from fractions import Fraction
 
 import pytest
@@ -45,6 +46,7 @@ def rewritten(text: str, coordinates: str = "pixels", *sizes: ImageSize) -> str:
         ('{\\"bbox_2d\\": [100, 200, 300, 400]}', '{\\"bbox_2d\\": [98, 196, 294, 392]}'),
         ('<p data-bbox="100 200 300 400">x</p>', '<p data-bbox="98 196 294 392">x</p>'),
         ('<P DATA-BBOX="100 200 300 400">x</P>', '<P DATA-BBOX="98 196 294 392">x</P>'),
+        ("<p Data-Bbox='100 200 300 400'>x</p>", "<p Data-Bbox='98 196 294 392'>x</p>"),
         ('<div data-polygon="100 0 0 100 50 50 7 7"/>', '<div data-polygon="98 0 0 98 49 49 7 7"/>'),
         ("<|box_start|>(100,200),(300,400)<|box_end|>", "<|box_start|>(98,196),(294,392)<|box_end|>"),
         ("<|box_start|>(100,200)<|box_end|>", "<|box_start|>(98,196)<|box_end|>"),
@@ -80,15 +82,26 @@ def test_the_image_is_the_one_that_the_object_names() -> None:
         ' {"label": {"image_id": 1}, "bbox_2d": [0, 0, 1, 1]}]'
     )
     shapes, _ = find_shapes(text)
-    assert [shape.image for shape in shapes] == [1, 0, 1]
-    shapes, _ = find_shapes('[{"image_id": 1}, {"bbox_2d": [0, 0, 1, 1]}]')
-    assert [shape.image for shape in shapes] == [None]
+    assert [shape.image for shape in shapes] == [1, 0, None]
+    for elsewhere in ('[{"image_id": 1}, {"bbox_2d": [0, 0, 1, 1]}]', '{"image_id": 1.5, "bbox_2d": [0, 0, 1, 1]}'):
+        assert [shape.image for shape in find_shapes(elsewhere).shapes] == [None]
+    (shape,) = find_shapes('{"image_id": 39713312, "bbox_2d": [0, 0, 1, 1]}').shapes
+    assert shape.image == 39713312
     assert json.loads(rewritten(text[: text.index("}, {")] + "}]", "pixels", SIZE, HALF))[0]["bbox_2d"] == [
         98,
         56,
         980,
         560,
     ]
+
+
+def test_boxes_of_nested_objects_are_found_in_time_that_grows_with_the_text() -> None:
+    """Twenty thousand objects take a fraction of a second; a search in each of them would take minutes."""
+    count = 20_000
+    start = time.process_time()
+    shapes, _ = find_shapes('{"bbox_2d":[1,2,3,4],"a":' * count + "0" + "}" * count)
+    assert len(shapes) == count
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(
