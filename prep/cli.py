@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import click
 
@@ -37,6 +37,10 @@ from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
 from storage.memory import require_address_space
 from storage.urls import Location, Url
+
+if TYPE_CHECKING:
+    from prep.inspect.transcript import Transcriber
+    from storage.shard_set import ShardSet
 
 P = ParamSpec("P")
 
@@ -344,23 +348,39 @@ def verify_command(folder: Location, workers: int | None, engine: str, ray_addre
 
 @main.command("show")
 @click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
-@click.option("--bin", "bin_id", type=click.IntRange(min=0), required=True, help="Id of the bin.")
+@click.option("--bin", "bin_id", type=click.IntRange(min=0), help="Id of the bin.")
+@click.option("--step", type=click.IntRange(min=0), help="DIR is the folder of a run: show the bins of this step.")
+@click.option("--token-level", is_flag=True, help="List the tokens with ids, labels and positions instead of the text.")
 @click.option("--save", type=FOLDER, help="Write the images of the bin into this folder, as PNG files.")
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
 )
 @_guarded
-def show_command(folder: Location, bin_id: int, save: Path | None, model: str) -> None:
-    """Print one bin of the shards in DIR: text, media, and what is trained."""
+def show_command(
+    folder: Location, bin_id: int | None, step: int | None, token_level: bool, save: Path | None, model: str
+) -> None:
+    """Print one bin of the shards in DIR, or the bins of a training step: text, media, and what is trained."""
     from prep.inspect.show import save_frames, show
+    from prep.inspect.step import shown_bins
+    from prep.inspect.terminal import open_console, print_bin, wants_colour
     from prep.inspect.transcript import open_transcriber
     from storage.shard_set import open_set
 
-    shards = open_set(folder)
-    transcriber = open_transcriber(model, shards.manifest)
-    _print(show(shards, bin_id, transcriber, colour=sys.stdout.isatty()))
-    if save is not None:
-        _print(f"\n{counted(len(save_frames(shards, bin_id, save, transcriber)), 'PNG file')} written to {save}")
+    console = open_console()
+    sets: dict[Location, tuple[ShardSet, Transcriber]] = {}
+    for heading, shards_folder, shown_bin in shown_bins(folder, bin_id=bin_id, step=step):
+        if shards_folder not in sets:
+            shards = open_set(shards_folder)
+            sets[shards_folder] = shards, open_transcriber(model, shards.manifest)
+        shards, transcriber = sets[shards_folder]
+        if heading:
+            _print(heading)
+        if console is not None:
+            print_bin(console, shards, shown_bin, transcriber, token_level=token_level)
+        else:
+            _print(show(shards, shown_bin, transcriber, colour=wants_colour(), token_level=token_level))
+        if save is not None:
+            _print(f"\n{counted(len(save_frames(shards, shown_bin, save, transcriber)), 'PNG file')} written to {save}")
 
 
 @main.command("report")

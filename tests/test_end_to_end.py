@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from prep.cli import main as vlprep_command
 from storage.shard_set import read_manifest
 from tests.prep.commands import Command
 from tests.prep.corpus import turn
@@ -89,6 +91,16 @@ def test_real_images_and_videos_become_shards_and_the_loss_falls_in_twelve_steps
     assert (facts.world_size, facts.global_batch, facts.num_steps) == (2, 2, 12)
     shown = order("--run", real / "run", "--step", 11)
     assert shown.startswith("step 11, epoch ") and "annotations.jsonl:" in shown
+    bins = CliRunner().invoke(
+        vlprep_command, ["show", str(real / "run"), "--step", "11", "--model", str(tiny_checkpoint)]
+    )
+    assert bins.exit_code == 0, bins.output
+    ranks = [f"step 11, micro-step 0, rank {rank}" for rank in (0, 1)]
+    assert re.findall("^━━ (.*) ━━$", bins.stdout, re.MULTILINE) == ranks
+    numbers = [
+        re.findall(pattern, text) for pattern, text in ((r", bin (\d+) at", bins.stdout), (r"    bin (\d+) \(", shown))
+    ]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 2
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     _, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(real / "run" / "final", output_loading_info=True)

@@ -42,16 +42,21 @@ def shapes_by_image(
     return result
 
 
-def draw_shapes(image: Image.Image, shapes: Sequence[Shape]) -> Image.Image:
+def draw_shapes(image: Image.Image, shapes: Sequence[Shape], *, width: int | None = None) -> Image.Image:
     """A copy of a stored image with shapes on it, whose coordinates are its pixels.
 
     Shapes are cut at the edges of the image, since a set from elsewhere may have any numbers.
+
+    Args:
+        image: the image.
+        shapes: boxes, points and polygons.
+        width: of the lines in pixels. None follows the size of the image.
     """
     drawn = image.copy()
     if not shapes:
         return drawn
     draw = ImageDraw.Draw(drawn)
-    width = max(2, max(image.size) // 200)
+    width = width or max(2, max(image.size) // 200)
     for shape, colour in zip(shapes, cycle(_COLOURS)):
         limits = cycle(image.size)
         numbers = [min(max(float(value), -1.0), limit + 1.0) for value, limit in zip(shape.values, limits)]

@@ -22,7 +22,7 @@ from prep.inspect.transcript import ESCAPED_NOTE, Span, SpanKind, Transcriber, s
 from schemas.annotation import SampleBox
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
-from schemas.qwen import IMAGE_PAD, VIDEO_PAD, Grid
+from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD, Grid
 from schemas.tables import LedgerRow
 from schemas.wording import counted, printable
 from storage.pixels import decode_frames
@@ -92,7 +92,9 @@ def samples_of(shards: ShardSet, bin_: Bin, rows: Sequence[LedgerRow] | None = N
     ]
 
 
-def show(shards: ShardSet, bin_id: int, transcriber: Transcriber, *, colour: bool) -> str:
+def show(
+    shards: ShardSet, bin_id: int, transcriber: Transcriber, *, colour: bool = False, token_level: bool = False
+) -> str:
     """Render a bin as text.
 
     Args:
@@ -100,27 +102,63 @@ def show(shards: ShardSet, bin_id: int, transcriber: Transcriber, *, colour: boo
         bin_id: number of the bin.
         transcriber: reads the token ids.
         colour: mark trained text by colour instead of ``[[`` and ``]]``.
+        token_level: list the tokens with their ids, labels and positions instead of the text.
 
     Raises:
         ConfigError: the set has no such bin.
         ShardError: the shard is damaged.
     """
-    row, bin_ = shards.row(bin_id), shards.read(bin_id)
-    mark = _styled("trained") if colour else f"{_OPEN}trained{_CLOSE}"
-    lines = [
-        f"{shards.folder / row.where}, {row.num_bytes:,} bytes",
-        f"{row.num_tokens:,} of {shards.manifest.settings.max_length:,} tokens, {row.num_targets:,} of them {mark}; "
-        f"{counted(row.num_samples, 'sample')}, {counted(row.num_images, 'image')}, "
-        f"{counted(row.num_videos, 'video')}, {row.num_patches:,} patches",
-    ]
+    bin_ = shards.read(bin_id)
+    lines = head_lines(shards, bin_id, mark=_styled("trained") if colour else f"{_OPEN}trained{_CLOSE}")
     for slot, sample in enumerate(samples_of(shards, bin_)):
-        lines += ["", f"── sample {slot} ── {_origin(sample.row)}"]
+        lines += ["", f"── sample {slot} ── {origin(sample.row)}"]
         lines += [f"   {describe_medium(index, grid, kind)}" for index, grid, kind in sample.media]
+        if token_level:
+            lines += token_lines(bin_, sample, transcriber)
+            continue
         tokens = slice(sample.first, sample.last)
         spans = list(transcriber.spans(bin_.input_ids[tokens], bin_.labels[tokens]))
         lines += [f"   {ESCAPED_NOTE}"] if any(map(spells_token, spans)) else []
         lines.append(render(spans, colour=colour).rstrip("\n"))
     return "\n".join(lines)
+
+
+def head_lines(shards: ShardSet, bin_id: int, *, mark: str) -> list[str]:
+    """Where a bin lies and what it holds. ``mark`` is how the word "trained" looks."""
+    row = shards.row(bin_id)
+    return [
+        f"{shards.folder / row.where}, {row.num_bytes:,} bytes",
+        f"{row.num_tokens:,} of {shards.manifest.settings.max_length:,} tokens, {row.num_targets:,} of them {mark}; "
+        f"{counted(row.num_samples, 'sample')}, {counted(row.num_images, 'image')}, "
+        f"{counted(row.num_videos, 'video')}, {row.num_patches:,} patches",
+    ]
+
+
+def token_lines(bin_: Bin, sample: ShownSample, transcriber: Transcriber) -> list[str]:
+    """A table of the tokens of a sample: index in the bin, id, label (``·`` where none is trained), position, text.
+
+    Of a run of pads, only the first and the last are listed.
+    """
+    lines = [_token_line(("index", "id", "label", "t", "h", "w"), "token")]
+    ids, labels = bin_.input_ids.tolist(), bin_.labels.tolist()
+    index = sample.first
+    while index < sample.last:
+        label = "·" if labels[index] == IGNORE_INDEX else labels[index]
+        text = printable(transcriber.token(ids[index])).replace("\n", r"\n").replace("\t", r"\t")
+        lines.append(_token_line((index, ids[index], label, *bin_.position_ids[:, index].tolist()), text))
+        index += 1
+        end = index
+        while ids[index - 1] in (IMAGE_PAD, VIDEO_PAD) and end < sample.last and ids[end] == ids[index - 1]:
+            end += 1
+        if end - index > 1:
+            lines.append(f"{'…':>7} {counted(end - index - 1, 'more pad')}")
+            index = end - 1
+    return lines
+
+
+def _token_line(values: Sequence[object], text: str) -> str:
+    index, token, label, *position = values
+    return f"{index:>7} {token:>7} {label:>7} " + "".join(f"{axis:>6}" for axis in position) + f"  {text}"
 
 
 def render(spans: Iterable[Span], *, colour: bool) -> str:
@@ -211,7 +249,8 @@ def _dimmed(text: str) -> str:
     return click.style(text, dim=True)
 
 
-def _origin(row: LedgerRow) -> str:
+def origin(row: LedgerRow) -> str:
+    """Where a sample comes from, and how long it is."""
     name = f", id {printable(row.id)}" if row.id is not None else ""
     return (
         f"{printable(row.dataset)}, {printable(row.file)}:{row.line} (record {row.record}{name}): "

@@ -108,6 +108,12 @@ class Transcriber:
                 text, kind = self._text(input_ids[start:end].tolist()), SpanKind.TEXT
             yield Span(kind, text, bool(trained[start]))
 
+    def token(self, token: int) -> str:
+        """Text of one token: a replacement character for a part of a character, or without a tokenizer."""
+        if token in _CONTROL_TEXTS or self._tokenizer is None:
+            return _CONTROL_TEXTS.get(token, "\N{REPLACEMENT CHARACTER}")
+        return self._text([token])
+
     def _text(self, ids: list[int]) -> str:
         if self._tokenizer is None:
             return f"⟨{counted(len(ids), 'token')}⟩"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from rich.console import Console
 from tokenizers import Tokenizer
 
+from prep.annotations.boxes import number_shape
 from prep.cli import main
-from prep.inspect.show import render
-from prep.inspect.transcript import Span, SpanKind, Transcriber, cached_transcriber
+from prep.inspect.show import render, show
+from prep.inspect.terminal import blocks, open_console, print_bin, wants_colour
+from prep.inspect.transcript import Span, SpanKind, Transcriber, cached_transcriber, open_transcriber
 from schemas.qwen import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import printable
@@ -108,6 +114,100 @@ def test_media_are_listed_with_their_samples(finished: Path, tiny_checkpoint: Pa
         ]
         indices += [int(index.rstrip(":")) for _, index in listed]
     assert indices == list(range(len(indices)))
+
+
+def test_tokens_are_listed_with_their_ids_labels_and_positions(small: Path, tiny_checkpoint: Path) -> None:
+    """Every token that is no pad has a line, and so have the first and the last pad of the image."""
+    result = run(small, "--bin", 0, "--model", tiny_checkpoint, "--token-level")
+    assert result.exit_code == 0
+    head, *lines = result.stdout.splitlines()[5:]
+    assert head.split() == ["index", "id", "label", "t", "h", "w", "token"]
+    bin_ = open_set(small).read(0)
+    pads = np.flatnonzero(bin_.input_ids == IMAGE_PAD)
+    kept = [index for index in range(bin_.input_ids.size) if index not in pads[1:-1]]
+    assert lines.pop(kept.index(pads[-1])).split() == ["…", "4", "more", "pads"]
+    for index, line in zip(kept, lines, strict=True):
+        label = bin_.labels[index]
+        numbers = [index, bin_.input_ids[index], "·" if label == -100 else label, *bin_.position_ids[:, index]]
+        assert line.split()[:6] == [str(value) for value in numbers]
+    texts = [line[44:] for line in lines]
+    assert texts[:3] == ["<|im_start|>", "system", r"\n"]
+    assert r"\x07" in texts
+    # The grid is 4x6 patches, so the pads of the image lie in 2x3 positions.
+    first, last = (bin_.position_ids[:, index] for index in pads[[0, -1]])
+    assert (last - first).tolist() == [0, 1, 2]
+
+
+def test_either_a_bin_or_a_step_is_shown(small: Path, tmp_path: Path) -> None:
+    both, neither = run(small, "--bin", 0, "--step", 0), run(small)
+    assert both.exit_code == neither.exit_code == 2
+    assert "give either --bin N, of the shards in DIR, or --step N, of the run in DIR" in both.stderr
+
+
+def test_what_train_order_says_about_a_run_is_passed_on(tmp_path: Path) -> None:
+    result = run(tmp_path, "--step", 0)
+    assert result.exit_code == 2
+    assert "settings.toml does not exist: give the folder of a run that has started" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+# A terminal with rich
+
+
+def test_a_terminal_shows_the_same_text_and_the_images_as_blocks(small: Path, tiny_checkpoint: Path) -> None:
+    shards = open_set(small)
+    transcriber = open_transcriber(str(tiny_checkpoint), shards.manifest)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="truecolor", width=120)
+    print_bin(console, shards, 0, transcriber, token_level=False)
+    shown = screen.getvalue()
+    plain = re.sub("\x1b\\[[0-9;]*m", "", shown)
+    assert "\x1b[31m-1" not in shown and "id page\\x1b[31m-1" in plain
+    for line in show(shards, 0, transcriber).replace("[[", "").replace("]]", "").splitlines():
+        assert line.strip("─ ").removeprefix("sample 0 ── ") in plain
+    assert "\x1b[1;32mNoise.↵" in shown
+    # 84x56 pixels are scaled to 56 columns: two rows of pixels in each line.
+    blocks = [line for line in plain.splitlines() if line.startswith("▀")]
+    assert {len(line) for line in blocks} == {56}
+    assert len(blocks) == round(56 / 84 * 56 / 2)
+    colours = re.findall(r"\x1b\[38;2;(\d+);(\d+);(\d+);48;2;", shown)
+    assert len(set(colours)) > 100
+
+
+def test_a_terminal_lists_tokens_and_has_no_blocks_without_enough_colours(small: Path, tiny_checkpoint: Path) -> None:
+    shards = open_set(small)
+    transcriber = open_transcriber(str(tiny_checkpoint), shards.manifest)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=120)
+    print_bin(console, shards, 0, transcriber, token_level=True)
+    assert "▀" not in screen.getvalue()
+    trained = [line for line in screen.getvalue().splitlines() if line.startswith("\x1b[1;32m")]
+    assert len(trained) == sets.place_of(small, 0)["num_targets"]
+
+
+def test_boxes_are_drawn_on_blocks() -> None:
+    frames = np.zeros((1, 3, 280, 280), dtype=np.uint8)
+    box = number_shape([70, 70, 210, 210], image=None)[1]
+    black, drawn = (blocks(frames, shapes, 120) for shapes in ((), (box,)))
+    assert len({span.style for span in black.spans}) == 1
+    assert len({span.style for span in drawn.spans}) > 1
+
+
+@pytest.mark.parametrize("variable", [("NO_COLOR", "1"), ("TERM", "dumb"), None])
+def test_colours_are_for_terminals_that_want_them(
+    monkeypatch: pytest.MonkeyPatch, variable: tuple[str, str] | None
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert open_console() is None
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    if variable is not None:
+        monkeypatch.setenv(*variable)
+    assert (open_console() is None) == (variable is not None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert open_console() is None
+    assert wants_colour() == (variable is None)
 
 
 def test_a_different_tokenizer_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from click.testing import CliRunner, Result
 from tests.train.synthetic import make_bins, write_shards
 from train.model import pretrained
 from train.order.cli import main
-from train.order.explain import explain_step
+from train.order.explain import deal_step, explain_step
 from train.run.plan import make_plan
 from train.run.record import record_run
 from train.settings.flags import parse_arguments
@@ -74,6 +75,11 @@ def test_steps_are_those_of_the_run(
             result = order(*command, "--step", step)
             assert result.exit_code == 0, result.output
             assert result.output.splitlines() == expected
+    dealt = deal_step(plan.order, 1, world_size=1, accumulation=4)
+    listed = json.loads(order(*words, "--step", 1, "--json").output)
+    assert [(row["micro_step"], row["rank"]) for row in listed] == [(index // 2, 0) for index in range(8)]
+    global_bins = [12 * (Path(row["folder"]).name == "b") + row["bin"] for row in listed]
+    assert global_bins == dealt.ravel().tolist()
 
 
 def test_a_run_bounded_by_steps_alone_has_an_endless_order(
@@ -104,6 +110,7 @@ def test_a_run_bounded_by_steps_alone_has_an_endless_order(
             "give --run FOLDER, or all of --shards, --world-size and either --global-batch or --samples-per-step.",
         ),
         ("--step 1 --run a --shards b --seed 3", "--run a has settings of its own: leave out --seed, --shards."),
+        ("--simulate --json --run a", "--json has no effect with --simulate. Leave it out, or give --step N."),
         ("--step 1 --run nowhere", "settings.toml does not exist: give the folder of a run that has started"),
         ("--step 1 --shards a --global-batch 4 --world-size 2 --seed -1", "--seed is -1; allowed: 0 or more."),
         ("--step 1 --shards a --global-batch 4 --world-size 2 --epochs 0", "--num_train_epochs is 0.0; allowed: more"),

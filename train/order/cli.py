@@ -9,7 +9,7 @@ Cost: that of :mod:`train.order.explain` or :mod:`train.order.simulate`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
 from schemas.setting import setting_fields
 from train.order.dealing import DataOrder
-from train.order.explain import explain_step
+from train.order.explain import deal_step, explain_step, step_json
 from train.order.run_order import order_of_run
 from train.order.simulate import NUM_STEPS, report, simulate
 from train.settings.arguments import TrainArguments
@@ -60,6 +60,7 @@ class ShownOrder:
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path), help="Folder of a run, with settings.toml.")
 @click.option("--shards", help=_PLANNED + "folders or URLs, with weights if need be, as the trainer takes them.")
 @click.option("--step", type=click.IntRange(min=0), help="Print this step, counted from 0.")
+@click.option("--json", "as_json", is_flag=True, help="With --step: print only its bins, as a JSON list.")
 @click.option("--simulate", "simulated", is_flag=True, help="Summarize many steps instead of printing a step.")
 @click.option("--global-batch", type=click.IntRange(min=1), help=_PLANNED + "bins of a step over all ranks.")
 @_run_setting("samples_per_step", "--samples-per-step", unset="--global-batch bins")
@@ -94,7 +95,13 @@ class ShownOrder:
     help="With --simulate: training speed over all ranks.",
 )
 def main(
-    run: Path | None, step: int | None, simulated: bool, num_steps: int, tokens_per_s: float, **planned: Any
+    run: Path | None,
+    step: int | None,
+    as_json: bool,
+    simulated: bool,
+    num_steps: int,
+    tokens_per_s: float,
+    **planned: Any,
 ) -> None:
     """Print bins, ranks, costs and source samples of a training step, or summarize many steps (--simulate).
 
@@ -104,11 +111,17 @@ def main(
     try:
         if (step is None) == (not simulated):
             raise ConfigError("give either --step N or --simulate.")
+        if as_json and step is None:
+            raise ConfigError("--json has no effect with --simulate. Leave it out, or give --step N.")
         if not 0 < tokens_per_s < math.inf:
             raise ConfigError(f"--tokens-per-s is {tokens_per_s}; allowed: a positive number.")
         shown = open_order(run, planned)
         ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
-        if step is not None:
+        lines: Iterable[str]
+        if step is not None and as_json:
+            dealt = deal_step(shown.order, step, **ranks, per_device=shown.per_device)
+            lines = [step_json(shown.index, dealt)]
+        elif step is not None:
             lines = explain_step(shown.index, shown.order, step, **ranks, per_device=shown.per_device)
         else:
             simulation = simulate(shown.index, shown.order, num_steps=num_steps, **ranks, per_device=shown.per_device)

@@ -8,6 +8,7 @@ Cost: the index, and a filtered pass over the ledger.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from schemas.errors import ConfigError, ShardError
 from schemas.tables import SAMPLES_FILE
 from schemas.wording import counted
 from storage.shard_set import read_packed
+from storage.urls import Url
 from train.order.dealing import EMPTY, DataOrder
 from train.shards.index import ShardIndex
 
@@ -79,6 +81,38 @@ def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> 
     return per_device
 
 
+def deal_step(
+    order: DataOrder, step: int, *, world_size: int, accumulation: int, per_device: int | None = None
+) -> NDArray[np.int64]:
+    """The bins of a step, (A, W, P) int64: micro-steps, ranks, bins of a rank.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the order has no such step.
+    """
+    if per_device is None:
+        per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
+    if order.num_steps is not None and step >= order.num_steps:
+        raise ConfigError(f"step is {step}, but the order ends after {order.num_steps} steps, which count from 0.")
+    return order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
+
+
+def step_json(index: ShardIndex, dealt: NDArray[np.int64]) -> str:
+    """The bins of a step for another program: a JSON list of ``{micro_step, rank, folder, bin}``.
+
+    Args:
+        index: the set of shards.
+        dealt: (A, W, P) int64 as of :func:`deal_step`. Empty positions are left out.
+    """
+    bins = []
+    for (micro_step, rank, _), bin_id in np.ndenumerate(dealt):
+        if bin_id != EMPTY:
+            folder = index.folders[index.folder_of(int(bin_id))]
+            place = folder.url if isinstance(folder, Url) else str(folder)
+            row = {"micro_step": micro_step, "rank": rank, "folder": place, "bin": int(index.local_bin[bin_id])}
+            bins.append(row)
+    return json.dumps(bins)
+
+
 def explain_step(
     index: ShardIndex,
     order: DataOrder,
@@ -102,12 +136,8 @@ def explain_step(
         ConfigError: the global batch is not a multiple of ranks times micro-steps, or the order has no such step.
         ShardError: a ledger is missing, or does not know a bin.
     """
-    if per_device is None:
-        per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
-    if order.num_steps is not None and step >= order.num_steps:
-        raise ConfigError(f"step is {step}, but the order ends after {order.num_steps} steps, which count from 0.")
     # (A, W, P): micro-steps, ranks, bins of a rank
-    dealt = order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
+    dealt = deal_step(order, step, world_size=world_size, accumulation=accumulation, per_device=per_device)
     samples = source_samples(index, dealt[dealt != EMPTY].tolist())
     # (A, W): cost of a rank in a micro-step
     load = np.where(dealt == EMPTY, 0.0, order.cost[dealt]).sum(axis=2)

@@ -1,0 +1,67 @@
+"""The bins of a training step, for ``vlprep show --step``.
+
+Input: the folder of a run, and a step. Output: a :class:`StepBin` for each bin that a rank computes. The order belongs
+to the trainer, which the preparation does not import: ``python -m train.order`` runs as a process and answers in JSON.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from schemas.errors import ConfigError, VlprepError
+from storage.urls import Location, Url, parse_location
+
+
+class StepBin(msgspec.Struct, frozen=True, kw_only=True):
+    """A bin of a step: the micro-step and the rank that computes it, its set of shards, its number there."""
+
+    micro_step: int
+    rank: int
+    folder: str
+    bin: int
+
+
+def shown_bins(folder: Location, *, bin_id: int | None, step: int | None) -> Iterator[tuple[str, Location, int]]:
+    """What ``show`` prints: for each bin a heading, its set of shards, and its number there.
+
+    Args:
+        folder: a set of shards, or with ``step`` the folder of a run.
+        bin_id: a bin of the set.
+        step: a step of the run.
+
+    Raises:
+        ConfigError: both or neither are given; otherwise as :func:`bins_of_step`.
+    """
+    if (bin_id is None) == (step is None):
+        raise ConfigError("give either --bin N, of the shards in DIR, or --step N, of the run in DIR.")
+    if bin_id is not None:
+        yield "", folder, bin_id
+    elif step is not None:
+        if isinstance(folder, Url):
+            raise ConfigError(f"--step needs the folder of a run, which is not behind a URL such as {folder}.")
+        for index, shown in enumerate(bins_of_step(folder, step)):
+            heading = f"━━ step {step}, micro-step {shown.micro_step}, rank {shown.rank} ━━"
+            yield f"\n{heading}" if index else heading, parse_location(shown.folder), shown.bin
+
+
+def bins_of_step(run: Path, step: int) -> list[StepBin]:
+    """Ask ``train.order`` for the bins of a step.
+
+    Raises:
+        ConfigError: the folder is not that of a run, or the run has no such step.
+        VlprepError: its shards are incomplete, or the trainer is not installed.
+    """
+    command = [sys.executable, "-m", "train.order", "--run", str(run), "--step", str(step), "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if answer.returncode:
+        lines = answer.stderr.strip().splitlines() or ["it ended without a message"]
+        reason = lines[-1].removeprefix("error: ")
+        if answer.returncode == ConfigError.exit_code:
+            raise ConfigError(reason)
+        raise VlprepError(f"python -m train.order failed for step {step} of {run}: {reason}")
+    return msgspec.json.decode(answer.stdout, type=list[StepBin])
