@@ -89,6 +89,7 @@ $(TINY_MODEL): | $(ENVIRONMENT)
 bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machine and versions
 	$(BIN)/python -m tests.benchmarks.validation
 	$(BIN)/python -m tests.benchmarks.packing
+	$(BIN)/python -m tests.benchmarks.resize
 	$(BIN)/python -m tests.benchmarks.build
 	$(BIN)/python -m tests.benchmarks.memory --annotations 100000
 	$(BIN)/python -m tests.benchmarks.stream

@@ -151,19 +151,23 @@ class PyavVideo:
             import av
 
             self._error = av.FFmpegError
+            shown: list[tuple[int | None, bool]] = []
+            first: VideoFrame | None = None
             with self._opened() as (container, stream):
-                shown = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-                self.num_frames = len(shown)
+                for packet in container.demux(stream):
+                    # The last packet is empty. It makes the decoder hand over what it holds back.
+                    if first is None:
+                        first = next(iter(packet.decode()), None)
+                    if packet.size and not packet.is_discard:
+                        shown.append((packet.pts, packet.is_keyframe))
                 self.fps = float(stream.average_rate or 0)
-            times = [packet.pts for packet in shown]
-            self._times = sorted(time for time in times if time is not None)
-            self._key_times = sorted(packet.pts for packet in shown if packet.is_keyframe and packet.pts is not None)
-            self._has_index = container_type.has_index and len(set(self._times)) == len(times)
-            with self._opened() as (container, stream):
-                first = next(container.decode(stream), None)
-                sideways = first is not None and round(first.rotation / 90) % 2 == 1
-                size = (0, 0) if first is None else (first.height, first.width)
-                self.height, self.width = size[::-1] if sideways else size
+        self.num_frames = len(shown)
+        self._times = sorted(time for time, _ in shown if time is not None)
+        self._key_times = sorted(time for time, is_key in shown if is_key and time is not None)
+        self._has_index = container_type.has_index and len(set(self._times)) == len(shown)
+        size = (0, 0) if first is None else (first.height, first.width)
+        sideways = first is not None and round(first.rotation / 90) % 2 == 1
+        self.height, self.width = size[::-1] if sideways else size
 
     def frames(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """See :class:`Video`."""
