@@ -42,6 +42,9 @@ SYNCHRONIZING = {
 }
 """Operations whose result, or its size, must be copied back from the device."""
 
+INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
+"""Operations that look for the nonzero elements of a mask if they are given one instead of positions."""
+
 COPIES = ("tolist", "cpu", "numpy")
 """Methods that copy from the device. On a CPU they copy nothing and dispatch no operation."""
 
@@ -63,7 +66,10 @@ class SyncRecorder(TorchDispatchMode):
         return copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in SYNCHRONIZING:
+        by_mask = func.overloadpacket in INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if by_mask or func.overloadpacket in SYNCHRONIZING:
             self.calls.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -163,6 +169,11 @@ def test_an_operation_that_synchronizes_would_be_noticed(
         recorder.calls.clear()
         PackedQwen(hf, attn_implementation="sdpa")(bins()[0])
     assert recorder.calls == 3 * len(hf.model.visual.blocks) * ["tolist"]
+    values, mask = torch.ones(3, requires_grad=True), torch.tensor([True, False, True])
+    with monkeypatch.context() as patch, SyncRecorder(patch) as recorder:
+        values[mask].sum().backward()
+        torch.zeros(3)[mask] = 1.0
+    assert recorder.calls == ["aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default"]
 
 
 @NEEDS_FLASH_ATTENTION
