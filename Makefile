@@ -87,6 +87,7 @@ $(TINY_MODEL): | $(ENVIRONMENT)
 	$(BIN)/python -m train.tiny_model $(dir $@)
 
 bench: $(ENVIRONMENT) ## benchmarks: ratios side by side in one run, with machine and versions
+	$(BIN)/python -m tests.benchmarks.startup
 	$(BIN)/python -m tests.benchmarks.validation
 	$(BIN)/python -m tests.benchmarks.packing
 	$(BIN)/python -m tests.benchmarks.resize

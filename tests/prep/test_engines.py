@@ -24,18 +24,8 @@ from prep.media.sandbox import sandbox
 from schemas.annotation import ReasonCode
 from schemas.errors import ConfigError, MediaError, ShardError, VlprepError
 from tests.prep.alive import alive
-from tests.prep.ray_cluster import NodeProcesses
 
 pytestmark = pytest.mark.slow
-
-NAMES = ("serial", "local", "ray")
-
-
-@pytest.fixture(scope="module")
-def ray_engine(ray_cluster: NodeProcesses) -> Iterator[Engine]:
-    """The ray engine on an existing cluster."""
-    with open_engine("ray", ray_address=ray_cluster.address) as engine:
-        yield engine
 
 
 @pytest.fixture
@@ -44,18 +34,18 @@ def local_engine() -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=["serial", "local"])
 def engine(request: pytest.FixtureRequest) -> Engine:
+    """Every engine. ``test_ray_engine`` runs the tests that use it, and those of ``parallel``, on a cluster."""
     if request.param == "serial":
         return SerialEngine()
-    instance: Engine = request.getfixturevalue(f"{request.param}_engine")
+    instance: Engine = request.getfixturevalue("local_engine")
     return instance
 
 
-@pytest.fixture(params=NAMES[1:])
-def parallel(request: pytest.FixtureRequest) -> Engine:
-    instance: Engine = request.getfixturevalue(f"{request.param}_engine")
-    return instance
+@pytest.fixture(params=["local"])
+def parallel(local_engine: Engine) -> Engine:
+    return local_engine
 
 
 def square(value: int) -> int:
@@ -306,10 +296,6 @@ def test_a_process_whose_parent_is_dead_already_ends_at_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout) == (1, b"")
-
-
-def test_a_task_whose_worker_dies_is_run_again_on_ray(ray_engine: Engine, tmp_path: Path) -> None:
-    assert list(ray_engine.map(partial(die_once, tmp_path), range(4))) == [0, 1, 2, 3]
 
 
 def test_a_task_that_kills_every_worker_stops_the_build_and_says_how_to_resume(parallel: Engine) -> None:

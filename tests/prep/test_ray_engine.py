@@ -8,12 +8,12 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -24,13 +24,16 @@ from click.testing import CliRunner
 from prep.annotations.registry import find_sources
 from prep.build.pipeline import BuildRequest, build
 from prep.cli import main
-from prep.engines import SerialEngine, open_engine
+from prep.engines import Engine, SerialEngine, open_engine, ray_nodes
+from prep.engines import ray_cluster as ray_engine_cluster
 from schemas.errors import ConfigError
 from schemas.manifest import METRICS_FILE
 from schemas.settings import BuildSettings
 from tests.guides import blocks
+from tests.prep import test_engines as laws
+from tests.prep.commands import Command
 from tests.prep.corpus import write_corpus
-from tests.prep.ray_cluster import NodeProcesses, kill_while_it_runs
+from tests.prep.ray_cluster import ENVIRONMENT, NodeProcesses, kill_while_it_runs
 
 pytestmark = pytest.mark.slow
 
@@ -64,14 +67,36 @@ def leftovers(out: Path) -> list[Path]:
     return [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
-def build_command(corpus: Path, out: Path, model: Path, *options: str) -> list[str]:
-    command = [sys.executable, "-c", "from prep.cli import main; main()", "build", str(corpus), "--out", str(out)]
-    sizes = ["--max-length", str(SETTINGS.max_length), "--shard-bytes", str(SETTINGS.shard_bytes)]
-    return [*command, "--model", str(model), *sizes, "--engine", "ray", *options]
+@pytest.fixture(scope="class")
+def engine(ray_cluster: NodeProcesses) -> Iterator[Engine]:
+    with open_engine("ray", ray_address=ray_cluster.address) as engine:
+        yield engine
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+@pytest.fixture
+def parallel(engine: Engine) -> Engine:
+    return engine
+
+
+class TestLawsOfEveryEngine:
+    """The tests of ``test_engines`` on a cluster, which all of this file share."""
+
+    def test_a_task_whose_worker_dies_is_run_again(self, engine: Engine, tmp_path: Path) -> None:
+        assert list(engine.map(partial(laws.die_once, tmp_path), range(4))) == [0, 1, 2, 3]
+
+    test_order = staticmethod(laws.test_results_come_in_the_order_of_the_tasks)
+    test_need = staticmethod(laws.test_tasks_are_taken_as_they_are_needed)
+    test_exceptions = staticmethod(laws.test_exceptions_of_a_task_are_raised_unchanged)
+    test_first_error = staticmethod(laws.test_the_first_error_in_the_order_of_the_tasks_ends_the_work)
+    test_paths = staticmethod(laws.test_relative_paths_mean_the_same_everywhere)
+    test_threads = staticmethod(laws.test_libraries_of_workers_start_no_threads)
+    test_closing = staticmethod(laws.test_closing_ends_running_tasks)
+    test_kills = staticmethod(laws.test_a_task_that_kills_every_worker_stops_the_build_and_says_how_to_resume)
+
+
+def build_arguments(corpus: Path, out: Path, model: Path, *options: str) -> list[object]:
+    sizes = ["--max-length", SETTINGS.max_length, "--shard-bytes", SETTINGS.shard_bytes]
+    return ["build", corpus, "--out", out, "--model", model, *sizes, "--engine", "ray", *options]
 
 
 def node_of(task: int) -> str:
@@ -86,27 +111,26 @@ def test_a_build_that_is_stopped_twice_and_then_loses_a_node_ends_with_the_same_
     ray_cluster: NodeProcesses, corpus: Path, built: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     out = tmp_path / "out"
-    command = build_command(corpus, out, tiny_checkpoint, "--ray-address", ray_cluster.address)
+    arguments = build_arguments(corpus, out, tiny_checkpoint, "--ray-address", ray_cluster.address)
     # Early enough that a busy machine cannot finish the build before the signal comes.
     for kind, begun in ((signal.SIGINT, ".build/lock"), (signal.SIGTERM, ".build/scan/*")):
-        process = start([*command, "--workers", "1"])
-        while process.poll() is None and not any(out.glob(begun)):
+        command = Command(*arguments, "--workers", 1, folder=tmp_path, environment=ENVIRONMENT)
+        while command.poll() is None and not any(out.glob(begun)):
             time.sleep(0.01)
-        process.send_signal(kind)
-        _, errors = process.communicate()
-        assert process.returncode == 130, errors
-        assert "rerun the same command to continue" in errors
-        assert "Traceback" not in errors
+        command.send(kind)
+        assert command.wait() == 130, command.errors
+        assert "rerun the same command to continue" in command.errors
+        assert "Traceback" not in command.errors
         assert leftovers(out) == []
         assert not (out / "manifest.json").exists()
     with ray_cluster.node() as node:
-        process = start(command)
-        was_killed = kill_while_it_runs(node, "write_shard", lambda: process.poll() is not None)
-        _, errors = process.communicate()
-    assert was_killed, errors
-    assert process.returncode == 0, errors
-    assert "ray: 2 nodes with room for 3 tasks" in errors
-    assert "ray: a task was lost with its worker" in errors
+        command = Command(*arguments, folder=tmp_path, environment=ENVIRONMENT)
+        was_killed = kill_while_it_runs(node, "write_shard", lambda: command.poll() is not None)
+        command.wait()
+    assert was_killed, command.errors
+    assert command.returncode == 0, command.errors
+    assert "ray: 2 nodes with room for 3 tasks" in command.errors
+    assert "ray: a task was lost with its worker" in command.errors
     assert contents(out) == contents(built)
     assert leftovers(out) == []
 
@@ -115,12 +139,16 @@ def test_without_a_cluster_one_is_started_quietly_and_ended(
     corpus: Path, built: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     pytest.importorskip("ray")
-    command = build_command(corpus, tmp_path / "out", tiny_checkpoint, "--workers", "2", "--ray-address", "local")
-    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
-    said = [line for line in re.split(r"[\r\n]+", result.stderr) if line and not re.match(r"(index|scan|write):", line)]
-    assert all(line.startswith("ray: 1 nodes with room for 2 tasks at this machine") for line in said), result.stderr
-    assert result.stdout.startswith(str(tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(built)
+    out = tmp_path / "out"
+    arguments = build_arguments(corpus, out, tiny_checkpoint, "--workers", "2", "--ray-address", "local")
+    command = Command(*arguments, folder=tmp_path)
+    assert command.wait() == 0, command.errors
+    # A build without its compiled kernel says so.
+    others = r"(index|scan|write):|Pillow resizes the images"
+    said = [line for line in re.split(r"[\r\n]+", command.errors) if line and not re.match(others, line)]
+    assert all(line.startswith("ray: 1 nodes with room for 2 tasks at this machine") for line in said), command.errors
+    assert command.output.startswith(str(out))
+    assert contents(out) == contents(built)
 
 
 def test_validate_and_verify_find_the_same_as_one_process(
@@ -158,7 +186,8 @@ def test_nodes_that_see_other_files_or_have_other_software_get_no_work(
     assert used.pop()[:8] not in reasons.values()
 
 
-def test_a_node_that_joins_later_gets_work(ray_cluster: NodeProcesses) -> None:
+def test_a_node_that_joins_later_gets_work(ray_cluster: NodeProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_nodes, "_CHECK_INTERVAL_S", 0.5)
     seen: set[str] = set()
     with ExitStack() as joined:
 
@@ -219,8 +248,11 @@ def test_an_address_where_nothing_answers_fails_at_once(form: str, corpus: Path)
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
-def test_an_address_where_something_else_answers_fails_at_once(form: str, corpus: Path, web_server: int) -> None:
+def test_an_address_where_something_else_answers_fails_at_once(
+    form: str, corpus: Path, web_server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray")
+    monkeypatch.setattr(ray_engine_cluster, "_CHECK_TIMEOUT_S", 1.0)
     result = CliRunner().invoke(
         main, ["validate", str(corpus), "--engine", "ray", "--ray-address", form.format(web_server)]
     )
