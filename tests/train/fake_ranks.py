@@ -17,7 +17,7 @@ def _launch() -> int:
 
 
 def _be_rank(rank: int) -> int:
-    from train.run.terminal import TERMINAL, keys_to_ranks
+    from train.run.terminal import keys_to_ranks
 
     presses = 0
 
@@ -28,11 +28,7 @@ def _be_rank(rank: int) -> int:
 
     with keys_to_ranks(rank):
         signal.signal(signal.SIGINT, count)
-        terminal = os.open(TERMINAL, os.O_RDWR)
-        deadline = time.monotonic() + 1
-        while os.tcgetpgrp(terminal) == os.getpgrp() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        _say(f"rank {rank} = {os.getpid()} is {'in' if os.tcgetpgrp(terminal) == os.getpgrp() else 'not in'} front")
+        _say(f"rank {rank} = {os.getpid()}")
         while presses < 2:
             time.sleep(0.01)
     return 85

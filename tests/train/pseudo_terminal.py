@@ -55,7 +55,7 @@ class Shell:
 
 
 @contextmanager
-def shell_in_terminal(folder: Path, environment: Mapping[str, str], *, limit_s: float = 20) -> Iterator[Shell]:
+def shell_in_terminal(folder: Path, environment: Mapping[str, str], *, limit_s: float = 60) -> Iterator[Shell]:
     """A shell in a folder. At the end of the block its terminal is closed.
 
     Args:
