@@ -20,10 +20,11 @@ from click.testing import CliRunner, Result
 from msgspec import UNSET
 from PIL import Image
 
+import storage
 from prep.annotations.registry import find_sources
 from prep.build.media_tally import MediaTally
 from prep.cli import main
-from prep.inspect.report import render_report
+from prep.inspect.report import render_report, write_report
 from prep.inspect.report.charts import (
     Drawing,
     Histogram,
@@ -45,6 +46,7 @@ from schemas.manifest import MediaStatistics
 from schemas.qwen import Grid
 from schemas.settings import BuildSettings, MediaSettings
 from storage.shard_set import open_set
+from storage.urls import Url
 from tests.prep import finished as sets
 from tests.prep.browser import NAMES, Tab, find_browser, open_tab
 from tests.prep.corpus import turn
@@ -425,6 +427,12 @@ def test_a_bin_or_sample_that_is_not_there_is_wrong_use(
         choose_samples(open_set(finished), **arguments)
 
 
+def test_a_page_can_be_uploaded(finished: Path) -> None:
+    url = Url("memory://pages/of/mine.html")
+    assert write_report(finished, url, ReportRequest()).startswith(f"{url}: ")
+    assert storage.read(url).startswith(b"<!doctype html>")
+
+
 # Sizes before resizing, and images of rejects
 
 
@@ -481,10 +489,16 @@ def test_a_page_that_would_be_too_large_shows_less_of_each_sample(
     finished: Path, tiny_checkpoint: Path, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prep.inspect.report.writer.MAX_BYTES", 0)
+    monkeypatch.setattr("prep.inspect.report.writer.MAX_SAMPLES", 5)
+    monkeypatch.setattr("prep.inspect.report.page._MAX_FILES", 2)
     smallest = render_report(open_set(finished), Transcriber(None))
     widths = [int(attributes["width"] or 0) for name, attributes in Page(smallest).elements if name == "img"]
     assert widths and max(widths) <= DETAILS[-1].side
     assert len(smallest) < len(page)
+    assert smallest.count("<article") == 5
+    assert f"{page.count('<article') - 5} more samples would not fit; name those that you want" in smallest
+    num_files = len(list(finished.glob("bins-*.tar"))) + 2
+    assert f"And {num_files - 2} more, which manifest.json lists." in smallest
 
 
 # Charts

@@ -20,7 +20,6 @@ from schemas.errors import ConfigError
 from storage.shard_set import ShardSet, read_packed
 
 PER_GROUP = 4
-_MAX_GROUPS = 60
 _COLUMNS = ["dataset", "record", "bin", "slot", "num_tokens", "num_targets", "num_patches", "video_backend"]
 
 
@@ -63,9 +62,7 @@ def choose_samples(shards: ShardSet, *, bins: Sequence[int] = (), samples: Seque
     modality = modality_of(table)
     if not bins and not samples:
         datasets = [source.dataset for source in shards.manifest.inputs]
-        rows = [pair for dataset in datasets for pair in _of_dataset(table, modality, dataset)][
-            : PER_GROUP * _MAX_GROUPS
-        ]
+        rows = [pair for dataset in datasets for pair in _of_dataset(table, modality, dataset)]
     else:
         rows = [(_row_of(shards, table, name), "chosen") for name in samples]
         for bin_id in bins:

@@ -125,7 +125,7 @@ def make_cards(
         frames = decode_frames(bin_, where=shards.row(bin_id).where)
         for index, choice in enumerate(choices):
             if choice.bin == bin_id:
-                sample = samples[choice.slot]
+                sample = next(sample for sample in samples if sample.row.slot == choice.slot)
                 shapes = sample_shapes(shards, sample, bin_, transcriber)
                 sizes = originals.get((choice.dataset, choice.record), OriginalSizes())
                 figures = tuple(_figures(sample, frames, shapes, sizes, detail))

@@ -31,6 +31,7 @@ from schemas.wording import counted
 _COLOURS = {"text only": "text-only", "images": "images", "video": "video"}
 _NUM_DATASET_COLOURS = 8
 _RANKS = (8, 64, 512)
+_MAX_FILES = 200
 _SIZE = {
     "width": charts.WIDTH,
     "height": charts.HEIGHT,
@@ -317,6 +318,7 @@ def _origin(manifest: Manifest) -> dict[str, object]:
             **{f"drift: {name}": value for name, value in drift.items()},
         },
         "file_head": ("dataset", "file", "#annotations", "#size", "XXH3-128"),
+        "max_files": _MAX_FILES,
         "file_rows": [
             (dataset.dataset, file.file, f"{file.num_annotations:,}", size_text(file.num_bytes), file.xxh3)
             for dataset in manifest.inputs

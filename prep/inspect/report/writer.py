@@ -22,6 +22,7 @@ from prep.inspect.transcript import Transcriber, cached_transcriber, open_transc
 from schemas.errors import ConfigError
 from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
+from schemas.wording import counted
 from storage.files import write_synced
 from storage.shard_set import ShardSet, open_set
 from storage.urls import Location, Url
@@ -29,7 +30,11 @@ from storage.urls import Location, Url
 MAX_BYTES = 3_000_000
 """A larger page shows smaller thumbnails and shorter texts."""
 
+MAX_SAMPLES = 240
+"""Samples of a page: four of every kind in 60 datasets of one kind."""
+
 _REJECT_SIDE = 0.4
+"""Side of the image of a reject, relative to that of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +106,8 @@ def render_report(shards: ShardSet, transcriber: Transcriber, request: ReportReq
     """
     request = request or ReportRequest()
     choices = choose_samples(shards, bins=request.bins, samples=request.samples)
+    note = _note(transcriber, num_hidden=max(0, len(choices) - MAX_SAMPLES))
+    choices = choices[:MAX_SAMPLES]
     statistics = gather(shards)
     records = read_originals(
         request.sources,
@@ -110,7 +117,7 @@ def render_report(shards: ShardSet, transcriber: Transcriber, request: ReportReq
     )
     page = ""
     for detail in DETAILS:
-        page = _render(shards, transcriber, choices, statistics, records, detail)
+        page = _render(shards, transcriber, choices, statistics, records, detail, note)
         if len(page.encode(errors="replace")) < MAX_BYTES:
             break
     return page
@@ -123,6 +130,7 @@ def _render(
     statistics: Statistics,
     records: Mapping[RecordKey, SourceRecord],
     detail: Detail,
+    note: str,
 ) -> str:
     originals = {key: record.sizes for key, record in records.items()}
     rejects = [
@@ -138,7 +146,7 @@ def _render(
     ]
     cards = make_cards(shards, choices, transcriber, originals, detail)
     name = shards.folder.resolve().name if isinstance(shards.folder, Path) else shards.folder.name
-    return render_page(name, shards.manifest, statistics, cards, rejects, _note(transcriber))
+    return render_page(name, shards.manifest, statistics, cards, rejects, note)
 
 
 def _thumbnail(record: SourceRecord | None, message: str, detail: Detail) -> Thumbnail | None:
@@ -147,8 +155,10 @@ def _thumbnail(record: SourceRecord | None, message: str, detail: Detail) -> Thu
     return thumbnail(record.image, int(detail.side * _REJECT_SIDE), f"first image of the record: {message}")
 
 
-def _note(transcriber: Transcriber) -> str:
+def _note(transcriber: Transcriber, *, num_hidden: int) -> str:
     note = "What the model reads, with thumbnails of the images and of a few frames of each video."
     if not transcriber.reads_text:
         note += " The texts are missing, because the tokenizer is not available. Pass its checkpoint as --model."
+    if num_hidden:
+        note += f" {counted(num_hidden, 'more sample')} would not fit; name those that you want with --sample."
     return note
