@@ -10,10 +10,12 @@ from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -22,14 +24,17 @@ from schemas.qwen import FACTOR
 from tests.benchmarks._unreliable import crash_in, hang
 from tests.benchmarks.gpu import supervisor
 from tests.benchmarks.gpu.__main__ import main
+from tests.benchmarks.gpu.attention import kernel_for
 from tests.benchmarks.gpu.contenders import content_of
 from tests.benchmarks.gpu.corpus import REPOSITORY, draw_cut
 from tests.benchmarks.gpu.measure import busy_and_gap, flops_of
 from tests.benchmarks.gpu.scale import REAL, official_config
 from tests.benchmarks.gpu.tables import COLUMNS
 from tests.train.synthetic import as_bin, make_medium, make_sample
+from tests.train.varlen_on_cpu import attend_in_parts
 from train.arithmetic.dimensions import OFFICIAL, Dimensions
 from train.batches.batch import build_micro_batch
+from train.model import attention
 from train.model.flops import ModelFlops
 from train.model.packed import PackedQwen
 
@@ -137,6 +142,26 @@ def test_all_contenders_compute_the_same_loss(output: str) -> None:
     losses = dict(re.findall(r"^loss: (.+): ([\d.]+)", output, flags=re.MULTILINE))
     assert tuple(losses) == CONTENDERS
     assert np.ptp([float(loss) for loss in losses.values()]) < 5e-3 * float(losses[CONTENDERS[0]])
+
+
+def attend_as_in_torch_2_11(*args: Any, scale: float | None, window_size: tuple[int, int]) -> torch.Tensor:
+    """The arguments that torch 2.11 knows. Its kernel takes fewer heads of keys and values without a flag."""
+    return attend_in_parts(*args, scale=scale, window_size=window_size, enable_gqa=True)
+
+
+def test_a_kernel_without_a_flag_for_grouped_queries_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16)
+    boundaries = torch.tensor([0, 2, 6], dtype=torch.int32)
+    results = []
+    for kernel in (attend_in_parts, attend_as_in_torch_2_11):
+        monkeypatch.setattr(attention, "varlen_attn", kernel)
+        with kernel_for(torch.device("cuda")):
+            output, _ = attention.attend_varlen(
+                torch.nn.Module(), query, key, key, None, cu_seq_lens_q=boundaries, max_length_q=4, is_causal=True
+            )
+        assert attention.varlen_attn is kernel
+        results.append(output)
+    assert torch.equal(*results)
 
 
 def test_the_formula_over_contents_is_that_of_the_trainer() -> None:

@@ -6,8 +6,10 @@ each layer finds out by itself, from values on the device, how long the longest 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -71,12 +73,21 @@ def attend_upstream(
     return padded.view(num_samples, length, num_heads, size), None
 
 
+def _without_flag(kernel: Callable[..., Any], *args: Any, enable_gqa: bool, **kwargs: Any) -> Any:
+    return kernel(*args, **kwargs)
+
+
 @contextmanager
 def kernel_for(device: torch.device) -> Iterator[None]:
-    """On a CPU, SDPA stands in for torch's variable-length kernel."""
+    """Adapt torch's variable-length kernel to this machine.
+
+    On a CPU, SDPA stands in for it. In torch 2.11, it has no flag for grouped-query attention and computes it anyway.
+    """
     original = attention.varlen_attn
     if device.type != "cuda":
         attention.varlen_attn = attend_in_parts  # type: ignore[assignment]
+    elif "enable_gqa" not in signature(original).parameters:
+        attention.varlen_attn = partial(_without_flag, original)
     try:
         yield
     finally:
