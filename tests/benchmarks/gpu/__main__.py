@@ -24,11 +24,11 @@ all of it on a tiny model in seconds, on a CPU too.
 What the machine must have: one GPU with 80 GB or more; Python 3.12; 100 GB of memory; ``/dev/shm``
 of 15 GB, or 0.9 GB per core, through which worker processes pass pixels; torch 2.11 or newer with CUDA, whose
 ``varlen_attn`` knows ``window_size`` and ``scale``; numpy, pillow, pyarrow, xxhash, fsspec; and what transformers 5.23
-asks for: tokenizers 0.23.1, huggingface_hub 1.31, safetensors 0.8, regex, pyyaml, packaging, tqdm, typer. It needs no flash-attn, no DeepSpeed (one GPU partitions nothing), no accelerate, no peft and no network. Wheels
-to carry where they are missing, 57 MB in all: ``transformers==5.23.0``, ``msgspec``, ``zstandard``, ``click``,
-``tenacity``, ``binpacking``, ``av`` (shards record its version; 36 MB), and ``dashscope`` (for the file of the
-tokenizer; it is never imported). Install them with ``--no-deps``. The project itself need not be installed: start in
-its root.
+asks for: tokenizers 0.23.1, huggingface_hub 1.31, safetensors 0.8, regex, pyyaml, packaging, tqdm, typer. It needs no
+flash-attn, no DeepSpeed (one GPU partitions nothing), no accelerate, no peft and no network. Wheels to carry where they
+are missing, 57 MB in all: ``transformers==5.23.0``, ``msgspec``, ``zstandard``, ``click``, ``tenacity``,
+``binpacking``, ``av`` (shards record its version; 36 MB), and ``dashscope`` (for the file of the tokenizer; it is never
+imported). Install them with ``--no-deps``. The project itself need not be installed: start in its root.
 """
 
 from __future__ import annotations
