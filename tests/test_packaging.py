@@ -6,6 +6,7 @@ import configparser
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,12 @@ def test_make_shards_without_a_dataset_says_what_to_write() -> None:
     )
     assert result.returncode == 2
     assert "make shards DATASET=demo" in result.stderr
+
+
+def test_the_installation_succeeds_without_a_compiler(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
+    environment = {**os.environ, "CC": "/bin/false"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 'building extension "prep.media._bicubic" failed' in result.stderr + result.stdout
+    assert not list(tmp_path.rglob("*.so"))
