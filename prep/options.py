@@ -26,7 +26,7 @@ class _NamedPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
-            self.fail("the path is empty", param, ctx)
+            self.fail("the path is empty: give one, or leave the option out", param, ctx)
         return super().convert(value, param, ctx)
 
 

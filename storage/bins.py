@@ -247,7 +247,9 @@ def _check_shapes(parsed: Bin, where: str) -> None:
             raise ShardError(f"{where}: {name} has shape {shape}, expected {allowed}. {MEND_SHARDS}")
     boundaries = parsed.cu_seqlens
     if boundaries.size < 2 or boundaries[0] != 0 or boundaries[-1] != length or bool(np.any(np.diff(boundaries) <= 0)):
-        raise ShardError(f"{where}: cu_seqlens {boundaries.tolist()[:8]} do not cut {length} tokens into samples.")
+        raise ShardError(
+            f"{where}: cu_seqlens {boundaries.tolist()[:8]} do not cut {length} tokens into samples. {MEND_SHARDS}"
+        )
 
 
 def check_samples(parsed: Bin, *, where: str) -> None:

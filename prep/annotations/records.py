@@ -77,7 +77,7 @@ def index_file(path: Location, spool: Path) -> FileIndex:
     if isinstance(path, Url):
         return _index_remote(path, spool)
     if path.exists() and not path.is_file():
-        raise ConfigError(f"annotation file {path} is not a regular file.")
+        raise ConfigError(f"annotation file {path} is not a regular file. Give the path of a file.")
     return _index(path, spool, path)
 
 
@@ -158,7 +158,7 @@ def _failures(path: Location) -> Iterator[None]:
         if error.errno is None:
             # Arrow's decompressors, not the operating system.
             raise _damaged(path, error) from error
-        raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}. Check its permissions.") from error
 
 
 def _damaged(path: Location, error: Exception) -> VlprepError:

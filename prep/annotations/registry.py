@@ -126,7 +126,7 @@ def find_sources(
 
 def _file_source(path: Path, media_root: Location | None, media: MediaSettings, rate: Fraction) -> Source:
     if not path.is_file():
-        raise ConfigError(f"annotation file {path} does not exist.")
+        raise ConfigError(f"annotation file {path} does not exist. Check the path.")
     root = media_root if media_root is not None else path.parent
     check_root(root)
     return Source(
@@ -188,7 +188,7 @@ def check_root(root: Location) -> None:
     if isinstance(root, Url):
         storage.check_folder(root)
     elif not root.is_dir():
-        raise ConfigError(f"media root {root} is not a folder.")
+        raise ConfigError(f"media root {root} is not a folder. Check the path.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,9 +214,9 @@ class Registry:
                 f"registry {path} does not exist; name one with --registry, or give the path of an annotation file."
             ) from None
         except OSError as error:
-            raise ConfigError(f"registry {path} cannot be read: {error.strerror}.") from error
+            raise ConfigError(f"registry {path} cannot be read: {error.strerror}. Check its permissions.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"registry {path} is not valid TOML: {error}.") from error
+            raise ConfigError(f"registry {path} is not valid TOML: {error}. Mend that line.") from error
         return Registry(path=path, text=text, tables=tables)
 
     def source(self, name: str, rate: Fraction, media: MediaSettings) -> Source:
@@ -336,7 +336,9 @@ class Registry:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
         elif not root.is_dir():
-            raise ConfigError(f"{where}: the media root {root} is not a folder. Edit that line, or make the folder.")
+            raise ConfigError(
+                f"{where}: the media root {root} is not a folder. Edit that line, or make the folder."
+            )
         return root
 
     def _below(self, path: str) -> Location:

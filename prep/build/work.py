@@ -90,7 +90,7 @@ class WorkFolder:
             lock = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             named = f"--out {self.output}" if self._is_folder else f"the work folder {self._root} (--work-dir)"
-            raise ConfigError(f"{named} cannot be written: {error.strerror}.") from error
+            raise ConfigError(f"{named} cannot be written: {error.strerror}. Give another.") from error
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,7 +248,7 @@ def _identity(path: Location) -> str:
     try:
         status = path.stat()
     except OSError as error:
-        raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"annotation file {path} cannot be read: {error.strerror}. Check its permissions.") from error
     return f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
 
 

@@ -67,7 +67,9 @@ class WorkerRequirements:
         try:
             return self._share(reads, writes)
         except OSError as error:
-            raise ConfigError(f"{error.filename} cannot be used: {error.strerror}.") from error
+            raise ConfigError(
+                f"{error.filename} cannot be used: {error.strerror}. Make it readable, or give another."
+            ) from error
 
     def _share(self, reads: Iterable[Path], writes: Iterable[Path]) -> bool:
         before = len(self.files) + len(self.folders) + len(self.marks)

@@ -214,7 +214,7 @@ def save_frames(shards: ShardSet, bin_id: int, folder: Path, transcriber: Transc
                     draw_shapes(as_image(frames[medium][0]), shapes[medium]).save(path)
                     written.append(path)
     except OSError as error:
-        raise ConfigError(f"--save {folder} cannot be written: {error.strerror}.") from error
+        raise ConfigError(f"--save {folder} cannot be written: {error.strerror}. Give another folder.") from error
     return written
 
 

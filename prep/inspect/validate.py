@@ -104,7 +104,7 @@ def validate(request: ValidateRequest, engine: Engine) -> Report:
         StorageError: a store does not answer.
     """
     if isinstance(request.media_root, Path) and not request.media_root.is_dir():
-        raise ConfigError(f"--media-root {request.media_root} is not a folder.")
+        raise ConfigError(f"--media-root {request.media_root} is not a folder. Check the path.")
     report = Report(rejects=request.rejects)
     with ExitStack() as stack:
         spool = Path(stack.enter_context(TemporaryDirectory(prefix="vlprep-")))
@@ -146,7 +146,7 @@ def _output(option: str, path: Path | None, inputs: Sequence[_Input]) -> BinaryI
     try:
         return open(os.devnull if path is None else path, "wb")
     except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be written: {error.strerror}.") from error
+        raise ConfigError(f"{option} {path} cannot be written: {error.strerror}. Give another name.") from error
 
 
 class _Input(NamedTuple):

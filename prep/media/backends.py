@@ -69,7 +69,7 @@ def _failures(source: MediaSource, *errors: type[Exception]) -> Iterator[None]:
         yield
     except ImportError as error:
         raise BackendUnavailableError(
-            ReasonCode.MEDIA_UNREADABLE, f"not available ({source.explain(error)})"
+            ReasonCode.MEDIA_UNREADABLE, f"a package of the decoder is missing ({source.explain(error)})"
         ) from error
     except errors as error:
         raise MediaError(ReasonCode.MEDIA_UNREADABLE, source.explain(error)) from error

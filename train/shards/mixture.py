@@ -111,7 +111,10 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.sizes or len(self.sizes) != len(self.quotas) or min(*self.sizes, *self.quotas) < 1:
-            raise ConfigError(f"a mixture of sources with {self.sizes} bins in the proportions {self.quotas}.")
+            raise ConfigError(
+                f"a mixture of sources with {self.sizes} bins has the proportions {self.quotas}; allowed: 1 or more "
+                "bins in each source, and a positive proportion for each."
+            )
         if sum(self.quotas) > _MAX_CYCLE:
             raise ConfigError(
                 f"proportions {self.quotas} of a mixture repeat only after {sum(self.quotas)} bins; allowed: "

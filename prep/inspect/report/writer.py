@@ -88,7 +88,7 @@ def write_report(folder: Location, out: Location, request: ReportRequest) -> str
             out.parent.mkdir(parents=True, exist_ok=True)
             write_synced(out, page)
         except OSError as error:
-            raise ConfigError(f"--out {out} cannot be written: {error.strerror}.") from error
+            raise ConfigError(f"--out {out} cannot be written: {error.strerror}. Give another file.") from error
     return f"{out}: {size_text(len(page))}"
 
 
