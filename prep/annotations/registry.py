@@ -336,9 +336,7 @@ class Registry:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
         elif not root.is_dir():
-            raise ConfigError(
-                f"{where}: the media root {root} is not a folder. Edit that line, or make the folder."
-            )
+            raise ConfigError(f"{where}: the media root {root} is not a folder. Edit that line, or make the folder.")
         return root
 
     def _below(self, path: str) -> Location:
