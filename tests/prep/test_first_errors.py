@@ -23,7 +23,6 @@ from schemas.errors import ConfigError, ShardError
 from schemas.qwen import CONTROL_TOKENS
 from storage.hub import unreachable_reason
 from storage.shard_set import read_manifest
-from tests.guides import DOCS, table_rows
 from train.shards.index import open_shards
 
 
@@ -467,12 +466,3 @@ def test_every_control_token_differs_from_its_text(tmp_path: Path) -> None:
         assert visible(Span(SpanKind.CONTROL, token, trained=False)) == token
         text = visible(Span(SpanKind.TEXT, f"a{token}b", trained=False))
         assert not any(spelled in text for spelled in CONTROL_TOKENS)
-
-
-def test_every_message_of_the_page_is_one_that_the_programs_print() -> None:
-    sources = [path.read_text() for room in ("prep", "storage") for path in (DOCS.parent / room).rglob("*.py")]
-    messages = [
-        quoted for row in table_rows("troubleshooting.md", "First errors") for quoted in re.findall("`(.+?)`", row[0])
-    ]
-    assert len(messages) > 10
-    assert [message for message in messages if not any(message in source for source in sources)] == []
