@@ -33,8 +33,6 @@ NUM_TOKENS = qwen.ENDOFTEXT + len(qwen.CONTROL_TOKENS) + len(PLAIN_ADDED_TOKENS)
 
 MIN_VOCAB_SIZE = 64
 
-_TEXT_HIDDEN_SIZE = 64
-
 EMBEDDING_STD = 0.25
 """Standard deviation of the embeddings, which are also the output layer.
 
@@ -57,13 +55,14 @@ outputs have a standard deviation of 4, and mean brightness contributes 2.
 
 
 def tiny_config(
-    vocab_size: int = VOCAB_SIZE, *, num_hidden_layers: int = 2, vision_hidden_size: int = 32
+    vocab_size: int = VOCAB_SIZE, *, hidden_size: int = 64, num_hidden_layers: int = 2, vision_hidden_size: int = 32
 ) -> Qwen2_5_VLConfig:
     """Return the configuration of the tiny model, which has every part of Qwen2.5-VL, both kinds of attention too.
 
     Args:
         vocab_size: Rows of the embeddings. Below 151,665 the control tokens of the real tokenizer do not fit. The last
             rows of the vocabulary then stand for them, in the same order (``image_token_id`` is ``vocab_size - 10``).
+        hidden_size: Width of the language model, a multiple of 32: two heads of size 16 share keys and values.
         num_hidden_layers: Layers of the language model.
         vision_hidden_size: Width of the vision tower, a multiple of the head size of 16.
 
@@ -77,8 +76,8 @@ def tiny_config(
         raise ConfigError(f"vocab_size is {vocab_size}; allowed: {MIN_VOCAB_SIZE} or more.")
     shift = min(0, vocab_size - NUM_TOKENS)
     return Qwen2_5_VLConfig(
-        text_config=_text_config(vocab_size, num_hidden_layers, shift),
-        vision_config=_vision_config(vision_hidden_size),
+        text_config=_text_config(vocab_size, hidden_size, num_hidden_layers, shift),
+        vision_config=_vision_config(vision_hidden_size, out_hidden_size=hidden_size),
         vision_start_token_id=qwen.VISION_START + shift,
         vision_end_token_id=qwen.VISION_END + shift,
         image_token_id=qwen.IMAGE_PAD + shift,
@@ -87,14 +86,14 @@ def tiny_config(
     )
 
 
-def _text_config(vocab_size: int, num_hidden_layers: int, shift: int) -> dict[str, Any]:
+def _text_config(vocab_size: int, hidden_size: int, num_hidden_layers: int, shift: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
-        "hidden_size": _TEXT_HIDDEN_SIZE,
-        "intermediate_size": 128,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": hidden_size // 16,
+        "num_key_value_heads": hidden_size // 32,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         # The sections (t, h, w) divide the 8 rotary frequencies of a head of size 16.
@@ -106,13 +105,13 @@ def _text_config(vocab_size: int, num_hidden_layers: int, shift: int) -> dict[st
     }
 
 
-def _vision_config(hidden_size: int) -> dict[str, Any]:
+def _vision_config(hidden_size: int, *, out_hidden_size: int) -> dict[str, Any]:
     return {
         "depth": 4,
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
         "num_heads": hidden_size // 16,
-        "out_hidden_size": _TEXT_HIDDEN_SIZE,
+        "out_hidden_size": out_hidden_size,
         "patch_size": qwen.PATCH_SIZE,
         "spatial_merge_size": qwen.MERGE_SIZE,
         "temporal_patch_size": qwen.TEMPORAL_PATCH_SIZE,
@@ -158,7 +157,7 @@ def write_tiny_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     if vocab_size is None or vocab_size >= NUM_TOKENS:
         write_tokenizer_files(out, tokenizer)
-    model = _random_model(config, seed, cosines=cosines)
+    model = random_model(config, seed, cosines=cosines)
     model.generation_config = _generation_config(config)
     model.save_pretrained(out)
     write_json(out / "preprocessor_config.json", preprocessor_config())
@@ -189,7 +188,7 @@ def preprocessor_config() -> dict[str, object]:
     }
 
 
-def _random_model(config: Qwen2_5_VLConfig, seed: int, *, cosines: bool) -> Qwen2_5_VLForConditionalGeneration:
+def random_model(config: Qwen2_5_VLConfig, seed: int, *, cosines: bool = False) -> Qwen2_5_VLForConditionalGeneration:
     """Return a model whose matrices preserve the scale of their input (std 1 / sqrt(fan-in)). Norms are 1, biases 0.
 
     The usual standard deviation of 0.02 suits thousands of inputs. With 32 to 128 inputs it would shrink every signal

@@ -53,9 +53,15 @@ def _checkpoint(tmp_path_factory: pytest.TempPathFactory, name: str, vocab_size:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL checkpoint of seed 0 with the real tokenizer. Read-only: tests share it."""
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Qwen2.5-VL checkpoint of the demo with the real tokenizer. Read-only: tests share it."""
     return _checkpoint(tmp_path_factory, "tiny-checkpoint", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(demo_checkpoint: Path) -> Path:
+    """The same; tests of the trainer have a smaller one. Read-only: tests share it."""
+    return demo_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -273,9 +273,14 @@ def build(
         lines += [f"[{name}]", f'annotation_path = "{path}"', f'media_root = "{folder}"']
     registry = folder / f"{out}.toml"
     registry.write_text("\n".join(lines) + "\n")
-    program = [sys.executable, "-c", "from prep.cli import main; main()", "build", ",".join(names)]
-    program += ["--registry", str(registry), "--model", str(model), "--out", str(folder / out)]
-    _run([*program, "--max-length", str(lesson.max_length), "--min-pixels", str(MIN_PIXELS), *options])
+    arguments = ["build", ",".join(names), "--registry", str(registry), "--model", str(model)]
+    arguments += ["--out", str(folder / out), "--max-length", str(lesson.max_length)]
+    vlprep([*arguments, "--min-pixels", str(MIN_PIXELS), *options])
+
+
+def vlprep(arguments: Sequence[str]) -> None:
+    """Run ``vlprep``."""
+    _run([sys.executable, "-c", "from prep.cli import main; main()", *arguments])
 
 
 def exercise(folder: Path, lesson: Lesson, model: Path, ranks: int) -> Path:

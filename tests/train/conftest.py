@@ -1,4 +1,4 @@
-"""What tests of the trainer share: the tiny checkpoint, with a tokenizer that is quick to read."""
+"""What tests of the trainer share: the tiny checkpoint, narrower and with a tokenizer that is quick to read."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from pathlib import Path
 
 import pytest
 from torch.nn import functional
+from transformers import GenerationConfig
 
+from demo.tiny_model import random_model, tiny_config
 from tests.train.launching import made_once
 
-NUM_TOKENS = 300
+HIDDEN_SIZE, NUM_TOKENS = 32, 300
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with the first and the control tokens of its tokenizer only. Read-only: tests share it.
+def tiny_checkpoint(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's checkpoint of half the width, with the first and the control tokens only. Read-only: tests share it.
 
+    Its embeddings are almost all of its weights. They decide what a step, a checkpoint and the loss of a target cost.
     The trainer encodes no text, but every rank works out the fingerprint of the tokenizer. With 151,665 tokens that
     takes as long as the rest of a short run.
     """
 
     def make(out: Path) -> None:
-        shutil.copytree(tiny_checkpoint, out)
+        shutil.copytree(demo_checkpoint, out)
+        model = random_model(tiny_config(hidden_size=HIDDEN_SIZE), seed=0)
+        model.generation_config = GenerationConfig.from_pretrained(demo_checkpoint)
+        model.save_pretrained(out)
         path = out / "tokenizer.json"
         tokenizer = json.loads(path.read_bytes())
         model = tokenizer["model"]

@@ -1,8 +1,9 @@
 """Real runs of the trainer in separate processes, and the files that they leave.
 
 Importing the trainer takes longer than most of these runs. So :func:`run_ranks` forks its ranks from a process that has
-only imported it. The other functions start the trainer as a user does, with or without a launcher. They are for what
-forked ranks cannot show: ranks whose sets and dictionaries hash differently, and the exit of an interpreter.
+only imported it, and :func:`start_forked` does so with launchers and their ranks. The other functions start the trainer
+as a user does, with or without a launcher. They are for what forked processes cannot show: ranks whose sets and
+dictionaries hash differently, and the start and the exit of an interpreter.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from schemas.qwen import tokenizer_fingerprint
+from tests.train.forked import Forked, forget_disk
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEEP_MEMORY = {
@@ -58,6 +60,10 @@ IMPORTED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # every run imports it, and with it torch's compiler
     "peft",
     "pyarrow.dataset",
+    "torch.distributed.run",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "deepspeed.checkpoint.ds_to_universal",
 )
 """Modules that ranks are forked with, if installed."""
 
@@ -127,6 +133,7 @@ def _be_rank(
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     os.chdir(REPOSITORY)
+    forget_disk()
     if prepare is not None:
         prepare()
     sys.exit(main([*flags]))
@@ -141,6 +148,21 @@ def _wait_for(ranks: Sequence[ForkServerProcess], limit_s: float) -> list[str]:
             if running.pop(sentinel).exitcode:
                 until = min(until, time.monotonic() + GRACE_S)
     return [rank.name for rank in running.values()]
+
+
+def start_forked(*command: str) -> Forked:
+    """Fork a Python command, which does not import the trainer again, and do not wait for it."""
+    return Forked(_forks(), command, REPOSITORY)
+
+
+def launch_forked(*command: str) -> subprocess.CompletedProcess[str]:
+    """Fork a Python command, and wait until it ends. If it does not, it is killed."""
+    process = start_forked(*command)
+    try:
+        _, errors = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.wait(), stderr=errors)
 
 
 def launch(*command: str) -> subprocess.CompletedProcess[str]:
@@ -222,7 +244,14 @@ def run_once(
     return made_once(factory, name, run)
 
 
-def resume(run: Path, out: Path, num_ranks: int, *flags: str, step: int = 2) -> None:
+def resume(
+    run: Path,
+    out: Path,
+    num_ranks: int,
+    *flags: str,
+    step: int = 2,
+    launcher: Callable[..., subprocess.CompletedProcess[str]] = run_ranks,
+) -> None:
     """Resume a copy of a run from a checkpoint, as if it had been killed while saving the next one.
 
     Args:
@@ -231,6 +260,7 @@ def resume(run: Path, out: Path, num_ranks: int, *flags: str, step: int = 2) -> 
         num_ranks: ranks of the resumed run.
         flags: its flags, without the folder.
         step: of the checkpoint.
+        launcher: starts the resumed run.
     """
     folder = out / f"checkpoint-{step}"
     shutil.copytree(run / folder.name, folder)
@@ -238,7 +268,7 @@ def resume(run: Path, out: Path, num_ranks: int, *flags: str, step: int = 2) -> 
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     logged_but_not_saved = json.dumps({"step": step + 1, "loss": -1.0})
     (out / "metrics.jsonl").write_text("".join([*lines[:step], f"{logged_but_not_saved}\n"]))
-    done = run_ranks(num_ranks, *flags, "--output_dir", str(out))
+    done = launcher(num_ranks, *flags, "--output_dir", str(out))
     assert done.returncode == 0, done.stderr
     assert f"resuming from {folder}" in done.stderr
 

@@ -1,4 +1,7 @@
-"""The trainer, whose checkpoints take minutes: what happens to a run that is stopped while it saves?"""
+"""The trainer, whose checkpoints take minutes after the first N: ``slow_saving.py N …``, with the trainer's flags.
+
+What happens to a run that is stopped while it saves?
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,21 @@ import sys
 import time
 from pathlib import Path
 
-
-def _save_slowly(*_: object) -> None:
-    for _ in range(3000):
-        time.sleep(0.1)
-
-
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
     from train.main import main
     from train.run import saving
 
-    saving._random_state = _save_slowly  # type: ignore[assignment]
-    sys.exit(main(sys.argv[1:]))
+    num_quick, *flags = sys.argv[1:]
+    delays = iter([0.0] * int(num_quick))
+    random_state = saving._random_state
+
+    def save_slowly(device: object) -> object:
+        until = time.monotonic() + next(delays, 300)
+        while time.monotonic() < until:
+            time.sleep(0.1)
+        return random_state(device)  # type: ignore[arg-type]
+
+    saving._random_state = save_slowly  # type: ignore[assignment]
+    sys.exit(main(flags))

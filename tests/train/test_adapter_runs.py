@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from demo.tiny_model import write_tiny_checkpoint
 from schemas.errors import ConfigError
 from tests.train.launching import (
     as_flags,
@@ -250,9 +249,10 @@ def test_resuming_with_other_adapters_is_refused(
 def test_resuming_beside_other_frozen_weights_is_refused(
     flags: list[str], zero3: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    write_tiny_checkpoint(tmp_path, seed=1)
-    shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
-    flags = [*flags, *TIMES_FOUR, *ZERO_3, "--model_name_or_path", str(tmp_path), "--output_dir", str(zero3)]
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    weights = {name: -weight for name, weight in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    flags = [*flags, *TIMES_FOUR, *ZERO_3, "--model_name_or_path", str(other), "--output_dir", str(zero3)]
     with pytest.raises(ConfigError, match="was saved with frozen weights = "):
         make_plan(parse_arguments(flags))
 

@@ -1,7 +1,8 @@
 """Several ranks compute what one computes under every sharding, and a resumed run equals the uninterrupted one.
 
 The bins are chosen so that in every micro-step one rank has text alone and the other an image and a video. Runs
-are launched in separate processes; each is made once and shared by several tests.
+are launched in separate processes; each is made once and shared by several tests. The head of forked ranks computes
+some bins in two or three chunks, that of launched ones all in one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from tests.train.launching import (
     assert_same_run,
     deepspeed,
     fingerprint_of,
-    launch,
+    launch_forked,
     made_once,
     read_metrics,
     read_weights,
@@ -36,11 +38,12 @@ from tests.train.launching import (
     run_once,
     run_ranks,
     torchrun,
+    torchrun_command,
 )
 from tests.train.synthetic import Sample, make_medium, make_sample, write_shards
 from train.arithmetic.cost import CostModel
 from train.batches.batch import build_micro_batch
-from train.model.head import CHUNK
+from train.model import head
 from train.model.packed import PackedQwen
 from train.order.dealing import DataOrder
 from train.run.universal import convert
@@ -49,25 +52,33 @@ from train.shards.reader import read_checked_bin
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 3
+NUM_STEPS, CHUNK = 3, 32
 UNFUSED = ("--optim", "adamw_torch")
 TIMES_TWO, TIMES_FOUR = (("--gradient_accumulation_steps", count) for count in "24")
 STRATEGIES = {"zero2": ()} | {name: ("--deepspeed", f"{name}.json") for name in ("zero1", "zero3", "zero3_offload")}
 """Sharding strategy -> its flags. ZeRO-2 is the default."""
 
 
+def use_small_chunks() -> None:
+    """Let a rank compute few targets at a time, so that few targets are several chunks."""
+    pytest.MonkeyPatch().setattr(head, "CHUNK", CHUNK)
+
+
+run_chunked = partial(run_ranks, prepare=use_small_chunks)
+
+
 @pytest.fixture(scope="module")
 def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four bins; sorted by cost: text, media, text, media. The last has targets for two chunks of lm_head."""
-    rng = np.random.default_rng(0)
+    """Four bins; sorted by cost: text, media, text, media. The last has targets for three chunks of lm_head."""
+    rng = np.random.default_rng(1)
 
     def media(rows: int, columns: int) -> Sample:
         return make_sample(rng, [make_medium(rng, rows, columns), make_medium(rng, rows, columns, steps=2)])
 
     bins = [
-        [media(12, 12), make_sample(rng, num_text=CHUNK + 60, num_targets=CHUNK + 50)],
+        [media(12, 12), make_sample(rng, num_text=4 * CHUNK, num_targets=2 * CHUNK + 10)],
         [make_sample(rng, num_text=8), make_sample(rng, num_text=8)],
-        [make_sample(rng, num_text=CHUNK + 60, num_targets=CHUNK - 50)],
+        [make_sample(rng, num_text=4 * CHUNK, num_targets=CHUNK - 10)],
         [media(4, 6), make_sample(rng, num_text=8)],
     ]
     fingerprint = fingerprint_of(tiny_checkpoint)
@@ -85,6 +96,7 @@ def flags(shards: Path, tiny_checkpoint: Path) -> list[str]:
         "learning_rate": 1e-3,
         "mm_projector_lr": 5e-4,
         "vision_tower_lr": 2e-4,
+        "adam_epsilon": 1e-6,  # far above the rounding of gradients, which would otherwise move a weight by a full step
         "logging_steps": 1,
         "save_steps": 1,
         "save_total_limit": 2,
@@ -111,7 +123,7 @@ def under(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callabl
     """Runs of two ranks that share the same four bins, by strategy; that of the default is started by torchrun."""
 
     def launched(strategy: str) -> Path:
-        launcher = torchrun if strategy == "zero2" else run_ranks
+        launcher = torchrun if strategy == "zero2" else run_chunked
         return run_once(tmp_path_factory, strategy, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy], launcher=launcher)
 
     return launched
@@ -176,7 +188,7 @@ def short_flags(flags: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def one_by_one(short_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on one rank, one bin per forward pass."""
-    return run_once(tmp_path_factory, "one-by-one", 1, *short_flags, *TIMES_FOUR)
+    return run_once(tmp_path_factory, "one-by-one", 1, *short_flags, *TIMES_FOUR, launcher=run_chunked)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,7 @@ def test_losses_and_weights_do_not_depend_on_how_a_step_is_dealt_even_with_empty
 ) -> None:
     """To ranks, to forward passes of several bins, and to micro-steps; in the last step a rank of two has no bin."""
     dealt = ("--per_device_train_batch_size", str(per_device), "--gradient_accumulation_steps", str(accumulation))
-    done = run_ranks(num_ranks, *short_flags, *dealt, *STRATEGIES[strategy], "--output_dir", str(tmp_path))
+    done = run_chunked(num_ranks, *short_flags, *dealt, *STRATEGIES[strategy], "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr
     full, short = read_metrics(tmp_path)
     index = open_shards(shards)
@@ -244,7 +256,7 @@ def test_old_checkpoints_are_removed_and_nothing_is_left_half_written(two_ranks:
 def test_a_resumed_run_equals_the_uninterrupted_run_to_the_bit(
     flags: list[str], under: Callable[[str], Path], tmp_path: Path, strategy: str
 ) -> None:
-    resume(under(strategy), tmp_path, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy])
+    resume(under(strategy), tmp_path, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy], launcher=run_chunked)
     assert_same_run(tmp_path, under(strategy))
     assert not (tmp_path / "checkpoint-3.tmp").exists()
 
@@ -259,7 +271,7 @@ def test_resuming_with_other_settings_is_refused(flags: list[str], under: Callab
 def test_one_rank_resumes_a_run_of_two_with_the_same_losses_and_weights(
     flags: list[str], under: Callable[[str], Path], tmp_path: Path, strategy: str
 ) -> None:
-    resume(under(strategy), tmp_path, 1, *flags, *TIMES_FOUR, *STRATEGIES[strategy])
+    resume(under(strategy), tmp_path, 1, *flags, *TIMES_FOUR, *STRATEGIES[strategy], launcher=run_chunked)
     assert_close_metrics(tmp_path, under(strategy), "loss", "grad_norm", "eval_loss", rel=1e-6)
     assert_close_weights(tmp_path, under(strategy))
 
@@ -274,7 +286,7 @@ def test_the_universal_form_is_that_of_deepspeed_without_fragments_on_the_disk(
     assert convert(engine, out) is None
     converter = (sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state")
     workers = ("--num_extract_workers", "1", "--num_merge_workers", "1")
-    done = launch(*converter, *workers, "--input_folder", str(engine), "--output_folder", str(expected))
+    done = launch_forked(*converter, *workers, "--input_folder", str(engine), "--output_folder", str(expected))
     assert done.returncode == 0, done.stderr
 
     paths = sorted(path.relative_to(expected) for path in expected.rglob("*.pt"))
@@ -291,7 +303,7 @@ def test_the_universal_form_is_that_of_deepspeed_without_fragments_on_the_disk(
 def test_two_ranks_resume_a_run_of_one_with_the_same_losses_and_weights(
     flags: list[str], one_rank: Path, tmp_path: Path
 ) -> None:
-    resume(one_rank, tmp_path, 2, *flags, *TIMES_TWO, *UNFUSED)
+    resume(one_rank, tmp_path, 2, *flags, *TIMES_TWO, *UNFUSED, launcher=run_chunked)
     assert_close_metrics(tmp_path, one_rank, "loss", "grad_norm", "eval_loss", rel=1e-6)
     assert_close_weights(tmp_path, one_rank)
 
@@ -317,7 +329,8 @@ def test_a_damaged_bin_on_one_rank_fails_the_launch(flags: list[str], shards: Pa
         byte = shard.read(1)
         shard.seek(-1, os.SEEK_CUR)
         shard.write(bytes([byte[0] ^ 1]))
-    done = torchrun(2, *flags, *TIMES_TWO, "--shards", str(damaged), "--output_dir", str(tmp_path / "run"))
+    flags = [*flags, *TIMES_TWO, "--shards", str(damaged), "--output_dir", str(tmp_path / "run")]
+    done = launch_forked(*torchrun_command(2, *flags))
     assert done.returncode == 1
     assert f"error (rank 1): {location}" in done.stderr
     assert not (tmp_path / "run" / "final").exists()

@@ -82,7 +82,7 @@ def test_an_engine_has_the_attributes_of_the_protocol(
         Batch(bins=4, per_device=1, accumulation=4),
         world=1,
         dtype=dtype,
-        hidden_size=64,
+        hidden_size=32,
         num_trained=1,
     )
     engine = initialize(model, torch.optim.AdamW(model.parameters(), lr=1e-3), config)

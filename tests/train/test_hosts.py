@@ -34,6 +34,7 @@ from tests.train.launching import (
     read_untimed,
     read_weights,
     run_once,
+    start_forked,
 )
 from tests.train.synthetic import make_medium, make_sample, write_shards
 from train.run.run_dir import list_checkpoints
@@ -86,24 +87,13 @@ def launchers(kind: str, folder: Path) -> list[list[str]]:
 
 def run_hosts(commands: list[list[str]], flags: list[str]) -> None:
     """Run the hosts at the same time, each in a session of its own, to their ends."""
-    hosts = [
-        subprocess.Popen(
-            [*command, *flags],
-            cwd=REPOSITORY,
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for command in commands
-    ]
+    hosts = [start_forked(*command, *flags) for command in commands]
     try:
         errors = [host.communicate(timeout=300)[1] for host in hosts]
     finally:
         for host in hosts:
             if host.poll() is None:
-                os.killpg(host.pid, 9)
+                os.killpg(host.pid, signal.SIGKILL)
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
 
 

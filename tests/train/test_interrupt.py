@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from tests.train.forked import Forked
 from tests.train.launching import (
     ENVIRONMENT,
     REPOSITORY,
@@ -29,6 +31,7 @@ from tests.train.launching import (
     run_once,
     run_ranks,
     start_alone,
+    start_forked,
     torchrun_command,
 )
 from tests.train.pseudo_terminal import CTRL_C, Shell, shell_in_terminal
@@ -53,7 +56,9 @@ pytestmark = pytest.mark.slow
 
 NUM_STEPS = 24
 SLOW_SAVING = "tests/train/slow_saving.py"
-"""The trainer with checkpoints that take minutes."""
+"""The trainer with checkpoints that take minutes after the first few."""
+
+Started = subprocess.Popen[str] | Forked
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +84,12 @@ def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return run_once(tmp_path_factory, "uninterrupted", 1, *flags, *length)
 
 
-def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(is_true: Callable[[], bool], process: Started) -> None:
     deadline = time.monotonic() + 240
     while not is_true():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
 def has_logged(run: Path) -> bool:
@@ -116,24 +121,32 @@ def test_ctrl_c_finishes_the_step_and_saves_and_the_resumed_run_equals_the_unint
     assert_same_run(tmp_path, uninterrupted)
 
 
-@contextmanager
-def launched(command: tuple[str, ...], run: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A launcher and its two ranks, after they have logged a step. Processes that outlive the block are killed."""
-    launcher = subprocess.Popen(
+def start(*command: str) -> Started:
+    """Start a launcher and, like a shell, give it a process group of its own."""
+    return subprocess.Popen(
         command,
         cwd=REPOSITORY,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a process group of its own, as a shell gives to each command
+        start_new_session=True,
     )
+
+
+@contextmanager
+def launched(
+    command: tuple[str, ...], run: Path, starter: Callable[..., Started] = start_forked
+) -> Iterator[tuple[Started, list[psutil.Process]]]:
+    """A launcher and its two ranks, after they have logged a step. Processes that outlive the block are killed."""
+    launcher = starter(*command)
     started: list[psutil.Process] = [psutil.Process(launcher.pid)]
     try:
         wait_until(lambda: has_logged(run), launcher)
         started += started[0].children(recursive=True)
-        by_rank = {process.environ().get("RANK"): process for process in started}
-        yield launcher, [by_rank[rank] for rank in ("0", "1")]
+        # Launchers start the ranks in their order, and ranks start nothing.
+        first, second = sorted((each for each in started if not each.children()), key=lambda each: each.pid)
+        yield launcher, [first, second]
     finally:
         for process in started:
             with suppress(psutil.NoSuchProcess):
@@ -156,7 +169,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_reports_it
     flags: list[str], tmp_path: Path
 ) -> None:
     command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
-    with launched(command, tmp_path) as (launcher, ranks):
+    with launched(command, tmp_path, start) as (launcher, ranks):
+        assert [rank.environ()["RANK"] for rank in ranks] == ["0", "1"]
         ranks[1].send_signal(signal.SIGUSR1)
         _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1, (
@@ -223,14 +237,15 @@ def test_stopping_torchrun_lets_its_ranks_save_and_the_same_command_resumes(flag
     assert (tmp_path / "final").is_dir()
 
 
-def press_ctrl_c(launcher: subprocess.Popen[str]) -> None:
+def press_ctrl_c(launcher: Started) -> None:
     """A terminal sends SIGINT to all processes of the command that runs in it."""
     os.killpg(launcher.pid, signal.SIGINT)
 
 
 def test_the_second_ctrl_c_under_torchrun_ends_the_ranks_at_once(flags: list[str], tmp_path: Path) -> None:
     """The ranks get the first as SIGINT, and the second as SIGTERM."""
-    command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path), script=SLOW_SAVING)
+    flags = ["0", *flags, "--max_steps", "1000", "--output_dir", str(tmp_path)]
+    command = torchrun_command(2, *flags, script=SLOW_SAVING)
     with launched(command, tmp_path) as (launcher, ranks):
         press_ctrl_c(launcher)
         wait_until(lambda: any(tmp_path.glob("checkpoint-*.tmp")), launcher)
@@ -250,10 +265,10 @@ def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(
 ) -> None:
     command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "8", "--output_dir", str(tmp_path)]
     command += ["--save_in_background", in_background]
-    process = start_alone(*command)
+    process = start_forked(sys.executable, SLOW_SAVING, "1", *command)
     wait_until(lambda: (tmp_path / "checkpoint-16.tmp").is_dir(), process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert (tmp_path / "checkpoint-16.tmp").is_dir()
     assert [step for step, _ in list_checkpoints(tmp_path)] == [8]
 

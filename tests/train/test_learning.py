@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from demo.kinds import Language, Wording, generator
+from prep.cli import main
 from schemas.qwen import PATCH_SIZE
 from tests.benchmarks import learning
 from tests.benchmarks.charts import COLUMN_WIDTH, sample_chart
@@ -37,11 +40,25 @@ def launch(ranks: int, *flags: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def vlprep(arguments: Sequence[str]) -> None:
+    """Run ``vlprep`` in this process."""
+    done = CliRunner().invoke(main, [*arguments, "--workers", "1"])
+    assert done.exit_code == 0, done.output
+
+
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
+def scores(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    """Of a lesson that starts with the demo's checkpoint, which has the sizes of the lesson's."""
+
+    def copy(out: Path, **sizes: object) -> None:
+        assert sizes == {"num_hidden_layers": 2, "vision_hidden_size": 32, "cosines": False}
+        shutil.copytree(demo_checkpoint, out)
+
     lesson = Lesson(questions={"colours": 1500}, num_held_out=100, steps=140, text_steps=30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "launch", launch)
+        patch.setattr(learning, "vlprep", vlprep)
+        patch.setattr(learning, "write_tiny_checkpoint", copy)
         return learn(lesson, tmp_path_factory.mktemp("learning"), ranks=1)["colours"]
 
 

@@ -28,7 +28,7 @@ from train.shards.index import open_shards
 ARGS = TrainArguments(shards="shards", tune_mm_vision=True)
 
 
-def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 64, num_trained: int = 1) -> Sharding:
+def sharding(name: str, dtype: torch.dtype, *, world: int = 2, hidden_size: int = 32, num_trained: int = 1) -> Sharding:
     args = parse_arguments(["--shards", "none", "--gradient_accumulation_steps", "2"])
     config = read_deepspeed_config(name)
     config = complete_config(
