@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-NOT_OF_A_UNIT = {"tiny_checkpoint", "finished", "qwen_demo", "ray_cluster"}
+NOT_OF_A_UNIT = {"demo_checkpoint", "finished", "qwen_demo", "ray_cluster"}
 """Fixtures of tests that build shards, train, or run the commands: a whole checkpoint, a finished set, real media."""
 
 

@@ -28,8 +28,8 @@ FROZEN_SETS = [trained for trained in itertools.product((True, False), repeat=3)
 
 
 @pytest.fixture
-def model(tiny_checkpoint: Path) -> PackedQwen:
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+def model(demo_checkpoint: Path) -> PackedQwen:
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(demo_checkpoint, dtype=torch.float32)
     return PackedQwen(hf, attn_implementation="sdpa").train()
 
 
@@ -134,7 +134,7 @@ def test_an_empty_slot_of_the_order_costs_nothing(model: PackedQwen) -> None:
     assert ModelFlops.of(model).count(build_micro_batch([])) == 0.0
 
 
-def test_the_cost_estimate_from_the_index_agrees(model: PackedQwen, tiny_checkpoint: Path) -> None:
+def test_the_cost_estimate_from_the_index_agrees(model: PackedQwen, demo_checkpoint: Path) -> None:
     """The estimate is exact for a video of four steps whose frames consist of full windows."""
     freeze(model, (True, True, True))
     rng = np.random.default_rng(0)
@@ -148,7 +148,7 @@ def test_the_cost_estimate_from_the_index_agrees(model: PackedQwen, tiny_checkpo
         "num_videos": 1,
     }
     columns = {name: np.array([value]) for name, value in counts.items()}
-    estimate = CostModel.of(read_config(tiny_checkpoint)).in_training().bin_flops(**columns)
+    estimate = CostModel.of(read_config(demo_checkpoint)).in_training().bin_flops(**columns)
     counted = ModelFlops.of(model).count(micro)
     # The estimate includes the gradient of the pixels, which nothing needs.
     assert estimate[0] - counted == pytest.approx(2 * 1176 * 32 * 512)

@@ -67,8 +67,8 @@ def samples_of_all_kinds(seed: int = 0) -> list[Sample]:
 
 
 @pytest.fixture
-def hf(tiny_checkpoint: Path) -> Qwen2_5_VLForConditionalGeneration:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+def hf(demo_checkpoint: Path) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(demo_checkpoint, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_changing_one_sample_leaves_the_losses_of_the_others_bitwise_unchanged(m
 
 @pytest.mark.parametrize("kind", range(4))
 def test_logits_at_targets_equal_those_of_the_hugging_face_model(
-    hf: Qwen2_5_VLForConditionalGeneration, tiny_checkpoint: Path, kind: int
+    hf: Qwen2_5_VLForConditionalGeneration, demo_checkpoint: Path, kind: int
 ) -> None:
     sample = samples_of_all_kinds()[kind]
     batch = micro_batch(sample)
@@ -426,14 +426,14 @@ def noting_attention(calls: list[tuple[int, int]]) -> Any:
 
 
 def test_varlen_attention_has_the_loss_and_gradients_of_sdpa_by_sample(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = micro_batch(*samples_of_all_kinds())
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(attention, "varlen_attn", noting_attention(calls))
     results = []
     for name in (SDPA, VARLEN):
-        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+        hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(demo_checkpoint)
         model = PackedQwen(hf, attn_implementation=name).train()
         loss = model(batch)
         loss.backward()
@@ -451,8 +451,8 @@ def test_varlen_attention_has_the_loss_and_gradients_of_sdpa_by_sample(
     }
 
 
-def test_the_patch_embedding_is_the_convolution_of_the_same_weight(tiny_checkpoint: Path) -> None:
-    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_checkpoint)
+def test_the_patch_embedding_is_the_convolution_of_the_same_weight(demo_checkpoint: Path) -> None:
+    hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(demo_checkpoint)
     keys = list(hf.state_dict())
     patches = torch.randn(64, 3 * 2 * 14 * 14)
     expected = hf.model.visual.patch_embed(patches)

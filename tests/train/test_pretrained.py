@@ -55,7 +55,7 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_an_error(name: str, m
 
 
 def test_the_shape_of_a_model_is_read_from_its_configuration(folder: Path) -> None:
-    assert pretrained.read_shape(folder) == ModelShape(hidden_size=64, window_size=112, sliding_window=None)
+    assert pretrained.read_shape(folder) == ModelShape(hidden_size=32, window_size=112, sliding_window=None)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_shape_of_a_model_is_read_from_its_configuration(folder: Path) -> No
         ),
         (
             lambda config: config["text_config"].update(num_attention_heads=3),
-            "text_config has a width of 64, which is not divisible by its 3 heads",
+            "text_config has a width of 32, which is not divisible by its 3 heads",
         ),
         (
             lambda config: config["vision_config"].update(num_heads=0),
