@@ -1,10 +1,11 @@
-"""The trainer, whose checkpoints take minutes after the first N: ``slow_saving.py N …``, with the trainer's flags.
+"""The trainer, whose checkpoints take minutes: what happens to a run that is stopped while it saves?
 
-What happens to a run that is stopped while it saves?
+Of ``--quick_checkpoints N``, the first N are as quick as usual. All other flags are the trainer's.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,10 @@ if __name__ == "__main__":
     from train.main import main
     from train.run import saving
 
-    num_quick, *flags = sys.argv[1:]
-    delays = iter([0.0] * int(num_quick))
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--quick_checkpoints", type=int, default=0)
+    own, flags = parser.parse_known_args()
+    delays = iter([0.0] * own.quick_checkpoints)
     random_state = saving._random_state
 
     def save_slowly(device: object) -> object:

@@ -56,7 +56,7 @@ pytestmark = pytest.mark.slow
 
 NUM_STEPS = 24
 SLOW_SAVING = "tests/train/slow_saving.py"
-"""The trainer with checkpoints that take minutes after the first few."""
+"""The trainer with checkpoints that take minutes."""
 
 Started = subprocess.Popen[str] | Forked
 
@@ -244,8 +244,7 @@ def press_ctrl_c(launcher: Started) -> None:
 
 def test_the_second_ctrl_c_under_torchrun_ends_the_ranks_at_once(flags: list[str], tmp_path: Path) -> None:
     """The ranks get the first as SIGINT, and the second as SIGTERM."""
-    flags = ["0", *flags, "--max_steps", "1000", "--output_dir", str(tmp_path)]
-    command = torchrun_command(2, *flags, script=SLOW_SAVING)
+    command = torchrun_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path), script=SLOW_SAVING)
     with launched(command, tmp_path) as (launcher, ranks):
         press_ctrl_c(launcher)
         wait_until(lambda: any(tmp_path.glob("checkpoint-*.tmp")), launcher)
@@ -265,7 +264,7 @@ def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(
 ) -> None:
     command = [*flags, "--max_steps", str(NUM_STEPS), "--save_steps", "8", "--output_dir", str(tmp_path)]
     command += ["--save_in_background", in_background]
-    process = start_forked(sys.executable, SLOW_SAVING, "1", *command)
+    process = start_forked(sys.executable, SLOW_SAVING, "--quick_checkpoints", "1", *command)
     wait_until(lambda: (tmp_path / "checkpoint-16.tmp").is_dir(), process)
     process.kill()
     process.wait()
