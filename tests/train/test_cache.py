@@ -16,22 +16,15 @@ import pytest
 
 from schemas.errors import ConfigError, ShardError
 from storage.request import RetryPolicy
+from tests.train import cache_user
+from tests.train.cache_user import data_of, key_of
 from tests.train.synthetic import make_bins, write_shards
 from train.shards import cache as cache_module
-from train.shards.cache import BinCache, cache_key
+from train.shards.cache import BinCache
 from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import BinReader, ReadSettings, read_checked_bin
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 QUICK = RetryPolicy(attempts=1, first_delay_s=0.0)
-
-
-def key_of(bin_id: int) -> str:
-    return cache_key("0" * 64, bin_id, 1000)
-
-
-def data_of(bin_id: int, size: int = 1000) -> bytes:
-    return bytes([bin_id % 256]) * size
 
 
 def read(cache: BinCache, bin_id: int, size: int = 1000) -> bytes | None:
@@ -134,34 +127,14 @@ def test_an_unwritable_cache_warns_once_and_is_then_not_written(
     ]
 
 
-HAMMER = """
-import random, sys
-from pathlib import Path
-from tests.train.test_cache import data_of, key_of
-from train.shards.cache import BinCache
-
-cache, rng = BinCache(Path(sys.argv[1]), int(sys.argv[2])), random.Random(int(sys.argv[3]))
-for turn in range(int(sys.argv[4])):
-    bin_id = rng.randrange(60)
-    out = bytearray(1000)
-    if cache.read(key_of(bin_id), memoryview(out)):
-        assert out == data_of(bin_id), bin_id
-    else:
-        cache.write(key_of(bin_id), memoryview(data_of(bin_id)))
-    with cache._locked():  # no other process evicts, reserves or renames now
-        size = cache.size()
-    assert size <= int(sys.argv[2]), size
-"""
-
-
-def hammer(folder: Path, *, limit: int, seed: int, turns: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", HAMMER, str(folder), str(limit), str(seed), str(turns)]
-    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+def start_user(folder: Path, *, limit: int, seed: int, turns: int) -> subprocess.Popen[bytes]:
+    """Let another process use the cache."""
+    return subprocess.Popen([sys.executable, cache_user.__file__, *map(str, (folder, limit, seed, turns))])
 
 
 @pytest.mark.slow
 def test_processes_that_share_a_cache_respect_its_limit_and_read_what_was_written(tmp_path: Path) -> None:
-    running = [hammer(tmp_path, limit=20_000, seed=seed, turns=150) for seed in range(3)]
+    running = [start_user(tmp_path, limit=20_000, seed=seed, turns=150) for seed in range(3)]
     assert [process.wait(120) for process in running] == [0, 0, 0]
     assert 0 < BinCache(tmp_path, 20_000).size() <= 20_000
 
@@ -169,7 +142,7 @@ def test_processes_that_share_a_cache_respect_its_limit_and_read_what_was_writte
 @pytest.mark.slow
 def test_processes_that_are_killed_leave_no_wrong_bin_and_no_lock(tmp_path: Path) -> None:
     for seed in range(4):
-        process = hammer(tmp_path, limit=20_000, seed=seed, turns=10**6)
+        process = start_user(tmp_path, limit=20_000, seed=seed, turns=10**6)
         deadline = time.monotonic() + 60
         while len(held(tmp_path)) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -179,7 +152,7 @@ def test_processes_that_are_killed_leave_no_wrong_bin_and_no_lock(tmp_path: Path
     cache = BinCache(tmp_path, 20_000)
     for bin_id in range(60):
         assert read(cache, bin_id) in (None, data_of(bin_id))
-    assert hammer(tmp_path, limit=20_000, seed=9, turns=100).wait(60) == 0
+    assert start_user(tmp_path, limit=20_000, seed=9, turns=100).wait(60) == 0
 
 
 def test_an_old_temporary_file_of_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
