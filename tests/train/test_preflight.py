@@ -53,14 +53,14 @@ def test_a_dry_run_passes_and_leaves_nothing(
         "tokenizer and processor of",
         "memory of a rank:",
         "GiB per rank on 2 ranks",
-        f"disk: the run writes up to 1 x 0.{'15' if strategy in ('zero1', 'zero2') else '11'} GiB of checkpoints",
+        f"disk: the run writes up to 1 x 0.{'07' if strategy in ('zero1', 'zero2') else '06'} GiB of checkpoints",
         "largest micro-batch, bins [3]:",
         "evaluation, bin 3:",
         "mean losses packed and alone differ by at most",
         "dry run passed: the same command without --dry-run trains 3 steps",
     ):
         assert done.stderr.count(part) == 1, part
-    assert "2 x 4 B x 9.903 M / 2 ranks" in done.stderr
+    assert "2 x 4 B x 4.981 M / 2 ranks" in done.stderr
     assert not run.exists()
 
 
@@ -102,9 +102,9 @@ def have_no_disk() -> None:
             "zero3_offload",
             have_no_memory,
             2,
-            "offloading needs 0.3 GiB (2 ranks with 0.1 GiB each), but the machine has 0.0 GiB",
+            "offloading needs 0.1 GiB (2 ranks with 0.1 GiB each), but the machine has 0.0 GiB",
         ),
-        ("zero2", have_no_disk, 1, "1 x 0.15 GiB of checkpoints"),
+        ("zero2", have_no_disk, 1, "1 x 0.07 GiB of checkpoints"),
     ],
     ids=["memory of a host", "disk"],
 )

@@ -40,7 +40,7 @@ def commands(section: str) -> list[list[str]]:
 
 
 def test_the_commands_lead_from_images_to_answers(
-    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (record,) = blocks("index.md", "1. Write annotations", "json")
@@ -49,7 +49,7 @@ def test_the_commands_lead_from_images_to_answers(
     Path("checkpoints").mkdir()
     model, *prepare = commands("2. Prepare the data")
     assert model == ["python", "-m", "train.tiny_model", "checkpoints/tiny"]
-    Path("checkpoints/tiny").symlink_to(tiny_checkpoint)
+    Path("checkpoints/tiny").symlink_to(demo_checkpoint)
 
     outputs = []
     for program, *arguments in (*prepare, *commands("3. Look at it")):
