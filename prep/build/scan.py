@@ -169,7 +169,8 @@ def _make_part(task: ScanTask, timings: Timings) -> Path:
     rows = PartRows()
     accepted, contents = _check_and_probe(task, rows, timings)
     part = part_path(task, contents)
-    _tokenize_and_measure(task, part, accepted, rows, timings)
+    if accepted:
+        _tokenize_and_measure(task, part, accepted, rows, timings)
     rows.write(part)
     return part
 

@@ -612,8 +612,11 @@ def test_too_many_rejects_stop_the_build_before_it_writes(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_without_one_good_record_is_an_error(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_file_without_one_good_record_is_an_error_and_starts_no_tokenizer(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.jsonl").write_text("{}\n{}\n")
+    monkeypatch.setattr("prep.build.scan.load_tokenizer", None)
     with pytest.raises(VlprepError, match="none of 2 annotations can be packed"):
         build(request_for(tmp_path / "a.jsonl", tmp_path / "out", tiny_checkpoint), SerialEngine())
 
