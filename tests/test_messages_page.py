@@ -75,7 +75,7 @@ In them, only the arguments of errors and reports are messages.
 HOLE = "\0"
 """Stands for a part of a message that varies."""
 
-MIN_WORDS, MIN_WORDS_OF_SENTENCE = 3, 6
+MIN_WORDS, MIN_WORDS_OF_SENTENCE = 3, 5
 """Shorter texts are parts of a message, which has a row itself."""
 
 MAX_MESSAGES_OF_PATTERN = 12
