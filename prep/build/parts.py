@@ -63,7 +63,8 @@ PART_SCHEMA = pa.schema(
 """Columns of the table. ``record`` counts within the file. Without a sample, ``sample_bytes`` is 0 and the sizes are
 null. ``num_boxes`` counts the boxes, points and polygons of a sample. ``undeclared`` is the first one of a record, as
 it reads, if nothing says what its coordinates are. ``kept_percents`` has the size of each image after resizing, in
-percent of its pixels before; ``frames`` the stored frames of each video; ``media_hash`` is 0 without media."""
+percent of its pixels before; ``frames`` the stored frames of each video; both are null without media, and
+``media_hash`` is 0."""
 
 _EMPTY_ROW: dict[str, object] = {
     **dict.fromkeys(PART_SCHEMA.names),
@@ -153,13 +154,17 @@ class PartRows:
             pixel_bytes=sample.pixel_bytes,
             video_backend=sample.video_backend,
             num_boxes=num_boxes,
-            kept_percents=[medium.kept_percent for medium in sample.media if medium.media_type == MEDIA_IMAGE],
-            frames=[
-                stored_frames(medium.grid, MEDIA_VIDEO) for medium in sample.media if medium.media_type == MEDIA_VIDEO
-            ],
             text_hash=xxhash.xxh3_64_intdigest(sample.ids),
             media_hash=media_hash,
         )
+        if sample.media:
+            images, videos = (
+                [medium for medium in sample.media if medium.media_type == kind] for kind in (MEDIA_IMAGE, MEDIA_VIDEO)
+            )
+            self._rows[row].update(
+                kept_percents=[medium.kept_percent for medium in images],
+                frames=[stored_frames(medium.grid, MEDIA_VIDEO) for medium in videos],
+            )
 
     def write(self, part: Path) -> None:
         """Write the table. This completes the part, and it is no longer stale."""
