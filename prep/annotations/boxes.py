@@ -43,7 +43,7 @@ _WELL_FORMED = re.compile(
     rf"|<\|box_start\|>\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)(?:\s*,\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\))*\s*<\|box_end\|>",
     re.DOTALL,
 )
-_LIST_ITEM = re.compile(rf"\s*(?:(?P<number>{_NUMBER})(?![\w.])|(?P<mark>[\[\],])|(?P<other>[^\s\[\],]+))")
+_LIST_ITEM = re.compile(rf"\s*(?:(?P<number>{_NUMBER})(?![\w.])|(?P<mark>[\[\],])|(?P<other>[^\s\[\],]{{1,64}}))")
 _PLAIN_NUMBER = re.compile(_NUMBER)
 _SEPARATED = re.compile(r"[^\s,]+")
 _PAIR = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
@@ -100,7 +100,7 @@ class Shapes(NamedTuple):
 def may_have_shapes(text: str) -> bool:
     """Whether a text may have boxes, points or names of objects. Cheap; says yes to some texts without them."""
     # Coordinates in JSON and HTML are quoted, and a quote is found faster than a word.
-    if ('"' in text or "'" in text) and any(mark in text for mark in ("_2d", "data-", "DATA-", "Data-")):
+    if ('"' in text or "'" in text) and ("_2d" in text or "data-" in text or "DATA-" in text or "Data-" in text):
         return True
     return "<|" in text and ("<|box_start|>" in text or "<|object_ref_start|>" in text)
 
