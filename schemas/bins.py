@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.annotation import SampleRef
+from schemas.errors import MEND_SHARDS, ShardError
 from schemas.qwen import PATCH_SIZE, TEMPORAL_PATCH_SIZE, Grid
 
 TAR_BLOCK = 512
@@ -90,8 +91,18 @@ class Bin:
     samples_json: bytes
 
     def samples(self) -> list[SampleRef]:
-        """Where the samples come from, in order."""
-        return msgspec.json.decode(self.samples_json, type=list[SampleRef])
+        """Where the samples come from, in order.
+
+        Raises:
+            ShardError: the member is not such a list.
+        """
+        try:
+            return msgspec.json.decode(self.samples_json, type=list[SampleRef])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ShardError(
+                f"bin {self.index}: {SAMPLES_MEMBER} cannot be read as a list of dataset, record and id: {error}. "
+                f"{MEND_SHARDS}"
+            ) from error
 
     def grids(self) -> list[tuple[Grid, int]]:
         """Grid and media type of every medium, in sequence order."""

@@ -38,6 +38,9 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IGNORE_INDEX = -100
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
+NUM_TOKENS = 152_064
+"""Rows of the embeddings of the largest checkpoints: token ids are below."""
+
 ENDOFTEXT = 151643
 IM_START = 151644
 IM_END = 151645

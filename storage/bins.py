@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from schemas.bins import ARRAY_MEMBERS, MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ShardError
 from schemas.pixels import PIXELS_MEMBER
-from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, VIDEO_PAD
+from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, NUM_TOKENS, VIDEO_PAD
 from storage.errors import NotThereError
 from storage.files import regular_size
 from storage.reading import read_into, stat
@@ -253,7 +253,8 @@ def _check_shapes(parsed: Bin, where: str) -> None:
 
 
 def check_samples(parsed: Bin, *, where: str) -> None:
-    """Check what training relies on: no sample is predicted from the one before it, and pad tokens fit the media.
+    """Check what training relies on: ids and labels are tokens of the model, no sample is predicted from the one before
+    it, and pad tokens fit the media.
 
     Raises:
         ShardError: the bin breaks such a rule.
@@ -271,6 +272,14 @@ def check_samples(parsed: Bin, *, where: str) -> None:
         )
     if bool(np.any((parsed.media_type == MEDIA_IMAGE) & (parsed.grid_thw[:, 0] != 1))):
         raise ShardError(f"{where}: grid_thw has an image of several temporal steps. Build the shards again.")
+    ids, labels = parsed.input_ids, parsed.labels
+    if bool((ids < 0).any() or (ids >= NUM_TOKENS).any()):
+        raise ShardError(
+            f"{where}: input_ids are {ids.min()} to {ids.max()}; allowed: 0 to {NUM_TOKENS - 1}. Build the shards "
+            "again."
+        )
+    if bool(((labels != IGNORE_INDEX) & (labels != ids)).any()):
+        raise ShardError(f"{where}: a label is neither {IGNORE_INDEX} nor the id of its token. Build the shards again.")
     trained_first = parsed.labels[parsed.cu_seqlens[:-1]] != IGNORE_INDEX
     if bool(trained_first.any()):
         raise ShardError(

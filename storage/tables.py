@@ -61,7 +61,7 @@ def read_table(
         path: of the Parquet file.
         columns: names and types that it must have, as :mod:`schemas.tables` lists them.
         names: columns to read, or None for all.
-        filters: rows to read, as pyarrow takes them, or None for all.
+        filters: rows to read, as (column, ``=`` or ``in``, value or values) that must all hold, or None for all.
         sha256: digest to compare the file with first. The file is then read completely.
 
     Raises:
@@ -77,14 +77,9 @@ def read_table(
             # Threads of pyarrow release a Python file some time after the call. If the interpreter ends just then, it
             # aborts (apache/arrow, issue 34314).
             threads = isinstance(source, (Path, pa.BufferReader))
-            table = pq.read_table(
-                source,
-                columns=names,
-                filters=filters,
-                use_threads=threads,
-                pre_buffer=threads,
-                read_dictionary=texts,  # each different text once, until their size is known
-            )
+            # Texts as dictionaries: each different one once, until their size is known.
+            with pq.ParquetFile(source, metadata=metadata, read_dictionary=texts, pre_buffer=threads) as file:
+                table = pa.concat_tables(_read_groups(file, list(names or columns), filters or [], threads))
         table.validate(full=True)
         return _with_plain_texts(path, table, columns, num_bytes)
     except (FileNotFoundError, NotThereError):
@@ -96,6 +91,24 @@ def read_table(
         strerror = error.strerror if isinstance(error, OSError) else None
         reason = (strerror or str(error)).splitlines()[0].rstrip(".")
         raise ShardError(f"{path} cannot be read as a Parquet table: {reason}. {COPY_AGAIN}.") from error
+
+
+def _read_groups(
+    file: pq.ParquetFile, names: list[str], filters: Sequence[tuple[str, str, Any]], threads: bool
+) -> Iterator[pa.Table]:
+    """Columns and rows of a file, by row group: dictionaries inside lists cannot change within a table.
+
+    The statistics of the row groups are not used: rows that they deny would be left out in silence, and the rows of a
+    bin are spread over all groups.
+    """
+    needed = list(dict.fromkeys([*names, *(name for name, _, _ in filters)]))
+    yield file.schema_arrow.empty_table().select(names)
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=needed, use_threads=threads)
+        for name, operator, value in filters:
+            values = pa.array(value if operator == "in" else [value])
+            table = table.filter(pc.is_in(table.column(name), value_set=values))
+        yield table.select(names)
 
 
 def column_problems(table: pa.Table, row: type[msgspec.Struct]) -> Iterator[tuple[int, str]]:
@@ -172,8 +185,8 @@ def _check_size(path: Location, metadata: pq.FileMetaData, columns: dict[str, st
     """Compare the rows that the footer announces with the size of the file."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     num_rows = sum(group.num_rows for group in groups)
-    # Checksums do not compress. A ledger has at most 20 rows a byte, even with each annotation taken 100 times.
-    most = num_bytes // 8 if "xxh3" in columns else _FREE_ROWS + 64 * num_bytes
+    # Checksums do not compress. A ledger has at most 8 rows a byte, even with each annotation rejected 100 times.
+    most = num_bytes // 8 if "xxh3" in columns else _FREE_ROWS + 16 * num_bytes
     if num_rows > most:
         raise ShardError(
             f"{path} announces {num_rows:,} rows in {num_bytes:,} bytes; allowed: at most {most:,}. {COPY_AGAIN}."

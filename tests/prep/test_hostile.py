@@ -36,6 +36,7 @@ from schemas.annotation import ReasonCode
 from schemas.bins import MEDIA_IMAGE
 from schemas.errors import ConfigError, MediaError
 from schemas.settings import BuildSettings, MediaSettings
+from tests.prep import finished as sets
 from tests.prep.corpus import turn
 from tests.prep.packed import packed_samples
 from tests.prep.test_images import random_image
@@ -380,3 +381,54 @@ def test_text_of_a_row_that_is_not_utf_8_costs_that_row(tmp_path: Path) -> None:
     assert "3 annotations: 2 valid, 1 rejected" in result.stdout
     assert "bad_json: 1" in result.stdout
     assert f"{path}:2: text that is not UTF-8" in result.stdout
+
+
+# Parquet files with columns that JSON has no values for.
+
+CONVERSATIONS = pa.array([turn("Hi", "yes")] * 2)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1, 2], pa.timestamp("ns")),
+        pa.array([1, 2], pa.duration("ns")),
+        pa.array([1, 2], pa.time64("ns")),
+        pa.array([2**62, 2**62], pa.duration("s")),
+        pa.array([2**30, 2**30], pa.date32()),
+        pa.StructArray.from_arrays([pa.array([1, 2])] * 2, names=["a", "a"]),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_value_that_json_cannot_express_is_a_reject(tmp_path: Path, column: pa.Array) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([CONVERSATIONS, column], names=["conversations", "objects"]), path)
+    records = records_of(path)
+    assert [record.data for record in records] == [None, None]
+    assert all("a value that JSON cannot express, in column 'objects'" in record.fault for record in records)
+
+
+def test_several_columns_of_one_name_are_an_error_if_a_record_would_have_the_field(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "a.parquet", pa.array([1, 2])
+    pq.write_table(pa.Table.from_arrays([CONVERSATIONS, numbers, numbers], names=["conversations", "x.y", "x.y"]), path)
+    assert {record.unread for record in records_of(path)} == {("x.y",)}
+    pq.write_table(pa.Table.from_arrays([CONVERSATIONS, numbers, numbers], names=["conversations", "id", "id"]), path)
+    result = run("validate", path, "--workers", 1)
+    assert result.exit_code == 1
+    assert f"annotation file {path} has several columns named 'id'. Remove or rename all but one." in result.output
+
+
+def test_an_edit_of_the_same_size_with_its_time_restored_is_seen(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """As by ``touch -r`` or ``rsync --times``. A file of which only the times changed gives the same set."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"conversations": turn("Hi", "yes")}))
+    before = sets.build_set(path, tmp_path / "out", tiny_checkpoint)
+    manifest, status = (before / "manifest.json").read_bytes(), path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    sets.build_set(path, tmp_path / "out", tiny_checkpoint)
+    assert (before / "manifest.json").read_bytes() == manifest
+    path.write_text(path.read_text().replace("yes", "no!"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    sets.build_set(path, tmp_path / "out", tiny_checkpoint)
+    assert (before / "manifest.json").read_bytes() != manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -94,3 +95,26 @@ def test_ranks_with_different_plans_end_before_training(flags: list[str], tmp_pa
     for rank in (0, 1):
         assert f"error (rank {rank}): rank 1 would train with first step = 1, but rank 0 with 2: let" in done.stderr
     assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
+def end_before_the_others(rank: str) -> None:
+    """A rank ends while it starts."""
+    if os.environ["RANK"] == rank:
+        sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("1", "1 of 2 ranks came to 127.0.0.1:"),
+        ("0", "the ranks cannot meet at 127.0.0.1:"),  # where the first one would open the store
+    ],
+)
+def test_a_rank_that_ends_while_it_starts_is_waited_for_no_longer_than_the_limit(
+    flags: list[str], missing: str, says: str
+) -> None:
+    prepare = partial(end_before_the_others, missing)
+    done = run_ranks(2, *flags, "--rendezvous_timeout_s", "1", prepare=prepare, limit_s=60)
+    assert f"error (rank {1 - int(missing)}): {says}" in done.stderr
+    assert " within 1 s" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -120,13 +120,17 @@ def test_no_thread_of_pyarrow_gets_a_python_file(in_memory: str, folder: Path, m
     """Such a thread may release the file while the interpreter shuts down, which aborts the process."""
     reads: list[tuple[object, dict[str, object]]] = []
 
-    def record(source: object, **options: object) -> pa.Table:
-        reads.append((source, options))
-        return read_table(source, **options)
+    class Recorded(pq.ParquetFile):
+        def __init__(self, source: object, **options: object) -> None:
+            super().__init__(source, **options)
+            self.opened = source, options
+
+        def read_row_group(self, *arguments: object, **options: object) -> pa.Table:
+            reads.append((self.opened[0], {**self.opened[1], **options}))
+            return super().read_row_group(*arguments, **options)
 
     remote, local = open_shards(in_memory), open_shards(folder)
-    read_table = pq.read_table
-    monkeypatch.setattr(pq, "read_table", record)
+    monkeypatch.setattr(pq, "ParquetFile", Recorded)
     assert source_samples(remote, [7]) == source_samples(local, [7])
     (remote_source, options), (local_source, _) = reads
     assert not isinstance(remote_source, Path)

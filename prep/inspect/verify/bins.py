@@ -30,6 +30,7 @@ from schemas.qwen import (
     IM_START,
     IMAGE_PAD,
     MERGE_SIZE,
+    NUM_TOKENS,
     VIDEO_PAD,
     VISION_END,
     VISION_START,
@@ -93,7 +94,7 @@ class BinCheck:
         """Contents of ``samples.json``. None if it cannot be read."""
         try:
             return self.bin.samples()
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except ShardError:
             return None
 
     @cached_property
@@ -129,9 +130,10 @@ class BinCheck:
         is_text = ids[self.bin.cu_seqlens[1:] - 1] == ENDOFTEXT
         if ids.size > self.settings.max_length:
             yield f"the bin has {ids.size} tokens, max_length is {self.settings.max_length}"
-        if (ids < 0).any():
-            at = int(np.argmax(ids < 0))
-            yield f"input_ids is {ids[at]} at {self._describe(at)}; an id must be at least 0"
+        is_outside = (ids < 0) | (ids >= NUM_TOKENS)
+        if is_outside.any():
+            at = int(np.argmax(is_outside))
+            yield f"input_ids is {ids[at]} at {self._describe(at)}; allowed: 0 to {NUM_TOKENS - 1}"
         for token, text in _UNUSED.items():
             is_unused = ids == token
             if token == ENDOFTEXT:

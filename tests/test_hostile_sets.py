@@ -1,0 +1,457 @@
+"""Sets of shards from strangers: whatever was changed, each reader answers soon, in little memory, in a sentence.
+
+A tiny set is changed 1,000 times, in its manifest, tables, tar headers and members, mostly with checksums that match.
+Four readers read each: ``verify``, ``show``, ``report`` and the trainer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from PIL import Image
+
+from prep.engines import SerialEngine
+from prep.inspect.report.writer import render_report
+from prep.inspect.show import show
+from prep.inspect.transcript import Transcriber
+from prep.inspect.verify import verify
+from schemas.errors import VlprepError
+from schemas.manifest import WORK_FOLDER
+from schemas.settings import BuildSettings, MediaSettings
+from schemas.tables import SAMPLES_COLUMNS
+from storage.pixels import decode_frames
+from storage.shard_set import open_set
+from tests.prep.corpus import turn
+from tests.prep.finished import build_set, npy, tar_bytes
+from train.shards.index import open_shards
+from train.shards.reader import BinReader
+
+Files = dict[str, bytes]
+Rng = np.random.Generator
+
+NUM_MUTATIONS = 1000
+LIMIT_S, LIMIT_BYTES = 10, 1 << 30
+SHARD, TABLES = "bins-00000.tar", ("bins.parquet", "samples.parquet")
+ARRAYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "grid_thw", "media_type")
+
+VALUES = [
+    None, True, -1, 0, 1, 2**31, 2**62, 2**63, 10**30, 1e308, -0.5, "", "x" * 5000, "../../x", SHARD, [], {}, [[]],
+]  # fmt: skip
+"""What takes the place of a value of a manifest."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A set of one shard with an image, a text and a rejected record."""
+    root = tmp_path_factory.mktemp("hostile")
+    pixels = np.random.default_rng(0).integers(0, 255, (28, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "a.png")
+    records = [
+        {"id": "a", "image": "a.png", "conversations": turn("<image>?", "yes")},
+        {"id": "b", "conversations": turn("Hi", "no")},
+        {"id": "c", "image": "none.png", "conversations": turn("<image>", "x")},
+    ]
+    (root / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    settings = BuildSettings(max_length=32, media=MediaSettings(min_pixels=784))
+    out = build_set(root / "a.jsonl", root / "set", tiny_checkpoint, settings)
+    shutil.rmtree(out / WORK_FOLDER)
+    return out
+
+
+def picked(rng: Rng, items: list[Any]) -> Any:
+    return items[int(rng.integers(len(items)))]
+
+
+def with_damaged_bytes(rng: Rng, data: bytes) -> bytes:
+    """Cut off, inserted, or flipped bytes."""
+    at = int(rng.integers(len(data) + 1))
+    kind = int(rng.integers(3))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + rng.bytes(int(rng.integers(1, 40))) + data[at:]
+    changed = bytearray(data)
+    for position in rng.integers(len(data), size=int(rng.integers(1, 5))).tolist():
+        changed[position] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+def with_damaged_manifest(rng: Rng, files: Files) -> Files:
+    """Another value, a missing or an additional one anywhere; deep nesting; damaged bytes."""
+    if rng.random() < 0.15:
+        return {"manifest.json": with_damaged_bytes(rng, files["manifest.json"])}
+    manifest = json.loads(files["manifest.json"])
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            places.append((node, key))
+            if isinstance(value, (dict, list)):
+                walk(value)
+
+    walk(manifest)
+    node, key = picked(rng, places)
+    kind = rng.random()
+    if kind < 0.7:
+        node[key] = picked(rng, VALUES)
+    elif kind < 0.85:
+        del node[key]
+    elif isinstance(node, dict):
+        node["another"] = picked(rng, VALUES)
+    else:
+        node.append(node[key])
+    return {"manifest.json": json.dumps(manifest, indent=2).encode() + b"\n"}
+
+
+@functools.cache
+def rows_of(data: bytes) -> list[dict[str, Any]]:
+    return pq.read_table(io.BytesIO(data)).to_pylist()
+
+
+def parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), out, compression="zstd")
+    return out.getvalue()
+
+
+def with_damaged_table(rng: Rng, files: Files) -> Files:
+    """Nulls, extremes, other texts; rows or columns more or less, in another order or type; damaged bytes."""
+    name = picked(rng, list(TABLES))
+    rows = [dict(row) for row in rows_of(files[name])]
+    schema = pq.read_schema(io.BytesIO(files[name]))
+    kind = rng.random()
+    if kind < 0.2:
+        return {name: with_damaged_bytes(rng, files[name])}
+    row, field = picked(rng, rows), picked(rng, list(schema))
+    if kind < 0.75:
+        if field.type == pa.string():
+            values: list[Any] = [None, "", "packed", "\0", "x" * 100_000]
+        elif pa.types.is_list(field.type):
+            values = [None, [], [None], ["bad_luck"], ["too_long"] * 1000]
+        else:
+            high = np.iinfo(field.type.to_pandas_dtype()).max
+            values = [None, 0, 1, int(high), int(high) // 2, *([] if field.type == pa.uint64() else [-1, -int(high)])]
+        row[field.name] = picked(rng, values)
+    elif kind < 0.9:
+        picked(rng, [rows.reverse, rows.pop, lambda: rows.append(dict(row)), rows.clear])()
+    else:
+        at = schema.get_field_index(field.name)
+        schema = schema.remove(at) if rng.random() < 0.5 else schema.set(at, pa.field(field.name, pa.null()))
+        rows = [{key: value for key, value in row.items() if key != field.name} for row in rows]
+    return {name: parquet(rows, schema)}
+
+
+def with_bin(files: Files, data: bytes) -> Files:
+    """The first bin of the shard has other bytes; offsets and checksums follow."""
+    rows = [dict(row) for row in rows_of(files["bins.parquet"])]
+    size = rows[0]["num_bytes"]
+    rows[0].update(num_bytes=len(data), xxh3=xxhash.xxh3_64_intdigest(data))
+    for row in rows[1:]:
+        row["offset"] += len(data) - size
+    schema = pq.read_schema(io.BytesIO(files["bins.parquet"]))
+    return {SHARD: data + files[SHARD][size:], "bins.parquet": parquet(rows, schema)}
+
+
+def first_bin(files: Files) -> bytes:
+    return files[SHARD][: rows_of(files["bins.parquet"])[0]["num_bytes"]]
+
+
+def members_of(data: bytes) -> dict[str, bytes]:
+    """Members of the first bin, without its key."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+    return {name.partition(".")[2]: content for name, content in members.items() if name.startswith("00000000.")}
+
+
+def with_damaged_header(rng: Rng, files: Files) -> Files:
+    """Other bytes in the tar header of a member, often with the right checksum."""
+    data = bytearray(first_bin(files))
+    with tarfile.open(fileobj=io.BytesIO(bytes(data))) as tar:
+        at = picked(rng, [info.offset for info in tar])
+    field = picked(rng, [(0, 100), (100, 108), (124, 136), (136, 148), (148, 156), (156, 157), (257, 265), (265, 512)])
+    for position in rng.integers(*field, size=int(rng.integers(1, 4))).tolist():
+        data[at + position] = picked(rng, [0, 32, 48, 55, 45, 128, 255])
+    if rng.random() < 0.7:
+        header = bytes(data[at : at + 148]) + b" " * 8 + bytes(data[at + 156 : at + 512])
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(header)
+    return with_bin(files, bytes(data))
+
+
+def with_damaged_member(rng: Rng, files: Files) -> Files:
+    """Other values or shapes of an array; another, no or a second member; damaged bytes."""
+    members = members_of(first_bin(files))
+    name = picked(rng, list(members))
+    kind = rng.random()
+    if kind < 0.5 and name.endswith(".npy"):
+        array = np.load(io.BytesIO(members[name]))
+        limits = np.iinfo(array.dtype)
+        if array.size:
+            values = [0, 1, 2, limits.max, limits.min, 28, 151655, 151656]
+            array.flat[int(rng.integers(array.size))] = np.array(picked(rng, values)).astype(array.dtype)
+        members[name] = npy(array)
+    elif kind < 0.65 and name.endswith(".npy"):
+        shape = picked(rng, [b"(99999999999999999999,)", b"(4294967296, 4294967296)", b"(0,)", b"()", b"(1, 1)"])
+        members[name] = re.sub(rb"\(.*?\)", shape, members[name], count=1)
+    elif kind < 0.75:
+        del members[name]
+    elif kind < 0.8:
+        members["pixels.raw"] = bytes(28 * 56 * 3)
+    else:
+        members[name] = with_damaged_bytes(rng, members[name])
+    return with_bin(files, tar_bytes("00000000", members))
+
+
+KINDS: list[Callable[[Rng, Files], Files]] = [
+    with_damaged_manifest,
+    with_damaged_table,
+    with_damaged_header,
+    with_damaged_member,
+]
+
+
+def resealed(files: Files) -> Files:
+    """The manifest has the sizes and digests of the files."""
+    manifest = json.loads(files["manifest.json"])
+    for stored in (*manifest["shards"], *manifest["tables"]):
+        data = files[stored["file"]]
+        stored["num_bytes"], stored["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    return {**files, "manifest.json": json.dumps(manifest, indent=2).encode() + b"\n"}
+
+
+def mutation(index: int, files: Files) -> Files:
+    rng = np.random.default_rng([7, index])
+    changed = {**files, **KINDS[index % len(KINDS)](rng, files)}
+    is_sealed = index % len(KINDS) == 0 or rng.random() < 0.1
+    return changed if is_sealed else resealed(changed)
+
+
+def verified(folder: Path) -> bool:
+    """Whether nothing was found."""
+    return not verify(folder, SerialEngine()).findings
+
+
+def shown(folder: Path) -> str:
+    return show(open_set(folder), 0, Transcriber(None), colour=False)
+
+
+def reported(folder: Path) -> str:
+    return render_report(open_set(folder), Transcriber(None))
+
+
+def trained(folder: Path) -> list[dict[str, Any]]:
+    """Arrays of all bins, as the trainer reads them."""
+    index = open_shards(folder)
+    bins = [BinReader(index).read(bin_id).bin for bin_id in range(index.num_bins)]
+    return [
+        {name: getattr(bin_, name) for name in ARRAYS} | {"frames": decode_frames(bin_, where="bin")} for bin_ in bins
+    ]
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "verify": verified,
+    "show": shown,
+    "report": reported,
+    "train": trained,
+}
+
+
+def answer(read: Callable[[Path], Any], folder: Path) -> Any:
+    """The result of a reader, or its sentence. Any other exception is a finding of this test."""
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    try:
+        return read(folder)
+    except VlprepError as error:
+        assert str(error)
+        return error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """No reader may take longer or allocate more."""
+
+    def out_of_time(*_: object) -> None:
+        raise TimeoutError
+
+    num_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, out_of_time)
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes + LIMIT_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def assert_as_in_the_files(bins: Any, folder: Path) -> None:
+    """The trainer reads what the standard tools find in the tar file."""
+    assert not isinstance(bins, VlprepError), bins
+    for bin_, row in zip(bins, pq.read_table(folder / "bins.parquet").to_pylist(), strict=True):
+        with tarfile.open(folder / SHARD) as tar:
+            names = [info.name for info in tar]
+            assert len(set(names)) == len(names)
+            for name in ARRAYS:
+                member = tar.extractfile(f"{row['bin']:08d}.{name}.npy")
+                assert np.array_equal(bin_[name], np.load(io.BytesIO(member.read())))  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_every_reader_answers_each_of_1000_mutations_and_what_verify_passes_is_read_as_it_is(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    folder = tmp_path / "set"
+    shutil.copytree(tiny, folder)
+    files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    for read in READERS.values():  # starts the threads of libraries
+        assert not isinstance(answer(read, folder), VlprepError)
+    outcomes: Counter[tuple[str, str]] = Counter()
+    wrong = []
+    with limits():
+        for index in range(NUM_MUTATIONS):
+            mutated = mutation(index, files)
+            for name, data in mutated.items():
+                (folder / name).write_bytes(data)
+            answers = {}
+            for name, read in READERS.items():
+                try:
+                    answers[name] = answer(read, folder)
+                    outcomes[name, "refused" if isinstance(answers[name], VlprepError) else "read"] += 1
+                except Exception as error:  # noqa: BLE001 - whatever is not a sentence
+                    wrong.append(f"{index}, {name}: {error!r}")
+            if answers.get("verify") is True:
+                outcomes["verify", "sound"] += 1
+                assert_as_in_the_files(answers.get("train"), folder)
+    assert wrong == []
+    assert outcomes["verify", "sound"] < NUM_MUTATIONS // 10
+    assert min(outcomes[name, kind] for name in READERS for kind in ("read", "refused")) > NUM_MUTATIONS // 20
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the set that a test may change."""
+    return shutil.copytree(tiny, tmp_path / "set")
+
+
+def sentences(folder: Path) -> dict[str, str]:
+    """What the readers say of a set that none of them can use."""
+    with limits():
+        answers = {name: answer(read, folder) for name, read in READERS.items() if name != "verify"}
+        try:
+            findings = [str(finding) for finding in verify(folder, SerialEngine()).findings]
+        except VlprepError as error:
+            findings = [str(error)]
+    assert all(isinstance(said, VlprepError) for said in answers.values()), answers
+    return {name: str(said) for name, said in answers.items()} | {"verify": "\n".join(findings)}
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("name", [SHARD, "bins.parquet", "manifest.json"])
+@pytest.mark.parametrize(
+    ("replace", "kind"), [(replace_by_pipe, "a named pipe"), (replace_by_device, "a device (through a link)")]
+)
+def test_special_files_are_refused_unread(folder: Path, name: str, replace: Callable[[Path], None], kind: str) -> None:
+    replace(folder / name)
+    for said in sentences(folder).values():
+        assert f"it is {kind}, not a regular file" in said
+        assert name in said
+
+
+def test_a_link_to_a_regular_file_is_followed(folder: Path, tmp_path: Path) -> None:
+    """The cache of the hub consists of such links."""
+    (folder / SHARD).rename(tmp_path / "blob")
+    (folder / SHARD).symlink_to(tmp_path / "blob")
+    assert verified(folder)
+    assert trained(folder)
+
+
+def write_bomb(path: Path, num_rows: int, **values: object) -> None:
+    """Repeat the first row of a table: little on disk."""
+    table = pq.read_table(path)
+    row = {**table.slice(0, 1).to_pylist()[0], **values}
+    columns = [pa.repeat(pa.scalar(row[field.name], field.type), num_rows) for field in table.schema]
+    repeated = pa.Table.from_arrays(columns, schema=table.schema)
+    pq.write_table(repeated, path, compression="zstd")
+    assert path.stat().st_size < 150_000
+    path.parent.joinpath("manifest.json").write_bytes(
+        resealed({file.name: file.read_bytes() for file in path.parent.iterdir()})["manifest.json"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "values", "expected"),
+    [
+        # As 30 million rows in a few kilobytes, written in less time.
+        ("bins.parquet", 300_000, {}, "announces 300,000 rows in"),
+        ("samples.parquet", 3_000_000, dict.fromkeys(SAMPLES_COLUMNS), "announces 3,000,000 rows in"),
+        ("samples.parquet", 100_000, {"id": "x" * 2000}, "column id holds 200,000,000 bytes of text in a file of"),
+        ("samples.parquet", 10_000, {"codes": ["too_long"] * 300}, "values of codes.list.element in 10,000 rows"),
+    ],
+)
+def test_tables_that_stand_for_much_more_than_their_size_are_refused(
+    folder: Path, name: str, num_rows: int, values: dict[str, object], expected: str
+) -> None:
+    write_bomb(folder / name, num_rows, **values)
+    with limits():
+        findings = "\n".join(map(str, verify(folder, SerialEngine()).findings))
+        page = answer(reported, folder)
+        bins = answer(trained, folder)
+    assert expected in findings
+    assert expected in str(page)
+    assert expected in str(bins) or name == "samples.parquet"
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1" * 3, None])
+def test_a_table_that_is_empty_cut_short_or_no_parquet_is_a_sentence(folder: Path, data: bytes | None) -> None:
+    path = folder / "bins.parquet"
+    path.write_bytes(path.read_bytes()[:-200] if data is None else data)
+    path.with_name("manifest.json").write_bytes(
+        resealed({file.name: file.read_bytes() for file in folder.iterdir()})["manifest.json"]
+    )
+    for said in sentences(folder).values():
+        assert "bins.parquet cannot be read as a Parquet table" in said
+
+
+@pytest.mark.parametrize(
+    "main", ["from prep.cli import main; main()", "from train.main import main; sys.exit(main(sys.argv[1:]))"]
+)
+def test_little_memory_is_a_sentence(folder: Path, main: str) -> None:
+    arguments = ["verify", str(folder)] if "prep" in main else ["--shards", str(folder)]
+    limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (5 * 10**8, 5 * 10**8)); {main}"
+    command = [sys.executable, "-c", limited, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "MiB of address space are left: the system gives no more memory" in done.stderr
+    assert "Traceback" not in done.stderr
