@@ -5,20 +5,18 @@ Each command imports what it runs when it runs, so that ``--help`` and wrong use
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prep.annotations import DEFAULT_REGISTRY
 from prep.engines import open_engine
+from prep.exits import guarded, print_result
 from prep.options import (
     FILE,
     FOLDER,
@@ -30,26 +28,16 @@ from prep.options import (
     media_settings,
     setting_options,
 )
-from schemas.errors import NO_MEMORY, ConfigError, VlprepError, lacks_memory
+from schemas.errors import ConfigError
 from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
-from storage.memory import require_address_space
 from storage.urls import Location, Url
 
 if TYPE_CHECKING:
     from prep.inspect.transcript import Transcriber
     from storage.shard_set import ShardSet
-
-P = ParamSpec("P")
-
-
-_INTERRUPTED = 130
-"""Exit code of shells after SIGINT. SIGTERM gets the same."""
-
-_LEAST_BYTES = 512 << 20
-"""Address space of a command, of which it uses a part: threads reserve 64 MiB each."""
 
 _NOT_FOR_OUTPUT = {
     "http": "web servers are read-only here",
@@ -57,49 +45,6 @@ _NOT_FOR_OUTPUT = {
     "memory": "this memory ends with the command, and workers do not share it",
 }
 """Protocols that shards cannot be written to, and why."""
-
-
-def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
-    """Turn errors that a user can fix into one sentence and an exit code."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            require_address_space(_LEAST_BYTES)
-            code = command(*args, **kwargs)
-        except VlprepError as error:
-            if click.get_current_context().find_root().params["debug"]:
-                raise
-            click.echo(f"vlprep: {error}", err=True)
-            sys.exit(error.exit_code)
-        except OSError as error:
-            if click.get_current_context().find_root().params["debug"]:
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"vlprep: {where}{error.strerror or error}. Fix that and rerun the same command.", err=True)
-            sys.exit(1)
-        except (MemoryError, ImportError, RuntimeError) as error:
-            if not lacks_memory(error) or click.get_current_context().find_root().params["debug"]:
-                raise
-            click.echo(f"vlprep: {NO_MEMORY} Or use fewer --workers, where the command has them.", err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            click.echo("vlprep: stopped. No file is half written; rerun the same command to continue.", err=True)
-            sys.exit(_INTERRUPTED)
-        sys.exit(code or 0)
-
-    return run
-
-
-def _print(text: str) -> None:
-    """Print the result of a command.
-
-    If the reader of a pipe is gone (``vlprep show … | head``), the rest is dropped and the exit code is unchanged.
-    """
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(*_: object) -> None:
@@ -151,7 +96,7 @@ def main(debug: bool) -> None:
 @click.option("--report", is_flag=True, help=f"Also write a page about the shards, {REPORT_FILE} beside them.")
 @engine_options
 @setting_options(MediaSettings)
-@_guarded
+@guarded
 def build_command(
     datasets: tuple[str, ...],
     out: Location,
@@ -199,15 +144,15 @@ def build_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         manifest = build(request, workforce)
-    _print(build_summary(manifest, out))
+    print_result(build_summary(manifest, out))
     metrics = read_metrics(out) if verbose else None
     if metrics is not None:
-        _print(metrics_summary(metrics))
+        print_result(metrics_summary(metrics))
     if report:
         from prep.inspect.report import ReportRequest, write_report
 
         request_of_page = ReportRequest(model=model, sources=request.sources)
-        _print(f"Report: {write_report(out, out / REPORT_FILE, request_of_page)}")
+        print_result(f"Report: {write_report(out, out / REPORT_FILE, request_of_page)}")
 
 
 @main.command("validate")
@@ -230,7 +175,7 @@ def build_command(
 @click.option("--json", "as_json", is_flag=True, help="Print counts and examples as one JSON object.")
 @engine_options
 @setting_options(MediaSettings)
-@_guarded
+@guarded
 def validate_command(
     files: tuple[Location, ...],
     registry: Path | None,
@@ -270,26 +215,26 @@ def validate_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         report = validate(request, workforce)
-    _print(report.json() if as_json else report.text())
+    print_result(report.json() if as_json else report.text())
     return report.exit_code
 
 
 @main.command("datasets")
 @click.option("--registry", type=FILE, default=DEFAULT_REGISTRY, show_default=True)
-@_guarded
+@guarded
 def datasets_command(registry: Path) -> None:
     """List the registered datasets and whether their files exist."""
     from prep.annotations.registry import Registry
 
     for row in Registry.read(registry).listed():
         files = ", ".join(map(str, row.files))
-        _print(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
+        print_result(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
 
 
 @main.command("demo")
 @click.argument("out", type=FOLDER)
 @click.option("--seed", type=int, default=0, show_default=True)
-@_guarded
+@guarded
 def demo_command(out: Path, seed: int) -> None:
     """Write the demo dataset to OUT: scenes, document pages, videos and chats with checkable answers."""
     checkout = Path(__file__).resolve().parents[1]
@@ -299,7 +244,7 @@ def demo_command(out: Path, seed: int) -> None:
     sys.path.insert(0, str(checkout))
     from demo import write_demo
 
-    _print(str(write_demo(out, seed=seed)))
+    print_result(str(write_demo(out, seed=seed)))
 
 
 @main.command("migrate")
@@ -311,7 +256,7 @@ def demo_command(out: Path, seed: int) -> None:
     help="Registry of the datasets: data/__init__.py of the upstream framework, or dataset_info.json of "
     "LLaMA-Factory.  [default: where these have it, near SCRIPT]",
 )
-@_guarded
+@guarded
 def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | None) -> int:
     """Print the two commands that do the same as SCRIPT: a launch script of the upstream framework, of ms-swift or of
     LLaMA-Factory (also its YAML), a registry of datasets (.py, dataset_info.json), or a command line after --.
@@ -328,21 +273,21 @@ def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | N
     else:
         launch = read_words(script) if path is None else read_script(path)
         report = make_report(rewrite(launch, out=out), registry or find_registry(launch, path))
-    _print(report.text())
+    print_result(report.text())
     return 0 if report.is_complete else 1
 
 
 @main.command("verify")
 @click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
 @engine_options
-@_guarded
+@guarded
 def verify_command(folder: Location, workers: int | None, engine: str, ray_address: str | None) -> int:
     """Check every byte, count and invariant of the shards in DIR; exit 1 on damage."""
     from prep.inspect.verify import verify
 
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         verification = verify(folder, workforce)
-    _print(verification.text())
+    print_result(verification.text())
     return 1 if verification.findings else 0
 
 
@@ -355,7 +300,7 @@ def verify_command(folder: Location, workers: int | None, engine: str, ray_addre
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
 )
-@_guarded
+@guarded
 def show_command(
     folder: Location, bin_id: int | None, step: int | None, token_level: bool, save: Path | None, model: str
 ) -> None:
@@ -374,13 +319,15 @@ def show_command(
             sets[shards_folder] = shards, open_transcriber(model, shards.manifest)
         shards, transcriber = sets[shards_folder]
         if heading:
-            _print(heading)
+            print_result(heading)
         if console is not None:
             print_bin(console, shards, shown_bin, transcriber, token_level=token_level)
         else:
-            _print(show(shards, shown_bin, transcriber, colour=wants_colour(), token_level=token_level))
+            print_result(show(shards, shown_bin, transcriber, colour=wants_colour(), token_level=token_level))
         if save is not None:
-            _print(f"\n{counted(len(save_frames(shards, shown_bin, save, transcriber)), 'PNG file')} written to {save}")
+            print_result(
+                f"\n{counted(len(save_frames(shards, shown_bin, save, transcriber)), 'PNG file')} written to {save}"
+            )
 
 
 @main.command("report")
@@ -410,7 +357,7 @@ def show_command(
     type=FOLDER_OR_URL,
     help="With --datasets: folder or URL of the media of annotation files.  [default: the folder of each file]",
 )
-@_guarded
+@guarded
 def report_command(
     folder: Location,
     out: Path,
@@ -432,4 +379,4 @@ def report_command(
         raise ConfigError("--registry and --media-root have no effect without --datasets. Give them together.")
     sources = find_all_sources(datasets, registry=registry, media_root=media_root, media=MediaSettings())
     request = ReportRequest(model=model, sources=tuple(sources), bins=bins, samples=samples)
-    _print(write_report(folder, out, request))
+    print_result(write_report(folder, out, request))

@@ -29,7 +29,6 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-
 /* Which inputs make each output of a pass, and their weights. */
 typedef struct {
     Py_ssize_t num_outputs, max_inputs;

@@ -42,7 +42,8 @@ def _order_of_pillow_12(height: int, width: int, new_height: int, new_width: int
 _ORDERS = (_order_of_pillow_13, _order_of_pillow_12)
 
 _TRIALS = (((90, 70), (28, 56)), ((40, 60), (56, 28)), ((2, 230), (28, 84)), ((33, 17), (28, 33)), ((19, 23), (56, 61)))
-"""Sizes (width, height) before and after, of the images that the kernel is tested with. On each, an order differs."""
+"""Sizes (width, height) before and after, of the images that the kernel is tested with. The second tells the orders
+apart."""
 
 
 def resize_into(planes: NDArray[np.uint8], rgb: Image.Image | NDArray[np.uint8]) -> None:

@@ -1,0 +1,65 @@
+"""How a command of ``vlprep`` ends: its result on stdout, or one sentence on stderr and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+import click
+
+from schemas.errors import NO_MEMORY, VlprepError, lacks_memory
+from storage.memory import require_address_space
+
+P = ParamSpec("P")
+
+INTERRUPTED = 130
+"""Exit code of shells after SIGINT. SIGTERM gets the same."""
+
+_LEAST_BYTES = 512 << 20
+"""Address space of a command, of which it uses a part: threads reserve 64 MiB each."""
+
+
+def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
+    """Turn errors that a user can fix into one sentence and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            require_address_space(_LEAST_BYTES)
+            code = command(*args, **kwargs)
+        except VlprepError as error:
+            if click.get_current_context().find_root().params["debug"]:
+                raise
+            click.echo(f"vlprep: {error}", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if click.get_current_context().find_root().params["debug"]:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"vlprep: {where}{error.strerror or error}. Fix that and rerun the same command.", err=True)
+            sys.exit(1)
+        except (MemoryError, ImportError, RuntimeError) as error:
+            if not lacks_memory(error) or click.get_current_context().find_root().params["debug"]:
+                raise
+            click.echo(f"vlprep: {NO_MEMORY} Or use fewer --workers, where the command has them.", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("vlprep: stopped. No file is half written; rerun the same command to continue.", err=True)
+            sys.exit(INTERRUPTED)
+        sys.exit(code or 0)
+
+    return run
+
+
+def print_result(text: str) -> None:
+    """Print the result of a command.
+
+    If the reader of a pipe is gone (``vlprep show … | head``), the rest is dropped and the exit code is unchanged.
+    """
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
