@@ -19,7 +19,7 @@ from PIL import Image
 from prep.annotations.boxes import Shape
 from prep.inspect.drawing import draw_shapes, shapes_by_image
 from prep.inspect.transcript import ESCAPED_NOTE, Span, SpanKind, Transcriber, spells_token, visible
-from schemas.annotation import SampleBox
+from schemas.annotation import SampleBox, SampleRef
 from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD, Grid
@@ -53,21 +53,15 @@ def samples_of(shards: ShardSet, bin_: Bin, rows: Sequence[LedgerRow] | None = N
     """Split a bin into its samples.
 
     Args:
-        shards: the set.
+        shards: the set that holds it.
         bin_: the bin.
-        rows: the rows of the ledger for the bin, by slot; None to read them.
+        rows: of the ledger for the bin, by slot; None to read them.
 
     Raises:
         ShardError: the bin and the ledger disagree.
     """
     rows = shards.packed_in(bin_.index) if rows is None else rows
-    try:
-        references = bin_.samples()
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ShardError(
-            f"bin {bin_.index} of {shards.folder}: samples.json cannot be read ({error}). Run `vlprep verify` for "
-            "details."
-        ) from error
+    references = _references(shards, bin_)
     boundaries = bin_.cu_seqlens.tolist()
     is_pad = np.isin(bin_.input_ids, (IMAGE_PAD, VIDEO_PAD))
     # (M,): first pad token of every medium.
@@ -90,6 +84,17 @@ def samples_of(shards: ShardSet, bin_: Bin, rows: Sequence[LedgerRow] | None = N
         )
         for slot, (row, reference, first, last) in enumerate(zip(rows, references, boundaries, boundaries[1:]))
     ]
+
+
+def _references(shards: ShardSet, bin_: Bin) -> list[SampleRef]:
+    """Contents of the bin's ``samples.json``."""
+    try:
+        return bin_.samples()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ShardError(
+            f"bin {bin_.index} of {shards.folder}: samples.json cannot be read ({error}). Run `vlprep verify` for "
+            "details."
+        ) from error
 
 
 def show(
