@@ -298,8 +298,8 @@ def test_the_drift_is_printed_by_build_verify_and_report(
     assert invoke("report", tmp_path / "out", "--out", tmp_path / "page.html").exit_code == 0
     page = (tmp_path / "page.html").read_text()
     assert f"<b>{drift.psnr_db:.1f} dB</b>" in page
-    assert "<dt>jpeg_quality</dt><dd class='mono'>95</dd>" in page
-    assert f"<dt>drift: psnr_db</dt><dd class='mono'>{drift.psnr_db}</dd>" in page
+    assert "<dt>jpeg_quality</dt><dd>95</dd>" in page
+    assert f"<dt>drift: psnr_db</dt><dd>{drift.psnr_db}</dd>" in page
 
 
 @pytest.mark.parametrize(
