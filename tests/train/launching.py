@@ -52,7 +52,6 @@ LIMIT_S, GRACE_S = 300, 60
 
 IMPORTED = (
     "tests.train.launching",
-    "tests.train.preloaded",
     "train.main",
     "train.run.loop",
     "train.preflight.dry_run",
@@ -64,6 +63,7 @@ IMPORTED = (
     "deepspeed.launcher.launch",
     "deepspeed.launcher.runner",
     "deepspeed.checkpoint.ds_to_universal",
+    "tests.train.preloaded",
 )
 """Modules that ranks are forked with, if installed."""
 
