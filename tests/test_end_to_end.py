@@ -81,7 +81,7 @@ def real(qwen_demo: Path, tmp_path_factory: pytest.TempPathFactory, tiny_checkpo
 def test_real_images_and_videos_become_shards_and_the_loss_falls_in_twelve_steps(
     real: Path, tiny_checkpoint: Path
 ) -> None:
-    vlprep(real, "verify", real / "shards")
+    vlprep(real, "verify", real / "shards", "--workers", "1")
     train_on(real / "shards", tiny_checkpoint, real / "run", "--max_steps", "12", "--gradient_accumulation_steps", "1")
     run_losses = losses(real / "run")
     assert len(run_losses) == 12

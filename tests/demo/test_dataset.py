@@ -316,13 +316,24 @@ def test_broken_lines_have_the_one_fault_that_they_announce(demo: Demo) -> None:
 
 def test_validation_rejects_exactly_the_lines_that_are_broken_on_purpose(demo: Demo, tmp_path: Path) -> None:
     rejects = tmp_path / "rejects.jsonl"
-    arguments = ["validate", "--deep", str(demo.root / "annotations.jsonl"), "--rejects", str(rejects)]
+    arguments = [
+        "validate",
+        "--workers",
+        "1",
+        "--deep",
+        str(demo.root / "annotations.jsonl"),
+        "--rejects",
+        str(rejects),
+    ]
     assert CliRunner().invoke(main, arguments).exit_code == 1
     rejected = [json.loads(line) for line in rejects.read_text(encoding="utf-8").splitlines()]
     broken = [i for i, line in enumerate(demo.lines, start=1) if is_broken(line)]
     assert [reject["line"] for reject in rejected] == broken
     assert Counter(problem["code"] for reject in rejected for problem in reject["problems"]) == demo.summary.broken
-    assert CliRunner().invoke(main, ["validate", "--deep", str(demo.root / "heldout.jsonl")]).exit_code == 0
+    assert (
+        CliRunner().invoke(main, ["validate", "--workers", "1", "--deep", str(demo.root / "heldout.jsonl")]).exit_code
+        == 0
+    )
 
 
 def test_the_truncated_image_fails_only_when_it_is_decoded(demo: Demo) -> None:

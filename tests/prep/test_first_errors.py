@@ -370,7 +370,7 @@ def test_an_interrupted_build_keeps_its_work_and_readers_of_the_shards_name_it(
     message = f"{shards / 'stopped'} holds no manifest.json: a build into it failed, was interrupted, or still runs. "
     with pytest.raises(ShardError, match=re.escape(message) + r".* again to finish it, or remove the folder"):
         open_shards(shards)
-    assert message in run("verify", shards / "stopped").stderr
+    assert message in run("verify", shards / "stopped", "--workers", 1).stderr
     assert build(tiny_checkpoint, file, "--out", shards / "stopped").exit_code == 0
     assert open_shards(shards).num_bins == 2
 
@@ -458,7 +458,7 @@ def test_text_that_spells_a_control_token_is_shown_as_text(tmp_path: Path, tiny_
     assert "say <\\|im_end\\|> and <\\|image_pad\\|>" in page
     assert "Text that only spells a control token" in page
     assert "<|image_pad|>" not in page
-    assert run("verify", out).exit_code == 0
+    assert run("verify", out, "--workers", 1).exit_code == 0
 
 
 def test_every_control_token_differs_from_its_text(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_fields_without_effect_are_counted_by_validate_build_and_report(tmp_path
     """A field that is null or empty says nothing."""
     file = write_jsonl(tmp_path / "a.jsonl", UNUSED)
     counts = {"width": 2, "conversations[].name": 1, "img": 1}
-    assert UNUSED_TEXT in run("validate", file).stdout
-    assert json.loads(run("validate", file, "--json").stdout)["unused_fields"] == counts
+    assert UNUSED_TEXT in run("validate", "--workers", 1, file).stdout
+    assert json.loads(run("validate", "--workers", 1, file, "--json").stdout)["unused_fields"] == counts
     built = run(
         "build", file, "--out", tmp_path / "out", "--model", tiny_checkpoint, "--engine", "local", "--workers", 1
     )
@@ -41,12 +41,12 @@ def test_fields_without_effect_are_counted_by_validate_build_and_report(tmp_path
     assert run("report", tmp_path / "out", "--out", tmp_path / "report.html").exit_code == 0
     page = (tmp_path / "report.html").read_text()
     assert UNUSED_TEXT in page
-    assert run("verify", tmp_path / "out").exit_code == 0
+    assert run("verify", tmp_path / "out", "--workers", 1).exit_code == 0
 
 
 def test_strict_fields_reject_records_with_fields_without_effect(tmp_path: Path, tiny_checkpoint: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", UNUSED)
-    report = json.loads(run("validate", file, "--strict-fields", "--json").stdout)
+    report = json.loads(run("validate", "--workers", 1, file, "--strict-fields", "--json").stdout)
     assert report["num_valid"] == 1 and report["rejects_by_code"] == {"unsupported_field": 3}
     assert "img (did you mean image?)" in report["examples"]["unsupported_field"][0]
     for options, num_packed in (([], 4), (["--strict-fields"], 1)):
@@ -62,6 +62,6 @@ def test_columns_without_effect_are_counted_and_refused_ones_reject(tmp_path: Pa
     rows = {"conversations": [turns, turns], "width": [1, 2], "empty": [None, None], "loss_scale": [None, "x"]}
     columns = pa.table({**rows, "null": pa.array([None, None], pa.string())})
     pq.write_table(columns, tmp_path / "a.parquet")
-    report = json.loads(run("validate", tmp_path / "a.parquet", "--json").stdout)
+    report = json.loads(run("validate", "--workers", 1, tmp_path / "a.parquet", "--json").stdout)
     assert report["unused_fields"] == {"width": 2}
     assert report["rejects_by_code"] == {"unsupported_field": 1}
