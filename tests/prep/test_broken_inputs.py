@@ -47,7 +47,7 @@ def built(broken: BrokenFolder, tmp_path_factory: pytest.TempPathFactory, tiny_c
     """One build of the complete folder, and of a video that exceeds the decode timeout of its dataset."""
     folder = tmp_path_factory.mktemp("built")
     write_video(folder / "clip.mp4", 12, 2)
-    (folder / "slow.jsonl").write_text(json.dumps(video("clip.mp4")) + "\n")
+    (folder / "slow.jsonl").write_text(json.dumps(slow_video(folder)) + "\n")
     files = [str(path) for path in broken.files]
     (folder / "datasets.toml").write_text(
         f'[broken]\nannotation_path = {json.dumps(files)}\nmedia_root = "{broken.root}"\n'
@@ -63,6 +63,12 @@ def built(broken: BrokenFolder, tmp_path_factory: pytest.TempPathFactory, tiny_c
     )
     build(request, SerialEngine())
     return folder / "out"
+
+
+def slow_video(folder: Path) -> dict[str, Any]:
+    """A record with a video of large frames: a small one may be probed before this process looks for the answer."""
+    write_video(folder / "large.mp4", 2, 2, width=1920, height=1088)
+    return video("large.mp4")
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +154,7 @@ def test_validate_reads_parquet(broken: BrokenFolder) -> None:
 
 
 def test_validate_with_too_short_a_time_says_so(tmp_path: Path) -> None:
-    write_video(tmp_path / "clip.mp4", 12, 2)
-    (tmp_path / "a.jsonl").write_text(json.dumps(video("clip.mp4")) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(slow_video(tmp_path)) + "\n")
     result = run("validate", tmp_path / "a.jsonl", "--workers", 1, "--decode-timeout", f"{SLOW_S:f}")
     assert result.exit_code == 1
     assert "decode_timeout: 1" in result.stdout
