@@ -46,7 +46,6 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> BrokenFolder:
 def built(broken: BrokenFolder, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
     """One build of the complete folder, and of a video that exceeds the decode timeout of its dataset."""
     folder = tmp_path_factory.mktemp("built")
-    write_video(folder / "clip.mp4", 12, 2)
     (folder / "slow.jsonl").write_text(json.dumps(slow_video(folder)) + "\n")
     files = [str(path) for path in broken.files]
     (folder / "datasets.toml").write_text(
