@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -86,14 +87,21 @@ def expected_lines(codec: str) -> list[str]:
         ("With the standard library alone", "raw"),
     ],
 )
-def test_the_programs_of_the_page_read_the_shards(tmp_path: Path, title: str, codec: str) -> None:
+def test_the_programs_of_the_page_read_the_shards(
+    tmp_path: Path, title: str, codec: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, but for the one of the standard library: an isolated interpreter runs it."""
     folder = write_shards(tmp_path / "set", BINS, codec=codec)
-    (tmp_path / "reader.py").write_text(program(title))
-    isolated = ["-I"] if title == "With the standard library alone" else []
-    command = [sys.executable, *isolated, str(tmp_path / "reader.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == expected_lines(codec)
+    reader = tmp_path / "reader.py"
+    reader.write_text(program(title))
+    if title == "With the standard library alone":
+        command = [sys.executable, "-I", str(reader), str(folder)]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path).stdout
+    else:
+        monkeypatch.setattr(sys, "argv", [str(reader), str(folder)])
+        runpy.run_path(str(reader), run_name="__main__")
+        output = capsys.readouterr().out
+    assert output.splitlines() == expected_lines(codec)
 
 
 @pytest.mark.parametrize("codec", list(PIXELS_MEMBER))
@@ -121,7 +129,7 @@ def source_of(folder: Path, index: int) -> list[SourceSample]:
 
 
 @pytest.mark.slow
-def test_the_program_of_the_short_page_rebuilds_the_frames(tmp_path: Path) -> None:
+def test_the_program_of_the_short_page_rebuilds_the_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_shards(tmp_path / "set", BINS, bins_per_shard=len(BINS))
     short = (REPOSITORY / "shards" / "README.md").read_text()
     match = re.search(r"```python\n(.*?)```", short, re.DOTALL)
@@ -129,11 +137,8 @@ def test_the_program_of_the_short_page_rebuilds_the_frames(tmp_path: Path) -> No
     text = match[1].replace("shards/demo/", f"{folder}/")
     assert str(folder) in text
     (tmp_path / "reader.py").write_text(f"{text.rstrip()}\n        print(bin['__key__'], frames.shape, frames.sum())\n")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "reader.py")], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    runpy.run_path(str(tmp_path / "reader.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == [
         f"{index:08d} {medium.frames.shape} {medium.frames.sum()}"
         for index, samples in enumerate(BINS)
         for sample in samples
