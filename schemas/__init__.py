@@ -8,6 +8,7 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 ``setting``         how a setting is declared: help, unit, bounds and choices beside the field
 ``foreign_flags``   flags of other trainers that are not flags here, and why
 ``settings``        the settings of a build, echoed in the manifest
+``bounds``          bounds of counts, sizes and names in manifests and tables
 ``bins``            members of a bin inside a shard, and their arrays
 ``pixels``          the codecs of pixel planes, and the reversible residual coding; ``jpeg`` the member of that codec
 ``tables``          columns of ``bins.parquet`` and ``samples.parquet`` (the ledger)

@@ -252,7 +252,12 @@ def _reason(data: bytes, error: Exception) -> str:
         value: Any = msgspec.json.decode(data)
         for name, index in re.findall(r"(\w+)|\[(\d+)\]", path):
             value = value[name] if name else value[int(index)]
-    except (msgspec.MsgspecError, RecursionError, LookupError):  # more than 64 bits, or a name that is not a word
+    except (
+        msgspec.MsgspecError,
+        UnicodeDecodeError,
+        RecursionError,
+        LookupError,
+    ):  # more than 64 bits, or a name that is not a word
         return message
     shown = f"is {repr(value)[:80]}" if isinstance(value, (str, int, float)) else "is damaged"
     return f"{path.rstrip('`')} {shown}: {problem[:1].lower()}{problem[1:]}"

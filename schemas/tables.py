@@ -99,6 +99,18 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     video_backend: str | None
 
 
+class RejectedRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The columns of ``samples.parquet`` that describe a rejected annotation."""
+
+    dataset: str
+    file: str
+    line: PositiveCount
+    record: Count
+    id: str | None
+    codes: list[str]
+    message: str
+
+
 class AnnotationRow(msgspec.Struct, frozen=True, kw_only=True):
     """One row of ``samples.parquet``."""
 

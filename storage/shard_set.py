@@ -24,8 +24,10 @@ from schemas.tables import (
     SAMPLES_COLUMNS,
     SAMPLES_FILE,
     STATUS_PACKED,
+    STATUS_REJECTED,
     AnnotationRow,
     LedgerRow,
+    RejectedRow,
     StoredBin,
 )
 from storage.bins import BinLocation, check_samples, parse_bin, read_bytes
@@ -216,35 +218,46 @@ def read_bins(folder: Location, manifest: Manifest) -> pa.Table:
     return table
 
 
-def read_ledger(
-    folder: Location,
-    *,
-    names: Sequence[str] | None = None,
-    filters: list[tuple[str, str, object]] | None = None,
-) -> pa.Table:
-    """Rows and columns of the ledger.
-
-    Args:
-        folder: the set.
-        names: columns to read, or None for all.
-        filters: rows to read, as pyarrow takes them, or None for all.
+def read_ledger(folder: Location, *, names: Sequence[str]) -> pa.Table:
+    """Columns of the ledger.
 
     Raises:
         ShardError: it is missing or damaged, or has a value out of its bounds.
         StorageError: the store does not answer.
     """
-    table = read_table(folder / SAMPLES_FILE, SAMPLES_COLUMNS, names=names, filters=filters)
-    check_columns(table, AnnotationRow, folder / SAMPLES_FILE)
-    return table
+    return _read_rows(folder, AnnotationRow, names, None)
 
 
 def read_packed(
     folder: Location, *, names: Sequence[str] | None = None, filters: Sequence[tuple[str, str, object]] = ()
 ) -> pa.Table:
-    """Rows of the ledger for packed samples; arguments and errors are those of :func:`read_ledger`."""
+    """Rows of the ledger for packed samples.
+
+    Args:
+        folder: the set.
+        names: columns to read, or None for all.
+        filters: rows to read, as :func:`storage.tables.read_table` takes them.
+
+    Raises:
+        ShardError, StorageError: as :func:`read_ledger`.
+    """
+    return _read_rows(folder, LedgerRow, names, [("status", "=", STATUS_PACKED), *filters])
+
+
+def read_rejected(folder: Location, *, names: Sequence[str]) -> pa.Table:
+    """Rows of the ledger for rejected annotations; errors as :func:`read_ledger`."""
+    return _read_rows(folder, RejectedRow, names, [("status", "=", STATUS_REJECTED)])
+
+
+def _read_rows(
+    folder: Location,
+    row: type[msgspec.Struct],
+    names: Sequence[str] | None,
+    filters: list[tuple[str, str, object]] | None,
+) -> pa.Table:
     path = folder / SAMPLES_FILE
-    table = read_table(path, SAMPLES_COLUMNS, names=names, filters=[("status", "=", STATUS_PACKED), *filters])
-    check_columns(table, LedgerRow, path)
+    table = read_table(path, SAMPLES_COLUMNS, names=names, filters=filters)
+    check_columns(table, row, path)
     return table
 
 

@@ -433,6 +433,29 @@ def test_tables_that_stand_for_much_more_than_their_size_are_refused(
     assert expected in str(bins) or name == "samples.parquet"
 
 
+@pytest.mark.parametrize(
+    ("status", "change", "expected"),
+    [
+        ("rejected", {"message": None}, "message is null"),
+        ("packed", {"num_tokens": None}, "num_tokens is null"),
+        ("packed", {"bin": 2**63 - 1}, "does not have this bin"),
+    ],
+)
+def test_a_value_that_only_other_rows_may_lack_is_a_sentence(
+    folder: Path, status: str, change: dict[str, Any], expected: str
+) -> None:
+    path = folder / "samples.parquet"
+    rows = pq.read_table(path).to_pylist()
+    next(row for row in rows if row["status"] == status).update(change)
+    path.write_bytes(parquet(rows, pq.read_schema(path)))
+    path.with_name("manifest.json").write_bytes(
+        resealed({file.name: file.read_bytes() for file in folder.iterdir()})["manifest.json"]
+    )
+    said = [*map(str, verify(folder, SerialEngine()).findings), str(answer(reported, folder))]
+    assert any(expected in sentence for sentence in said), said
+    assert not verified(folder)
+
+
 @pytest.mark.parametrize("data", [b"", b"PAR1" * 3, None])
 def test_a_table_that_is_empty_cut_short_or_no_parquet_is_a_sentence(folder: Path, data: bytes | None) -> None:
     path = folder / "bins.parquet"

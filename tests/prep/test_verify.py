@@ -316,6 +316,7 @@ def test_a_manifest_that_breaks_a_rule_is_found(
         (lambda dataset: dataset["modalities"].update(text=1), "modalities are {"),
         (lambda dataset: dataset.update(targets=None), "targets is None, samples.parquet has "),
         (lambda dataset: dataset["tokens"].update(p90=1), "tokens.p90 is 1, samples.parquet has "),
+        (lambda dataset: dataset["media"].update(num_images=99), "the statistics of media have 99"),
         (lambda dataset: dataset["patches"].update(mean=1.5), "patches.mean is 1.5, samples.parquet has "),
     ],
 )

@@ -122,7 +122,13 @@ def test_bytes_that_are_not_the_bin_are_refused_with_their_location(data: bytes,
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"{}", "damaged"), (b"x", "damaged"), (b'{"version": 99}', "format version 99"), (b'{"version": 1}', "damaged")],
+    [
+        (b"{}", "damaged"),
+        (b"x", "damaged"),
+        (b'{"version": 1, "x": "\xae", "settings": []}', "damaged"),
+        (b'{"version": 99}', "format version 99"),
+        (b'{"version": 1}', "damaged"),
+    ],
 )
 def test_a_manifest_that_cannot_be_used_says_why(data: bytes, message: str) -> None:
     with pytest.raises(ShardError, match=message):

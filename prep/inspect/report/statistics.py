@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from schemas.tables import STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
-from storage.shard_set import ShardSet, read_ledger
+from schemas.tables import SAMPLES_FILE, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED, LedgerRow
+from storage.shard_set import ShardSet, read_ledger, read_rejected
+from storage.tables import check_columns
 
 MODALITIES = ("text only", "images", "video")
 """Kinds of samples. A ``video`` sample may have images too."""
@@ -93,12 +94,9 @@ def gather(shards: ShardSet) -> Statistics:
     """
     names = ["dataset", "status", "num_tokens", "num_targets", "num_patches", "video_backend"]
     ledger = read_ledger(shards.folder, names=names)
-    rejected = read_ledger(
-        shards.folder,
-        names=[*(field.name for field in fields(Example)), "codes"],
-        filters=[("status", "=", STATUS_REJECTED)],
-    )
+    rejected = read_rejected(shards.folder, names=[*(field.name for field in fields(Example)), "codes"])
     packed = ledger.filter(pc.equal(ledger.column("status"), STATUS_PACKED))
+    check_columns(packed, LedgerRow, shards.folder / SAMPLES_FILE)
     modality = modality_of(packed)
     tokens, targets = numbers(packed, "num_tokens"), numbers(packed, "num_targets")
     datasets = [dataset.dataset for dataset in shards.manifest.inputs]

@@ -228,7 +228,9 @@ def _samples_of(packed: pa.Table, bins: pa.Table) -> pa.Table:
     numbers = bins.column("bin").to_numpy()
     first, last = (0, 0)
     if numbers.size:
-        first, last = np.searchsorted(packed.column("bin").to_numpy(), [numbers.min(), numbers.max() + 1]).tolist()
+        column = packed.column("bin").to_numpy()
+        first = int(np.searchsorted(column, numbers.min()))
+        last = int(np.searchsorted(column, numbers.max(), side="right"))
     # A copy, because a slice would send the complete table to the worker.
     return packed.take(np.arange(first, last))
 

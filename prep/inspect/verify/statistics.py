@@ -33,6 +33,11 @@ def check_statistics(ledger: pa.Table, manifest: Manifest) -> Iterator[Finding]:
     if named != expected:
         yield inconsistent(MANIFEST_FILE, f"statistics are of the datasets {named}; the inputs are {expected}")
         return
+    media = [stated.media for stated in manifest.statistics if stated.media is not msgspec.UNSET]
+    if media and (total := sum(stated.num_images for stated in media)) != manifest.counts.num_images:
+        yield inconsistent(
+            MANIFEST_FILE, f"counts.num_images is {manifest.counts.num_images}, the statistics of media have {total}"
+        )
     for stated in manifest.statistics:
         where = f"{MANIFEST_FILE}, statistics of {stated.dataset}"
         rows = ledger.filter(pc.equal(ledger.column("dataset"), stated.dataset))
