@@ -200,11 +200,6 @@ def deepspeed_command(num_ranks: int, *flags: str, script: str = "train/main.py"
     return (*launcher, *count, script, *flags)
 
 
-def deepspeed(*flags: str) -> subprocess.CompletedProcess[str]:
-    """Run the trainer on one rank with ``deepspeed``."""
-    return launch(*deepspeed_command(1, *flags))
-
-
 def free_port() -> int:
     """A free port of this machine, below those that it gives to connections of other tests."""
     while True:

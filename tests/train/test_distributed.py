@@ -1,8 +1,8 @@
 """Several ranks compute what one computes under every sharding, and a resumed run equals the uninterrupted one.
 
 The bins are chosen so that in every micro-step one rank has text alone and the other an image and a video. Runs
-are launched in separate processes; each is made once and shared by several tests. The head of forked ranks computes
-some bins in two or three chunks, that of launched ones all in one.
+are launched in separate processes; each is made once and shared by several tests. Ranks without a launcher compute the
+loss of the longest bin in three chunks, those of a launcher in one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.train.launching import (
     assert_close_metrics,
     assert_close_weights,
     assert_same_run,
-    deepspeed,
+    deepspeed_command,
     fingerprint_of,
     launch_forked,
     made_once,
@@ -112,7 +112,7 @@ def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     """
 
     def run(out: Path) -> None:
-        done = deepspeed(*flags, *TIMES_FOUR, *UNFUSED, "--output_dir", str(out))
+        done = launch_forked(*deepspeed_command(1, *flags, *TIMES_FOUR, *UNFUSED, "--output_dir", str(out)))
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "one-rank", run)
