@@ -1,8 +1,8 @@
 """Builds onto a small disk that becomes full or read-only; for ``test_faults``.
 
-``unshare --user --map-root-user --mount python -m tests.prep.full_disk MODE ANNOTATIONS MODEL FOLDER`` mounts a file
-system in memory in its own namespace, builds onto it, prints the outcome of every run (JSON), and copies the
-shards to ``FOLDER/shards``.
+``unshare --user --map-root-user --mount python -m tests.prep.full_disk ANNOTATIONS MODEL FOLDER`` mounts file systems
+in memory in its own namespace, one for each of :data:`MODES`. It builds onto them, prints the outcomes of all runs by
+mode (JSON), and copies the shards to ``FOLDER/MODE/shards``.
 """
 
 from __future__ import annotations
@@ -69,8 +69,13 @@ class Disk:
         self._ballast.unlink()
 
 
-def main(mode: str, annotations: str, model: str, folder: str) -> None:
-    disk = Disk(Path(folder) / "disk", "64m")
+MODES = ("stages", "workers", "read-only")
+"""Full before each of the stages, full under worker processes, read-only."""
+
+
+def build_onto_disk(mode: str, annotations: str, model: str, folder: Path) -> list[dict[str, Any]]:
+    """Build onto a disk with a fault, then without; returns the outcome of every run."""
+    disk = Disk(folder / "disk", "64m")
     runs: list[dict[str, Any]] = []
 
     def run(name: str, workers: int = 1) -> None:
@@ -94,8 +99,12 @@ def main(mode: str, annotations: str, model: str, folder: str) -> None:
         run("read-only")
         disk.remount("rw")
     run("last", workers=2 if mode == "workers" else 1)
-    shutil.copytree(disk.path, Path(folder) / "shards")
-    json.dump(runs, sys.stdout)
+    shutil.copytree(disk.path, folder / "shards")
+    return runs
+
+
+def main(annotations: str, model: str, folder: str) -> None:
+    json.dump({mode: build_onto_disk(mode, annotations, model, Path(folder) / mode) for mode in MODES}, sys.stdout)
 
 
 if __name__ == "__main__":

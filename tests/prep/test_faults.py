@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from schemas.manifest import Manifest
 from schemas.settings import BuildSettings, MediaSettings
 from tests.prep.commands import Command
 from tests.prep.corpus import turn, write_corpus
-from tests.prep.full_disk import STAGES
+from tests.prep.full_disk import MODES, STAGES
 from tests.prep.test_build import (
     SETTINGS,
     build_arguments,
@@ -84,21 +84,41 @@ def namespace() -> list[str]:
     return prefix
 
 
-def on_a_disk(namespace: list[str], mode: str, corpus: Path, model: Path, folder: Path) -> list[dict[str, Any]]:
-    program = [sys.executable, "-m", "tests.prep.full_disk", mode, str(corpus), str(model), str(folder)]
+@dataclass(frozen=True)
+class Outcome:
+    """What builds onto a disk with a fault did, and the shards of the last build, after the fault."""
+
+    runs: list[dict[str, Any]]
+    disk: Path
+    shards: Path
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    namespace: list[str], corpus: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
+    folder = tmp_path_factory.mktemp("disks")
+    program = [sys.executable, "-m", "tests.prep.full_disk", str(corpus), str(tiny_checkpoint), str(folder)]
     done = subprocess.run([*namespace, *program], check=True, stdout=subprocess.PIPE, cwd=REPOSITORY)
-    runs: list[dict[str, Any]] = json.loads(done.stdout)
-    for run in runs:
+    runs_of: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    assert set(runs_of) == set(MODES)
+    return {mode: Outcome(runs, folder / mode / "disk", folder / mode / "shards") for mode, runs in runs_of.items()}
+
+
+def faulty_runs(outcome: Outcome) -> list[dict[str, Any]]:
+    """The runs on the disk with its fault. All are clear and leave nothing behind, and the last one succeeds."""
+    for run in outcome.runs:
         assert "Traceback" not in run["says"]
         assert run["left"] == []
-    assert (runs[-1]["code"], runs[-1]["sealed"]) == (0, True)
-    return runs[:-1]
+    *faulty, last = outcome.runs
+    assert (last["code"], last["sealed"]) == (0, True)
+    return faulty
 
 
 def test_a_disk_that_runs_full_at_any_step_stops_the_build_which_resumes_once_there_is_room(
-    namespace: list[str], corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
+    outcomes: dict[str, Outcome], built: Path
 ) -> None:
-    runs = on_a_disk(namespace, "stages", corpus, tiny_checkpoint, tmp_path)
+    runs = faulty_runs(outcomes["stages"])
     assert [run["run"] for run in runs] == list(STAGES)
     files = {
         "scan": "/.build/scan/",
@@ -113,27 +133,26 @@ def test_a_disk_that_runs_full_at_any_step_stops_the_build_which_resumes_once_th
         assert "No space left on device" in sentence
         assert sentence.endswith("Fix that and rerun the same command.")
         assert (run["code"], run["sealed"]) == (1, False)
-    assert contents(tmp_path / "shards") == contents(built)
+    assert contents(outcomes["stages"].shards) == contents(built)
 
 
 def test_a_disk_that_runs_full_under_worker_processes_is_one_sentence_too(
-    namespace: list[str], corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
+    outcomes: dict[str, Outcome], built: Path
 ) -> None:
-    (run,) = on_a_disk(namespace, "workers", corpus, tiny_checkpoint, tmp_path)
+    (run,) = faulty_runs(outcomes["workers"])
     (sentence,) = [line for line in run["says"].splitlines() if line.startswith("vlprep: ")]
     assert "/bins-0000" in sentence
     assert "No space left on device" in sentence
     assert (run["code"], run["sealed"]) == (1, False)
-    assert contents(tmp_path / "shards") == contents(built)
+    assert contents(outcomes["workers"].shards) == contents(built)
 
 
-def test_an_output_that_can_only_be_read_is_named(
-    namespace: list[str], corpus: Path, built: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    (run,) = on_a_disk(namespace, "read-only", corpus, tiny_checkpoint, tmp_path)
+def test_an_output_that_can_only_be_read_is_named(outcomes: dict[str, Outcome], built: Path) -> None:
+    outcome = outcomes["read-only"]
+    (run,) = faulty_runs(outcome)
     assert run["code"] == 2
-    assert f"--out {tmp_path / 'disk'} cannot be written: Read-only file system." in run["says"]
-    assert contents(tmp_path / "shards") == contents(built)
+    assert f"--out {outcome.disk} cannot be written: Read-only file system." in run["says"]
+    assert contents(outcome.shards) == contents(built)
 
 
 @pytest.mark.parametrize(("limit", "location"), [(1 << 10, "/.build/"), (1 << 19, "/bins-00000.tar: ")])
