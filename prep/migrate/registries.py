@@ -41,6 +41,13 @@ _TAGS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Code:
+    """Stands for a key or value that is code, which is not run."""
+
+    text: str
+
+
 @dataclass(kw_only=True, slots=True)
 class Tables:
     """Datasets of a registry.
@@ -103,17 +110,24 @@ def _read_python(module: ast.Module, path: Path) -> Tables:
         tables.not_understood.append(f"{path}: no data_dict, which lists the datasets")
         return tables
     for name, entry in registered.items():
+        if isinstance(name, _Code):
+            tables.not_understood.append(f"{path}: entries of data_dict need code that is not run here: {name.text}")
+            continue
         if not isinstance(entry, dict) or not isinstance(entry.get("annotation_path"), str):
             tables.not_understood.append(f"{path}: the dataset {name} has no annotation_path that can be read")
             continue
         table: dict[str, str | float] = {"annotation_path": entry["annotation_path"]}
-        if entry.get("data_path"):
-            table["media_root"] = str(entry["data_path"])
+        media_root = entry.get("data_path")
+        if isinstance(media_root, str) and media_root:
+            table["media_root"] = media_root
         rate = entry.get("sampling_rate")
         if isinstance(rate, (int, float)) and math.isfinite(rate):
             table["sampling_rate"] = float(rate)
-        for key in entry.keys() - {"annotation_path", "data_path"} - table.keys():
-            tables.not_understood.append(f"{path}: {key} of the dataset {name}")
+        unread = [key for key in entry if key != "data_path" and key not in table]
+        unread += ["data_path"] if media_root and "media_root" not in table else []
+        for key in unread:
+            text = key.text if isinstance(key, _Code) else key
+            tables.not_understood.append(f"{path}: {text} of the dataset {name}")
         tables.datasets[str(name)] = table
     return tables
 
@@ -128,33 +142,47 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _evaluate(node: ast.expr, values: dict[str, Any]) -> Any:
-    """The value of a literal, of names assigned before, and of texts joined by ``+`` or in an f-string.
+    """The value of a literal, of a name assigned before, or of texts joined by ``+`` or in an f-string.
 
-    A dictionary leaves out the entries that need code, but for the first error if none is left.
+    Raises:
+        ValueError: it needs code. The message is that code.
     """
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name) and node.id in values:
         return values[node.id]
-    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        items = {}
-        for key, value in zip(node.keys, node.values):
-            assert isinstance(key, ast.Constant)
-            try:
-                items[key.value] = _evaluate(value, values)
-            except ValueError:
-                items[key.value] = None
-        return items
+    if isinstance(node, ast.Dict):
+        return _entries(node, values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = _evaluate(node.left, values), _evaluate(node.right, values)
         if isinstance(left, str) and isinstance(right, str) and len(left) + len(right) <= _MAX_LENGTH:
             return left + right
     if isinstance(node, ast.JoinedStr):
         parts = [part.value if isinstance(part, ast.FormattedValue) else part for part in node.values]
-        texts = [str(_evaluate(part, values)) for part in parts]
-        if sum(map(len, texts)) <= _MAX_LENGTH:
+        inserted = [_evaluate(part, values) for part in parts]
+        # A dictionary can hold the one before twice, so its text may grow without bound.
+        texts = [str(value) for value in inserted if isinstance(value, (str, int, float))]
+        if len(texts) == len(inserted) and sum(map(len, texts)) <= _MAX_LENGTH:
             return "".join(texts)
     raise ValueError(ast.unparse(node)[:60])
+
+
+def _entries(node: ast.Dict, values: dict[str, Any]) -> dict[Any, Any]:
+    """The entries of a dictionary, with :class:`_Code` for what needs code."""
+    items: dict[Any, Any] = {}
+    for key, value in zip(node.keys, node.values):
+        try:
+            evaluated = _evaluate(value, values)
+        except ValueError as error:
+            evaluated = _Code(str(error))
+        if isinstance(key, ast.Constant):
+            items[key.value] = evaluated
+        elif key is None and isinstance(evaluated, dict):
+            items.update(evaluated)
+        else:
+            code = f"**{ast.unparse(value)}" if key is None else ast.unparse(key)
+            items[_Code(code[:60])] = evaluated
+    return items
 
 
 def _read_dataset_info(info: Any, path: Path, media_dir: str | None) -> Tables:

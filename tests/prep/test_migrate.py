@@ -269,6 +269,23 @@ def test_a_registry_with_code_is_read_as_far_as_it_has_none(folder: Path) -> Non
     assert not (folder / "made").exists()
 
 
+def test_a_dictionary_with_code_keeps_its_other_entries_and_lists_what_needs_code(folder: Path) -> None:
+    code = "BASE = {'data_path': 'b'}\nA = {'annotation_path': 'a.json', **BASE, 'data_path': ROOT(), **more()}\n"
+    code += "B = {'annotation_path': 'b.json', **BASE}\n"
+    code += "data_dict = {'a': A, **{'b': B}, **{name: B for name in 'cd'}, name('e'): B}\n"
+    (folder / "registry.py").write_text(code)
+    result = migrate("registry.py")
+    assert result.exit_code == 1
+    tables, _, left = result.output.partition("# Not understood\n")
+    assert tables == '[a]\nannotation_path = "a.json"\n\n[b]\nannotation_path = "b.json"\nmedia_root = "b"\n\n'
+    assert left.splitlines() == [
+        "#   registry.py: **more() of the dataset a",
+        "#   registry.py: data_path of the dataset a",
+        "#   registry.py: entries of data_dict need code that is not run here: **{name: B for name in 'cd'}",
+        "#   registry.py: entries of data_dict need code that is not run here: name('e')",
+    ]
+
+
 def test_a_script_whose_registry_has_code_is_rewritten_and_each_piece_of_code_has_a_line(folder: Path) -> None:
     path = folder / "qwenvl" / "data" / "__init__.py"
     code = "for name in data_dict:\n    data_dict[name] = {}\nif open('made', 'w'):\n    data_dict = {}\n"
@@ -297,6 +314,16 @@ def test_texts_of_a_registry_that_grow_without_bound_are_not_read(folder: Path) 
         assert result.exit_code == 1
         assert f"registry.py:16: x needs code that is not run here: {grown}" in result.output
         assert '[a]\nannotation_path = "a"\nsampling_rate = 2.0\n' in result.output
+
+
+def test_dictionaries_that_hold_the_one_before_twice_are_no_texts(folder: Path) -> None:
+    lines = ["x = {}", *["x = {'a': x, 'b': x}"] * 40, "A = {'annotation_path': 'a', 'data_path': x}"]
+    (folder / "registry.py").write_text("\n".join([*lines, "data_dict = {'a': A, 'b': {'annotation_path': f'{x}'}}"]))
+    result = migrate("registry.py")
+    assert result.exit_code == 1
+    assert result.output.startswith('[a]\nannotation_path = "a"\n\n#')
+    assert "registry.py: data_path of the dataset a\n" in result.output
+    assert "the dataset b has no annotation_path that can be read" in result.output
 
 
 def test_datasets_of_another_kind_are_listed(folder: Path) -> None:
