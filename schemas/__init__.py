@@ -4,7 +4,8 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 
 ==================  ====================================================================================
 ``annotation``      what a user's record looks like, and the closed list of reasons to reject one
-``dialects``        records of all dialects, for the JSON Schema of editors
+``records``         records of all dialects, for the JSON Schema of editors
+``bounds``          what numbers and texts of manifests and tables may be, as sets also come from strangers
 ``setting``         how a setting is declared: help, unit, bounds and choices beside the field
 ``foreign_flags``   flags of other trainers that are not flags here, and why
 ``settings``        the settings of a build, echoed in the manifest

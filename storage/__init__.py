@@ -3,6 +3,7 @@
 In: a :data:`~storage.urls.Location`. Out: sizes, ranges, listings, downloads and uploads, or one clear error. A request
 has a timeout. If it fails in a way that may pass, it is retried (:mod:`~storage.request`, :mod:`~storage.errors`).
 :mod:`~storage.shard_set` opens a set: manifest and tables. :mod:`~storage.bins` reads a bin and checks its structure.
+Sets may come from strangers, so :mod:`~storage.tables` bounds what a file makes a reader allocate.
 """
 
 from __future__ import annotations

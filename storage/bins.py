@@ -182,9 +182,9 @@ def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
         start = position + TAR_BLOCK
         if not 0 <= size <= len(data) - start:
             raise ShardError(f"{where}: member {name} is cut short. {MEND_SHARDS}")
-        found_key, _, member = name.partition(".")
-        if found_key != key:
-            raise ShardError(f"{where}: found a member of bin {found_key}, expected {key}. {MEND_SHARDS}")
+        member_key, _, member = name.partition(".")
+        if member_key != key:
+            raise ShardError(f"{where}: found a member of bin {member_key}, expected {key}. {MEND_SHARDS}")
         members[member] = data[start : start + size]
         position = start + -(-size // TAR_BLOCK) * TAR_BLOCK
     return members

@@ -1,4 +1,4 @@
-"""Writing files atomically, so that a file with its final name is complete."""
+"""Local files: their sizes, and atomic writes, so that a file with its final name is complete."""
 
 from __future__ import annotations
 

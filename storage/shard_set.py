@@ -59,10 +59,10 @@ class ShardSet:
         Raises:
             ConfigError: there is no such bin.
         """
-        numbers = self.bins.column("bin").to_numpy()
-        at = int(np.searchsorted(numbers, bin_id))
-        if at == len(numbers) or numbers[at] != bin_id:
-            contents = f"bins {numbers[0]} to {numbers[-1]}" if len(numbers) else "no bins"
+        bin_ids = self.bins.column("bin").to_numpy()
+        at = int(np.searchsorted(bin_ids, bin_id))
+        if at == len(bin_ids) or bin_ids[at] != bin_id:
+            contents = f"bins {bin_ids[0]} to {bin_ids[-1]}" if len(bin_ids) else "no bins"
             raise ConfigError(f"{self.folder} has no bin {bin_id}; it holds {contents}.")
         return bin_rows(self.bins.slice(at, 1))[0]
 

@@ -147,7 +147,7 @@ def test_each_trained_answer_of_a_chat_is_a_question_after_all_that_precedes_it(
     answers = list(Answerer(final).answer_shards(index))
     answers_of: dict[str | None, list[str]] = {}
     for answer in answers:
-        answers_of.setdefault(answer.question.sample.id, []).append(answer.question.wanted)
+        answers_of.setdefault(answer.question.sample.id, []).append(answer.question.expected)
     assert answers_of == WANTED
     texts = {answer.question.text for answer in answers if answer.question.sample.id == "chat"}
     assert texts == {"Count.", "And back?"}

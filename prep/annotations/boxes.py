@@ -40,7 +40,8 @@ _MARKER = re.compile(
 _TOKEN = re.compile(r"<\|(?:object_ref|box)_(?:start|end)\|>")
 _WELL_FORMED = re.compile(
     rf"<\|object_ref_start\|>(?:(?!<\|).)+<\|object_ref_end\|>"
-    rf"|<\|box_start\|>\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)(?:\s*,\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\))*\s*<\|box_end\|>",
+    rf"|<\|box_start\|>\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
+    rf"(?:\s*,\s*\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\))*\s*<\|box_end\|>",
     re.DOTALL,
 )
 _LIST_ITEM = re.compile(rf"\s*(?:(?P<number>{_NUMBER})(?![\w.])|(?P<mark>[\[\],])|(?P<other>[^\s\[\],]{{1,64}}))")

@@ -134,7 +134,8 @@ def read_chunk(data: Path, chunk: Chunk) -> Iterator[Record]:
         )
 
 
-_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException)
+_DAMAGE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException, UnicodeDecodeError)
+"""What the readers raise for damaged files. The last is for names of columns that are not text."""
 
 
 @contextmanager
@@ -144,15 +145,7 @@ def _failures(path: Location) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    # Names of columns in a damaged file need not be text.
-    except (
-        EOFError,
-        zlib.error,
-        gzip.BadGzipFile,
-        zstandard.ZstdError,
-        pa.ArrowException,
-        UnicodeDecodeError,
-    ) as error:
+    except _DAMAGE_ERRORS as error:
         raise _damaged(path, error) from error
     except OSError as error:
         if error.errno is None:

@@ -1,4 +1,4 @@
-/* Bicubic resizing of RGB images to planes, with the arithmetic of Pillow's resize and therefore equal to it to the bit.
+/* Bicubic resizing of RGB images to planes. It computes what Pillow's resize computes, so it is equal to the bit.
 
    Pillow (src/libImaging/Resample.c, versions 12 and 13) resizes in two passes, across and then down the image. Each
    rounds to 8 bits. A weight is a double, rounded to 22 fractional bits. An output is the sum of 8-bit inputs times
@@ -115,8 +115,8 @@ shuffle(const uint8_t *restrict block, uint8_t *restrict mixed) {
     }
 }
 
-/* 16 rows of 16 bytes become 16 columns. Each shuffle rotates the bits of a byte's index by one, so that after four, row
-   and column have changed places. */
+/* 16 rows of 16 bytes become 16 columns. Each shuffle rotates the bits of a byte's index by one, so that after four,
+   row and column have changed places. */
 INLINE void
 transpose(uint8_t *block) {
     uint8_t mixed[BLOCK * BLOCK];
@@ -220,7 +220,8 @@ resize(const uint8_t *source, Py_ssize_t source_height, Py_ssize_t source_width,
         } else {
             across(source, source_height, source_width, pixel_bytes, &rows, bands, outputs, image);
             for (Py_ssize_t channel = 0; channel < CHANNELS; channel++) {
-                down(image + channel * source_height * width, width, &columns, narrow, planes + channel * height * width);
+                uint8_t *plane = planes + channel * height * width;
+                down(image + channel * source_height * width, width, &columns, narrow, plane);
             }
         }
     }
@@ -232,8 +233,8 @@ resize(const uint8_t *source, Py_ssize_t source_height, Py_ssize_t source_width,
     return failed;
 }
 
-/* The Arrow C data interface (https://arrow.apache.org/docs/format/CDataInterface.html), in which Pillow shows the memory
-   of an image. */
+/* The Arrow C data interface (https://arrow.apache.org/docs/format/CDataInterface.html), in which Pillow shows the
+   memory of an image. */
 struct ArrowArray {
     int64_t length, null_count, offset, n_buffers, n_children;
     const void **buffers;

@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -90,7 +91,7 @@ def main(num_records: int, rounds: int, copies: int) -> None:
             path = Path(folder) / name
             path.write_bytes(start + separator.join(records * copies) + end)
             size = path.stat().st_size
-            indexing = [_seconds(lambda path=path: index_file(path, path.parent)) for _ in range(rounds)]  # type: ignore[misc]
+            indexing = [_seconds(partial(index_file, path, path.parent)) for _ in range(rounds)]
             num_indexed = index_file(path, path.parent).num_records
             if num_indexed != num_records * copies:
                 raise RuntimeError(f"{num_indexed} records were counted in {path.name}")

@@ -92,7 +92,9 @@ def read_scene(shapes: list[Seen], question: str) -> str:
     if "How many shapes" in question:
         return str(len(shapes))
     x = {f"{shape.colour} {shape.shape}": shape.x for shape in shapes}
-    first, second = re.search(r"Is the (\w+ \w+) left or right of the (\w+ \w+)\?", question).groups()  # type: ignore[union-attr]
+    match = re.search(r"Is the (\w+ \w+) left or right of the (\w+ \w+)\?", question)
+    assert match is not None
+    first, second = match.groups()
     return "left" if x[first] < x[second] else "right"
 
 

@@ -215,7 +215,7 @@ def test_a_fault_that_outlasts_all_retries_stops_the_build_and_loses_no_sample(
 ) -> None:
     request = request_for(tmp_path / "out", tiny_checkpoint)
     for kind in ("slowdown", "reset", "cut"):
-        proxy.rule = lambda method, key, earlier, kind=kind: kind if key.endswith("4.png") else None  # type: ignore[misc]
+        proxy.rule = lambda method, key, _, kind=kind: kind if key.endswith("4.png") else None  # type: ignore[misc]
         with pytest.raises(storage.StorageError, match=r"s3://bucket/corpus/4\.png: no valid response in 6 attempts"):
             build(request, SerialEngine())
         assert not (tmp_path / "out" / "manifest.json").exists()

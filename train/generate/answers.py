@@ -56,7 +56,7 @@ class Answer:
     @property
     def is_exact(self) -> bool:
         """Whether it is the wanted answer, to the character."""
-        return self.is_complete and self.generated == self.question.wanted
+        return self.is_complete and self.generated == self.question.expected
 
 
 class Answerer:

@@ -148,9 +148,9 @@ def describe(answer: Answer, count: int, *, width: int) -> Iterator[str]:
         printable(answer.question.text), width, initial_indent="   ", subsequent_indent="   ", tabsize=4
     )
     column = max(_MIN_WIDTH, (width - 6) // 2)
-    wanted, generated = (_wrap(text, column) for text in (answer.question.wanted, answer.generated))
+    expected, generated = (_wrap(text, column) for text in (answer.question.expected, answer.generated))
     yield f"   {'wanted':<{column}} | generated".rstrip()
-    for left, right in itertools.zip_longest(wanted, generated, fillvalue=""):
+    for left, right in itertools.zip_longest(expected, generated, fillvalue=""):
         yield f"   {left:<{column}} | {right}".rstrip()
     yield ""
 

@@ -60,7 +60,7 @@ def _article(answer: Answer, count: int) -> str:
         f'<article class="{"exact" if answer.is_exact else "different"}"><div class="media">{images}</div>'
         f'<div class="text"><div class="soft">{count}. {_text(f"{sample.dataset}, record {sample.record}{name}")}</div>'
         f'<p dir="auto">{_text(question.text)}</p><div class="answers">'
-        f'<div><span class="soft">wanted</span><pre dir="auto">{_text(question.wanted)}</pre></div>'
+        f'<div><span class="soft">wanted</span><pre dir="auto">{_text(question.expected)}</pre></div>'
         f'<div><span class="soft">generated{cut}</span><pre dir="auto">{_text(answer.generated)}</pre></div>'
         "</div></div></article>"
     )

@@ -40,7 +40,7 @@ class Question:
     Attributes:
         sample: where the sample comes from.
         text: the last turn before the answer, with ``<image>`` and ``<video>`` for media.
-        wanted: the answer.
+        expected: the answer of the sample.
         start: position of the sample in the bin.
         end: position of the first token of the answer.
         media: positions in the bin of the media that the prompt shows.
@@ -48,7 +48,7 @@ class Question:
 
     sample: SampleRef
     text: str
-    wanted: str
+    expected: str
     start: int
     end: int
     media: range
@@ -72,7 +72,7 @@ def questions_of(bin_: Bin, tokenizer: Tokenizer) -> Iterator[Question]:
             yield Question(
                 sample=sample,
                 text=readable(_last_turn(bin_.input_ids[first:start]), tokenizer),
-                wanted=readable(bin_.input_ids[start:end], tokenizer),
+                expected=readable(bin_.input_ids[start:end], tokenizer),
                 start=first,
                 end=start,
                 media=range(int(num_media[first]), int(num_media[start])),

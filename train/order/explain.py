@@ -107,8 +107,8 @@ def step_json(index: ShardIndex, dealt: NDArray[np.int64]) -> str:
     for (micro_step, rank, _), bin_id in np.ndenumerate(dealt):
         if bin_id != EMPTY:
             folder = index.folders[index.folder_of(int(bin_id))]
-            place = folder.url if isinstance(folder, Url) else str(folder)
-            row = {"micro_step": micro_step, "rank": rank, "folder": place, "bin": int(index.local_bin[bin_id])}
+            location = folder.url if isinstance(folder, Url) else str(folder)
+            row = {"micro_step": micro_step, "rank": rank, "folder": location, "bin": int(index.local_bin[bin_id])}
             bins.append(row)
     return json.dumps(bins)
 

@@ -36,7 +36,7 @@ class Strategy:
         args: the flags, with the DeepSpeed file that the run takes.
         deepspeed: contents of that file.
         batch: bins of a step, and their forward passes.
-        note: why the run takes a file other than the default that no flag names; None if it does not.
+        note: why the run takes another file than the default without being told to; None if it does not.
     """
 
     args: TrainArguments
@@ -57,9 +57,9 @@ def choose_strategy(
 ) -> Strategy:
     """Choose the DeepSpeed file, the bins of a step, and forward passes that fit the device.
 
-    ZeRO-1 is taken where the flags name no file, if several ranks make several forward passes a step at ZeRO-2, and the
-    peak of ZeRO-1 fits, perhaps with more and smaller passes. Where the memory of the device is unknown, as on a CPU,
-    it is not taken.
+    If the flags name no file, the run takes ZeRO-1 where it saves exchanges and fits: several ranks would make several
+    forward passes a step at ZeRO-2, and the peak of ZeRO-1 fits, perhaps with more and smaller passes. If the memory of
+    the device is unknown, as on a CPU, it takes ZeRO-2.
 
     Args:
         args: the flags.

@@ -73,7 +73,7 @@ class _Foreground:
         self.command = os.getpgrp()
 
     @property
-    def is_taken(self) -> bool:
+    def is_ours(self) -> bool:
         """Whether the keys go to this process. Else it is one of the command, all of which get them."""
         return os.getpgrp() != self.command
 
@@ -99,12 +99,12 @@ def _pass_on_keys(ranks: Sequence[int]) -> None:
     foreground = _Foreground()
 
     def to_ranks(signum: int, frame: object) -> None:
-        for rank in ranks if foreground.is_taken else ():
+        for rank in ranks if foreground.is_ours else ():
             with suppress(ProcessLookupError):
                 os.kill(rank, signum)
 
     def to_command(signum: int, frame: object) -> None:
-        if foreground.is_taken:
+        if foreground.is_ours:
             with suppress(ProcessLookupError):
                 os.killpg(foreground.command, signum)
 

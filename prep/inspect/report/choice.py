@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 from numpy.typing import NDArray
 
 from prep.inspect.report.statistics import MODALITIES, modality_of, numbers
 from schemas.errors import ConfigError
+from schemas.seeds import seed_for
 from storage.shard_set import ShardSet, read_packed
 
 PER_GROUP = 4
@@ -84,11 +84,11 @@ def _of_dataset(table: pa.Table, modality: NDArray[np.int64], dataset: str) -> l
     for kind in (1, 2, 0):
         own = rows[modality[rows] == kind]
         if own.size:
-            chosen += _of_group(table, own, seed=f"{dataset}\0{MODALITIES[kind]}")
+            chosen += _of_group(table, own, seed=seed_for(0, "report", dataset, MODALITIES[kind]))
     return chosen
 
 
-def _of_group(table: pa.Table, rows: NDArray[np.int64], *, seed: str) -> list[tuple[int, str]]:
+def _of_group(table: pa.Table, rows: NDArray[np.int64], *, seed: int) -> list[tuple[int, str]]:
     tokens, patches, targets = (numbers(table, name)[rows] for name in ("num_tokens", "num_patches", "num_targets"))
     by_length = rows[np.argsort(tokens, kind="stable")]
     visual = (patches, "most visual") if patches.any() else (targets, "most trained tokens")
@@ -97,7 +97,7 @@ def _of_group(table: pa.Table, rows: NDArray[np.int64], *, seed: str) -> list[tu
         (int(by_length[-1]), "longest"),
         (int(rows[np.argmax(visual[0])]), visual[1]),
     ]
-    rng = np.random.default_rng(xxhash.xxh3_64_intdigest(seed.encode(errors="surrogateescape")))
+    rng = np.random.default_rng(seed)
     # Three of these at most are chosen already.
     drawn = rng.choice(rows, size=min(rows.size, 2 * PER_GROUP), replace=False).tolist()
     reasons: dict[int, str] = {}

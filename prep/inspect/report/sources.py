@@ -80,9 +80,9 @@ def read_originals(
                 "datasets as for the build."
             )
         own = inputs[source.name]
-        wanted = {record for dataset, record in {*packed, *rejected} if dataset == source.name}
+        needed = {record for dataset, record in {*packed, *rejected} if dataset == source.name}
         for file, stored, base in _files(source, own):
-            inside = {record - base for record in wanted if base <= record < base + stored.num_annotations}
+            inside = {record - base for record in needed if base <= record < base + stored.num_annotations}
             if inside:
                 for index, checked in _read(file, stored, inside, reserved, own.media.boxes or None):
                     key = (source.name, base + index)

@@ -139,11 +139,11 @@ def _check_shards(tasks: Iterator[ShardTask], manifest: Manifest, engine: Engine
 def _manifest_bytes(data: bytes, manifest: Manifest) -> Iterator[Finding]:
     """Compare the bytes of a manifest with those of the same values as vlprep writes them."""
     lines = zip_longest(data.splitlines(), encode_manifest(manifest).splitlines(), fillvalue=b"nothing")
-    for number, (line, expected) in enumerate(lines, start=1):
+    for line_number, (line, expected) in enumerate(lines, start=1):
         if line != expected:
             actual, written = (text.strip().decode(errors="replace")[:80] for text in (line, expected))
             yield damaged(
-                f"{MANIFEST_FILE}, line {number}",
+                f"{MANIFEST_FILE}, line {line_number}",
                 f"it was edited, or another version of vlprep wrote it: {actual} stands where {written} is expected",
             )
             return

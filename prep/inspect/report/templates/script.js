@@ -13,12 +13,13 @@ function count(kind) {
 }
 
 function apply() {
-  const wanted = Object.entries(controls).map(([name, id]) => [name, element(id).value]).filter(([, value]) => value);
+  const chosen = Object.entries(controls).map(([name, id]) => [name, element(id).value]).filter(([, value]) => value);
   const words = element("by-text").value.toLowerCase().split(/\s+/).filter(Boolean);
   for (const { node, text } of items) {
-    node.hidden = !(wanted.every(([name, value]) => node.dataset[name] === value) && words.every((word) => text.includes(word)));
+    const isChosen = chosen.every(([name, value]) => node.dataset[name] === value);
+    node.hidden = !(isChosen && words.every((word) => text.includes(word)));
   }
-  const active = wanted.length > 0 || words.length > 0;
+  const active = chosen.length > 0 || words.length > 0;
   for (const group of document.querySelectorAll("[data-group]")) {
     group.hidden = !group.querySelector("[data-item]:not([hidden])");
     if (group.tagName === "DETAILS") group.open = active && !group.hidden;
