@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from tests.guides import blocks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -130,3 +134,40 @@ def test_the_installation_succeeds_without_a_compiler(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert 'building extension "prep.media._bicubic" failed' in result.stderr + result.stdout
     assert not list(tmp_path.rglob("*.so"))
+
+
+def _instructions(name: str) -> list[str]:
+    """Arguments of every instruction of a kind in the Dockerfile, each on one line."""
+    text = re.sub(r"\\\n\s*", "", (REPOSITORY / "Dockerfile").read_text())
+    return re.findall(rf"^{name} (.*)$", text, re.MULTILINE)
+
+
+def test_the_dockerfile_copies_files_that_exist_and_that_are_not_ignored() -> None:
+    sources = [source for line in _instructions("COPY") for source in line.split()[:-1]]
+    assert [source for source in sources if not (REPOSITORY / source).exists()] == []
+    assert not {*sources} & {*(REPOSITORY / ".dockerignore").read_text().split()}
+    packages = _setup_cfg()["options.packages.find"]["include"].replace("*", "").split()
+    assert {"setup.cfg", "setup.py", "pyproject.toml", "constraints.txt", *packages} <= {*sources}
+
+
+def test_the_dockerfile_installs_extras_and_packages_that_exist() -> None:
+    text = "\n".join(_instructions("RUN"))
+    python = set(re.findall(r"python(3\.\d+)", text))
+    assert python == {"3.12"} and python < {*PYTHONS}
+    installs = re.findall(r"pip install -c constraints.txt (?:-e '\.\[(.*?)\]'|(\S+))", text)
+    assert len(installs) == text.count("pip install") == 2
+    extras = {extra for names, _ in installs for extra in names.split(",") if extra}
+    assert "train" in extras and extras <= {*_setup_cfg()["options.extras_require"]}
+    assert {canonicalize_name(package) for _, package in installs if package} <= {*_pins("3.12")}
+
+
+def test_the_page_about_clusters_names_one_image() -> None:
+    (compose,) = blocks("cluster.md", "Containers", "yaml")
+    service = yaml.safe_load(compose)["services"]["train"]
+    commands = "".join(blocks("cluster.md", "Containers", ""))
+    assert f"docker build -t {service['image']} ." in commands
+    assert f"docker-daemon://{service['image']}" in commands
+    assert f"docker build -t {service['image']} ." in (REPOSITORY / "Dockerfile").read_text()
+    assert service["command"] in commands and "train/main.py" in service["command"].split()
+    (manifest,) = blocks("cluster.md", "Training", "yaml")
+    assert f"image: {service['image']}\n" in manifest
