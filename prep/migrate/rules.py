@@ -106,6 +106,13 @@ def one_of(*allowed: str, **renamed: str) -> Callable[[str], str]:
     return convert
 
 
+def number(value: str) -> str:
+    """A number, as it is written."""
+    if not is_left_to_shell(value):
+        float(value)
+    return value
+
+
 def at_least(lowest: int) -> Callable[[str], str]:
     """A count that has a lower bound here."""
 

@@ -19,6 +19,7 @@ from prep.migrate.rules import (
     impossible,
     interval_of_fps,
     negated,
+    number,
     one_of,
     reporter,
     switch,
@@ -28,6 +29,22 @@ from prep.migrate.rules import (
     unneeded_with,
 )
 from schemas.foreign_flags import NO_EFFECT, NO_EFFECT_WITH
+
+_NUMBERS = {
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "learning_rate",
+    "lora_alpha",
+    "lora_dropout",
+    "max_grad_norm",
+    "mm_projector_lr",
+    "num_train_epochs",
+    "vision_tower_lr",
+    "warmup_ratio",
+    "weight_decay",
+}
+"""Flags of the trainer whose values are numbers in every tool."""
 
 DATASETS = "datasets"
 """Stands for the argument of ``vlprep build``."""
@@ -169,7 +186,7 @@ _RESUME = trained("resume", lambda value: {"true": "auto", "": "auto", "false": 
 
 COMMON: dict[str, Rule] = {
     **{name: trained(name, switch) for name in TRAINER_SWITCHES},
-    **{name: trained(name) for name in TRAINER_VALUES},
+    **{name: trained(name, number if name in _NUMBERS else str) for name in TRAINER_VALUES},
     **from_tables(NO_EFFECT, NO_EFFECT_WITH),
     "activation_checkpointing": trained("gradient_checkpointing", switch),
     "attn_implementation": trained(

@@ -627,6 +627,8 @@ def test_the_last_value_of_a_repeated_flag_counts() -> None:
         ("video_fps: 0", "video_fps: 0: allowed here: more than 0"),
         ("cutoff_len: many", "cutoff_len: many: 'many' is not a number"),
         ("cutoff_len: .inf", "cutoff_len: inf: give a number"),
+        ("learning_rate: yes", "learning_rate: True: 'True' is not a number"),
+        ("weight_decay: heavy", "weight_decay: heavy: 'heavy' is not a number"),
         ("bf16: perhaps", "bf16: perhaps: allowed here: True or False"),
         ("finetuning_type: freeze", "finetuning_type: freeze: allowed here: lora (--lora_enable), full"),
         ("quantization_bit: 4", "quantization_bit: 4: not a known flag of LLaMA-Factory"),
