@@ -16,7 +16,7 @@ import click
 
 from prep.annotations import DEFAULT_REGISTRY
 from prep.engines import open_engine
-from prep.exits import guarded, print_result
+from prep.exits import guarded, print_json, print_result
 from prep.options import (
     FILE,
     FOLDER,
@@ -25,7 +25,9 @@ from prep.options import (
     Share,
     build_settings,
     engine_options,
+    json_option,
     media_settings,
+    require_writable,
     setting_options,
 )
 from schemas.errors import ConfigError
@@ -33,18 +35,11 @@ from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
-from storage.urls import Location, Url
+from storage.urls import Location
 
 if TYPE_CHECKING:
     from prep.inspect.transcript import Transcriber
     from storage.shard_set import ShardSet
-
-_NOT_FOR_OUTPUT = {
-    "http": "web servers are read-only here",
-    "https": "web servers are read-only here",
-    "memory": "this memory ends with the command, and workers do not share it",
-}
-"""Protocols that shards cannot be written to, and why."""
 
 
 def _interrupt(*_: object) -> None:
@@ -94,6 +89,7 @@ def main(debug: bool) -> None:
 @click.option("--retry-media", is_flag=True, help="Retry media that an earlier run could not use.")
 @click.option("-v", "--verbose", is_flag=True, help="Also print the times of the stages and of the work on a sample.")
 @click.option("--report", is_flag=True, help=f"Also write a page about the shards, {REPORT_FILE} beside them.")
+@json_option
 @engine_options
 @setting_options(MediaSettings)
 @guarded
@@ -109,6 +105,7 @@ def build_command(
     retry_media: bool,
     verbose: bool,
     report: bool,
+    as_json: bool,
     workers: int | None,
     engine: str,
     ray_address: str | None,
@@ -120,16 +117,9 @@ def build_command(
     from prep.annotations.registry import find_all_sources
     from prep.build.metrics import read_metrics
     from prep.build.pipeline import BuildRequest, build
-    from prep.build.summary import build_summary, metrics_summary
+    from prep.build.summary import build_json, build_summary, metrics_summary
 
-    if work_dir is not None and isinstance(out, Path):
-        raise ConfigError(
-            f"--work-dir has no effect unless --out is a URL: unfinished work lies in {out / '.build'}. Leave it out."
-        )
-    if isinstance(out, Url) and out.protocol in _NOT_FOR_OUTPUT:
-        raise ConfigError(
-            f"--out {out}: {_NOT_FOR_OUTPUT[out.protocol]}. Give a folder, or a URL such as s3://bucket/shards."
-        )
+    require_writable(out, work_dir)
     settings = build_settings(settings_options)
     sources = find_all_sources(datasets, registry=registry, media_root=media_root, media=settings.media)
     request = BuildRequest(
@@ -144,15 +134,19 @@ def build_command(
     )
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         manifest = build(request, workforce)
-    print_result(build_summary(manifest, out))
     metrics = read_metrics(out) if verbose else None
-    if metrics is not None:
-        print_result(metrics_summary(metrics))
+    if not as_json:
+        print_result(build_summary(manifest, out))
+        if metrics is not None:
+            print_result(metrics_summary(metrics))
     if report:
         from prep.inspect.report import ReportRequest, write_report
 
-        request_of_page = ReportRequest(model=model, sources=request.sources)
-        print_result(f"Report: {write_report(out, out / REPORT_FILE, request_of_page)}")
+        written = write_report(out, out / REPORT_FILE, ReportRequest(model=model, sources=request.sources))
+        if not as_json:
+            print_result(f"Report: {written}")
+    if as_json:
+        print_json(build_json(manifest, out, metrics=metrics, report=out / REPORT_FILE if report else None))
 
 
 @main.command("validate")
@@ -172,7 +166,7 @@ def build_command(
     "--model",
     help=f"With --max-length: checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL}]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print counts and examples as one JSON object.")
+@json_option
 @engine_options
 @setting_options(MediaSettings)
 @guarded
@@ -221,12 +215,17 @@ def validate_command(
 
 @main.command("datasets")
 @click.option("--registry", type=FILE, default=DEFAULT_REGISTRY, show_default=True)
+@json_option
 @guarded
-def datasets_command(registry: Path) -> None:
+def datasets_command(registry: Path, as_json: bool) -> None:
     """List the registered datasets and whether their files exist."""
     from prep.annotations.registry import Registry
 
-    for row in Registry.read(registry).listed():
+    rows = Registry.read(registry).listed()
+    if as_json:
+        print_json({"datasets": [row.content() for row in rows]})
+        return
+    for row in rows:
         files = ", ".join(map(str, row.files))
         print_result(f"{row.name:<20} {row.state}" + (f": {files}; media in {row.media_root}" if row.files else ""))
 
@@ -279,15 +278,19 @@ def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | N
 
 @main.command("verify")
 @click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
+@json_option
 @engine_options
 @guarded
-def verify_command(folder: Location, workers: int | None, engine: str, ray_address: str | None) -> int:
+def verify_command(folder: Location, as_json: bool, workers: int | None, engine: str, ray_address: str | None) -> int:
     """Check every byte, count and invariant of the shards in DIR; exit 1 on damage."""
     from prep.inspect.verify import verify
 
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
         verification = verify(folder, workforce)
-    print_result(verification.text())
+    if as_json:
+        print_json(verification.content())
+    else:
+        print_result(verification.text())
     return 1 if verification.findings else 0
 
 

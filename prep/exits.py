@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import click
 
@@ -63,3 +64,8 @@ def print_result(text: str) -> None:
         click.echo(text)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print the result of a command for programs: one JSON object on one line, in ASCII."""
+    print_result(json.dumps(content))

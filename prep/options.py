@@ -14,11 +14,19 @@ import click
 from msgspec import UNSET
 
 from prep.engines import ENGINES
+from schemas.errors import ConfigError
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
-from storage.urls import Url, is_url, parse_location
+from storage.urls import Location, Url, is_url, parse_location
 
 P = ParamSpec("P")
+
+_NOT_FOR_OUTPUT = {
+    "http": "web servers are read-only here",
+    "https": "web servers are read-only here",
+    "memory": "this memory ends with the command, and workers do not share it",
+}
+"""Protocols that shards cannot be written to, and why."""
 
 
 class _NamedPath(click.Path):
@@ -63,6 +71,24 @@ FOLDER = _NamedPath(file_okay=False, path_type=Path)
 FOLDER_OR_URL = _Location(file_okay=False, path_type=Path)
 PATH_OR_URL = _Location(path_type=Path)
 FILE = _NamedPath(dir_okay=False, path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+
+
+def require_writable(out: Location, work_dir: Path | None) -> None:
+    """Check where a build writes.
+
+    Raises:
+        ConfigError: shards cannot be written to ``out``, or ``work_dir`` has no effect.
+    """
+    if work_dir is not None and isinstance(out, Path):
+        raise ConfigError(
+            f"--work-dir has no effect unless --out is a URL: unfinished work lies in {out / '.build'}. Leave it out."
+        )
+    if isinstance(out, Url) and out.protocol in _NOT_FOR_OUTPUT:
+        raise ConfigError(
+            f"--out {out}: {_NOT_FOR_OUTPUT[out.protocol]}. Give a folder, or a URL such as s3://bucket/shards."
+        )
 
 
 def setting_options(settings_class: type, *names: str) -> Callable[[Callable[P, None]], Callable[P, None]]:

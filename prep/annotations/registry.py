@@ -75,6 +75,16 @@ class Listed:
     media_root: Location | None
     state: str
 
+    def content(self) -> dict[str, Any]:
+        """The line for JSON. A dataset that is not ready has no files."""
+        return {
+            "name": self.name,
+            "ready": bool(self.files),
+            "state": self.state,
+            "files": [str(file) for file in self.files],
+            "media_root": None if self.media_root is None else str(self.media_root),
+        }
+
 
 def find_all_sources(
     arguments: Iterable[str], *, registry: Path | None, media_root: Location | None, media: MediaSettings

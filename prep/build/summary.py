@@ -1,8 +1,11 @@
-"""The summary of a build, as text."""
+"""The summary of a build, as text and for JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+import msgspec
 
 from prep.annotations.unused import describe_unused
 from prep.build.metrics import BuildMetrics
@@ -30,6 +33,33 @@ def build_summary(manifest: Manifest, out: Location) -> str:
     if counts.num_rejected:
         lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file or dataset.")
     return "\n".join(lines)
+
+
+def build_json(
+    manifest: Manifest, out: Location, *, metrics: BuildMetrics | None, report: Location | None
+) -> dict[str, Any]:
+    """The summary for JSON: counts, drift and datasets as in the manifest.
+
+    Args:
+        manifest: of the finished set.
+        out: the set.
+        metrics: times of the build, if they are wanted.
+        report: the page about the shards, if it was written.
+    """
+    content: dict[str, Any] = {
+        "out": str(out),
+        "counts": manifest.counts,
+        "fill": manifest.fill,
+        "num_shards": len(manifest.shards),
+        "num_bytes": sum(shard.num_bytes for shard in manifest.shards),
+        "drift": None if manifest.drift is msgspec.UNSET else manifest.drift,
+        "statistics": manifest.statistics,
+        "report": None if report is None else str(report),
+    }
+    if metrics is not None:
+        content |= {"num_workers": metrics.num_workers, "stages_s": metrics.stages_s, "samples_s": metrics.samples}
+    builtins: dict[str, Any] = msgspec.to_builtins(content)
+    return builtins
 
 
 def _dataset_lines(dataset: DatasetStatistics) -> Iterator[str]:

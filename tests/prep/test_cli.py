@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -102,6 +103,34 @@ def test_build_prints_its_times_on_request_only(tmp_path: Path, tiny_checkpoint:
     assert "<mark>b</mark>" in Path(path).read_text()
 
 
+def test_programs_get_one_json_object_from_build_and_verify(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Progress and messages go to standard error."""
+    record = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "é.json").write_text(json.dumps([record, {}]))
+    out = tmp_path / "out"
+    command = ["build", tmp_path / "é.json", "--out", out, "--model", tiny_checkpoint, "--workers", 1, "--json"]
+    quiet, verbose = json.loads(run(*command).stdout), json.loads(run(*command, "-v", "--report").stdout)
+    manifest = read_manifest(out)
+    assert quiet["counts"] == msgspec.to_builtins(manifest.counts) and quiet["counts"]["num_rejected"] == 1
+    assert quiet["statistics"] == msgspec.to_builtins(manifest.statistics) and quiet["fill"] == manifest.fill
+    num_bytes = sum(path.stat().st_size for path in out.glob("bins-*.tar"))
+    assert (quiet["out"], quiet["num_shards"], quiet["num_bytes"]) == (str(out), 1, num_bytes)
+    assert (quiet["drift"], quiet["report"], verbose["report"]) == (None, None, str(out / "report.html"))
+    assert (out / "report.html").is_file()
+    assert set(verbose) - set(quiet) == {"num_workers", "stages_s", "samples_s"}
+
+    intact = run("verify", out, "--workers", 1, "--json")
+    counts = {"num_shards": 1, "num_bins": 1, "num_annotations": 2, "num_bytes": num_bytes}
+    assert json.loads(intact.stdout) == {"folder": str(out), **counts, "drift": [], "findings": []}
+    (out / "stray.tar").write_bytes(b"")
+    (out / "bins-00000.tar").write_bytes(b"")
+    damaged = run("verify", out, "--workers", 1, "--json")
+    findings = json.loads(damaged.stdout)["findings"]
+    assert (intact.exit_code, damaged.exit_code) == (0, 1)
+    assert {"stray.tar", "bins-00000.tar"} <= {finding["where"].split()[0].rstrip(":,") for finding in findings}
+    assert findings[0]["message"].startswith("stray.tar: the manifest does not list it")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
@@ -146,6 +175,11 @@ def test_datasets_lists_every_entry_with_its_state(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0].startswith("there") and "ready" in lines[0]
     assert lines[1].startswith("unset") and "datasets.toml:5" in lines[1]
+    there, unset = json.loads(run("datasets", "--registry", tmp_path / "datasets.toml", "--json").stdout)["datasets"]
+    paths = {"files": [str(tmp_path / "a.json")], "media_root": str(tmp_path)}
+    assert there == {"name": "there", "ready": True, "state": "ready", **paths}
+    assert unset == {"name": "unset", "ready": False, "state": unset["state"], "files": [], "media_root": None}
+    assert unset["state"] in lines[1]
 
 
 @pytest.mark.parametrize(

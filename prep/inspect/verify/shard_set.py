@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -86,6 +87,18 @@ class Verification:
             f"{counted(self.num_annotations, 'annotation')} and {self.num_bytes / 1e6:,.1f} MB checked: {problems}"
         )
         return "\n".join([*map(str, self.findings), *self.drift, summary])
+
+    def content(self) -> dict[str, Any]:
+        """The outcome for JSON."""
+        return {
+            "folder": str(self.folder),
+            "num_shards": self.num_shards,
+            "num_bins": self.num_bins,
+            "num_annotations": self.num_annotations,
+            "num_bytes": self.num_bytes,
+            "drift": list(self.drift),
+            "findings": [{"where": finding.where, "message": finding.text} for finding in self.findings],
+        }
 
 
 def verify(folder: Location, engine: Engine) -> Verification:
