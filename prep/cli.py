@@ -87,7 +87,7 @@ def main(debug: bool) -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace a finished set of other annotation files in --out.")
 @click.option("--retry-media", is_flag=True, help="Retry media that an earlier run could not use.")
-@click.option("-v", "--verbose", is_flag=True, help="Also print the times of the stages and of the work on a sample.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print all datasets and the times of the build.")
 @click.option("--report", is_flag=True, help=f"Also write a page about the shards, {REPORT_FILE} beside them.")
 @json_option
 @engine_options
@@ -136,7 +136,7 @@ def build_command(
         manifest = build(request, workforce)
     metrics = read_metrics(out) if verbose else None
     if not as_json:
-        print_result(build_summary(manifest, out))
+        print_result(build_summary(manifest, out, model=model, verbose=verbose, with_report=report))
         if metrics is not None:
             print_result(metrics_summary(metrics))
     if report:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -10,29 +12,55 @@ import msgspec
 from prep.annotations.unused import describe_unused
 from prep.build.metrics import BuildMetrics
 from prep.shards.drift import drift_lines
-from schemas.manifest import DatasetStatistics, Manifest
+from schemas.manifest import Counts, DatasetStatistics, Manifest
+from schemas.qwen import DEFAULT_MODEL
 from schemas.wording import counted
 from storage.urls import Location
 
+_MAX_LINES = 10
 
-def build_summary(manifest: Manifest, out: Location) -> str:
-    """A few lines: packed and rejected annotations, fill, tokens, media, bytes."""
+
+def build_summary(
+    manifest: Manifest, out: Location, *, model: str, verbose: bool = False, with_report: bool = False
+) -> str:
+    """At most ten lines: packed and rejected annotations, fill, media, bytes, datasets, and the next commands.
+
+    Args:
+        manifest: of the finished set.
+        out: the set.
+        model: checkpoint folder or hub id of the build, for the next commands.
+        verbose: list all datasets, in as many lines as that takes.
+        with_report: leave room for a line about the report, which takes the place of the command that shows a bin.
+    """
     counts = manifest.counts
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)
     lines = [
         f"{out}: {counted(counts.num_annotations, 'annotation')} = {counts.num_packed:,} packed + "
         f"{counts.num_rejected:,} rejected + {counts.num_not_sampled:,} not sampled",
-        *(f"  {code}: {count:,}" for code, count in sorted(counts.rejects_by_code.items(), key=lambda item: -item[1])),
+        *_reject_lines(counts),
         f"{counted(counts.num_bins, 'bin')} of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
         f"{counted(counts.num_tokens, 'token')}, {counts.num_targets:,} of them targets",
-        *(line for dataset in manifest.statistics for line in _dataset_lines(dataset)),
         f"{counted(counts.num_images, 'image')} and {counted(counts.num_videos, 'video')}, "
         f"{counts.num_patches:,} patches; {counted(len(manifest.shards), 'shard')}, {num_bytes / 1e6:,.1f} MB",
         *drift_lines(manifest),
     ]
-    if counts.num_rejected:
-        lines.append("Why each was rejected: samples.parquet, or `vlprep validate` on the annotation file or dataset.")
-    return "\n".join(lines)
+    commands = [f"next: {command}" for command in next_commands(out, model)[with_report:] if counts.num_bins]
+    datasets = [line for dataset in manifest.statistics for line in _dataset_lines(dataset)]
+    num_free = _MAX_LINES - len(lines) - len(commands) - with_report
+    if not verbose and len(datasets) > num_free:
+        datasets = _shorten(manifest.statistics, num_free)
+    return "\n".join([*lines, *datasets, *commands])
+
+
+def next_commands(out: Location, model: str) -> tuple[str, str]:
+    """The commands that show a bin of a set and train on it."""
+    folder, checkpoint = shlex.quote(str(out)), shlex.quote(model)
+    shown_with = "" if model == DEFAULT_MODEL else f" --model {checkpoint}"
+    run = shlex.quote(f"runs/{out.name or 'run'}")
+    return (
+        f"vlprep show {folder} --bin 0{shown_with}",
+        f"deepspeed train/main.py --shards {folder} --model_name_or_path {checkpoint} --output_dir {run}",
+    )
 
 
 def build_json(
@@ -60,6 +88,28 @@ def build_json(
         content |= {"num_workers": metrics.num_workers, "stages_s": metrics.stages_s, "samples_s": metrics.samples}
     builtins: dict[str, Any] = msgspec.to_builtins(content)
     return builtins
+
+
+def _reject_lines(counts: Counts) -> Iterator[str]:
+    if counts.num_rejected:
+        codes = sorted(counts.rejects_by_code.items(), key=lambda item: -item[1])
+        yield (
+            f"  {', '.join(f'{code}: {count:,}' for code, count in codes)} "
+            "(why: samples.parquet, or `vlprep validate` on the annotation file or dataset)"
+        )
+
+
+def _shorten(statistics: Sequence[DatasetStatistics], num_lines: int) -> list[str]:
+    """The first datasets, how many others there are, and one line about the unused fields of all."""
+    unused: Counter[str] = Counter()
+    for dataset in statistics:
+        unused.update(dataset.unused_fields)
+    unused_lines = [f"  fields not used: {describe_unused(unused)}"] if unused else []
+    num_shown = max(0, num_lines - len(unused_lines) - 1)
+    shown = [next(_dataset_lines(dataset)) for dataset in statistics[:num_shown]]
+    num_others = len(statistics) - len(shown)
+    others = [f"  … and {counted(num_others, 'more dataset')}: -v lists all"] if num_others else []
+    return [*shown, *others, *unused_lines]
 
 
 def _dataset_lines(dataset: DatasetStatistics) -> Iterator[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,17 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+from prep.build.summary import build_summary
 from prep.cli import main
 from prep.engines import SerialEngine
 from prep.engines.progress import progress
 from prep.inspect.validate import ValidateRequest, _inputs, _tasks
+from schemas.annotation import ReasonCode
+from schemas.manifest import Drift
 from schemas.settings import MediaSettings
 from storage.shard_set import read_manifest
 from tests.prep.corpus import write_corpus
+from train.settings.flags import make_parser
 
 
 def run(*arguments: object) -> Result:
@@ -98,7 +104,7 @@ def test_build_prints_its_times_on_request_only(tmp_path: Path, tiny_checkpoint:
     assert times.startswith("1 worker: scan ")
     assert "tokenize " in times
     assert times not in quiet.stdout
-    path, size = with_report.stdout.removeprefix(quiet.stdout).removeprefix("Report: ").rsplit(": ", 1)
+    path, size = with_report.stdout.splitlines(keepends=True)[-1].removeprefix("Report: ").rsplit(": ", 1)
     assert (Path(path), size.endswith(" kB\n")) == (tmp_path / "out" / "report.html", True)
     assert "<mark>b</mark>" in Path(path).read_text()
 
@@ -225,6 +231,40 @@ def test_the_summary_has_a_line_for_each_dataset(corpus: Path, tmp_path: Path, t
     half, full = (line for line in result.stdout.splitlines() if line.startswith(("  half: ", "  all: ")))
     assert ", 15 not sampled; tokens per sample" in half
     assert ", 4 rejected; tokens per sample" in full
+    look, train = (line.removeprefix("next: ") for line in result.stdout.splitlines()[-2:])
+    shown = run(*shlex.split(look)[1:])
+    assert (shown.exit_code, look.startswith("vlprep show ")) == (0, True), shown.output
+    program, script, *flags = shlex.split(train)
+    arguments, unknown = make_parser().parse_known_args(flags)
+    assert (program, script, unknown) == ("deepspeed", "train/main.py", [])
+    assert str(arguments.shards) == str(tmp_path / "out") and arguments.model_name_or_path == str(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("with_report", [False, True])
+@pytest.mark.parametrize("has_rejects", [False, True])
+@pytest.mark.parametrize("unused", [{}, {"img": 3}])
+@pytest.mark.parametrize("num_datasets", [1, 2, 3, 4, 30])
+def test_the_summary_has_at_most_ten_lines(
+    finished: Path, num_datasets: int, unused: dict[str, int], has_rejects: bool, with_report: bool
+) -> None:
+    """Nothing is left out but datasets, and these are counted."""
+    manifest = read_manifest(finished)
+    dataset = msgspec.structs.replace(manifest.statistics[0], unused_fields=unused)
+    rejects = dict.fromkeys(map(str, ReasonCode), 1) if has_rejects else {}
+    counts = msgspec.structs.replace(manifest.counts, num_rejected=len(rejects), rejects_by_code=rejects)
+    drift = Drift(every=31, num_frames=1, mean_squared_error=1.0, psnr_db=48.1, lowest_psnr_db=48.1)
+    datasets = [msgspec.structs.replace(dataset, dataset=f"d{index}") for index in range(num_datasets)]
+    many = msgspec.structs.replace(manifest, statistics=datasets, counts=counts, drift=drift)
+    lines = build_summary(many, finished, model="m", with_report=with_report).splitlines()
+    assert len(lines) + with_report <= 10
+    listed = [line for line in lines if line.startswith("  d")]
+    others = [int(number) for line in lines for number in re.findall(r"… and (\d+) more dataset", line)]
+    assert len(listed) + sum(others) == num_datasets and len(listed) >= 1
+    assert sum(line.startswith("next: ") for line in lines) == 2 - with_report
+    assert ("fields not used: " in "\n".join(lines)) == bool(unused)
+    assert all(f"{code}: 1" in "\n".join(lines) for code in rejects)
+    whole = build_summary(many, finished, model="m", verbose=True, with_report=with_report)
+    assert all(f"\n  d{index}: " in whole for index in range(num_datasets))
 
 
 def test_a_closed_pipe_does_not_change_the_exit_code(corpus: Path) -> None:

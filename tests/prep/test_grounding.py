@@ -232,7 +232,7 @@ def test_the_manifest_records_the_coordinates_and_counts_the_boxes(built: Path) 
     counts = {"pixels": 4 + 2 + 4 * 2, "norm1": 1, "norm1000": 2, "resized": 1, "off": 0}
     assert {dataset.dataset: dataset.num_boxes for dataset in manifest.statistics} == counts
     assert b"num_boxes" not in msgspec.json.encode(manifest.statistics[-1])
-    summary = build_summary(manifest, built / "out")
+    summary = build_summary(manifest, built / "out", model="m", verbose=True)
     assert "10 image; 14 boxes and points; tokens" in summary and "1 image; 1 box or point; tokens" in summary
 
 
