@@ -103,7 +103,7 @@ def _shorten(statistics: Sequence[DatasetStatistics], num_lines: int) -> list[st
     """The first datasets, how many others there are, and one line about the unused fields of all."""
     unused: Counter[str] = Counter()
     for dataset in statistics:
-        unused.update(dataset.unused_fields)
+        unused.update(dataset.unused_fields or {})
     unused_lines = [f"  fields not used: {describe_unused(unused)}"] if unused else []
     num_shown = max(0, num_lines - len(unused_lines) - 1)
     shown = [next(_dataset_lines(dataset)) for dataset in statistics[:num_shown]]
