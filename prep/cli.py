@@ -17,6 +17,7 @@ import click
 from prep.annotations import DEFAULT_REGISTRY
 from prep.engines import open_engine
 from prep.exits import guarded, print_json, print_result
+from prep.help import Program, complete_dataset, completion_command
 from prep.options import (
     FILE,
     FOLDER,
@@ -47,7 +48,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("vlprep", cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 @click.version_option(package_name="vlprep")
 def main(debug: bool) -> None:
@@ -60,8 +61,11 @@ def main(debug: bool) -> None:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
+main.add_command(completion_command)
+
+
 @main.command("build")
-@click.argument("datasets", nargs=-1, required=True)
+@click.argument("datasets", nargs=-1, required=True, shell_complete=complete_dataset)
 @click.option("--out", type=FOLDER_OR_URL, required=True, help="Folder or URL of the shards.")
 @click.option(
     "--work-dir",
@@ -150,7 +154,7 @@ def build_command(
 
 
 @main.command("validate")
-@click.argument("files", nargs=-1, required=True, type=PATH_OR_URL)
+@click.argument("files", nargs=-1, required=True, type=PATH_OR_URL, shell_complete=complete_dataset)
 @click.option("--registry", type=FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
 @click.option(
     "--media-root", type=FOLDER_OR_URL, help="Folder or URL of the media.  [default: the folder of each file]"

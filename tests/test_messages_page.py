@@ -49,6 +49,7 @@ RESULTS = (
     "demo/",
     "prep/annotations/tools.py",
     "prep/build/summary.py",
+    "prep/help.py",
     "prep/inspect/report/",
     "prep/inspect/show.py",
     "prep/inspect/transcript.py",
@@ -67,7 +68,7 @@ RESULTS = (
     "train/settings/declarations.py",
     "train/settings/record.py",
 )
-"""Modules whose sentences are results, notes, or texts of the demo and of the chat template.
+"""Modules whose sentences are results, help, notes, or texts of the demo and of the chat template.
 
 In them, only the arguments of errors and reports are messages.
 """

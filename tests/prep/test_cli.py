@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from prep.build.summary import build_summary
 from prep.cli import main
 from prep.engines import SerialEngine
 from prep.engines.progress import progress
+from prep.help import EXAMPLES
 from prep.inspect.validate import ValidateRequest, _inputs, _tasks
 from schemas.annotation import ReasonCode
 from schemas.manifest import Drift
@@ -279,10 +281,51 @@ def test_a_closed_pipe_does_not_change_the_exit_code(corpus: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("name", ["vlprep", *main.commands])
+def test_every_help_ends_with_examples_that_the_program_accepts(name: str) -> None:
+    text = run("--help").stdout if name == "vlprep" else run(name, "--help").stdout
+    examples = text.partition("\nExamples:\n")[2].splitlines()
+    assert examples == [f"  {example}" for example in EXAMPLES[name]] and len(examples) >= 2
+    with main.make_context("vlprep", ["datasets"]) as program:
+        for example in examples:
+            _, command, *words = itertools.takewhile(lambda word: word not in ("|", ">"), shlex.split(example))
+            assert name in ("vlprep", command)
+            main.commands[command].make_context(command, words, parent=program)
+
+
+def test_a_shell_completes_commands_options_and_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = run("completion", "bash").stdout
+    loaded = subprocess.run(["bash", "-c", f"{script}\ncomplete -p vlprep"], capture_output=True, text=True, check=True)
+    assert "_vlprep_completion vlprep" in loaded.stdout
+    assert "#compdef vlprep" in run("completion", "zsh").stdout
+    assert "complete --no-files --command vlprep" in run("completion", "fish").stdout
+
+    def completions(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        return CliRunner().invoke(main, env={**words, "_VLPREP_COMPLETE": "bash_complete"}).stdout.splitlines()
+
+    assert completions("vlprep ver") == ["plain,verify"]
+    assert completions("vlprep build --video-s") == ["plain,--video-sampling"]
+    assert completions("vlprep completion z") == ["plain,zsh"]
+    assert completions("vlprep build m") == ["file,m"]
+    Path("datasets.toml").write_text("[mp_doc]\n[clevr]\n")
+    Path("mine.toml").write_text("[mine]\n")
+    for command in ("build", "validate"):
+        assert completions(f"vlprep {command} m") == ["file,m", "plain,mp_doc"]
+        assert completions(f"vlprep {command} --registry mine.toml m") == ["file,m", "plain,mine"]
+    Path("datasets.toml").write_text("[mp_doc")
+    assert completions("vlprep build m") == ["file,m"]
+
+
 def test_progress_is_rare_in_a_log_and_frequent_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with progress("scan", 10, "record") as in_log:
         assert in_log.mininterval == in_log.maxinterval == 30
+        in_log.start_t -= 2
+        in_log.n = 4
+        assert re.search(r"scan:  40%.* 4/10 \[00:0[23]<00:0[345], +[12]\.\d+record/s\]", str(in_log))
+        assert "\x1b" not in str(in_log)
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
