@@ -251,7 +251,12 @@ def patch_cosines(num_filters: int) -> torch.Tensor:
     return torch.stack(filters) / math.sqrt(qwen.TEMPORAL_PATCH_SIZE)
 
 
-@click.command(name="python -m train.tiny_model")
+@click.command(
+    name="python -m train.tiny_model",
+    epilog="\b\nExamples:\n"
+    "  python -m train.tiny_model checkpoints/tiny\n"
+    "  python -m train.tiny_model checkpoints/other --seed 1",
+)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
 @click.option(

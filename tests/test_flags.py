@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
+import pytest
 
 from prep.cli import main as vlprep
 from train.generate.cli import main as generate
 from train.order.cli import main as order
 from train.settings.flags import make_parser
+from train.tiny_model import main as tiny_model
 
 FROZEN = Path(__file__).with_name("flags.txt")
 
@@ -31,3 +34,24 @@ def test_the_flags_of_both_programs_are_the_frozen_ones() -> None:
         f"flags changed: added {added}, removed {removed}. If that is on purpose, edit {FROZEN.name} to match (sorted, "
         "one flag per line), and the documents and CHANGELOG.md with it: a removed flag breaks the scripts that use it."
     )
+
+
+def examples_of(text: str, program: str) -> list[list[str]]:
+    """The words that the examples at the end of a help give to the program."""
+    examples = [line.strip().removeprefix(f"{program} ") for line in text.partition("Examples:\n")[2].splitlines()]
+    assert len(examples) >= 2
+    return [shlex.split(example) for example in examples]
+
+
+@pytest.mark.parametrize("command", [order, generate, tiny_model])
+def test_the_help_of_each_tool_ends_with_examples_that_it_accepts(command: click.Command) -> None:
+    name = str(command.name)
+    with click.Context(command, info_name=name) as context:
+        text = command.get_help(context)
+    for words in examples_of(text, name):
+        command.make_context(name, words)
+
+
+def test_the_help_of_the_trainer_ends_with_examples_that_it_accepts() -> None:
+    for words in examples_of(make_parser().format_help(), "deepspeed train/main.py"):
+        assert str(make_parser().parse_args(words).output_dir) == words[words.index("--output_dir") + 1]

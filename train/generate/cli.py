@@ -30,7 +30,12 @@ _MIN_WIDTH = 24
 """Characters of a column on a narrow screen."""
 
 
-@click.command(name="python -m train.generate")
+@click.command(
+    name="python -m train.generate",
+    epilog="\b\nExamples:\n"
+    "  python -m train.generate --model runs/mine/final --shards shards/mine\n"
+    "  python -m train.generate --model runs/mine/final --shards shards/mine --limit 50 --html answers.html",
+)
 @click.option("--model", required=True, help="Checkpoint: the final/ of a run, another folder or a hub id.")
 @click.option("--shards", required=True, help="Folders or URLs, as the trainer takes them.")
 @click.option(

@@ -56,7 +56,13 @@ class ShownOrder:
     per_device: int | None = None
 
 
-@click.command(name="python -m train.order")
+@click.command(
+    name="python -m train.order",
+    epilog="\b\nExamples:\n"
+    "  python -m train.order --run runs/mine --step 12\n"
+    "  python -m train.order --run runs/mine --step 12 --json\n"
+    "  python -m train.order --shards shards/ --world-size 8 --samples-per-step 128 --simulate",
+)
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path), help="Folder of a run, with settings.toml.")
 @click.option("--shards", help=_PLANNED + "folders or URLs, with weights if need be, as the trainer takes them.")
 @click.option("--step", type=click.IntRange(min=0), help="Print this step, counted from 0.")

@@ -215,6 +215,11 @@ def make_parser(problems: list[str] | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="deepspeed train/main.py",
         description="Train Qwen2.5-VL on packed shards.",
+        epilog="Examples:\n"
+        "  deepspeed train/main.py --shards shards/mine --output_dir runs/mine\n"
+        "  deepspeed train/main.py --shards shards/ --output_dir runs/lora --lora_enable True\n"
+        "  deepspeed train/main.py --config runs/mine/settings.toml --output_dir runs/again --dry_run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
