@@ -54,7 +54,9 @@ def _pins(python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_is_pinned_to_a_version_it_allows(python: str) -> None:
     pins = _pins(python)
-    for requirement in _requirements("train", "lora", "gpu", "ray", "decord", "s3", "gs", "http", "terminal", "dev"):
+    for requirement in _requirements(
+        "train", "lora", "gpu", "ray", "decord", "s3", "gs", "http", "terminal", "pdf", "dev"
+    ):
         environment = {"python_version": python}
         if requirement.marker is None or requirement.marker.evaluate(environment):
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
