@@ -13,7 +13,8 @@ from typing import Annotated
 
 import click
 import msgspec
-import pypdfium2
+
+from schemas.wording import counted
 
 POINTS_PER_INCH = 72
 
@@ -75,8 +76,12 @@ def write_pages(pdf: Path, folder: Path, numbers: list[int], dpi: int) -> None:
     """Write pages of a PDF as ``0001.png`` and so on.
 
     Raises:
-        click.ClickException: the PDF cannot be read, or has no such page.
+        click.ClickException: the PDF cannot be read, has no such page, or pypdfium2 is missing.
     """
+    try:
+        import pypdfium2
+    except ImportError as error:
+        raise click.ClickException(f"reading PDFs needs a package: pip install pypdfium2 ({error}).") from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with pypdfium2.PdfDocument(pdf) as document:
@@ -125,7 +130,8 @@ def main(folder: Path, questions: Path, out: Path, dpi: int) -> None:
     records = list(conversations(asked))
     lines = [msgspec.json.encode(record) + b"\n" for record in records]
     (out / "annotations.jsonl").write_bytes(b"".join(lines))
-    click.echo(f"{out / 'annotations.jsonl'}: {len(records)} conversations with {len(asked)} questions", err=True)
+    made = f"{counted(len(records), 'conversation')} with {counted(len(asked), 'question')}"
+    click.echo(f"{out / 'annotations.jsonl'}: {made}", err=True)
 
 
 if __name__ == "__main__":

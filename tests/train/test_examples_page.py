@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -184,6 +185,15 @@ def test_a_wrong_question_is_named(tmp_path: Path, question: dict[str, object], 
     result = convert(tmp_path)
     assert result.exit_code == 1 and message in result.stderr
     assert not (tmp_path / "out" / "annotations.jsonl").exists()
+
+
+def test_without_pypdfium2_the_error_is_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {"pdf": "in/a.pdf", "pages": [1], "question": "Q", "answer": "A"})
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    result = convert(tmp_path)
+    assert result.exit_code == 1 and "pip install pypdfium2" in result.stderr
 
 
 def write(folder: Path, *questions: dict[str, object]) -> None:
