@@ -130,8 +130,8 @@ def main(folder: Path, questions: Path, out: Path, dpi: int) -> None:
     records = list(conversations(asked))
     lines = [msgspec.json.encode(record) + b"\n" for record in records]
     (out / "annotations.jsonl").write_bytes(b"".join(lines))
-    made = f"{counted(len(records), 'conversation')} with {counted(len(asked), 'question')}"
-    click.echo(f"{out / 'annotations.jsonl'}: {made}", err=True)
+    summary = f"{counted(len(records), 'conversation')} with {counted(len(asked), 'question')}"
+    click.echo(f"{out / 'annotations.jsonl'}: {summary}", err=True)
 
 
 if __name__ == "__main__":
