@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -67,6 +68,11 @@ def use_small_chunks() -> None:
 run_chunked = partial(run_ranks, prepare=use_small_chunks)
 
 
+def deepspeed(num_ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the trainer with ``deepspeed``."""
+    return launch_forked(*deepspeed_command(num_ranks, *flags))
+
+
 @pytest.fixture(scope="module")
 def shards(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four bins; sorted by cost: text, media, text, media. The last has targets for three chunks of lm_head."""
@@ -112,7 +118,7 @@ def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     """
 
     def run(out: Path) -> None:
-        done = launch_forked(*deepspeed_command(1, *flags, *TIMES_FOUR, *UNFUSED, "--output_dir", str(out)))
+        done = deepspeed(1, *flags, *TIMES_FOUR, *UNFUSED, "--output_dir", str(out))
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "one-rank", run)
@@ -120,10 +126,11 @@ def one_rank(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def under(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Runs of two ranks that share the same four bins, by strategy; that of the default is started by torchrun."""
+    """Runs of two ranks that share the same four bins, by strategy. Launchers start two of them."""
+    launchers = {"zero2": torchrun, "zero1": deepspeed}
 
     def launched(strategy: str) -> Path:
-        launcher = torchrun if strategy == "zero2" else run_chunked
+        launcher = launchers.get(strategy, run_chunked)
         return run_once(tmp_path_factory, strategy, 2, *flags, *TIMES_TWO, *STRATEGIES[strategy], launcher=launcher)
 
     return launched
