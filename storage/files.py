@@ -62,25 +62,35 @@ def temporary_path(path: Path) -> Path:
 def write_synced(path: Path, data: bytes | memoryview, *, mode: int = 0o666) -> None:
     """Write a file completely or not at all: temporary name, sync, rename, sync of the folder.
 
+    The folder is opened first, because another process may rename it as soon as it sees the file.
+
     Args:
         path: the file.
         data: its contents.
         mode: its permissions, before the umask.
     """
     temporary = temporary_path(path)
-    with naming(path), open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
+    with naming(path), _opened(path.parent) as folder:
+        with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        os.fsync(folder)
 
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 

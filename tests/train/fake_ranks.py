@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def _launch() -> int:
-    environments = ({**os.environ, "RANK": str(rank), "CROSS_RANK": "0"} for rank in range(2))
+    environments = ({**os.environ, "FAKE_RANK": str(rank), "CROSS_RANK": "0"} for rank in range(2))
     ranks = [subprocess.Popen([sys.executable, __file__], env=environment) for environment in environments]
     return max(rank.wait() % 256 for rank in ranks)
 

@@ -56,10 +56,10 @@ def data(model: PackedQwen) -> dict[str, list[list[Sample]]]:
     rng = np.random.default_rng(3)
     datasets["b"].append([make_sample(rng, num_targets=2), make_sample(rng, [make_medium(rng, 2, 4)], num_targets=3)])
     for sample in [sample for bins in datasets["a"] for sample in bins][::2]:
-        with torch.no_grad():
-            logits, _ = likeliest(model, sample)
-        for position, token in zip(np.flatnonzero(sample.labels != -100), logits.argmax(dim=1).tolist()):
-            sample.labels[position] = token
+        for index, position in enumerate(np.flatnonzero(sample.labels != -100)):
+            with torch.no_grad():
+                logits, _ = likeliest(model, sample)
+            sample.input_ids[position] = sample.labels[position] = logits[index].argmax().item()
     return datasets
 
 

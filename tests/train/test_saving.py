@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError, VlprepError
+from storage.files import write_synced
 from train.run import saving
 from train.run.process_group import Ranks
 from train.run.run_dir import RunState, list_checkpoints
@@ -59,6 +60,24 @@ def until(is_true: Callable[[], bool]) -> None:
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def test_a_checkpoint_may_get_its_name_as_soon_as_its_last_file_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank names it then, while the rank of the last file still flushes the folder."""
+    temporary, folder = tmp_path / "checkpoint-1.tmp", tmp_path / "checkpoint-1"
+    temporary.mkdir()
+    rename = Path.replace
+
+    def rename_both(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
+        temporary.rename(folder)
+        return renamed
+
+    monkeypatch.setattr(Path, "replace", rename_both)
+    write_synced(temporary / "random-1.pt", b"state")
+    assert [path.name for path in folder.iterdir()] == ["random-1.pt"]
 
 
 @pytest.fixture
