@@ -40,4 +40,4 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    sys.exit(_be_rank(int(os.environ["RANK"])) if "RANK" in os.environ else _launch())
+    sys.exit(_be_rank(int(os.environ["FAKE_RANK"])) if "FAKE_RANK" in os.environ else _launch())
