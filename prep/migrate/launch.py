@@ -26,6 +26,14 @@ _COMMANDS = ("swift", "llamafactory-cli", "lmf")
 _COMMAND_MODULES = ("swift.cli.main", "llamafactory.cli")
 """Modules that do what a command does: they start the ranks themselves."""
 _SUBCOMMANDS = ("sft", "pt", "train")
+_UNREAD = {
+    "source": "it may set variables, and is not read",
+    ".": "it may set variables, and is not read",
+    "for": "the commands stand here once, and its variable is left to the shell",
+    "while": "the commands stand here once",
+}
+"""Commands of a shell that change what a script does, and why they are listed."""
+
 _RENDEZVOUS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 
 FLAGS_IN_ENVIRONMENT = {
@@ -162,6 +170,9 @@ def _find_launch(commands: Sequence[Command], folder: Path) -> Launch | None:
         return None
     (_, launch), *others = trainings
     launch.not_understood += [f"a second training: {' '.join(command.words[:6])} …" for command, _ in others]
+    launch.not_understood += [
+        f"{' '.join(command.words)}: {_UNREAD[command.words[0]]}" for command in commands if command.words[0] in _UNREAD
+    ]
     return launch
 
 

@@ -533,6 +533,18 @@ def test_a_shell_command_is_read_as_a_shell_would(text: str, words: list[str]) -
     assert list(command.words) == words
 
 
+def test_a_loop_and_a_script_that_is_read_into_another_are_listed(folder: Path) -> None:
+    launch = "deepspeed train_qwen.py --model_name_or_path Qwen/$size --dataset_use a"
+    (folder / "sft.sh").write_text(f"source common.sh\n. ./more.sh\nfor size in 3B 7B; do\n  {launch}\ndone\n")
+    result = migrate("sft.sh")
+    assert result.exit_code == 1
+    assert "--model Qwen/$size" in result.output
+    left = section(result.output, "Not understood")
+    assert "#   source common.sh: it may set variables, and is not read" in left
+    assert "#   . ./more.sh: it may set variables, and is not read" in left
+    assert "#   for size in 3B 7B: the commands stand here once, and its variable is left to the shell" in left
+
+
 def test_a_word_that_needs_more_of_a_variable_than_its_value_is_listed(folder: Path) -> None:
     (folder / "run.sh").write_text(
         "sets=(mp_doc clevr_mc)\n"

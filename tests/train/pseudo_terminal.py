@@ -65,6 +65,10 @@ def shell_in_terminal(folder: Path, environment: Mapping[str, str], *, limit_s: 
     """
     process, terminal = pty.fork()
     if process == 0:
+        # A program that starts in the background of a script ignores what keys send, and so do those that it starts.
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.chdir(folder)
         os.execvpe("bash", ["bash", "--noprofile", "--norc", "-i"], {**environment, "PS1": "", "TERM": "dumb"})
     try:

@@ -78,7 +78,7 @@ def test_ctrl_z_stops_the_launch_and_fg_continues_it(shell: Shell) -> None:
     shell.type(CTRL_Z)
     shell.wait_for(f"exit code: {128 + signal.SIGTSTP}\n")
     (helper,) = ranks[0].children()
-    assert [process.status() for process in (*ranks, helper)] == [psutil.STATUS_STOPPED] * 3
+    shell.wait_until(lambda: [process.status() for process in (*ranks, helper)] == [psutil.STATUS_STOPPED] * 3)
     shell.type("fg\n")
     shell.wait_until(lambda: shell.foreground == helper.pid)
     press_twice(shell)
