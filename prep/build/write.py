@@ -188,7 +188,8 @@ def _encode_bin(
 def _planned(task: WriteTask, column: int, access: MediaAccess) -> _Planned:
     part = task.parts[task.part[column]]
     stored = read_sample(part.path, int(task.offset[column]), int(task.num_bytes[column]))
-    embedded = media_path(part.path) if stored.measured.media else None
+    # Absolute, because decoders stay in the folder in which they were started.
+    embedded = media_path(part.path).absolute() if stored.measured.media else None
     return _Planned(column, part, stored, MediaLocation(task.roots[part.source], embedded, access))
 
 
