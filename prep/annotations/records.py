@@ -147,6 +147,8 @@ def _failures(path: Location) -> Iterator[None]:
         raise
     except _DAMAGE_ERRORS as error:
         raise _damaged(path, error) from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"annotation file {path} does not exist. Check the path.") from error
     except OSError as error:
         if error.errno is None:
             # Arrow's decompressors, not the operating system.

@@ -59,7 +59,7 @@ def test_the_commands_lead_from_images_to_answers(
         assert result.exit_code == 0, result.output
         outputs.append(result.stdout)
     assert "10 annotations: 10 valid, 0 rejected" in outputs[0]
-    assert "A purple car." in outputs[2] and Path("mine/report.html").is_file()
+    assert "purple" in outputs[2] and Path("mine/report.html").is_file()
 
     (launch,) = commands("4. Train")
     flags = launch[launch.index("train/main.py") + 1 :]

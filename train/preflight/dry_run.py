@@ -27,6 +27,7 @@ import torch
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
+from schemas.wording import counted
 from train.memory.budget import TABLE_TITLE, rank_memory, size_table
 from train.memory.loads import largest_bins, load_of_bins, loads_of_shards
 from train.memory.terms import Memory
@@ -95,7 +96,8 @@ def preflight(args: TrainArguments) -> None:
             problems += check_device(memory, peak_memory_bytes(plan.compute.device), device_bytes(plan.compute.device))
         del zero3_loading
         stop_on_problems(problems, plan.ranks, VlprepError)
-    logger.info("dry run passed: the same command without --dry-run trains %d steps", plan.num_steps - plan.start_step)
+    num_steps = counted(plan.num_steps - plan.start_step, "step")
+    logger.info("dry run passed: the same command without --dry-run trains %s", num_steps)
 
 
 def check_paths(plan: Plan) -> None:

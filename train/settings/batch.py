@@ -183,9 +183,9 @@ def describe_batch(
     return (
         f"{samples:,.0f} samples a step in expectation ({reference}): {counted(batch.bins, 'bin')} on "
         f"{counted(world, 'GPU' if device == 'cuda' else 'rank')}, {passes} {of_pass}"
-        f"{' each' if batch.accumulation > 1 else ''}; {_rounded(steps_per_epoch)} steps an epoch"
+        f"{' each' if batch.accumulation > 1 else ''}; {_steps(steps_per_epoch)} an epoch"
     )
 
 
-def _rounded(count: float) -> str:
-    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
+def _steps(count: float) -> str:
+    return "1 step" if count == 1 else f"{count:,.0f} steps" if count >= 100 else f"{count:.3g} steps"
