@@ -154,7 +154,7 @@ def test_programs_get_one_json_object_from_build_and_verify(tmp_path: Path, tiny
         (["build", "{corpus}", "--out", "{out}", "--max-rejected", "x"], 2, "is not a share"),
         (["build", "{corpus}", "--out", "{out}", "--packer", "x"], 2, "bfd"),
         (["build", "{corpus}"], 2, "--out"),
-        (["validate", "{out}/none.jsonl"], 2, "none.jsonl cannot be read"),
+        (["validate", "{out}/none.jsonl"], 2, "none.jsonl does not exist"),
         (["validate", "{corpus}", "--media-root", "{out}/none"], 2, "is not a folder"),
         (["datasets", "--registry", "{out}/none.toml"], 2, "does not exist"),
     ],
