@@ -11,8 +11,8 @@ from typing import Any, ParamSpec
 
 import click
 
-from schemas.errors import NO_MEMORY, VlprepError, lacks_memory
-from storage.memory import require_address_space
+from schemas.errors import VlprepError
+from schemas.memory import NO_MEMORY, lacks_memory, require_address_space
 
 P = ParamSpec("P")
 

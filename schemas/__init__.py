@@ -9,7 +9,6 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 ``setting``         how a setting is declared: help, unit, bounds and choices beside the field
 ``foreign_flags``   flags of other trainers that are not flags here, and why
 ``settings``        the settings of a build, echoed in the manifest
-``bounds``          bounds of counts, sizes and names in manifests and tables
 ``bins``            members of a bin inside a shard, and their arrays
 ``pixels``          the codecs of pixel planes, and the reversible residual coding; ``jpeg`` the member of that codec
 ``tables``          columns of ``bins.parquet`` and ``samples.parquet`` (the ledger)
@@ -17,6 +16,7 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 ``qwen``            control tokens, patch geometry and normalisation of Qwen2.5-VL
 ``checkpoints``     JSON files of a checkpoint: ``config.json`` and the image processor
 ``seeds``           a seed for each purpose
+``memory``          what both programs say when the system gives no memory
 ``errors``          the one family of exceptions
 ``wording``         counts in messages for people
 ``json_schema``     generates the JSON Schema files in ``schemas/json``

@@ -6,7 +6,6 @@ fix. The command line prints only the message; ``--debug`` adds a traceback.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable
 
 from schemas.annotation import ReasonCode
@@ -60,20 +59,3 @@ class MediaError(VlprepError):
 
 class ShardError(VlprepError):
     """A set of shards that is incomplete or damaged, or contradicts its manifest."""
-
-
-NO_MEMORY = (
-    "the system gives no more memory. Free some, or raise the limit (`ulimit -v`, or that of the job), and rerun the "
-    "same command."
-)
-
-_NO_MEMORY = ("cannot allocate memory", "failed to map segment", "can't start new thread")
-"""What the loader of libraries and the starter of threads say without memory, in errors of no type of their own."""
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error means that the system gives no more memory: there is none, or a limit is reached."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    message = str(error).lower()
-    return isinstance(error, (ImportError, RuntimeError)) and any(text in message for text in _NO_MEMORY)

@@ -20,7 +20,8 @@ if not __package__:
     # Started as a script: import modules from the repository, not from this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from schemas.errors import NO_MEMORY, VlprepError, lacks_memory
+from schemas.errors import VlprepError
+from schemas.memory import NO_MEMORY, lacks_memory, require_address_space
 from train.settings.flags import parse_arguments
 
 _INTERRUPTED = 130
@@ -57,12 +58,10 @@ def main(argv: list[str]) -> int:
             return error.exit_code
         return _fail(error)
     try:
-        # Imports take seconds, so Ctrl-C may come here too.
-        from storage.memory import require_address_space
-
         require_address_space(_LEAST_BYTES)
         _configure_output(is_first=rank == 0)
         use_expandable_segments()
+        # Imports take seconds, so Ctrl-C may come here too.
         from train.preflight.dry_run import preflight
         from train.run.interrupt import REQUEUE_EXIT_CODE
         from train.run.loop import train
