@@ -321,7 +321,7 @@ def test_the_short_last_step_is_explained_with_its_empty_positions(tmp_path: Pat
     assert sum(line.startswith("micro-step") and line.endswith(": no bins") for line in lines) == 3
     named = sorted(int(line.split()[1]) for line in lines if line.startswith("    bin"))
     assert named == sorted(order.global_bins(1).tolist())
-    with pytest.raises(ConfigError, match="step is 2, but the order ends after 2 steps"):
+    with pytest.raises(ConfigError, match="step is 2, but the run ends after 2 steps: steps count from 0, so the last is 1."):
         list(explain_step(index, order, 2, world_size=2, accumulation=4))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,19 +83,32 @@ def test_steps_are_those_of_the_run(
     assert global_bins == dealt.ravel().tolist()
 
 
-def test_a_run_bounded_by_steps_alone_has_an_endless_order(
+def test_a_run_bounded_by_steps_alone_ends_there_and_shows_nothing_once_its_shards_are_built_again(
     shards: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("train.run.device.choose_device", lambda ranks: torch.device("cpu"))
     flags = ["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), "--output_dir", str(tmp_path / "run")]
     plan = make_plan(parse_arguments([*flags, "--max_steps", "2"]))
-    plan.args.run_dir.mkdir()
+    assert plan.order.num_steps is None
+    run_dir = plan.args.run_dir
+    run_dir.mkdir()
     record_run(plan)
-    result = order("--run", plan.args.run_dir, "--step", 1000)
-    assert result.exit_code == 0, result.output
-    assert result.output.splitlines() == list(
-        explain_step(plan.index, plan.order, 1000, world_size=1, accumulation=plan.batch.accumulation)
-    )
+    assert order("--run", run_dir, "--step", 1).exit_code == 0
+    for extra in ([], ["--json"]):
+        result = order("--run", run_dir, "--step", 2, *extra)
+        assert result.exit_code == 2
+        assert "step is 2, but the run ends after 2 steps: steps count from 0, so the last is 1.\n" in result.stderr
+    simulated = order("--run", run_dir, "--simulate").output.splitlines()
+    assert simulated[0].startswith("all 2 steps of the run, each of ")
+    assert simulated[-1].endswith("; 2 steps in all")
+
+    rebuilt = tmp_path / "a"
+    shutil.rmtree(rebuilt)
+    write_shards(rebuilt, make_bins(seed=7, num_bins=12))
+    for words in (["--step", 1], ["--simulate"]):
+        result = order("--run", run_dir, *words)
+        assert result.exit_code == 2
+        assert f"{run_dir} was started with --shards {shards}, but they were built again since then" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_what_the_command_line_says_follows_from_the_table_of_bins_alone(tmp_pat
         [*command, "--simulate", "--epochs", "3", "--tokens-per-s", "5e6"], capture_output=True, text=True, check=True
     )
     for expected in (
-        "17 steps of 24 bins, 4 ranks, 6 micro-steps, seed 0",
+        "all 17 steps of the run, each of 24 bins, 4 ranks, 6 micro-steps, seed 0",
         f"efficiency: mean {mean(efficiencies):.4f}, lowest {min(efficiencies):.4f} (",
         f"a step: {mean(tokens):,.0f} tokens, {mean(targets):,.0f} of them targets, "
         f"{mean(num_bytes) / 1e6:,.1f} MB on average and {max(num_bytes) / 1e6:,.1f} MB at most",

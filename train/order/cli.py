@@ -19,6 +19,7 @@ import click
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
 from schemas.setting import setting_fields
+from storage.urls import without_secrets
 from train.order.dealing import DataOrder
 from train.order.explain import deal_step, explain_step, step_json
 from train.order.run_order import order_of_run
@@ -46,7 +47,7 @@ def _run_setting(name: str, flag: str, *, unset: str = "") -> Callable[[Callable
 class ShownOrder:
     """An order of bins, and the ranks and micro-steps that they are dealt to.
 
-    ``per_device`` is None if these share the global batch equally.
+    ``per_device`` is None if these share the global batch equally, ``num_steps`` if the run ends with the order.
     """
 
     index: ShardIndex
@@ -54,6 +55,7 @@ class ShownOrder:
     world_size: int
     accumulation: int
     per_device: int | None = None
+    num_steps: int | None = None
 
 
 @click.command(
@@ -91,7 +93,7 @@ class ShownOrder:
     type=click.IntRange(1, 100_000),
     default=NUM_STEPS,
     show_default=True,
-    help="With --simulate: number of steps.",
+    help="With --simulate: number of steps, fewer if the run ends before.",
 )
 @click.option(
     "--tokens-per-s",
@@ -123,14 +125,14 @@ def main(
             raise ConfigError(f"--tokens-per-s is {tokens_per_s}; allowed: a positive number.")
         shown = open_order(run, planned)
         ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
+        dealing = {**ranks, "per_device": shown.per_device}
         lines: Iterable[str]
         if step is not None and as_json:
-            dealt = deal_step(shown.order, step, **ranks, per_device=shown.per_device)
-            lines = [step_json(shown.index, dealt)]
+            lines = [step_json(shown.index, deal_step(shown.order, step, **dealing, num_steps=shown.num_steps))]
         elif step is not None:
-            lines = explain_step(shown.index, shown.order, step, **ranks, per_device=shown.per_device)
+            lines = explain_step(shown.index, shown.order, step, **dealing, num_steps=shown.num_steps)
         else:
-            simulation = simulate(shown.index, shown.order, num_steps=num_steps, **ranks, per_device=shown.per_device)
+            simulation = simulate(shown.index, shown.order, num_steps=num_steps, end=shown.num_steps, **dealing)
             lines = report(shown.index, shown.order, simulation, tokens_per_s=tokens_per_s, **ranks)
         for line in lines:
             click.echo(line)
@@ -167,11 +169,16 @@ def open_run(run_dir: Path) -> ShownOrder:
     """The order of a run, from the settings that it recorded when it last started or resumed.
 
     Raises:
-        ConfigError: the folder has no such record, or its checkpoint no longer exists.
+        ConfigError: the folder has no such record, its checkpoint no longer exists, or the shards were built again.
         ShardError: the shards are incomplete.
     """
     args, facts = read_record(run_dir)
     index = open_shards(args.shards)
+    if facts.shards_fingerprint not in (None, index.fingerprint):
+        raise ConfigError(
+            f"{run_dir} was started with --shards {without_secrets(args.shards)}, but they were built again since then, with "
+            "other bins: they no longer say what its steps were. Build the same shards again to look at them."
+        )
     order = order_of_run(
         args,
         index,
@@ -186,6 +193,7 @@ def open_run(run_dir: Path) -> ShownOrder:
         world_size=facts.world_size,
         accumulation=facts.accumulation,
         per_device=facts.per_device,
+        num_steps=facts.num_steps,
     )
 
 

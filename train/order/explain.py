@@ -82,17 +82,27 @@ def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> 
 
 
 def deal_step(
-    order: DataOrder, step: int, *, world_size: int, accumulation: int, per_device: int | None = None
+    order: DataOrder,
+    step: int,
+    *,
+    world_size: int,
+    accumulation: int,
+    per_device: int | None = None,
+    num_steps: int | None = None,
 ) -> NDArray[np.int64]:
-    """The bins of a step, (A, W, P) int64: micro-steps, ranks, bins of a rank.
+    """The bins of a step, (A, W, P) int64: micro-steps, ranks, bins of a rank. Arguments as of :func:`explain_step`.
 
     Raises:
-        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the order has no such step.
+        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the run has no such step.
     """
     if per_device is None:
         per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
-    if order.num_steps is not None and step >= order.num_steps:
-        raise ConfigError(f"step is {step}, but the order ends after {order.num_steps} steps, which count from 0.")
+    end = num_steps or order.num_steps
+    if end is not None and step >= end:
+        raise ConfigError(
+            f"step is {step}, but the run ends after {counted(end, 'step')}: steps count from 0, so the last is "
+            f"{end - 1}."
+        )
     return order.bins_of_step(step, world_size=world_size, accumulation=accumulation, per_device=per_device)
 
 
@@ -121,6 +131,7 @@ def explain_step(
     world_size: int,
     accumulation: int,
     per_device: int | None = None,
+    num_steps: int | None = None,
 ) -> Iterator[str]:
     """Describe a step, line by line.
 
@@ -131,13 +142,16 @@ def explain_step(
         world_size: number of ranks.
         accumulation: micro-steps of the step.
         per_device: bins of a rank in a micro-step; None if they share the global batch equally.
+        num_steps: steps of the run; None if it ends with the order.
 
     Raises:
-        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the order has no such step.
+        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the run has no such step.
         ShardError: a ledger is missing, or does not know a bin.
     """
     # (A, W, P): micro-steps, ranks, bins of a rank
-    dealt = deal_step(order, step, world_size=world_size, accumulation=accumulation, per_device=per_device)
+    dealt = deal_step(
+        order, step, world_size=world_size, accumulation=accumulation, per_device=per_device, num_steps=num_steps
+    )
     samples = source_samples(index, dealt[dealt != EMPTY].tolist())
     # (A, W): cost of a rank in a micro-step
     load = np.where(dealt == EMPTY, 0.0, order.cost[dealt]).sum(axis=2)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from schemas.errors import ShardError
 from schemas.qwen import PATCH_DIM, TEMPORAL_PATCH_SIZE
 from schemas.tables import SAMPLES_FILE
+from schemas.wording import counted
 from storage.shard_set import read_packed
 from train.order.dealing import EMPTY, DataOrder
 from train.order.explain import bins_per_device
@@ -55,6 +56,7 @@ class Simulation:
 
     Attributes:
         num_steps: simulated steps.
+        end: steps until the run ends; None if it has no end.
         efficiency: mean over their micro-steps.
         min_efficiency: lowest of a micro-step.
         random_efficiency: mean, had the same bins been dealt at random.
@@ -65,6 +67,7 @@ class Simulation:
     """
 
     num_steps: int
+    end: int | None
     efficiency: float
     min_efficiency: float
     random_efficiency: float
@@ -82,6 +85,7 @@ def simulate(
     accumulation: int,
     per_device: int | None = None,
     num_steps: int = NUM_STEPS,
+    end: int | None = None,
 ) -> Simulation:
     """Simulate the first steps of a run.
 
@@ -91,7 +95,8 @@ def simulate(
         world_size: number of ranks.
         accumulation: micro-steps per step.
         per_device: bins of a rank in a micro-step; None if they share the global batch equally.
-        num_steps: steps to simulate, fewer if the order ends earlier.
+        num_steps: steps to simulate, fewer if the run ends earlier.
+        end: steps until the run ends; None if it ends with the order.
 
     Raises:
         ConfigError: the global batch is not a multiple of ranks times micro-steps.
@@ -100,7 +105,8 @@ def simulate(
     if per_device is None:
         per_device = bins_per_device(order, world_size=world_size, accumulation=accumulation)
     layout = {"world_size": world_size, "accumulation": accumulation, "per_device": per_device}
-    num_steps = min(num_steps, order.num_steps or num_steps)
+    end = end or order.num_steps
+    num_steps = min(num_steps, end or num_steps)
     rng = np.random.Generator(np.random.PCG64(order.seed))
     # (S, A, W, P), and the same bins per step as (S, K)
     dealt = np.stack([order.bins_of_step(step, **layout) for step in range(num_steps)])
@@ -111,6 +117,7 @@ def simulate(
     step_means, max_bytes = _step_sizes(index, order, steps)
     return Simulation(
         num_steps=num_steps,
+        end=end,
         efficiency=float(efficiency.mean()),
         min_efficiency=float(efficiency.min()),
         random_efficiency=float(_efficiency(order, dealt_at_random).mean()),
@@ -197,8 +204,8 @@ def report(
 ) -> Iterator[str]:
     """Describe a simulation, line by line, for a run that trains ``tokens_per_s`` over all ranks."""
     yield (
-        f"{result.num_steps} steps of {order.global_batch} bins, {world_size} ranks, {accumulation} micro-steps, "
-        f"seed {order.seed}"
+        f"{_simulated(result)} of {counted(order.global_batch, 'bin')}, {counted(world_size, 'rank')}, "
+        f"{counted(accumulation, 'micro-step')}, seed {order.seed}"
     )
     yield (
         f"efficiency: mean {result.efficiency:.4f}, lowest {result.min_efficiency:.4f} (mean cost of the ranks / "
@@ -213,13 +220,19 @@ def report(
     else:
         yield "mixture of datasets: constant, there is only one dataset"
     yield from _report_sizes(index, result, world_size=world_size, tokens_per_s=tokens_per_s)
-    num_steps = f"{order.num_steps:,} steps in all" if order.num_steps else "no end"
+    end = "no end" if result.end is None else f"{counted(result.end, 'step')} in all"
     epoch_tokens = _epoch_tokens(index, order)
     yield (
         f"an epoch: {order.bins_per_epoch:,} bins of {index.num_bins:,} in the shards, "
         f"{order.steps_per_epoch:,.2f} steps, {epoch_tokens:,.0f} tokens, "
-        f"{_duration(epoch_tokens / tokens_per_s)}; {num_steps}"
+        f"{_duration(epoch_tokens / tokens_per_s)}; {end}"
     )
+
+
+def _simulated(result: Simulation) -> str:
+    """The simulated steps, and whether they are all of the run."""
+    steps = counted(result.num_steps, "step")
+    return f"all {steps} of the run, each" if result.num_steps == result.end else steps
 
 
 def _report_sizes(index: ShardIndex, result: Simulation, *, world_size: int, tokens_per_s: float) -> Iterator[str]:

@@ -44,6 +44,7 @@ def record_run(plan: Plan, argv: Sequence[str] = ()) -> None:
         num_steps=plan.num_steps,
         accumulation=plan.batch.accumulation,
         per_device=plan.batch.per_device,
+        shards_fingerprint=plan.index.fingerprint,
         group_runs=None if grouping is None else grouping.runs,
         command=shlex.join(["train/main.py", *(word for word in argv if not word.startswith("--local_rank"))]),
         shards_commit=_commits(plan.index.folders),

@@ -42,6 +42,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         num_steps: optimizer steps of the run.
         accumulation: forward passes of a rank in a step.
         per_device: bins of a rank in a forward pass; fewer in some if they have more room than the step has bins.
+        shards_fingerprint: identifies the bins of the shards; None in records of older versions.
         group_runs: runs of the windows of ``group_steps``, see :class:`train.order.dealing.Grouping`; None if the
             steps are not grouped.
         command: what each rank was started with, without its launcher.
@@ -55,6 +56,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_steps: int
     accumulation: int
     per_device: int
+    shards_fingerprint: str | None = None
     group_runs: int | None = None
     command: str | None = None
     shards_commit: str | None = None
