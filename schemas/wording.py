@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Collection
 
 
-def counted(count: int, noun: str) -> str:
-    """A count with its noun: ``1 shard``, ``1,024 shards``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A count with its noun: ``1 shard``, ``1,024 shards``. The plural is the noun with an s where it is left out."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def listed(noun: str, items: Collection[object]) -> str:
+    """Items with their noun: ``bin 3``, ``bins 3, 5``, ``no bin``."""
+    if not items:
+        return f"no {noun}"
+    return f"{noun}{'' if len(items) == 1 else 's'} {', '.join(map(str, items))}"
 
 
 def printable(text: str) -> str:
@@ -16,3 +24,9 @@ def printable(text: str) -> str:
         character if character in "\n\t" or unicodedata.category(character) != "Cc" else f"\\x{ord(character):02x}"
         for character in text
     )
+
+
+def source_name(*, dataset: str, file: str, line: int, record: int, id: str | None) -> str:
+    """Where a sample comes from: ``demo, annotations.jsonl:3 (record 2, id a)``, without an id if it has none."""
+    name = f", id {printable(id)}" if id is not None else ""
+    return f"{printable(dataset)}, {printable(file)}:{line} (record {record}{name})"

@@ -24,7 +24,7 @@ from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_fram
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD, Grid
 from schemas.tables import LedgerRow
-from schemas.wording import counted, printable
+from schemas.wording import counted, printable, source_name
 from storage.pixels import decode_frames
 from storage.shard_set import ShardSet
 
@@ -256,11 +256,8 @@ def _dimmed(text: str) -> str:
 
 def origin(row: LedgerRow) -> str:
     """Where a sample comes from, and how long it is."""
-    name = f", id {printable(row.id)}" if row.id is not None else ""
-    return (
-        f"{printable(row.dataset)}, {printable(row.file)}:{row.line} (record {row.record}{name}): "
-        f"{row.num_tokens:,} tokens, {row.num_targets:,} trained"
-    )
+    name = source_name(dataset=row.dataset, file=row.file, line=row.line, record=row.record, id=row.id)
+    return f"{name}: {row.num_tokens:,} tokens, {row.num_targets:,} trained"
 
 
 def describe_medium(index: int, grid: Grid, kind: int) -> str:

@@ -85,8 +85,8 @@ def test_a_bin_that_poisons_the_loss_is_skipped_and_reported_with_its_samples(
         sum(step <= record["step"] for step in bad) for record in records
     ]
     for step in bad:
-        assert f"the loss of step {step} is not finite in bins [2]; skipping the step" in errors
-    assert "  bin 2: synthetic s.jsonl:3 record 2 id s2" in errors
+        assert f"the loss of step {step} is not finite in bin 2; skipping the step" in errors
+    assert "  bin 2: synthetic, s.jsonl:3 (record 2, id s2)" in errors
     weights = read_weights(tmp_path)
     (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
     assert weights[name][POISON].isnan().all()
@@ -98,7 +98,7 @@ def test_a_bin_that_poisons_the_loss_is_skipped_and_reported_with_its_samples(
 def test_too_many_consecutive_skipped_steps_stop_the_run(poisoned: Path, tmp_path: Path) -> None:
     code, errors = run(poisoned, tmp_path, "--max_skipped_steps", "0")
     assert code == 1
-    assert "is not finite in bins [2]: 1 consecutive skipped step. Lower the learning rate" in errors
+    assert "is not finite in bin 2: 1 consecutive skipped step. Lower the learning rate" in errors
     assert not (tmp_path / "final").exists()
 
 

@@ -236,7 +236,7 @@ def test_settings_out_of_range_are_a_config_error(changes: dict[str, object], me
 
 def test_a_global_batch_that_does_not_fit_the_ranks_is_a_config_error() -> None:
     order = order_of(10, global_batch=9)
-    with pytest.raises(ConfigError, match="global batch of 9 bins does not fit 2 ranks x 4 micro-steps x 1 bins"):
+    with pytest.raises(ConfigError, match=r"global batch of 9 bins does not fit 2 ranks x 4 micro-steps x 1 bin\."):
         order.bins_of_step(0, world_size=2, accumulation=4, per_device=1)
     with pytest.raises(ConfigError, match="step is -1"):
         order.global_bins(-1)
@@ -286,7 +286,7 @@ def test_a_step_is_explained_bin_by_bin(tmp_path: Path) -> None:
     for rank_line, bin_line, cost in zip(rank_lines, bin_lines, order.cost[bins.ravel()].tolist()):
         assert float(bin_line.split()[-2]) == pytest.approx(cost / 1e12, rel=1e-3)
         assert rank_line.split(",")[0].endswith(bin_line.rpartition(", ")[2])
-    assert sum("synthetic s.jsonl:" in line for line in lines) == int(index.num_samples[bins.ravel()].sum())
+    assert sum("synthetic, s.jsonl:" in line for line in lines) == int(index.num_samples[bins.ravel()].sum())
     with pytest.raises(ConfigError, match="not a multiple of 3 ranks"):
         list(explain_step(index, order, 0, world_size=3, accumulation=1))
 
@@ -321,7 +321,7 @@ def test_the_short_last_step_is_explained_with_its_empty_positions(tmp_path: Pat
     assert sum(line.startswith("micro-step") and line.endswith(": no bins") for line in lines) == 3
     named = sorted(int(line.split()[1]) for line in lines if line.startswith("    bin"))
     assert named == sorted(order.global_bins(1).tolist())
-    with pytest.raises(ConfigError, match="step is 2, but the run ends after 2 steps: steps count from 0, so the last is 1."):
+    with pytest.raises(ConfigError, match=r"step is 2, but the run ends after 2 steps: .* the last is 1"):
         list(explain_step(index, order, 2, world_size=2, accumulation=4))
 
 

@@ -108,7 +108,7 @@ def test_a_run_bounded_by_steps_alone_ends_there_and_shows_nothing_once_its_shar
     for words in (["--step", 1], ["--simulate"]):
         result = order("--run", run_dir, *words)
         assert result.exit_code == 2
-        assert f"{run_dir} was started with --shards {shards}, but they were built again since then" in result.stderr
+        assert f"{run_dir} was started with --shards {shards}, but they were built again since, with" in result.stderr
 
 
 @pytest.mark.parametrize(

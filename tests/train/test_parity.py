@@ -50,7 +50,7 @@ def test_samples_of_a_bin_have_the_same_losses_alone(
     assert problems_of(model, shards) == []
     index = open_shards(shards)
     num_samples = sum(int(index.num_samples[bin_id]) for bin_id in bins_to_compare(index))
-    assert f"{num_samples} samples of bins" in caplog.text
+    assert f"{num_samples} samples of bin" in caplog.text
 
 
 def test_a_sample_that_sees_its_neighbour_is_reported(

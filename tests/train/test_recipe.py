@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from train.arithmetic.dimensions import official_size
+from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
-from train.settings.recipe import Recipe, choose_recipe, doubts
+from train.settings.recipe import Recipe, choose_recipe, doubts, steps_to_do
 
 CONFIGS = {
     "3B": {"hidden_size": 2048, "num_hidden_layers": 36},
@@ -68,7 +69,34 @@ def test_a_recipe_cannot_be_changed() -> None:
     ],
 )
 def test_few_steps_and_low_rates_cause_a_warning(num_steps: int, rates: list[float], expected: str) -> None:
-    doubt = doubts(num_steps, rates)
+    doubt = doubts(TrainArguments(shards="a"), num_steps, rates)
     assert doubt.startswith(expected)
     assert bool(doubt) == bool(expected)
     assert "usual" in doubt or not expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ("", "raise --num_train_epochs, or lower --samples_per_step; usual"),
+        ("--samples_per_step 64", "raise --num_train_epochs, or lower --samples_per_step; usual"),
+        ("--max_steps 20", "raise --max_steps; usual"),
+        ("--max_steps 20 --per_device_train_batch_size 4", "raise --max_steps; usual"),
+        ("--per_device_train_batch_size 1 --gradient_accumulation_steps 1", "raise --num_train_epochs; usual"),
+        ("--gradient_accumulation_steps 8", "raise --num_train_epochs, or lower --gradient_accumulation_steps; usual"),
+        (
+            "--per_device_train_batch_size 2 --gradient_accumulation_steps 8",
+            "raise --num_train_epochs, or lower --per_device_train_batch_size or --gradient_accumulation_steps; usual",
+        ),
+    ],
+)
+def test_few_steps_are_mended_by_the_flags_that_decide_their_number(flags: str, advice: str) -> None:
+    args = parse_arguments(["--shards", "a", *flags.split()])
+    assert doubts(args, 5, [1e-5]).endswith(f"fewer than 100: {advice} are 1,000 or more")
+
+
+def test_the_steps_to_do_are_named_as_they_count() -> None:
+    assert steps_to_do(0, 1200) == "steps 1 to 1,200"
+    assert steps_to_do(19, 20) == "step 20"
+    assert steps_to_do(20, 20) == "all 20 steps done before"
+    assert steps_to_do(1, 1) == "the only step done before"

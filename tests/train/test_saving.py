@@ -167,7 +167,7 @@ def test_a_save_without_the_files_of_a_rank_fails(
 ) -> None:
     """Ranks on machines with separate disks have written elsewhere."""
     saver = saver_of(tmp_path, monkeypatch, world=3)
-    with pytest.raises(ConfigError, match=r"no files of ranks \[1, 2\].* Give an absolute --output_dir"):
+    with pytest.raises(ConfigError, match=r"no files of ranks 1, 2, .* Give an absolute --output_dir"):
         saver.save(FakeEngine(), state_of(1, ranks=3), in_background=in_background)
         saver.finish()
     assert list_checkpoints(tmp_path) == []

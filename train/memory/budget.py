@@ -29,7 +29,7 @@ USABLE = 0.8
 """Share of a device's memory that a run may fill by the estimate, which lacks the CUDA context, NCCL's buffers and
 fragmentation."""
 
-TABLE_TITLE = "peak (always held), GiB per rank on %d ranks, with the largest micro-batch of each size:"
+TABLE_TITLE = "peak (always held), GiB per rank on %s, with the largest micro-batch of each size:"
 
 
 def rank_memory(

@@ -19,6 +19,7 @@ import torch
 
 from schemas.checkpoints import read_config
 from schemas.errors import ConfigError, VlprepError
+from schemas.wording import counted
 from train.arithmetic.dimensions import OFFICIAL
 from train.memory.budget import TABLE_TITLE, rank_memory, size_table
 from train.memory.loads import loads_of_length, loads_of_shards
@@ -96,8 +97,9 @@ def report(flags: list[str], *, world: int, max_length: int | None) -> str:
     load = load_of(num_bins, sizes)
     memory = rank_memory(sizes, args, load, deepspeed=deepspeed, world=world, dtype=dtype)
     table = size_table(args, load_of, num_bins, world=world, dtype=dtype)
-    title = f"{args.model_name_or_path}, {args.deepspeed_file}, {world} ranks, {str(dtype).removeprefix('torch.')}"
-    return "\n".join([title, memory.format(), "", TABLE_TITLE % world, table])
+    ranks, precision = counted(world, "rank"), str(dtype).removeprefix("torch.")
+    title = f"{args.model_name_or_path}, {args.deepspeed_file}, {ranks}, {precision}"
+    return "\n".join([title, memory.format(), "", TABLE_TITLE % ranks, table])
 
 
 def find_config(name: str) -> Mapping[str, Any]:

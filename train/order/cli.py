@@ -125,7 +125,7 @@ def main(
             raise ConfigError(f"--tokens-per-s is {tokens_per_s}; allowed: a positive number.")
         shown = open_order(run, planned)
         ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
-        dealing = {**ranks, "per_device": shown.per_device}
+        dealing: dict[str, Any] = {**ranks, "per_device": shown.per_device}
         lines: Iterable[str]
         if step is not None and as_json:
             lines = [step_json(shown.index, deal_step(shown.order, step, **dealing, num_steps=shown.num_steps))]
@@ -176,8 +176,8 @@ def open_run(run_dir: Path) -> ShownOrder:
     index = open_shards(args.shards)
     if facts.shards_fingerprint not in (None, index.fingerprint):
         raise ConfigError(
-            f"{run_dir} was started with --shards {without_secrets(args.shards)}, but they were built again since then, with "
-            "other bins: they no longer say what its steps were. Build the same shards again to look at them."
+            f"{run_dir} was started with --shards {without_secrets(args.shards)}, but they were built again since, "
+            "with other bins: they no longer say what its steps were. Build the same shards again to look at them."
         )
     order = order_of_run(
         args,

@@ -29,6 +29,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from schemas.errors import ConfigError
+from schemas.wording import counted
 from train.order.permutation import derive_keys, permute, shuffled
 from train.shards.mixture import Mixture
 
@@ -59,7 +60,8 @@ class Grouping:
     def __post_init__(self) -> None:
         if self.steps < 2 or self.runs < 1:
             raise ConfigError(
-                f"grouping over {self.steps} steps in {self.runs} runs; allowed: 2 or more steps, 1 or more runs."
+                f"grouping over {counted(self.steps, 'step')} in {counted(self.runs, 'run')}; "
+                "allowed: 2 or more steps, 1 or more runs."
             )
 
 
@@ -157,8 +159,9 @@ class DataOrder:
         """
         if min(world_size, accumulation, per_device) < 1 or world_size * accumulation * per_device < self.global_batch:
             raise ConfigError(
-                f"a global batch of {self.global_batch} bins does not fit {world_size} ranks x {accumulation} "
-                f"micro-steps x {per_device} bins. Raise the accumulation or the bins per device."
+                f"a global batch of {counted(self.global_batch, 'bin')} does not fit {counted(world_size, 'rank')} x "
+                f"{counted(accumulation, 'micro-step')} x {counted(per_device, 'bin')}. "
+                "Raise the accumulation or the bins per device."
             )
         drawn = self.global_bins(step)
         by_cost = np.full(accumulation * world_size * per_device, EMPTY, dtype=np.int64)

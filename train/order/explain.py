@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import ConfigError, ShardError
 from schemas.tables import SAMPLES_FILE
-from schemas.wording import counted
+from schemas.wording import counted, source_name
 from storage.shard_set import read_packed
 from storage.urls import Url
 from train.order.dealing import EMPTY, DataOrder
@@ -34,6 +34,11 @@ class SourceSample(NamedTuple):
     record: int
     id: str | None
     num_tokens: int
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return source_name(dataset=self.dataset, file=self.file, line=self.line, record=self.record, id=self.id)
 
 
 def source_samples(index: ShardIndex, bins: Sequence[int]) -> dict[int, list[SourceSample]]:
@@ -60,8 +65,9 @@ def source_samples(index: ShardIndex, bins: Sequence[int]) -> dict[int, list[Sou
     for bin_id, in_ledger in samples.items():
         if len(in_ledger) != index.num_samples[bin_id]:
             raise ShardError(
-                f"{index.folders[index.folder_of(bin_id)] / SAMPLES_FILE} has {len(in_ledger)} samples for bin "
-                f"{index.locate(bin_id).local_bin}, which holds {index.num_samples[bin_id]}. Build the shards again."
+                f"{index.folders[index.folder_of(bin_id)] / SAMPLES_FILE} has {counted(len(in_ledger), 'sample')} for "
+                f"bin {index.locate(bin_id).local_bin}, which holds {index.num_samples[bin_id]}. "
+                "Build the shards again."
             )
     return samples
 
@@ -75,8 +81,8 @@ def bins_per_device(order: DataOrder, *, world_size: int, accumulation: int) -> 
     per_device, rest = divmod(order.global_batch, world_size * accumulation)
     if rest:
         raise ConfigError(
-            f"a global batch of {order.global_batch} is not a multiple of {world_size} ranks x {accumulation} "
-            "micro-steps: change one of them."
+            f"a global batch of {order.global_batch} is not a multiple of {counted(world_size, 'rank')} x "
+            f"{counted(accumulation, 'micro-step')}: change one of them."
         )
     return per_device
 
@@ -181,15 +187,11 @@ def _describe_bins(
         if bin_id == EMPTY:
             yield "    empty position: one token with zero weight"
             continue
-        yield (
-            f"    bin {bin_id} ({index.locate(bin_id)}): {index.num_tokens[bin_id]} tokens, "
-            f"{index.num_patches[bin_id]} patches, cost {_tflop(order.cost[bin_id])}"
-        )
+        tokens = counted(int(index.num_tokens[bin_id]), "token")
+        patches = counted(int(index.num_patches[bin_id]), "patch", "patches")
+        yield f"    bin {bin_id} ({index.locate(bin_id)}): {tokens}, {patches}, cost {_tflop(order.cost[bin_id])}"
         for sample in samples[bin_id]:
-            yield (
-                f"      {sample.slot}: {sample.dataset} {sample.file}:{sample.line} record {sample.record} "
-                f"id {sample.id}, {sample.num_tokens} tokens"
-            )
+            yield f"      {sample.slot}: {sample.name}, {counted(sample.num_tokens, 'token')}"
 
 
 def _tflop(cost: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from schemas.wording import counted
 from train.memory.states import MOMENTS
 from train.memory.terms import DEVICE, GIB, HOST, Memory, Phase
 from train.model.disk import nearest_existing
@@ -126,8 +127,9 @@ def check_host(memory: Memory, num_ranks: int, available: int, *, snapshots: int
     per_rank, held = memory.peak(HOST), num_ranks * memory.held(HOST)
     if num_ranks * per_rank > available:
         return [
-            f"offloading needs {num_ranks * per_rank / GIB:.1f} GiB ({num_ranks} ranks with {per_rank / GIB:.1f} GiB "
-            f"each), but the machine has {available / GIB:.1f} GiB: use more machines, or offload less"
+            f"offloading needs {num_ranks * per_rank / GIB:.1f} GiB ({counted(num_ranks, 'rank')} with "
+            f"{per_rank / GIB:.1f} GiB each), but the machine has {available / GIB:.1f} GiB: "
+            "use more machines, or offload less"
         ]
     problems, machine = [], f"but the machine has {available / GIB:.1f} GiB"
     if snapshots and num_ranks * per_rank + snapshots > available:

@@ -148,7 +148,7 @@ def estimate_memory(plan: Plan, sizes: Sizes, bins: list[int]) -> Memory:
         logger.info("memory of a rank:\n%s", memory.format())
         load_of = loads_of_shards(plan.index, checkpointed=checkpointed, dtype=plan.compute.dtype)
         table = size_table(args, load_of, plan.batch.per_device, world=world, dtype=plan.compute.dtype)
-        logger.info(f"{TABLE_TITLE}\n%s", world, table)
+        logger.info(f"{TABLE_TITLE}\n%s", counted(world, "rank"), table)
     return memory
 
 

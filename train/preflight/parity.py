@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from schemas.bins import Bin, stored_bytes
 from schemas.qwen import IMAGE_PAD, MERGED_PATCHES, VIDEO_PAD
+from schemas.wording import counted, listed
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.preflight.passes import read_micro_batch
 from train.run.engine import Engine
@@ -88,9 +89,9 @@ def compare_packed(
         problems += _compare_neighbours(stored, micro, packed, losses_of, TOLERANCES[dtype])
     engine.train()
     logger.info(
-        "%d samples of bins %s: mean losses packed and alone differ by at most %.2g; tolerance in %s: %g",
-        num_samples,
-        bins,
+        "%s of %s: mean losses packed and alone differ by at most %.2g; tolerance in %s: %g",
+        counted(num_samples, "sample"),
+        listed("bin", bins),
         largest,
         str(dtype).removeprefix("torch."),
         TOLERANCES[dtype],

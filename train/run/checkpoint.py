@@ -96,7 +96,8 @@ def reshard(folder: Path, ranks: Ranks) -> None:
         logger.info("resharding %s to %s", folder, counted(ranks.world, "rank"))
         problem = convert(folder / ENGINE_TAG, temporary)
         if problem is not None:
-            raise ConfigError(f"cannot reshard {folder} to {ranks.world} ranks: {problem}. Resume from another one.")
+            world = counted(ranks.world, "rank")
+            raise ConfigError(f"cannot reshard {folder} to {world}: {problem}. Resume from another one.")
         sync_tree(temporary)
         temporary.rename(out)
     barrier()

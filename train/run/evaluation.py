@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from schemas.wording import counted
 from train.batches.batch import MicroBatch
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder
@@ -134,7 +135,7 @@ def format_evaluation(record: Record) -> str:
     parts = {"": overall, **({} if len(record["eval_datasets"]) == 1 else record["eval_datasets"])}
     return "; ".join(
         f"{f'{name}: ' if name else ''}loss {format_loss(part['loss'])}, {part['token_accuracy']:.1%} of the tokens "
-        f"and {part['exact_match']:.1%} of {part['num_samples']} samples right"
+        f"and {part['exact_match']:.1%} of {counted(part['num_samples'], 'sample')} right"
         for name, part in parts.items()
     )
 

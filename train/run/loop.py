@@ -51,7 +51,7 @@ from train.run.schedule import LearningRates, count_warmup_steps, schedule
 from train.run.stragglers import Slowest, StepClock
 from train.run.terminal import keys_to_ranks
 from train.settings.arguments import TrainArguments
-from train.settings.recipe import doubts
+from train.settings.recipe import doubts, steps_to_do
 
 logger = logging.getLogger(__name__)
 
@@ -358,26 +358,25 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
             folders,
         )
     logger.info(
-        "%s with %d tokens, %d of them targets",
+        "%s with %s, %s of them targets",
         counted(index.num_bins, "bin"),
-        index.num_tokens.sum(),
-        index.num_targets.sum(),
+        counted(int(index.num_tokens.sum()), "token"),
+        f"{int(index.num_targets.sum()):,}",
     )
     logger.info(plan.batch_line)
     if plan.strategy_note is not None:
         logger.info(plan.strategy_note)
     rates = [group.learning_rate for group in groups if group.learning_rate is not None]
-    if ranks.is_first and plan.resume is None and (doubt := doubts(plan.num_steps, rates)):
+    if ranks.is_first and plan.resume is None and (doubt := doubts(plan.args, plan.num_steps, rates)):
         logger.warning(doubt)
     logger.info(
-        "%s on %s, %s, %s, ZeRO-%d; steps %d to %d",
+        "%s on %s, %s, %s, ZeRO-%d; %s",
         counted(ranks.world, "rank"),
         plan.compute.device.type,
         str(plan.compute.dtype).removeprefix("torch."),
         plan.compute.attention,
         plan.deepspeed["zero_optimization"]["stage"],
-        plan.start_step + 1,
-        plan.num_steps,
+        steps_to_do(plan.start_step, plan.num_steps),
     )
     logger.info("parameters:\n%s", optim.format_table(groups, weight_decay=plan.args.weight_decay))
     if ranks.is_first and ranks.world > 1:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from schemas.errors import VlprepError
-from schemas.wording import counted
+from schemas.wording import counted, listed
 from train.batches.batch import MicroBatch
 from train.batches.stream import StepBatch
 from train.order.explain import source_samples
@@ -66,9 +66,9 @@ class SkippedSteps:
             return
         self._consecutive += 1
         if bins:
-            problem = f"the loss of step {step} is not finite in bins {bins}"
+            problem = f"the loss of step {step} is not finite in {listed('bin', bins)}"
         else:
-            problem = f"the gradient of step {step} is not finite, though all losses are; bins {list(batch.bins)}"
+            problem = f"the gradient of step {step} is not finite, though all losses are; {listed('bin', batch.bins)}"
         if self._is_first:
             lines = self._describe(bins or list(batch.bins))
             logger.warning("%s; skipping the step\n%s", problem, "\n".join(lines))
@@ -84,11 +84,7 @@ class SkippedSteps:
             samples = source_samples(self._index, bins)
         except VlprepError as error:
             return [f"  their samples are unknown: {error}"]
-        lines = [
-            f"  bin {bin_}: {sample.dataset} {sample.file}:{sample.line} record {sample.record} id {sample.id}"
-            for bin_ in bins
-            for sample in samples[bin_]
-        ]
+        lines = [f"  bin {bin_}: {sample.name}" for bin_ in bins for sample in samples[bin_]]
         rest = len(lines) - _MAX_SAMPLES_SHOWN
         return lines if rest <= 0 else [*lines[:_MAX_SAMPLES_SHOWN], f"  and {rest} more"]
 

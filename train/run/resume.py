@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from schemas.errors import ConfigError
+from schemas.wording import counted
 from storage.urls import without_secrets
 from train.model import optim, pretrained
 from train.model.adapters import Adapters
@@ -135,7 +136,7 @@ def find_resume_point(folder: Path, state: RunState, order: DataOrder, *, num_st
         raise ConfigError(f"{folder}: {error}") from error
     if step > num_steps:
         raise ConfigError(
-            f"{folder} has {step} steps done, but this run ends after {num_steps}: raise --max_steps or "
+            f"{folder} has {counted(step, 'step')} done, but this run ends after {num_steps}: raise --max_steps or "
             "--num_train_epochs."
         )
     return ResumePoint(folder=folder, step=step, is_resharded=state.ranks != world)

@@ -24,6 +24,7 @@ from typing import IO
 import msgspec
 
 from schemas.errors import ConfigError
+from schemas.wording import counted
 from storage.files import NO_LOCKS
 from train.settings.batch import Aim
 from train.settings.declarations import UNFUSED
@@ -184,8 +185,9 @@ def check_files(folder: Path) -> None:
     num_model_files = len(files) - num_optimizer_files
     if num_optimizer_files != state.ranks or num_model_files == 0:
         raise ConfigError(
-            f"{folder} is incomplete: {folder / ENGINE_TAG} has {num_optimizer_files} files of optimizer states and "
-            f"{num_model_files} of the model, but {state.ranks} ranks saved it. {RESUME_FROM_ANOTHER}"
+            f"{folder} is incomplete: {folder / ENGINE_TAG} has {counted(num_optimizer_files, 'file')} of optimizer "
+            f"states and {num_model_files} of the model, but {counted(state.ranks, 'rank')} saved it. "
+            f"{RESUME_FROM_ANOTHER}"
         )
     for path in (*files, *(folder / random_state_file(rank) for rank in range(state.ranks))):
         # torch writes zip archives, which end with their directory: a truncated one has none.
@@ -227,9 +229,13 @@ def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) 
         if before != value:
             same = _same_bins(saved.aim, before) if name == BINS_OF_A_STEP else "the same setting"
             raise ConfigError(
-                f"{folder} was saved with {name} = {before}, this run has {value}: it would not be the same run. "
-                f"Give {same}, or --resume none with another --output_dir."
+                f"{folder} was saved with {name} = {_shown(before)}, this run has {_shown(value)}: it would not be the "
+                f"same run. Give {same}, or --resume none with another --output_dir."
             )
+
+
+def _shown(value: Setting) -> Setting:
+    return "none" if value is None else value
 
 
 def _same_bins(aim: Aim | None, bins: Setting) -> str:

@@ -28,6 +28,7 @@ import msgspec
 import torch
 
 from schemas.errors import ConfigError
+from schemas.wording import listed
 from storage.files import sync, sync_tree, write_synced
 from train.model.disk import writing
 from train.run.engine import Engine, frozen_names
@@ -178,8 +179,8 @@ class _Writer(threading.Thread):
                 return
             if must_be_here:
                 raise ConfigError(
-                    f"{self._folder} has no files of ranks {missing}, which have just written theirs: the folder is on "
-                    "a disk that the machines do not share. Give an absolute --output_dir that they do."
+                    f"{self._folder} has no files of {listed('rank', missing)}, though they were just written: the "
+                    "folder is on a disk that the machines do not share. Give an absolute --output_dir that they do."
                 )
             self._are_all_written.wait(_LOOK_AGAIN_S)
 

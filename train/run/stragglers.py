@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from schemas.wording import listed
 from train.order.dealing import EMPTY
 
 WORTH_TELLING = 0.2
@@ -119,7 +120,7 @@ class Slowest:
     def __str__(self) -> str:
         return (
             f"rank {self.rank} is slow: {self.own_s:.2f} s a step for its data and forward passes, the median rank "
-            f"{self.median_s:.2f} s; it took longest in step {self.step}, with bins {list(self.bins)}"
+            f"{self.median_s:.2f} s; it took longest in step {self.step}, with {listed('bin', self.bins)}"
         )
 
 

@@ -177,7 +177,7 @@ def describe_batch(
         reference: what the number of samples is to be compared with.
     """
     samples = batch.bins * samples_per_bin
-    passes = f"{batch.accumulation:,} forward pass{'' if batch.accumulation == 1 else 'es'}"
+    passes = counted(batch.accumulation, "forward pass", "forward passes")
     is_full = batch.bins == world * batch.per_device * batch.accumulation
     of_pass = f"of {'' if is_full else 'up to '}{counted(batch.per_device, 'bin')}"
     return (

@@ -26,6 +26,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from schemas.errors import ConfigError
+from schemas.wording import counted
 from train.settings.arguments import TrainArguments
 from train.settings.batch import Batch
 
@@ -294,7 +295,7 @@ def _check_secondary(zero: Mapping[str, Any], path: str, world: int) -> None:
     if world % min(int(size), world):
         raise ConfigError(
             f"--deepspeed {path}: zero_optimization.zero_hpz_partition_size is {size}, which does not divide the "
-            f"{world} ranks: give the GPUs of a machine."
+            f"{counted(world, 'rank')}: give the GPUs of a machine."
         )
 
 

@@ -67,17 +67,18 @@ LOW_RATE, STEPS_AT_LOW_RATE = 1e-6, 1000
 """Fewer steps, or fewer at lower rates, hardly change a model."""
 
 
-def doubts(num_steps: int, rates: Iterable[float]) -> str:
+def doubts(args: TrainArguments, num_steps: int, rates: Iterable[float]) -> str:
     """What speaks against learning much in a run, in a sentence; empty if nothing does.
 
     Args:
+        args: the flags.
         num_steps: optimizer steps of the run.
         rates: peak rates of the trained parts.
     """
     if num_steps < FEW_STEPS:
         return (
             f"this run makes {counted(num_steps, 'optimizer step')}, and little is learnt in fewer than {FEW_STEPS}: "
-            "raise --num_train_epochs or --max_steps, or lower --samples_per_step; usual are 1,000 or more"
+            f"{_ways_to_more_steps(args)}; usual are 1,000 or more"
         )
     highest = max(rates)
     if highest < LOW_RATE and num_steps < STEPS_AT_LOW_RATE:
@@ -86,3 +87,19 @@ def doubts(num_steps: int, rates: Iterable[float]) -> str:
             f"steps: usual for fewer than {STEPS_AT_LOW_RATE:,} are 1e-6 to 1e-5, with LoRA {ADAPTER_LEARNING_RATE:g}"
         )
     return ""
+
+
+def _ways_to_more_steps(args: TrainArguments) -> str:
+    """The flags that give a run more steps, of those that decide its length."""
+    if args.max_steps is not None:
+        return "raise --max_steps"
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps") if args.counts_bins else ()
+    lower = [f"--{name}" for name in sizes if (getattr(args, name) or 1) > 1] if sizes else ["--samples_per_step"]
+    return "raise --num_train_epochs" + (f", or lower {' or '.join(lower)}" if lower else "")
+
+
+def steps_to_do(num_done: int, num_steps: int) -> str:
+    """The steps of a run that are still to do, counted from 1, in words."""
+    if num_done >= num_steps:
+        return f"{'the only step' if num_steps == 1 else f'all {num_steps:,} steps'} done before"
+    return f"steps {num_done + 1:,} to {num_steps:,}" if num_done + 1 < num_steps else f"step {num_steps:,}"
