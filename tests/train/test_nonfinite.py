@@ -169,7 +169,7 @@ def test_a_scaled_gradient_may_overflow(
     for _ in range(5):
         skipped.note_skipped(step_of(0, 1), torch.ones(2), scales_loss=True)
     assert "lowering the loss scale" in caplog.text
-    with pytest.raises(VlprepError, match="not finite in bins"):
+    with pytest.raises(VlprepError, match="not finite in bin 1"):
         skipped.note_skipped(step_of(0, 1), INFINITE, scales_loss=True)
 
 
