@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.bins import TAR_BLOCK, Bin, shard_name
-from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ConfigError, ShardError
+from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ConfigError, ShardError, VlprepError
 from schemas.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, WORK_FOLDER, Manifest, decode_manifest
 from schemas.tables import (
     BINS_COLUMNS,
@@ -105,7 +105,8 @@ def open_set(folder: Location) -> ShardSet:
     """Open a folder or URL with a manifest.
 
     Raises:
-        ShardError: no manifest, or a damaged manifest or table of bins.
+        ConfigError: the folder holds no set of shards.
+        ShardError: an incomplete set, or a damaged manifest or table of bins.
         StorageError: the store does not answer.
     """
     manifest = read_manifest(folder)
@@ -118,23 +119,27 @@ def find_sets(location: Location) -> list[Location]:
     A sub-folder with an unfinished build counts: opening it fails, so that it is not left out silently.
 
     Raises:
-        ShardError: there is none, or the folder cannot be read.
+        ConfigError: there is none.
+        ShardError: the folder holds an unfinished build, or cannot be read.
         StorageError: the store does not answer.
     """
     try:
         if _holds(location, MANIFEST_FILE):
             return [location]
         if isinstance(location, Path) and not location.is_dir():
-            raise ShardError(f"{location} is not a folder. Give the folder that `vlprep build --out` wrote.")
+            raise ConfigError(f"{location} is not a folder. Give the folder that `vlprep build --out` wrote.")
         folders = [
             folder for folder in sub_folders(location) if _holds(folder, MANIFEST_FILE) or _is_unfinished(folder)
         ]
     except OSError as error:
         raise _unreadable(location, error) from error
     if not folders:
-        raise ShardError(
-            f"{location} holds no {MANIFEST_FILE}, nor does a folder in it: no complete set of shards. "
-            "Run `make shards DATASET=...` first, or give the folder that holds the manifest."
+        if _is_unfinished(location):
+            raise _no_manifest(location)
+        raise ConfigError(
+            f"{location} holds no {MANIFEST_FILE}, nor does a folder in it: no complete set of shards. Build one with "
+            f"`vlprep build annotations.jsonl --out {location} --model MODEL` (a registered dataset: `make shards "
+            "DATASET=NAME`), or give the folder that holds the manifest."
         )
     return folders
 
@@ -143,7 +148,8 @@ def read_manifest(folder: Location) -> Manifest:
     """The manifest of a folder or URL.
 
     Raises:
-        ShardError: there is none (the build is not complete), or it is damaged or of another version.
+        ConfigError: there is none, nor anything else of a build.
+        ShardError: the build is not complete, or the manifest is damaged or of another version.
         StorageError: the store does not answer.
     """
     return decode_manifest(read_manifest_bytes(folder), where=str(folder / MANIFEST_FILE))
@@ -153,7 +159,8 @@ def read_manifest_bytes(folder: Location) -> bytes:
     """Contents of the manifest of a folder or URL.
 
     Raises:
-        ShardError: there is none (the build is not complete), or it cannot be read, or is too large to be one.
+        ConfigError: there is none, nor anything else of a build.
+        ShardError: the build is not complete, or the manifest cannot be read, or is too large to be one.
         StorageError: the store does not answer.
     """
     path = folder / MANIFEST_FILE
@@ -163,7 +170,7 @@ def read_manifest_bytes(folder: Location) -> bytes:
             raise ShardError(f"{path} has {num_bytes:,} bytes; allowed: at most {MAX_MANIFEST_BYTES:,}. {MEND_SHARDS}")
         return path.read_bytes() if isinstance(path, Path) else read_range(path, 0, num_bytes)
     except (FileNotFoundError, NotThereError):
-        raise ShardError(_no_manifest(folder)) from None
+        raise _no_manifest(folder) from None
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror or error}. {MEND_SHARDS}") from error
 
@@ -293,20 +300,23 @@ def _unreadable(folder: Location, error: OSError) -> ShardError:
     return ShardError(f"{error.filename or folder} cannot be read: {error.strerror or error}. {mend}.")
 
 
-def _no_manifest(folder: Location) -> str:
+def _no_manifest(folder: Location) -> VlprepError:
+    """Why there is no manifest: a wrong folder, or a set that is not complete."""
     if isinstance(folder, Path):
         if not folder.exists():
-            return f"{folder} does not exist. Give the folder that holds {MANIFEST_FILE}."
+            return ConfigError(f"{folder} does not exist. Give the folder that holds {MANIFEST_FILE}.")
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}"))
         if inside:
             shown = ", ".join(inside[:3]) + (", …" if len(inside) > 3 else "")
-            return f"{folder} holds no {MANIFEST_FILE} itself, but folders that do ({shown}). Give one of them."
-        if _is_unfinished(folder):
-            return (
-                f"{folder} holds no {MANIFEST_FILE}: a build into it failed, was interrupted, or still runs. Run the "
-                "same `vlprep build` again to finish it, or remove the folder."
+            return ConfigError(
+                f"{folder} holds no {MANIFEST_FILE} itself, but folders that do ({shown}). Give one of them."
             )
-    return (
-        f"{folder} holds no {MANIFEST_FILE}: it is not a complete set of shards. Run the same `vlprep build` again "
-        "to complete it, or give the folder or URL that holds the manifest."
+    if _is_unfinished(folder):
+        return ShardError(
+            f"{folder} holds no {MANIFEST_FILE}: a build into it failed, was interrupted, or still runs. Run the "
+            "same `vlprep build` again to finish it, or remove the folder."
+        )
+    return ConfigError(
+        f"{folder} holds no {MANIFEST_FILE}: it is not a set of shards. Give the folder or URL that holds the "
+        "manifest, as `vlprep build --out` wrote it."
     )

@@ -197,10 +197,10 @@ def test_user_text_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Path) -
     assert "<i>&: report" in document.text
 
 
-def test_wrong_use_exits_with_2_and_missing_shards_with_1(finished: Path, tmp_path: Path) -> None:
+def test_wrong_use_and_missing_shards_exit_with_2(finished: Path, tmp_path: Path) -> None:
     assert run(finished, "--out", tmp_path / "page.html", "--model", tmp_path).exit_code == 2
     result = run(tmp_path, "--out", tmp_path / "page.html")
-    assert (result.exit_code, "holds no manifest.json" in result.stderr) == (1, True)
+    assert (result.exit_code, "holds no manifest.json" in result.stderr) == (2, True)
     assert not (tmp_path / "page.html").exists()
 
 

@@ -179,12 +179,12 @@ def test_a_file_that_is_not_the_tokenizer_of_the_model_is_refused() -> None:
 
 
 def test_a_folder_without_a_manifest_is_distinguished_from_one_that_is_missing_or_holds_several(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"gone does not exist\. Give the folder"):
+    with pytest.raises(ConfigError, match=r"gone does not exist\. Give the folder"):
         read_manifest(tmp_path / "gone")
-    with pytest.raises(ShardError, match=r"holds no manifest\.json: it is not a complete set"):
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json: it is not a set of shards"):
         read_manifest(tmp_path)
     for name in "dcba":
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").touch()
-    with pytest.raises(ShardError, match=r"holds no manifest\.json itself, but folders that do \(a, b, c, …\)"):
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json itself, but folders that do \(a, b, c, …\)"):
         read_manifest(tmp_path)

@@ -64,12 +64,22 @@ def only_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
     return code, lines[0]
 
 
-def test_shards_without_a_manifest_are_a_data_error(
+def test_a_folder_without_shards_is_wrong_use_and_an_unfinished_build_is_not(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, line = only_error([*flags, "--shards", str(tmp_path)], capsys)
+    empty = tmp_path / "empty"
+    for folder, expected in (
+        (empty, f"{empty} is not a folder. Give"),
+        (empty, f"Build one with `vlprep build annotations.jsonl --out {empty} --model MODEL` (a registered"),
+    ):
+        code, line = only_error([*flags, "--shards", str(folder)], capsys)
+        assert code == 2
+        assert expected in line
+        empty.mkdir(exist_ok=True)
+    (empty / "bins-00000.tar").touch()
+    code, line = only_error([*flags, "--shards", str(empty)], capsys)
     assert code == 1
-    assert f"{tmp_path} holds no manifest.json" in line
+    assert f"{empty} holds no manifest.json: a build into it failed" in line
 
 
 def test_shards_of_another_tokenizer_are_wrong_use(
@@ -100,7 +110,7 @@ def test_an_unknown_flag_is_wrong_use(flags: list[str], capsys: pytest.CaptureFi
 
 
 def test_debug_shows_the_traceback(flags: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ShardError):
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json"):
         main([*flags, "--shards", str(tmp_path), "--debug"])
 
 

@@ -219,7 +219,7 @@ def test_closing_a_stream_does_not_wait_for_a_dead_server(server: Server) -> Non
 def test_a_missing_set_is_distinguished_from_a_dead_server_at_start(
     server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ShardError, match=r"holds no manifest\.json"):
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json"):
         open_shards(f"{server.address}/plain/nothing")
     monkeypatch.setattr(request, "DEFAULT_POLICY", QUICK)
     served = Url(f"{server.address}/plain/set")
@@ -322,7 +322,7 @@ def test_a_signed_url_is_joined_in_front_of_its_query_and_never_printed(server: 
     index = open_shards(signed)
     assert str(index.folders[0]) == f"{server.address}/signed/set?***"
     assert "SECRET" not in f"{index.locate(0)} {index.folders} {index.shard_paths}"
-    with pytest.raises(ShardError, match=r"holds no manifest\.json") as missing:
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json") as missing:
         open_shards(f"{server.address}/signed/nothing?X-Amz-Signature=SECRET")
     with pytest.raises(VlprepError, match=r"/signed/set/manifest\.json\?\*\*\*: the store refuses access") as refused:
         open_shards(f"{server.address}/signed/set?X-Amz-Signature=SECRET2")

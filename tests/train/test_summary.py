@@ -94,5 +94,5 @@ def test_damaged_metrics_are_rejected_with_their_line(tmp_path: Path, content: s
 
 def test_command_without_shards_prints_one_sentence(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(tmp_path / "none"), str(tmp_path)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.output.startswith("error: ") and len(result.output.splitlines()) == 1

@@ -17,11 +17,13 @@ from pathlib import Path
 import click
 from transformers.utils import logging as transformers_logging
 
-from schemas.errors import ConfigError, ShardError, VlprepError
+from schemas.errors import ConfigError, ShardError
 from schemas.wording import counted, printable
+from train.exits import guarded
 from train.generate.answers import MAX_NEW_TOKENS, Answer, Answerer
 from train.generate.page import render_page
 from train.model import pretrained
+from train.model.disk import writing
 from train.run.run_dir import FINAL_DIR
 from train.shards.index import open_shards
 
@@ -49,29 +51,24 @@ _MIN_WIDTH = 24
     help="Length at which an answer is cut off.",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with the images, too.")
+@guarded
 def main(model: str, shards: str, limit: int, max_new_tokens: int, html: Path | None) -> None:
     """Let a model answer questions from shards: wanted and generated answers side by side, and the exact matches.
 
     Answers are greedy, on the GPU if there is one. Each trained answer of a sample is one, after all that precedes it.
     """
     transformers_logging.disable_progress_bar()
-    try:
-        answers = []
-        for answer in generate(model, shards, limit=limit, max_new_tokens=max_new_tokens, page=html):
-            answers.append(answer)
-            for line in describe(answer, len(answers), width=shutil.get_terminal_size().columns):
-                click.echo(line)
-        click.echo(summarise(answers))
-        if html is not None:
-            page = render_page(answers, title=f"{model} on {shards}", summary=summarise(answers))
+    answers = []
+    for answer in generate(model, shards, limit=limit, max_new_tokens=max_new_tokens, page=html):
+        answers.append(answer)
+        for line in describe(answer, len(answers), width=shutil.get_terminal_size().columns):
+            click.echo(line)
+    click.echo(summarise(answers))
+    if html is not None:
+        page = render_page(answers, title=f"{model} on {shards}", summary=summarise(answers))
+        with writing(html):
             html.write_text(page, encoding="utf-8")
-            click.echo(f"page: {html}")
-    except VlprepError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        click.echo(f"error: {error.filename or html}: {error.strerror or error}", err=True)
-        raise SystemExit(ConfigError.exit_code) from None
+        click.echo(f"page: {html}")
 
 
 def generate(

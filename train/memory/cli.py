@@ -18,9 +18,10 @@ import click
 import torch
 
 from schemas.checkpoints import read_config
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import ConfigError
 from schemas.wording import counted
 from train.arithmetic.dimensions import OFFICIAL
+from train.exits import guarded
 from train.memory.budget import TABLE_TITLE, rank_memory, size_table
 from train.memory.loads import loads_of_length, loads_of_shards
 from train.model import pretrained
@@ -45,6 +46,7 @@ _OFFICIAL_NAME = re.compile(rf"(?:Qwen/)?(?:Qwen2\.5-VL-)?({'|'.join(OFFICIAL)})
     help="Tokens of a bin, if there are no shards yet: assumes the fullest possible bins.",
 )
 @click.pass_context
+@guarded
 def main(context: click.Context, world_size: int, max_length: int | None) -> None:
     """Print the memory of a rank, term by term, and a table for all official sizes.
 
@@ -52,11 +54,7 @@ def main(context: click.Context, world_size: int, max_length: int | None) -> Non
     may be named by its size (7B). The default precision is bfloat16.
     """
     logging.basicConfig(level=logging.WARNING)
-    try:
-        click.echo(report(context.args, world=world_size, max_length=max_length))
-    except VlprepError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    click.echo(report(context.args, world=world_size, max_length=max_length))
 
 
 def report(flags: list[str], *, world: int, max_length: int | None) -> str:

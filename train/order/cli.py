@@ -17,9 +17,10 @@ from typing import Any
 import click
 
 from schemas.checkpoints import read_config
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import ConfigError
 from schemas.setting import setting_fields
 from storage.urls import without_secrets
+from train.exits import guarded
 from train.order.dealing import DataOrder
 from train.order.explain import deal_step, explain_step, step_json
 from train.order.run_order import order_of_run
@@ -102,6 +103,7 @@ class ShownOrder:
     show_default=True,
     help="With --simulate: training speed over all ranks.",
 )
+@guarded
 def main(
     run: Path | None,
     step: int | None,
@@ -116,29 +118,25 @@ def main(
     Give the folder of a run (--run), or the numbers of a planned one: --shards, --world-size, --global-batch or
     --samples-per-step, and more.
     """
-    try:
-        if (step is None) == (not simulated):
-            raise ConfigError("give either --step N or --simulate.")
-        if as_json and step is None:
-            raise ConfigError("--json has no effect with --simulate. Leave it out, or give --step N.")
-        if not 0 < tokens_per_s < math.inf:
-            raise ConfigError(f"--tokens-per-s is {tokens_per_s}; allowed: a positive number.")
-        shown = open_order(run, planned)
-        ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
-        dealing: dict[str, Any] = {**ranks, "per_device": shown.per_device}
-        lines: Iterable[str]
-        if step is not None and as_json:
-            lines = [step_json(shown.index, deal_step(shown.order, step, **dealing, num_steps=shown.num_steps))]
-        elif step is not None:
-            lines = explain_step(shown.index, shown.order, step, **dealing, num_steps=shown.num_steps)
-        else:
-            simulation = simulate(shown.index, shown.order, num_steps=num_steps, end=shown.num_steps, **dealing)
-            lines = report(shown.index, shown.order, simulation, tokens_per_s=tokens_per_s, **ranks)
-        for line in lines:
-            click.echo(line)
-    except VlprepError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    if (step is None) == (not simulated):
+        raise ConfigError("give either --step N or --simulate.")
+    if as_json and step is None:
+        raise ConfigError("--json has no effect with --simulate. Leave it out, or give --step N.")
+    if not 0 < tokens_per_s < math.inf:
+        raise ConfigError(f"--tokens-per-s is {tokens_per_s}; allowed: a positive number.")
+    shown = open_order(run, planned)
+    ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
+    dealing: dict[str, Any] = {**ranks, "per_device": shown.per_device}
+    lines: Iterable[str]
+    if step is not None and as_json:
+        lines = [step_json(shown.index, deal_step(shown.order, step, **dealing, num_steps=shown.num_steps))]
+    elif step is not None:
+        lines = explain_step(shown.index, shown.order, step, **dealing, num_steps=shown.num_steps)
+    else:
+        simulation = simulate(shown.index, shown.order, num_steps=num_steps, end=shown.num_steps, **dealing)
+        lines = report(shown.index, shown.order, simulation, tokens_per_s=tokens_per_s, **ranks)
+    for line in lines:
+        click.echo(line)
 
 
 def open_order(run: Path | None, planned: dict[str, Any]) -> ShownOrder:

@@ -19,7 +19,8 @@ import click
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import ConfigError
+from train.exits import guarded
 from train.model import pretrained
 from train.model.adapters import CONFIG_FILE, WEIGHTS_FILE, merge_weights
 from train.model.attention import SDPA
@@ -115,17 +116,11 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     "model",
     help="Base model of the adapter: a folder or a hub id.  [default: the one that the adapter names]",
 )
+@guarded
 def main(adapter: Path, out: Path, model: str | None) -> None:
     """Merge ADAPTER into its base model and write a checkpoint that from_pretrained loads."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        source = merge_adapter(adapter, out, model=model)
-    except VlprepError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        click.echo(f"error: {error.filename or out}: {error.strerror or error}", err=True)
-        raise SystemExit(ConfigError.exit_code) from None
+    source = merge_adapter(adapter, out, model=model)
     click.echo(f"{out}: {source} merged with {adapter}")
 
 

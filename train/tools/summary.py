@@ -14,9 +14,10 @@ from pathlib import Path
 import click
 import msgspec
 
-from schemas.errors import ConfigError, VlprepError
+from schemas.errors import ConfigError
 from schemas.manifest import Manifest
 from schemas.wording import counted
+from train.exits import guarded
 from train.run.metrics import METRICS_FILE
 from train.run.run_dir import FINAL_DIR
 from train.shards.index import open_shards
@@ -107,13 +108,10 @@ def _rejected(manifests: tuple[Manifest, ...]) -> str:
 @click.command(name="python -m train.tools.summary")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
+@guarded
 def main(shards: Path, run: Path) -> None:
     """Print the results of training on SHARDS; RUN is the --output_dir of the run."""
-    try:
-        click.echo(summarise(shards, run))
-    except VlprepError as error:
-        click.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    click.echo(summarise(shards, run))
 
 
 if __name__ == "__main__":
