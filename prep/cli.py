@@ -27,6 +27,7 @@ from prep.options import (
     build_settings,
     engine_options,
     json_option,
+    look_model_option,
     media_settings,
     require_writable,
     setting_options,
@@ -144,9 +145,10 @@ def build_command(
         if metrics is not None:
             print_result(metrics_summary(metrics))
     if report:
-        from prep.inspect.report import ReportRequest, write_report
+        from prep.inspect.report import NamedInputs, ReportRequest, write_report
 
-        written = write_report(out, out / REPORT_FILE, ReportRequest(model=model, sources=request.sources))
+        named = NamedInputs(datasets=datasets, registry=registry, media_root=media_root, model=model)
+        written = write_report(out, out / REPORT_FILE, ReportRequest(named=named, sources=request.sources))
         if not as_json:
             print_result(f"Report: {written}")
     if as_json:
@@ -304,18 +306,16 @@ def verify_command(folder: Location, as_json: bool, workers: int | None, engine:
 @click.option("--step", type=click.IntRange(min=0), help="DIR is the folder of a run: show the bins of this step.")
 @click.option("--token-level", is_flag=True, help="List the tokens with ids, labels and positions instead of the text.")
 @click.option("--save", type=FOLDER, help="Write the images of the bin into this folder, as PNG files.")
-@click.option(
-    "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
-)
+@look_model_option
 @guarded
 def show_command(
-    folder: Location, bin_id: int | None, step: int | None, token_level: bool, save: Path | None, model: str
+    folder: Location, bin_id: int | None, step: int | None, token_level: bool, save: Path | None, model: str | None
 ) -> None:
     """Print one bin of the shards in DIR, or the bins of a training step: text, media, and what is trained."""
     from prep.inspect.show import save_frames, show
     from prep.inspect.step import shown_bins
     from prep.inspect.terminal import open_console, print_bin, wants_colour
-    from prep.inspect.transcript import open_transcriber
+    from prep.inspect.transcript import find_transcriber
     from storage.shard_set import open_set
 
     console = open_console()
@@ -323,7 +323,7 @@ def show_command(
     for heading, shards_folder, shown_bin in shown_bins(folder, bin_id=bin_id, step=step):
         if shards_folder not in sets:
             shards = open_set(shards_folder)
-            sets[shards_folder] = shards, open_transcriber(model, shards.manifest)
+            sets[shards_folder] = shards, find_transcriber(model, shards.manifest)
         shards, transcriber = sets[shards_folder]
         if heading:
             print_result(heading)
@@ -348,11 +348,7 @@ def show_command(
     multiple=True,
     help="Show this sample.  [default, without --bin: a choice from every dataset]",
 )
-@click.option(
-    "--model",
-    help=f"Checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL} if the hub's cache "
-    "has it; else the page has no texts]",
-)
+@look_model_option
 @click.option(
     "--datasets",
     multiple=True,
@@ -380,10 +376,11 @@ def report_command(
     --bin and --sample may be repeated.
     """
     from prep.annotations.registry import find_all_sources
-    from prep.inspect.report import ReportRequest, write_report
+    from prep.inspect.report import NamedInputs, ReportRequest, write_report
 
     if not datasets and (registry is not None or media_root is not None):
         raise ConfigError("--registry and --media-root have no effect without --datasets. Give them together.")
     sources = find_all_sources(datasets, registry=registry, media_root=media_root, media=MediaSettings())
-    request = ReportRequest(model=model, sources=tuple(sources), bins=bins, samples=samples)
+    named = NamedInputs(datasets=datasets, registry=registry, media_root=media_root, model=model)
+    request = ReportRequest(named=named, sources=tuple(sources), bins=bins, samples=samples)
     print_result(write_report(folder, out, request))

@@ -15,6 +15,8 @@ from msgspec import UNSET
 
 from prep.engines import ENGINES
 from schemas.errors import ConfigError
+from schemas.manifest import MANIFEST_FILE
+from schemas.qwen import DEFAULT_MODEL
 from schemas.setting import setting_fields
 from schemas.settings import BuildSettings, MediaSettings
 from storage.urls import Location, Url, is_url, parse_location
@@ -35,6 +37,10 @@ class _NamedPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty: give one, or leave the option out", param, ctx)
+        if not self.file_okay and isinstance(value, str) and Path(value).is_file():
+            folder = Path(value).parent
+            near = f", such as {folder}" if (folder / MANIFEST_FILE).is_file() else ""
+            self.fail(f"{value} is a file, where a folder is expected{near}", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -71,6 +77,12 @@ FOLDER = _NamedPath(file_okay=False, path_type=Path)
 FOLDER_OR_URL = _Location(file_okay=False, path_type=Path)
 PATH_OR_URL = _Location(path_type=Path)
 FILE = _NamedPath(dir_okay=False, path_type=Path)
+
+look_model_option = click.option(
+    "--model",
+    help=f"Checkpoint folder or hub id. Only its tokenizer is read.  [default: {DEFAULT_MODEL}, if it is in the hub's "
+    "cache and made the shards; otherwise the texts are left out]",
+)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 

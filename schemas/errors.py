@@ -19,6 +19,8 @@ BUILD_AGAIN = "Remove manifest.json and run the same `vlprep build` again"
 COPY_AGAIN = f"Copy it again from where it was built, or r{BUILD_AGAIN[1:]}"
 """The same advice as clauses: the first for contents that break a rule, the second for bytes that changed."""
 
+GIVE_SHARDS = "Give the folder or URL that `vlprep build --out` wrote."
+
 
 class VlprepError(Exception):
     """Root of all errors that a user can fix. ``exit_code`` is that of the command line: 1 for data, 2 for usage."""

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from schemas.bounds import MAX_RATE, Count, Digest, FileName, PositiveCount, Sha256, Size
-from schemas.errors import MEND_SHARDS, ConfigError, ShardError
+from schemas.errors import GIVE_SHARDS, MEND_SHARDS, ConfigError, ShardError
 from schemas.qwen import IMAGE_MEAN, IMAGE_STD
 from schemas.settings import BuildSettings, MediaSettings
 
@@ -32,6 +32,9 @@ WORK_FOLDER = ".build"
 """What a build keeps beside its shards."""
 
 FORMAT_VERSION = 1
+
+_OWN_FIELDS = (b'"version"', b'"fingerprints"', b'"counts"', b'"shards"')
+"""Fields of which a manifest has all, even if it is damaged most."""
 
 
 class InputFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,6 +232,10 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
     except RecursionError:
         raise ShardError(f"{where} is damaged: its JSON is nested too deeply. {MEND_SHARDS}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
+        if data and not any(name in data for name in _OWN_FIELDS):
+            raise ShardError(
+                f"{where} is no manifest of shards, but another file of that name. {GIVE_SHARDS}"
+            ) from None
         raise ShardError(f"{where} is damaged: {_reason(data, error)}. {MEND_SHARDS}") from error
 
 

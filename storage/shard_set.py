@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.bins import TAR_BLOCK, Bin, shard_name
-from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ConfigError, ShardError, VlprepError
+from schemas.errors import BUILD_AGAIN, COPY_AGAIN, GIVE_SHARDS, MEND_SHARDS, ConfigError, ShardError, VlprepError
 from schemas.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, WORK_FOLDER, Manifest, decode_manifest
 from schemas.tables import (
     BINS_COLUMNS,
@@ -33,6 +33,7 @@ from schemas.tables import (
 from storage.bins import BinLocation, check_samples, parse_bin, read_bytes
 from storage.errors import NotThereError
 from storage.files import regular_size
+from storage.folder_contents import describe_folder
 from storage.folders import file_sizes, sub_folders
 from storage.reading import read_range, stat
 from storage.tables import check_columns, read_table
@@ -316,7 +317,13 @@ def _no_manifest(folder: Location) -> VlprepError:
             f"{folder} holds no {MANIFEST_FILE}: a build into it failed, was interrupted, or still runs. Run the "
             "same `vlprep build` again to finish it, or remove the folder."
         )
-    return ConfigError(
-        f"{folder} holds no {MANIFEST_FILE}: it is not a set of shards. Give the folder or URL that holds the "
-        "manifest, as `vlprep build --out` wrote it."
-    )
+    if isinstance(folder, Url):
+        return ConfigError(f"{folder} holds no {MANIFEST_FILE}: it is not a set of shards. {GIVE_SHARDS}")
+    contents = describe_folder(folder)
+    mend = GIVE_SHARDS
+    if contents.is_run:
+        mend = f"Show a step of it with `vlprep show {folder} --step 0`, or give the folder of its shards."
+    elif contents.data_files:
+        name = folder / contents.data_files[0]
+        mend = f"Build shards from a file in it: `vlprep build {name} --out shards/mine`, or g{GIVE_SHARDS[1:]}"
+    return ConfigError(f"{folder} holds no {MANIFEST_FILE}: it is {contents.what}, not a set of shards. {mend}")

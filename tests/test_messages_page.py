@@ -56,6 +56,7 @@ RESULTS = (
     "prep/migrate/",
     "prep/shards/drift.py",
     "schemas/foreign_flags.py",
+    "storage/folder_contents.py",
     "train/generate/page.py",
     "train/memory/",
     "train/model/processors.py",
@@ -68,7 +69,7 @@ RESULTS = (
     "train/settings/declarations.py",
     "train/settings/record.py",
 )
-"""Modules whose sentences are results, help, notes, or texts of the demo and of the chat template.
+"""Modules whose sentences are results, help, notes, names of kinds, or texts of the demo and of the chat template.
 
 In them, only the arguments of errors and reports are messages.
 """

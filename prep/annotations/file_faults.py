@@ -17,6 +17,7 @@ import msgspec
 from prep.annotations.array_scanner import ArrayScanner
 from prep.annotations.chunks import MAX_RECORD_BYTES
 from prep.annotations.dialects import is_known, marks_record
+from prep.annotations.file_kinds import EXPECTED
 from storage.urls import Location
 
 _HEAD_BYTES = 1 << 16
@@ -55,7 +56,7 @@ def whole_file_fault(path: Path, location: Location) -> str | None:
         return None
     if text.startswith(b"{"):
         return _line_commas(text, name) or _object_fault(path, len(head) - len(text), name)
-    return _table(text)
+    return _table(text) or _no_json(text)
 
 
 def _lines(text: bytes) -> Iterator[bytes]:
@@ -139,6 +140,25 @@ def _table(text: bytes) -> str | None:
                 "JSON object per line, with a field `conversations` in each"
             )
     return None
+
+
+def _no_json(text: bytes) -> str | None:
+    """The fault of a text without any JSON. A record that is only broken begins like one."""
+    lines = list(_lines(text))
+    if any(line.lstrip().startswith((b"{", b"[")) or _is_json(line) for line in lines):
+        return None
+    if b"\0" in text:
+        return f"is binary data; {EXPECTED}"
+    shown = lines[0].strip()[:40].decode(errors="replace")
+    return f"is no JSON: it begins with {shown!r}. Write one JSON object per line, with a field `conversations` in each"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def _fault(text: bytes) -> str:

@@ -30,6 +30,7 @@ import storage
 from prep.annotations import json_records, parquet_records
 from prep.annotations.chunks import Chunk, Record
 from prep.annotations.file_faults import whole_file_fault
+from prep.annotations.file_kinds import folder_fault, kind_fault
 from schemas.errors import ConfigError, VlprepError
 from storage.files import temporary_path
 from storage.urls import Location, Url
@@ -76,6 +77,8 @@ def index_file(path: Location, spool: Path) -> FileIndex:
     """
     if isinstance(path, Url):
         return _index_remote(path, spool)
+    if path.is_dir():
+        raise ConfigError(f"annotation file {path} {folder_fault(path)}.")
     if path.exists() and not path.is_file():
         raise ConfigError(f"annotation file {path} is not a regular file. Give the path of a file.")
     return _index(path, spool, path)
@@ -100,9 +103,14 @@ def _index(path: Path, spool: Path, name: Location) -> FileIndex:
     with _failures(name):
         modified_ns = path.stat().st_mtime_ns
         digest = _digest(path)
-        data = _decompressed(path, spool / f"{digest}.jsonl") if path.suffix in _DECOMPRESSORS else path
-        is_parquet = path.suffix == ".parquet"
-        fault = parquet_records.whole_file_fault(data) if is_parquet else whole_file_fault(data, name)
+        is_parquet, is_compressed = path.suffix == ".parquet", path.suffix in _DECOMPRESSORS
+        fault = kind_fault(path)
+        data = path
+        if fault is None and is_compressed:
+            data = _decompressed(path, spool / f"{digest}.jsonl")
+            fault = kind_fault(data)
+        if fault is None:
+            fault = parquet_records.whole_file_fault(data) if is_parquet else whole_file_fault(data, name)
         if fault is not None:
             raise VlprepError(f"annotation file {name} {fault}.")
         chunks = tuple(parquet_records.cut(data) if is_parquet else json_records.cut(data))

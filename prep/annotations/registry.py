@@ -20,6 +20,7 @@ import msgspec
 
 import storage
 from prep.annotations import DEFAULT_REGISTRY
+from prep.annotations.file_kinds import folder_fault
 from prep.annotations.records import ANNOTATION_SUFFIXES
 from prep.annotations.shares import MAX_PERCENT, parse_expression, split_share
 from schemas.errors import ConfigError, VlprepError
@@ -130,6 +131,9 @@ def find_sources(
         return [_file_source(path, media_root, media, rate)]
     if media_root is not None:
         raise ConfigError("--media-root applies to annotation files only; a registered dataset has its own media_root.")
+    # A folder may have the name of a dataset.
+    if path.is_dir() and (len(path.parts) > 1 or not (registry or DEFAULT_REGISTRY).is_file()):
+        raise ConfigError(f"annotation file {path} {folder_fault(path)}.")
     book = Registry.read(registry or DEFAULT_REGISTRY)
     return [book.source(name, rate, media) for name, rate in parse_expression(expression)]
 
@@ -278,8 +282,8 @@ class Registry:
             known = ", ".join(self.tables) or "none"
             if Path(name).is_dir():
                 raise ConfigError(
-                    f"{name} is a folder, not a dataset registered in {self.path} (registered: {known}). Give an "
-                    f"annotation file, such as {name}/data.jsonl."
+                    f"{name} is no dataset registered in {self.path} (registered: {known}), and as an annotation file "
+                    f"it {folder_fault(Path(name))}."
                 )
             raise ConfigError(
                 f"dataset {name!r} is not registered in {self.path}; registered: {known}. Add a table [{name}] with "

@@ -13,11 +13,10 @@ from prep.build.columns import SampleColumns, count_rejects
 from prep.build.parts import ScannedPart
 from schemas.annotation import ReasonCode
 from schemas.errors import VlprepError
+from schemas.wording import counted
 
-_HELP = (
-    "`vlprep validate` on the annotation file or dataset says what is wrong with each record; too_long depends on "
-    "--max-length, --overlong and the media settings."
-)
+_HELP = "`vlprep validate` on the annotation file or dataset says what is wrong with each record."
+_HELP_TOO_LONG = f"{_HELP[:-1]}; too_long depends on --max-length, --overlong and the media settings."
 
 
 def check_scan(
@@ -40,7 +39,8 @@ def check_scan(
     codes = count_rejects(parts) + Counter({ReasonCode.TOO_LONG.value: samples.num_tokens.size - num_packable})
     if not num_packable:
         raise VlprepError(
-            f"none of {samples.num_drawn} annotations can be packed{_by_code(codes)}. Nothing was sealed. {_HELP}"
+            f"none of {counted(samples.num_drawn, 'annotation')} can be packed{_by_code(codes)}. Nothing was sealed. "
+            f"{_help(codes)}"
         )
     check_share(num_rejected, samples.num_drawn, codes, max_rejected=max_rejected)
 
@@ -60,10 +60,14 @@ def check_share(num_rejected: int, num_drawn: int, codes: Counter[str], *, max_r
     if num_rejected > max_rejected * num_drawn:
         raise VlprepError(
             f"{num_rejected} of {num_drawn} annotations are rejected, more than --max-rejected "
-            f"{float(max_rejected):.2%}{_by_code(codes)}. Nothing was sealed. {_HELP} With a higher --max-rejected, "
-            "samples.parquet lists every reject."
+            f"{float(max_rejected):.2%}{_by_code(codes)}. Nothing was sealed. {_help(codes)} With a higher "
+            "--max-rejected, samples.parquet lists every reject."
         )
 
 
+def _help(codes: Counter[str]) -> str:
+    return _HELP_TOO_LONG if codes[ReasonCode.TOO_LONG.value] else _HELP
+
+
 def _by_code(codes: Counter[str]) -> str:
-    return f" ({', '.join(f'{code} {count}' for code, count in codes.most_common())})"
+    return f" ({', '.join(f'{code} {count}' for code, count in codes.most_common() if count)})"

@@ -1,4 +1,4 @@
-"""Progress bars on standard error: live on a terminal, one line every 30 seconds in a log.
+"""Progress bars on standard error: live on a terminal, a line of its own every 30 seconds in a log.
 
 ``TQDM_DISABLE=1`` turns them off.
 """
@@ -6,13 +6,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 _TERMINAL_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 30.0
 _MONITOR_INTERVAL_S = 10.0
+
+
+class _Lines:
+    """A stream that writes each state of a bar as a line, where tqdm would return to the start of the line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        """Write a line, if the text holds more than movements of the cursor."""
+        if line := text.strip():
+            self._stream.write(f"{line}\n")
 
 
 def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> tqdm[Any]:
@@ -24,7 +39,8 @@ def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> t
         unit: name of a unit.
         unit_scale: whether to shorten counts (``17.1M``).
     """
-    interval = _TERMINAL_INTERVAL_S if sys.stderr.isatty() else _LOG_INTERVAL_S
+    is_terminal = sys.stderr.isatty()
+    interval = _TERMINAL_INTERVAL_S if is_terminal else _LOG_INTERVAL_S
     return tqdm(
         total=total,
         desc=desc,
@@ -33,6 +49,7 @@ def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> t
         mininterval=interval,
         # tqdm's monitor thread redraws a bar after this interval, whatever mininterval is.
         maxinterval=max(interval, _MONITOR_INTERVAL_S),
+        file=sys.stderr if is_terminal else _Lines(sys.stderr),
         # Without this argument, TQDM_DISABLE decides.
         **({} if total else {"disable": True}),
     )

@@ -6,6 +6,7 @@ span with its length.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from prep.samples.tokenizer import ModelFiles, find_model_files, read_fingerprin
 from schemas.checkpoints import TOKENIZER_FILE, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Manifest
-from schemas.qwen import CONTROL_TOKENS, IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD
+from schemas.qwen import CONTROL_TOKENS, DEFAULT_MODEL, IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD
 from schemas.wording import counted, printable
+
+logger = logging.getLogger(__name__)
 
 _CONTROL_TEXTS = {token: text for text, token in CONTROL_TOKENS.items()}
 _LINE_BREAK = "↵"
@@ -119,6 +122,29 @@ class Transcriber:
             return f"⟨{counted(len(ids), 'token')}⟩"
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def find_transcriber(model: str | None, manifest: Manifest) -> Transcriber:
+    """Open the tokenizer of a set of shards, which holds only its fingerprint.
+
+    Args:
+        model: checkpoint folder or hub id. None for the default model, if the local hub cache has its tokenizer and
+            this made the shards. Otherwise there are no texts, and a warning says so.
+        manifest: manifest of the set.
+
+    Raises:
+        ConfigError: ``model`` does not exist or has a different tokenizer.
+    """
+    if model is not None:
+        return open_transcriber(model, manifest)
+    transcriber = cached_transcriber(DEFAULT_MODEL, manifest)
+    if transcriber is None:
+        logger.warning(
+            "the texts are missing: the shards do not name their model, and the default one, %s, is not in the hub's "
+            "cache or did not make them. Pass the --model of the build.",
+            DEFAULT_MODEL,
+        )
+    return transcriber or Transcriber(None)
 
 
 def open_transcriber(model: str, manifest: Manifest) -> Transcriber:

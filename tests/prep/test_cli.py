@@ -371,8 +371,8 @@ def test_validate_distinguishes_a_dataset_from_a_folder_of_the_same_name(
     monkeypatch.chdir(tmp_path)
     assert "29 annotations: 26 valid, 3 rejected" in run("validate", "mine", "--workers", 1).stdout
     for wrong, part in [
-        ("other", "other is a folder, not a dataset registered in"),
-        (tmp_path / "mine", "is not a regular file"),
+        ("other", "(registered: mine), and as an annotation file it is an empty folder; expected JSON, JSONL or"),
+        (tmp_path / "mine", f"annotation file {tmp_path / 'mine'} is an empty folder; expected JSON, JSONL or"),
     ]:
         result = run("validate", wrong, "--workers", 1)
         assert (result.exit_code, part in result.stderr) == (2, True)

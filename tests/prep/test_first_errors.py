@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import gzip
 import html
+import io
 import json
+import pickle
 import re
 import shutil
 import socket
+import tarfile
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from prep.annotations.records import index_file
 from prep.cli import main
 from prep.inspect.transcript import Span, SpanKind, visible
-from schemas.errors import ConfigError, ShardError
+from schemas.errors import ConfigError, ShardError, VlprepError
 from schemas.qwen import CONTROL_TOKENS
 from storage.hub import unreachable_reason
 from storage.shard_set import read_manifest
@@ -179,6 +185,121 @@ def test_a_file_of_another_format_is_reported_once_with_the_fix(tmp_path: Path, 
     assert message.startswith(f"vlprep: annotation file {file} ")
     assert cause in message and mend in message
     assert "rejected" not in result.output
+
+
+def encoded(kind: str) -> bytes:
+    """An image of one colour, as a file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def zipped(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, "{}")
+    return buffer.getvalue()
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jsonl"))
+    return buffer.getvalue()
+
+
+def parquet() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}), buffer)
+    return buffer.getvalue()
+
+
+def arrow() -> bytes:
+    buffer = io.BytesIO()
+    with pa.ipc.new_stream(buffer, pa.schema([("a", pa.int64())])):
+        pass
+    return buffer.getvalue()
+
+
+OTHER_KINDS = {
+    **{
+        f"a.{kind}": (encoded(kind), f"is a {name} image", "whose records name it")
+        for kind, name in {
+            "jpeg": "JPEG",
+            "png": "PNG",
+            "gif": "GIF",
+            "webp": "WebP",
+            "bmp": "BMP",
+            "tiff": "TIFF",
+        }.items()
+    },
+    "image.jsonl": (encoded("jpeg"), "is a JPEG image", "whose records name it"),
+    "image.parquet": (encoded("png"), "is a PNG image", "whose records name it"),
+    "clip.mp4": (b"\0\0\0\x20ftypisom\0\0\2\0", "is an MP4 video", "whose records name it"),
+    "clip.webm": (b"\x1aE\xdf\xa3\x9fB\x86", "is a WebM or Matroska video", "whose records name it"),
+    "pages.pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "is a PDF", "an image of each page"),
+    "all.zip": (zipped("a.jsonl"), "is an archive", "Unpack it"),
+    "table.xlsx": (zipped("[Content_Types].xml"), "is an Office document", "as JSONL or Parquet"),
+    "all.tar": (tarred(), "is an archive", "Unpack it"),
+    "all.json.gz": (gzip.compress(tarred()), "is an archive", "Unpack it"),
+    "squeezed.jsonl": (gzip.compress(LINES.encode()), "is gzip", "ends in .jsonl.gz"),
+    "plain.jsonl.gz": (LINES.encode(), "is not compressed", "the name that it has without"),
+    "rows.jsonl": (parquet(), "is Parquet", "ends in .parquet"),
+    "data.arrow": (arrow(), "is Arrow", "to_parquet"),
+    "model.pkl": (pickle.dumps([1]), "is binary data", "as JSONL or Parquet"),
+    "zeros.jsonl": (bytes(100), "is binary data", "expected JSON, JSONL or Parquet"),
+    "error.json": (b"<!DOCTYPE html><html>404</html>", "is a web page", "Fetch it again"),
+    "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "of Git LFS", "git lfs pull"),
+    "notes.txt": (b"# Notes\n\nSee a.png\n", "is no JSON: it begins with '# Notes'", "one JSON object per line"),
+    "run.yaml": (b"model: a\ndata:\n  - b\n", "is no JSON: it begins with 'model: a'", "one JSON object per line"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_file_that_is_no_annotation_file_is_named_for_what_it_is(tmp_path: Path, name: str) -> None:
+    content, kind, mend = OTHER_KINDS[name]
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(VlprepError) as raised:
+        index_file(file, tmp_path)
+    assert str(raised.value).startswith(f"annotation file {file} {kind}" if kind.startswith("is") else "annotation")
+    assert kind in str(raised.value) and mend in str(raised.value)
+
+
+def test_validate_and_build_say_that_an_image_is_no_annotation_file(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    write_image(tmp_path / "a.jpg")
+    for result in (validate(tmp_path / "a.jpg"), build(tiny_checkpoint, tmp_path / "a.jpg", "--out", tmp_path / "out")):
+        assert result.exit_code == 1
+        assert error_line(result).startswith(f"vlprep: annotation file {tmp_path / 'a.jpg'} is a JPEG image; expected")
+
+
+def test_validate_and_build_say_what_a_folder_holds(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a registry, and as a relative and an absolute path."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "mine" / name)
+    write_lines(tmp_path / "mine" / "list.jsonl", [text_record()])
+    said = "is a folder with 2 images and 1 JSON or Parquet file; expected JSON, JSONL or Parquet with a record"
+    for registry in ("", "[other]\n"):
+        (tmp_path / "datasets.toml").unlink(missing_ok=True)
+        if registry:
+            (tmp_path / "datasets.toml").write_text(registry)
+        for folder in ("mine", f"{tmp_path}/mine/"):
+            for result in (validate(folder), build(tiny_checkpoint, folder, "--out", "out")):
+                assert result.exit_code == 2
+                assert said in error_line(result) and "list.jsonl" in error_line(result)
+
+
+def test_a_hint_about_lengths_is_for_samples_that_are_too_long(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    empty, long = (
+        write_lines(tmp_path / name, [text_record(text)]) for name, text in (("a.json", " "), ("b.json", "w " * 99))
+    )
+    results = [build(tiny_checkpoint, file, "--max-length", 64, "--out", tmp_path / "out") for file in (empty, long)]
+    assert [result.exit_code for result in results] == [1, 1]
+    assert ["too_long depends on" in error_line(result) for result in results] == [False, True]
+    assert "none of 1 annotation can be packed (empty_turn 1)" in error_line(results[0])
 
 
 def test_a_build_of_a_file_of_another_format_stops_with_the_same_sentence(

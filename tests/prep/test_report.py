@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,10 +38,11 @@ from prep.inspect.report.charts import (
     segments,
     share_histogram,
 )
-from prep.inspect.report.choice import PER_GROUP, choose_samples
+from prep.inspect.report.choice import PER_GROUP, _of_dataset, choose_samples
+from prep.inspect.report.command import NamedInputs, build_command
 from prep.inspect.report.gallery import DETAILS, caption_of, shortened
 from prep.inspect.report.page import size_text
-from prep.inspect.report.statistics import MODALITIES, busy_share, gather
+from prep.inspect.report.statistics import MODALITIES, busy_share, gather, modality_of
 from prep.inspect.report.writer import MAX_BYTES, ReportRequest
 from prep.inspect.transcript import Span, SpanKind, Transcriber
 from schemas.errors import ConfigError
@@ -163,11 +167,13 @@ def test_the_same_set_gives_the_same_page(page: str, finished: Path, tmp_path: P
     assert (tmp_path / "again.html").read_text() == page
 
 
-def test_without_a_tokenizer_the_page_has_no_texts_and_says_so(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_tokenizer_the_page_has_no_texts_and_page_and_terminal_say_so(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert run(finished, "--out", tmp_path / "report.html").exit_code == 0
+    (said,) = caplog.messages
+    assert said.startswith("the texts are missing: the shards do not name their model") and "--model" in said
     page = (tmp_path / "report.html").read_text()
     assert "The texts are missing, because the tokenizer is not available" in Page(page).text
     assert "An answer." not in page
@@ -195,6 +201,101 @@ def test_user_text_cannot_become_markup(tmp_path: Path, tiny_checkpoint: Path) -
     assert "transcript <b onclick=x>&" not in document.text
     assert "<b onclick=x>&.jsonl:1" in document.text
     assert "<i>&: report" in document.text
+
+
+# The command that built the set
+
+
+def command_of(page: str) -> tuple[str, str]:
+    """The command in a page, and the sentences below it."""
+    section = page.partition('<section id="origin">')[2].partition('<div class="charts">')[0]
+    command, _, notes = section.partition("</pre>")
+    return html.unescape(re.sub("<[^>]*>", "", command.partition("<code>")[2])), Page(notes).text
+
+
+def copied(command: str) -> Result:
+    return CliRunner().invoke(main, [*shlex.split(command)[1:], "--workers", "1"])
+
+
+@pytest.mark.parametrize("model_is_default", [False, True])
+def test_the_command_of_a_page_builds_the_same_set(
+    corpus_file: Path,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_is_default: bool,
+) -> None:
+    """From a table of a registry, and from a file with a share and a media root: paths as they were given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "media").symlink_to(corpus_file.parent)
+    (tmp_path / "model").symlink_to(tiny_checkpoint)
+    lists = tmp_path / "my lists"
+    lists.mkdir()
+    for name in ("one.jsonl", "two.jsonl"):
+        shutil.copy(corpus_file, lists / name)
+    (lists / "sets.toml").write_text(
+        '[pair]\nannotation_path = "*.jsonl"\nmedia_root = "../media"\nsampling_rate = 0.5\n'
+    )
+    if model_is_default:
+        monkeypatch.setattr("prep.inspect.report.command.DEFAULT_MODEL", "model")
+    options = "--out sets/first --model model --max-length 1200 --seed 3 --strict-fields --max-pixels 20000 --report"
+    inputs = {
+        "pair%50 --registry 'my lists/sets.toml'": "pair%50 --out sets/first --registry 'my lists/sets.toml'",
+        "'my lists/one.jsonl%33.3' --media-root media": "'my lists/one.jsonl%33.3' --out sets/first --media-root media",
+    }
+    for given, shown in inputs.items():
+        shutil.rmtree("sets", ignore_errors=True)
+        result = copied(f"vlprep build {given} {options}")
+        assert result.exit_code == 0, result.output
+        command, notes = command_of(Path("sets/first/report.html").read_text())
+        model = "" if model_is_default else " --model model"
+        assert command == f"vlprep build {shown}{model} --max-length 1200 --strict-fields --seed 3 --max-pixels 20000"
+        assert notes == ""
+        Path("sets/first").rename("sets/before")
+        result = copied(command if model else f"{command} --model model")
+        assert result.exit_code == 0, result.output
+        for path in Path("sets/before").iterdir():
+            if path.is_file() and path.name not in ("report.html", "build_metrics.json"):
+                assert path.read_bytes() == Path("sets/first", path.name).read_bytes(), path.name
+
+
+def test_a_command_without_all_its_parts_says_which_are_missing(
+    finished: Path, corpus_file: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Neither a set nor a page holds absolute paths."""
+    shards = open_set(finished)
+    settings = "--max-length 1200 --shard-bytes 1500000"
+    command, notes = command_of(render_report(shards, Transcriber(None)))
+    assert command == f"vlprep build PATH/annotations.jsonl --out {finished.name} --model MODEL {settings}"
+    assert "Put the folder in place of PATH" in notes
+    assert "in place of MODEL: the set holds the fingerprint of its tokenizer alone" in notes
+    assert shards.manifest.fingerprints.tokenizer in notes
+    assert "The set does not hold --media-root and --registry" in notes and "sampling_rate" not in notes
+    out = tmp_path / "page.html"
+    assert run(finished, "--out", out, "--model", tiny_checkpoint, "--datasets", corpus_file).exit_code == 0
+    command, notes = command_of(out.read_text())
+    assert command == (
+        f"vlprep build PATH/annotations.jsonl --out {finished.name} --model PATH/{tiny_checkpoint.name} {settings}"
+    )
+    assert notes == "Put the folder in place of PATH: a page holds no absolute path."
+    assert str(tmp_path.parent) not in out.read_text()
+    # Half of what the build took: not the same set.
+    assert run(finished, "--out", out, "--datasets", f"{corpus_file}%50", "--model", tiny_checkpoint).exit_code == 0
+    assert "PATH/annotations.jsonl --out" in command_of(out.read_text())[0]
+
+
+def test_the_command_of_several_datasets_has_their_names_and_shares(finished: Path) -> None:
+    manifest = open_set(finished).manifest
+    (one,) = manifest.inputs
+    two = msgspec.structs.replace(one, dataset="pages", rate=1 / 3)
+    several = msgspec.structs.replace(manifest, inputs=[one, two])
+    named = NamedInputs(model="https://user:secret@host/model?signature=x")
+    command = build_command(several, Url("s3://bucket/a"), named)
+    assert command.text.startswith(
+        "vlprep build PATH/annotations.jsonl pages%33.3333333333 --out s3://bucket/a --model"
+    )
+    assert "secret" not in command.text and "signature" not in command.text
+    assert any("sampling_rate" in note for note in command.notes)
 
 
 def test_wrong_use_and_missing_shards_exit_with_2(finished: Path, tmp_path: Path) -> None:
@@ -238,6 +339,98 @@ def test_nothing_is_wider_than_the_window(tab: Tab, page_file: Path, width: int)
             tab.value("new Set(Array.from(document.querySelectorAll('.tiles > div'), (n) => n.offsetLeft)).size") == 2
         )
     assert tab.console == []
+
+
+@pytest.mark.parametrize(("width", "columns"), [(390, 1), (800, 2), (1280, 4)])
+def test_the_gallery_reads_from_left_to_right_in_full_rows(tab: Tab, page_file: Path, width: int, columns: int) -> None:
+    """The four samples of a kind fill one row, two, or four."""
+    tab.open(page_file, width=width)
+    cards = "document.querySelectorAll('article')"
+    places = tab.value(f"Array.from({cards}, (n) => [n.dataset.kind, n.offsetTop, n.offsetLeft])")
+    kinds = [kind for kind, _, _ in places]
+    assert kinds == ["images"] * 4 + ["video"] * 4 + ["text only"] * 4
+    lefts = sorted({left for _, _, left in places})
+    assert len(lefts) == columns
+    assert [left for _, _, left in places] == lefts * (len(places) // columns)
+    tops = [top for _, top, _ in places]
+    assert tops == sorted(tops) and len(set(tops)) == len(places) // columns
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_no_name_of_a_dataset_is_broken(tab: Tab, page_file: Path, width: int) -> None:
+    tab.open(page_file, width=width)
+    tab.value("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    names = "Array.from(document.querySelectorAll('td.name')).filter((n) => n.textContent === 'annotations')"
+    count_lines = """(n) => {
+        const range = document.createRange();
+        range.selectNodeContents(n);
+        return range.getClientRects().length;
+    }"""
+    assert tab.value(f"{names}.map({count_lines})") == [1] * 4
+
+
+def test_the_page_is_light_or_dark_as_the_reader_prefers(tab: Tab, page_file: Path) -> None:
+    """Text has a contrast of at least 4.5 to 1 in both (WCAG 2.2, 1.4.3)."""
+    colours = {}
+    for dark in (False, True):
+        tab.open(page_file, width=800, dark=dark)
+        for name, node in {"text": "body", "soft": ".soft", "trained": "mark"}.items():
+            style = f"getComputedStyle(document.querySelector('{node}'))"
+            ground = f"getComputedStyle(document.querySelector('{'mark' if name == 'trained' else 'body'}'))"
+            colours[dark, name] = (tab.value(f"{style}.color"), tab.value(f"{ground}.backgroundColor"))
+    assert all(colours[False, name] != colours[True, name] for name in ("text", "soft", "trained"))
+    assert {pair: contrast(*pair) for pair in colours.values() if contrast(*pair) < 4.5} == {}
+
+
+def contrast(colour: str, ground: str) -> float:
+    """Of two CSS colours, as WCAG defines it."""
+    luminances = []
+    for text in (colour, ground):
+        values = [int(part) / 255 for part in re.findall(r"\d+", text)[:3]]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    low, high = sorted(luminances)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_script_of_others_does_not_run(tab: Tab, page: str, tmp_path: Path) -> None:
+    """The policy admits only the page's own script: with another beside it, the browser refuses that one."""
+    path = tmp_path / "changed.html"
+    path.write_text(page.replace("</main>", "</main><script>document.title = 'changed'</script>"))
+    tab.open(path, width=800)
+    assert tab.value("document.title").endswith(": report")
+    assert tab.value("document.getElementById('filter').hidden") is False
+    assert any("Content Security Policy" in message for message in tab.console)
+    tab.console.clear()
+
+
+def test_every_script_is_shown_as_it_is_written(tab: Tab, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """In ids, names of datasets and transcripts, and by the search of the page."""
+    texts = ["图里有什么？", "写真には何がありますか", "무엇이 있나요", "ماذا في الصورة", "क्या है 🦓"]
+    file = tmp_path / "问答.jsonl"
+    lines = [json.dumps({"id": f"例-{index}", "conversations": turn(text)}) for index, text in enumerate(texts)]
+    file.write_text("\n".join(lines))
+    shards = sets.build_set(file, tmp_path / "集", tiny_checkpoint)
+    page = tmp_path / "page.html"
+    choice = [word for index in range(5) for word in ("--sample", f"问答:{index}")]
+    assert run(shards, "--out", page, "--model", tiny_checkpoint, *choice).exit_code == 0
+    tab.open(page, width=390)
+    shown = tab.value("Array.from(document.querySelectorAll('.transcript'), (n) => n.innerText)")
+    assert all(text in transcript for text, transcript in zip(texts, shown, strict=True))
+    assert tab.value("document.querySelector('h1').innerText") == "集"
+    assert tab.value("document.querySelector('.group h3').innerText") == "问答"
+    tab.value("document.getElementById('by-text').value = '図 何がありますか'.slice(2)")
+    tab.value("document.getElementById('by-text').dispatchEvent(new Event('input'))")
+    visible = "Array.from(document.querySelectorAll('article')).filter((n) => n.checkVisibility())"
+    assert tab.value(f"{visible}.map((n) => n.querySelector('bdi').innerText)") == ["例-1"]
+    # A font has the characters: they are not all drawn as the same box.
+    widths = """['图', '写', '무'].map((text) => {
+        const canvas = document.createElement('canvas').getContext('2d');
+        canvas.font = getComputedStyle(document.querySelector('.transcript')).font;
+        canvas.fillText(text, 0, 20);
+        return canvas.getImageData(0, 0, 30, 30).data.join();
+    })"""
+    assert len(set(tab.value(widths))) == 3
 
 
 def test_the_script_filters_samples_and_rejects(tab: Tab, page_file: Path) -> None:
@@ -390,6 +583,46 @@ def test_every_dataset_and_modality_shows_its_median_its_longest_and_its_most_vi
         most = ("most trained tokens", "num_targets") if modality == "text only" else ("most visual", "num_patches")
         assert by_record[reasons[most[0]]][most[1]] == max(row[most[1]] for row in group)
         assert "random" in reasons
+
+
+def packed_table(num_tokens: list[int], num_patches: list[int]) -> pa.Table:
+    """Packed samples of one dataset, each of an annotation of its own."""
+    rows = range(len(num_tokens))
+    columns = {
+        "dataset": ["one"] * len(num_tokens),
+        "record": list(rows),
+        "bin": [0] * len(num_tokens),
+        "slot": list(rows),
+        "num_tokens": num_tokens,
+        "num_targets": [1] * len(num_tokens),
+        "num_patches": num_patches,
+        "video_backend": pa.nulls(len(num_tokens), pa.string()),
+    }
+    return pa.table(columns)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_patches"),
+    [
+        ([10] * 9, [4] * 9),
+        ([10] * 9, [0] * 9),
+        ([1, 1, 1, 1, 1, 1, 9], [4, 4, 4, 4, 4, 4, 400]),
+        ([5, 5, 5, 5], [4, 4, 4, 4]),
+        (list(range(1, 301)), list(range(4, 304))),
+        ([3, 2, 1], [4, 4, 4]),
+        ([7], [4]),
+    ],
+)
+def test_four_different_samples_are_shown_also_where_several_reasons_name_the_same(
+    num_tokens: list[int], num_patches: list[int]
+) -> None:
+    table = packed_table(num_tokens, num_patches)
+    chosen = _of_dataset(table, modality_of(table), "one")
+    rows = [row for row, _ in chosen]
+    assert len(set(rows)) == len(rows) == min(PER_GROUP, len(num_tokens))
+    reasons = ", ".join(reason for _, reason in chosen).split(", ")
+    assert reasons[0] == "median length" and {"longest"} < set(reasons)
+    assert reasons.count("random") == len(rows) - len({row for row, reason in chosen if reason != "random"})
 
 
 def kind_of(row: dict[str, object]) -> str:

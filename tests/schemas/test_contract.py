@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,10 @@ def test_bytes_that_are_not_the_bin_are_refused_with_their_location(data: bytes,
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"{}", "damaged"),
-        (b"x", "damaged"),
+        (b"", "damaged"),
+        (b"{}", "no manifest of shards, but another file of that name. Give the folder"),
+        (b"x", "no manifest of shards"),
+        (b'{"name": "web app", "icons": []}', "no manifest of shards"),
         (b'{"version": 1, "x": "\xae", "settings": []}', "damaged"),
         (b'{"version": 99}', "format version 99"),
         (b'{"version": 1}', "damaged"),
@@ -178,10 +181,38 @@ def test_a_file_that_is_not_the_tokenizer_of_the_model_is_refused() -> None:
         tokenizer_fingerprint(tokenizer_json([], added_tokens=[]), where="t.json")
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["settings.toml", "metrics.jsonl"],
+            "of a training run, not a set of shards. Show a step",
+        ),
+        (
+            ["config.json", "model.safetensors"],
+            "a model checkpoint, not a set of shards. Give the",
+        ),
+        (["adapter_config.json"], "it is an adapter of peft,"),
+        (["dataset_info.json", "state.json"], "it is a dataset that save_to_disk of Hugging Face datasets wrote,"),
+        ([".nv-meta", "a.tar"], "it is a dataset of Megatron-Energon,"),
+        (["index.json", "shard.00000.mds"], "it is a set of shards of MosaicML Streaming,"),
+        (["a.tar", "b.tar", "x"], "it is a folder with 2 tar files and 1 other file,"),
+        (["a.jpg", "b.PNG", "c.mp4"], "it is a folder with 2 images and 1 video,"),
+        (["b.jsonl", "a.jpg", "a.json.gz"], "Build shards from a file in it: `vlprep build {folder}/a.json.gz --out"),
+    ],
+)
+def test_a_folder_that_is_no_set_of_shards_is_named_for_what_it_is(tmp_path: Path, names: list[str], said: str) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=re.escape(said.format(folder=tmp_path))) as raised:
+        read_manifest(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path} holds no manifest.json: it is ")
+
+
 def test_a_folder_without_a_manifest_is_distinguished_from_one_that_is_missing_or_holds_several(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone does not exist\. Give the folder"):
         read_manifest(tmp_path / "gone")
-    with pytest.raises(ConfigError, match=r"holds no manifest\.json: it is not a set of shards"):
+    with pytest.raises(ConfigError, match=r"holds no manifest\.json: it is an empty folder, not a set of shards"):
         read_manifest(tmp_path)
     for name in "dcba":
         (tmp_path / name).mkdir()

@@ -6,7 +6,6 @@ page. It loads nothing, and its content security policy admits only the style sh
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +17,13 @@ from numpy.typing import NDArray
 from prep.annotations.unused import describe_unused
 from prep.inspect.report import charts
 from prep.inspect.report.charts import Drawing, Histogram, draw, growing_histogram, number_histogram, segments
+from prep.inspect.report.command import BuildCommand
 from prep.inspect.report.gallery import Card, Thumbnail
 from prep.inspect.report.statistics import MODALITIES, Example, Statistics, busy_share
 from prep.inspect.report.templates import percent, render
 from prep.inspect.transcript import ESCAPED_NOTE
 from prep.shards.drift import decibels
 from schemas.manifest import CHANGED_PERCENT, Distribution, Drift, Manifest, MediaStatistics, encode_manifest
-from schemas.setting import setting_fields
-from schemas.settings import BuildSettings, MediaSettings
 from schemas.wording import counted
 
 _COLOURS = {"text only": "text-only", "images": "images", "video": "video"}
@@ -60,7 +58,13 @@ class Reject:
 
 
 def render_page(
-    name: str, manifest: Manifest, statistics: Statistics, cards: Sequence[Card], rejects: Sequence[Reject], note: str
+    name: str,
+    manifest: Manifest,
+    statistics: Statistics,
+    cards: Sequence[Card],
+    rejects: Sequence[Reject],
+    note: str,
+    command: BuildCommand,
 ) -> str:
     """Render the complete page.
 
@@ -71,6 +75,7 @@ def render_page(
         cards: samples to show, those of a dataset one after another.
         rejects: rejects to show.
         note: a sentence about the samples, as plain text.
+        command: the command that builds the set.
     """
     datasets = [dataset.dataset for dataset in manifest.inputs]
     groups = [{"dataset": name, "cards": own} for name in datasets if (own := _cards_of(cards, name))]
@@ -86,7 +91,7 @@ def render_page(
         "groups": groups,
         "rejects": rejects,
         "size": _SIZE,
-        "command": build_command(manifest, name),
+        "command": command,
         **_balance(manifest),
         **_mixture(statistics),
         **_datasets(manifest, statistics),
@@ -96,22 +101,6 @@ def render_page(
         **_origin(manifest),
     }
     return render("page.html", variables)
-
-
-def build_command(manifest: Manifest, name: str) -> str:
-    """The ``vlprep build`` command that makes a set like this, with all settings that are not defaults."""
-    words = ["vlprep", "build"]
-    for dataset in manifest.inputs:
-        words.append(dataset.dataset if dataset.rate == 1 else f"{dataset.dataset}%{dataset.rate * 100:.6g}")
-    words += ["--out", name]
-    for kind, settings in ((BuildSettings, manifest.settings), (MediaSettings, manifest.settings.media)):
-        for field in setting_fields(kind).values():
-            value = getattr(settings, field.name)
-            if value in (None, msgspec.UNSET) or value == field.default:
-                continue
-            words.append(f"--{field.name.replace('_', '-')}")
-            words += [] if field.kind is bool else [str(value)]
-    return shlex.join(words)
 
 
 def _cards_of(cards: Sequence[Card], dataset: str) -> list[Card]:
@@ -320,9 +309,15 @@ def _origin(manifest: Manifest) -> dict[str, object]:
         "file_head": ("dataset", "file", "#annotations", "#size", "XXH3-128"),
         "max_files": _MAX_FILES,
         "file_rows": [
-            (dataset.dataset, file.file, f"{file.num_annotations:,}", size_text(file.num_bytes), file.xxh3)
+            (
+                "" if index else dataset.dataset,
+                file.file,
+                f"{file.num_annotations:,}",
+                size_text(file.num_bytes),
+                file.xxh3,
+            )
             for dataset in manifest.inputs
-            for file in dataset.files
+            for index, file in enumerate(dataset.files)
         ],
         "stored_head": ("file", "#bytes", "SHA-256"),
         "stored_rows": [

@@ -7,18 +7,19 @@ file below 3 MB.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import storage
 from prep.annotations.registry import Source
 from prep.inspect.report.choice import Choice, choose_samples
+from prep.inspect.report.command import BuildCommand, NamedInputs, build_command
 from prep.inspect.report.gallery import DETAILS, Detail, Thumbnail, make_cards, thumbnail
 from prep.inspect.report.page import Reject, render_page, size_text
 from prep.inspect.report.sources import RecordKey, SourceRecord, read_originals
 from prep.inspect.report.statistics import Statistics, gather
-from prep.inspect.transcript import Transcriber, cached_transcriber, open_transcriber
+from prep.inspect.transcript import Transcriber, find_transcriber
 from schemas.errors import ConfigError
 from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
@@ -42,14 +43,14 @@ class ReportRequest:
     """What a report shows.
 
     Attributes:
-        model: checkpoint folder or hub id of the tokenizer. By default, the default model is used if it made these
-            shards and is in the local hub cache. Otherwise the page has no texts and says so.
+        named: what the user named. Its model is a checkpoint folder or hub id of the tokenizer. By default, the default
+            model is used if it made these shards and is in the local hub cache. Otherwise the page has no texts.
         sources: the datasets of the build, for sizes before resizing and for images of rejected records.
         bins: bins to show completely, instead of a choice of samples.
         samples: samples to show, as ``dataset:record``, likewise.
     """
 
-    model: str | None = None
+    named: NamedInputs = field(default_factory=NamedInputs)
     sources: tuple[Source, ...] = field(default=())
     bins: tuple[int, ...] = ()
     samples: tuple[str, ...] = ()
@@ -72,10 +73,7 @@ def write_report(folder: Location, out: Location, request: ReportRequest) -> str
             be written.
     """
     shards = open_set(folder)
-    if request.model is not None:
-        transcriber = open_transcriber(request.model, shards.manifest)
-    else:
-        transcriber = cached_transcriber(DEFAULT_MODEL, shards.manifest) or Transcriber(None)
+    transcriber = find_transcriber(request.named.model, shards.manifest)
     # The name of a folder may contain bytes that are not text.
     page = render_report(shards, transcriber, request).encode(errors="replace")
     if isinstance(out, Url):
@@ -115,9 +113,13 @@ def render_report(shards: ShardSet, transcriber: Transcriber, request: ReportReq
         packed={(choice.dataset, choice.record) for choice in choices},
         rejected={(example.dataset, example.record) for code in statistics.rejects for example in code.examples},
     )
+    named = request.named
+    if named.model is None and transcriber.reads_text:
+        named = replace(named, model=DEFAULT_MODEL)
+    command = build_command(shards.manifest, shards.folder, named, request.sources)
     page = ""
     for detail in DETAILS:
-        page = _render(shards, transcriber, choices, statistics, records, detail, note)
+        page = _render(shards, transcriber, choices, statistics, records, detail, note, command)
         if len(page.encode(errors="replace")) < MAX_BYTES:
             break
     return page
@@ -131,6 +133,7 @@ def _render(
     records: Mapping[RecordKey, SourceRecord],
     detail: Detail,
     note: str,
+    command: BuildCommand,
 ) -> str:
     originals = {key: record.sizes for key, record in records.items()}
     rejects = [
@@ -146,7 +149,7 @@ def _render(
     ]
     cards = make_cards(shards, choices, transcriber, originals, detail)
     name = shards.folder.resolve().name if isinstance(shards.folder, Path) else shards.folder.name
-    return render_page(name, shards.manifest, statistics, cards, rejects, note)
+    return render_page(name, shards.manifest, statistics, cards, rejects, note, command)
 
 
 def _thumbnail(record: SourceRecord | None, message: str, detail: Detail) -> Thumbnail | None:
