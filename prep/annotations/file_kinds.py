@@ -68,7 +68,8 @@ def kind_fault(path: Path) -> str | None:
     kind = next((kind for kind in _KINDS if kind.start.match(head)), None)
     if kind is None:
         is_plain = path.suffix in (".gz", ".zst") and bool(head)
-        return "is not compressed, though its name says so. Give it the name that it has without" if is_plain else None
+        fault = "is not compressed, though its name says so. Fetch or write it again, or give it another name"
+        return fault if is_plain else None
     if kind.suffix and kind.suffix == path.suffix:
         return None
     return f"is {kind.name}; {EXPECTED}. {kind.hint}"

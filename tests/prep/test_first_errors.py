@@ -243,7 +243,7 @@ OTHER_KINDS = {
     "all.tar": (tarred(), "is an archive", "Unpack it"),
     "all.json.gz": (gzip.compress(tarred()), "is an archive", "Unpack it"),
     "squeezed.jsonl": (gzip.compress(LINES.encode()), "is gzip", "ends in .jsonl.gz"),
-    "plain.jsonl.gz": (LINES.encode(), "is not compressed", "the name that it has without"),
+    "plain.jsonl.gz": (LINES.encode(), "is not compressed", "give it another name"),
     "rows.jsonl": (parquet(), "is Parquet", "ends in .parquet"),
     "data.arrow": (arrow(), "is Arrow", "to_parquet"),
     "model.pkl": (pickle.dumps([1]), "is binary data", "as JSONL or Parquet"),
