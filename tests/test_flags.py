@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import pytest
 
 from prep.cli import main as vlprep
+from tests.guides import all_pages, page_commands, page_path
+from tests.typed import TOOLS, tool
 from train.generate.cli import main as generate
-from train.memory.cli import main as memory
 from train.order.cli import main as order
 from train.settings.flags import make_parser, parse_arguments
 from train.tiny_model import main as tiny_model
-from train.tools.merge import main as merge
 
 FROZEN = Path(__file__).with_name("flags.txt")
-REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "README.zh.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-TOOLS = {
-    "train.generate": generate,
-    "train.memory": memory,
-    "train.order": order,
-    "train.tiny_model": tiny_model,
-    "train.tools.merge": merge,
-}
 
 
 def flags_of(program: str, command: click.Command) -> list[str]:
@@ -69,34 +61,41 @@ def test_the_help_of_the_trainer_ends_with_examples_that_it_accepts() -> None:
         assert str(make_parser().parse_args(words).output_dir) == words[words.index("--output_dir") + 1]
 
 
-def commands_of(page: Path) -> list[list[str]]:
-    """The words of the commands in the shell blocks of a page, without the variables in front of them."""
-    fenced = re.findall(r"^```(\S*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    text = "".join(block for language, block in fenced if language in ("", "bash"))
-    lines = re.sub(r"\\\n", " ", text).splitlines()
-    lines = [
-        line for line in lines if re.search(r"vlprep|train/main\.py|-m train\.", line) and line.count("'") % 2 == 0
-    ]
-    words = [shlex.split(re.sub(r"^(\w+=\S* )+", "", line), comments=True) for line in lines]
-    return [command for command in words if command]
+STARTS = ("vlprep ", "deepspeed train/main.py ", "python -m train.")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def inline_commands(page: str) -> list[list[str]]:
+    """The words of the commands in the sentences and tables of a page."""
+    text = re.sub(r"^```.*?^```$", "", page_path(page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", text)]
+    complete = [span for span in spans if span.startswith(STARTS) and not {*"…|"} & {*span}]
+    return [words for span in complete if len(words := shlex.split(re.sub(r"\bN\b", "1", span))) > 2]
+
+
+@pytest.mark.parametrize("page", all_pages())
 def test_every_command_of_a_page_is_accepted_by_its_program(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text('shards = "shards/demo"\n')
-    for words in commands_of(page):
-        if words[0] == "vlprep":
-            vlprep.commands[words[1]].make_context(words[1], words[2:])
-        elif "train/main.py" in words:
-            flags = words[words.index("train/main.py") + 1 :]
-            parse_arguments(["run.toml" if before == "--config" else word for before, word in zip(["", *flags], flags)])
-        elif words[:2] == ["python", "-m"] and words[2] in TOOLS:
-            TOOLS[words[2]].make_context(words[2], words[3:])
+    for command in page_commands(page):
+        parse(command.words)
+    for words in inline_commands(page) if page != "messages.md" else []:  # it quotes messages
+        with suppress(click.MissingParameter, click.BadOptionUsage, click.exceptions.Exit):  # a part of a command
+            parse(words)
+
+
+def parse(words: list[str]) -> None:
+    """Let the program of a command parse its arguments."""
+    if words[:1] == ["vlprep"]:
+        vlprep.commands[words[1]].make_context(words[1], words[2:])
+    elif "train/main.py" in words:
+        flags = words[words.index("train/main.py") + 1 :]
+        parse_arguments(["run.toml" if before == "--config" else word for before, word in zip(["", *flags], flags)])
+    elif words[:2] == ["python", "-m"] and words[2] in TOOLS:
+        tool(words[2]).make_context(words[2], words[3:])
 
 
 def test_the_pages_have_commands_of_every_program() -> None:
-    programs = {word for page in PAGES for words in commands_of(page) for word in words}
+    programs = {word for page in all_pages() for command in page_commands(page) for word in command.words}
     assert programs >= {"vlprep", "train/main.py", *TOOLS}

@@ -17,6 +17,7 @@ from schemas.manifest import FORMAT_VERSION
 from schemas.pixels import PIXELS_MEMBER
 from schemas.tables import BINS_COLUMNS, SAMPLES_COLUMNS
 from tests.format_reader import read_set
+from tests.guides import guide
 from tests.train.synthetic import as_stored, make_bins, write_shards
 from train.batches.batch import build_micro_batch
 from train.model.pixels import pixel_values
@@ -40,12 +41,6 @@ def rows(title: str) -> list[list[str]]:
     """Cells of the first table under a heading, without its header row."""
     lines = [line for line in section(title).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def program(title: str) -> str:
-    match = re.search(r"```python\n(.*?)```", PAGE[PAGE.index(f"\n## {title}\n") :], re.DOTALL)
-    assert match is not None, title
-    return match[1]
 
 
 @pytest.mark.parametrize(
@@ -78,30 +73,28 @@ def expected_lines(codec: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("title", "codec"),
-    [
-        ("With `webdataset`", "zstd"),
-        ("With `webdataset`", "raw"),
-        ("With `webdataset`", "jpeg"),
-        ("With the standard library alone", "raw"),
-    ],
-)
-def test_the_programs_of_the_page_read_the_shards(
-    tmp_path: Path, title: str, codec: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("codec", list(PIXELS_MEMBER))
+def test_the_program_of_the_page_with_webdataset_reads_the_shards(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, but for the one of the standard library: an isolated interpreter runs it."""
     folder = write_shards(tmp_path / "set", BINS, codec=codec)
+    with guide("format.md", "With `webdataset`") as page:
+        (program,) = page.take()
     reader = tmp_path / "reader.py"
-    reader.write_text(program(title))
-    if title == "With the standard library alone":
-        command = [sys.executable, "-I", str(reader), str(folder)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path).stdout
-    else:
-        monkeypatch.setattr(sys, "argv", [str(reader), str(folder)])
-        runpy.run_path(str(reader), run_name="__main__")
-        output = capsys.readouterr().out
-    assert output.splitlines() == expected_lines(codec)
+    reader.write_text(program.text)
+    monkeypatch.setattr(sys, "argv", [str(reader), str(folder)])
+    runpy.run_path(str(reader), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == expected_lines(codec)
+
+
+@pytest.mark.slow
+def test_the_program_of_the_page_without_packages_reads_the_shards_in_an_isolated_interpreter(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "set", BINS, codec="raw")
+    with guide("format.md", "With the standard library alone") as page:
+        (program,) = page.take()
+    command = [sys.executable, "-I", "-c", program.text, str(folder)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path).stdout
+    assert output.splitlines() == expected_lines("raw")
 
 
 @pytest.mark.parametrize("codec", list(PIXELS_MEMBER))
@@ -131,10 +124,9 @@ def source_of(folder: Path, index: int) -> list[SourceSample]:
 @pytest.mark.slow
 def test_the_program_of_the_short_page_rebuilds_the_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_shards(tmp_path / "set", BINS, bins_per_shard=len(BINS))
-    short = (REPOSITORY / "shards" / "README.md").read_text()
-    match = re.search(r"```python\n(.*?)```", short, re.DOTALL)
-    assert match is not None
-    text = match[1].replace("shards/demo/", f"{folder}/")
+    with guide("shards/README.md") as page:
+        (program,) = page.take()
+    text = program.text.replace("shards/demo/", f"{folder}/")
     assert str(folder) in text
     (tmp_path / "reader.py").write_text(f"{text.rstrip()}\n        print(bin['__key__'], frames.shape, frames.sum())\n")
     runpy.run_path(str(tmp_path / "reader.py"), run_name="__main__")

@@ -21,7 +21,7 @@ from PIL import Image
 from schemas.errors import ConfigError
 from schemas.qwen import IGNORE_INDEX
 from schemas.settings import BuildSettings, MediaSettings
-from tests.guides import blocks
+from tests.guides import blocks, guide
 from tests.prep.corpus import turn
 from tests.prep.finished import build_set
 from tests.prep.packed import Packed, packed_samples
@@ -115,10 +115,15 @@ def run(*words: object) -> Result:
 def test_a_model_that_knows_the_answers_gives_them_exactly_and_shows_them_beside_the_images(
     final: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As ``python -m train.generate``, but in this process."""
-    page = tmp_path / "answers.html"
-    command = ("--model", final, "--shards", shards, "--html", page, "--limit", 10**30)
-    monkeypatch.setattr(sys, "argv", ["train.generate", *map(str, command)])
+    """The command of the page, but in this process."""
+    monkeypatch.chdir(tmp_path)
+    for name, target in (("runs/first/final", final), ("shards/demo", shards)):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).symlink_to(target)
+    with guide("inference.md", "Judge a run by its answers") as page:
+        (command,) = page.take()
+    assert command.words[:3] == ["python", "-m", "train.generate"]
+    monkeypatch.setattr(sys, "argv", command.words[2:])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("train.generate", run_name="__main__")
     output, errors = capsys.readouterr()
@@ -127,13 +132,17 @@ def test_a_model_that_knows_the_answers_gives_them_exactly_and_shows_them_beside
     assert "exact match: 5 of 5 answers (100.0%)" in output
     assert re.search(r"record 0, id red: exact\n +<image>Which colour\?\n +wanted +\| generated\n", output)
     assert re.search(r"Red <b>indeed</b>\. +\| Red <b>indeed</b>\.\n", output)
-    text = page.read_text()
+    text = Path("answers.html").read_text()
     # one image, two images and at most four frames of the video
     assert text.count('<img src="data:image/jpeg;base64,') == 1 + 2 + 4
     assert text.count('class="exact"') == 5
     for answer in itertools.chain(*WANTED.values()):
         assert text.count(html.escape(answer)) == 2, "wanted and generated"
     assert "<b>" not in text
+
+
+def test_a_limit_may_be_larger_than_a_machine_word(final: Path, shards: Path) -> None:
+    assert next(generate(str(final), str(shards), limit=10**30)).is_exact
 
 
 def test_an_untrained_model_has_no_exact_match_and_its_answers_are_cut_off(tiny_checkpoint: Path, shards: Path) -> None:
@@ -223,11 +232,11 @@ def test_a_model_with_another_vocabulary_is_refused(final: Path, shards: Path, t
 
 
 @pytest.fixture(scope="module")
-def guide(final: Path, folder: Path) -> Iterator[dict[str, Any]]:
+def program(final: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """What the code of the guide defines, for this model and these media."""
-    (code,) = [
-        block for block in blocks("inference.md", "transformers", "python") if "Qwen2VLImageProcessorPil" in block
-    ]
+    with guide("inference.md", "Without torchvision") as page:
+        (block,) = page.take()
+    code = block.text
     for name, path in (
         ("runs/first/final", final),
         ("photo.jpg", folder / "red.png"),
@@ -245,20 +254,20 @@ def guide(final: Path, folder: Path) -> Iterator[dict[str, Any]]:
     [("red", "Which colour?", "image", "red.png"), ("video", "What happens?", "video", "video.mp4")],
 )
 def test_the_code_of_the_guide_gives_the_model_what_training_saw_and_gets_the_answer(
-    guide: dict[str, Any], shards: Path, folder: Path, name: str, text: str, kind: str, file: str
+    program: dict[str, Any], shards: Path, folder: Path, name: str, text: str, kind: str, file: str
 ) -> None:
     (sample,) = packed_samples(shards)[name]
-    prepared = guide["prepare"](text, **{kind: str(folder / file)})
+    prepared = program["prepare"](text, **{kind: str(folder / file)})
     assert torch.equal(prepared["input_ids"], prompt_of(sample))
     pixels = prepared["pixel_values" if kind == "image" else "pixel_values_videos"]
     assert torch.equal(pixels, torch.from_numpy(sample.pixel_values()))
-    assert guide["ask"](text, **{kind: str(folder / file)}).strip() == WANTED[name][0]
+    assert program["ask"](text, **{kind: str(folder / file)}).strip() == WANTED[name][0]
 
 
 def test_the_code_of_the_guide_for_the_processor_of_transformers_gets_the_answer(final: Path, folder: Path) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("torchcodec")
-    (code,) = [block for block in blocks("inference.md", "transformers", "python") if "AutoProcessor" in block]
+    code, _ = blocks("inference.md", "transformers", "python")
     names: dict[str, Any] = {}
     exec(code.partition("\n\nprint(")[0].replace("runs/first/final", str(final)), names)
     image = {"type": "image", "path": str(folder / "red.png")}

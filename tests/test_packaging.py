@@ -166,7 +166,7 @@ def test_the_dockerfile_installs_extras_and_packages_that_exist() -> None:
 def test_the_page_about_clusters_names_one_image() -> None:
     (compose,) = blocks("cluster.md", "Containers", "yaml")
     service = yaml.safe_load(compose)["services"]["train"]
-    commands = "".join(blocks("cluster.md", "Containers", ""))
+    commands = "".join(blocks("cluster.md", "Containers", "bash"))
     assert f"docker build -t {service['image']} ." in commands
     assert f"docker-daemon://{service['image']}" in commands
     assert f"docker build -t {service['image']} ." in (REPOSITORY / "Dockerfile").read_text()

@@ -28,7 +28,7 @@ PAGE = (DOCS / "annotations.md").read_text(encoding="utf-8")
 EXAMPLES: list[dict[str, Any]] = [
     json.loads(text) for text in re.findall(r"^```json\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 ]
-TOOLS = re.findall(r"^```\n<\|im_start\|>system\n(.*?)<\|im_end\|>\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+TOOLS = re.findall(r"^```text\n<\|im_start\|>system\n(.*?)<\|im_end\|>\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 SHAREGPT_TOOLS = TOOLS[0][0].removeprefix(DEFAULT_SYSTEM)
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 RESULT = "<tool_response>\nrain{}\n</tool_response>"
@@ -107,7 +107,7 @@ def test_tools_are_laid_out_as_the_page_shows(tiny_checkpoint: Path) -> None:
 def test_a_record_becomes_the_text_that_the_page_shows(tiny_checkpoint: Path) -> None:
     tokenizer = TextTokenizer((tiny_checkpoint / "tokenizer.json").read_bytes())
     reference: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    (text,) = blocks("annotations.md", "From record to tokens", "")
+    (text,) = blocks("annotations.md", "From record to tokens", "text")
     annotation = parse_record(json.dumps(llava("<image>\nWhat is this?", "A car.", image="a.jpg")).encode()).annotation
     assert annotation is not None
     (template,) = build_templates([annotation], tokenizer)
@@ -116,7 +116,7 @@ def test_a_record_becomes_the_text_that_the_page_shows(tiny_checkpoint: Path) ->
 
 
 def test_unused_fields_are_listed_as_the_page_shows() -> None:
-    (line,) = blocks("annotations.md", "Fields", "")
+    (line,) = blocks("annotations.md", "Fields", "text")
     assert line == f"fields not used: {describe_unused({'img': 3, 'width': 1204})}\n"
 
 

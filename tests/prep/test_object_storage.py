@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -47,6 +48,8 @@ from storage.errors import Verdict, verdict
 from storage.request import RetryPolicy
 from storage.shard_set import read_manifest
 from storage.urls import Location, Url, names_below_common_folder, parse_location, without_secrets
+from tests import typed
+from tests.guides import guide
 from tests.prep.commands import Command
 from tests.prep.corpus import turn
 from tests.prep.finished import SETTINGS
@@ -729,3 +732,36 @@ def test_local_roots_need_no_downloads(tmp_path: Path) -> None:
         assert isinstance(access, LocalMedia)
     with pytest.raises(ConfigError, match="is not a folder"):
         find_sources(__file__, registry=None, media_root=tmp_path / "none", media=MediaSettings())
+
+
+# The commands of the page.
+
+
+def test_the_commands_of_the_page_about_object_storage(
+    proxy: Proxy, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores that have no server here stand in the same bucket."""
+    monkeypatch.chdir(tmp_path)
+    typed.prepare_folder(tiny_checkpoint)
+    Image.new("RGB", (60, 40), "red").save("red.png")
+    record = json.dumps({"image": "red.png", "conversations": turn("<image>Which colour?", "Red.")})
+    Path("annotations.jsonl").write_text(record)
+    Path("part.jsonl.gz").write_bytes(gzip.compress(record.encode()))
+    stored = {
+        "annotations.jsonl": ["mp_doc/annotations.jsonl"],
+        "part.jsonl.gz": ["cambrian/part-0.jsonl.gz", "cambrian/part-1.jsonl.gz"],
+        "red.png": ["mp_doc/images/red.png", "cambrian/images/red.png", "name/images/red.png"],
+    }
+    for path, names in stored.items():
+        for name in names:
+            storage.upload(Path(path), Url(f"s3://bucket/{name}"))
+    here = {
+        "gs://images/cambrian": "s3://bucket/cambrian/images",
+        "hf://datasets/org/name/images": "s3://bucket/name/images",
+    }
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "XDG_"))}
+    with guide("object_storage.md") as page:
+        for command in page.take():
+            typed.run([here.get(word, word) for word in command.words], environment=environment)
+    counts = read_manifest(Path("shards/cambrian")).counts
+    assert (counts.num_packed, counts.num_images) == (2, 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import json
+import os
 import re
 import shlex
 import signal
@@ -29,11 +31,12 @@ from prep.engines import ray_cluster as ray_engine_cluster
 from schemas.errors import ConfigError
 from schemas.manifest import METRICS_FILE
 from schemas.settings import BuildSettings
-from tests.guides import blocks
+from tests.guides import blocks, guide
 from tests.prep import test_engines as laws
 from tests.prep.commands import Command
 from tests.prep.corpus import write_corpus
 from tests.prep.ray_cluster import ENVIRONMENT, NodeProcesses, kill_while_it_runs
+from tests.typed import prepare_folder, run
 
 pytestmark = pytest.mark.slow
 
@@ -272,17 +275,114 @@ def blocks_of_guide(language: str) -> list[str]:
     return blocks("cluster.md", "Preparing shards", language)
 
 
-def test_scripts_of_the_guide_are_valid_and_name_options_that_exist() -> None:
-    (script,) = blocks_of_guide("bash")
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+def test_the_command_of_the_guide_builds_on_a_cluster(
+    ray_cluster: NodeProcesses, tiny_checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands there twice: for a cluster that runs, and after the commands that start one."""
+    monkeypatch.chdir(tmp_path)
+    Path("datasets.toml").write_text(f"[mp_doc]\nannotation_path = {json.dumps(str(corpus))}\n")
+    prepare_folder(tiny_checkpoint)
+    with guide("cluster.md", "Preparing shards", "Start a cluster by hand") as page:
+        build, again = page.take()
+    assert build.words == again.words
+    here = {"/shared/shards/mp_doc": str(tmp_path / "out"), "10.0.0.1:6379": ray_cluster.address}
+    run([here.get(word, word) for word in build.words])
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+SRUN = """
+while [[ $1 == -* ]]; do
+    case $1 in
+        --ntasks=*) num_tasks=${1#*=} ;;
+        -w) shift ;;
+    esac
+    shift
+done
+for ((task = 0; task < num_tasks; task++)); do "$@" & done
+wait
+"""
+
+SCONTROL = """
+case $1 in
+    requeue) echo "$2" >requeued ;;
+    *) printf "node-a\nnode-b\n" ;;
+esac
+"""
+
+RECORD = 'printf "%q " "$(basename "$0")" "$@" >>calls; echo >>calls\n'
+RAY = RECORD + "[[ $1 != start ]] || exec sleep 600\n"
+VLPREP = RECORD + '[[ -e endless ]] || exit 0; trap "exit 130" TERM; touch started; while :; do sleep 0.02; done\n'
+
+
+class Slurm:
+    """A folder to submit the script of the guide from, with stand-ins for the programs that it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        programs = folder / ".venv" / "bin"
+        programs.mkdir(parents=True)
+        (programs / "activate").write_text(f"PATH={shlex.quote(str(programs))}:$PATH\n")
+        for name, source in (("srun", SRUN), ("scontrol", SCONTROL), ("ray", RAY), ("vlprep", VLPREP)):
+            (programs / name).write_text(f"#!/bin/bash\n{source}")
+            (programs / name).chmod(0o755)
+
+    def submit(self) -> subprocess.Popen[bytes]:
+        with guide("cluster.md", "Prepare shards with Slurm") as page:
+            (script,) = page.take()
+        job = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node-[a-b]", "CPUS_PER_TASK": "4"}
+        job |= {"MEM_PER_NODE": "8192", "SUBMIT_DIR": str(self.folder)}
+        environment = {**os.environ, **{f"SLURM_{name}": value for name, value in job.items()}}
+        return subprocess.Popen(["bash", "-c", script.text], env=environment, start_new_session=True)
+
+    def calls(self) -> list[list[str]]:
+        """Words of the commands that were started, in any order."""
+        return sorted(map(shlex.split, (self.folder / "calls").read_text().splitlines()))
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    return Slurm(tmp_path)
+
+
+def test_the_slurm_script_of_the_guide_starts_a_cluster_and_builds_on_it(slurm: Slurm) -> None:
+    pytest.importorskip("ray")
+    from ray.scripts.scripts import cli
+
+    job = slurm.submit()
+    try:
+        assert job.wait(timeout=60) == 0
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+    *started, build = slurm.calls()
+    assert build[:3] == ["vlprep", "build", "mp_doc"]
+    options = main.commands["build"].make_context("build", build[2:]).params
+    nodes = [cli.commands["start"].make_context("start", words[2:]).params for words in started if words[1] == "start"]
+    assert (options["engine"], options["ray_address"].rpartition(":")[2]) == ("ray", "20007")
+    assert sorted((node["head"], node["num_cpus"]) for node in nodes) == [(False, 4), (True, 3)]
+    assert {node["address"] for node in nodes} == {None, options["ray_address"]}
+    assert not (slurm.folder / "requeued").exists()
+
+
+def test_a_slurm_job_that_prepares_shards_requeues_itself_at_its_time_limit(slurm: Slurm) -> None:
+    (slurm.folder / "endless").touch()
+    job = slurm.submit()
+    try:
+        until = time.monotonic() + 60
+        while not (slurm.folder / "started").exists():
+            assert job.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=60) == 130
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+    assert (slurm.folder / "requeued").read_text() == "7\n"
+
+
+def test_the_entrypoint_of_the_guide_has_options_that_exist() -> None:
     (manifest,) = blocks_of_guide("yaml")
-    entrypoint: str = list(yaml.safe_load_all(manifest))[1]["spec"]["entrypoint"]
-    typed = re.findall(r"^vlprep [^…\n]*$", "\n".join([script, *blocks_of_guide(""), entrypoint]), re.MULTILINE)
-    assert len(typed) == 4
-    for line in typed:
-        words = shlex.split(line.removesuffix("&"))[1:]
-        context = main.make_context("vlprep", words)
-        assert main.commands[words[0]].make_context(words[0], words[1:], parent=context).params["engine"] == "ray"
+    program, command, *words = shlex.split(list(yaml.safe_load_all(manifest))[1]["spec"]["entrypoint"])
+    assert program == "vlprep"
+    assert main.commands[command].make_context(command, words).params["engine"] == "ray"
 
 
 def test_the_manifest_of_the_guide_mounts_the_same_volume_in_every_pod() -> None:

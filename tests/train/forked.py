@@ -25,17 +25,20 @@ from typing import Any, NoReturn
 class Forked:
     """A command that runs in a session of its own, with the methods of ``subprocess.Popen`` that tests need."""
 
-    def __init__(self, context: ForkServerContext, command: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, context: ForkServerContext, command: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> None:
         """Fork the command.
 
         Args:
             context: has a fork server.
             command: a Python interpreter with its arguments, or a script with its own.
             folder: to run it in.
+            environment: variables beside those of the fork server.
         """
         self.args = command
         self._stderr, stderr = context.Pipe(duplex=False)
-        self._process = context.Process(target=_be_command, args=(command, folder, stderr))
+        self._process = context.Process(target=_be_command, args=(command, folder, environment, stderr))
         self._process.start()
         stderr.close()
 
@@ -83,7 +86,7 @@ def forget_disk() -> None:
     os.fsync = lambda file: None
 
 
-def _be_command(command: Sequence[str], folder: Path, stderr: Connection) -> NoReturn:
+def _be_command(command: Sequence[str], folder: Path, environment: Mapping[str, str], stderr: Connection) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     os.setsid()
@@ -96,7 +99,7 @@ def _be_command(command: Sequence[str], folder: Path, stderr: Connection) -> NoR
     for module in modules:
         module.Popen = _ForkingPopen
     is_script = command[0] != sys.executable
-    _be_program(command if is_script else command[1:], os.environ.copy())
+    _be_program(command if is_script else command[1:], {**os.environ, **environment})
 
 
 class _ForkingPopen(subprocess.Popen[Any]):

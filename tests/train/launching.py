@@ -117,6 +117,7 @@ def _forks() -> ForkServerContext:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
+        patch.chdir(REPOSITORY)  # a test may be in a folder that has a name of a package
         forkserver.ensure_running()
     return context
 
@@ -150,14 +151,22 @@ def _wait_for(ranks: Sequence[ForkServerProcess], limit_s: float) -> list[str]:
     return [rank.name for rank in running.values()]
 
 
-def start_forked(*command: str) -> Forked:
-    """Fork a Python command, which does not import the trainer again, and do not wait for it."""
-    return Forked(_forks(), command, REPOSITORY)
+def start_forked(*command: str, folder: Path = REPOSITORY, environment: Mapping[str, str] | None = None) -> Forked:
+    """Fork a Python command, which does not import the trainer again, and do not wait for it.
+
+    Args:
+        command: a Python interpreter with its arguments, or a script with its own.
+        folder: to run it in.
+        environment: further variables.
+    """
+    return Forked(_forks(), command, folder, environment or {})
 
 
-def launch_forked(*command: str) -> subprocess.CompletedProcess[str]:
+def launch_forked(
+    *command: str, folder: Path = REPOSITORY, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Fork a Python command, and wait until it ends. If it does not, it is killed."""
-    process = start_forked(*command)
+    process = start_forked(*command, folder=folder, environment=environment)
     try:
         _, errors = process.communicate(timeout=LIMIT_S)
     finally:

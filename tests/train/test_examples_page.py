@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import re
-import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,11 +14,9 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageDraw
 
 from examples.pdf_pages import main as pdf_pages
-from prep.cli import main
 from storage.shard_set import read_manifest
-from tests.guides import blocks
-from tests.train.launching import run_ranks
-from train.generate.cli import main as generate
+from tests.guides import Command, blocks, guide
+from tests.typed import prepare_folder, run
 
 PAGE = "examples.md"
 LLAVA, CAULDRON, PDFS, LAST = "LLaVA-Instruct", "FineVision and the Cauldron", "Pages of PDFs", "Look and train"
@@ -30,25 +24,10 @@ A4 = (595, 842)
 ON_A_CPU = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_steps", "2"]
 
 
-def commands(section: str) -> list[list[str]]:
-    """The words of the commands of a section."""
-    text = "\n".join(blocks(PAGE, section, ""))
-    return [words for line in re.sub(r"\\\n", " ", text).splitlines() if len(words := shlex.split(line)) > 1]
-
-
 def files(section: str) -> list[Path]:
     """The files that a section lists."""
-    return [Path(line) for block in blocks(PAGE, section, "") for line in block.splitlines() if " " not in line]
-
-
-def vlprep(words: list[str], model: Path, exit_code: int = 0) -> str:
-    """Run a command and return its output; its defaults need no network and no other process."""
-    program, *arguments = words
-    assert program == "vlprep"
-    named = {name: {"workers": 1, "model": str(model)} for name in ("build", "report")}
-    result = CliRunner().invoke(main, arguments, default_map={**named, "validate": {"workers": 1}})
-    assert result.exit_code == exit_code, result.output
-    return result.output
+    (text,) = blocks(PAGE, section, "text")
+    return [Path(line) for line in text.splitlines()]
 
 
 def image(colour: str) -> Image.Image:
@@ -100,50 +79,45 @@ def test_the_commands_lead_from_three_shapes_to_answers(
     tmp_path: Path, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    prepare_llava(demo_checkpoint)
-    prepare_cauldron(demo_checkpoint)
-    prepare_pdfs(demo_checkpoint)
-
-    report, launch, ask = commands(LAST)
-    vlprep(report, demo_checkpoint)
-    assert Path("data/pages/report.html").is_file()
-    flags = launch[launch.index("train/main.py") + 1 :]
-    flags[flags.index("--model_name_or_path") + 1] = str(demo_checkpoint)
-    done = run_ranks(1, *flags, *ON_A_CPU, prepare=partial(os.chdir, tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert ask[:3] == ["python", "-m", "train.generate"]
-    answers = CliRunner().invoke(generate, [*ask[3:], "--max-new-tokens", "4"])
-    assert answers.exit_code == 0 and "of 3 answers" in answers.output, answers.output
+    prepare_folder(demo_checkpoint)
+    with guide("examples.md") as page:
+        prepare_llava(page.take(LLAVA))
+        prepare_cauldron(page.take(CAULDRON))
+        prepare_pdfs(page.take(PDFS))
+        report, launch, ask = page.take(LAST)
+        run(report.words)
+        assert Path("data/pages/report.html").is_file()
+        run([*launch.words, *ON_A_CPU])
+        assert "of 3 answers" in run([*ask.words, "--max-new-tokens", "4"])
 
 
-def prepare_llava(model: Path) -> None:
+def prepare_llava(commands: list[Command]) -> None:
     write_llava()
-    validate, build = commands(LLAVA)
-    output = vlprep(validate, model, exit_code=1)
-    assert "4 annotations: 3 valid, 1 rejected" in output
+    validate, build = commands
+    assert "4 annotations: 3 valid, 1 rejected" in run(validate.words, exit_code=1)
     (reject,) = Path("data/llava/rejects.jsonl").read_text().splitlines()
     assert json.loads(reject)["problems"][0]["code"] == "media_missing"
-    vlprep(build, model)
+    run(build.words)
     assert read_manifest(Path("shards/llava")).counts.num_packed == 3
 
 
-def prepare_cauldron(model: Path) -> None:
+def prepare_cauldron(commands: list[Command]) -> None:
     write_cauldron()
-    validate, build = commands(CAULDRON)
-    assert "relevance_ratings" in vlprep(validate, model)
-    vlprep(build, model)
+    validate, build = commands
+    assert "relevance_ratings" in run(validate.words)
+    run(build.words)
     counts = read_manifest(Path("shards/cauldron")).counts
     assert (counts.num_packed, counts.num_not_sampled, counts.num_images) == (4, 2, 4)
 
 
-def prepare_pdfs(model: Path) -> None:
+def prepare_pdfs(commands: list[Command]) -> None:
     write_pdfs()
-    install, (_, script, *arguments), validate, build = commands(PDFS)
-    assert install[:2] == ["pip", "install"] and script == "examples/pdf_pages.py"
-    result = CliRunner().invoke(pdf_pages, arguments)
+    draw, validate, build = commands
+    assert draw.words[:2] == ["python", "examples/pdf_pages.py"]
+    result = CliRunner().invoke(pdf_pages, draw.words[2:])
     assert result.exit_code == 0 and "2 conversations with 3 questions" in result.stderr, result.output
-    assert "2 valid, 0 rejected" in vlprep(validate, model)
-    vlprep(build, model)
+    assert "2 valid, 0 rejected" in run(validate.words)
+    run(build.words)
     counts = read_manifest(Path("shards/pages")).counts
     assert (counts.num_packed, counts.num_images, counts.num_patches) == (2, 3, 3 * 4 * 1260)
 
