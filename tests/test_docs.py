@@ -63,3 +63,23 @@ def test_every_link_to_a_heading_leads_to_one(page: Path) -> None:
         headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
         anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
         assert anchor in anchors, f"{name}#{anchor}"
+
+
+SPEED = re.compile(
+    r"\d ?(?:ms|us|µs|[kMGT]i?B/s|(?:bins|images|records|samples|tokens)(?:/s| (?:a|per) second))\b"
+    r"|\btimes (?:as fast|faster|the speed)|\b(?:half|third|quarter|fifth|tenth) of (?:the|its|\w+'s) time\b"
+)
+"""Times below a second, throughputs and ratios of speeds: nothing but a measurement gives them."""
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("benchmarks.md", "README.md", "README.zh.md")], ids=_name
+)
+def test_measured_speeds_stand_on_the_page_about_benchmarks(page: Path) -> None:
+    """Other pages link to them; the README quotes them."""
+    assert [match[0] for match in SPEED.finditer(page.read_text())] == []
+
+
+def test_measured_speeds_are_recognised() -> None:
+    text = (REPOSITORY / "docs" / "benchmarks.md").read_text()
+    assert len(SPEED.findall(text)) > 10

@@ -4,7 +4,7 @@ Input: frames (3, H, W) uint8. Output: the member in parts, nothing copied that 
 beside a frame's residuals, which are overwritten by the next frame, and what is handed out.
 
 Cost, one core and 1.3 MB of planes (an image of 576 tokens): ``zstd`` about 2 ms, ``jpeg`` about 3 ms, ``raw`` none;
-decoding and resizing the image takes 15 to 20 ms. ``docs/storage.md`` has the figures.
+decoding and resizing the image takes 15 to 20 ms. ``docs/benchmarks.md`` has the figures.
 """
 
 from __future__ import annotations
