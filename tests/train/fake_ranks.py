@@ -1,4 +1,7 @@
-"""A launcher like `deepspeed`, with two ranks that report each Ctrl-C and end at the second one. Nothing is trained."""
+"""A launcher like `deepspeed`, with two ranks that report each Ctrl-C and end at the second one. Nothing is trained.
+
+Like the real one, it notices the end of its ranks late, and a Ctrl-C until then ends it with a traceback.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from pathlib import Path
 def _launch() -> int:
     environments = ({**os.environ, "FAKE_RANK": str(rank), "CROSS_RANK": "0"} for rank in range(2))
     ranks = [subprocess.Popen([sys.executable, __file__], env=environment) for environment in environments]
-    return max(rank.wait() % 256 for rank in ranks)
+    code = max(rank.wait() % 256 for rank in ranks)
+    time.sleep(0.5)
+    return code
 
 
 def _be_rank(rank: int) -> int:

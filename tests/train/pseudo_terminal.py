@@ -13,6 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
+from train.run import terminal
+
+HELPER = str(terminal.__file__)
+"""The program of the process that passes keys on to the ranks."""
+
 CTRL_C, CTRL_Z, CTRL_BACKSLASH = "\x03", "\x1a", "\x1c"
 
 
@@ -78,3 +85,11 @@ def shell_in_terminal(folder: Path, environment: Mapping[str, str], *, limit_s: 
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
+
+
+def helper_of(shell: Shell) -> psutil.Process | None:
+    """The process that passes Ctrl-C on to the ranks, if the terminal is in its hands."""
+    with suppress(psutil.Error):
+        process = psutil.Process(shell.foreground)
+        return process if HELPER in process.cmdline() else None
+    return None

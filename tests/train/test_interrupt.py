@@ -34,12 +34,13 @@ from tests.train.launching import (
     start_forked,
     torchrun_command,
 )
-from tests.train.pseudo_terminal import CTRL_C, Shell, shell_in_terminal
+from tests.train.pseudo_terminal import CTRL_C, helper_of, shell_in_terminal
 from tests.train.synthetic import make_bins, write_shards
-from train.run import loop, terminal
+from train.run import loop
 from train.run.engine import Engine
 from train.run.evaluation import Evaluation
 from train.run.interrupt import (
+    END_AT_ONCE,
     INTERRUPTED_EXIT_CODE,
     REQUEUE_EXIT_CODE,
     SAME_KEY_S,
@@ -104,7 +105,7 @@ def test_ctrl_c_finishes_the_step_and_saves_and_the_resumed_run_equals_the_unint
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == REQUEUE_EXIT_CODE == 85, errors
-    assert "SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n" in errors
+    assert f"SIGINT: finishing the step, then saving; {END_AT_ONCE}\n" in errors
     assert "Traceback" not in errors
     assert "step/s" not in errors, "a redirected log has no progress bar"
     ((step, folder),) = list_checkpoints(tmp_path)
@@ -163,27 +164,35 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_torchrun_reports_it
     saved_by_two_ranks(tmp_path)
 
 
-def keys_go_to_ranks(shell: Shell) -> bool:
-    """Whether the terminal is in the hands of the process that passes Ctrl-C on to the ranks."""
-    with suppress(psutil.Error):
-        return str(terminal.__file__) in psutil.Process(shell.foreground).cmdline()
-    return False
+def ranks_of_deepspeed(run: Path) -> list[psutil.Process]:
+    """The ranks of a run that `deepspeed` has started."""
+    ranks = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(run) in words and any(word.startswith("--local_rank=") for word in words):
+            ranks.append(process)
+    return ranks
 
 
 def test_ctrl_c_under_deepspeed_saves_and_the_launcher_exits_with_the_code_of_its_ranks(
     flags: list[str], tmp_path: Path
 ) -> None:
-    """It does so in a script that keeps a log with ``tee``, too."""
+    """It does so in a script that keeps a log with ``tee``, too.
+
+    Another Ctrl-C, before the launcher has seen that its ranks have ended, changes nothing.
+    """
     command = deepspeed_command(2, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path))
     script = f"{shlex.join(command)} 2>&1 | tee {tmp_path}/log; exit ${{PIPESTATUS[0]}}"
     with shell_in_terminal(REPOSITORY, ENVIRONMENT, limit_s=240) as shell:
         shell.run("bash", "-c", script)
-        shell.wait_until(lambda: has_logged(tmp_path) and keys_go_to_ranks(shell))
+        shell.wait_until(lambda: has_logged(tmp_path) and helper_of(shell))
+        shell.type(CTRL_C)
+        shell.wait_until(lambda: list_checkpoints(tmp_path) and not ranks_of_deepspeed(tmp_path))
         shell.type(CTRL_C)
         shell.wait_for(f"exit code: {REQUEUE_EXIT_CODE}\n")
     log = (tmp_path / "log").read_text()
     step, _ = saved_by_two_ranks(tmp_path)
-    assert log.count("SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n") == 1
+    assert log.count(f"SIGINT: finishing the step, then saving; {END_AT_ONCE}\n") == 1
     assert f"stop requested: checkpoint saved at step {step}/1000; rerun the same command to resume\n" in log
     assert "Traceback" not in log
 
@@ -192,7 +201,7 @@ def test_the_second_ctrl_c_under_deepspeed_ends_the_run_at_once(flags: list[str]
     command = deepspeed_command(1, *flags, "--max_steps", "1000", "--output_dir", str(tmp_path), script=SLOW_SAVING)
     with shell_in_terminal(REPOSITORY, ENVIRONMENT, limit_s=240) as shell:
         shell.run(*command)
-        shell.wait_until(lambda: has_logged(tmp_path) and keys_go_to_ranks(shell))
+        shell.wait_until(lambda: has_logged(tmp_path) and helper_of(shell))
         shell.type(CTRL_C)
         shell.wait_until(lambda: any(tmp_path.glob("checkpoint-*.tmp")))
         time.sleep(SAME_KEY_S)
@@ -236,7 +245,7 @@ def test_the_second_ctrl_c_under_torchrun_ends_the_ranks_at_once(flags: list[str
         gone, _ = psutil.wait_procs(ranks, timeout=10)
     assert len(gone) == 2
     assert list_checkpoints(tmp_path) == []
-    assert "SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n" in errors
+    assert f"SIGINT: finishing the step, then saving; {END_AT_ONCE}\n" in errors
     assert "stopped at once: rerun the same command to resume from the newest checkpoint\n" in errors
 
 
@@ -338,7 +347,7 @@ def test_the_second_ctrl_c_ends_a_run_whose_main_thread_waits(flags: list[str], 
     length = ("--max_steps", "1", "--output_dir", str(tmp_path))
     done = run_ranks(1, *flags, *length, prepare=press_twice_while_waiting, limit_s=50)
     assert done.returncode == INTERRUPTED_EXIT_CODE == 130, done.stderr
-    assert "SIGINT: finishing the step, then saving; press Ctrl-C again to end at once\n" in done.stderr
+    assert f"SIGINT: finishing the step, then saving; {END_AT_ONCE}\n" in done.stderr
     assert "stopped at once: rerun the same command to resume from the newest checkpoint\n" in done.stderr
 
 

@@ -44,6 +44,9 @@ a whole, and a launcher inside it forwards the signal to its ranks once more."""
 SAME_KEY_S = 1.0
 """The same for Ctrl-C, which people repeat sooner than schedulers repeat a signal."""
 
+END_AT_ONCE = f"press Ctrl-C again, {SAME_KEY_S:g} s later or more, to end at once"
+"""What the screen says about a second Ctrl-C."""
+
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 """Set by `torchrun` for its ranks."""
 
@@ -97,6 +100,11 @@ class StopRequest:
         self._thread.join()
         self._arrived.close()
 
+    def finish(self) -> None:
+        """Ignore Ctrl-C from now on, also after the block: the run is over, and its exit code stands."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._previous[signal.SIGINT] = signal.SIG_IGN
+
     def is_agreed(self, device: torch.device) -> bool:
         """Whether any rank has received a request; the same answer on all ranks. Collective."""
         received = torch.tensor([self._received is not None], dtype=torch.int32, device=device)
@@ -123,7 +131,7 @@ class StopRequest:
                 continue
             if first is None:
                 first = signum, now
-                repeat = "; press Ctrl-C again to end at once" if signum == signal.SIGINT else ""
+                repeat = f"; {END_AT_ONCE}" if signum == signal.SIGINT else ""
                 self._print(f"\n{signal.Signals(signum).name}: finishing the step, then saving{repeat}\n")
             elif signal.SIGINT in (first[0], signum) and not is_copy(first[0], signum, now - first[1]):
                 self._print("\nstopped at once: rerun the same command to resume from the newest checkpoint\n")

@@ -86,6 +86,7 @@ def train(args: TrainArguments, argv: Sequence[str] = ()) -> bool:
                 if is_complete:
                     export(trainer.engine, plan)
                 process_group.leave()
+                stop.finish()
             del zero3_loading
     return is_complete
 

@@ -6,8 +6,10 @@ foreground. It passes Ctrl-C on to the ranks of this machine only. The launcher 
 terminal, and ends with their exit code. Other keys and a hang-up go to the whole command, as before: Ctrl-Z stops it,
 and ``fg`` continues it.
 
-The helper gives the foreground back when the first rank of the machine has ended, however it ended. It leaves the
-terminal alone while another program reads its keys (``deepspeed … | less``), and in the background.
+When the first rank of the machine has ended, however it ended, the helper keeps the foreground until the launcher has
+ended, too, and drops Ctrl-C: the launcher looks for the end of its ranks once a second, and a Ctrl-C until then would
+replace their exit code by a traceback. Then it gives the foreground back. It leaves the terminal alone while another
+program reads its keys (``deepspeed … | less``), and in the background.
 
 This file is also the program of the helper, so it imports the standard library only.
 """
@@ -20,6 +22,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -32,6 +35,9 @@ DEEPSPEED_VARIABLE = "CROSS_RANK"
 _POLL_S = 0.2
 """Seconds until the helper sees that a shell has put the command into the foreground again."""
 
+_LAUNCHER_POLL_S, _LAUNCHER_LIMIT_S = 0.02, 10.0
+"""How often the helper looks for the end of the launcher, and how long it waits for that."""
+
 
 @contextmanager
 def keys_to_ranks(local_rank: int) -> Iterator[None]:
@@ -43,15 +49,32 @@ def keys_to_ranks(local_rank: int) -> Iterator[None]:
     if local_rank != 0 or DEEPSPEED_VARIABLE not in os.environ or not _hears_terminal():
         yield
         return
-    import psutil
-
-    ranks = [str(child.pid) for child in psutil.Process(os.getppid()).children()]
-    # The helper ends when the pipe is closed, by the end of this block or of this process.
-    helper = subprocess.Popen([sys.executable, "-S", "-E", __file__, *ranks], stdin=subprocess.PIPE)
+    # The pipe to the helper is closed by the end of this block or of this process.
+    starter = subprocess.Popen([sys.executable, "-S", "-E", __file__, *_processes()], stdin=subprocess.PIPE)
+    starter.wait()
+    assert starter.stdin is not None
     try:
         yield
     finally:
-        helper.communicate()
+        starter.stdin.close()
+
+
+def _processes() -> tuple[str, str]:
+    """The ranks of this machine and the processes of their launcher, as words of the helper's command line.
+
+    `deepspeed` waits for the process that starts the ranks. If a script waits for `deepspeed`, its next command may
+    read the terminal at once, so the helper does not wait for `deepspeed` itself.
+    """
+    import psutil
+
+    launcher = psutil.Process(os.getppid())
+    launchers = [launcher.pid]
+    with suppress(psutil.Error):
+        parent = psutil.Process(launcher.ppid())
+        if parent.pid == os.getpgrp() and parent.exe() == launcher.exe():
+            launchers.append(parent.pid)
+    ranks = [child.pid for child in launcher.children()]
+    return ",".join(map(str, ranks)), ",".join(map(str, launchers))
 
 
 def _hears_terminal() -> bool:
@@ -94,12 +117,13 @@ class _Foreground:
             os.setpgid(0, self.command)
 
 
-def _pass_on_keys(ranks: Sequence[int]) -> None:
-    """Pass on what the terminal sends, until the pipe from the first rank is closed."""
+def _pass_on_keys(ranks: Sequence[int], launchers: Sequence[int]) -> None:
+    """Pass on what the terminal sends until the pipe from the first rank is closed, and then wait for the launcher."""
     foreground = _Foreground()
+    is_over = False
 
     def to_ranks(signum: int, frame: object) -> None:
-        for rank in ranks if foreground.is_ours else ():
+        for rank in ranks if foreground.is_ours and not is_over else ():
             with suppress(ProcessLookupError):
                 os.kill(rank, signum)
 
@@ -115,7 +139,7 @@ def _pass_on_keys(ranks: Sequence[int]) -> None:
         os.killpg(foreground.command, signum)
         signal.signal(signum, stop)
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the launcher to a rank with its children
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a scheduler to all processes of a job
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # for a change of the terminal from the background
     for signum, handler in (
         (signal.SIGINT, to_ranks),
@@ -128,10 +152,24 @@ def _pass_on_keys(ranks: Sequence[int]) -> None:
         foreground.take()
         while not select.select([sys.stdin], [], [], _POLL_S)[0]:
             foreground.take()
+        is_over = True
+        until = time.monotonic() + _LAUNCHER_LIMIT_S
+        while foreground.is_ours and any(map(_is_alive, launchers)) and time.monotonic() < until:
+            time.sleep(_LAUNCHER_POLL_S)
     except OSError:  # the terminal is gone, which ends the command in its foreground
         to_command(signal.SIGHUP, None)
     foreground.give_back()
 
 
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 if __name__ == "__main__":
-    _pass_on_keys([int(rank) for rank in sys.argv[1:]])
+    if os.fork():  # The helper is no child of a rank: the launcher would end it, or wait for it, with the rank.
+        os._exit(0)
+    _pass_on_keys(*([int(process) for process in word.split(",")] for word in sys.argv[1:]))
