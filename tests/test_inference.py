@@ -130,7 +130,8 @@ def test_a_model_that_knows_the_answers_gives_them_exactly_and_shows_them_beside
     assert not ended.value.code, errors
     assert "Traceback" not in errors
     assert "exact match: 5 of 5 answers (100.0%)" in output
-    assert re.search(r"record 0, id red: exact\n +<image>Which colour\?\n +wanted +\| generated\n", output)
+    named = r"\d\. annotations, annotations\.jsonl:1 \(record 0, id red\): exact\n"
+    assert re.search(rf"{named} +<image>Which colour\?\n +wanted +\| generated\n", output)
     assert re.search(r"Red <b>indeed</b>\. +\| Red <b>indeed</b>\.\n", output)
     text = Path("answers.html").read_text()
     # one image, two images and at most four frames of the video
@@ -191,30 +192,29 @@ def prompt_of(sample: Packed) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "message"),
+    ("changes", "message"),
     [
-        ({"--shards": "nothing"}, 1, "nothing"),
-        ({"--model": "run"}, 2, r"--model \S+run holds no model \(config.json is missing\)\. Give \S+run/final\."),
+        ({"--shards": "nothing"}, "nothing"),
+        ({"--model": "run"}, r"--model \S+run holds no model \(config.json is missing\)\. Give \S+run/final\."),
         (
             {"--model": "run/adapter"},
-            2,
             r"--model \S+run/adapter holds no model \(config.json is missing\)\. Give \S+run/final\.",
         ),
-        ({"--model": "shards"}, 2, r"--model \S+shards holds no model \(config.json is missing\)\. Give the final/"),
-        ({"--model": "missing"}, 2, r"--model \S+missing is not a folder"),
-        ({"--limit": "0"}, 2, "'--limit': 0 is not in the range x>=1"),
-        ({"--html": "missing/page.html"}, 2, r"--html \S+: the folder \S+missing does not exist"),
-        ({"--html": f"{'x' * 300}.html"}, 2, r"--html \S+ cannot be written: File name too long\. Give another file"),
+        ({"--model": "shards"}, r"--model \S+shards holds no model \(config.json is missing\)\. Give the final/"),
+        ({"--model": "missing"}, r"--model \S+missing is not a folder"),
+        ({"--limit": "0"}, "'--limit': 0 is not in the range x>=1"),
+        ({"--html": "missing/page.html"}, r"--html \S+: the folder \S+missing does not exist"),
+        ({"--html": f"{'x' * 300}.html"}, r"--html \S+ cannot be written: File name too long\. Give another file"),
     ],
 )
-def test_a_wrong_input_is_named_in_a_sentence(
-    final: Path, shards: Path, changes: dict[str, str], code: int, message: str
+def test_a_wrong_input_is_wrong_use_and_named_in_a_sentence(
+    final: Path, shards: Path, changes: dict[str, str], message: str
 ) -> None:
     options = {"--model": str(final), "--shards": str(shards)}
     for name, value in changes.items():
         options[name] = value if name == "--limit" else str(shards.parent / value)
     done = run(*(word for option in options.items() for word in option))
-    assert done.exit_code == code, done.output
+    assert done.exit_code == 2, done.output
     assert re.search(message, done.output)
     assert "Traceback" not in done.output
     assert done.exception is None or isinstance(done.exception, SystemExit)

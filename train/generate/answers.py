@@ -29,12 +29,16 @@ from train.generate.questions import Question, questions_of, readable
 from train.model import pretrained
 from train.model.attention import SDPA
 from train.model.pixels import pixel_values
+from train.order.explain import SourceSample, source_samples
 from train.shards.index import ShardIndex
 from train.shards.reader import read_checked_bin
 
 ENDS = (IM_END, ENDOFTEXT)
 MAX_NEW_TOKENS = 256
 """Default length at which an answer is cut off."""
+
+_LOOKUP_BINS = 64
+"""Bins whose samples are looked up in one pass over the ledgers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -83,22 +87,25 @@ class Answerer:
         """Answer all questions of shards, bin by bin.
 
         Raises:
-            ShardError: a bin is damaged.
+            ShardError: a bin or a ledger is damaged.
         """
-        for bin_id in range(index.num_bins):
-            yield from self.answer_bin(read_checked_bin(index, bin_id), where=str(index.locate(bin_id)))
+        for start in range(0, index.num_bins, _LOOKUP_BINS):
+            bins = range(start, min(start + _LOOKUP_BINS, index.num_bins))
+            for bin_id, samples in source_samples(index, bins).items():
+                yield from self.answer_bin(read_checked_bin(index, bin_id), samples, where=str(index.locate(bin_id)))
 
     @torch.inference_mode()
-    def answer_bin(self, bin_: Bin, *, where: str) -> Iterator[Answer]:
+    def answer_bin(self, bin_: Bin, samples: Sequence[SourceSample], *, where: str) -> Iterator[Answer]:
         """Answer all questions of a bin.
 
         Args:
             bin_: the bin.
+            samples: where its samples come from, in order.
             where: how messages name it.
         """
         embeddings = self._embed(bin_, where)
         frames = decode_frames(bin_, where=where)
-        for question in questions_of(bin_, self._tokenizer):
+        for question in questions_of(bin_, samples, self._tokenizer):
             prompt = slice(question.start, question.end)
             # (L, H) -> (1, P, H), (3, L) -> (3, 1, P)
             positions = torch.from_numpy(bin_.position_ids[:, None, prompt].astype(np.int64)).to(self._device)

@@ -143,9 +143,7 @@ def describe(answer: Answer, count: int, *, width: int) -> Iterator[str]:
         count: which one it is, from 1.
         width: of the screen, in characters.
     """
-    sample = answer.question.sample
-    name = f", id {printable(sample.id)}" if sample.id is not None else ""
-    yield f"{count}. {printable(sample.dataset)}, record {sample.record}{name}: {verdict(answer)}"
+    yield f"{count}. {answer.question.sample.name}: {verdict(answer)}"
     yield from textwrap.wrap(
         printable(answer.question.text), width, initial_indent="   ", subsequent_indent="   ", tabsize=4
     )

@@ -52,13 +52,12 @@ def render_page(answers: Sequence[Answer], *, title: str, summary: str) -> str:
 
 
 def _article(answer: Answer, count: int) -> str:
-    question, sample = answer.question, answer.question.sample
-    name = f", id {sample.id}" if sample.id is not None else ""
+    question = answer.question
     images = "".join(_image(frame) for frames in answer.frames for frame in _some(frames))
     cut = "" if answer.is_complete else " (cut off)"
     return (
         f'<article class="{"exact" if answer.is_exact else "different"}"><div class="media">{images}</div>'
-        f'<div class="text"><div class="soft">{count}. {_text(f"{sample.dataset}, record {sample.record}{name}")}</div>'
+        f'<div class="text"><div class="soft">{count}. {_text(question.sample.name)}</div>'
         f'<p dir="auto">{_text(question.text)}</p><div class="answers">'
         f'<div><span class="soft">wanted</span><pre dir="auto">{_text(question.expected)}</pre></div>'
         f'<div><span class="soft">generated{cut}</span><pre dir="auto">{_text(answer.generated)}</pre></div>'

@@ -8,14 +8,13 @@ Cost: decoding text and, for the media, pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from schemas.annotation import SampleRef
 from schemas.bins import Bin
 from schemas.qwen import (
     CONTROL_TOKENS,
@@ -27,6 +26,7 @@ from schemas.qwen import (
     VISION_END,
     VISION_START,
 )
+from train.order.explain import SourceSample
 
 _MEDIA = {IMAGE_PAD: "<image>", VIDEO_PAD: "<video>"}
 _UNSEEN = {VISION_START, VISION_END, IM_END}
@@ -46,7 +46,7 @@ class Question:
         media: positions in the bin of the media that the prompt shows.
     """
 
-    sample: SampleRef
+    sample: SourceSample
     text: str
     expected: str
     start: int
@@ -54,18 +54,19 @@ class Question:
     media: range
 
 
-def questions_of(bin_: Bin, tokenizer: Tokenizer) -> Iterator[Question]:
+def questions_of(bin_: Bin, samples: Sequence[SourceSample], tokenizer: Tokenizer) -> Iterator[Question]:
     """The questions of a bin, in order.
 
     Args:
         bin_: the bin.
+        samples: where its samples come from, in order.
         tokenizer: the one of its tokens.
     """
     is_trained = bin_.labels != IGNORE_INDEX
     # (L + 1,): how many media begin before each position
     num_media = np.concatenate([[0], np.cumsum(bin_.input_ids == VISION_START)])
     boundaries = bin_.cu_seqlens.tolist()
-    for sample, (first, last) in zip(bin_.samples(), itertools.pairwise(boundaries)):
+    for sample, (first, last) in zip(samples, itertools.pairwise(boundaries), strict=True):
         # The first label of a sample is never trained, so each span has a position before it.
         changes = np.flatnonzero(np.diff(is_trained[first:last], append=False)) + 1
         for start, end in (first + changes.reshape(-1, 2)).tolist():
