@@ -20,20 +20,18 @@ from tests.guides import (
 )
 
 LANGUAGES = {"bash", "dockerfile", "json", "python", "text", "toml", "yaml"}
-CALL = re.compile(r"\bguide\(((?:\"[^\"]+\"(?:, )?)+)\)")
+CALL = re.compile(r"\bguide\(\s*((?:\"[^\"]+\",?\s*)+)\)")
+NO_TESTS_OF_PAGES = ("tests/guides.py", "tests/test_guides.py")
 
 
 def opened() -> set[tuple[str, str | None]]:
     """Page and heading of every call of ``guide`` in the tests; None stands for all headings."""
-    names = subprocess.run(
+    listed = subprocess.run(
         ["git", "ls-files", "tests/*.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout.split()
-    calls = [
-        re.findall(r'"([^"]+)"', match[1])
-        for name in names
-        if name != "tests/test_guides.py"
-        for match in CALL.finditer((REPOSITORY / name).read_text(encoding="utf-8"))
-    ]
+    )
+    sources = [name for name in listed.stdout.split() if name not in NO_TESTS_OF_PAGES]
+    text = "".join((REPOSITORY / name).read_text(encoding="utf-8") for name in sources)
+    calls = [re.findall(r'"([^"]+)"', arguments) for arguments in CALL.findall(text)]
     return {(page, heading) for page, *headings in calls for heading in headings or [None]}
 
 
@@ -49,8 +47,8 @@ def test_every_command_of_every_page_is_run_by_a_test_or_stands_in_the_list() ->
 
 
 def test_every_entry_of_the_list_stands_for_a_command_and_has_a_reason() -> None:
-    texts = [command.text for page in all_pages() for command in page_commands(page)]
-    assert [start for start in NOT_RUN if not any(text.startswith(start) for text in texts)] == []
+    commands = [command for page in all_pages() for command in page_commands(page)]
+    assert [start for start in NOT_RUN if not any(command.starts_with(start) for command in commands)] == []
     assert [start for start, reason in NOT_RUN.items() if len(reason.split()) < 3] == []
 
 

@@ -6,6 +6,7 @@ the CPU. ``make`` says which commands it would run.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def _launch(program: str, arguments: list[str], exit_code: int, environment: Map
 def _planned(words: Sequence[str]) -> list[list[str]]:
     """The commands that a target of the Makefile would run in the working directory, where the environment is there."""
     make = ["make", "--file", str(REPOSITORY / "Makefile"), "--dry-run", "--old-file=.venv/.complete", *words[1:]]
-    printed = subprocess.run(make, capture_output=True, text=True, check=True).stdout
+    # Without the flags of a `make` that runs the tests.
+    printed = subprocess.run(make, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True).stdout
     commands = [shlex.split(text) for text in split_commands(printed) if text.startswith(".venv/bin/")]
     assert commands, printed
     return [[Path(program).name, *arguments] for program, *arguments in commands]
