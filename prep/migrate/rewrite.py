@@ -18,6 +18,9 @@ UNNAMED = "DATASETS"
 """Stands for datasets that a script does not name."""
 
 _WIDTH = 100
+_MAX_NAMES = 3
+"""Datasets that name the folder of their shards."""
+
 _LISTS = (DATASETS, "lora_target_modules", "report_to")
 """Flags of the two commands that may have several words as their value."""
 
@@ -147,12 +150,19 @@ def rewrite(launch: Launch, *, out: str | None = None) -> Migration:
             _add(migration, Flag(written=f"--{name}", name=name, values=(value,)), _default_of(launch))
     _settle(migration)
     migration.datasets = _datasets(migration)
-    if not migration.out:
-        names = [
-            re.sub(r"\W+", "_", re.split(r"[/%.]", name.rsplit("/", 1)[-1])[0]) for name in migration.dataset_names()
-        ]
-        migration.out = "shards/" + "-".join(names[:3] or ["NAME"])
+    migration.out = migration.out or f"shards/{_set_name(migration.datasets)}"
     return migration
+
+
+def _set_name(datasets: Sequence[str]) -> str:
+    """The folder that ``make shards`` writes the same datasets to: ``a%50,b`` -> ``a-50+b``."""
+    names = []
+    for dataset in ",".join(datasets).split(","):
+        name, _, share = dataset.partition("%")
+        stem = re.sub(r"\W+", "_", name.rsplit("/", 1)[-1].partition(".")[0])
+        names.append(f"{stem}-{re.sub(r'[^0-9A-Za-z.]+', '_', share)}" if share else stem)
+    others = len(names) - _MAX_NAMES
+    return "+".join(names[:_MAX_NAMES]) + (f"+{others}" if others > 0 else "")
 
 
 def command_text(words: Sequence[str], environment: dict[str, str] | None = None) -> str:

@@ -1,9 +1,9 @@
 r"""Reads a shell script: text -> its commands, with variables filled in. Nothing is run.
 
-Variables that the script sets, ``${name:-default}`` and arrays are filled in. What only a shell can know stays as it is
-written: command substitutions, arithmetic, variables that the script does not set. Variables of the script inside of
-the former two are filled in. A ``$`` in a word therefore is the shell's; a literal one is written ``\$``, as in double
-quotes.
+Variables that the script sets, ``${name:-default}``, arrays and arithmetic of integers are filled in. What only a shell
+can know stays as it is written: command substitutions, other arithmetic, variables that the script does not set.
+Variables of the script inside of the former two are filled in. A ``$`` in a word therefore is the shell's; a literal
+one is written ``\$``, as in double quotes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from prep.migrate.arithmetic import evaluate
+
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _PARAMETER = re.compile(r"([A-Za-z_]\w*)(?:(\[[@*]\])|:?[-=](.*))?", re.DOTALL)
 _REFERENCE = re.compile(r"\$\{?[#!]?([A-Za-z_]\w*)")
 _PLAIN_REFERENCE = re.compile(r"\$(\{)?(?P<name>[A-Za-z_]\w*)(?(1)\})")
+_DEFAULTED = re.compile(r"\$\{([A-Za-z_]\w*:?-\w+)\}")
 _BARE_NAME = re.compile(r"(?<![\w$.{])(?P<name>[A-Za-z_]\w*)")
 _SIMPLE_VALUE = re.compile(r"[\w./:,-]+|\$\([^()'\"]*\)")
 _HEREDOC = re.compile(r"<<-?\s*[\"'\\]?(\w+)[\"']?")
@@ -263,9 +266,16 @@ class _Reader:
             value = " ".join(self._variables.get(match["name"], ()))
             return value if _SIMPLE_VALUE.fullmatch(value) else match[0]
 
-        if text.startswith("$((") and "$(" not in text[3:]:
-            text = _BARE_NAME.sub(fill, text)
-        return _PLAIN_REFERENCE.sub(fill, text)
+        def expand(match: re.Match[str]) -> str:
+            value = " ".join(self._expand_parameter(match[1]))
+            return value if _SIMPLE_VALUE.fullmatch(value) else match[0]
+
+        if not text.startswith("$(("):
+            return _PLAIN_REFERENCE.sub(fill, text)
+        if "$(" not in text[3:]:
+            text = _BARE_NAME.sub(fill, _DEFAULTED.sub(expand, text))
+        text = _PLAIN_REFERENCE.sub(fill, text)
+        return (evaluate(text[3:-2]) if text.endswith("))") else None) or text
 
     def _expand_parameter(self, inner: str) -> list[str]:
         match = _PARAMETER.fullmatch(inner)

@@ -112,7 +112,7 @@ def test_an_upstream_script_becomes_two_commands_that_are_accepted(folder: Path,
     assert options["datasets"] == ("mp_doc%50,clevr_mc",)
     assert (options["max_length"], options["max_pixels"], options["min_pixels"]) == (8192, 50176, 784)
     assert options["model"] == args.model_name_or_path
-    assert str(options["out"]) == args.shards == "shards/mp_doc-clevr_mc"
+    assert str(options["out"]) == args.shards == "shards/mp_doc-50+clevr_mc"
     assert launcher[:3] == ["torchrun", "--nproc_per_node=8", "--master_addr=127.0.0.1"]
     assert launcher[3] == "--master_port=$(shuf -i 20001-29999 -n 1)"
     is_lora = name == "sft_today.sh"
@@ -495,6 +495,23 @@ def test_the_samples_of_a_step_are_those_of_all_ranks(folder: Path, launch: str,
         assert section(result.output, "Not understood").strip() == f"#   the samples of a step: {rest}"
 
 
+@pytest.mark.parametrize(
+    ("datasets", "out"),
+    [
+        ("mp_doc", "mp_doc"),
+        ("mp_doc%50", "mp_doc-50"),
+        ("mp_doc%100", "mp_doc-100"),
+        ("mp_doc%12.5,clevr_mc", "mp_doc-12.5+clevr_mc"),
+        ("a,b%10,c,d,e", "a+b-10+c+2"),
+        ("data/my.set.jsonl%50", "my-50"),
+    ],
+)
+def test_the_folder_of_the_shards_names_the_datasets_and_their_shares(folder: Path, datasets: str, out: str) -> None:
+    flags = f"--dataset_use {datasets} --tune_mm_llm True --samples_per_step 8"
+    result = migrate("--", "torchrun", "train_qwen.py", *flags.split())
+    assert str(build_options(result.output)["out"]) == train_command(result.output)[1].shards == f"shards/{out}"
+
+
 @pytest.mark.parametrize("flag", ["--per_device_train_batch_size auto", "--gradient_accumulation_steps auto"])
 def test_a_batch_size_that_is_not_a_number_is_listed(folder: Path, flag: str) -> None:
     result = migrate(
@@ -513,11 +530,24 @@ def test_a_batch_size_that_is_not_a_number_is_listed(folder: Path, flag: str) ->
         ("a='b  c'; run $a \"$a\" x$a", ["run", "b", "c", "b  c", "xb", "c"]),
         ("a=(1 '2 3'); a+=(4); run \"${a[@]}\"", ["run", "1", "2 3", "4"]),
         ("run a\\\nb \\\n c # comment\n", ["run", "ab", "c"]),
-        ("run $(x y) `x y` $((1+2)) >log 2>&1", ["run", "$(x y)", "`x y`", "$((1+2))"]),
+        ("run $(x y) `x y` $((1+2)) >log 2>&1", ["run", "$(x y)", "`x y`", "3"]),
         ("export A=1; run $A#b", ["run", "1#b"]),
         (
             "n=2; run $(expr 16 / $n) `expr 16 / ${n}` $((16/n - $n)) $(x $m)",
-            ["run", "$(expr 16 / 2)", "`expr 16 / 2`", "$((16/2 - 2))", "$(x $m)"],
+            ["run", "$(expr 16 / 2)", "`expr 16 / 2`", "6", "$(x $m)"],
+        ),
+        ("b=4; g=$((b*2)); run $((g*${N:-8}/3)) $((-7/2)) $((-7%2))", ["run", "21", "-3", "-1"]),
+        (
+            "b=4; run $((b*$N)) $((b<<2)) $((b**2)) $((010*b)) $((b/0)) $(((b+1)*2))",
+            [
+                "run",
+                "$((4*$N))",
+                "$((4<<2))",
+                "$((4**2))",
+                "$((010*4))",
+                "$((4/0))",
+                "10",
+            ],
         ),
         ("n=$(x y); a=b; run $((16/n)) $(a $(n))", ["run", "$((16/$(x y)))", "$(a $(n))"]),
         (
