@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
+import json
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from tests.guides import (
     NOT_RUN,
@@ -19,7 +29,17 @@ from tests.guides import (
     split_commands,
 )
 
-LANGUAGES = {"bash", "dockerfile", "json", "python", "text", "toml", "yaml"}
+LANGUAGES: dict[str, Callable[[str], object]] = {
+    "bash": lambda text: subprocess.run(["bash", "-n"], input=text, text=True, check=True),
+    "dockerfile": str,
+    "json": json.loads,
+    "python": ast.parse,
+    "text": str,
+    "toml": tomllib.loads,
+    "yaml": lambda text: [*yaml.safe_load_all(text)],
+}
+"""The languages of blocks, each with what reads it."""
+
 CALL = re.compile(r"\bguide\(\s*((?:\"[^\"]+\",?\s*)+)\)")
 NO_TESTS_OF_PAGES = ("tests/guides.py", "tests/test_guides.py")
 
@@ -53,9 +73,10 @@ def test_every_entry_of_the_list_stands_for_a_command_and_has_a_reason() -> None
 
 
 @pytest.mark.parametrize("page", all_pages())
-def test_every_block_of_a_page_is_found_and_says_its_language(page: str) -> None:
+def test_every_block_of_a_page_is_found_and_is_of_its_language(page: str) -> None:
     found = page_blocks(page)
-    assert {block.language for block in found} <= LANGUAGES
+    for block in found:
+        LANGUAGES[block.language](block.text)
     assert len(re.findall(r"^ *```", page_path(page).read_text(encoding="utf-8"), re.MULTILINE)) == 2 * len(found)
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.guides import guide, page_commands
+from tests.guides import blocks, guide, page_commands
 from tests.prep.corpus import turn
 from tests.train.launching import fingerprint_of, read_metrics
 from tests.train.synthetic import make_medium, make_sample, write_shards
 from tests.typed import prepare_folder, run
+from train.settings.flags import parse_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +54,13 @@ def test_the_commands_of_the_page_about_training(folder: Path) -> None:
     assert steps("runs/elastic") == [1, 2, 3, 4]
     evaluated = [record["step"] for record in read_metrics(Path("runs/evaluated")) if "eval_loss" in record]
     assert evaluated == [2, 4]
+
+
+def test_the_file_of_the_page_about_training_has_the_settings_of_its_first_command(folder: Path) -> None:
+    first, *_ = page_commands("training.md")
+    (settings,) = blocks("training.md", "Configure a run", "toml")
+    Path("run.toml").write_text(settings)
+    assert parse_arguments(["--config", "run.toml"]) == parse_arguments(first.words[2:])
 
 
 def test_the_commands_of_the_readme(folder: Path) -> None:
