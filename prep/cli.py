@@ -315,7 +315,7 @@ def show_command(
     from prep.inspect.show import save_frames, show
     from prep.inspect.step import shown_bins
     from prep.inspect.terminal import open_console, print_bin, wants_colour
-    from prep.inspect.transcript import find_transcriber
+    from prep.inspect.transcript import find_transcriber, warn_without_texts
     from storage.shard_set import open_set
 
     console = open_console()
@@ -335,6 +335,7 @@ def show_command(
             print_result(
                 f"\n{counted(len(save_frames(shards, shown_bin, save, transcriber)), 'PNG file')} written to {save}"
             )
+    warn_without_texts(*(transcriber for _, transcriber in sets.values()))
 
 
 @main.command("report")

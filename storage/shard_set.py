@@ -128,7 +128,7 @@ def find_sets(location: Location) -> list[Location]:
         if _holds(location, MANIFEST_FILE):
             return [location]
         if isinstance(location, Path) and not location.is_dir():
-            raise ConfigError(f"{location} is not a folder. Give the folder that `vlprep build --out` wrote.")
+            raise ConfigError(f"{location} is not a folder. {GIVE_SHARDS}")
         folders = [
             folder for folder in sub_folders(location) if _holds(folder, MANIFEST_FILE) or _is_unfinished(folder)
         ]
@@ -170,7 +170,7 @@ def read_manifest_bytes(folder: Location) -> bytes:
         if num_bytes > MAX_MANIFEST_BYTES:
             raise ShardError(f"{path} has {num_bytes:,} bytes; allowed: at most {MAX_MANIFEST_BYTES:,}. {MEND_SHARDS}")
         return path.read_bytes() if isinstance(path, Path) else read_range(path, 0, num_bytes)
-    except (FileNotFoundError, NotThereError):
+    except (FileNotFoundError, NotADirectoryError, NotThereError):
         raise _no_manifest(folder) from None
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror or error}. {MEND_SHARDS}") from error
@@ -306,6 +306,8 @@ def _no_manifest(folder: Location) -> VlprepError:
     if isinstance(folder, Path):
         if not folder.exists():
             return ConfigError(f"{folder} does not exist. Give the folder that holds {MANIFEST_FILE}.")
+        if not folder.is_dir():
+            return ConfigError(f"{folder} is not a folder. {GIVE_SHARDS}")
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_FILE}"))
         if inside:
             shown = ", ".join(inside[:3]) + (", …" if len(inside) > 3 else "")

@@ -14,9 +14,12 @@ from prep.cli import main as vlprep
 from tests.guides import all_pages, page_commands, page_path
 from tests.typed import TOOLS, tool
 from train.generate.cli import main as generate
+from train.memory.cli import main as memory
 from train.order.cli import main as order
 from train.settings.flags import make_parser, parse_arguments
 from train.tiny_model import main as tiny_model
+from train.tools.merge import main as merge
+from train.tools.summary import main as summary
 
 FROZEN = Path(__file__).with_name("flags.txt")
 
@@ -47,7 +50,7 @@ def examples_of(text: str, program: str) -> list[list[str]]:
     return [shlex.split(example) for example in examples]
 
 
-@pytest.mark.parametrize("command", [order, generate, tiny_model])
+@pytest.mark.parametrize("command", [order, generate, memory, merge, summary, tiny_model])
 def test_the_help_of_each_tool_ends_with_examples_that_it_accepts(command: click.Command) -> None:
     name = str(command.name)
     with click.Context(command, info_name=name) as context:

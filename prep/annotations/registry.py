@@ -131,11 +131,28 @@ def find_sources(
         return [_file_source(path, media_root, media, rate)]
     if media_root is not None:
         raise ConfigError("--media-root applies to annotation files only; a registered dataset has its own media_root.")
+    registry_file = registry or DEFAULT_REGISTRY
     # A folder may have the name of a dataset.
-    if path.is_dir() and (len(path.parts) > 1 or not (registry or DEFAULT_REGISTRY).is_file()):
+    if path.is_dir() and (len(path.parts) > 1 or not registry_file.is_file()):
         raise ConfigError(f"annotation file {path} {folder_fault(path)}.")
-    book = Registry.read(registry or DEFAULT_REGISTRY)
-    return [book.source(name, rate, media) for name, rate in parse_expression(expression)]
+    names = parse_expression(expression)
+    book = Registry.read(registry_file) if registry_file.is_file() else None
+    for name, _ in names:
+        if book is None or name not in book.tables:
+            _refuse_path(name, is_alone=len(names) == 1)
+    book = book or Registry.read(registry_file)
+    return [book.source(name, rate, media) for name, rate in names]
+
+
+def _refuse_path(name: str, *, is_alone: bool) -> None:
+    """Refuse a path where the name of a dataset is expected: that of an existing file would have been read as one."""
+    if is_alone and "/" in name:
+        raise ConfigError(f"annotation file {name} does not exist. Check the path.")
+    if "/" in name or name.endswith(ANNOTATION_SUFFIXES):
+        raise ConfigError(
+            f"{name} is a path, and paths are not joined by commas. Give each annotation file as an argument of its "
+            "own: a.jsonl b.jsonl%50."
+        )
 
 
 def _file_source(path: Path, media_root: Location | None, media: MediaSettings, rate: Fraction) -> Source:
@@ -274,11 +291,6 @@ class Registry:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self.tables:
-            if "/" in name or name.endswith(ANNOTATION_SUFFIXES):
-                raise ConfigError(
-                    f"{name} is a path, and paths are not joined by commas. Give each annotation file as an argument "
-                    f"of its own: a.jsonl b.jsonl%50."
-                )
             known = ", ".join(self.tables) or "none"
             if Path(name).is_dir():
                 raise ConfigError(

@@ -129,7 +129,7 @@ def find_transcriber(model: str | None, manifest: Manifest) -> Transcriber:
 
     Args:
         model: checkpoint folder or hub id. None for the default model, if the local hub cache has its tokenizer and
-            this made the shards. Otherwise there are no texts, and a warning says so.
+            this made the shards. Otherwise there are no texts, see :func:`warn_without_texts`.
         manifest: manifest of the set.
 
     Raises:
@@ -137,14 +137,17 @@ def find_transcriber(model: str | None, manifest: Manifest) -> Transcriber:
     """
     if model is not None:
         return open_transcriber(model, manifest)
-    transcriber = cached_transcriber(DEFAULT_MODEL, manifest)
-    if transcriber is None:
+    return cached_transcriber(DEFAULT_MODEL, manifest) or Transcriber(None)
+
+
+def warn_without_texts(*transcribers: Transcriber) -> None:
+    """Say why texts are missing, if :func:`find_transcriber` found no tokenizer."""
+    if not all(transcriber.reads_text for transcriber in transcribers):
         logger.warning(
             "the texts are missing: the shards do not name their model, and the default one, %s, is not in the hub's "
             "cache or did not make them. Pass the --model of the build.",
             DEFAULT_MODEL,
         )
-    return transcriber or Transcriber(None)
 
 
 def open_transcriber(model: str, manifest: Manifest) -> Transcriber:

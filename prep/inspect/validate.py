@@ -170,9 +170,8 @@ def _is_file_argument(argument: Location) -> bool:
     """Whether an argument is a file or URL, not the name of a dataset. A folder may have the name of its dataset."""
     return (
         isinstance(argument, Url)
-        or argument.name.endswith(ANNOTATION_SUFFIXES)
         or argument.is_file()
-        or len(argument.parts) > 1
+        or ("," not in str(argument) and (argument.name.endswith(ANNOTATION_SUFFIXES) or len(argument.parts) > 1))
     )
 
 

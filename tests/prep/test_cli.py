@@ -155,6 +155,10 @@ def test_programs_get_one_json_object_from_build_and_verify(tmp_path: Path, tiny
         (["build", "{corpus}", "--out", "{out}", "--packer", "x"], 2, "bfd"),
         (["build", "{corpus}"], 2, "--out"),
         (["validate", "{out}/none.jsonl"], 2, "none.jsonl does not exist"),
+        (["validate", "{out}/a.jsonl,{out}/b.jsonl"], 2, "paths are not joined by commas"),
+        (["validate", "{corpus}", "--media-root", "{corpus}"], 2, "is a file, where a folder is expected"),
+        (["verify", "{registry}"], 2, "is a file, where a folder is expected"),
+        (["verify", "/dev/null"], 2, "/dev/null is not a folder. Give the folder or URL that"),
         (["validate", "{corpus}", "--media-root", "{out}/none"], 2, "is not a folder"),
         (["datasets", "--registry", "{out}/none.toml"], 2, "does not exist"),
     ],
@@ -318,19 +322,24 @@ def test_a_shell_completes_commands_options_and_datasets(tmp_path: Path, monkeyp
     assert completions("vlprep build m") == ["file,m"]
 
 
-def test_progress_is_rare_in_a_log_and_frequent_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+def test_progress_is_rare_lines_in_a_log_and_a_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
     with progress("scan", 10, "record") as in_log:
         assert in_log.mininterval == in_log.maxinterval == 30
         in_log.start_t -= 2
         in_log.n = 4
         assert re.search(r"scan:  40%.* 4/10 \[00:0[23]<00:0[345], +[12]\.\d+record/s\]", str(in_log))
         assert "\x1b" not in str(in_log)
+    lines = log.getvalue().splitlines()
+    assert "\r" not in log.getvalue() and all(line.startswith("scan: ") for line in lines)
+    assert [re.search(r" (\d+/10) ", line)[1] for line in lines] == ["0/10", "4/10"]  # type: ignore[index]
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress("scan", 10, "record") as on_terminal:
         assert (on_terminal.mininterval, on_terminal.maxinterval) == (0.1, 10)
+    assert terminal.getvalue().startswith("\rscan: ")
     with progress("index", 0, "file") as nothing:
         assert nothing.disable
 

@@ -156,10 +156,20 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
             sources(expression, registry, root)
 
 
-@pytest.mark.parametrize("expression", ["a,b/x.jsonl", "one.json,two.json.gz", "b/", "x.jsonl,y.jsonl%50"])
-def test_paths_joined_by_commas_are_refused_with_the_alternative(registry: Path, expression: str) -> None:
-    with pytest.raises(ConfigError, match="Give each annotation file as an argument of its own"):
-        sources(expression, registry)
+@pytest.mark.parametrize("expression", ["a,b/x.jsonl", "one.json,two.json.gz", "a,b/", "x.jsonl,y.jsonl%50"])
+def test_paths_joined_by_commas_are_refused_with_the_alternative(
+    registry: Path, tmp_path: Path, expression: str
+) -> None:
+    """Also where there is no registry."""
+    for file in (registry, tmp_path / "none.toml"):
+        with pytest.raises(ConfigError, match="Give each annotation file as an argument of its own"):
+            sources(expression, file)
+
+
+def test_a_path_that_is_not_there_is_missing_whether_there_is_a_registry_or_not(registry: Path, tmp_path: Path) -> None:
+    for file in (registry, tmp_path / "none.toml"):
+        with pytest.raises(ConfigError, match="annotation file b/c does not exist"):
+            sources("b/c", file)
 
 
 def test_a_file_with_a_share_is_a_dataset_named_by_its_stem(tmp_path: Path) -> None:

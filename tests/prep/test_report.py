@@ -298,6 +298,19 @@ def test_the_command_of_several_datasets_has_their_names_and_shares(finished: Pa
     assert any("sampling_rate" in note for note in command.notes)
 
 
+def test_a_page_overwrites_pages_alone(finished: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    out = tmp_path / "page.html"
+    for before in (b"", b"\n<!DOCTYPE HTML>old"):
+        out.write_bytes(before)
+        assert run(finished, "--out", out, "--model", tiny_checkpoint, "--bin", 0).exit_code == 0
+    assert out.read_text().startswith("<!doctype html>")
+    shutil.copytree(finished, tmp_path / "set")
+    manifest = tmp_path / "set" / "manifest.json"
+    result = run(tmp_path / "set", "--out", manifest, "--model", tiny_checkpoint)
+    assert (result.exit_code, f"--out {manifest} would overwrite a file that is no" in result.stderr) == (2, True)
+    assert manifest.read_bytes() == (finished / "manifest.json").read_bytes()
+
+
 def test_wrong_use_and_missing_shards_exit_with_2(finished: Path, tmp_path: Path) -> None:
     assert run(finished, "--out", tmp_path / "page.html", "--model", tmp_path).exit_code == 2
     result = run(tmp_path, "--out", tmp_path / "page.html")
@@ -729,9 +742,29 @@ def test_a_page_that_would_be_too_large_shows_less_of_each_sample(
     assert widths and max(widths) <= DETAILS[-1].side
     assert len(smallest) < len(page)
     assert smallest.count("<article") == 5
+    kinds = re.findall(r'<article [^>]*data-kind="([^"]*)"', " ".join(smallest.split()))
+    assert kinds == ["images", "images", "video", "video", "text only"]
     assert f"{page.count('<article') - 5} more samples would not fit; name those that you want" in smallest
     num_files = len(list(finished.glob("bins-*.tar"))) + 2
     assert f"And {num_files - 2} more, which manifest.json lists." in smallest
+
+
+def test_a_page_of_noise_stays_below_three_megabytes(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """At the first detail, four samples with six such images each would take about 5 MB."""
+    rng = np.random.default_rng(0)
+    records = []
+    for index in range(4):
+        names = [f"{index}-{image}.png" for image in range(6)]
+        for name in names:
+            Image.fromarray(rng.integers(0, 256, (392, 392, 3), dtype=np.uint8)).save(tmp_path / name, compress_level=0)
+        records.append({"images": names, "conversations": turn("<image>" * 6, "字" * 9000)})
+    (tmp_path / "noise.jsonl").write_text("\n".join(map(json.dumps, records)))
+    settings = BuildSettings(max_length=16384)
+    shards = open_set(sets.build_set(tmp_path / "noise.jsonl", tmp_path / "out", tiny_checkpoint, settings))
+    page = render_report(shards, Transcriber(None))
+    widths = {int(attributes["width"] or 0) for name, attributes in Page(page).elements if name == "img"}
+    assert len(page.encode()) < 3_000_000 and page.count("<article") == 4
+    assert max(widths) in [detail.side for detail in DETAILS[1:]]
 
 
 # Charts

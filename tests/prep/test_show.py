@@ -138,6 +138,23 @@ def test_tokens_are_listed_with_their_ids_labels_and_positions(small: Path, tiny
     assert (last - first).tolist() == [0, 1, 2]
 
 
+def test_without_a_model_a_bin_is_shown_without_texts_and_one_sentence_says_so(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ``report`` does. Ids, labels and positions do not need a tokenizer."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    result = run(small, "--bin", 0)
+    assert result.exit_code == 0
+    assert "What is in" not in result.stdout and re.search(r"\[\[⟨\d+ tokens⟩<\|im_end\|>", result.stdout)
+    (said,) = caplog.messages
+    assert said.startswith(
+        "the texts are missing: the shards do not name their model, and the default one, Qwen/Qwen2.5"
+    )
+    assert said.endswith("Pass the --model of the build.")
+    tokens = run(small, "--bin", 0, "--token-level").stdout.splitlines()
+    assert len(tokens) > 30 and tokens[6].split() == ["0", str(IM_START), "·", "0", "0", "0", "<|im_start|>"]
+
+
 def test_either_a_bin_or_a_step_is_shown(small: Path, tmp_path: Path) -> None:
     both, neither = run(small, "--bin", 0, "--step", 0), run(small)
     assert both.exit_code == neither.exit_code == 2

@@ -246,7 +246,7 @@ def test_shards_without_a_name_are_wrong_use(shards: str, says: str) -> None:
 
 
 def test_a_file_is_not_a_folder(shard_sets: Path) -> None:
-    with pytest.raises(ShardError, match=r"manifest\.json is not a folder\. Give the folder that"):
+    with pytest.raises(ConfigError, match=r"manifest\.json is not a folder\. Give the folder or URL that"):
         open_shards(shard_sets / "raw" / "manifest.json")
 
 

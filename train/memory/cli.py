@@ -38,6 +38,9 @@ _OFFICIAL_NAME = re.compile(rf"(?:Qwen/)?(?:Qwen2\.5-VL-)?({'|'.join(OFFICIAL)})
 @click.command(
     name="python -m train.memory",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="\b\nExamples:\n"
+    "  python -m train.memory --world-size 8 --model_name_or_path 7B --shards shards/mine\n"
+    "  python -m train.memory --world-size 64 --model_name_or_path 72B --deepspeed zero3.json --max-length 8192",
 )
 @click.option("--world-size", "--world_size", type=click.IntRange(1, 10**6), required=True, help="Number of ranks.")
 @click.option(

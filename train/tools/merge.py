@@ -108,7 +108,12 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
-@click.command(name="python -m train.tools.merge")
+@click.command(
+    name="python -m train.tools.merge",
+    epilog="\b\nExamples:\n"
+    "  python -m train.tools.merge runs/mine/adapter --out models/mine\n"
+    "  python -m train.tools.merge runs/mine/adapter --out models/mine --model_name_or_path checkpoints/base",
+)
 @click.argument("adapter", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write.")
 @click.option(

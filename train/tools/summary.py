@@ -105,7 +105,12 @@ def _rejected(manifests: tuple[Manifest, ...]) -> str:
     return f"{num_rejected:,}" + (f" ({reasons})" if reasons else "")
 
 
-@click.command(name="python -m train.tools.summary")
+@click.command(
+    name="python -m train.tools.summary",
+    epilog="\b\nExamples:\n"
+    "  python -m train.tools.summary shards/mine runs/mine\n"
+    "  python -m train.tools.summary shards/ runs/mine",
+)
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
 @guarded

@@ -6,6 +6,7 @@ alone, so equal sets have equal pages. Cost: one pass over the ledger, and a sor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,18 @@ def choose_samples(shards: ShardSet, *, bins: Sequence[int] = (), samples: Seque
             rows += [(row, f"bin {bin_id}") for row in inside]
         rows = list({row: (row, reason) for row, reason in reversed(rows)}.values())[::-1]
     return [_choice(table, modality, row, reason) for row, reason in rows]
+
+
+def fitting(choices: Sequence[Choice], max_samples: int) -> list[Choice]:
+    """As many of the choices as fit, in their order. Every dataset and modality gives up its last ones first."""
+    num_before: Counter[tuple[str, str]] = Counter()
+    ranks = []
+    for choice in choices:
+        group = choice.dataset, choice.modality
+        ranks.append(num_before[group])
+        num_before[group] += 1
+    kept = sorted(range(len(choices)), key=ranks.__getitem__)[:max_samples]
+    return [choices[index] for index in sorted(kept)]
 
 
 def _of_dataset(table: pa.Table, modality: NDArray[np.int64], dataset: str) -> list[tuple[int, str]]:

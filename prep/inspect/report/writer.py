@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 
 import storage
 from prep.annotations.registry import Source
-from prep.inspect.report.choice import Choice, choose_samples
+from prep.inspect.report.choice import Choice, choose_samples, fitting
 from prep.inspect.report.command import BuildCommand, NamedInputs, build_command
 from prep.inspect.report.gallery import DETAILS, Detail, Thumbnail, make_cards, thumbnail
 from prep.inspect.report.page import Reject, render_page, size_text
 from prep.inspect.report.sources import RecordKey, SourceRecord, read_originals
 from prep.inspect.report.statistics import Statistics, gather
-from prep.inspect.transcript import Transcriber, find_transcriber
+from prep.inspect.transcript import Transcriber, find_transcriber, warn_without_texts
 from schemas.errors import ConfigError
 from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
@@ -32,7 +32,9 @@ MAX_BYTES = 3_000_000
 """A larger page shows smaller thumbnails and shorter texts."""
 
 MAX_SAMPLES = 240
-"""Samples of a page: four of every kind in 60 datasets of one kind."""
+"""Samples of a page: four of every kind in 60 datasets of one kind, and fewer of each in more datasets."""
+
+_START_BYTES = 256
 
 _REJECT_SIDE = 0.4
 """Side of the image of a reject, relative to that of a sample."""
@@ -72,6 +74,8 @@ def write_report(folder: Location, out: Location, request: ReportRequest) -> str
         ConfigError: the model or a dataset is not that of the build, there is no such bin or sample, or ``out`` cannot
             be written.
     """
+    if isinstance(out, Path):
+        _require_page(out)
     shards = open_set(folder)
     transcriber = find_transcriber(request.named.model, shards.manifest)
     # The name of a folder may contain bytes that are not text.
@@ -87,7 +91,21 @@ def write_report(folder: Location, out: Location, request: ReportRequest) -> str
             write_synced(out, page)
         except OSError as error:
             raise ConfigError(f"--out {out} cannot be written: {error.strerror}. Give another file.") from error
+    warn_without_texts(transcriber)
     return f"{out}: {size_text(len(page))}"
+
+
+def _require_page(out: Path) -> None:
+    """Check that what is overwritten is an HTML page, not a file of the set or the like.
+
+    Raises:
+        ConfigError: it is another file.
+    """
+    if out.is_file() and out.stat().st_size:
+        with out.open("rb") as file:
+            is_page = file.read(_START_BYTES).lstrip().lower().startswith(b"<!doctype html")
+        if not is_page:
+            raise ConfigError(f"--out {out} would overwrite a file that is no HTML page. Give another file.")
 
 
 def render_report(shards: ShardSet, transcriber: Transcriber, request: ReportRequest | None = None) -> str:
@@ -105,7 +123,7 @@ def render_report(shards: ShardSet, transcriber: Transcriber, request: ReportReq
     request = request or ReportRequest()
     choices = choose_samples(shards, bins=request.bins, samples=request.samples)
     note = _note(transcriber, num_hidden=max(0, len(choices) - MAX_SAMPLES))
-    choices = choices[:MAX_SAMPLES]
+    choices = fitting(choices, MAX_SAMPLES)
     statistics = gather(shards)
     records = read_originals(
         request.sources,
