@@ -313,11 +313,13 @@ def show_command(
 ) -> None:
     """Print one bin of the shards in DIR, or the bins of a training step: text, media, and what is trained."""
     from prep.inspect.show import save_frames, show
-    from prep.inspect.step import shown_bins
+    from prep.inspect.step import checkpoint_of_run, shown_bins
     from prep.inspect.terminal import open_console, print_bin, wants_colour
     from prep.inspect.transcript import find_transcriber, warn_without_texts
     from storage.shard_set import open_set
 
+    if model is None and step is not None:
+        model = checkpoint_of_run(folder)
     console = open_console()
     sets: dict[Location, tuple[ShardSet, Transcriber]] = {}
     for heading, shards_folder, shown_bin in shown_bins(folder, bin_id=bin_id, step=step):

@@ -91,10 +91,10 @@ def test_real_images_and_videos_become_shards_and_the_loss_falls_in_twelve_steps
     assert (facts.world_size, facts.global_batch, facts.num_steps) == (2, 2, 12)
     shown = order("--run", real / "run", "--step", 11)
     assert shown.startswith("step 11, epoch ") and "annotations.jsonl:" in shown
-    bins = CliRunner().invoke(
-        vlprep_command, ["show", str(real / "run"), "--step", "11", "--model", str(tiny_checkpoint)]
-    )
+    # The record of the run names the checkpoint.
+    bins = CliRunner().invoke(vlprep_command, ["show", str(real / "run"), "--step", "11"])
     assert bins.exit_code == 0, bins.output
+    assert "<|im_start|>system\nYou are a helpful assistant.<|im_end|>" in bins.stdout
     ranks = [f"step 11, micro-step 0, rank {rank}" for rank in (0, 1)]
     assert re.findall("^━━ (.*) ━━$", bins.stdout, re.MULTILINE) == ranks
     numbers = [
@@ -121,7 +121,7 @@ def test_shards_of_another_tokenizer_are_refused_with_one_sentence(real: Path, t
 def test_a_folder_without_a_manifest_is_refused_with_one_sentence(real: Path, tiny_checkpoint: Path) -> None:
     (real / "empty").mkdir()
     code, message = refusal(real / "empty", tiny_checkpoint, real / "refused")
-    assert code == 1
+    assert code == 2
     assert "manifest" in message
 
 

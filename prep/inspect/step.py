@@ -1,4 +1,4 @@
-"""The bins of a training step, for ``vlprep show --step``.
+"""The bins of a training step and the checkpoint of its run, for ``vlprep show --step``.
 
 Input: the folder of a run, and a step. Output: a :class:`StepBin` for each bin that a rank computes. The order belongs
 to the trainer, which the preparation does not import: ``python -m train.order`` runs as a process and answers in JSON.
@@ -15,6 +15,11 @@ import msgspec
 
 from schemas.errors import ConfigError, VlprepError
 from storage.urls import Location, Url, parse_location
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 class StepBin(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,3 +70,13 @@ def bins_of_step(run: Path, step: int) -> list[StepBin]:
             raise ConfigError(reason)
         raise VlprepError(f"python -m train.order failed for step {step} of {run}: {reason}")
     return msgspec.json.decode(answer.stdout, type=list[StepBin])
+
+
+def checkpoint_of_run(run: Location) -> str | None:
+    """The folder of the checkpoint that a run started from, if its record names one that is still there."""
+    try:
+        record = tomllib.loads((run / "settings.toml").read_text(encoding="utf-8")) if isinstance(run, Path) else {}
+        checkpoint = str(record["run"]["checkpoint"])
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError):
+        return None
+    return checkpoint if Path(checkpoint).is_dir() else None
