@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 import threading
 import zlib
 from functools import lru_cache
@@ -33,6 +34,9 @@ from storage.urls import Location
 
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_PREFIX = len(_NPY_MAGIC) + 2
+_TAR_HEADER = struct.Struct("100s24x12s12x8s101x5s250x")
+"""Name, size, checksum and magic number of a ustar header."""
+
 _NPY_HEADER = re.compile(rb"\{'descr': '([^']+)', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\),? ?\} *\n")
 
 
@@ -152,15 +156,17 @@ def parse_bin(data: memoryview | bytes | bytearray, index: int, *, where: str) -
     if missing or len(codecs) != 1:
         absent = missing or [" or ".join(PIXELS_MEMBER.values())]
         raise ShardError(f"{where}: member {absent[0]} is missing; found {sorted(members)}. {MEND_SHARDS}")
-    arrays = {name: _array(members[name], dtype, f"{where}, {name}") for name, dtype in ARRAY_MEMBERS.items()}
+    ids, labels, positions, boundaries, grids, media_types = [
+        _array(members[name], dtype, where, name) for name, dtype in ARRAY_MEMBERS.items()
+    ]
     parsed = Bin(
         index=index,
-        input_ids=arrays["input_ids.npy"],
-        labels=arrays["labels.npy"],
-        position_ids=arrays["position_ids.npy"],
-        cu_seqlens=arrays["cu_seqlens.npy"],
-        grid_thw=arrays["grid_thw.npy"],
-        media_type=arrays["media_type.npy"],
+        input_ids=ids,
+        labels=labels,
+        position_ids=positions,
+        cu_seqlens=boundaries,
+        grid_thw=grids,
+        media_type=media_types,
         pixels=np.frombuffer(members[PIXELS_MEMBER[codecs[0]]], dtype=np.uint8),
         codec=codecs[0],
         samples_json=bytes(members[SAMPLES_MEMBER]),
@@ -173,13 +179,13 @@ def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
     members: dict[str, memoryview] = {}
     position = 0
     while position < len(data):
+        start = position + TAR_BLOCK
         try:
-            name, size = _tar_header(bytes(data[position : position + TAR_BLOCK]))
+            name, size = _tar_header(data[position:start])
         except ValueError as error:
             raise ShardError(
                 f"{where}: no tar header at byte {position} of the bin ({error}). {MEND_SHARDS}"
             ) from error
-        start = position + TAR_BLOCK
         if not 0 <= size <= len(data) - start:
             raise ShardError(f"{where}: member {name} is cut short. {MEND_SHARDS}")
         member_key, _, member = name.partition(".")
@@ -190,105 +196,147 @@ def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
     return members
 
 
-def _tar_header(block: bytes) -> tuple[str, int]:
+def _tar_header(block: memoryview) -> tuple[str, int]:
     """Name and size of a member. The ``tarfile`` module does the same in twenty times the time."""
-    if len(block) < TAR_BLOCK or block[257:262] != b"ustar":
+    if len(block) < TAR_BLOCK:
+        raise ValueError("no ustar header")
+    name, size, stated, magic = _TAR_HEADER.unpack(block)
+    if magic != b"ustar":
         raise ValueError("no ustar header")
     # The checksum is taken with its own eight bytes as spaces. The lower half of Adler-32 is 1 + the sum of the bytes
     # modulo 65521, ten times as fast as a sum in Python; headers sum up to far less.
-    stated = int(block[148:156].strip(b" \0"), 8)
-    if zlib.adler32(block) & 0xFFFF != (1 + stated - 8 * ord(" ") + sum(block[148:156])) % 65521:
+    expected = 1 + int(stated.strip(b" \0"), 8) - 8 * ord(" ") + sum(stated)
+    if zlib.adler32(block) & 0xFFFF != expected % 65521:
         raise ValueError("bad checksum")
-    return block[:100].rstrip(b"\0").decode(), int(block[124:136].strip(b" \0"), 8)
+    return name.rstrip(b"\0").decode(), int(size.strip(b" \0"), 8)
 
 
-def _array(data: memoryview, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
+def _array(data: memoryview, dtype: np.dtype[Any], where: str, name: str) -> NDArray[Any]:
     start = _NPY_PREFIX + int.from_bytes(data[_NPY_PREFIX - 2 : _NPY_PREFIX], "little")
     try:
-        if data[: len(_NPY_MAGIC)] != _NPY_MAGIC:
-            raise ValueError("no header of the .npy format, version 1.0")
-        description, fortran_order, shape = _npy_header(bytes(data[_NPY_PREFIX:start]))
-        if fortran_order or description != dtype.str:
-            raise ValueError(
-                f"dtype {np.dtype(description)}, Fortran order {fortran_order}; expected {dtype} in C order"
-            )
-        return np.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
+        size, shape = _npy_layout(bytes(data[:start]), dtype)
+        array = np.frombuffer(data, dtype=dtype, count=size, offset=start)
+        return array if len(shape) == 1 else array.reshape(shape)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ShardError(f"{where}: not the expected array: {error}. {MEND_SHARDS}") from error
+        raise ShardError(f"{where}, {name}: not the expected array: {error}. {MEND_SHARDS}") from error
 
 
 @lru_cache(maxsize=4096)
-def _npy_header(header: bytes) -> tuple[str, bool, tuple[int, ...]]:
-    """Dtype, Fortran order and shape of an array.
+def _npy_layout(header: bytes, dtype: np.dtype[Any]) -> tuple[int, tuple[int, ...]]:
+    """Elements and shape of an array of ``dtype``, from its header with the prefix.
 
     numpy's own parser compiles the header as Python source: 0.2 ms an array, and before Python 3.13 it fails now and
     then when other threads compile at the same time (github.com/python/cpython/issues/106905).
     """
-    match = _NPY_HEADER.fullmatch(header)
+    match = _NPY_HEADER.fullmatch(header, _NPY_PREFIX) if header.startswith(_NPY_MAGIC) else None
     if match is None:
         raise ValueError("no header of the .npy format, version 1.0")
-    description, fortran_order, dimensions = (group.decode() for group in match.groups())
-    return description, fortran_order == "True", tuple(int(size) for size in dimensions.split(",") if size.strip())
+    description, order, dimensions = (group.decode() for group in match.groups())
+    if order == "True" or description != dtype.str:
+        raise ValueError(f"dtype {np.dtype(description)}, Fortran order {order}; expected {dtype} in C order")
+    shape = tuple(int(size) for size in dimensions.split(",") if size.strip())
+    return math.prod(shape), shape
 
 
 def _check_shapes(parsed: Bin, where: str) -> None:
     length, num_media = parsed.input_ids.size, parsed.media_type.size
-    expected: dict[str, tuple[int, ...]] = {
-        "input_ids": (length,),
-        "labels": (length,),
-        "position_ids": (3, length),
-        "grid_thw": (num_media, 3),
-        "media_type": (num_media,),
-        "cu_seqlens": (parsed.cu_seqlens.size,),
+    boundaries = parsed.cu_seqlens
+    shapes = {
+        "input_ids": (parsed.input_ids.shape, (length,)),
+        "labels": (parsed.labels.shape, (length,)),
+        "position_ids": (parsed.position_ids.shape, (3, length)),
+        "grid_thw": (parsed.grid_thw.shape, (num_media, 3)),
+        "media_type": (parsed.media_type.shape, (num_media,)),
+        "cu_seqlens": (boundaries.shape, (boundaries.size,)),
     }
-    for name, allowed in expected.items():
-        shape = getattr(parsed, name).shape
+    for name, (shape, allowed) in shapes.items():
         if shape != allowed:
             raise ShardError(f"{where}: {name} has shape {shape}, expected {allowed}. {MEND_SHARDS}")
-    boundaries = parsed.cu_seqlens
-    if boundaries.size < 2 or boundaries[0] != 0 or boundaries[-1] != length or bool(np.any(np.diff(boundaries) <= 0)):
+    is_ascending = boundaries.size > 1 and bool((boundaries[1:] > boundaries[:-1]).all())
+    if not is_ascending or boundaries[0] != 0 or boundaries[-1] != length:
         raise ShardError(
             f"{where}: cu_seqlens {boundaries.tolist()[:8]} do not cut {length} tokens into samples. {MEND_SHARDS}"
         )
 
 
-def check_samples(parsed: Bin, *, where: str) -> None:
+class Counts(NamedTuple):
+    """What a bin holds, in the words of messages."""
+
+    tokens: int
+    targets: int
+    samples: int
+    patches: int
+    images: int
+    videos: int
+
+
+def check_samples(parsed: Bin, *, where: str, expected: Counts | None = None) -> None:
     """Check what training relies on: ids and labels are tokens of the model, no sample is predicted from the one before
     it, and pad tokens fit the media.
 
+    Args:
+        parsed: the bin.
+        where: how messages name it.
+        expected: its counts in the index.
+
     Raises:
-        ShardError: the bin breaks such a rule.
+        ShardError: the bin breaks such a rule, or has other counts.
     """
+    ids, labels, boundaries = parsed.input_ids, parsed.labels, parsed.cu_seqlens
     grids: list[list[int]] = parsed.grid_thw.tolist()
-    if any(min(grid) < 1 or grid[1] % MERGE_SIZE or grid[2] % MERGE_SIZE for grid in grids):
-        raise ShardError(
-            f"{where}: grid_thw {grids[:4]} has a grid that is not positive with even rows and columns. "
-            "Build the shards again."
+    kinds: list[int] = parsed.media_type.tolist()
+    is_target = labels != IGNORE_INDEX
+    num_patches = sum([t * h * w for t, h, w in grids])
+    if expected is not None:
+        counts = Counts(
+            tokens=ids.size,
+            targets=int(np.count_nonzero(is_target)),
+            samples=boundaries.size - 1,
+            patches=num_patches,
+            images=kinds.count(MEDIA_IMAGE),
+            videos=kinds.count(MEDIA_VIDEO),
         )
-    if bool(np.any(parsed.media_type > MEDIA_VIDEO)):
-        raise ShardError(
-            f"{where}: media_type has {int(parsed.media_type.max())}; allowed: {MEDIA_IMAGE} (image), {MEDIA_VIDEO} "
-            "(video). Build the shards again."
-        )
-    if bool(np.any((parsed.media_type == MEDIA_IMAGE) & (parsed.grid_thw[:, 0] != 1))):
-        raise ShardError(f"{where}: grid_thw has an image of several temporal steps. Build the shards again.")
-    ids, labels = parsed.input_ids, parsed.labels
-    if bool((ids < 0).any() or (ids >= NUM_TOKENS).any()):
+        _check_counts(counts, expected, where)
+    _check_media(grids, kinds, where)
+    # Negative ids are above all tokens as unsigned integers.
+    if ids.view(np.uint32).max() >= NUM_TOKENS:
         raise ShardError(
             f"{where}: input_ids are {ids.min()} to {ids.max()}; allowed: 0 to {NUM_TOKENS - 1}. Build the shards "
             "again."
         )
-    if bool(((labels != IGNORE_INDEX) & (labels != ids)).any()):
+    if (is_target & (labels != ids)).any():
         raise ShardError(f"{where}: a label is neither {IGNORE_INDEX} nor the id of its token. Build the shards again.")
-    trained_first = parsed.labels[parsed.cu_seqlens[:-1]] != IGNORE_INDEX
-    if bool(trained_first.any()):
+    trained_first = is_target[boundaries[:-1]]
+    if trained_first.any():
         raise ShardError(
             f"{where}: the first label of sample {int(trained_first.argmax())} is not {IGNORE_INDEX}: it would be "
             "predicted from the sample before it. Build the shards again."
         )
-    num_pads = int(np.count_nonzero((parsed.input_ids == IMAGE_PAD) | (parsed.input_ids == VIDEO_PAD)))
-    expected = sum(t * h * w for t, h, w in grids) // MERGED_PATCHES
-    if num_pads != expected:
+    num_pads = int(np.count_nonzero((ids == IMAGE_PAD) | (ids == VIDEO_PAD)))
+    if num_pads != num_patches // MERGED_PATCHES:
         raise ShardError(
-            f"{where}: {num_pads} media pad tokens in input_ids, but its media have {expected}. Build the shards again."
+            f"{where}: {num_pads} media pad tokens in input_ids, but its media have {num_patches // MERGED_PATCHES}. "
+            "Build the shards again."
         )
+
+
+def _check_counts(counts: Counts, expected: Counts, where: str) -> None:
+    if counts != expected:
+        name, count, allowed = next(row for row in zip(Counts._fields, counts, expected) if row[1] != row[2])
+        raise ShardError(f"{where}: holds {count} {name}, the index says {allowed}. Build the shards again.")
+
+
+def _check_media(grids: list[list[int]], kinds: list[int], where: str) -> None:
+    for (t, h, w), kind in zip(grids, kinds):
+        if t < 1 or h < 1 or w < 1 or h % MERGE_SIZE or w % MERGE_SIZE:
+            raise ShardError(
+                f"{where}: grid_thw {grids[:4]} has a grid that is not positive with even rows and columns. "
+                "Build the shards again."
+            )
+        if kind > MEDIA_VIDEO:
+            raise ShardError(
+                f"{where}: media_type has {max(kinds)}; allowed: {MEDIA_IMAGE} (image), {MEDIA_VIDEO} (video). "
+                "Build the shards again."
+            )
+        if kind == MEDIA_IMAGE and t != 1:
+            raise ShardError(f"{where}: grid_thw has an image of several temporal steps. Build the shards again.")

@@ -29,6 +29,10 @@ from schemas.qwen import IGNORE_INDEX
 from schemas.tables import BinRow
 from storage.files import naming, temporary_path
 
+_BUFFER_BYTES = 4 << 20
+"""Bytes written at once. The page cache keeps them in pages as large, which are read up to four times as fast as pages
+of 4 KiB."""
+
 _Parts = list[bytes | memoryview]
 """Contents of a member, in consecutive pieces."""
 
@@ -51,7 +55,7 @@ class ShardWriter:
         self._file: io.BufferedWriter | None = None
 
     def __enter__(self) -> ShardWriter:
-        self._file = self._temporary.open("wb")
+        self._file = io.BufferedWriter(io.FileIO(self._temporary, "wb"), _BUFFER_BYTES)
         return self
 
     def __exit__(

@@ -70,6 +70,23 @@ def written(path: Path, codec: str, samples: list[EncodedSample], quality: int |
     return path.read_bytes(), writer.drift
 
 
+def test_bytes_reach_the_file_by_the_mebibyte(tmp_path: Path) -> None:
+    """The page cache keeps small writes in small pages, which are slow to read. The size of the file jumps."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (1, 3, 280, 280), dtype=np.uint8)
+    sample = sample_of([(0, Grid(1, 20, 20), frames)])
+    sizes = {0}
+    with ShardWriter(tmp_path / "bins-00000.tar", "raw") as writer:
+        (file,) = tmp_path.iterdir()
+        for index in range(40):
+            writer.write_bin(index, [(SampleRef("d", 3, "x"), sample)])
+            sizes.add(file.stat().st_size)
+        writer.close()
+    steps = np.diff(sorted(sizes))
+    assert steps.size >= 2
+    assert steps.min() >= 1 << 20
+
+
 # Round trips
 
 sides = st.integers(1, 3).map(lambda side: 2 * side)

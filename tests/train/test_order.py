@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import struct
 import subprocess
@@ -44,6 +45,32 @@ def test_every_bin_is_used_exactly_once_per_epoch_even_if_steps_span_epochs(
     sequence = drawn(order, range(math.ceil(3 * num_bins / batch)))
     for epoch in range(3):
         assert sorted(sequence[epoch * num_bins : (epoch + 1) * num_bins]) == list(range(num_bins))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    sizes,
+    seeds,
+    st.integers(1, 600),
+    st.integers(0, 40),
+    st.sampled_from([None, 0.3, 2.5]),
+    st.sampled_from([None, Grouping(steps=3, runs=2)]),
+)
+def test_consecutive_steps_are_dealt_as_each_step_alone(
+    num_bins: int, seed: int, batch: int, start: int, epochs: float | None, grouping: Grouping | None
+) -> None:
+    """Up to a given step, and up to the end of the sequence."""
+    order = DataOrder(
+        np.arange(num_bins, dtype=np.float64), seed=seed, global_batch=batch, epochs=epochs, grouping=grouping
+    )
+    layout = {"world_size": 2, "accumulation": -(-batch // 2), "per_device": 1}
+    end = start + 7
+    dealt = list(order.deal(start, end, **layout))
+    assert len(dealt) == max(0, min(end, order.num_steps or end) - start)
+    for step, bins in enumerate(dealt, start):
+        assert np.array_equal(bins, order.bins_of_step(step, **layout))
+    endless = itertools.islice(order.deal(start, None, **layout), 7)
+    assert all(np.array_equal(bins, again) for bins, again in zip(dealt, endless, strict=True))
 
 
 @settings(deadline=None)

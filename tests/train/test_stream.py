@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from tests.train.synthetic import Sample, make_bins, make_medium, make_sample, w
 from train.batches import workers as workers_module
 from train.batches.batch import MicroBatch
 from train.batches.stream import BinStream
+from train.batches.workers import Stalled, StepWork
 from train.model.pixels import pixel_values
 from train.order.dealing import DataOrder
 from train.shards.index import ShardIndex, open_shards
@@ -214,7 +219,16 @@ def test_prefetched_batches_are_handed_out_without_reading(index: ShardIndex, mo
 
 
 def wait_until_ready(stream: BinStream) -> None:
-    wait_until(lambda: all(pending.batch.done() for pending in stream._pending))
+    wait_until(lambda: all(work.is_done() for work in stream._steps))
+
+
+def test_a_step_that_is_dropped_is_kept_nowhere(index: ShardIndex) -> None:
+    """Its memory is free before the next step is asked for, also that of the last step."""
+    with open_stream(index, prefetch=1) as stream:
+        while (batch := next(stream, None)) is not None:
+            kept = weakref.WeakSet(micro.vision.planes for micro in batch.micro_batches)
+            del batch
+            wait_until(partial(operator.not_, kept))
 
 
 def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -324,6 +338,11 @@ def broken_sample(what: str) -> Sample:
         sample.labels[0] = sample.input_ids[0]
     elif what == "lost pad token":
         sample.input_ids[2] = 11
+    elif what in ("negative id", "unknown id"):
+        sample.input_ids[-1] = -1 if what == "negative id" else 152_064
+        sample.labels[-1] = -100
+    elif what == "other label":
+        sample.labels[-1] = sample.input_ids[-1] + 1
     return sample
 
 
@@ -332,6 +351,9 @@ def broken_sample(what: str) -> Sample:
     [
         ("trained first label", "the first label of sample 1 is not -100"),
         ("lost pad token", "7 media pad tokens in input_ids, but its media have 8"),
+        ("negative id", r"input_ids are -1 to \d+; allowed: 0 to 152063"),
+        ("unknown id", r"input_ids are \d+ to 152064; allowed: 0 to 152063"),
+        ("other label", "a label is neither -100 nor the id of its token"),
     ],
 )
 def test_an_inconsistent_bin_raises(tmp_path: Path, what: str, says: str) -> None:
@@ -358,6 +380,51 @@ def test_a_stalled_read_raises_and_names_the_bin(index: ShardIndex, monkeypatch:
         next(stream)
     assert time.monotonic() - start_s < 5
     released.set()
+
+
+@contextmanager
+def handed_in(work: StepWork, positions: range) -> Iterator[None]:
+    """Hand in a batch every tenth of a second."""
+    ended = threading.Event()
+
+    def hand_in() -> None:
+        for position in positions:
+            if ended.wait(0.1):
+                return
+            work.set_batch(position, position)  # type: ignore[arg-type]
+
+    thread = threading.Thread(target=hand_in)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+def test_the_time_limit_holds_for_a_micro_batch_and_not_for_a_step() -> None:
+    work = StepWork(np.zeros((13, 1, 1), dtype=np.int64), [(bin_id,) for bin_id in range(13)])
+    with handed_in(work, range(13)):
+        assert work.wait(1.0) == tuple(range(13))
+
+
+def test_a_stalled_step_names_the_first_micro_batch_that_is_missing() -> None:
+    """Micro-batches behind it do not extend its time."""
+    work = StepWork(np.zeros((50, 1, 1), dtype=np.int64), [(bin_id + 3,) for bin_id in range(50)])
+    work.set_batch(0, 0)  # type: ignore[arg-type]
+    start_s = time.monotonic()
+    with handed_in(work, range(2, 50)), pytest.raises(Stalled) as stalled:
+        work.wait(0.3)
+    assert stalled.value.bins == (4,)
+    assert time.monotonic() - start_s < 3, "the last micro-batch comes after five seconds"
+
+
+def test_the_first_error_of_a_step_ends_the_wait_at_once() -> None:
+    """Also where earlier micro-batches are missing, and where more fails later."""
+    work = StepWork(np.zeros((3, 1, 1), dtype=np.int64), [(4,), (5,), (6,)])
+    for error in (ShardError("damaged"), MemoryError()):
+        work.set_error(error)
+    work.set_batch(0, None)  # type: ignore[arg-type]
+    with pytest.raises(ShardError, match="damaged"):
+        work.wait(30)
 
 
 def test_any_failure_of_a_thread_reaches_the_training_thread(

@@ -12,6 +12,7 @@ buffer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -160,67 +161,72 @@ def build_micro_batch(
     tokens = _concatenate(bins) if bins else _empty_position()
     # lengths (S,) -> cu_seqlens (S+1,)
     cu_seqlens = np.zeros(tokens.lengths.size + 1, dtype=np.int32)
-    np.cumsum(tokens.lengths, out=cu_seqlens[1:])
-    # labels (L,) -> target_positions (T,). Position p predicts token p + 1. The first label of a sample is never
-    # trained, so p and p + 1 always belong to the same sample.
-    target_positions = np.flatnonzero(tokens.labels[1:] != IGNORE_INDEX)
-    media_positions = np.flatnonzero((tokens.input_ids == IMAGE_PAD) | (tokens.input_ids == VIDEO_PAD))
-    if where is None:
-        where = [f"bin {bin_.index}" for bin_ in bins]
+    tokens.lengths.cumsum(out=cu_seqlens[1:])
+    # labels (L,) -> next_labels (L-1,) -> target_positions (T,). Position p predicts token p + 1. The first label of a
+    # sample is never trained, so p and p + 1 always belong to the same sample.
+    next_labels = tokens.labels[1:]
+    target_positions = (next_labels != IGNORE_INDEX).nonzero()[0]
+    media_positions = ((tokens.input_ids == IMAGE_PAD) | (tokens.input_ids == VIDEO_PAD)).nonzero()[0]
+    lengths = tuple(tokens.lengths.tolist())
     return MicroBatch(
-        input_ids=torch.from_numpy(tokens.input_ids[None]),
-        position_ids=torch.from_numpy(tokens.position_ids[:, None]),
+        input_ids=torch.from_numpy(tokens.input_ids[None].astype(np.int64)),
+        position_ids=torch.from_numpy(tokens.position_ids[:, None].astype(np.int64)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        lengths=tuple(tokens.lengths.tolist()),
-        max_seqlen=int(tokens.lengths.max()),
+        lengths=lengths,
+        max_seqlen=max(lengths),
         media_positions=torch.from_numpy(media_positions),
         target_positions=torch.from_numpy(target_positions),
-        targets=torch.from_numpy(tokens.labels[target_positions + 1]),
+        targets=torch.from_numpy(next_labels[target_positions].astype(np.int64)),
         vision=_vision_batch(bins, where, window_size, memory, buffers),
         bins=tuple(bin_ids) if bin_ids is not None else tuple(bin_.index for bin_ in bins),
         num_tokens=tokens.input_ids.size if bins else 0,
-        num_samples=tokens.lengths.size if bins else 0,
+        num_samples=len(lengths) if bins else 0,
     )
 
 
 class _Tokens(NamedTuple):
     """Concatenated tokens: input_ids (L,), labels (L,), position_ids (3, L), tokens of each sample (S,)."""
 
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
 
 
 def _concatenate(bins: Sequence[Bin]) -> _Tokens:
+    lengths = [bin_.cu_seqlens[1:] - bin_.cu_seqlens[:-1] for bin_ in bins]
+    if len(bins) == 1:
+        return _Tokens(bins[0].input_ids, bins[0].labels, bins[0].position_ids, lengths[0])
     return _Tokens(
-        input_ids=np.concatenate([bin_.input_ids for bin_ in bins], dtype=np.int64),
-        labels=np.concatenate([bin_.labels for bin_ in bins], dtype=np.int64),
-        position_ids=np.concatenate([bin_.position_ids for bin_ in bins], axis=1, dtype=np.int64),
-        lengths=np.concatenate([np.diff(bin_.cu_seqlens) for bin_ in bins]),
+        input_ids=np.concatenate([bin_.input_ids for bin_ in bins]),
+        labels=np.concatenate([bin_.labels for bin_ in bins]),
+        position_ids=np.concatenate([bin_.position_ids for bin_ in bins], axis=1),
+        lengths=np.concatenate(lengths),
     )
 
 
 def _empty_position() -> _Tokens:
     """One token without a target; token 0 exists in every vocabulary."""
     return _Tokens(
-        input_ids=np.zeros(1, dtype=np.int64),
-        labels=np.full(1, IGNORE_INDEX, dtype=np.int64),
-        position_ids=np.zeros((3, 1), dtype=np.int64),
+        input_ids=np.zeros(1, dtype=np.int32),
+        labels=np.full(1, IGNORE_INDEX, dtype=np.int32),
+        position_ids=np.zeros((3, 1), dtype=np.int32),
         lengths=np.ones(1, dtype=np.int32),
     )
 
 
 def _vision_batch(
     bins: Sequence[Bin],
-    where: Sequence[str],
+    where: Sequence[str] | None,
     window_size: int,
     memory: Sequence[torch.Tensor] | None,
     buffers: Buffers | None,
 ) -> VisionBatch:
-    media = tuple(medium for bin_ in bins for medium in bin_.grids())
+    media_of_bins = [bin_.grids() for bin_ in bins]
+    media = tuple(itertools.chain.from_iterable(media_of_bins))
     if media:
-        planes, residuals = _planes(bins, where, memory, buffers)
+        where = where or [f"bin {bin_.index}" for bin_ in bins]
+        planes, residuals = _planes(bins, media_of_bins, where, memory, buffers)
     else:
         media = (DUMMY_MEDIUM,)
         planes, residuals = torch.zeros(stored_bytes(*DUMMY_MEDIUM), dtype=torch.uint8), False
@@ -235,30 +241,34 @@ def _vision_batch(
         window_index=torch.from_numpy(inputs.window_index),
         cu_window_seqlens=torch.from_numpy(inputs.cu_window_seqlens),
         max_window_seqlen=inputs.max_window_seqlen,
-        num_patches=sum(grid.num_patches for grid, _ in media),
+        num_patches=inputs.position_ids.shape[0],
     )
 
 
 def _planes(
-    bins: Sequence[Bin], where: Sequence[str], memory: Sequence[torch.Tensor] | None, buffers: Buffers | None
+    bins: Sequence[Bin],
+    media: Sequence[Sequence[Medium]],
+    where: Sequence[str],
+    memory: Sequence[torch.Tensor] | None,
+    buffers: Buffers | None,
 ) -> tuple[torch.Tensor, bool]:
     """Planes of all bins (B,) uint8, and whether they are residuals.
 
     Bins of mixed codecs are all brought to residuals: encoding planes is cheaper on the CPU than undoing residuals.
     """
-    residuals = any(bin_.codec == "zstd" for bin_ in bins)
+    sizes = [sum(itertools.starmap(stored_bytes, of_bin)) for of_bin in media]
     if len(bins) == 1 and bins[0].codec == "raw":
         pixels = bins[0].pixels
-        _require_size(pixels.size, bins[0].num_pixel_bytes, where[0])
+        _require_size(pixels.size, sizes[0], where[0])
         if memory is not None:
-            start = pixels.ctypes.data - memory[0].data_ptr()
-            return memory[0][start : start + pixels.size], False
+            start = pixels.__array_interface__["data"][0] - memory[0].data_ptr()
+            return memory[0].narrow(0, start, pixels.size), False
         if pixels.flags.writeable:
             return torch.from_numpy(pixels), False
-    sizes = [bin_.num_pixel_bytes for bin_ in bins]
+    residuals = any(bin_.codec == "zstd" for bin_ in bins)
     planes = torch.empty(sum(sizes), dtype=torch.uint8) if buffers is None else buffers.take(sum(sizes))
     parts = np.split(planes.numpy(), np.cumsum(sizes)[:-1])
-    for bin_, location, part in zip(bins, where, parts):
+    for bin_, of_bin, location, part in zip(bins, media, where, parts):
         if bin_.codec == "zstd":
             _decompress(bin_.pixels, part, location)
             continue
@@ -268,7 +278,7 @@ def _planes(
             _require_size(bin_.pixels.size, part.size, location)
             part[:] = bin_.pixels
         if residuals:
-            _encode_in_place(part, bin_.grids())
+            _encode_in_place(part, of_bin)
     return planes, residuals
 
 

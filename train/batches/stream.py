@@ -16,12 +16,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, TimeoutError
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
-from typing import NamedTuple, final
+from typing import final
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from numpy.typing import NDArray
 from schemas.errors import ConfigError, ShardError
 from train.batches.batch import MicroBatch
 from train.batches.vision_inputs import WINDOW_SIZE
-from train.batches.workers import Builder, MicroStep, Workers
+from train.batches.workers import Builder, Stalled, StepWork, Workers
 from train.order.dealing import EMPTY, DataOrder
 from train.settings.declarations import READ_TIMEOUT_S
 from train.shards.buffers import Buffers, PinnedBuffers, ReusedBuffers
@@ -128,10 +126,12 @@ class BinStream(Iterator[StepBatch]):
             pin_device=pin_device,
             build_slots=threading.BoundedSemaphore(num_threads),
         )
-        steps = _steps(start_step, end_step, order.num_steps)
-        deal = partial(order.bins_of_step, world_size=world_size, accumulation=accumulation, per_device=per_device)
-        self._plan = (micro_step for step in steps for micro_step in _micro_steps(deal(step), rank))
-        self._pending: deque[_Pending] = deque()
+        dealt = order.deal(
+            start_step, end_step, world_size=world_size, accumulation=accumulation, per_device=per_device
+        )
+        self._plan = _micro_steps(dealt, rank)
+        self._steps: deque[StepWork] = deque()
+        self._num_pending = 0
         self._workers: Workers | None = None
         self._is_closed = False
 
@@ -153,25 +153,25 @@ class BinStream(Iterator[StepBatch]):
         start_s = time.perf_counter()
         with ExitStack() as close_on_error:
             close_on_error.callback(self.close)
-            self._submit()
-            if not self._pending:
+            self._submit(self._accumulation + self._prefetch)
+            if not self._steps:
                 raise StopIteration
-            dealt = self._pending[0].micro_step.dealt
-            micro_batches = tuple(self._pop() for _ in range(self._accumulation))
-            self._submit()
+            work = self._steps.popleft()
+            self._num_pending -= self._accumulation
+            micro_batches = self._wait(work)
             close_on_error.pop_all()
         wait_s = time.perf_counter() - start_s
         step, self._next_step = self._next_step, self._next_step + 1
         # (A, W, P) with empty positions -> (K,)
-        bins = dealt[dealt != EMPTY]
+        bins = work.dealt[work.dealt != EMPTY]
         return StepBatch(
             step=step,
             micro_batches=micro_batches,
             num_targets=int(self._index.num_targets[bins].sum(dtype=np.int64)),
             num_tokens=int(self._index.num_tokens[bins].sum(dtype=np.int64)),
-            max_tokens=dealt.size * self._index.max_length,
+            max_tokens=work.dealt.size * self._index.max_length,
             num_samples=int(self._index.num_samples[bins].sum(dtype=np.int64)),
-            efficiency=self._order.efficiency(dealt),
+            efficiency=self._order.efficiency(work.dealt),
             bins=tuple(bins.tolist()),
             data_wait_s=wait_s,
         )
@@ -183,7 +183,7 @@ class BinStream(Iterator[StepBatch]):
         """
         self._is_closed = True
         self._reader.close()
-        self._pending.clear()
+        self._steps.clear()
         if self._workers is not None:
             self._workers.close()
             self._workers = None
@@ -196,50 +196,39 @@ class BinStream(Iterator[StepBatch]):
     ) -> None:
         self.close()
 
-    def _submit(self) -> None:
-        """Queue micro-steps until ``prefetch`` of them are pending."""
+    def _submit(self, num_micro_steps: int) -> None:
+        """Queue micro-steps until so many are pending: those of the step to hand out next, and prefetched ones."""
         if self._is_closed:
             return
         if self._workers is None:
             self._workers = Workers(self._num_threads, self._builder)
             # A stream that is dropped without being closed must not leave threads behind.
             weakref.finalize(self, self._workers.stop).atexit = False
-        while len(self._pending) < self._prefetch and (micro_step := next(self._plan, None)) is not None:
-            self._pending.append(_Pending(micro_step, self._workers.submit(micro_step)))
+        for work, position in itertools.islice(self._plan, num_micro_steps - self._num_pending):
+            if position == 0:
+                self._steps.append(work)
+            self._workers.submit(work, position)
+            self._num_pending += 1
 
-    def _pop(self) -> MicroBatch:
-        """Wait for the next micro-batch, and queue another one in its place."""
-        self._submit()
-        micro_step, batch = self._pending.popleft()
+    def _wait(self, work: StepWork) -> tuple[MicroBatch, ...]:
+        """Wait for the micro-batches of a step."""
         try:
-            return batch.result(timeout=self._read_timeout_s)
-        except TimeoutError:
-            if batch.done():  # the thread itself raised it, or it finished just now
-                return batch.result()
-            locations = "; ".join(str(self._index.locate(bin_id)) for bin_id in micro_step.bins)
+            return work.wait(self._read_timeout_s)
+        except Stalled as stalled:
+            locations = "; ".join(str(self._index.locate(bin_id)) for bin_id in stalled.bins)
             raise ShardError(
                 f"{locations}: not read within {self._read_timeout_s:g} s. Check that the file system responds, or "
                 "raise --read_timeout_s, then resume."
             ) from None
 
 
-class _Pending(NamedTuple):
-    """A micro-step that is queued, being built, or built."""
-
-    micro_step: MicroStep
-    batch: Future[MicroBatch]
-
-
-def _steps(start: int, *ends: int | None) -> Iterable[int]:
-    """Steps from ``start`` until the earliest end, if there is one."""
-    known_ends = [end for end in ends if end is not None]
-    return range(start, min(known_ends)) if known_ends else itertools.count(start)
-
-
-def _micro_steps(dealt: NDArray[np.int64], rank: int) -> Iterator[MicroStep]:
-    """Split the bins of a step (A, W, P) into the A micro-steps of a rank."""
-    for of_rank in dealt[:, rank]:
-        yield MicroStep(dealt, tuple(of_rank[of_rank != EMPTY].tolist()))
+def _micro_steps(steps: Iterable[NDArray[np.int64]], rank: int) -> Iterator[tuple[StepWork, int]]:
+    """Bins (A, W, P) of every step -> its A micro-steps of a rank, one after the other."""
+    for dealt in steps:
+        bins_of_rank: list[list[int]] = dealt[:, rank].tolist()
+        work = StepWork(dealt, [tuple(bin_id for bin_id in bins if bin_id != EMPTY) for bins in bins_of_rank])
+        for position in range(len(dealt)):
+            yield work, position
 
 
 def _check_order(index: ShardIndex, order: DataOrder) -> None:

@@ -10,6 +10,7 @@ Cost: one concatenation per output. The layout of a frame depends on its rows an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,37 +61,35 @@ def vision_inputs(grids: Sequence[Grid], *, window_size: int = WINDOW_SIZE) -> V
     """
     if window_size < FACTOR or window_size % FACTOR:
         raise ConfigError(f"vision_config.window_size is {window_size}; allowed: positive multiples of {FACTOR}.")
-    positions: list[NDArray[np.int64]] = []
-    windows: list[NDArray[np.int64]] = []
-    window_lengths: list[NDArray[np.int32]] = []
-    step_lengths: list[int] = []
-    num_merged = 0
-    for grid in grids:
-        layout = _frame_layout(grid.h, grid.w, window_size // FACTOR)
-        for _ in range(grid.t):
-            positions.append(layout.position_ids)
-            windows.append(layout.window_index + num_merged)
-            window_lengths.append(layout.window_lengths)
-            step_lengths.append(grid.h * grid.w)
-            num_merged += layout.window_index.size
-    all_window_lengths = np.concatenate(window_lengths)
+    frames = [_frame_layout(grid.h, grid.w, window_size // FACTOR) for grid in grids for _ in range(grid.t)]
+    # (F+1,) each: where frames start, in merged patches and in patches
+    merged_starts = [0, *itertools.accumulate([frame.window_index.size for frame in frames])]
+    patch_starts = [MERGED_PATCHES * start for start in merged_starts]
+    # (N/4,): the window order within every frame, then counted from the first frame
+    window_index = np.concatenate([frame.window_index for frame in frames])
+    for start, stop in itertools.pairwise(merged_starts[1:]):
+        window_index[start:stop] += start
     return VisionInputs(
-        position_ids=np.concatenate(positions),
-        cu_seqlens=_boundaries(np.array(step_lengths, dtype=np.int32)),
-        max_seqlen=max(step_lengths),
-        window_index=np.concatenate(windows),
-        cu_window_seqlens=_boundaries(all_window_lengths),
-        max_window_seqlen=int(all_window_lengths.max()),
+        position_ids=np.concatenate([frame.position_ids for frame in frames]),
+        cu_seqlens=np.array(patch_starts, dtype=np.int32),
+        max_seqlen=max([grid.h * grid.w for grid in grids]),
+        window_index=window_index,
+        cu_window_seqlens=_boundaries(np.concatenate([frame.window_lengths for frame in frames])),
+        max_window_seqlen=max([frame.max_window_seqlen for frame in frames]),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _FrameLayout:
-    """One temporal step of h x w patches: positions (h*w, 2), window order (h*w/4,), patches per window (W,)."""
+    """One temporal step of h x w patches.
+
+    Positions (h*w, 2), window order (h*w/4,), patches of every window (W,) and of the largest.
+    """
 
     position_ids: NDArray[np.int64]
     window_index: NDArray[np.int64]
     window_lengths: NDArray[np.int32]
+    max_window_seqlen: int
 
 
 @lru_cache(maxsize=1024)
@@ -109,10 +108,12 @@ def _frame_layout(height: int, width: int, window: int) -> _FrameLayout:
     windows_across = -(-(width // MERGE_SIZE) // window)
     # (h/2 * w/2,): window of every merged patch
     window_of_patch = (merged_rows // window * windows_across + merged_columns // window).ravel()
+    window_lengths = (np.bincount(window_of_patch) * MERGED_PATCHES).astype(np.int32)
     layout = _FrameLayout(
         position_ids=np.stack(merge_block_order, axis=-1).astype(np.int64),
         window_index=np.argsort(window_of_patch, kind="stable").astype(np.int64),
-        window_lengths=(np.bincount(window_of_patch) * MERGED_PATCHES).astype(np.int32),
+        window_lengths=window_lengths,
+        max_window_seqlen=int(window_lengths.max()),
     )
     for array in (layout.position_ids, layout.window_index, layout.window_lengths):
         array.flags.writeable = False  # shared by all callers of the cache
@@ -122,5 +123,5 @@ def _frame_layout(height: int, width: int, window: int) -> _FrameLayout:
 def _boundaries(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
     """Lengths (K,) -> cumulative boundaries (K+1,), starting at 0."""
     boundaries = np.zeros(lengths.size + 1, dtype=np.int32)
-    np.cumsum(lengths, out=boundaries[1:])
+    lengths.cumsum(out=boundaries[1:])
     return boundaries

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from schemas.errors import ConfigError, ShardError
 from schemas.manifest import Manifest, normalisation_problem
 from schemas.tables import BINS_COLUMNS, BINS_FILE
-from storage.bins import BinLocation
+from storage.bins import BinLocation, Counts
 from storage.shard_set import check_files, find_sets, read_bins, read_manifest
 from storage.urls import Location, Url, location_key, parse_location, without_secrets
 from train.arithmetic.cost import CostModel
@@ -155,6 +155,17 @@ class ShardIndex:
             num_bytes=int(self.num_bytes[bin_id]),
             xxh3=int(self.xxh3[bin_id]),
             local_bin=int(self.local_bin[bin_id]),
+        )
+
+    def counts(self, bin_id: int) -> Counts:
+        """What a bin holds."""
+        return Counts(
+            tokens=int(self.num_tokens[bin_id]),
+            targets=int(self.num_targets[bin_id]),
+            samples=int(self.num_samples[bin_id]),
+            patches=int(self.num_patches[bin_id]),
+            images=int(self.num_images[bin_id]),
+            videos=int(self.num_videos[bin_id]),
         )
 
 

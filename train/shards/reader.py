@@ -20,9 +20,8 @@ import numpy as np
 import torch
 import xxhash
 
-from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin
+from schemas.bins import Bin
 from schemas.errors import ConfigError, ShardError
-from schemas.qwen import IGNORE_INDEX
 from storage.bins import BinLocation, check_digest, check_samples, parse_bin, read_into_buffer
 from storage.pixels import require_pillow
 from storage.request import DEFAULT_POLICY, RetryPolicy
@@ -160,8 +159,7 @@ class BinReader:
         """Parse a bin and check its structure and counts against the index."""
         where = str(location)
         bin_ = parse_bin(data, location.local_bin, where=where)
-        self._check_counts(bin_id, bin_, where=where)
-        check_samples(bin_, where=where)
+        check_samples(bin_, where=where, expected=self._index.counts(bin_id))
         return bin_
 
     def _key(self, bin_id: int) -> str:
@@ -177,20 +175,6 @@ class BinReader:
     def _mark_verified(self, bin_id: int) -> None:
         if self._settings.verify == "first":
             self._verified[bin_id] = True
-
-    def _check_counts(self, bin_id: int, bin_: Bin, *, where: str) -> None:
-        index = self._index
-        counts = {
-            "tokens": (bin_.input_ids.size, int(index.num_tokens[bin_id])),
-            "targets": (int(np.count_nonzero(bin_.labels != IGNORE_INDEX)), int(index.num_targets[bin_id])),
-            "samples": (bin_.cu_seqlens.size - 1, int(index.num_samples[bin_id])),
-            "patches": (sum(t * h * w for t, h, w in bin_.grid_thw.tolist()), int(index.num_patches[bin_id])),
-            "images": (int(np.count_nonzero(bin_.media_type == MEDIA_IMAGE)), int(index.num_images[bin_id])),
-            "videos": (int(np.count_nonzero(bin_.media_type == MEDIA_VIDEO)), int(index.num_videos[bin_id])),
-        }
-        for name, (count, expected) in counts.items():
-            if count != expected:
-                raise ShardError(f"{where}: holds {count} {name}, the index says {expected}. Build the shards again.")
 
 
 def read_checked_bin(index: ShardIndex, bin_id: int) -> Bin:
