@@ -139,7 +139,7 @@ def find_sets(location: Location) -> list[Location]:
             raise _no_manifest(location)
         raise ConfigError(
             f"{location} holds no {MANIFEST_FILE}, nor does a folder in it: no complete set of shards. Build one with "
-            f"`vlprep build annotations.jsonl --out {location} --model MODEL` (a registered dataset: `make shards "
+            "`vlprep build annotations.jsonl --out DIR --model MODEL` (a registered dataset: `make shards "
             "DATASET=NAME`), or give the folder that holds the manifest."
         )
     return folders

@@ -70,7 +70,7 @@ def test_a_folder_without_shards_is_wrong_use_and_an_unfinished_build_is_not(
     empty = tmp_path / "empty"
     for folder, expected in (
         (empty, f"{empty} is not a folder. Give"),
-        (empty, f"Build one with `vlprep build annotations.jsonl --out {empty} --model MODEL` (a registered"),
+        (empty, "Build one with `vlprep build annotations.jsonl --out DIR --model MODEL` (a registered"),
     ):
         code, line = only_error([*flags, "--shards", str(folder)], capsys)
         assert code == 2

@@ -54,7 +54,7 @@ def test_a_dry_run_passes_and_leaves_nothing(
         "memory of a rank:",
         "GiB per rank on 2 ranks",
         f"disk: the run writes up to 1 x 0.{'07' if strategy in ('zero1', 'zero2') else '06'} GiB of checkpoints",
-        "largest micro-batch, bins [3]:",
+        "largest micro-batch, bin 3:",
         "evaluation, bin 3:",
         "mean losses packed and alone differ by at most",
         "dry run passed: the same command without --dry-run trains 3 steps",
@@ -123,7 +123,7 @@ def test_a_machine_without_room_fails_the_dry_run_on_all_ranks(
     first, second = sorted(line for line in done.stderr.splitlines() if line.startswith("error ("))
     assert first.startswith(f"error (rank 0): dry run failed: {message}")
     assert second == "error (rank 1): dry run failed; see the message of rank 0."
-    assert ("largest micro-batch, bins" in done.stderr) == (code == 1)
+    assert ("largest micro-batch, bin" in done.stderr) == (code == 1)
 
 
 def test_a_folder_that_is_not_writable_is_an_error(tmp_path: Path) -> None:

@@ -163,17 +163,18 @@ def build_optimizer(groups: Sequence[ParameterGroup], args: TrainArguments) -> t
 
 
 def format_table(groups: Sequence[ParameterGroup], *, weight_decay: float) -> str:
-    """Format the groups as a table."""
+    """Format the groups as a table, with one row for what is frozen of a part."""
     head = ("part", "tensors", "parameters", "learning rate", "decay")
+    sums: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for group in groups:
+        part = f"{group.part}, adapters" if group.is_adapter else group.part
+        rate, decay = "frozen", "-"
+        if group.learning_rate is not None:
+            rate, decay = f"{group.learning_rate:g}", f"{weight_decay if group.decays else 0.0:g}"
+        tensors, elements = sums.get((part, rate, decay), (0, 0))
+        sums[part, rate, decay] = tensors + len(group.parameters), elements + group.num_elements
     rows = [
-        (
-            f"{group.part}, adapters" if group.is_adapter else group.part,
-            str(len(group.parameters)),
-            f"{group.num_elements:,}",
-            "frozen" if group.learning_rate is None else f"{group.learning_rate:g}",
-            "-" if group.learning_rate is None else f"{weight_decay if group.decays else 0.0:g}",
-        )
-        for group in groups
+        (part, str(tensors), f"{elements:,}", rate, decay) for (part, rate, decay), (tensors, elements) in sums.items()
     ]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows))

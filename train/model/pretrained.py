@@ -100,6 +100,10 @@ def read_shape(folder: Path) -> ModelShape:
     Raises:
         ConfigError: the file is missing, or the model is not Qwen2.5-VL with the expected geometry and control tokens.
     """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} is not a checkpoint folder: it has no config.json. Pass the folder of a checkpoint."
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -223,7 +223,7 @@ def report(
     end = "no end" if result.end is None else f"{counted(result.end, 'step')} in all"
     epoch_tokens = _epoch_tokens(index, order)
     yield (
-        f"an epoch: {order.bins_per_epoch:,} bins of {index.num_bins:,} in the shards, "
+        f"an epoch: {counted(order.bins_per_epoch, 'bin')} of {index.num_bins:,} in the shards, "
         f"{order.steps_per_epoch:,.2f} steps, {epoch_tokens:,.0f} tokens, "
         f"{_duration(epoch_tokens / tokens_per_s)}; {end}"
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from schemas.wording import counted, listed
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.memory.terms import GIB
 from train.preflight.problems import room_for
@@ -48,7 +49,7 @@ def run_largest(engine: Engine, plan: Plan, reader: BinReader, bins: list[int]) 
     """
     micro = read_micro_batch(reader, bins, window_size=plan.shape.window_size)
     began = time.perf_counter()
-    with room_for(f"the largest micro-batch, bins {bins}"):
+    with room_for(f"the largest micro-batch, {listed('bin', bins)}"):
         for micro_step in range(min(2, plan.batch.accumulation)):
             if micro_step > 0:
                 engine.step()  # ends the micro-step; no weight changes
@@ -56,16 +57,16 @@ def run_largest(engine: Engine, plan: Plan, reader: BinReader, bins: list[int]) 
             engine.backward(loss / max(1, micro.targets.numel()))
         mean = loss.item() / max(1, micro.targets.numel())
     logger.info(
-        "largest micro-batch, bins %s: %d tokens, %d patches, %d targets; loss %.4f; %.1f s; peak memory %.2f GiB",
-        bins,
-        micro.num_tokens,
-        plan.index.num_patches[bins].sum(),
-        micro.targets.numel(),
+        "largest micro-batch, %s: %s, %s, %s; loss %.4f; %.1f s; peak memory %.2f GiB",
+        listed("bin", bins),
+        counted(micro.num_tokens, "token"),
+        counted(int(plan.index.num_patches[bins].sum()), "patch", "patches"),
+        counted(micro.targets.numel(), "target"),
         mean,
         time.perf_counter() - began,
         peak_memory_bytes(plan.compute.device) / GIB,
     )
-    return [] if np.isfinite(mean) else [f"the loss of the largest micro-batch, bins {bins}, is {mean}"]
+    return [] if np.isfinite(mean) else [f"the loss of the largest micro-batch, {listed('bin', bins)}, is {mean}"]
 
 
 def run_evaluation(engine: Engine, plan: Plan) -> list[str]:

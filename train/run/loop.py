@@ -13,6 +13,7 @@ beforehand, so every micro-step is weighted correctly without communication.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -341,7 +342,11 @@ def export(engine: Engine, plan: Plan) -> None:
             weights, of_adapters = adapters.split_weights(weights)
             adapters.write_adapter(out, of_adapters, plan.adapters, model=name, source=plan.source, media=media)
             adapters.merge_weights(weights, of_adapters, plan.adapters.scaling)
-        pretrained.write_checkpoint(plan.args.run_dir / FINAL_DIR, hf, weights, source=plan.source, media=media)
+        final = plan.args.run_dir / FINAL_DIR
+        pretrained.write_checkpoint(final, hf, weights, source=plan.source, media=media)
+        shards = without_secrets(plan.args.shards)
+        ask = ["python", "-m", "train.generate", "--model", str(final), "--shards", shards, "--limit", "10"]
+        logger.info("next: %s", shlex.join(ask))
 
 
 def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:

@@ -96,7 +96,8 @@ def lock_run_dir(run_dir: Path) -> IO[bytes]:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("ab")
     except OSError as error:
-        raise ConfigError(f"--output_dir {run_dir} cannot be written: {error.strerror}. Give another one.") from error
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise ConfigError(f"--output_dir {run_dir} cannot be written: {reason}. Give another one.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
