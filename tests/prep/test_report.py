@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,16 +29,6 @@ from prep.annotations.registry import find_sources
 from prep.build.media_tally import MediaTally
 from prep.cli import main
 from prep.inspect.report import render_report, write_report
-from prep.inspect.report.charts import (
-    Drawing,
-    Histogram,
-    draw,
-    growing_histogram,
-    number_histogram,
-    round_step,
-    segments,
-    share_histogram,
-)
 from prep.inspect.report.choice import PER_GROUP, _of_dataset, choose_samples
 from prep.inspect.report.command import NamedInputs, build_command
 from prep.inspect.report.gallery import DETAILS, caption_of, shortened
@@ -247,7 +238,12 @@ def test_the_command_of_a_page_builds_the_same_set(
         shutil.rmtree("sets", ignore_errors=True)
         result = copied(f"vlprep build {given} {options}")
         assert result.exit_code == 0, result.output
-        command, notes = command_of(Path("sets/first/report.html").read_text())
+        page = Path("sets/first/report.html").read_text()
+        if "pair" in given:
+            # Once in each table, though it has two files; and no bars that compare it with itself.
+            assert page.count('data-label="dataset">pair</td>') == 4 and page.count('data-label="file">') == 2 + 3
+            assert page.count('class="bar"') == 1
+        command, notes = command_of(page)
         model = "" if model_is_default else " --model model"
         assert command == f"vlprep build {shown}{model} --max-length 1200 --strict-fields --seed 3 --max-pixels 20000"
         assert notes == ""
@@ -498,6 +494,7 @@ def test_statistics_count_every_row_once(corpus_file: Path, tmp_path: Path, tiny
     command += ["--model", tiny_checkpoint, "--max-length", 1200, "--workers", 1]
     assert CliRunner().invoke(main, [str(word) for word in command]).exit_code == 0
     shards = open_set(tmp_path / "out")
+    assert render_report(shards, Transcriber(None)).count('class="bar"') == 1 + 3
     statistics = gather(shards)
     rows = pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
     assert [dataset.name for dataset in statistics.datasets] == ["half", "more"]
@@ -767,81 +764,20 @@ def test_a_page_of_noise_stays_below_three_megabytes(tmp_path: Path, tiny_checkp
     assert max(widths) in [detail.side for detail in DETAILS[1:]]
 
 
-# Charts
+def test_of_many_datasets_the_header_names_a_few_and_the_unused_fields_are_folded(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "set")
 
+    def change(manifest: dict[str, Any]) -> None:
+        for part, extra in (("inputs", {}), ("statistics", {"unused_fields": {"img": 1}})):
+            first = manifest[part][0]
+            manifest[part] += [{**first, "dataset": f"d{index}", **extra} for index in range(1, 10)]
 
-def bars(chart: Histogram) -> dict[str, list[int]]:
-    return {name: counts.tolist() for name, counts in chart.counts.items()}
-
-
-def test_bars_of_a_number_histogram_have_a_round_width_and_ticks_at_round_numbers() -> None:
-    small = number_histogram("t", "u", {"a": np.array([0, 1, 1, 5]), "b": np.array([3])})
-    assert small.labels == ("0", "1", "2", "3", "4", "5")
-    assert bars(small) == {"a": [1, 2, 0, 0, 0, 1], "b": [0, 0, 0, 1, 0, 0]}
-    large = number_histogram("t", "u", {"a": np.array([0, 127, 128, 4096])})
-    assert large.labels[0] == "0 to 199"
-    assert large.labels[-1] == "4,000 to 4,199"
-    assert bars(large)["a"] == [3, *[0] * 19, 1]
-    assert large.ticks == ((0, "0"), (5, "1,000"), (10, "2,000"), (15, "3,000"), (20, "4,000"))
-
-
-@pytest.mark.parametrize("top", [0, 1, 7, 39, 40, 41, 99, 100, 123_456, 7 * 10**9])
-def test_a_number_histogram_has_few_bars_and_ticks(top: int) -> None:
-    chart = number_histogram("t", "u", {"a": np.array([top])})
-    assert len(chart.labels) <= 40
-    assert 1 <= len(chart.ticks) <= 8
-    assert bars(chart)["a"][-1] == 1
-
-
-def test_bars_of_a_growing_histogram_start_at_1_2_and_5_times_powers_of_ten() -> None:
-    chart = growing_histogram("t", "u", {"a": np.array([1, 2, 3, 4, 7, 8, 10])})
-    assert chart.labels == ("1", "2 to 4", "5 to 9", "10 to 19")
-    assert bars(chart)["a"] == [1, 3, 2, 1]
-    assert chart.ticks == ((0, "1"), (1, "2"), (2, "5"), (3, "10"), (4, "20"))
-    assert [text for _, text in growing_histogram("t", "u", {"a": np.array([4000])}).ticks][-1] == "1,000"
-
-
-def test_a_share_histogram_runs_from_a_round_share_to_one() -> None:
-    chart = share_histogram("t", "u", "bins", np.array([0.81, 0.999, 1.0]))
-    assert chart.labels[0] == "80 % to 81 %"
-    assert bars(chart)["bins"] == [0, 1, *[0] * 17, 2]
-    assert chart.ticks == ((0, "80 %"), (5, "85 %"), (10, "90 %"), (15, "95 %"), (20, "100 %"))
-    assert [text for _, text in share_histogram("t", "u", "b", np.array([0.1])).ticks][:2] == ["0 %", "20 %"]
-
-
-def test_steps_of_an_axis_are_round() -> None:
-    assert [round_step(largest, 4) for largest in (0, 1, 4, 5, 9, 21, 400, 401)] == [1, 1, 1, 2, 5, 10, 100, 200]
-
-
-def test_empty_charts_can_be_drawn() -> None:
-    none = np.empty(0, dtype=np.int64)
-    for chart in (
-        number_histogram("t", "u", {"a": none}),
-        growing_histogram("t", "u", {"a": none}),
-        share_histogram("t", "u", "a", none.astype(np.float64)),
-    ):
-        assert drawn(chart, "c").bars == ()
-    assert segments([("c", "none", 0)]) == []
-
-
-def drawn(chart: Histogram, *colours: str) -> Drawing:
-    return draw(chart, colours)
-
-
-def test_bars_are_proportional_and_stacked() -> None:
-    chart = number_histogram("t", "tokens", {"a": np.array([0, 0, 1, 1, 1, 1]), "b": np.array([1, 1])})
-    (_, (alone,)), (tooltip, (lower, upper)) = drawn(chart, "first", "second").bars
-    assert [alone.css, lower.css, upper.css] == ["first", "first", "second"]
-    assert lower.height == pytest.approx(2 * alone.height)
-    assert upper.height == pytest.approx(alone.height)
-    assert upper.y + upper.height == pytest.approx(lower.y)
-    assert tooltip == "1 tokens: 4 a, 2 b"
-
-
-def test_a_bar_of_shares_is_divided_in_proportion() -> None:
-    first, second = segments([("x", "one", 1), ("y", "none", 0), ("z", "three", 3)])
-    assert (first.start, first.width, second.start, second.width) == (0, 25, 25, 75)
-    assert second.label == "three: 3"
+    sets.change_manifest(tmp_path / "set", change)
+    page = render_report(open_set(tmp_path / "set"), Transcriber(None))
+    assert "annotations, d1, d2, d3, d4, d5, d6, d7 and 2 more · set" in Page(page).text
+    assert "<details><summary>Fields not used</summary>" in page and page.count("fields not used: img ×1") == 9
 
 
 def test_overrides_of_a_dataset_are_shown(finished: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ _COLOURS = {"text only": "text-only", "images": "images", "video": "video"}
 _NUM_DATASET_COLOURS = 8
 _RANKS = (8, 64, 512)
 _MAX_FILES = 200
+_MAX_NAMES = 8
 _SIZE = {
     "width": charts.WIDTH,
     "height": charts.HEIGHT,
@@ -83,6 +84,7 @@ def render_page(
         "name": name,
         "identity": xxhash.xxh3_64_hexdigest(encode_manifest(manifest)),
         "datasets": datasets,
+        "max_names": _MAX_NAMES,
         "modalities": MODALITIES,
         "counts": manifest.counts,
         "tiles": _tiles(manifest),
