@@ -13,6 +13,7 @@ import click
 
 from schemas.errors import VlprepError
 from schemas.memory import NO_MEMORY, lacks_memory, require_address_space
+from schemas.wording import printable
 
 P = ParamSpec("P")
 
@@ -34,7 +35,7 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
         except VlprepError as error:
             if click.get_current_context().find_root().params["debug"]:
                 raise
-            click.echo(f"vlprep: {error}", err=True)
+            click.echo(f"vlprep: {printable(str(error))}", err=True)
             sys.exit(error.exit_code)
         except OSError as error:
             if click.get_current_context().find_root().params["debug"]:

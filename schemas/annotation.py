@@ -61,7 +61,7 @@ BoxNumbers = Annotated[list[Annotated[int, _IN_IMAGE] | Annotated[float, _IN_IMA
 """Coordinates of a box or point, at most one pixel outside its image."""
 
 
-class SampleBox(msgspec.Struct, frozen=True):
+class SampleBox(msgspec.Struct, frozen=True, gc=False):
     """A box or point of a sample that its text does not show as one, or not with its image.
 
     ``image`` counts the images of the sample from 0. ``numbers`` are ``[x1, y1, x2, y2]``, or ``[x, y]`` for a point,
@@ -72,7 +72,7 @@ class SampleBox(msgspec.Struct, frozen=True):
     numbers: BoxNumbers
 
 
-class SampleRef(msgspec.Struct, frozen=True, omit_defaults=True):
+class SampleRef(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Where a sample of a bin comes from, as ``samples.json`` stores it.
 
     ``record`` counts the annotations of the dataset from 0, over all its files; ``id`` is the annotation's own, if any.

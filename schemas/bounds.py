@@ -22,6 +22,10 @@ MAX_BYTES = 2**62 - 1
 MAX_LENGTH = 2**24
 """Largest ``max_length``: 128 times the context of Qwen2.5-VL. The sizes of the arrays of a bin follow from it."""
 
+FREE_BIN_BYTES, MAX_BYTES_PER_TOKEN = 64 << 20, 1 << 14
+"""Largest size of a bin: so many bytes for anything, and so many for each token. A token of a video takes 4,704
+bytes of pixels, and 24 of other arrays. Ids and boxes of samples take what they take."""
+
 MAX_RATE = 100
 """Largest share of a dataset: 1000 % of one whose own sampling rate is 10."""
 

@@ -88,6 +88,8 @@ def _problem(stream: bytes, shape: tuple[int, int, int]) -> str | None:
                 return f"has a frame header of {length} bytes; that of three components has {2 + _FRAME_HEADER.size}"
             headers.append(_FRAME_HEADER.unpack_from(stream, at + 4))
         at += 2 + length
+    if stream[at - length + 2 : at - length + 3] != bytes([len(_COMPONENTS)]):
+        return "begins with a scan of some components; all three are stored in one"
     if len(headers) != 1:
         return f"has {len(headers)} frame headers, not one"
     bits, height, width, components, *sampling = headers[0]

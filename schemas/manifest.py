@@ -22,6 +22,15 @@ MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 """A shard takes about 250 bytes, so this is enough for a million."""
 
+MAX_TOTALS_BYTES = 32 << 20
+"""Of counts, statistics and software, which take 2 kB a dataset. They hold dictionaries, which take 20 times the memory
+of their JSON."""
+
+_MAX_CODES = 256
+_MAX_MODALITIES = 16
+_MAX_PACKAGES = _MAX_FIELDS = 1000
+"""Entries of these dictionaries. There are about a tenth as many."""
+
 METRICS_FILE = "build_metrics.json"
 """Counts and times of the run that finished the build. Times differ from run to run, so it is not part of the set."""
 
@@ -35,6 +44,9 @@ FORMAT_VERSION = 1
 
 _OWN_FIELDS = (b'"version"', b'"fingerprints"', b'"counts"', b'"shards"')
 """Fields of which a manifest has all, even if it is damaged most."""
+
+
+RejectsByCode = Annotated[dict[str, Count], Meta(max_length=_MAX_CODES)]
 
 
 class InputFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +81,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     num_packed: Count
     num_rejected: Count
     num_not_sampled: Count
-    rejects_by_code: dict[str, Count]
+    rejects_by_code: RejectsByCode
     num_bins: Count
     num_tokens: Count
     num_targets: Count
@@ -131,13 +143,13 @@ class DatasetStatistics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     num_packed: Count
     num_rejected: Count
     num_not_sampled: Count
-    rejects_by_code: dict[str, Count]
-    modalities: dict[str, Count]
+    rejects_by_code: RejectsByCode
+    modalities: Annotated[dict[str, Count], Meta(max_length=_MAX_MODALITIES)]
     tokens: Distribution | None
     targets: Distribution | None
     patches: Distribution | None
     num_boxes: Count = 0
-    unused_fields: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
+    unused_fields: Annotated[dict[str, Count], Meta(max_length=_MAX_FIELDS)] | msgspec.UnsetType = msgspec.UNSET
     media: MediaStatistics | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -168,6 +180,9 @@ class Fingerprints(msgspec.Struct, frozen=True, kw_only=True):
     image_std: tuple[float, float, float]
 
 
+Decibels = Annotated[float, Meta(ge=0, le=1000)]
+
+
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
     """How far the pixels of a lossy codec lie from those that were encoded, measured on a part of the frames.
 
@@ -185,8 +200,8 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
     every: PositiveCount
     num_frames: Count
     mean_squared_error: Annotated[float, Meta(ge=0, le=255**2)]
-    psnr_db: float | None
-    lowest_psnr_db: float | None
+    psnr_db: Decibels | None
+    lowest_psnr_db: Decibels | None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,7 +210,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     settings: BuildSettings
     fingerprints: Fingerprints
-    software: dict[str, str]
+    software: Annotated[dict[str, str], Meta(max_length=_MAX_PACKAGES)]
     inputs: list[InputDataset]
     counts: Counts
     statistics: list[DatasetStatistics]
@@ -210,6 +225,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return self.counts.num_tokens / capacity if capacity else 0.0
 
 
+_MAX_QUOTED_BYTES = 16 << 20
+"""A larger manifest is not decoded a second time only to quote a value."""
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Serialise: indented JSON, keys in the order of the structs, a newline at the end."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
@@ -222,11 +241,16 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         ShardError: damaged, of another version of the format, or with a value out of its bounds.
     """
     try:
-        version = msgspec.json.decode(data, type=_Version).version
-        if version != FORMAT_VERSION:
+        outline = msgspec.json.decode(data, type=_Outline)
+        if outline.version != FORMAT_VERSION:
             raise ShardError(
-                f"{where} has format version {version}; this program reads version {FORMAT_VERSION}. "
+                f"{where} has format version {outline.version}; this program reads version {FORMAT_VERSION}. "
                 "Build the shards again or use the program that wrote them."
+            )
+        if (size := outline.totals_bytes) > MAX_TOTALS_BYTES:
+            raise ShardError(
+                f"{where} has {size:,} bytes of counts, statistics and software; allowed: at most "
+                f"{MAX_TOTALS_BYTES:,}. {MEND_SHARDS}"
             )
         return msgspec.json.decode(data, type=Manifest)
     except RecursionError:
@@ -253,7 +277,7 @@ def _reason(data: bytes, error: Exception) -> str:
     """What is wrong, with the value that an error of msgspec is about: it ends with the path, ``at `$.counts```."""
     message = str(error).rstrip(".")
     problem, is_located, path = message.partition(" - at `$.")
-    if not is_located:
+    if not is_located or len(data) > _MAX_QUOTED_BYTES:
         return message
     try:
         value: Any = msgspec.json.decode(data)
@@ -270,5 +294,14 @@ def _reason(data: bytes, error: Exception) -> str:
     return f"{path.rstrip('`')} {shown}: {problem[:1].lower()}{problem[1:]}"
 
 
-class _Version(msgspec.Struct):
+class _Outline(msgspec.Struct):
+    """What is read of a manifest first. Nothing of the rest is copied."""
+
     version: int
+    counts: msgspec.Raw = msgspec.Raw()
+    statistics: msgspec.Raw = msgspec.Raw()
+    software: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def totals_bytes(self) -> int:
+        return sum(len(memoryview(part)) for part in (self.counts, self.statistics, self.software))

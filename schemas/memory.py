@@ -24,7 +24,16 @@ _MAP_NORESERVE = 0x4000
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error means that the system gives no more memory: there is none, or a limit is reached."""
+    """Whether an error, or one that led to it, means that the system gives no more memory, or a limit is reached."""
+    link: BaseException | None = error
+    while link is not None:
+        if _says_no_memory(link):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def _says_no_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     message = str(error).lower()

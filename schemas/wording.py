@@ -18,6 +18,11 @@ def listed(noun: str, items: Collection[object]) -> str:
     return f"{noun}{'' if len(items) == 1 else 's'} {', '.join(map(str, items))}"
 
 
+def one_line(text: str) -> str:
+    """Escape all control characters, so that foreign text cannot pretend to be another line of a list."""
+    return printable(text).replace("\n", "\\n")
+
+
 def printable(text: str) -> str:
     """Escape control characters, except line breaks and tabs, so that text cannot control a terminal."""
     return "".join(
@@ -28,5 +33,5 @@ def printable(text: str) -> str:
 
 def source_name(*, dataset: str, file: str, line: int, record: int, id: str | None) -> str:
     """Where a sample comes from: ``demo, annotations.jsonl:3 (record 2, id a)``, without an id if it has none."""
-    name = f", id {printable(id)}" if id is not None else ""
-    return f"{printable(dataset)}, {printable(file)}:{line} (record {record}{name})"
+    name = f", id {one_line(id)}" if id is not None else ""
+    return f"{one_line(dataset)}, {one_line(file)}:{line} (record {record}{name})"

@@ -252,6 +252,7 @@ def _check_shapes(parsed: Bin, where: str) -> None:
     for name, (shape, allowed) in shapes.items():
         if shape != allowed:
             raise ShardError(f"{where}: {name} has shape {shape}, expected {allowed}. {MEND_SHARDS}")
+    # Compared, not subtracted: differences of int32 can wrap around to positive ones.
     is_ascending = boundaries.size > 1 and bool((boundaries[1:] > boundaries[:-1]).all())
     if not is_ascending or boundaries[0] != 0 or boundaries[-1] != length:
         raise ShardError(

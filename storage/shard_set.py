@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from schemas.bins import TAR_BLOCK, Bin, shard_name
+from schemas.bounds import FREE_BIN_BYTES, MAX_BYTES_PER_TOKEN
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, GIVE_SHARDS, MEND_SHARDS, ConfigError, ShardError, VlprepError
 from schemas.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, WORK_FOLDER, Manifest, decode_manifest
 from schemas.tables import (
@@ -30,6 +31,7 @@ from schemas.tables import (
     RejectedRow,
     StoredBin,
 )
+from schemas.wording import counted
 from storage.bins import BinLocation, check_samples, parse_bin, read_bytes
 from storage.errors import NotThereError
 from storage.files import regular_size
@@ -86,7 +88,7 @@ class ShardSet:
         Raises:
             ShardError: the ledger is missing or damaged.
         """
-        return ledger_rows(read_packed(self.folder, filters=[("bin", "=", bin_id)]).sort_by("slot"))
+        return self.packed_in_bins([bin_id])[bin_id]
 
     def packed_in_bins(self, bin_ids: Collection[int]) -> dict[int, list[LedgerRow]]:
         """The same for several bins in one pass over the ledger.
@@ -97,6 +99,12 @@ class ShardSet:
         rows: dict[int, list[LedgerRow]] = {bin_id: [] for bin_id in bin_ids}
         if rows:
             table = read_packed(self.folder, filters=[("bin", "in", list(rows))])
+            num_samples = sum(self.row(bin_id).num_samples for bin_id in rows)
+            if len(table) != num_samples:  # before a row becomes an object of 600 bytes
+                raise ShardError(
+                    f"{self.folder / SAMPLES_FILE} has {len(table):,} rows of samples for {counted(len(rows), 'bin')}, "
+                    f"which hold {num_samples:,}. {BUILD_AGAIN}."
+                )
             for row in ledger_rows(table.sort_by("slot")):
                 rows[row.bin].append(row)
         return rows
@@ -204,10 +212,10 @@ def read_bins(folder: Location, manifest: Manifest) -> pa.Table:
         StorageError: the store does not answer.
     """
     path = folder / BINS_FILE
-    sha256 = next((table.sha256 for table in manifest.tables if table.file == BINS_FILE), None)
-    if sha256 is None:
+    sealed = next((table for table in manifest.tables if table.file == BINS_FILE), None)
+    if sealed is None:
         raise ShardError(f"{folder / MANIFEST_FILE} does not list {BINS_FILE}. {BUILD_AGAIN}.")
-    table = read_table(path, BINS_COLUMNS, sha256=sha256)
+    table = read_table(path, BINS_COLUMNS, sealed=sealed)
     check_columns(table, StoredBin, path)
     bins, shards, offsets, num_bytes = (table[name].to_numpy() for name in ("bin", "shard", "offset", "num_bytes"))
     names, sizes = zip(*((shard.file, shard.num_bins) for shard in manifest.shards)) if manifest.shards else ((), ())
@@ -219,6 +227,10 @@ def read_bins(folder: Location, manifest: Manifest) -> pa.Table:
         or bool((np.diff(bins) <= 0).any() or (np.diff(shards) < 0).any())
     ):
         raise ShardError(f"{path}: its rows are not the bins that the manifest lists, in order. {BUILD_AGAIN}.")
+    most = FREE_BIN_BYTES + MAX_BYTES_PER_TOKEN * table["num_tokens"].to_numpy().astype(np.int64)
+    if bool((num_bytes > most).any()):
+        at = int((num_bytes > most).argmax())
+        raise ShardError(f"{path}: {oversized_bin(bin_rows(table.slice(at, 1))[0])}. {BUILD_AGAIN}.")
     limits = np.repeat(np.array([shard.num_bytes for shard in manifest.shards], dtype=np.int64), sizes)
     outside = (num_bytes < TAR_BLOCK) | (offsets + num_bytes > limits)
     if bool(outside.any()):
@@ -267,6 +279,14 @@ def _read_rows(
     table = read_table(path, SAMPLES_COLUMNS, names=names, filters=filters)
     check_columns(table, row, path)
     return table
+
+
+def oversized_bin(row: StoredBin) -> str | None:
+    """What is wrong with the size of a bin, before memory is allocated for it, or None."""
+    most = FREE_BIN_BYTES + MAX_BYTES_PER_TOKEN * row.num_tokens
+    if row.num_bytes <= most:
+        return None
+    return f"bin {row.bin} of {counted(row.num_tokens, 'token')} has {row.num_bytes:,} bytes; allowed: at most {most:,}"
 
 
 def locate(shard: Location, row: StoredBin) -> BinLocation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,19 @@ import pyarrow.parquet as pq
 
 from schemas.bounds import MAX_INT64, ColumnBounds, column_bounds
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, ShardError
+from schemas.manifest import StoredFile
 from storage.errors import NotThereError
 from storage.files import regular_size
-from storage.reading import open_file, read
+from storage.pages import uncompressed_bytes
+from storage.reading import open_file, read_range, stat
 from storage.urls import Location
 
 _FREE_ROWS = 1_000_000
 _FREE_TEXT_BYTES = 64 << 20
 """Rows and text of a column that a table of any size may have."""
 
-_MAX_CODES = 256
-"""Most reason codes of an annotation."""
+_MAX_CODES, _CODES_PER_ROW = 256, 4
+"""Most reason codes of an annotation, and their mean if there are as many annotations as there can be."""
 
 
 def arrow_schema(columns: dict[str, str]) -> pa.Schema:
@@ -51,7 +53,7 @@ def read_table(
     *,
     names: Sequence[str] | None = None,
     filters: list[tuple[str, str, object]] | None = None,
-    sha256: str | None = None,
+    sealed: StoredFile | None = None,
 ) -> pa.Table:
     """Read one of the two tables.
 
@@ -62,7 +64,7 @@ def read_table(
         columns: names and types that it must have, as :mod:`schemas.tables` lists them.
         names: columns to read, or None for all.
         filters: rows to read, as (column, ``=`` or ``in``, value or values) that must all hold, or None for all.
-        sha256: digest to compare the file with first. The file is then read completely.
+        sealed: size and digest to compare the file with first. The file is then read completely.
 
     Raises:
         ShardError: it is missing, damaged, or has other columns, or more rows or text than its size allows.
@@ -70,16 +72,18 @@ def read_table(
     """
     texts = [name if kind == "string" else f"{name}.list.element" for name, kind in columns.items() if "string" in kind]
     try:
-        with _open(path, sha256) as (source, num_bytes):
+        with _open(path, sealed) as (source, num_bytes):
             metadata = pq.read_metadata(source)
             _check_schema(path, metadata.schema.to_arrow_schema(), arrow_schema(columns))
             _check_size(path, metadata, columns, num_bytes)
+            needed = list(dict.fromkeys([*(names or columns), *(name for name, _, _ in filters or ())]))
+            _check_pages(path, metadata, source, needed)
             # Threads of pyarrow release a Python file some time after the call. If the interpreter ends just then, it
             # aborts (apache/arrow, issue 34314).
             threads = isinstance(source, (Path, pa.BufferReader))
             # Texts as dictionaries: each different one once, until their size is known.
             with pq.ParquetFile(source, metadata=metadata, read_dictionary=texts, pre_buffer=threads) as file:
-                table = pa.concat_tables(_read_groups(file, list(names or columns), filters or [], threads))
+                table = pa.concat_tables(_read_groups(file, list(names or columns), needed, filters or [], threads))
         table.validate(full=True)
         return _with_plain_texts(path, table, columns, num_bytes)
     except (FileNotFoundError, NotThereError):
@@ -94,14 +98,13 @@ def read_table(
 
 
 def _read_groups(
-    file: pq.ParquetFile, names: list[str], filters: Sequence[tuple[str, str, Any]], threads: bool
+    file: pq.ParquetFile, names: list[str], needed: list[str], filters: Sequence[tuple[str, str, Any]], threads: bool
 ) -> Iterator[pa.Table]:
     """Columns and rows of a file, by row group: dictionaries inside lists cannot change within a table.
 
     The statistics of the row groups are not used: rows that they deny would be left out in silence, and the rows of a
     bin are spread over all groups.
     """
-    needed = list(dict.fromkeys([*names, *(name for name, _, _ in filters)]))
     yield file.schema_arrow.empty_table().select(names)
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=needed, use_threads=threads)
@@ -160,10 +163,10 @@ def _first(mask: pa.ChunkedArray) -> int:
 
 
 @contextmanager
-def _open(path: Location, sha256: str | None) -> Iterator[tuple[Any, int]]:
+def _open(path: Location, sealed: StoredFile | None) -> Iterator[tuple[Any, int]]:
     """A source that pyarrow reads from, and its size."""
-    if sha256 is not None:
-        data = _sealed(path, sha256)
+    if sealed is not None:
+        data = _read_sealed(path, sealed)
         yield pa.BufferReader(data), len(data)
     elif isinstance(path, Path):
         yield path, regular_size(path)
@@ -172,11 +175,12 @@ def _open(path: Location, sha256: str | None) -> Iterator[tuple[Any, int]]:
             yield file, file.seek(0, io.SEEK_END)
 
 
-def _sealed(path: Location, sha256: str) -> bytes:
-    if isinstance(path, Path):
-        regular_size(path)
-    data = path.read_bytes() if isinstance(path, Path) else read(path)
-    if hashlib.sha256(data).hexdigest() != sha256:
+def _read_sealed(path: Location, sealed: StoredFile) -> bytes:
+    size = regular_size(path) if isinstance(path, Path) else stat(path).num_bytes
+    if size != sealed.num_bytes:
+        raise ShardError(f"{path} has {size} bytes, its manifest says {sealed.num_bytes}. {COPY_AGAIN}.")
+    data = path.read_bytes() if isinstance(path, Path) else read_range(path, 0, size)
+    if hashlib.sha256(data).hexdigest() != sealed.sha256:
         raise ShardError(f"{path} is not the file that its manifest seals (SHA-256 differs). {COPY_AGAIN}.")
     return data
 
@@ -191,17 +195,50 @@ def _check_size(path: Location, metadata: pq.FileMetaData, columns: dict[str, st
         raise ShardError(
             f"{path} announces {num_rows:,} rows in {num_bytes:,} bytes; allowed: at most {most:,}. {COPY_AGAIN}."
         )
+    most_bytes = 2 * _max_text_bytes(num_bytes)
+    uncompressed = 0
     for column in (group.column(index) for group in groups for index in range(group.num_columns)):
-        if column.num_values > _MAX_CODES * num_rows:
+        if column.num_values > (most_values := min(_MAX_CODES * num_rows, _CODES_PER_ROW * most)):
             raise ShardError(
-                f"{path} announces {column.num_values:,} values of {column.path_in_schema} in {num_rows:,} rows; "
-                f"allowed: at most {_MAX_CODES} a row. {COPY_AGAIN}."
+                f"{path} announces {column.num_values:,} values of {column.path_in_schema} in {num_rows:,} rows and "
+                f"{num_bytes:,} bytes; allowed: at most {most_values:,}. {COPY_AGAIN}."
             )
+        uncompressed += column.total_uncompressed_size
+    if uncompressed > most_bytes:
+        raise ShardError(
+            f"{path} announces {uncompressed:,} bytes, uncompressed, in {num_bytes:,}; allowed: at most "
+            f"{most_bytes:,}. {COPY_AGAIN}."
+        )
+
+
+def _check_pages(path: Location, metadata: pq.FileMetaData, source: Any, names: Sequence[str]) -> None:
+    """Check that the pages of some columns are no larger than the footer says."""
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+            for column in (group.column(index) for index in range(group.num_columns)):
+                if column.path_in_schema.partition(".")[0] not in names:
+                    continue
+                try:
+                    size = uncompressed_bytes(file, column)
+                except ValueError as error:
+                    raise ShardError(
+                        f"{path}: column {column.path_in_schema} cannot be read: {error}. {COPY_AGAIN}."
+                    ) from error
+                if size > column.total_uncompressed_size:
+                    raise ShardError(
+                        f"{path}: the pages of column {column.path_in_schema} hold {size:,} bytes, the end of the "
+                        f"file announces {column.total_uncompressed_size:,}. {COPY_AGAIN}."
+                    )
+
+
+def _max_text_bytes(num_bytes: int) -> int:
+    """Most text of a column in a file of some size."""
+    return _FREE_TEXT_BYTES + 1024 * num_bytes
 
 
 def _with_plain_texts(path: Location, table: pa.Table, columns: dict[str, str], num_bytes: int) -> pa.Table:
     """The table with columns of text instead of dictionaries, if that takes not much more than the file."""
-    most = _FREE_TEXT_BYTES + 1024 * num_bytes
+    most = _max_text_bytes(num_bytes)
     for index, field in enumerate(table.schema):
         kind = arrow_schema({field.name: columns[field.name]}).field(0).type
         if field.type == kind:

@@ -33,12 +33,15 @@ import xxhash
 from PIL import Image
 
 from prep.engines import SerialEngine
+from prep.inspect.drawing import shapes_by_image
 from prep.inspect.report.writer import render_report
 from prep.inspect.show import show
 from prep.inspect.transcript import Transcriber
 from prep.inspect.verify import verify
+from schemas.annotation import SampleBox
 from schemas.errors import VlprepError
 from schemas.manifest import WORK_FOLDER
+from schemas.memory import lacks_memory
 from schemas.settings import BuildSettings, MediaSettings
 from schemas.tables import SAMPLES_COLUMNS
 from storage.pixels import decode_frames
@@ -397,6 +400,170 @@ def test_a_link_to_a_regular_file_is_followed(folder: Path, tmp_path: Path) -> N
     assert trained(folder)
 
 
+def reseal(folder: Path) -> None:
+    """The manifest of a folder has the sizes and digests of its files."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "manifest.json").write_bytes(resealed(files)["manifest.json"])
+
+
+def write_first_bin(folder: Path, change: Callable[[dict[str, bytes]], None]) -> None:
+    """Change the members of the first bin; all sizes and checksums follow."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    members = members_of(first_bin(files))
+    change(members)
+    for name, data in resealed({**files, **with_bin(files, tar_bytes("00000000", members))}).items():
+        (folder / name).write_bytes(data)
+
+
+def test_boundaries_whose_differences_wrap_around_are_a_sentence(folder: Path) -> None:
+    """2^31 - 1, then -2, then the length: in int32 every difference is positive."""
+    rows = pq.read_table(folder / "bins.parquet").to_pylist()
+    rows[0]["num_samples"] = 3
+
+    def wrap(members: dict[str, bytes]) -> None:
+        members["cu_seqlens.npy"] = npy(np.array([0, 2**31 - 1, -2, rows[0]["num_tokens"]], np.int32))
+
+    write_first_bin(folder, wrap)
+    for said in sentences(folder).values():
+        assert "do not cut" in said
+
+
+@pytest.mark.parametrize("name", [SHARD, *TABLES])
+def test_a_file_with_a_hole_of_a_terabyte_is_not_read(folder: Path, name: str) -> None:
+    os.truncate(folder / name, 1 << 40)
+    with limits():
+        findings = answer(lambda folder: list(map(str, verify(folder, SerialEngine()).findings)), folder)
+        bins = answer(trained, folder)
+    assert any(f"{name}: the file has 1,099,511,627,776 bytes, the manifest says" in finding for finding in findings)
+    assert "1099511627776 bytes, its manifest says" in str(bins)
+
+
+def test_a_bin_with_a_hole_of_a_terabyte_is_not_allocated(folder: Path) -> None:
+    os.truncate(folder / SHARD, 1 << 40)
+    rows = pq.read_table(folder / "bins.parquet").to_pylist()[:1]
+    rows[0]["num_bytes"] = 1 << 39
+    data = parquet(rows, pq.read_schema(folder / "bins.parquet"))
+    (folder / "bins.parquet").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["shards"][0].update(num_bins=1, num_bytes=1 << 40)
+    manifest["tables"][0].update(num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with limits():
+        for name in ("show", "report", "train"):
+            assert " has 549,755,813,888 bytes; allowed: at most " in str(answer(READERS[name], folder))
+
+
+def test_a_table_with_more_bins_than_the_shard_has_blocks_is_found(folder: Path) -> None:
+    path = folder / "bins.parquet"
+    path.write_bytes(parquet(pq.read_table(path).to_pylist() * 50, pq.read_schema(path)))
+    reseal(folder)
+    assert any("the table has 100 bins, the file only" in said for said in sentences(folder)["verify"].split("\n"))
+
+
+def test_a_ledger_with_more_samples_of_a_bin_than_it_holds_is_refused_before_they_become_objects(folder: Path) -> None:
+    path = folder / "samples.parquet"
+    rows = pq.read_table(path).to_pylist()
+    path.write_bytes(parquet([*rows, *rows[:1] * 1000], pq.read_schema(path)))
+    reseal(folder)
+    for name in ("show", "report"):
+        assert "rows of samples for " in str(answer(READERS[name], folder))
+    assert not verified(folder)
+
+
+@pytest.mark.parametrize(
+    ("is_honest", "expected"), [(True, "bytes, uncompressed, in"), (False, "bytes, the end of the file announces 100")]
+)
+def test_a_page_that_stands_for_much_more_than_its_size_is_not_decompressed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_honest: bool, expected: str
+) -> None:
+    """As one text of 2 GB in 60 kB, also where the end of the file says that it is small."""
+    monkeypatch.setattr("storage.tables._FREE_TEXT_BYTES", 1 << 20)
+    path = folder / "samples.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0]["id"] = "x" * 30_000_000
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=table.schema), path, compression="zstd", use_dictionary=False,
+        write_statistics=False,
+    )  # fmt: skip
+    if not is_honest:
+        size = pq.read_metadata(path).row_group(0).column(4).total_uncompressed_size
+        path.write_bytes(path.read_bytes().replace(varint(size, 4), varint(100, 4)))
+        assert pq.read_metadata(path).row_group(0).column(4).total_uncompressed_size == 100
+    reseal(folder)
+    for name in ("show", "report"):
+        assert expected in str(answer(READERS[name], folder))
+    assert any(expected in str(finding) for finding in verify(folder, SerialEngine()).findings)
+
+
+def varint(value: int, num_bytes: int) -> bytes:
+    """A positive integer of a Parquet footer, with leading zeros."""
+    parts = [2 * value >> 7 * index & 0x7F for index in range(num_bytes)]
+    return bytes([*(part | 0x80 for part in parts[:-1]), parts[-1]])
+
+
+def test_a_table_of_pages_that_are_none_is_a_sentence(folder: Path) -> None:
+    path = folder / "samples.parquet"
+    data = bytearray(path.read_bytes())
+    data[4:2000] = b"\xff" * 1996
+    path.write_bytes(data)
+    reseal(folder)
+    assert "column dataset cannot be read: " in str(answer(reported, folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda text: text.replace('"software": {', '"software": {' + '"a": "", ' * 4_000_000),
+            "of counts, statistics",
+        ),
+        (lambda text: text.replace("\n", "\r\n"), "manifest.json, line 1: it was edited"),
+        (lambda text: text + "\n" * 20, "nothing is expected"),
+    ],
+)
+def test_a_manifest_that_is_padded_is_found(folder: Path, change: Callable[[str], str], expected: str) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(change(path.read_text()).encode())
+    try:
+        said = "\n".join(map(str, verify(folder, SerialEngine()).findings))
+    except VlprepError as error:
+        said = str(error)
+    assert expected in said
+
+
+@pytest.mark.parametrize("name", ["rejects_by_code", "modalities", "unused_fields"])
+def test_dictionaries_of_a_manifest_have_bounds(folder: Path, name: str) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["statistics"][0][name] = {str(index): 1 for index in range(2000)}
+    path.write_text(json.dumps(manifest))
+    for said in sentences(folder).values():
+        assert f"{name} is damaged: expected `object` of length <= " in said
+
+
+def test_a_name_cannot_pretend_to_be_another_line(folder: Path) -> None:
+    (folder / "a\n\x1b[2Jno problems").touch()
+    (finding,) = verify(folder, SerialEngine()).findings
+    assert str(finding).startswith(r"a\n\x1b[2Jno problems: the manifest does not list it")
+
+
+def test_of_millions_of_boxes_some_are_drawn() -> None:
+    shapes = shapes_by_image((), [7], [SampleBox(image=0, numbers=[1, 2])] * 20_000)
+    assert {image: len(drawn) for image, drawn in shapes.items()} == {7: 10_000}
+
+
+def test_an_error_that_follows_from_little_memory_means_little_memory() -> None:
+    """As when a pool of workers is closed that could not start its thread."""
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise RuntimeError("can't start new thread")
+        finally:
+            raise RuntimeError("cannot join thread before it is started")
+    assert lacks_memory(caught.value)
+    assert not lacks_memory(RuntimeError("cannot join thread before it is started"))
+
+
 def write_bomb(path: Path, num_rows: int, **values: object) -> None:
     """Repeat the first row of a table: little on disk."""
     table = pq.read_table(path)
@@ -405,9 +572,7 @@ def write_bomb(path: Path, num_rows: int, **values: object) -> None:
     repeated = pa.Table.from_arrays(columns, schema=table.schema)
     pq.write_table(repeated, path, compression="zstd")
     assert path.stat().st_size < 150_000
-    path.parent.joinpath("manifest.json").write_bytes(
-        resealed({file.name: file.read_bytes() for file in path.parent.iterdir()})["manifest.json"]
-    )
+    reseal(path.parent)
 
 
 @pytest.mark.parametrize(
@@ -448,9 +613,7 @@ def test_a_value_that_only_other_rows_may_lack_is_a_sentence(
     rows = pq.read_table(path).to_pylist()
     next(row for row in rows if row["status"] == status).update(change)
     path.write_bytes(parquet(rows, pq.read_schema(path)))
-    path.with_name("manifest.json").write_bytes(
-        resealed({file.name: file.read_bytes() for file in folder.iterdir()})["manifest.json"]
-    )
+    reseal(folder)
     said = [*map(str, verify(folder, SerialEngine()).findings), str(answer(reported, folder))]
     assert any(expected in sentence for sentence in said), said
     assert not verified(folder)
@@ -460,9 +623,7 @@ def test_a_value_that_only_other_rows_may_lack_is_a_sentence(
 def test_a_table_that_is_empty_cut_short_or_no_parquet_is_a_sentence(folder: Path, data: bytes | None) -> None:
     path = folder / "bins.parquet"
     path.write_bytes(path.read_bytes()[:-200] if data is None else data)
-    path.with_name("manifest.json").write_bytes(
-        resealed({file.name: file.read_bytes() for file in folder.iterdir()})["manifest.json"]
-    )
+    reseal(folder)
     for said in sentences(folder).values():
         assert "bins.parquet cannot be read as a Parquet table" in said
 

@@ -22,6 +22,7 @@ if not __package__:
 
 from schemas.errors import VlprepError
 from schemas.memory import NO_MEMORY, lacks_memory, require_address_space
+from schemas.wording import printable
 from train.settings.flags import parse_arguments
 
 _INTERRUPTED = 130
@@ -144,7 +145,7 @@ def _fail(error: VlprepError) -> int:
 
 def _report(error: VlprepError) -> int:
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    sys.stderr.write(f"error{rank}: {error}\n")
+    sys.stderr.write(f"error{rank}: {printable(str(error))}\n")
     return error.exit_code
 
 

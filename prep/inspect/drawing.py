@@ -7,7 +7,7 @@ beside them, and these images. Output: images with lines on them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 
 from PIL import Image, ImageDraw
 
@@ -16,6 +16,9 @@ from prep.inspect.transcript import Span, SpanKind
 from schemas.annotation import SampleBox
 
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
+_MAX_BOXES = 10_000
+"""Boxes of a sample that are drawn besides those in its text. A set from elsewhere may have millions."""
+
 _TURN_START = "<|im_start|>"
 _ANSWER = "assistant\n"
 
@@ -28,10 +31,11 @@ def shapes_by_image(
     Args:
         spans: of the sample, with text; none if its text is left alone.
         images: the sample's images in order, by their index in the bin.
-        boxes: those that the text does not show.
+        boxes: those that the text does not show. The first 10,000 are drawn.
     """
     result: dict[int, list[Shape]] = {}
-    shapes = [number_shape(box.numbers, image=box.image)[1] for box in boxes if len(box.numbers) in (2, 4)]
+    drawn = islice(boxes, _MAX_BOXES)
+    shapes = [number_shape(box.numbers, image=box.image)[1] for box in drawn if len(box.numbers) in (2, 4)]
     for text in _turns(spans):
         is_answer = text.startswith(_ANSWER) or not text.startswith(("user\n", "system\n"))
         shapes += find_shapes(text, is_answer=is_answer).shapes

@@ -349,7 +349,7 @@ def test_percentiles_are_values_of_the_data_by_rank() -> None:
         (lambda rows: rows.pop(), "bins.parquet, bins-00002.tar: the table has 0 bins"),
         (lambda rows: rows.pop(), "samples.parquet, bin 3: bins.parquet does not have this bin"),
         (lambda rows: rows[BIN].update(num_bytes=rows[BIN]["num_bytes"] + 9999), "the shard ends"),
-        (lambda rows: rows[BIN].update(num_bytes=(1 << 62) - 1), "the shard ends"),
+        (lambda rows: rows[BIN].update(num_bytes=(1 << 62) - 1), " bytes; allowed: at most "),
         (lambda rows: rows[BIN].update(num_bytes=1 << 62), "num_bytes is 4611686018427387904; allowed: 1 to"),
         (lambda rows: rows[BIN].update(offset=-512), "offset is -512; allowed: 0 to"),
         (lambda rows: rows[BIN].update(num_patches=-4), "num_patches is -4; allowed: 0 to"),

@@ -80,6 +80,7 @@ WHOLE = b"".join(STREAMS)
         (first(jpeg_of(FRAMES[0], exif=b"Exif\0\0" + b"x" * 9)), "has the segment 'ffe1'"),
         (first(jpeg_of(FRAMES[0], keep_rgb=True)), "has the segment 'ffee'|is not YCbCr"),
         (changed(b"\xff\xc0\x00\x11", b"\xff\xc0\x00\x12"), "has a frame header of 18 bytes"),
+        (changed(b"\xff\xda\x00\x0c\x03", b"\xff\xda\x00\x08\x01"), "begins with a scan of some components"),
         (changed(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "is not YCbCr of 8 bits"),
         (changed(b"\x00\x1c\x00\x38\x03", b"\x00\x1c\xff\xdc\x03"), "is 65500x28 pixels"),
         (changed(b"\xff\xc0\x00\x11", b"\xff\xdb\x00\x11"), "has 0 frame headers"),

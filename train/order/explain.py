@@ -60,15 +60,16 @@ def source_samples(index: ShardIndex, bins: Sequence[int]) -> dict[int, list[Sou
         if not bin_ids:
             continue
         ledger = read_packed(folder, names=["bin", *SourceSample._fields], filters=[("bin", "in", list(bin_ids))])
+        bin_column = ledger["bin"].to_numpy()
+        for local_bin, bin_id in bin_ids.items():
+            num_rows = int(np.count_nonzero(bin_column == local_bin))
+            if num_rows != index.num_samples[bin_id]:
+                raise ShardError(
+                    f"{folder / SAMPLES_FILE} has {counted(num_rows, 'sample')} for bin {local_bin}, which holds "
+                    f"{index.num_samples[bin_id]}. Build the shards again."
+                )
         for row in ledger.sort_by([("bin", "ascending"), ("slot", "ascending")]).to_pylist():
             samples[bin_ids[row.pop("bin")]].append(SourceSample(**row))
-    for bin_id, in_ledger in samples.items():
-        if len(in_ledger) != index.num_samples[bin_id]:
-            raise ShardError(
-                f"{index.folders[index.folder_of(bin_id)] / SAMPLES_FILE} has {counted(len(in_ledger), 'sample')} for "
-                f"bin {index.locate(bin_id).local_bin}, which holds {index.num_samples[bin_id]}. "
-                "Build the shards again."
-            )
     return samples
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from prep.inspect.verify.findings import Finding, inconsistent, unreadable
@@ -40,6 +41,7 @@ from schemas.settings import BuildSettings
 from schemas.tables import LedgerRow, StoredBin
 from schemas.wording import counted
 from storage.pixels import decode_pixels
+from storage.shard_set import ledger_rows
 
 _PADS = {MEDIA_IMAGE: IMAGE_PAD, MEDIA_VIDEO: VIDEO_PAD}
 _VISION = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
@@ -56,13 +58,14 @@ class BinCheck:
     Attributes:
         bin: the bin.
         row: its row of ``bins.parquet``.
-        ledger: the ledger's rows of its samples, sorted by slot. None if the ledger cannot be read.
+        ledger: the ledger's rows of its samples (columns of ``LedgerRow``), sorted by slot. None if the ledger cannot
+            be read.
         settings: settings of the build.
     """
 
     bin: Bin
     row: StoredBin
-    ledger: Sequence[LedgerRow] | None
+    ledger: pa.Table | None
     settings: BuildSettings
 
     def findings(self) -> Iterator[Finding]:
@@ -254,11 +257,11 @@ class BinCheck:
         yield from itertools.islice(self._boxes(samples), _EXAMPLES)
         if self.ledger is None:
             return
-        slots = [row.slot for row in self.ledger]
+        slots = self.ledger.column("slot").to_pylist()
         if slots != list(range(self._lengths.size)):
             yield f"samples.parquet has the slots {_shortened(slots)} for {counted(self._lengths.size, 'sample')}"
             return
-        wrong = [text for text in map(self._sample_problem, samples, self.ledger) if text is not None]
+        wrong = [text for text in map(self._sample_problem, samples, ledger_rows(self.ledger)) if text is not None]
         yield from wrong[:_EXAMPLES]
         if len(wrong) > _EXAMPLES:
             yield f"differences from samples.parquet in {counted(len(wrong) - _EXAMPLES, 'more sample')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, ShardError
+from schemas.wording import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return self.text
+        return one_line(self.text)
 
 
 def damaged(where: str, message: str) -> Finding:

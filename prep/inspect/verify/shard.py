@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -22,17 +23,20 @@ from prep.inspect.verify.bins import BinCheck
 from prep.inspect.verify.findings import Finding, damaged, inconsistent, unreadable
 from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
 from schemas.errors import ShardError
-from schemas.manifest import StoredShard
+from schemas.manifest import StoredFile, StoredShard
 from schemas.pixels import PIXELS_MEMBER
 from schemas.settings import BuildSettings
-from schemas.tables import LedgerRow, StoredBin
+from schemas.tables import BINS_FILE, StoredBin
 from schemas.wording import counted
 from storage.bins import parse_bin, read_bytes
 from storage.files import regular_size
-from storage.shard_set import ledger_rows, locate
+from storage.shard_set import bin_rows, locate, oversized_bin
 from storage.urls import Location
 
 _HASH_BYTES = 4 << 20
+MAX_EXCESS_BYTES = 64 << 20
+"""A file that is so much larger than the manifest allows is not read: a sparse file takes hours and no space."""
+
 _FILE_MODE = 0o644
 _NPY_PREFIX = 10
 """Bytes of a ``.npy`` file (version 1.0) before the text of its header: magic, version, length of the text."""
@@ -46,6 +50,7 @@ class ShardTask:
     Attributes:
         folder: the set, a folder or URL.
         stored: the shard's entry in the manifest.
+        max_bytes: size of the largest shard in the manifest.
         settings: settings of the build.
         bins: its rows of ``bins.parquet``. None if that table cannot be read; then only the file is checked.
         ledger: rows of ``samples.parquet`` of its samples, sorted by bin and slot. None if it cannot be read.
@@ -53,8 +58,9 @@ class ShardTask:
 
     folder: Location
     stored: StoredShard
+    max_bytes: int
     settings: BuildSettings
-    bins: Sequence[StoredBin] | None
+    bins: pa.Table | None
     ledger: pa.Table | None
 
 
@@ -86,35 +92,42 @@ def check_shard(task: ShardTask) -> ShardOutcome:
         StorageError: the store does not answer.
     """
     path = task.folder / task.stored.file
-    if isinstance(path, Path):
-        return _check_file(task, path)
     try:
+        num_bytes = file_size(path)
+        if num_bytes > task.max_bytes + MAX_EXCESS_BYTES:
+            return _unchecked(damaged(task.stored.file, size_problem(num_bytes, task.stored)))
+        if isinstance(path, Path):
+            return _check_file(task, path)
         with TemporaryDirectory(prefix="vlprep-") as folder, storage.local_copy(path, Path(folder)) as copy:
             return _check_file(task, copy)
     except storage.NotThereError:
-        return _unreadable(task, "No such file or directory")
+        return _unchecked(_unreadable(task, "No such file or directory"))
+    except OSError as error:
+        return _unchecked(_unreadable(task, error.strerror))
 
 
-def _unreadable(task: ShardTask, reason: str | None) -> ShardOutcome:
-    finding = damaged(task.stored.file, f"the shard cannot be read: {reason}")
+def _unreadable(task: ShardTask, reason: str | None) -> Finding:
+    return damaged(task.stored.file, f"the shard cannot be read: {reason}")
+
+
+def _unchecked(finding: Finding) -> ShardOutcome:
     return ShardOutcome(sha256=None, num_bytes=0, num_bins=0, num_frames=0, modalities=Counter(), findings=(finding,))
 
 
 def _check_file(task: ShardTask, path: Path) -> ShardOutcome:
-    rows = list(task.bins or [])
-    try:
-        num_bytes, sha256 = file_digest(path)
-    except OSError as error:
-        return _unreadable(task, error.strerror)
+    num_bytes, sha256 = file_digest(path)
     findings = list(_check_bytes(task.stored, num_bytes, sha256))
     modalities = Counter[tuple[str, str]]()
     num_frames = 0
-    if task.bins is not None:
+    rows: list[StoredBin] = []
+    if task.bins is not None and len(task.bins) > num_bytes // TAR_BLOCK:
+        problem = f"the table has {counted(len(task.bins), 'bin')}, the file only {num_bytes:,} bytes"
+        findings.append(inconsistent(f"{BINS_FILE}, {task.stored.file}", problem))
+    elif task.bins is not None:
+        rows = bin_rows(task.bins)
         findings += _check_layout(task.stored, rows, num_bytes, path)
-        by_bin = _by_bin(task.ledger)
         for row in rows:
-            samples = by_bin.get(row.bin, []) if by_bin is not None else None
-            bin_findings, check = _check_bin(path, row, samples, task.settings)
+            bin_findings, check = _check_bin(path, row, _samples_of(task.ledger, row.bin), task.settings)
             findings += bin_findings
             if check is not None:
                 modalities.update(check.modalities())
@@ -129,15 +142,28 @@ def _check_file(task: ShardTask, path: Path) -> ShardOutcome:
     )
 
 
-def file_digest(path: Location) -> tuple[int, str]:
-    """Size and SHA-256 of a file.
+def file_size(path: Location) -> int:
+    """Size of a file.
 
     Raises:
         OSError: the file cannot be read, or is not a regular one.
         NotThereError: the URL does not exist.
     """
-    if isinstance(path, Path):
-        regular_size(path)
+    return regular_size(path) if isinstance(path, Path) else storage.stat(path).num_bytes
+
+
+def size_problem(num_bytes: int, stored: StoredFile) -> str:
+    """The clause about a file of another size than the manifest says."""
+    return f"the file has {num_bytes:,} bytes, the manifest says {stored.num_bytes:,}"
+
+
+def file_digest(path: Location) -> tuple[int, str]:
+    """Size and SHA-256 of a regular file.
+
+    Raises:
+        OSError: the file cannot be read.
+        NotThereError: the URL does not exist.
+    """
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") if isinstance(path, Path) else storage.open_file(path) as file:
         while block := file.read(_HASH_BYTES):
@@ -146,18 +172,17 @@ def file_digest(path: Location) -> tuple[int, str]:
     return num_bytes, digest.hexdigest()
 
 
-def _by_bin(ledger: pa.Table | None) -> dict[int, list[LedgerRow]] | None:
+def _samples_of(ledger: pa.Table | None, bin_id: int) -> pa.Table | None:
+    """Rows of a bin in a ledger that is sorted by bin."""
     if ledger is None:
         return None
-    rows: dict[int, list[LedgerRow]] = {}
-    for row in ledger_rows(ledger):
-        rows.setdefault(row.bin, []).append(row)
-    return rows
+    first, last = np.searchsorted(ledger.column("bin").to_numpy(), [bin_id, bin_id + 1]).tolist()
+    return ledger.slice(first, last - first)
 
 
 def _check_bytes(stored: StoredShard, num_bytes: int, sha256: str) -> Iterator[Finding]:
     if num_bytes != stored.num_bytes:
-        yield damaged(stored.file, f"the file has {num_bytes:,} bytes, the manifest says {stored.num_bytes:,}")
+        yield damaged(stored.file, size_problem(num_bytes, stored))
     if sha256 != stored.sha256:
         yield damaged(stored.file, f"SHA-256 is {sha256}, the manifest says {stored.sha256}")
 
@@ -188,10 +213,12 @@ def _check_layout(stored: StoredShard, rows: list[StoredBin], num_bytes: int, pa
 
 
 def _check_bin(
-    path: Path, row: StoredBin, ledger: list[LedgerRow] | None, settings: BuildSettings
+    path: Path, row: StoredBin, ledger: pa.Table | None, settings: BuildSettings
 ) -> tuple[list[Finding], BinCheck | None]:
     """Findings about one bin, and the check of its contents if it could be read."""
     findings: list[Finding] = []
+    if (problem := oversized_bin(row)) is not None:
+        return [inconsistent(row.where, problem)], None
     try:
         data = bytes(read_bytes(locate(path, row), verify=False))
         digest = xxhash.xxh3_64_intdigest(data)

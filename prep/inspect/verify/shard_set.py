@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,15 @@ from prep.engines import Engine
 from prep.engines.progress import progress
 from prep.inspect.verify.drift import check_drift
 from prep.inspect.verify.findings import Finding, damaged, inconsistent, unreadable
-from prep.inspect.verify.shard import ShardOutcome, ShardTask, check_shard, file_digest
+from prep.inspect.verify.shard import (
+    MAX_EXCESS_BYTES,
+    ShardOutcome,
+    ShardTask,
+    check_shard,
+    file_digest,
+    file_size,
+    size_problem,
+)
 from prep.inspect.verify.statistics import check_modalities, check_statistics
 from prep.inspect.verify.tables import check_bins_table, check_ledger, check_manifest, shard_numbers
 from prep.shards.drift import drift_lines
@@ -49,7 +56,7 @@ from schemas.tables import (
     StoredBin,
 )
 from schemas.wording import counted
-from storage.shard_set import bin_rows, read_manifest_bytes
+from storage.shard_set import read_manifest_bytes
 from storage.tables import column_problems, read_table
 from storage.urls import Location
 
@@ -151,15 +158,20 @@ def _check_shards(tasks: Iterator[ShardTask], manifest: Manifest, engine: Engine
 
 def _manifest_bytes(data: bytes, manifest: Manifest) -> Iterator[Finding]:
     """Compare the bytes of a manifest with those of the same values as vlprep writes them."""
-    lines = zip_longest(data.splitlines(), encode_manifest(manifest).splitlines(), fillvalue=b"nothing")
-    for line_number, (line, expected) in enumerate(lines, start=1):
-        if line != expected:
-            actual, written = (text.strip().decode(errors="replace")[:80] for text in (line, expected))
-            yield damaged(
-                f"{MANIFEST_FILE}, line {line_number}",
-                f"it was edited, or another version of vlprep wrote it: {actual} stands where {written} is expected",
-            )
-            return
+    expected = encode_manifest(manifest)
+    if data == expected:
+        return
+    shared = min(len(data), len(expected))
+    differs = np.frombuffer(data, np.uint8)[:shared] != np.frombuffer(expected, np.uint8)[:shared]
+    at = int(differs.argmax()) if differs.any() else shared
+    line_number, start = data.count(b"\n", 0, at) + 1, data.rfind(b"\n", 0, at) + 1
+    actual, written = (
+        text[start:].partition(b"\n")[0].strip().decode(errors="replace")[:80] or "nothing" for text in (data, expected)
+    )
+    yield damaged(
+        f"{MANIFEST_FILE}, line {line_number}",
+        f"it was edited, or another version of vlprep wrote it: {actual} stands where {written} is expected",
+    )
 
 
 def _unlisted_files(folder: Location, manifest: Manifest) -> Iterator[Finding]:
@@ -204,12 +216,14 @@ def _table(
 
 def _table_bytes(folder: Location, stored: StoredFile) -> Iterator[Finding]:
     try:
-        num_bytes, sha256 = file_digest(folder / stored.file)
+        num_bytes = file_size(folder / stored.file)
+        is_read = num_bytes <= stored.num_bytes + MAX_EXCESS_BYTES
+        sha256 = file_digest(folder / stored.file)[1] if is_read else stored.sha256
     except (OSError, storage.NotThereError):
         # Reading the table reports this with the reason.
         return
     if num_bytes != stored.num_bytes:
-        yield damaged(stored.file, f"the file has {num_bytes:,} bytes, the manifest says {stored.num_bytes:,}")
+        yield damaged(stored.file, size_problem(num_bytes, stored))
     if sha256 != stored.sha256:
         yield damaged(stored.file, f"SHA-256 is {sha256}, the manifest says {stored.sha256}")
 
@@ -219,13 +233,15 @@ def _tasks(folder: Location, manifest: Manifest, bins: pa.Table | None, ledger: 
     packed = None if ledger is None else _packed_by_bin(ledger)
     shard_of = {index: shard for shard, index in shard_numbers(manifest).items()}
     by_shard = None if bins is None else bins.take(np.argsort(bins.column("shard").to_numpy(), kind="stable"))
+    max_bytes = max((shard.num_bytes for shard in manifest.shards), default=0)
     for index, stored in enumerate(manifest.shards):
         rows = None if by_shard is None else _bins_of(by_shard, shard_of.get(index, -1))
         yield ShardTask(
             folder=folder,
             stored=stored,
+            max_bytes=max_bytes,
             settings=manifest.settings,
-            bins=None if rows is None else bin_rows(rows),
+            bins=rows,
             ledger=None if packed is None or rows is None else _samples_of(packed, rows),
         )
 
@@ -233,7 +249,8 @@ def _tasks(folder: Location, manifest: Manifest, bins: pa.Table | None, ledger: 
 def _bins_of(bins: pa.Table, shard: int) -> pa.Table:
     """Rows of a shard. ``bins`` is sorted by shard."""
     first, last = np.searchsorted(bins.column("shard").to_numpy(), [shard, shard + 1]).tolist()
-    return bins.slice(first, last - first)
+    # A copy, because a slice would send the complete table to the worker.
+    return bins.take(np.arange(first, last))
 
 
 def _samples_of(packed: pa.Table, bins: pa.Table) -> pa.Table:
@@ -244,7 +261,6 @@ def _samples_of(packed: pa.Table, bins: pa.Table) -> pa.Table:
         column = packed.column("bin").to_numpy()
         first = int(np.searchsorted(column, numbers.min()))
         last = int(np.searchsorted(column, numbers.max(), side="right"))
-    # A copy, because a slice would send the complete table to the worker.
     return packed.take(np.arange(first, last))
 
 
