@@ -360,7 +360,7 @@ def test_the_command_line_prints_a_step(tmp_path: Path) -> None:
     for line in range(1, 19):
         assert f"s.jsonl:{line} " in done.stdout, line
     failed = subprocess.run([*command, "--shards", str(tmp_path / "no")], capture_output=True, text=True, check=False)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
     assert "Traceback" not in failed.stderr
     ledger = folder / "samples.parquet"
