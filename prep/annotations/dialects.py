@@ -10,6 +10,7 @@ the same for all dialects.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ _Record = dict[str, Any]
 
 # Fields that no struct names may hold numbers beyond the range of a float, which Python reads as infinite.
 _decoder = msgspec.json.Decoder(float_hook=float)
+
+_WHERE = re.compile(r"\(byte (\d+)\)")
+_NOT_JSON = re.compile(rb"NaN|Infinity|None|True|False|'")
 
 
 _ReadTurns = Callable[[_Record, TurnReader], None]
@@ -176,10 +180,21 @@ def read_record(data: bytes, embedded: Mapping[str, bytes] | None = None) -> Rea
     try:
         record = _decoder.decode(data)
     except msgspec.MsgspecError as error:
-        return _unreadable(ReasonCode.BAD_JSON, f"not valid JSON: {error}")
+        return _unreadable(ReasonCode.BAD_JSON, f"not valid JSON: {error}{_hint(data, str(error))}")
     if not isinstance(record, dict):
         return _unreadable(ReasonCode.NOT_AN_OBJECT, f"the record is of type {type_name(record)}; expected an object")
     return _read_plain(record, embedded or {}) or _read(record, embedded or {})
+
+
+def _hint(data: bytes, error: str) -> str:
+    """What the text is instead of JSON, if an error at a byte of it shows that."""
+    where = _WHERE.search(error)
+    word = None if where is None else _NOT_JSON.match(data, int(where[1]))
+    if word is None:
+        return ""
+    if word[0] in (b"NaN", b"Infinity"):
+        return f"; JSON has no {word[0].decode()}: write null or text"
+    return "; it is written as Python: write it with `json.dumps`"
 
 
 def _read_plain(record: _Record, embedded: Mapping[str, bytes]) -> Reading | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -276,8 +277,9 @@ def test_contradicting_bounds_of_frames_are_wrong_use() -> None:
 
 def test_the_flags_in_the_documentation_are_the_constants_of_qwen_vl_utils() -> None:
     text = (Path(__file__).parents[2] / "docs" / "media.md").read_text(encoding="utf-8")
-    (line,) = [line for line in text.splitlines() if line.startswith("--video-sampling fps --")]
-    names, values = line.split()[::2], line.split()[1::2]
+    (line,) = re.findall(r"(--video-sampling fps) \\\n(.*)$", text, re.MULTILINE)
+    words = " ".join(line).split()
+    names, values = words[::2], words[1::2]
     flags = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(names, values, strict=True)}
     documented = msgspec.convert(flags, MediaSettings, strict=False)
     module = qwen_vl_utils()

@@ -59,7 +59,16 @@ def test_good_records_have_no_problems(change: dict[str, Any]) -> None:
 
 BAD: list[tuple[object, str, str]] = [
     (b"{", "bad_json", "not valid JSON"),
-    (b'{"a": NaN}', "bad_json", "not valid JSON"),
+    (
+        b'{"a": NaN}',
+        "bad_json",
+        "not valid JSON: JSON is malformed: invalid character (byte 6); JSON has no NaN: write null",
+    ),
+    (b'{"a": [-Infinity]}', "bad_json", "JSON has no Infinity: write null or text"),
+    (b"{'a': 1}", "bad_json", "it is written as Python: write it with `json.dumps`"),
+    (b"{\"a\": 'x'}", "bad_json", "it is written as Python"),
+    (b'{"a": None}', "bad_json", "it is written as Python"),
+    (b'{"a": True}', "bad_json", "it is written as Python"),
     (b'{"a": "\xff"}', "bad_json", "not valid JSON"),
     (b"", "bad_json", "not valid JSON"),
     (b"[" * 100_000, "bad_json", ""),
