@@ -172,7 +172,10 @@ class MediaReader:
         self._uses_rate = True
         if isinstance(fps, list):
             if len(fps) != count:
-                raise FieldError(f"$.fps has {len(fps)} entries for {count} videos; give one number, or one for each")
+                raise FieldError(
+                    f"$.fps has {counted(len(fps), 'number')} for {counted(count, 'video')}; give one number, or one "
+                    "for each"
+                )
             fps = fps[index]
         return ItemSettings(fps=_positive(fps, "$.fps"))
 

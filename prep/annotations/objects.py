@@ -13,6 +13,7 @@ from prep.annotations.boxes import BoxError, Shape, moved, number_shape
 from prep.annotations.fields import says_something
 from prep.annotations.reading import FieldReader, type_name
 from schemas.annotation import ReasonCode, Turn
+from schemas.wording import counted
 
 _PLACEHOLDER = re.compile("(<ref-object>|<bbox>)")
 _COORDINATES = {None: None, "real": "pixels", "norm1": "norm1"}
@@ -43,7 +44,8 @@ def place_objects(
         fields.fail('$.objects has ref, bbox and image_id as lists, and bbox_type as "real" or "norm1"')
         return {}, None
     if images and len(images) != len(boxes):
-        fields.fail(f"$.objects.image_id names {len(images)} images for {len(boxes)} boxes; give one for each box")
+        counts = f"{counted(len(images), 'image')} for {counted(len(boxes), 'box', 'boxes')}"
+        fields.fail(f"$.objects.image_id names {counts}; give one for each box")
         return {}, None
     if not all(isinstance(image, int) and not isinstance(image, bool) and image >= 0 for image in images):
         fields.fail("$.objects.image_id has an entry that is not 0 or more; images are counted from 0")

@@ -18,6 +18,7 @@ from prep.engines.processes import ONE_THREAD
 from prep.engines.ray_cluster import import_ray
 from prep.engines.requirements import WorkerRequirements, unmet
 from schemas.errors import ConfigError, VlprepError
+from schemas.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ class RayNodes:
                 "tokenizer and output must lie on a file system that the nodes see at the same path, and their Python "
                 "must have the same packages."
             )
-        logger.info("ray: %d nodes with room for %d tasks at %s", len(self._usable), self.num_slots, self._cluster)
+        nodes, tasks = counted(len(self._usable), "node"), counted(self.num_slots, "task")
+        logger.info("ray: %s with room for %s at %s", nodes, tasks, self._cluster)
 
     def look_again(self) -> bool:
         """Every few seconds, look for nodes that joined or were lost. Returns whether any was lost.

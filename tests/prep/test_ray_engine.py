@@ -149,7 +149,7 @@ def test_without_a_cluster_one_is_started_quietly_and_ended(
     # A build without its compiled kernel says so.
     others = r"(index|scan|write):|Pillow resizes the images"
     said = [line for line in re.split(r"[\r\n]+", command.errors) if line and not re.match(others, line)]
-    assert all(line.startswith("ray: 1 nodes with room for 2 tasks at this machine") for line in said), command.errors
+    assert all(line.startswith("ray: 1 node with room for 2 tasks at this machine") for line in said), command.errors
     assert command.output.startswith(str(out))
     assert contents(out) == contents(built)
 
