@@ -257,9 +257,7 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
         raise ShardError(f"{where} is damaged: its JSON is nested too deeply. {MEND_SHARDS}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
         if data and not any(name in data for name in _OWN_FIELDS):
-            raise ShardError(
-                f"{where} is no manifest of shards, but another file of that name. {GIVE_SHARDS}"
-            ) from None
+            raise ShardError(f"{where} is not the manifest of a set of shards. {GIVE_SHARDS}") from None
         raise ShardError(f"{where} is damaged: {_reason(data, error)}. {MEND_SHARDS}") from error
 
 

@@ -150,7 +150,9 @@ def _no_json(text: bytes) -> str | None:
     if b"\0" in text:
         return f"is binary data; {EXPECTED}"
     shown = lines[0].strip()[:40].decode(errors="replace")
-    return f"is no JSON: it begins with {shown!r}. Write one JSON object per line, with a field `conversations` in each"
+    return (
+        f"is not JSON: it begins with {shown!r}. Write one JSON object per line, with a field `conversations` in each"
+    )
 
 
 def _is_json(text: bytes) -> bool:

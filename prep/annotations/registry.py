@@ -294,8 +294,8 @@ class Registry:
             known = ", ".join(self.tables) or "none"
             if Path(name).is_dir():
                 raise ConfigError(
-                    f"{name} is no dataset registered in {self.path} (registered: {known}), and as an annotation file "
-                    f"it {folder_fault(Path(name))}."
+                    f"{name} is not a dataset registered in {self.path} (registered: {known}), and as an annotation "
+                    f"file it {folder_fault(Path(name))}."
                 )
             raise ConfigError(
                 f"dataset {name!r} is not registered in {self.path}; registered: {known}. Add a table [{name}] with "

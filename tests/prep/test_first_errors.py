@@ -250,8 +250,8 @@ OTHER_KINDS = {
     "zeros.jsonl": (bytes(100), "is binary data", "expected JSON, JSONL or Parquet"),
     "error.json": (b"<!DOCTYPE html><html>404</html>", "is a web page", "Fetch it again"),
     "pointer.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "of Git LFS", "git lfs pull"),
-    "notes.txt": (b"# Notes\n\nSee a.png\n", "is no JSON: it begins with '# Notes'", "one JSON object per line"),
-    "run.yaml": (b"model: a\ndata:\n  - b\n", "is no JSON: it begins with 'model: a'", "one JSON object per line"),
+    "notes.txt": (b"# Notes\n\nSee a.png\n", "is not JSON: it begins with '# Notes'", "one JSON object per line"),
+    "run.yaml": (b"model: a\ndata:\n  - b\n", "is not JSON: it begins with 'model: a'", "one JSON object per line"),
 }
 
 

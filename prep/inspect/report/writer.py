@@ -105,7 +105,7 @@ def _require_page(out: Path) -> None:
         with out.open("rb") as file:
             is_page = file.read(_START_BYTES).lstrip().lower().startswith(b"<!doctype html")
         if not is_page:
-            raise ConfigError(f"--out {out} would overwrite a file that is no HTML page. Give another file.")
+            raise ConfigError(f"--out {out} would overwrite a file that is not an HTML page. Give another file.")
 
 
 def render_report(shards: ShardSet, transcriber: Transcriber, request: ReportRequest | None = None) -> str:
