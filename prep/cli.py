@@ -6,6 +6,7 @@ Each command imports what it runs when it runs, so that ``--help`` and wrong use
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from fractions import Fraction
@@ -55,6 +56,9 @@ def _interrupt(*_: object) -> None:
 def main(debug: bool) -> None:
     """Turn chat annotations with images and videos into packed training shards for Qwen2.5-VL."""
     signal.signal(signal.SIGTERM, _interrupt)
+    # numpy starts a thread for every core when it is imported, of which a build has no use. Without threads, workers
+    # and decoders can be forked.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s")
     for noisy in ("PIL", "urllib3", "httpx", "filelock", "botocore", "aiobotocore", "asyncio", "fsspec", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

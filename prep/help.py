@@ -5,11 +5,13 @@ In: the commands. Out: text, and the names that complete a word. Nothing here im
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from prep.annotations import DEFAULT_REGISTRY
-from prep.exits import guarded, print_result
+from prep.exits import guarded, print_result, run_process
 from schemas.errors import VlprepError
 
 EXAMPLES = {
@@ -70,6 +72,12 @@ class Program(click.Group):
     """A group of commands whose help ends with examples."""
 
     command_class = _Command
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line. Without arguments it is that of this process, which ends with it."""
+        if args or kwargs:
+            return super().__call__(*args, **kwargs)
+        return run_process(super().__call__)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""

@@ -75,7 +75,7 @@ class Bin:
         grid_thw: (M, 3) int32, media in sequence order, in patches of 14 pixels.
         media_type: (M,) uint8, 0 image, 1 video.
         pixels: encoded planes of all media in sequence order, uint8.
-        codec: how ``pixels`` is encoded, one of :data:`schemas.pixels.CODECS`.
+        codec: how ``pixels`` is encoded, one of :data:`schemas.codecs.CODECS`.
         samples_json: contents of ``samples.json``; decoded by :meth:`samples`.
     """
 

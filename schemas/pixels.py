@@ -1,4 +1,4 @@
-"""Codecs of pixel planes, and the reversible residual coding that makes planes compress to about 0.37 of their size.
+"""The reversible residual coding of pixel planes, which makes planes compress to about 0.37 of their size.
 
 A frame is planar, ``(3, H, W)`` uint8 in the order R G B. Encoding to residuals, all modulo 256: subtract G from R and
 from B, then take differences down the rows, then along the columns; the first row and the first column of what is
@@ -15,15 +15,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-
-CODECS = ("zstd", "raw", "jpeg")
-"""Values of ``--pixels``. The member that holds the pixels of a bin is named by ``PIXELS_MEMBER[codec]``."""
-
-PIXELS_MEMBER = {"zstd": "pixels.zst", "raw": "pixels.raw", "jpeg": "pixels.jpeg"}
-
-DEFAULT_JPEG_QUALITY = 95
-JPEG_QUALITIES = (1, 100)
-"""Lowest and highest quality, on libjpeg's scale."""
 
 
 def psnr(mean_squared_error: float) -> float | None:

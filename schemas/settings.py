@@ -11,8 +11,8 @@ from typing import Annotated
 import msgspec
 
 from schemas.bounds import MAX_INT32, MAX_LENGTH
+from schemas.codecs import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
 from schemas.errors import ConfigError
-from schemas.pixels import CODECS, DEFAULT_JPEG_QUALITY, JPEG_QUALITIES
 from schemas.setting import Setting, check_settings
 
 TOKEN_PIXELS = 28 * 28

@@ -23,8 +23,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from schemas.bins import ARRAY_MEMBERS, MEDIA_IMAGE, MEDIA_VIDEO, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
+from schemas.codecs import PIXELS_MEMBER
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, MEND_SHARDS, ShardError
-from schemas.pixels import PIXELS_MEMBER
 from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, MERGE_SIZE, MERGED_PATCHES, NUM_TOKENS, VIDEO_PAD
 from storage.errors import NotThereError
 from storage.files import regular_size

@@ -1,4 +1,4 @@
-"""Local files: their sizes, and atomic writes, so that a file with its final name is complete."""
+"""Local files: sizes, the user's cache folder, and atomic writes, so that a file with its final name is complete."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno in NO_ROOM and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def user_cache() -> Path:
+    """The folder of what vlprep keeps for the user between commands. It may not exist.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlprep"
 
 
 def temporary_path(path: Path) -> Path:

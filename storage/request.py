@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
-
-import tenacity
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from schemas.errors import ConfigError
 from schemas.wording import counted
 from storage.errors import Verdict, describe, explained, verdict
 from storage.urls import Url
+
+if TYPE_CHECKING:
+    import tenacity
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,9 @@ def retry(
         NotThereError, RefusedError: the store's answer is final.
         StorageError: no attempt succeeded.
     """
+    # Here, because most commands read local files alone.
+    import tenacity
+
     policy = policy or DEFAULT_POLICY
     stop_event = stop_event or threading.Event()
     start = time.monotonic()

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from schemas.bounds import MAX_INT64, ColumnBounds, column_bounds
 from schemas.errors import BUILD_AGAIN, COPY_AGAIN, ShardError
 from schemas.manifest import StoredFile
+from storage.arrow import arrow_schema
 from storage.errors import NotThereError
 from storage.files import regular_size
 from storage.pages import uncompressed_bytes
@@ -33,18 +34,6 @@ _FREE_TEXT_BYTES = 64 << 20
 
 _MAX_CODES, _CODES_PER_ROW = 256, 4
 """Most reason codes of an annotation, and their mean if there are as many annotations as there can be."""
-
-
-def arrow_schema(columns: dict[str, str]) -> pa.Schema:
-    """Arrow schema of a table of :mod:`schemas.tables`."""
-    types = {
-        "int32": pa.int32(),
-        "int64": pa.int64(),
-        "uint64": pa.uint64(),
-        "string": pa.string(),
-        "list<string>": pa.list_(pa.string()),
-    }
-    return pa.schema([(name, types[kind]) for name, kind in columns.items()])
 
 
 def read_table(

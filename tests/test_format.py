@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER
+from schemas.codecs import PIXELS_MEMBER
 from schemas.manifest import FORMAT_VERSION
-from schemas.pixels import PIXELS_MEMBER
 from schemas.tables import BINS_COLUMNS, SAMPLES_COLUMNS
 from tests.format_reader import read_set
 from tests.guides import guide

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from prep.build.parts import ScannedPart, table_path
+from prep.build.parts import ScannedPart, read_rows, rejected_rows
 
 _COLUMNS = {
     "num_tokens": np.int32,
@@ -63,7 +61,7 @@ def read_columns(parts: Sequence[ScannedPart]) -> SampleColumns:
     part_starts = np.zeros(len(parts) + 1, dtype=np.int64)
     num_drawn = 0
     for index, part in enumerate(parts):
-        table = pq.read_table(table_path(part.path), columns=["copies", *_COLUMNS])
+        table = read_rows(part.path, ["copies", *_COLUMNS])
         copies = table.column("copies").to_numpy()
         num_drawn += int(copies.sum(dtype=np.int64))
         has_sample = np.flatnonzero(table.column("sample_bytes").to_numpy())
@@ -80,8 +78,7 @@ def count_rejects(parts: Sequence[ScannedPart]) -> Counter[str]:
     """How many drawn annotations the scan rejected, by reason code. An annotation counts once for each of its codes."""
     counts = Counter[str]()
     for part in parts:
-        table = pq.read_table(table_path(part.path), columns=["copies", "codes"])
-        rejected = table.filter(pc.greater(pc.list_value_length(table.column("codes")), 0))
+        rejected = rejected_rows(read_rows(part.path, ["copies", "codes"]))
         for copies, codes in zip(rejected.column("copies").to_pylist(), rejected.column("codes").to_pylist()):
             for code in codes:
                 counts[code] += copies

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from prep.annotations.undeclared import UndeclaredCounts
-from prep.build.parts import ScannedPart, table_path
+from prep.build.parts import ScannedPart, read_rows
 from schemas.errors import ConfigError
 
 
@@ -24,8 +21,11 @@ def require_declared_boxes(parts: Sequence[ScannedPart], names: Sequence[str]) -
     """
     counts = UndeclaredCounts()
     for part in parts:
-        table = pq.read_table(table_path(part.path), columns=["line", "undeclared"])
-        rows = table.filter(pc.is_valid(table.column("undeclared"))).to_pylist()
-        counts.add(f"dataset {names[part.source]}", ((f"{part.file}:{row['line']}", row["undeclared"]) for row in rows))
+        table = read_rows(part.path, ["line", "undeclared"])
+        undeclared = table.column("undeclared")
+        if undeclared.null_count < len(undeclared):
+            rows = table.filter(undeclared.is_valid()).to_pylist()
+            excerpts = ((f"{part.file}:{row['line']}", row["undeclared"]) for row in rows)
+            counts.add(f"dataset {names[part.source]}", excerpts)
     if counts:
         raise ConfigError(counts.message())

@@ -12,21 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from msgspec import UNSET
 from numpy.typing import NDArray
 
 from prep.build.distribution import ValueCounts
 from prep.build.media_tally import MediaTally
-from prep.build.parts import ScannedPart, table_path
+from prep.build.parts import ScannedPart, list_entries, read_rows
 from prep.build.plan import Plan
 from prep.build.written import WrittenShards
 from prep.samples.lengths import too_long
 from schemas.annotation import Problem
 from schemas.manifest import DatasetStatistics
 from schemas.tables import SAMPLES_COLUMNS, STATUS_NOT_SAMPLED, STATUS_PACKED, STATUS_REJECTED
-from storage.tables import arrow_schema
+from storage.arrow import arrow_schema
 
 _MAX_UNUSED = 100
 _MODALITIES = ("text", "image", "video", "image+video")
@@ -50,13 +49,15 @@ class _Tally:
     def add(self, scanned: pa.Table, codes: pa.ChunkedArray, statuses: NDArray[np.int64]) -> None:
         """Count the rows of a part, with their final codes and statuses (indices of ``_STATUSES``)."""
         self._statuses += np.bincount(statuses, minlength=len(_STATUSES))
-        self._codes.update(pc.list_flatten(codes).to_pylist())
-        self._unused.update(pc.list_flatten(scanned.column("unused")).to_pylist())
-        packed = scanned.filter(pa.array(statuses == _PACKED))
+        for column, counts in ((codes, self._codes), (scanned.column("unused"), self._unused)):
+            for entries in list_entries(column):
+                counts.update(entries.to_pylist())
+        is_packed = statuses == _PACKED
+        packed = scanned if is_packed.all() else scanned.filter(pa.array(is_packed))
         num_images, num_videos = (packed.column(name).to_numpy() for name in ("num_images", "num_videos"))
         kinds = (num_images > 0) + 2 * (num_videos > 0).astype(np.int64)
         self._modalities += np.bincount(kinds, minlength=len(_MODALITIES))
-        self._num_boxes += pc.sum(packed.column("num_boxes")).as_py() or 0
+        self._num_boxes += int(packed.column("num_boxes").to_numpy().sum())
         self._media.add(packed)
         for name, counts in self._sizes.items():
             counts.add(packed.column(name).to_numpy())
@@ -148,7 +149,7 @@ class Ledger:
             "dataset": pa.repeat(pa.scalar(self._names[part.source]), len(scanned)),
             "file": pa.repeat(pa.scalar(part.file), len(scanned)),
             "record": scanned.column("record").to_numpy() + part.record_base,
-            "status": pa.array(_STATUSES).take(pa.array(statuses)),
+            "status": np.array(_STATUSES, dtype=object)[statuses],
             "codes": codes,
             "message": _replaced(scanned, "message", {row: problem.message for row, problem in late.items()}),
             "bin": pa.array(bins, mask=~packed),
@@ -180,7 +181,7 @@ class Ledger:
 
 def _read_rows(part: ScannedPart) -> pa.Table:
     """The rows of a part, each as often as it is drawn, and once if it is not."""
-    scanned = pq.read_table(table_path(part.path))
+    scanned = read_rows(part.path)
     copies = scanned.column("copies").to_numpy()
     if (copies > 1).any():
         scanned = scanned.take(np.repeat(np.arange(copies.size), np.maximum(copies, 1)))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from prep.build.distribution import ValueCounts
+from prep.build.parts import list_entries
 from schemas.manifest import CHANGED_PERCENT, MediaStatistics
 
 
@@ -27,7 +27,7 @@ class MediaTally:
 
     def add(self, packed: pa.Table) -> None:
         """Count the rows of a part (:data:`~prep.build.parts.PART_SCHEMA`) that are packed."""
-        kept, frames = (pc.list_flatten(packed.column(name)).to_numpy() for name in ("kept_percents", "frames"))
+        kept, frames = (_entries(packed.column(name)) for name in ("kept_percents", "frames"))
         is_shrunk = kept < 100 - CHANGED_PERCENT
         self._num_images += kept.size
         self._num_shrunk += int(np.count_nonzero(is_shrunk))
@@ -56,6 +56,11 @@ class MediaTally:
             num_same_sample=_num_repeated(both),
         )
         return UNSET if result == MediaStatistics() else result
+
+
+def _entries(column: pa.ChunkedArray) -> NDArray[np.int32]:
+    """The entries of all lists of a column."""
+    return np.concatenate([np.empty(0, np.int32), *(entries.to_numpy() for entries in list_entries(column))])
 
 
 def _joined(pieces: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:

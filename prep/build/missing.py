@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from prep.annotations.registry import Source
-from prep.build.parts import MEDIA_CODES, ScannedPart, table_path
+from prep.build.parts import MEDIA_CODES, ScannedPart, read_rows, rejected_rows
 from prep.media.nearby import all_missing_message
 from prep.media.paths import missing_name
 from schemas.annotation import ReasonCode
@@ -42,10 +39,11 @@ def _missing(parts: Iterable[ScannedPart]) -> tuple[int, str | None]:
     """Number of records that lack media, and one missing name. None if a record has all its media."""
     num_records, name = 0, None
     for part in parts:
-        table = pq.read_table(table_path(part.path), columns=["codes", "message", "num_images", "num_videos"])
-        if any((pc.max(table.column(column)).as_py() or 0) > 0 for column in ("num_images", "num_videos")):
+        table = read_rows(part.path, ["codes", "message", "num_images", "num_videos"])
+        # Without a sample, the counts are null, which becomes NaN.
+        if any((table.column(column).to_numpy() > 0).any() for column in ("num_images", "num_videos")):
             return 0, None
-        rejected = table.filter(pc.greater(pc.list_value_length(table.column("codes")), 0))
+        rejected = rejected_rows(table)
         for codes, message in zip(rejected.column("codes").to_pylist(), rejected.column("message").to_pylist()):
             if not _OTHER_MEDIA_CODES.isdisjoint(codes):
                 return 0, None

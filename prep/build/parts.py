@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -203,8 +204,37 @@ def has_media_rejects(part: Path) -> bool:
     """Whether the scan or the write step rejected a record of a part for its media."""
     if _stale_path(part).exists():
         return True
-    codes = pq.read_table(table_path(part), columns=["codes"]).column("codes").combine_chunks().flatten()
-    return not MEDIA_CODES.isdisjoint(codes.to_pylist())
+    return not all(
+        MEDIA_CODES.isdisjoint(codes.to_pylist()) for codes in list_entries(read_rows(part, ["codes"]).column("codes"))
+    )
+
+
+def read_rows(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the table of a part.
+
+    Args:
+        part: path without suffix.
+        columns: names, or None for all.
+    """
+    with pq.ParquetFile(table_path(part)) as file:
+        return file.read(columns=None if columns is None else [*columns])
+
+
+def rejected_rows(table: pa.Table) -> pa.Table:
+    """The rows of a part's table with reason codes. It must have the column ``codes``."""
+    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in table.column("codes").chunks]
+    is_rejected = np.concatenate([np.empty(0, np.int32), *lengths]) > 0
+    return table.filter(pa.array(is_rejected)) if is_rejected.any() else table.slice(0, 0)
+
+
+def list_entries(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """The entries of all lists of a column, as an array for each of its chunks.
+
+    For this, ``pyarrow`` would import a module that takes as long as the rest of it.
+    """
+    for chunk in column.chunks:
+        first, last = chunk.offsets[0].as_py(), chunk.offsets[-1].as_py()
+        yield chunk.values.slice(first, last - first)
 
 
 def read_sample(part: Path, offset: int, num_bytes: int) -> StoredSample:

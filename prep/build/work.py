@@ -40,7 +40,7 @@ from prep.build.output import FolderOutput, Output, open_output
 from schemas.errors import ConfigError, VlprepError
 from schemas.manifest import MANIFEST_FILE, WORK_FOLDER, Manifest, decode_manifest, encode_manifest
 from storage.errors import StorageError
-from storage.files import NO_LOCKS, write_synced
+from storage.files import NO_LOCKS, user_cache, write_synced
 from storage.urls import Location, location_key
 
 logger = logging.getLogger(__name__)
@@ -232,8 +232,7 @@ def default_root(out: Location) -> Path:
     """The default work folder of an output: inside a folder; for a URL, below the user's cache folder."""
     if isinstance(out, Path):
         return out / WORK_FOLDER
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "vlprep" / "builds" / xxhash.xxh3_128_hexdigest(str(out).encode())
+    return user_cache() / "builds" / xxhash.xxh3_128_hexdigest(str(out).encode())
 
 
 def _identity(path: Location) -> str:

@@ -61,7 +61,7 @@ class WriteTask:
         names: of every dataset.
         roots: media root of every dataset.
         media: media settings of every dataset.
-        codec: of the pixels, one of :data:`schemas.pixels.CODECS`.
+        codec: of the pixels, one of :data:`schemas.codecs.CODECS`.
         jpeg_quality: for the codec ``jpeg``.
     """
 

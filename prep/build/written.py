@@ -16,7 +16,7 @@ from schemas.annotation import Problem
 from schemas.bins import shard_name
 from schemas.manifest import StoredShard
 from schemas.tables import BINS_COLUMNS
-from storage.tables import arrow_schema
+from storage.arrow import arrow_schema
 
 _ROWS = 1 << 14
 """Rows that are kept as objects before they become a piece of the table."""

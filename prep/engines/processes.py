@@ -1,12 +1,17 @@
-"""Worker processes: their environment, their signals, and their end when the parent dies."""
+"""Worker processes: their environment, their signals, their start by a fork, and their end when the parent dies."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import os
 import signal
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -17,6 +22,9 @@ ONE_THREAD = {
 """Environment that keeps libraries from starting threads, since the workers already occupy the cores."""
 
 _PR_SET_PDEATHSIG = 1
+
+_FORKED_WITH_CARE = frozenset({"jemalloc_bg_thd"})
+"""Names of threads that their library stops before a fork. pyarrow brings an allocator with such a thread."""
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -41,3 +49,95 @@ def without(*signals: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def can_fork() -> bool:
+    """Whether a fork of this process is safe: no other thread may hold a lock that the fork would wait for (Linux)."""
+    names = []
+    for thread in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            names.append(thread.read_text().strip())
+    return len([name for name in names if name not in _FORKED_WITH_CARE]) == 1
+
+
+def open_descriptors() -> list[int]:
+    """Descriptors of this process, beyond the three standard streams."""
+    return [descriptor for descriptor in map(int, os.listdir("/proc/self/fd")) if descriptor > 2]
+
+
+def close_inherited(descriptors: Collection[int]) -> None:
+    """Close descriptors in a fork, whatever objects of its parent still refer to them.
+
+    These objects are never collected, since they would close descriptors that have new owners by then.
+    """
+    gc.freeze()
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+class Fork:
+    """A fork of this process that runs one function, with pipes to its standard input and from its standard output.
+
+    It has what :class:`subprocess.Popen` has, as far as it is needed here. The fork holds none of the other open files,
+    so a pipe or lock of its parent ends with its parent.
+
+    Args:
+        main: what it runs. It ends with it.
+        keep: descriptors that stay open.
+    """
+
+    def __init__(self, main: Callable[[], None], keep: Collection[int]) -> None:
+        requests, stdin = os.pipe()
+        stdout, answers = os.pipe()
+        self.stdin, self.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
+        self.returncode: int | None = None
+        try:
+            with warnings.catch_warnings():
+                # Since Python 3.12, for any other thread. can_fork() knows better.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.pid = os.fork()
+            if not self.pid:
+                _run_fork(main, requests, answers, keep)
+        finally:
+            os.close(requests)
+            os.close(answers)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int:
+        """The exit code, once it has ended."""
+        code = self._wait(0)
+        assert code is not None
+        return code
+
+    def send_signal(self, kind: signal.Signals) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, kind)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def _run_fork(main: Callable[[], None], stdin: int, stdout: int, keep: Collection[int]) -> NoReturn:
+    code = 1
+    try:
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        close_inherited([descriptor for descriptor in open_descriptors() if descriptor not in keep])
+        main()
+        code = 0
+    finally:
+        # Nothing that the parent holds is flushed or ended here.
+        os._exit(code)

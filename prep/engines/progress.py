@@ -6,13 +6,23 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 _TERMINAL_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 30.0
-_MONITOR_INTERVAL_S = 10.0
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that looks at the clock with every update, and so needs no thread that watches it."""
+
+    monitor_interval = 0
+
+
+# A lock between threads: the default one is also between processes, and takes multiprocessing to make.
+_Bar.set_lock(threading.RLock())
 
 
 class _Lines:
@@ -41,14 +51,13 @@ def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> t
     """
     is_terminal = sys.stderr.isatty()
     interval = _TERMINAL_INTERVAL_S if is_terminal else _LOG_INTERVAL_S
-    return tqdm(
+    return _Bar(
         total=total,
         desc=desc,
         unit=unit,
         unit_scale=unit_scale,
         mininterval=interval,
-        # tqdm's monitor thread redraws a bar after this interval, whatever mininterval is.
-        maxinterval=max(interval, _MONITOR_INTERVAL_S),
+        miniters=1,
         file=sys.stderr if is_terminal else _Lines(sys.stderr),
         # Without this argument, TQDM_DISABLE decides.
         **({} if total else {"disable": True}),

@@ -1,8 +1,10 @@
 """Decodes in a child process with a time limit: a decoder that hangs or crashes costs one medium, not the build.
 
 Input: a source, its media type, the media settings and those of the item. Output: as :mod:`prep.media.decode`. One
-child serves one worker. Requests go through a pipe. The child writes frames into shared memory that both processes keep
-mapped, so the detour costs one copy (a fraction of a millisecond per image) and about 0.1 ms of messages.
+child serves one worker. It starts with the first medium: as a fork of the worker, which takes a few milliseconds, or as
+an interpreter of its own if the worker has threads. Requests go through a pipe. The child writes frames into shared
+memory that both processes keep mapped, so the detour costs one copy (a fraction of a millisecond per image) and about
+0.1 ms of messages.
 
 A child that exceeds the time limit is killed, a child that crashes is replaced, and the current medium is rejected. If
 the child was killed from outside, the request is retried first: when memory runs out, the kernel is told to kill the
@@ -24,20 +26,22 @@ import struct
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.engines.processes import die_with_parent, without
+from prep.engines.processes import Fork, can_fork, die_with_parent, without
 from prep.media.decode import MediaInfo, decode, probe
 from prep.media.item import NO_ITEM_SETTINGS, ItemSettings
 from prep.media.source import MediaSource
 from schemas.annotation import ReasonCode
 from schemas.errors import MediaError
 from schemas.settings import MediaSettings
+
+_Child: TypeAlias = "Fork | subprocess.Popen[bytes]"
 
 _HEADER = struct.Struct("<Q")
 _START_TIMEOUT_S = 120.0
@@ -71,7 +75,7 @@ class Sandbox:
     """A child process that probes and decodes. It is started and restarted as needed, and :meth:`close` ends it."""
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: _Child | None = None
         self._memory = -1
         self._shared: mmap.mmap | None = None
         self._request_id = 0
@@ -162,17 +166,11 @@ class Sandbox:
         result: tuple[Any, Any] = answer
         return result
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> _Child:
         self._memory = os.memfd_create("vlprep-frames")
         # Signals that stop a build reach all its processes. A child that obeyed them would look like a crash.
         with without(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            child = subprocess.Popen(
-                [sys.executable, "-m", "prep.media.sandbox", str(self._memory)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=(self._memory,),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            )
+            child = (_fork if can_fork() else _spawn)(self._memory)
         self._child = child
         assert child.stdout is not None
         try:
@@ -181,6 +179,20 @@ class Sandbox:
             self.close()
             raise RuntimeError("the decoder process did not start") from error
         return child
+
+
+def _fork(memory: int) -> Fork:
+    return Fork(partial(_serve, memory), keep=[memory])
+
+
+def _spawn(memory: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "prep.media.sandbox", str(memory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=(memory,),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
 
 
 def _crash_error(source: MediaSource, code: int) -> MediaError:

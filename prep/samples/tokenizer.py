@@ -6,11 +6,13 @@ encoding, so a worker starts in a fraction of a second and needs no torch.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import tokenizers
 from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 
+from prep.samples.excerpt import Vocabulary
+from prep.samples.known_tokenizers import remembered_fingerprint
 from schemas.checkpoints import PROCESSOR_FILES, TOKENIZER_FILE, image_processor, processor_file
 from schemas.errors import ConfigError
 from schemas.manifest import Fingerprints
@@ -30,12 +34,13 @@ from schemas.qwen import (
     TEMPORAL_PATCH_SIZE,
     AddedToken,
     parse_tokenizer,
-    tokenizer_fingerprint,
 )
 
 logger = logging.getLogger(__name__)
 
-_EMPTY_MODEL: dict[str, Any] = {"type": "BPE", "vocab": {}, "merges": []}
+_NULL = msgspec.Raw(b"null")
+_MAX_SHORT_BATCHES = 3
+_MAX_SHORT_CHARACTERS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,15 +129,17 @@ def read_fingerprints(files: ModelFiles) -> Fingerprints:
             "Give a Qwen2.5-VL checkpoint."
         )
     return Fingerprints(
-        tokenizer=tokenizer_fingerprint(files.tokenizer.read_bytes(), where=str(files.tokenizer)),
+        tokenizer=remembered_fingerprint(files.tokenizer.read_bytes(), where=str(files.tokenizer)),
         image_mean=processor.image_mean,
         image_std=processor.image_std,
     )
 
 
-class _BpeOptions(msgspec.Struct):
-    """The settings of a ``model`` in ``tokenizer.json``, by the names that ``tokenizers`` gives them."""
+class _Model(msgspec.Struct):
+    """The ``model`` of a ``tokenizer.json``: what :mod:`prep.samples.excerpt` reads, and settings."""
 
+    vocab: msgspec.Raw
+    merges: msgspec.Raw
     dropout: float | None = None
     unk_token: str | None = None
     continuing_subword_prefix: str | None = None
@@ -141,29 +148,99 @@ class _BpeOptions(msgspec.Struct):
     byte_fallback: bool | None = None
     ignore_merges: bool | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that are given, by the names that ``tokenizers`` has for them."""
+        named = {name: getattr(self, name) for name in self.__struct_fields__ if name not in ("vocab", "merges")}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def has_special_rules(self) -> bool:
+        """Whether a word may become other tokens than pieces of it that merges have joined."""
+        return any(value for name, value in self.settings.items() if name != "ignore_merges")
+
+
+class _TokenizerFile(msgspec.Struct):
+    """A ``tokenizer.json`` of which only the added tokens and the settings of the model are decoded."""
+
+    model: _Model
+    added_tokens: list[AddedToken]
+    truncation: msgspec.Raw = _NULL
+    padding: msgspec.Raw = _NULL
+    normalizer: msgspec.Raw = _NULL
+    pre_tokenizer: msgspec.Raw = _NULL
+    decoder: msgspec.Raw = _NULL
+
+    def shell(self) -> str:
+        """The file without tokens, and without the post-processor, which adds control tokens."""
+        parts = {name: getattr(self, name) for name in self.__struct_fields__}
+        empty: dict[str, Any] = {"type": "BPE", "vocab": {}, "merges": []}
+        replaced = {"version": "1.0", "added_tokens": [], "post_processor": None, "model": empty}
+        return msgspec.json.encode({**parts, **replaced}).decode()
+
 
 class TextTokenizer:
-    """Encodes everything as ordinary text. It has no control tokens, so text that spells one stays text."""
+    """Encodes everything as ordinary text. It has no control tokens, so text that spells one stays text.
+
+    ``tokenizers`` takes a tenth of a second to take over all tokens and merges. The first few short batches are encoded
+    with those alone that are pieces of their words, which gives the same ids.
+    """
 
     def __init__(self, tokenizer_json: bytes) -> None:
-        parsed = parse_tokenizer(tokenizer_json)
-        ordinary = [token for token in parsed.added_tokens if token.content not in CONTROL_TOKENS]
-        content = msgspec.json.decode(tokenizer_json, type=dict[str, msgspec.Raw])
-        options = msgspec.json.decode(content["model"], type=_BpeOptions)
+        self._json = tokenizer_json
+        self._file = msgspec.json.decode(tokenizer_json, type=_TokenizerFile)
+        ordinary = [token for token in self._file.added_tokens if token.content not in CONTROL_TOKENS]
+        # Added tokens that are not in the vocabulary would get new ids, from those of the control tokens on.
+        self._added_ids = {token.content: token.id for token in ordinary}
         # The vocabulary enters as Python objects: writing it into JSON for `tokenizers` to parse takes twice as long.
-        shell: dict[str, Any] = {**content, "added_tokens": [], "post_processor": None, "model": _EMPTY_MODEL}
-        self._tokenizer = Tokenizer.from_str(msgspec.json.encode(shell).decode())
-        self._tokenizer.model = BPE(
-            # Added tokens that are not in the vocabulary would get new ids, from those of the control tokens on.
-            vocab={**parsed.model.vocab, **{token.content: token.id for token in ordinary}},
-            merges=[_pair(merge) for merge in parsed.model.merges],
-            **{name: value for name, value in msgspec.structs.asdict(options).items() if value is not None},
-        )
+        self._tokenizer = Tokenizer.from_str(self._file.shell())
+        self._set_model({}, [])
         self._tokenizer.add_tokens([_added(token) for token in ordinary])
+        self._is_complete = False
+        self._short_batches_left = _MAX_SHORT_BATCHES
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encodings (ids and character offsets) of many texts at once."""
+        if not self._is_complete and not self._prepare_for(texts):
+            self.complete()
+        return self._encode(texts)
+
+    def complete(self) -> None:
+        """Take over all tokens and merges, which makes it fit for any amount of text."""
+        if not self._is_complete:
+            model = parse_tokenizer(self._json).model
+            self._set_model(model.vocab, [_pair(merge) for merge in model.merges])
+            self._is_complete = True
+
+    def _prepare_for(self, texts: Sequence[str]) -> bool:
+        """Take over what these texts need; returns False if another batch, or so long a one, is worth all of it."""
+        self._short_batches_left -= 1
+        is_short = self._short_batches_left >= 0 and sum(map(len, texts)) <= _MAX_SHORT_CHARACTERS
+        if not is_short or self._file.model.has_special_rules:
+            return False
+        vocabulary = Vocabulary(bytes(self._file.model.vocab), bytes(self._file.model.merges))
+        if not vocabulary.is_canonical:
+            return False
+        characters = vocabulary.characters()
+        self._set_model(characters, [])
+        excerpt = vocabulary.excerpt({word for encoding in self._encode(texts) for word in _words(encoding)})
+        if excerpt is None:
+            return False
+        tokens, merges = excerpt
+        self._set_model({**characters, **tokens}, merges)
+        return True
+
+    def _set_model(self, vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> None:
+        self._tokenizer.model = BPE(vocab={**vocab, **self._added_ids}, merges=merges, **self._file.model.settings)
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
         return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+
+def _words(encoding: Encoding) -> Iterator[str]:
+    """What a text is split into before merging, from an encoding into characters."""
+    for _, tokens in itertools.groupby(zip(encoding.word_ids, encoding.tokens), key=itemgetter(0)):
+        yield "".join(token for _, token in tokens)
 
 
 def _pair(merge: str | tuple[str, str]) -> tuple[str, str]:

@@ -37,7 +37,7 @@ class PixelEncoder:
     """Encodes the pixels of the bins of one shard, bin by bin.
 
     Attributes:
-        codec: one of :data:`schemas.pixels.CODECS`.
+        codec: one of :data:`schemas.codecs.CODECS`.
         drift: what a lossy codec did to the frames measured so far; None with a lossless one.
     """
 
@@ -45,7 +45,7 @@ class PixelEncoder:
         """Describe an encoder.
 
         Args:
-            codec: one of :data:`schemas.pixels.CODECS`.
+            codec: one of :data:`schemas.codecs.CODECS`.
             jpeg_quality: for the codec ``jpeg``.
         """
         if (codec == "jpeg") != (jpeg_quality is not None):

@@ -24,7 +24,7 @@ from prep.shards.codecs import PixelEncoder
 from prep.shards.drift import DriftSums
 from schemas.annotation import SampleRef
 from schemas.bins import ARRAY_MEMBERS, MEDIA_VIDEO, SAMPLES_MEMBER, TAR_BLOCK, bin_key
-from schemas.pixels import PIXELS_MEMBER
+from schemas.codecs import PIXELS_MEMBER
 from schemas.qwen import IGNORE_INDEX
 from schemas.tables import BinRow
 from storage.files import naming, temporary_path
@@ -42,7 +42,7 @@ class ShardWriter:
 
     Args:
         path: final path of the shard.
-        codec: of the pixels, one of :data:`schemas.pixels.CODECS`.
+        codec: of the pixels, one of :data:`schemas.codecs.CODECS`.
         jpeg_quality: for the codec ``jpeg``.
     """
 

@@ -326,7 +326,7 @@ def test_progress_is_rare_lines_in_a_log_and_a_live_bar_on_a_terminal(monkeypatc
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     with progress("scan", 10, "record") as in_log:
-        assert in_log.mininterval == in_log.maxinterval == 30
+        assert (in_log.mininterval, in_log.miniters, in_log.monitor) == (30, 1, None)
         in_log.start_t -= 2
         in_log.n = 4
         assert re.search(r"scan:  40%.* 4/10 \[00:0[23]<00:0[345], +[12]\.\d+record/s\]", str(in_log))
@@ -338,7 +338,7 @@ def test_progress_is_rare_lines_in_a_log_and_a_live_bar_on_a_terminal(monkeypatc
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress("scan", 10, "record") as on_terminal:
-        assert (on_terminal.mininterval, on_terminal.maxinterval) == (0.1, 10)
+        assert (on_terminal.mininterval, on_terminal.miniters, on_terminal.monitor) == (0.1, 1, None)
     assert terminal.getvalue().startswith("\rscan: ")
     with progress("index", 0, "file") as nothing:
         assert nothing.disable

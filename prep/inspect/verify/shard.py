@@ -22,9 +22,9 @@ import storage
 from prep.inspect.verify.bins import BinCheck
 from prep.inspect.verify.findings import Finding, damaged, inconsistent, unreadable
 from schemas.bins import ARRAY_MEMBERS, SAMPLES_MEMBER, TAR_BLOCK, Bin, bin_key
+from schemas.codecs import PIXELS_MEMBER
 from schemas.errors import ShardError
 from schemas.manifest import StoredFile, StoredShard
-from schemas.pixels import PIXELS_MEMBER
 from schemas.settings import BuildSettings
 from schemas.tables import BINS_FILE, StoredBin
 from schemas.wording import counted
