@@ -49,9 +49,10 @@ class _Tally:
     def add(self, scanned: pa.Table, codes: pa.ChunkedArray, statuses: NDArray[np.int64]) -> None:
         """Count the rows of a part, with their final codes and statuses (indices of ``_STATUSES``)."""
         self._statuses += np.bincount(statuses, minlength=len(_STATUSES))
-        for column, counts in ((codes, self._codes), (scanned.column("unused"), self._unused)):
-            for entries in list_entries(column):
-                counts.update(entries.to_pylist())
+        for entries in list_entries(codes):
+            self._codes.update(entries.to_pylist())
+        for entries in list_entries(scanned.column("unused")):
+            self._unused.update(entries.to_pylist())
         is_packed = statuses == _PACKED
         packed = scanned if is_packed.all() else scanned.filter(pa.array(is_packed))
         num_images, num_videos = (packed.column(name).to_numpy() for name in ("num_images", "num_videos"))

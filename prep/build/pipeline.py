@@ -43,7 +43,7 @@ from prep.engines import Engine
 from prep.engines.progress import progress
 from prep.engines.software import software_versions
 from prep.media.bicubic import fallback_reason
-from prep.samples.tokenizer import ModelFiles, find_model_files, read_fingerprints
+from prep.samples.tokenizer import ModelFiles, find_model_files, load_tokenizer, read_fingerprints
 from schemas.manifest import (
     MANIFEST_FILE,
     METRICS_FILE,
@@ -320,6 +320,9 @@ def _scan(engine: Engine, tasks: Sequence[tuple[ScanTask, _Origin]], timings: Ti
     """Scan all chunks, reusing the parts of an earlier run. Adds to ``timings``."""
     parts: list[ScannedPart] = []
     num_records = sum(task.chunk.num_records for task, _ in tasks)
+    if len(tasks) > 1 and engine.renew_workers():
+        task, _ = tasks[0]
+        load_tokenizer(task.tokenizer, task.tokenizer_hash).complete()
     with (
         closing(engine.map(scan_chunk, [task for task, _ in tasks])) as results,
         progress("scan", num_records, "record") as bar,

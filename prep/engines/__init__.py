@@ -34,6 +34,14 @@ class Engine(Protocol):
         """Tasks that run at the same time."""
         ...
 
+    def renew_workers(self) -> bool:
+        """End the workers of earlier steps, if those of the next one would then have what this process has in memory.
+
+        Returns:
+            Whether they will have it.
+        """
+        ...
+
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
         """Add paths that the tasks of later calls of :meth:`map` need.
 

@@ -10,12 +10,20 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from prep.engines.processes import ONE_THREAD, die_with_parent, without
+from prep.engines.processes import (
+    ONE_THREAD,
+    can_fork,
+    close_inherited,
+    die_with_parent,
+    forking,
+    open_descriptors,
+    without,
+)
 from schemas.errors import VlprepError
 
 if TYPE_CHECKING:
@@ -33,6 +41,10 @@ class SerialEngine:
 
     num_workers = 1
 
+    def renew_workers(self) -> bool:
+        """See :class:`~prep.engines.Engine`. Tasks run in this process."""
+        return False
+
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
         """See :class:`~prep.engines.Engine`. Nothing to do: tasks run in this process."""
 
@@ -44,9 +56,10 @@ class SerialEngine:
 class LocalEngine:
     """Worker processes on this machine.
 
-    They are spawned, not forked, because this process has threads. Threads of libraries are turned off in them, since
-    the workers already occupy the cores. Workers start with the first tasks and stay until the end of the ``with``
-    block, so that a tokenizer or decoder that one step started serves the next step too.
+    They are forks of this process, which have its modules and its tokenizer at once. If it has threads, one of which
+    might hold a lock, they are spawned. Threads of libraries are turned off in them, since the workers already occupy
+    the cores. Workers start with the first tasks and stay until the end of the ``with`` block, so that a tokenizer or
+    decoder that one step started serves the next step too. A step that can use more of them than there are starts anew.
 
     Args:
         num_workers: number of processes, at least 1.
@@ -55,6 +68,8 @@ class LocalEngine:
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
         self._pool: ProcessPoolExecutor | None = None
+        self._num_started = 0
+        self._are_forks = False
 
     def __enter__(self) -> LocalEngine:
         return self
@@ -63,6 +78,12 @@ class LocalEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._shut_down()
+
+    def renew_workers(self) -> bool:
+        """See :class:`~prep.engines.Engine`."""
+        if self._are_forks:
+            self._shut_down()
+        return self._pool is None and can_fork()
 
     def share(self, reads: Iterable[Path] = (), *, writes: Iterable[Path] = ()) -> None:
         """See :class:`~prep.engines.Engine`. Nothing to do: all workers run on this machine."""
@@ -79,7 +100,7 @@ class LocalEngine:
         first = list(itertools.islice(waiting, self.num_workers * _IN_FLIGHT_PER_WORKER))
         if not first:
             return
-        pool = self._ready()
+        pool = self._ready(min(self.num_workers, len(first)))
         is_idle = False
         try:
             flying = collections.deque(_submit(pool, function, task) for task in first)
@@ -101,22 +122,25 @@ class LocalEngine:
                     worker.terminate()
                 self._shut_down()
 
-    def _ready(self) -> ProcessPoolExecutor:
-        """The workers of the previous step; new ones if any of them was killed while idle."""
+    def _ready(self, num_needed: int) -> ProcessPoolExecutor:
+        """The workers of the previous step; new ones if any of them was killed while idle, or if they are too few."""
         import multiprocessing.connection
         from concurrent.futures import ProcessPoolExecutor
 
         if self._pool is not None:
             # Not is_alive(): the pool's own thread may be waiting for the same process, and only one gets its status.
             ended = multiprocessing.connection.wait([worker.sentinel for worker in _workers(self._pool)], timeout=0)
-            if ended or self._pool._broken:
+            if ended or self._pool._broken or self._num_started < num_needed:
                 self._shut_down()
         if self._pool is None:
+            # Forks all start with the first task, others when they are needed.
+            self._are_forks = can_fork()
+            self._num_started = num_needed if self._are_forks else self.num_workers
             self._pool = ProcessPoolExecutor(
-                self.num_workers,
-                mp_context=multiprocessing.get_context("spawn"),
+                self._num_started,
+                mp_context=multiprocessing.get_context("fork" if self._are_forks else "spawn"),
                 initializer=_prepare_worker,
-                initargs=(os.getpid(),),
+                initargs=(os.getpid(), open_descriptors() if self._are_forks else {}),
             )
         return self._pool
 
@@ -133,17 +157,24 @@ def _workers(pool: ProcessPoolExecutor) -> list[BaseProcess]:
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-    """Submit a task. This may start a worker, which must leave interrupts to this process."""
-    with without(signal.SIGINT):
+    """Submit a task. This may start workers, which must leave interrupts to this process."""
+    with without(signal.SIGINT, signal.SIGTERM), forking():
         return pool.submit(function, task)
 
 
-def _prepare_worker(parent: int) -> None:
-    """Make a worker end with its parent or on SIGTERM, and keep libraries from starting threads."""
+def _prepare_worker(parent: int, inherited: Mapping[int, tuple[int, int]]) -> None:
+    """Make a worker end with its parent or on SIGTERM, and keep libraries from starting threads.
+
+    Args:
+        parent: process id of the parent.
+        inherited: open files of the parent that a fork must not hold, such as the lock of the build.
+    """
     die_with_parent(parent)
+    close_inherited(inherited)
     # Let the kernel end it at once. A Python handler may run too late, if the worker is waiting for a queue lock that
     # another ended worker still holds. The pool would catch an exception.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     os.environ.update(ONE_THREAD)
 
 

@@ -8,7 +8,7 @@ import gc
 import os
 import signal
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -60,19 +60,36 @@ def can_fork() -> bool:
     return len([name for name in names if name not in _FORKED_WITH_CARE]) == 1
 
 
-def open_descriptors() -> list[int]:
-    """Descriptors of this process, beyond the three standard streams."""
-    return [descriptor for descriptor in map(int, os.listdir("/proc/self/fd")) if descriptor > 2]
+@contextmanager
+def forking() -> Iterator[None]:
+    """Silence the warning of Python 3.12 and later, which counts threads that :func:`can_fork` knows to be harmless."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
-def close_inherited(descriptors: Collection[int]) -> None:
+def open_descriptors() -> dict[int, tuple[int, int]]:
+    """What this process has open beyond the three standard streams: device and inode, by descriptor."""
+    opened = {}
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # that of the list itself, which is closed by now
+            status = os.fstat(descriptor)
+            opened[descriptor] = status.st_dev, status.st_ino
+    return {descriptor: file for descriptor, file in opened.items() if descriptor > 2}
+
+
+def close_inherited(inherited: Mapping[int, tuple[int, int]]) -> None:
     """Close descriptors in a fork, whatever objects of its parent still refer to them.
 
     These objects are never collected, since they would close descriptors that have new owners by then.
+
+    Args:
+        inherited: result of :func:`open_descriptors` in the parent. What it has closed and opened since stays open.
     """
     gc.freeze()
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
+    opened = open_descriptors()
+    for descriptor, file in inherited.items():
+        if opened.get(descriptor) == file:
             os.close(descriptor)
 
 
@@ -93,9 +110,7 @@ class Fork:
         self.stdin, self.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
         self.returncode: int | None = None
         try:
-            with warnings.catch_warnings():
-                # Since Python 3.12, for any other thread. can_fork() knows better.
-                warnings.simplefilter("ignore", DeprecationWarning)
+            with forking():
                 self.pid = os.fork()
             if not self.pid:
                 _run_fork(main, requests, answers, keep)
@@ -135,7 +150,7 @@ def _run_fork(main: Callable[[], None], stdin: int, stdout: int, keep: Collectio
     try:
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
-        close_inherited([descriptor for descriptor in open_descriptors() if descriptor not in keep])
+        close_inherited({descriptor: file for descriptor, file in open_descriptors().items() if descriptor not in keep})
         main()
         code = 0
     finally:

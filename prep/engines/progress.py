@@ -15,7 +15,7 @@ _TERMINAL_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 30.0
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]
     """A bar that looks at the clock with every update, and so needs no thread that watches it."""
 
     monitor_interval = 0

@@ -53,6 +53,10 @@ class RayEngine:
         self._cluster: str | None = None
         self._nodes: RayNodes | None = None
 
+    def renew_workers(self) -> bool:
+        """See :class:`~prep.engines.Engine`. Workers of a cluster have what they read themselves."""
+        return False
+
     @property
     def num_workers(self) -> int:
         """See :class:`~prep.engines.Engine`. If the cluster decides, 1 before the first task."""

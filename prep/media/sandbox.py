@@ -200,12 +200,21 @@ def _crash_error(source: MediaSource, code: int) -> MediaError:
     return MediaError(ReasonCode.MEDIA_UNREADABLE, f"{source.name!r} crashes its decoder ({cause})")
 
 
-@lru_cache(maxsize=1)
 def sandbox() -> Sandbox:
-    """The sandbox of this process."""
+    """The sandbox of this process. A fork of it has its own."""
+    return _sandbox_of(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _sandbox_of(process: int) -> Sandbox:
     box = Sandbox()
-    atexit.register(box.close)
+    atexit.register(_close_own, box, process)
     return box
+
+
+def _close_own(box: Sandbox, process: int) -> None:
+    if os.getpid() == process:
+        box.close()
 
 
 def _send(pipe: IO[bytes], message: object) -> None:

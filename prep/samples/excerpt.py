@@ -88,7 +88,9 @@ class _Strings:
         forms = _forms({side for pair in wanted for side in pair})
         may_be = self._may_be(forms)
         candidates = 2 * np.flatnonzero(may_be[::2] & may_be[1::2])
-        pairs = ((forms.get(self._form(index)), forms.get(self._form(index + 1))) for index in candidates.tolist())
+        pairs = (
+            (forms.get(self._form(index), ""), forms.get(self._form(index + 1), "")) for index in candidates.tolist()
+        )
         return [pair for pair in pairs if pair in wanted]
 
     def characters(self) -> dict[int, str]:

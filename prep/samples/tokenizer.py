@@ -175,7 +175,7 @@ class _TokenizerFile(msgspec.Struct):
         """The file without tokens, and without the post-processor, which adds control tokens."""
         parts = {name: getattr(self, name) for name in self.__struct_fields__}
         empty: dict[str, Any] = {"type": "BPE", "vocab": {}, "merges": []}
-        replaced = {"version": "1.0", "added_tokens": [], "post_processor": None, "model": empty}
+        replaced: dict[str, Any] = {"version": "1.0", "added_tokens": [], "post_processor": None, "model": empty}
         return msgspec.json.encode({**parts, **replaced}).decode()
 
 

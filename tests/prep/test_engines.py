@@ -29,23 +29,38 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def local_engine() -> Iterator[Engine]:
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    monkeypatch.setattr("prep.engines.local.can_fork", lambda: True)
     with LocalEngine(2) as engine:
         yield engine
 
 
-@pytest.fixture(params=["serial", "local"])
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    monkeypatch.setattr("prep.engines.local.can_fork", lambda: False)
+    with LocalEngine(2) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["forked", "spawned"])
+def local_engine(request: pytest.FixtureRequest) -> Engine:
+    instance: Engine = request.getfixturevalue(request.param)
+    return instance
+
+
+@pytest.fixture(params=["serial", "forked", "spawned"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Every engine. ``test_ray_engine`` runs the tests that use it, and those of ``parallel``, on a cluster."""
     if request.param == "serial":
         return SerialEngine()
-    instance: Engine = request.getfixturevalue("local_engine")
+    instance: Engine = request.getfixturevalue(request.param)
     return instance
 
 
-@pytest.fixture(params=["local"])
-def parallel(local_engine: Engine) -> Engine:
-    return local_engine
+@pytest.fixture(params=["forked", "spawned"])
+def parallel(request: pytest.FixtureRequest) -> Engine:
+    instance: Engine = request.getfixturevalue(request.param)
+    return instance
 
 
 def square(value: int) -> int:

@@ -28,8 +28,9 @@ from tests.prep.test_videos import write_video
 SETTINGS = MediaSettings()
 
 
-@pytest.fixture
-def box() -> Iterator[Sandbox]:
+@pytest.fixture(params=[True, False], ids=["forked", "spawned"])
+def box(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    monkeypatch.setattr(sandbox_module, "can_fork", lambda: request.param)
     sandbox = Sandbox()
     yield sandbox
     sandbox.close()
@@ -124,14 +125,21 @@ def test_errors_keep_their_reason_code(box: Sandbox, tmp_path: Path) -> None:
     assert caught.value.code is ReasonCode.UNSUPPORTED_MEDIA
 
 
-HANGING = "import prep.media.sandbox as s, sys, time\ns.probe = lambda *a: time.sleep(600)\ns._serve(int(sys.argv[1]))"
-CRASHING = (
-    "import prep.media.sandbox as s, sys, os\ns.probe = lambda *a: os.kill(os.getpid(), 11)\ns._serve(int(sys.argv[1]))"
-)
+HANGING = "time.sleep(600)"
+CRASHING = "os.kill(os.getpid(), 11)"
+PROBING = "import prep.media.sandbox as s, sys, os, time\ns.probe = lambda *a: {}\ns._serve(int(sys.argv[1]))"
+
+
+def replace_probe(monkeypatch: pytest.MonkeyPatch, expression: str) -> None:
+    """Make the next child evaluate an expression in place of probing a medium, as a fork or as a new interpreter."""
+    monkeypatch.setattr(sandbox_module, "probe", lambda *_: eval(expression))
+    if not sandbox_module.can_fork():
+        replace_child(monkeypatch, PROBING.format(expression))
 
 
 def replace_child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """Make the next child run ``program`` instead of the sandbox module."""
+    """Make the next child run ``program`` in an interpreter of its own, instead of the sandbox module."""
+    monkeypatch.setattr(sandbox_module, "can_fork", lambda: False)
     real = subprocess.Popen
 
     def popen(command: list[str], **options: object) -> subprocess.Popen[bytes]:
@@ -141,20 +149,20 @@ def replace_child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "part"),
+    ("expression", "code", "part"),
     [(HANGING, ReasonCode.DECODE_TIMEOUT, "within 1 s"), (CRASHING, ReasonCode.MEDIA_UNREADABLE, "SIGSEGV")],
 )
 def test_a_decoder_that_hangs_or_crashes_costs_one_medium(
     box: Sandbox,
     media: list[tuple[MediaSource, int]],
     monkeypatch: pytest.MonkeyPatch,
-    program: str,
+    expression: str,
     code: ReasonCode,
     part: str,
 ) -> None:
     source, kind = media[0]
     with monkeypatch.context() as patch:
-        replace_child(patch, program)
+        replace_probe(patch, expression)
         with pytest.raises(MediaError) as caught:
             box.probe(source, kind, MediaSettings(decode_timeout=1.0))
     assert caught.value.code is code
