@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -231,6 +232,35 @@ def test_workers_stay_if_the_results_are_not_read_to_the_end(local_engine: Engin
     with closing(local_engine.map(process_of, range(8))) as results:
         first = {result for _, result in zip(range(8), results)}
     assert set(local_engine.map(process_of, range(8))) <= first
+
+
+KNOWN: list[int] = []
+
+
+def known(_: int) -> list[int]:
+    return KNOWN
+
+
+def test_forks_have_what_this_process_has_and_renewed_ones_what_it_has_by_then(
+    forked: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KNOWN.append(1)
+    assert list(forked.map(known, [0])) == [[1]]
+    KNOWN.append(2)
+    assert list(forked.map(known, [0])) == [[1]]
+    assert forked.renew_workers()
+    assert list(forked.map(known, [0])) == [[1, 2]]
+    monkeypatch.setattr("prep.engines.local.can_fork", lambda: False)
+    assert not forked.renew_workers()
+
+
+def test_forks_do_not_hold_the_lock_of_a_build(forked: Engine, tmp_path: Path) -> None:
+    """Otherwise the next build would find it locked while the kernel is still ending the workers of a killed one."""
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert list(forked.map(square, range(4))) == [0, 1, 4, 9]
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_worker_that_is_killed_between_two_steps_is_replaced(local_engine: Engine) -> None:
