@@ -10,7 +10,8 @@ Everything that ``vlprep`` writes and the trainer (or any other program) reads i
 ``foreign_flags``   flags of other trainers that are not flags here, and why
 ``settings``        the settings of a build, echoed in the manifest
 ``bins``            members of a bin inside a shard, and their arrays
-``pixels``          the codecs of pixel planes, and the reversible residual coding; ``jpeg`` the member of that codec
+``codecs``          names of the codecs of pixel planes
+``pixels``          the reversible residual coding of pixel planes; ``jpeg`` the member of that codec
 ``tables``          columns of ``bins.parquet`` and ``samples.parquet`` (the ledger)
 ``manifest``        ``manifest.json``, which seals a set of shards
 ``qwen``            control tokens, patch geometry and normalisation of Qwen2.5-VL

@@ -1,7 +1,7 @@
 """One request to a store, retried until it succeeds, gets a final answer, or the retry policy ends.
 
-fsspec's own thread does not survive a fork. The workers of a build are therefore spawned, and each opens its own
-connections, which its threads share.
+fsspec's own thread does not survive a fork. A build that has asked a store spawns its workers instead, and each opens
+its own connections, which its threads share.
 """
 
 from __future__ import annotations

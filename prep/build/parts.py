@@ -210,14 +210,14 @@ def has_media_rejects(part: Path) -> bool:
 
 
 def read_rows(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the table of a part.
+    """Read the table of a part. It starts no threads, so that workers of the next step can be forked.
 
     Args:
         part: path without suffix.
         columns: names, or None for all.
     """
-    with pq.ParquetFile(table_path(part)) as file:
-        return file.read(columns=None if columns is None else [*columns])
+    with pq.ParquetFile(table_path(part), pre_buffer=False) as file:
+        return file.read(columns=None if columns is None else [*columns], use_threads=False)
 
 
 def rejected_rows(table: pa.Table) -> pa.Table:

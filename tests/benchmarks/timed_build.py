@@ -1,7 +1,7 @@
 """One ``vlprep build`` in a fresh process: ``python -m tests.benchmarks.timed_build CORES ARGUMENT...``.
 
 Prints wall seconds and processor seconds of all its processes, from the end of the imports until every process has
-ended. It imports nothing else itself, since worker processes import what their parent's main module imports.
+ended. It imports nothing else itself, since spawned workers import what their parent's main module imports.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import time
 
 def main(cores: int, arguments: list[str]) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    # As vlprep does, before numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    import prep.build.pipeline
+    import prep.build.summary  # noqa: F401 - the command imports it
     from prep.cli import main as vlprep
     from prep.media.sandbox import sandbox
 
