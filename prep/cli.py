@@ -359,6 +359,7 @@ def show_command(
 @click.option(
     "--datasets",
     multiple=True,
+    shell_complete=complete_dataset,
     help="The DATASETS of the build: adds the sizes of images before resizing, and images of rejected records.",
 )
 @click.option("--registry", type=FILE, help=f"With --datasets: registry of datasets.  [default: {DEFAULT_REGISTRY}]")

@@ -318,6 +318,7 @@ def test_a_shell_completes_commands_options_and_datasets(tmp_path: Path, monkeyp
     for command in ("build", "validate"):
         assert completions(f"vlprep {command} m") == ["file,m", "plain,mp_doc"]
         assert completions(f"vlprep {command} --registry mine.toml m") == ["file,m", "plain,mine"]
+    assert completions("vlprep report shards --registry mine.toml --datasets m") == ["file,m", "plain,mine"]
     Path("datasets.toml").write_text("[mp_doc")
     assert completions("vlprep build m") == ["file,m"]
 
