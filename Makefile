@@ -71,7 +71,7 @@ demo: $(ENVIRONMENT) ## the complete pipeline: demo data, shards, training, summ
 	@$(BIN)/python -m train.tools.summary shards/demo runs/demo
 
 report: shards/demo/manifest.json ## one page about the demo's shards
-	$(BIN)/vlprep report shards/demo --out runs/demo/report.html
+	$(BIN)/vlprep report shards/demo --out runs/demo/report.html --model checkpoints/tiny
 
 shards/demo/manifest.json:
 	$(MAKE) demo
