@@ -168,8 +168,9 @@ def read_state(folder: Path) -> RunState:
             raise msgspec.ValidationError("no step in stream")
         return state
     except (OSError, msgspec.MsgspecError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{folder} is not a complete checkpoint to resume from ({path.name}: {error}). "
+            f"{folder} is not a complete checkpoint to resume from ({path.name}: {reason}). "
             "Give a checkpoint-N of a run."
         ) from error
 

@@ -183,9 +183,16 @@ def describe_batch(
     return (
         f"{samples:,.0f} samples a step in expectation ({reference}): {counted(batch.bins, 'bin')} on "
         f"{counted(world, 'GPU' if device == 'cuda' else 'rank')}, {passes} {of_pass}"
-        f"{' each' if batch.accumulation > 1 else ''}; {_steps(steps_per_epoch)} an epoch"
+        f"{' each' if batch.accumulation > 1 else ''}; {_pace(steps_per_epoch)}"
     )
 
 
-def _steps(count: float) -> str:
-    return "1 step" if count == 1 else f"{count:,.0f} steps" if count >= 100 else f"{count:.3g} steps"
+def _pace(steps_per_epoch: float) -> str:
+    """Steps of an epoch, or epochs of a step."""
+    if steps_per_epoch < 1:
+        return f"{1 / steps_per_epoch:.3g} epochs a step: it has more bins than an epoch"
+    if steps_per_epoch == 1:
+        return "1 step an epoch"
+    return (
+        f"{steps_per_epoch:,.0f} steps an epoch" if steps_per_epoch >= 100 else f"{steps_per_epoch:.3g} steps an epoch"
+    )

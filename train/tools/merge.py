@@ -99,7 +99,8 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
             isinstance(config["base_model_name_or_path"], str) and config["lora_alpha"] > 0 and config["r"] > 0
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"cannot read {path} ({error!r}). Pass the folder of an adapter.") from error
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
+        raise ConfigError(f"cannot read {path} ({reason}). Pass the folder of an adapter.") from error
     if unsupported or not is_complete:
         problem = ", ".join(f"{name} {config[name]!r}" for name in unsupported) or "no base model, r or lora_alpha"
         raise ConfigError(
