@@ -99,6 +99,15 @@ def main(argv: list[str]) -> int:
         return _report(VlprepError("another rank has failed: see its message, above or in its log."))
 
 
+class _LogLine(logging.Formatter):
+    """A line of the log, which says whether it is a warning or worse."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        record.kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return super().formatMessage(record)
+
+
 class _Unbroken(io.FileIO):
     """A file whose writes are lost, rather than fail, once its reader has ended."""
 
@@ -159,8 +168,9 @@ def _tell_torchrun(reason: str) -> None:
 
 def _configure_output(*, is_first: bool) -> None:
     """Log progress on the first rank, and warnings on all."""
-    level = logging.INFO if is_first else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogLine("%(asctime)s %(name)s: %(kind)s%(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if is_first else logging.WARNING, handlers=[handler])
     # DeepSpeed 0.19 calls deprecated names of these functions.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not (is_first and sys.stderr.isatty()):
