@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +60,13 @@ def can_fork() -> bool:
         with contextlib.suppress(OSError):  # it has ended meanwhile
             names.append(thread.read_text().strip())
     return len([name for name in names if name not in _FORKED_WITH_CARE]) == 1
+
+
+def at_exit(function: Callable[[], object]) -> None:
+    """Call a function when this process ends by itself, also if it is a forked worker, which leaves out ``atexit``."""
+    atexit.register(function)
+    if (util := sys.modules.get("multiprocessing.util")) is not None:
+        util.Finalize(None, function, exitpriority=0)
 
 
 @contextmanager

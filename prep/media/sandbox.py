@@ -13,7 +13,6 @@ decoder before the worker, whatever medium it is decoding.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import math
@@ -33,7 +32,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.engines.processes import Fork, can_fork, die_with_parent, without
+from prep.engines.processes import Fork, at_exit, can_fork, die_with_parent, without
 from prep.media.decode import MediaInfo, decode, probe
 from prep.media.item import NO_ITEM_SETTINGS, ItemSettings
 from prep.media.source import MediaSource
@@ -208,7 +207,7 @@ def sandbox() -> Sandbox:
 @lru_cache(maxsize=1)
 def _sandbox_of(process: int) -> Sandbox:
     box = Sandbox()
-    atexit.register(_close_own, box, process)
+    at_exit(partial(_close_own, box, process))
     return box
 
 

@@ -254,6 +254,15 @@ def test_forks_have_what_this_process_has_and_renewed_ones_what_it_has_by_then(
     assert not forked.renew_workers()
 
 
+@pytest.mark.parametrize("forks", [True, False])
+def test_workers_end_their_decoders_before_themselves(monkeypatch: pytest.MonkeyPatch, forks: bool) -> None:
+    monkeypatch.setattr("prep.engines.local.can_fork", lambda: forks)
+    with LocalEngine(2) as engine:
+        processes = {pid for pair in engine.map(with_decoder, range(4)) for pid in pair}
+    assert len(processes) >= 2
+    assert not any(map(alive, processes))
+
+
 def test_forks_do_not_hold_the_lock_of_a_build(forked: Engine, tmp_path: Path) -> None:
     """Otherwise the next build would find it locked while the kernel is still ending the workers of a killed one."""
     with (tmp_path / "lock").open("w") as lock:
