@@ -177,8 +177,8 @@ def parse_bin(data: memoryview | bytes | bytearray, index: int, *, where: str) -
 
 def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
     members: dict[str, memoryview] = {}
-    position = 0
-    while position < len(data):
+    position, num_bytes = 0, len(data)
+    while position < num_bytes:
         start = position + TAR_BLOCK
         try:
             name, size = _tar_header(data[position:start])
@@ -186,7 +186,7 @@ def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
             raise ShardError(
                 f"{where}: no tar header at byte {position} of the bin ({error}). {MEND_SHARDS}"
             ) from error
-        if not 0 <= size <= len(data) - start:
+        if not 0 <= size <= num_bytes - start:
             raise ShardError(f"{where}: member {name} is cut short. {MEND_SHARDS}")
         member_key, _, member = name.partition(".")
         if member_key != key:

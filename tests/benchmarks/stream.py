@@ -2,12 +2,15 @@
 
 One run generates a corpus, builds it with both codecs through the command line, and measures in turns, on warm files:
 
-- the stream of the trainer, up to micro-batches ready to copy to the device, over several epochs;
+- the stream of the trainer, up to micro-batches ready to copy to the device. It continues from round to round, as in a
+  run, so that its memory is allocated once: in a virtual machine fresh memory can cost more than reading;
 - reading the same files only: bin by bin into as much memory as the stream keeps ready, and repeatedly into one buffer
   of 1 MiB, which stays in the processor's cache but is useless for training;
 - plain ``webdataset`` over the same shards, decoded; then also with pixels decompressed, then with residuals undone;
 - LitData and MosaicML Streaming, where they are installed, over the same arrays in their own formats, unchecked
-  (Streaming imports torchvision);
+  (Streaming imports torchvision); as they are, with one sample at a time, and with as many samples as the stream keeps
+  ready, as tensors. Both leave to the training loop what the stream computes: targets, sample boundaries, windows and
+  rotary positions;
 - online preprocessing of each sample: open the image, run the Hugging Face image processor, tokenize;
 - opening a set of a million bins.
 
@@ -18,24 +21,21 @@ machine has little effect. A run takes about two minutes; ``--samples`` changes 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
 import webdataset
 import zstandard
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -43,80 +43,60 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from storage import read_into
 from tests.benchmarks.index import write_many_bins
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.other_formats import OTHER_FORMATS, kept_name, other_formats
 from tests.benchmarks.photographs import write_photographs
+from tests.benchmarks.turns import Figure, Prepare, Work, measure
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder
 from train.shards.index import ShardIndex, open_shards
-from train.shards.reader import ReadSettings, read_checked_bin
+from train.shards.reader import ReadSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODECS = ("raw", "zstd")
-NUM_HELD = 12
-"""Micro-batches of the step handed out, of the next step, and prefetched ones."""
-
-ARRAYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "grid_thw", "media_type", "pixels")
-"""The arrays of a bin."""
+NUM_HELD = 8
+"""Micro-batches of a step, and prefetched ones: so many the stream keeps ready."""
 
 SIZE = {"shortest_edge": 16 * 28 * 28, "longest_edge": 576 * 28 * 28}
 
 
-@dataclass(frozen=True)
-class Work:
-    """Tokens and file bytes of one pass."""
+class Stream:
+    """The trainer's stream with one thread and four micro-steps per step; a step is dropped before the next."""
 
-    tokens: int = 0
-    num_bytes: int = 0
+    def __init__(self, folder: Path, verify: str) -> None:
+        index = open_shards(folder)
+        order = DataOrder(index.cost(), seed=0, global_batch=4)
+        layout = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
+        self._steps = BinStream(index, order, **layout, num_threads=1, prefetch=4, read=ReadSettings(verify=verify))
+        self._index = index
 
-
-@dataclass(frozen=True)
-class Figure:
-    """The fastest of several passes, in seconds of processor time."""
-
-    work: Work
-    cpu_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.work.tokens / self.cpu_s
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.work.num_bytes / self.cpu_s
-
-
-def measure(contenders: dict[str, Callable[[], Work]], rounds: int) -> dict[str, Figure]:
-    """Run all contenders in turns; the first round is a warm-up."""
-    best: dict[str, Figure] = {}
-    for turn in range(rounds + 1):
-        for name, run in contenders.items():
-            start_s = time.process_time()
-            work = run()
-            figure = Figure(work, time.process_time() - start_s)
-            if turn and (name not in best or figure.cpu_s < best[name].cpu_s):
-                best[name] = figure
-    return best
-
-
-def stream(index: ShardIndex, verify: str, epochs: int = 6) -> Work:
-    """The trainer's stream with one thread and four micro-steps per step; a step is dropped when the next arrives."""
-    order = DataOrder(index.cost(), seed=0, global_batch=4, epochs=epochs)
-    layout = {"rank": 0, "world_size": 1, "accumulation": 4, "per_device": 1}
-    tokens = num_bytes = 0
-    with BinStream(index, order, **layout, num_threads=1, prefetch=4, read=ReadSettings(verify=verify)) as steps:
-        for batch in steps:
+    def __call__(self, epochs: int = 6) -> Work:
+        """Take as many steps as there are in some epochs, and prepare as many."""
+        tokens = num_bytes = 0
+        for _ in range(epochs * self._index.num_bins // 4):
+            batch = next(self._steps)
             tokens += batch.num_tokens
-            num_bytes += int(index.num_bytes[list(batch.bins)].sum())
-    return Work(tokens, num_bytes)
+            num_bytes += int(self._index.num_bytes[list(batch.bins)].sum())
+            del batch
+        while not all(work.is_done() for work in self._steps._steps):
+            time.sleep(0.001)
+        return Work(tokens, num_bytes)
 
 
-def read_bins(index: ShardIndex, buffers: list[bytearray], epochs: int = 6) -> Work:
-    """Read all bins, each by one positional read, into alternating buffers."""
-    num_bytes = 0
-    for read in range(epochs * index.num_bins):
-        location = index.locate(read % index.num_bins)
-        data = memoryview(buffers[read % len(buffers)])[: location.num_bytes]
-        num_bytes += read_into(location.path, location.offset, data)
-    return Work(epochs * int(index.num_tokens.sum()), num_bytes)
+class BinByBin:
+    """Reads all bins, each by one positional read, into alternating buffers."""
+
+    def __init__(self, folder: Path) -> None:
+        self._index = open_shards(folder)
+        self._buffers = [bytearray(int(self._index.num_bytes.max())) for _ in range(NUM_HELD)]
+
+    def __call__(self, epochs: int = 6) -> Work:
+        """Read the bins of some epochs."""
+        num_bytes = 0
+        for read in range(epochs * self._index.num_bins):
+            location = self._index.locate(read % self._index.num_bins)
+            data = memoryview(self._buffers[read % NUM_HELD])[: location.num_bytes]
+            num_bytes += read_into(location.path, location.offset, data)
+        return Work(epochs * int(self._index.num_tokens.sum()), num_bytes)
 
 
 def read_over(index: ShardIndex) -> Work:
@@ -147,50 +127,6 @@ def plain_webdataset(index: ShardIndex, *, decompressed: bool = False, undone: b
             frames[:, [0, 2]] += frames[:, [1]]
             at += size
     return Work(tokens, int(index.num_bytes.sum()))
-
-
-def _arrays(index: ShardIndex) -> Iterator[dict[str, NDArray[Any]]]:
-    """The arrays of every bin."""
-    for bin_id in range(index.num_bins):
-        bin_ = read_checked_bin(index, bin_id)
-        yield {name: np.array(getattr(bin_, name)) for name in ARRAYS}
-
-
-def litdata(index: ShardIndex, folder: Path) -> Callable[[], Work]:
-    """Write all bins in the format of LitData; return how it reads them."""
-    from litdata import StreamingDataset
-    from litdata.streaming.writer import BinaryWriter
-
-    folder.mkdir()
-    writer = BinaryWriter(str(folder), chunk_bytes="64MB")
-    for bin_id, arrays in enumerate(_arrays(index)):
-        writer.add_item(bin_id, arrays)
-    writer.done()
-    writer.merge()
-    return lambda: _read_samples(StreamingDataset(str(folder), shuffle=False), index)
-
-
-def mosaicml_streaming(index: ShardIndex, folder: Path) -> Callable[[], Work]:
-    """Write all bins in the format of MosaicML Streaming; return how it reads them."""
-    from streaming import MDSWriter, StreamingDataset
-
-    with MDSWriter(out=str(folder), columns=dict.fromkeys(ARRAYS, "ndarray")) as writer:
-        for arrays in _arrays(index):
-            writer.write(arrays)
-    return lambda: _read_samples(StreamingDataset(local=str(folder), shuffle=False, batch_size=1), index)
-
-
-def _read_samples(samples: Iterable[Mapping[str, NDArray[Any]]], index: ShardIndex) -> Work:
-    tokens = sum(sample["input_ids"].size for sample in samples)
-    assert tokens == int(index.num_tokens.sum())
-    return Work(tokens, int(index.num_bytes.sum()))
-
-
-OTHER_FORMATS: dict[str, tuple[str, Callable[[ShardIndex, Path], Callable[[], Work]]]] = {
-    "LitData": ("litdata", litdata),
-    "MosaicML Streaming": ("streaming", mosaicml_streaming),
-}
-"""Name of a loader with a format of its own -> its module, and what prepares it."""
 
 
 class Online:
@@ -238,14 +174,10 @@ def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterat
     """Measure everything; yield the lines of a report, comparisons with their ratio."""
     torch.set_num_threads(1)
     annotations, checkpoint = make_shards(folder, num_samples)
+    others = dict(other_formats(folder / "raw", folder, NUM_HELD))
+    figures = measure(contenders(folder) | others, rounds)
+    figures |= measure({"online": lambda: Online(annotations, checkpoint, min(num_samples, 32))}, 2)
     raw, zstd = (open_shards(folder / codec) for codec in CODECS)
-    online = Online(annotations, checkpoint, min(num_samples, 32))
-    others = {
-        name: prepare(raw, folder / module)
-        for name, (module, prepare) in OTHER_FORMATS.items()
-        if importlib.util.find_spec(module)
-    }
-    figures = measure(contenders(raw, zstd) | others, rounds) | measure({"online": online}, 2)
     planes, num_tokens = int(raw.num_patches.sum()) * 588, int(raw.num_tokens.sum())
     yield f"corpus: {num_samples} images of about a megapixel, {num_tokens:,} tokens, {raw.num_bins} bins", None
     yield f"planes: {planes / 1e6:.0f} MB, as zstd {int(zstd.num_bytes.sum()) / planes:.2f} of that", None
@@ -260,19 +192,22 @@ def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterat
     yield f"start-up with {num_bins:,} bins, seconds", time.perf_counter() - start_s
 
 
-def contenders(raw: ShardIndex, zstd: ShardIndex) -> dict[str, Callable[[], Work]]:
+def contenders(folder: Path) -> dict[str, Prepare]:
     """The ways to read the two sets of shards."""
-    buffers = [bytearray(int(raw.num_bytes.max())) for _ in range(NUM_HELD)]
+
+    def files(read: Callable[..., Work], codec: str, **options: bool) -> Prepare:
+        return lambda: partial(read, open_shards(folder / codec), **options)
+
     return {
-        "raw": lambda: stream(raw, "always"),
-        "raw, unchecked": lambda: stream(raw, "never"),
-        "files, bin by bin": lambda: read_bins(raw, buffers),
-        "files, into one buffer": lambda: read_over(raw),
-        "webdataset raw": lambda: plain_webdataset(raw),
-        "zstd": lambda: stream(zstd, "always"),
-        "webdataset zstd": lambda: plain_webdataset(zstd),
-        "webdataset zstd, decompressed": lambda: plain_webdataset(zstd, decompressed=True),
-        "webdataset zstd, undone": lambda: plain_webdataset(zstd, decompressed=True, undone=True),
+        "raw": lambda: Stream(folder / "raw", "always"),
+        "raw, unchecked": lambda: Stream(folder / "raw", "never"),
+        "files, bin by bin": lambda: BinByBin(folder / "raw"),
+        "files, into one buffer": files(read_over, "raw"),
+        "webdataset raw": files(plain_webdataset, "raw"),
+        "zstd": lambda: Stream(folder / "zstd", "always"),
+        "webdataset zstd": files(plain_webdataset, "zstd"),
+        "webdataset zstd, decompressed": files(plain_webdataset, "zstd", decompressed=True),
+        "webdataset zstd, undone": files(plain_webdataset, "zstd", decompressed=True, undone=True),
     }
 
 
@@ -285,9 +220,10 @@ def compare(figures: dict[str, Figure]) -> Iterator[tuple[str, float]]:
     for name in ("files, bin by bin", "files, into one buffer"):
         yield f"raw against {name}", figures["raw"].bytes_per_s / figures[name].bytes_per_s
     yield "raw against plain webdataset", tokens("raw", "webdataset raw")
-    for name in OTHER_FORMATS.keys() & figures.keys():
-        yield f"raw against {name}", tokens("raw", name)
-        yield f"raw, unchecked, against {name}", tokens("raw, unchecked", name)
+    for name in (kept_name(name, num_kept) for name in OTHER_FORMATS for num_kept in (0, NUM_HELD)):
+        if name in figures:
+            yield f"raw against {name}", tokens("raw", name)
+            yield f"raw, unchecked, against {name}", tokens("raw, unchecked", name)
     unchecked, files = figures["raw, unchecked"], figures["files, bin by bin"]
     yield "raw, unchecked, against files, bin by bin", unchecked.bytes_per_s / files.bytes_per_s
     yield "raw, unchecked, against plain webdataset", tokens("raw, unchecked", "webdataset raw")

@@ -6,7 +6,11 @@ import errno
 import gc
 import mmap
 import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from tests.train.synthetic import make_bins, write_shards
 from train.batches.batch import MicroBatch, build_micro_batch
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder
+from train.run import loop
 from train.shards.buffers import PinnedBuffers, ReusedBuffers
 from train.shards.index import open_shards
 from train.shards.reader import BinReader
@@ -119,6 +124,29 @@ def test_a_stream_reuses_its_memory_but_not_that_of_live_batches(tmp_path: Path,
             del batch, micro
     assert len(addresses) < 60, "120 micro-batches were handed out"
     assert all(torch.equal(micro.vision.planes, planes) for micro, planes in live_batches)
+
+
+def test_the_trainer_drops_a_step_before_it_takes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory serves the next step, also after a step that was logged."""
+
+    class Step:
+        pass
+
+    def steps() -> Iterator[Step]:
+        for _ in range(3):
+            step = Step()
+            before = weakref.ref(step)
+            yield step
+            del step
+            assert before() is None
+
+    trainer = Mock()
+    trainer.run_step = lambda step: (step, "losses")
+    trainer.should_stop.return_value = trainer.should_evaluate.return_value = trainer.should_save.return_value = False
+    trainer.summarise = lambda result, evaluates: {}
+    monkeypatch.setattr(loop, "open_log", MagicMock())
+    monkeypatch.setattr(loop, "open_stream", lambda plan: nullcontext(steps()))
+    assert loop.run_steps(trainer, Mock(), Mock())
 
 
 def test_raw_planes_of_one_bin_are_views_of_its_bytes(tmp_path: Path) -> None:

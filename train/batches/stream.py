@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import final
@@ -124,7 +124,7 @@ class BinStream(Iterator[StepBatch]):
             buffers=buffers,
             window_size=window_size,
             pin_device=pin_device,
-            build_slots=threading.BoundedSemaphore(num_threads),
+            build_slots=threading.BoundedSemaphore(num_threads) if self._reader.is_remote else nullcontext(),
         )
         dealt = order.deal(
             start_step, end_step, world_size=world_size, accumulation=accumulation, per_device=per_device

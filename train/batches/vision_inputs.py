@@ -10,7 +10,6 @@ Cost: one concatenation per output. The layout of a frame depends on its rows an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,9 @@ from schemas.qwen import FACTOR, MERGE_SIZE, MERGED_PATCHES, Grid
 
 WINDOW_SIZE = 112
 """Side of an attention window in pixels: ``vision_config.window_size`` of every Qwen2.5-VL checkpoint."""
+
+
+_ZERO = np.zeros(1, dtype=np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,19 +64,24 @@ def vision_inputs(grids: Sequence[Grid], *, window_size: int = WINDOW_SIZE) -> V
     if window_size < FACTOR or window_size % FACTOR:
         raise ConfigError(f"vision_config.window_size is {window_size}; allowed: positive multiples of {FACTOR}.")
     frames = [_frame_layout(grid.h, grid.w, window_size // FACTOR) for grid in grids for _ in range(grid.t)]
-    # (F+1,) each: where frames start, in merged patches and in patches
-    merged_starts = [0, *itertools.accumulate([frame.window_index.size for frame in frames])]
-    patch_starts = [MERGED_PATCHES * start for start in merged_starts]
-    # (N/4,): the window order within every frame, then counted from the first frame
+    # Window order (N/4,) and ends of windows (W+1,), which count from the start of each frame at first.
     window_index = np.concatenate([frame.window_index for frame in frames])
-    for start, stop in itertools.pairwise(merged_starts[1:]):
-        window_index[start:stop] += start
+    cu_window_seqlens = np.concatenate([_ZERO, *[frame.window_ends for frame in frames]])
+    cu_seqlens, first_window = [0], 1
+    for frame in frames:
+        start, num_windows = cu_seqlens[-1], frame.window_ends.size
+        end = start + MERGED_PATCHES * frame.window_index.size
+        if start:
+            window_index[start // MERGED_PATCHES : end // MERGED_PATCHES] += start // MERGED_PATCHES
+            cu_window_seqlens[first_window : first_window + num_windows] += start
+        cu_seqlens.append(end)
+        first_window += num_windows
     return VisionInputs(
         position_ids=np.concatenate([frame.position_ids for frame in frames]),
-        cu_seqlens=np.array(patch_starts, dtype=np.int32),
+        cu_seqlens=np.array(cu_seqlens, dtype=np.int32),
         max_seqlen=max([grid.h * grid.w for grid in grids]),
         window_index=window_index,
-        cu_window_seqlens=_boundaries(np.concatenate([frame.window_lengths for frame in frames])),
+        cu_window_seqlens=cu_window_seqlens,
         max_window_seqlen=max([frame.max_window_seqlen for frame in frames]),
     )
 
@@ -83,12 +90,12 @@ def vision_inputs(grids: Sequence[Grid], *, window_size: int = WINDOW_SIZE) -> V
 class _FrameLayout:
     """One temporal step of h x w patches.
 
-    Positions (h*w, 2), window order (h*w/4,), patches of every window (W,) and of the largest.
+    Positions (h*w, 2), window order (h*w/4,), ends of windows in patches (W,), patches of the largest window.
     """
 
     position_ids: NDArray[np.int64]
     window_index: NDArray[np.int64]
-    window_lengths: NDArray[np.int32]
+    window_ends: NDArray[np.int32]
     max_window_seqlen: int
 
 
@@ -108,20 +115,13 @@ def _frame_layout(height: int, width: int, window: int) -> _FrameLayout:
     windows_across = -(-(width // MERGE_SIZE) // window)
     # (h/2 * w/2,): window of every merged patch
     window_of_patch = (merged_rows // window * windows_across + merged_columns // window).ravel()
-    window_lengths = (np.bincount(window_of_patch) * MERGED_PATCHES).astype(np.int32)
+    window_lengths = np.bincount(window_of_patch) * MERGED_PATCHES
     layout = _FrameLayout(
         position_ids=np.stack(merge_block_order, axis=-1).astype(np.int64),
         window_index=np.argsort(window_of_patch, kind="stable").astype(np.int64),
-        window_lengths=window_lengths,
+        window_ends=np.cumsum(window_lengths).astype(np.int32),
         max_window_seqlen=int(window_lengths.max()),
     )
-    for array in (layout.position_ids, layout.window_index, layout.window_lengths):
+    for array in (layout.position_ids, layout.window_index, layout.window_ends):
         array.flags.writeable = False  # shared by all callers of the cache
     return layout
-
-
-def _boundaries(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Lengths (K,) -> cumulative boundaries (K+1,), starting at 0."""
-    boundaries = np.zeros(lengths.size + 1, dtype=np.int32)
-    lengths.cumsum(out=boundaries[1:])
-    return boundaries

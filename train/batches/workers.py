@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -112,15 +113,14 @@ class Builder:
         buffers: source of memory for planes.
         window_size: ``vision_config.window_size`` of the model, in pixels.
         pin_device: CUDA device for which batches are pinned; None for ordinary memory.
-        build_slots: bounds how many threads build at a time. Threads that wait for a server use no processor, so there
-            can be more of them.
+        build_slots: bounds how many threads build at a time, where more of them wait for a server.
     """
 
     reader: BinReader
     buffers: Buffers
     window_size: int
     pin_device: torch.device | None
-    build_slots: threading.BoundedSemaphore
+    build_slots: AbstractContextManager[object]
 
     def build(self, bins: tuple[int, ...]) -> MicroBatch:
         """Read the bins of a micro-step and build their batch.

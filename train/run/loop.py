@@ -113,6 +113,7 @@ def run_steps(trainer: Trainer, plan: Plan, stop: StopRequest) -> bool:
                 trainer.save(stream, is_stopped=is_stopped)
             if is_stopped:
                 return False
+            del batch, result  # their memory takes the next step
     return True
 
 

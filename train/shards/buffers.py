@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import suppress
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class ReusedBuffers:
 
     def __init__(self, max_free_bytes: int = MAX_FREE_BYTES) -> None:
         self._max_free_bytes = max_free_bytes
-        self._free: dict[int, deque[mmap.mmap]] = {}
+        self._free: defaultdict[int, deque[mmap.mmap]] = defaultdict(deque)
 
     @property
     def free_bytes(self) -> int:
@@ -44,9 +44,8 @@ class ReusedBuffers:
     def take(self, num_bytes: int) -> torch.Tensor:
         """A buffer, (num_bytes,) uint8 with arbitrary contents; the caller owns it while anything refers to it."""
         capacity = max(_SMALLEST, 1 << max(0, num_bytes - 1).bit_length())
-        free = self._free.setdefault(capacity, deque())
         try:
-            memory = free.pop()
+            memory = self._free[capacity].pop()
         except IndexError:
             memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(OSError):  # a kernel without huge pages
