@@ -139,8 +139,8 @@ def test_a_state_of_another_order_is_refused() -> None:
 
 
 def test_an_invalid_grouping_is_an_error() -> None:
-    for steps, runs in ((1, 4), (2, 0)):
-        with pytest.raises(ConfigError, match=f"grouping over {steps} steps in {runs} runs"):
+    for steps, runs, text in ((1, 4, "1 step in 4 runs"), (2, 0, "2 steps in 0 runs")):
+        with pytest.raises(ConfigError, match=f"grouping over {text}"):
             Grouping(steps=steps, runs=runs)
 
 
