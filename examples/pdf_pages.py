@@ -94,7 +94,7 @@ def write_pages(pdf: Path, folder: Path, numbers: list[int], dpi: int) -> None:
                 page.render(scale=dpi / POINTS_PER_INCH).to_pil().save(folder / _image_name(number))
                 page.close()
     except (FileNotFoundError, pypdfium2.PdfiumError) as error:
-        raise click.ClickException(f"{pdf}: {error} Mend or replace the file, or remove its questions.") from error
+        raise click.ClickException(f"{pdf}: {error} Replace the file, or remove its questions.") from error
 
 
 def conversations(questions: list[Question]) -> Iterator[Record]:

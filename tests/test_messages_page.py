@@ -22,12 +22,21 @@ from schemas.annotation import ReasonCode
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "messages.md"
 FIRST_ERRORS = REPOSITORY / "docs" / "troubleshooting.md"
-ROOMS = ("demo", "prep", "schemas", "storage", "train")
+ROOMS = ("demo", "examples", "prep", "schemas", "storage", "train")
 
 REPORTS = {"Finding", "Problem", "UsageError", "BadParameter", "damaged", "fail", "inconsistent", "warning"}
 """Functions that bring their text before a user, beside the constructors of errors."""
 
-ROOT_ERRORS = {"VlprepError", "BoxError", "FieldError", "ToolError", "ShellError", "ArgumentTypeError", "EOFError"}
+ROOT_ERRORS = {
+    "VlprepError",
+    "BoxError",
+    "FieldError",
+    "ToolError",
+    "ShellError",
+    "ArgumentTypeError",
+    "ClickException",
+    "EOFError",
+}
 """Errors whose text is printed. Those below VlprepError are; the others become problems of records or usage errors."""
 
 QUIET = {
@@ -169,7 +178,12 @@ def _messages() -> dict[str, tuple[str, bool]]:
         for line, text, needs_row in _texts(tree, reported=False, sentences=not path.startswith(RESULTS)):
             place, needed = messages.get(text, (f"{path}:{line}", False))
             messages[text] = place, needed or needs_row
-    return messages
+    return messages | dict.fromkeys(_messages_of_make(), ("Makefile", True))
+
+
+def _messages_of_make() -> list[str]:
+    """What the Makefile writes to standard error."""
+    return re.findall(r'echo "([^"]+)" >&2', (REPOSITORY / "Makefile").read_text())
 
 
 @functools.cache

@@ -247,7 +247,7 @@ class Registry:
         except OSError as error:
             raise ConfigError(f"registry {path} cannot be read: {error.strerror}. Check its permissions.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"registry {path} is not valid TOML: {error}. Mend that line.") from error
+            raise ConfigError(f"registry {path} is not valid TOML: {error}. Correct that line.") from error
         return Registry(path=path, text=text, tables=tables)
 
     def source(self, name: str, rate: Fraction, media: MediaSettings) -> Source:
