@@ -1,6 +1,6 @@
-"""Progress bars on standard error: live on a terminal, a line of its own every 30 seconds in a log.
+"""Progress on standard error: a live bar on a terminal, a plain line every 30 seconds in a log.
 
-``TQDM_DISABLE=1`` turns them off.
+A step that takes less leaves no line in a log. ``TQDM_DISABLE=1`` turns progress off.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 _TERMINAL_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 30.0
+_LOG_FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class _Bar(tqdm):  # type: ignore[misc]
@@ -59,6 +60,8 @@ def progress(desc: str, total: int, unit: str, *, unit_scale: bool = False) -> t
         mininterval=interval,
         miniters=1,
         file=sys.stderr if is_terminal else _Lines(sys.stderr),
+        delay=0.0 if is_terminal else interval,
+        bar_format=None if is_terminal else _LOG_FORMAT,
         # Without this argument, TQDM_DISABLE decides.
         **({} if total else {"disable": True}),
     )
