@@ -34,7 +34,7 @@ from prep.build.ownership import require_own_set
 from prep.build.parts import ScannedPart, table_path
 from prep.build.plan import Plan, make_plan
 from prep.build.rejects import check_scan, check_share
-from prep.build.scan import ScanTask, scan_chunk
+from prep.build.scan import ScanTask, is_scanned, scan_chunk
 from prep.build.seal import seal
 from prep.build.work import WorkFolder
 from prep.build.write import SHARD_VERSION, WriteTask, write_shard
@@ -320,9 +320,9 @@ def _scan(engine: Engine, tasks: Sequence[tuple[ScanTask, _Origin]], timings: Ti
     """Scan all chunks, reusing the parts of an earlier run. Adds to ``timings``."""
     parts: list[ScannedPart] = []
     num_records = sum(task.chunk.num_records for task, _ in tasks)
-    if len(tasks) > 1 and engine.renew_workers():
-        task, _ = tasks[0]
-        load_tokenizer(task.tokenizer, task.tokenizer_hash).complete()
+    unscanned = next((task for task, _ in tasks if not is_scanned(task)), None)
+    if len(tasks) > 1 and unscanned is not None and engine.renew_workers():
+        load_tokenizer(unscanned.tokenizer, unscanned.tokenizer_hash).complete()
     with (
         closing(engine.map(scan_chunk, [task for task, _ in tasks])) as results,
         progress("scan", num_records, "record") as bar,

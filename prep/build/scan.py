@@ -154,6 +154,11 @@ def _rare_garbage_collection() -> Iterator[None]:
         gc.set_threshold(*thresholds)
 
 
+def is_scanned(task: ScanTask) -> bool:
+    """Whether an earlier run made a part of a chunk."""
+    return any(table_path(part_path(task, contents)).exists() for contents in _ALL_CONTENTS)
+
+
 def _existing_part(task: ScanTask) -> Path | None:
     """The part that an earlier run made of a chunk; None if there is none, or its media are to be probed again."""
     for part in (part_path(task, contents) for contents in _ALL_CONTENTS):

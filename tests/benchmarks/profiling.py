@@ -1,9 +1,10 @@
 """Where the processor time of a build goes: stack samples of worker and decoder, by ``perf``.
 
 Builds by one worker (images, document pages, large images, videos, texts) -> a table for each: the share of samples in
-the libraries whose work cannot be avoided (Pillow with libjpeg, FFmpeg, the tokenizer), and in everything else, by
-library or caller. Start-up (interpreter, imports, tokenizer, decoder) is measured by a build of a single record of the
-kind, subtracted and reported. Samples count processor time, so waiting for a busy core is not included.
+the libraries whose work cannot be avoided (Pillow with libjpeg, the resizing kernel, FFmpeg, the tokenizer), and in
+everything else, by library or caller. Start-up (interpreter, imports, tokenizer, decoder) is measured by a build of a
+single record of the kind, subtracted and reported. Samples count processor time, so waiting for a busy core is not
+included.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _RATE = 199
 _STACK_BYTES = 16384
 
 _GROUPS = (
+    ("resizing kernel", r"_bicubic"),
     ("Pillow, libjpeg", r"_imaging|libjpeg|/pillow\.libs/|/pillow_simd\.libs/"),
     ("FFmpeg (decord, PyAV)", r"decord|libav|libsw"),
     ("tokenizer", r"tokenizers\."),
@@ -45,7 +47,7 @@ _GROUPS = (
     ("numpy: residuals, planes, positions, labels", r"/numpy/"),
     ("the kernel: files, pipes, memory", r"\[kernel"),
 )
-LIBRARIES = ("Pillow, libjpeg", "FFmpeg (decord, PyAV)", "tokenizer")
+LIBRARIES = ("Pillow, libjpeg", "resizing kernel", "FFmpeg (decord, PyAV)", "tokenizer")
 
 
 def _annotate(media: Sequence[Path], kind: str, question: str, answer: str) -> Path:

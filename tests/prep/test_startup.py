@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -149,6 +150,33 @@ def test_a_small_build_reads_no_complete_tokenizer_and_starts_a_decoder_only_for
         assert build(request, SerialEngine()).counts.num_packed == 1
         assert parse_tokenizer.cache_info().misses == num_parsed, "only a fingerprint that is new needs all tokens"
     assert starts.count == num_images
+
+
+class InheritingEngine(SerialEngine):
+    """An engine whose workers have what this process has."""
+
+    renewals = 0
+
+    def renew_workers(self) -> bool:
+        self.renewals += 1
+        return True
+
+
+def test_workers_inherit_a_complete_tokenizer_unless_everything_is_scanned(
+    tmp_path: Path, tiny_checkpoint: Path, cache: Path
+) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in paths:
+        path.write_text(json.dumps([{"conversations": turn("What is this?")}]))
+    requests = [request_for(path, tmp_path / "out", tiny_checkpoint, BuildSettings()) for path in paths]
+    request = replace(requests[0], sources=requests[0].sources + requests[1].sources)
+    engine = InheritingEngine()
+    for cached in (parse_tokenizer, tokenizer_fingerprint, load_tokenizer):
+        cached.cache_clear()
+    build(request, engine)
+    assert engine.renewals == parse_tokenizer.cache_info().misses == 1
+    build(replace(request, settings=BuildSettings(max_length=500)), engine)
+    assert engine.renewals == parse_tokenizer.cache_info().misses == 1
 
 
 def test_the_command_line_loads_no_library_of_a_build() -> None:
