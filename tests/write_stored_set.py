@@ -1,9 +1,9 @@
-"""Writes the set of shards that is kept in the repository, and what a reader must find in it.
+"""Writes the sets of shards that are kept in the repository, and what a reader must find in them.
 
-``python -m tests.write_stored_set CHECKPOINT`` builds ``tests/data/shards_v1`` with the tokenizer of a checkpoint that
-``python -m train.tiny_model CHECKPOINT`` wrote. Run it for a new version of the format only, with the new number in the
-name: the sets of earlier versions stay as they are. The contents come from :mod:`tests.format_reader`, which shares no
-code with the programs.
+``python -m tests.write_stored_set CHECKPOINT`` builds ``tests/data/shards_v1``, ``shards_v1_raw`` and so on, one set
+per codec, with the tokenizer of a checkpoint that ``python -m train.tiny_model CHECKPOINT`` wrote. Run it for a new
+version of the format only, which has new names: a set that exists stays as it is. The contents come from
+:mod:`tests.format_reader`, which shares no code with the programs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -27,6 +28,8 @@ from tests.prep.test_videos import write_video
 
 DATA = Path(__file__).resolve().parent / "data"
 SETTINGS = BuildSettings(media=MediaSettings(min_pixels=784, video_min_frame_pixels=784), max_length=512)
+CODEC_OF_SUFFIX = {"": "zstd", "_raw": "raw", "_jpeg": "jpeg"}
+"""What the name of a set ends with, and the codec of its pixels."""
 
 
 def squares() -> Image.Image:
@@ -70,10 +73,16 @@ def contents(folder: Path) -> str:
 
 
 def main(checkpoint: Path) -> None:
-    out = DATA / f"shards_v{FORMAT_VERSION}"
+    for suffix, codec in CODEC_OF_SUFFIX.items():
+        out = DATA / f"shards_v{FORMAT_VERSION}{suffix}"
+        if not out.exists():
+            write_set(out, checkpoint, msgspec.structs.replace(SETTINGS, pixels=codec))
+
+
+def write_set(out: Path, checkpoint: Path, settings: BuildSettings) -> None:
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
-        built = build_set(write_annotations(Path(folder)), Path(folder, "set"), checkpoint, SETTINGS)
+        built = build_set(write_annotations(Path(folder)), Path(folder, "set"), checkpoint, settings)
         for name in ("bins-00000.tar", "bins.parquet", "samples.parquet", "manifest.json"):
             shutil.copyfile(built / name, out / name)
     out.with_suffix(".json").write_text(contents(out), encoding="utf-8")
