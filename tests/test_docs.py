@@ -83,3 +83,18 @@ def test_measured_speeds_stand_on_the_page_about_benchmarks(page: Path) -> None:
 def test_measured_speeds_are_recognised() -> None:
     text = (REPOSITORY / "docs" / "benchmarks.md").read_text()
     assert len(SPEED.findall(text)) > 10
+
+
+def test_the_chinese_readme_has_the_links_and_the_figures_of_the_english_one() -> None:
+    english, chinese = ((REPOSITORY / name).read_text() for name in ("README.md", "README.zh.md"))
+    assert _links(english) - {"README.zh.md"} == _links(chinese) - {"README.md"}
+    assert _figures(english) == _figures(chinese) != []
+
+
+def _links(text: str) -> set[str]:
+    return set(re.findall(r"\]\(([^)]+)\)", text))
+
+
+def _figures(text: str) -> list[list[str]]:
+    """The numbers in each row of each table."""
+    return [re.findall(r"\d[\d.,]*", line) for line in text.splitlines() if line.startswith("| ")]
