@@ -13,12 +13,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-_HASH_BITS = 16
+_HASH_BITS = 20
 _HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _PREFIX = 8
 # The first 0 to 8 bytes of a little-endian number.
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(_PREFIX + 1)], dtype=np.uint64)
-_MAX_PIECES = 1 << 17
+_MAX_PIECES = 1 << 16
 
 
 class Vocabulary:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _NULL = msgspec.Raw(b"null")
 _MAX_SHORT_BATCHES = 3
-_MAX_SHORT_CHARACTERS = 4096
+_MAX_SHORT_CHARACTERS = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

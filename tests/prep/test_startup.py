@@ -78,7 +78,7 @@ def test_short_texts_get_the_tokens_that_all_merges_give(layouts: dict[str, byte
         assert [encoding.offsets for encoding in encoded] == [encoding.offsets for encoding in expected]
 
 
-@pytest.mark.parametrize("batches", [[["a"]] * 4, [["a b " * 2000]], [["a" * 3000]]])
+@pytest.mark.parametrize("batches", [[["a"]] * 4, [["a b " * 10_000]], [["a" * 3000]]])
 def test_more_texts_than_a_few_take_all_merges_once(tokenizer_json: bytes, batches: list[list[str]]) -> None:
     parse_tokenizer.cache_clear()
     tokenizer = TextTokenizer(tokenizer_json)
