@@ -23,6 +23,8 @@ if not __package__:
 from schemas.errors import VlprepError
 from schemas.memory import NO_MEMORY, lacks_memory, require_address_space
 from schemas.wording import printable
+from train.run.terminal import keys_to_ranks
+from train.settings.arguments import TrainArguments
 from train.settings.flags import parse_arguments
 
 _INTERRUPTED = 130
@@ -33,6 +35,9 @@ _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote p
 
 REPORT_TIMEOUT_S = 60
 """Seconds in which the first rank of a machine has started and reported an error that all ranks have."""
+
+_FIRST_REPORT_S = 2
+"""The same for Ctrl-C, which the first rank may see later than the others: it comes between two imports."""
 
 _LEAST_BYTES = 2 << 30
 """Address space that torch and its threads need at least."""
@@ -59,21 +64,8 @@ def main(argv: list[str]) -> int:
             return error.exit_code
         return _fail(error)
     try:
-        require_address_space(_LEAST_BYTES)
-        _configure_output(is_first=rank == 0)
-        use_expandable_segments()
-        # Imports take seconds, so Ctrl-C may come here too.
-        from train.preflight.dry_run import preflight
-        from train.run.interrupt import REQUEUE_EXIT_CODE
-        from train.run.loop import train
-
-        if args.dry_run:
-            preflight(args)
-            return 0
-        if train(args, argv):
-            return 0
-        _tell_torchrun("stopped on request, with a checkpoint: rerun the same command to resume")
-        return REQUEUE_EXIT_CODE
+        with keys_to_ranks(int(os.environ.get("LOCAL_RANK", "0"))):
+            return _run(args, argv, is_first=rank == 0)
     except VlprepError as error:
         if args.debug:
             raise
@@ -89,6 +81,9 @@ def main(argv: list[str]) -> int:
             raise
         if rank == 0:
             sys.stderr.write("\nstopped before the first step: nothing was trained; rerun the same command to start\n")
+        else:
+            with suppress(KeyboardInterrupt):
+                time.sleep(_FIRST_REPORT_S)
         return _INTERRUPTED
     except (MemoryError, ImportError, RuntimeError) as error:
         if not args.debug and lacks_memory(error):
@@ -97,6 +92,25 @@ def main(argv: list[str]) -> int:
             raise
         # Not reported to `torchrun`, which looks for the first rank that failed.
         return _report(VlprepError("another rank has failed: see its message, above or in its log."))
+
+
+def _run(args: TrainArguments, argv: list[str], *, is_first: bool) -> int:
+    """Train or check. Returns the exit code."""
+    require_address_space(_LEAST_BYTES)
+    _configure_output(is_first=is_first)
+    use_expandable_segments()
+    # Imports take seconds, so Ctrl-C may come here too.
+    from train.preflight.dry_run import preflight
+    from train.run.interrupt import REQUEUE_EXIT_CODE
+    from train.run.loop import train
+
+    if args.dry_run:
+        preflight(args)
+        return 0
+    if train(args, argv):
+        return 0
+    _tell_torchrun("stopped on request, with a checkpoint: rerun the same command to resume")
+    return REQUEUE_EXIT_CODE
 
 
 class _LogLine(logging.Formatter):

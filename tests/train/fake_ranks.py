@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def _launch() -> int:
-    environments = ({**os.environ, "FAKE_RANK": str(rank), "CROSS_RANK": "0"} for rank in range(2))
+    environments = ({**os.environ, "FAKE_RANK": str(rank), "CROSS_RANK": "0", "LOCAL_SIZE": "2"} for rank in range(2))
     ranks = [subprocess.Popen([sys.executable, __file__], env=environment) for environment in environments]
     code = max(rank.wait() % 256 for rank in ranks)
     time.sleep(0.5)

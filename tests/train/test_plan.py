@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -127,11 +129,21 @@ def test_only_the_first_rank_reports_a_wrong_command_line(
 def test_ctrl_c_while_modules_are_imported_is_one_line(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    events = []
+
+    @contextmanager
+    def keys_to_ranks(local_rank: int) -> Iterator[None]:
+        events.append(f"keys of local rank {local_rank}")
+        yield
+
     def interrupt(**_: bool) -> None:
+        events.append("Ctrl-C")
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("train.main.keys_to_ranks", keys_to_ranks)
     monkeypatch.setattr("train.main._configure_output", interrupt)
     assert main(flags) == 130
+    assert events == ["keys of local rank 0", "Ctrl-C"], "which a launcher would end at, if it got the key"
     expected = "stopped before the first step: nothing was trained; rerun the same command to start\n"
     assert capsys.readouterr().err.lstrip("\n") == expected
 

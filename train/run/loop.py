@@ -50,7 +50,6 @@ from train.run.run_dir import ADAPTER_DIR, FINAL_DIR, RunState, check_files, loc
 from train.run.saving import Saver
 from train.run.schedule import LearningRates, count_warmup_steps, schedule
 from train.run.stragglers import Slowest, StepClock
-from train.run.terminal import keys_to_ranks
 from train.settings.arguments import TrainArguments
 from train.settings.recipe import doubts, steps_to_do
 
@@ -82,7 +81,7 @@ def train(args: TrainArguments, argv: Sequence[str] = ()) -> bool:
             zero3_loading = register_zero3_loading(plan.deepspeed)
             trainer = Trainer(plan)
             # The request is caught until the export is done: one that comes too late must not cost the model.
-            with keys_to_ranks(plan.ranks.local), StopRequest(is_first=plan.ranks.is_first) as stop:
+            with StopRequest(is_first=plan.ranks.is_first) as stop:
                 is_complete = run_steps(trainer, plan, stop)
                 if is_complete:
                     export(trainer.engine, plan)

@@ -1,7 +1,7 @@
 """Ctrl-C under ``deepspeed``: the terminal's keys reach the ranks instead of their launcher.
 
 A terminal sends Ctrl-C to every process of the command in its foreground. The launcher would end at the first one, with
-an exit code of its own, and a second one would reach no rank. So while the steps run, a helper process takes the
+an exit code of its own, and a second one would reach no rank. So while the ranks run, a helper process takes the
 foreground. It passes Ctrl-C on to the ranks of this machine only. The launcher waits for them, as it does without a
 terminal, and ends with their exit code. Other keys and a hang-up go to the whole command, as before: Ctrl-Z stops it,
 and ``fg`` continues it.
@@ -32,11 +32,14 @@ TERMINAL = "/dev/tty"
 DEEPSPEED_VARIABLE = "CROSS_RANK"
 """Set by `deepspeed` for its ranks. The ranks of `torchrun` have no terminal: each is a session of its own."""
 
+NUM_RANKS_VARIABLE = "LOCAL_SIZE"
+"""Set by `deepspeed`, too: its ranks on this machine, which it starts one after the other."""
+
 _POLL_S = 0.2
 """Seconds until the helper sees that a shell has put the command into the foreground again."""
 
-_LAUNCHER_POLL_S, _LAUNCHER_LIMIT_S = 0.02, 10.0
-"""How often the helper looks for the end of the launcher, and how long it waits for that."""
+_LAUNCHER_POLL_S, _RANKS_LIMIT_S, _LAUNCHER_LIMIT_S = 0.02, 5.0, 10.0
+"""How often to look for new ranks or for the end of the launcher, and how long to wait for them."""
 
 
 @contextmanager
@@ -68,13 +71,15 @@ def _processes() -> tuple[str, str]:
     import psutil
 
     launcher = psutil.Process(os.getppid())
+    until = time.monotonic() + _RANKS_LIMIT_S
+    while len(ranks := launcher.children()) < int(os.environ.get(NUM_RANKS_VARIABLE, "1")) and time.monotonic() < until:
+        time.sleep(_LAUNCHER_POLL_S)
     launchers = [launcher.pid]
     with suppress(psutil.Error):
         parent = psutil.Process(launcher.ppid())
         if parent.pid == os.getpgrp() and parent.exe() == launcher.exe():
             launchers.append(parent.pid)
-    ranks = [child.pid for child in launcher.children()]
-    return ",".join(map(str, ranks)), ",".join(map(str, launchers))
+    return ",".join(str(rank.pid) for rank in ranks), ",".join(map(str, launchers))
 
 
 def _hears_terminal() -> bool:
