@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 _TERMINAL_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 30.0
-_LOG_FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+_LOG_FORMAT = " ".join(("{desc}:", "{percentage:3.0f}%", "{n_fmt}/{total_fmt}", "[{elapsed}<{remaining}, {rate_fmt}]"))
 
 
 class _Bar(tqdm):  # type: ignore[misc]
