@@ -336,7 +336,9 @@ def show_command(
         if console is not None:
             print_bin(console, shards, shown_bin, transcriber, token_level=token_level)
         else:
-            print_result(show(shards, shown_bin, transcriber, colour=wants_colour(), token_level=token_level))
+            print_result(
+                show(shards, shown_bin, transcriber, colour=wants_colour(), token_level=token_level), is_styled=True
+            )
         if save is not None:
             print_result(
                 f"\n{counted(len(save_frames(shards, shown_bin, save, transcriber)), 'PNG file')} written to {save}"

@@ -23,8 +23,9 @@ P = ParamSpec("P")
 INTERRUPTED = 130
 """Exit code of shells after SIGINT. SIGTERM gets the same."""
 
-_LEAST_BYTES = 512 << 20
-"""Address space of a command, of which it uses a part: threads reserve 64 MiB each."""
+_LEAST_BYTES = (512 + 80 * min(os.cpu_count() or 1, 8)) << 20
+"""Address space of a command, of which it uses a part: threads reserve 72 MiB each, and Arrow starts one for each core
+and 8 more. With some of them missing it waits for ever."""
 
 
 def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
@@ -44,7 +45,9 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
             if click.get_current_context().find_root().params["debug"]:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"vlprep: {where}{error.strerror or error}. Fix that and rerun the same command.", err=True)
+            click.echo(
+                f"vlprep: {printable(where)}{error.strerror or error}. Fix that and rerun the same command.", err=True
+            )
             sys.exit(1)
         except (MemoryError, ImportError, RuntimeError) as error:
             if not lacks_memory(error) or click.get_current_context().find_root().params["debug"]:
@@ -77,13 +80,13 @@ def run_process(command: Callable[[], object]) -> None:
         raise
 
 
-def print_result(text: str) -> None:
-    """Print the result of a command.
+def print_result(text: str, *, is_styled: bool = False) -> None:
+    """Print the result of a command, with control characters escaped unless it ``is_styled`` by them.
 
     If the reader of a pipe is gone (``vlprep show … | head``), the rest is dropped and the exit code is unchanged.
     """
     try:
-        click.echo(text)
+        click.echo(text if is_styled else printable(text))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Collection
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""The category Cc of Unicode, without line breaks and tabs."""
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -25,10 +28,7 @@ def one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """Escape control characters, except line breaks and tabs, so that text cannot control a terminal."""
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character) != "Cc" else f"\\x{ord(character):02x}"
-        for character in text
-    )
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def source_name(*, dataset: str, file: str, line: int, record: int, id: str | None) -> str:

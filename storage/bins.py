@@ -34,6 +34,9 @@ from storage.urls import Location
 
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_PREFIX = len(_NPY_MAGIC) + 2
+_MAX_NPY_HEADER = 1024
+"""Those of the format's arrays have 128 bytes."""
+
 _TAR_HEADER = struct.Struct("100s24x12s12x8s101x5s250x")
 """Name, size, checksum and magic number of a ustar header."""
 
@@ -214,6 +217,8 @@ def _tar_header(block: memoryview) -> tuple[str, int]:
 def _array(data: memoryview, dtype: np.dtype[Any], where: str, name: str) -> NDArray[Any]:
     start = _NPY_PREFIX + int.from_bytes(data[_NPY_PREFIX - 2 : _NPY_PREFIX], "little")
     try:
+        if start > _MAX_NPY_HEADER:  # headers are kept in memory
+            raise ValueError(f"a header of {start} bytes; allowed: at most {_MAX_NPY_HEADER}")
         size, shape = _npy_layout(bytes(data[:start]), dtype)
         array = np.frombuffer(data, dtype=dtype, count=size, offset=start)
         return array if len(shape) == 1 else array.reshape(shape)

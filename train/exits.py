@@ -9,6 +9,7 @@ from typing import ParamSpec
 import click
 
 from schemas.errors import VlprepError
+from schemas.wording import printable
 
 P = ParamSpec("P")
 
@@ -37,5 +38,5 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _end(sentence: str, *, code: int) -> None:
-    click.echo(sentence, err=True)
+    click.echo(printable(sentence), err=True)
     raise SystemExit(code) from None

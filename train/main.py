@@ -39,7 +39,7 @@ REPORT_TIMEOUT_S = 60
 _FIRST_REPORT_S = 2
 """The same for Ctrl-C, which the first rank may see later than the others: it comes between two imports."""
 
-_LEAST_BYTES = 2 << 30
+_LEAST_BYTES = 2816 << 20
 """Address space that torch and its threads need at least."""
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
