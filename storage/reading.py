@@ -158,9 +158,9 @@ def _read_local(path: Path, offset: int, out: memoryview, digest: Digest | None)
     got, at_once = 0, len(out) if digest is None else _DIGEST_BYTES
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
     try:
-        while got < len(out) and (count := os.preadv(descriptor, [out[got : got + at_once]], offset + got)):
+        while got < len(out) and (count := os.preadv(descriptor, [piece := out[got : got + at_once]], offset + got)):
             if digest is not None:
-                digest.update(out[got : got + count])
+                digest.update(piece if count == at_once else piece[:count])
             got += count
     finally:
         os.close(descriptor)
