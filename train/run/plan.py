@@ -39,7 +39,7 @@ from train.run.resume import (
     find_saved_state,
     fixed_settings,
 )
-from train.run.run_dir import Setting
+from train.run.run_dir import Setting, shown
 from train.run.strategy import choose_strategy
 from train.settings.arguments import TrainArguments
 from train.settings.batch import Batch, describe_batch
@@ -241,6 +241,7 @@ def check_same_plan(plan: Plan) -> None:
         for name, value in of_ranks[0].items():
             if other.get(name) != value:
                 raise ConfigError(
-                    f"rank {rank} would train with {name} = {other.get(name)}, but rank 0 with {value}: let all "
-                    "machines see the same --output_dir, shards and checkpoint, with the same packages."
+                    f"rank {rank} would train with {name} = {shown(other.get(name))}, but rank 0 with "
+                    f"{shown(value)}: let all machines see the same --output_dir, shards and checkpoint, with the same "
+                    "packages."
                 )

@@ -231,12 +231,13 @@ def check_settings(folder: Path, saved: RunState, settings: dict[str, Setting]) 
         if before != value:
             same = _same_bins(saved.aim, before) if name == BINS_OF_A_STEP else "the same setting"
             raise ConfigError(
-                f"{folder} was saved with {name} = {_shown(before)}, this run has {_shown(value)}: it would not be the "
+                f"{folder} was saved with {name} = {shown(before)}, this run has {shown(value)}: it would not be the "
                 f"same run. Give {same}, or --resume none with another --output_dir."
             )
 
 
-def _shown(value: Setting) -> Setting:
+def shown(value: object) -> object:
+    """A setting as messages show it."""
     return "none" if value is None else value
 
 
