@@ -263,7 +263,8 @@ def test_a_run_may_end_at_its_checkpoint_or_later_but_not_before(flags: list[str
         (["--deepspeed", "zero3.json"], "ZeRO stage"),
         (["--weight_decay", "0.1"], "weight_decay"),
         (["--lr_scheduler_type", "linear"], "lr_scheduler_type"),
-        (["--warmup_steps", "1"], "warmup_ratio"),
+        (["--warmup_steps", "1"], "warmup_steps"),
+        (["--lora_enable", "True"], "adapters"),
         (["--adam_beta2", "0.95"], "adam_beta2"),
     ],
 )

@@ -58,6 +58,8 @@ def fixed_settings(
 ) -> dict[str, Setting]:
     """The settings that must be the same when a run resumes, besides the order of the bins.
 
+    Those from which others follow come first, since the first one that differs is reported.
+
     The number of steps is not among them, since a run may be made longer, nor is the number of ranks. Frozen weights
     are: checkpoints hold trained weights only.
     """
@@ -66,14 +68,15 @@ def fixed_settings(
     return {
         "shards": index.fingerprint,
         "seed": args.seed,
+        "adapters": None if adapters is None else adapters.describe(),
         BINS_OF_A_STEP: batch.bins,
         "group_steps": args.group_steps,
         ZERO_STAGE: deepspeed["zero_optimization"]["stage"],
         "precision": str(dtype).removeprefix("torch."),
         **{f"learning rate of {part}": rate for part, rate in rates.items()},
         "lr_scheduler_type": args.lr_scheduler_type,
-        "warmup_ratio": args.warmup,
         "warmup_steps": args.warmup_steps,
+        "warmup_ratio": args.warmup,
         "optim": args.optim,
         "adam_beta1": args.adam_beta1,
         "adam_beta2": args.adam_beta2,
@@ -81,7 +84,6 @@ def fixed_settings(
         "tf32": args.tf32,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
-        "adapters": None if adapters is None else adapters.describe(),
         "frozen weights": pretrained.weights_fingerprint(source) if has_frozen else None,
     }
 
