@@ -14,6 +14,7 @@ import re
 import struct
 import threading
 import zlib
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_PREFIX = len(_NPY_MAGIC) + 2
 _MAX_NPY_HEADER = 1024
 """Those of the format's arrays have 128 bytes."""
+
+_OTHER_MEMBERS = frozenset((*ARRAY_MEMBERS, SAMPLES_MEMBER))
 
 _TAR_HEADER = struct.Struct("100s24x12s12x8s101x5s250x")
 """Name, size, checksum and magic number of a ustar header."""
@@ -139,13 +142,13 @@ def read_bytes(location: BinLocation, *, verify: bool) -> bytearray:
     return data
 
 
-def parse_bin(data: memoryview | bytes | bytearray, index: int, *, where: str) -> Bin:
+def parse_bin(data: memoryview | bytes | bytearray, index: int, *, where: object) -> Bin:
     """Parse the run of tar members that ``bins.parquet`` points at.
 
     Args:
         data: the bytes of the bin: ``num_bytes`` at ``offset`` of its shard.
         index: number of the bin; the members must carry it as their key.
-        where: how messages name the bin (shard, bin, offset).
+        where: how messages name the bin (shard, bin, offset): a :class:`BinLocation`, or text.
 
     Returns:
         The bin; its arrays are read-only views of ``data``.
@@ -154,11 +157,7 @@ def parse_bin(data: memoryview | bytes | bytearray, index: int, *, where: str) -
         ShardError: the bytes are not a bin of this number and format.
     """
     members = _members(memoryview(data), bin_key(index), where)
-    codecs = [codec for codec, member in PIXELS_MEMBER.items() if member in members]
-    missing = [name for name in (*ARRAY_MEMBERS, SAMPLES_MEMBER) if name not in members]
-    if missing or len(codecs) != 1:
-        absent = missing or [" or ".join(PIXELS_MEMBER.values())]
-        raise ShardError(f"{where}: member {absent[0]} is missing; found {sorted(members)}. {MEND_SHARDS}")
+    codec = _codec(members, where)
     ids, labels, positions, boundaries, grids, media_types = [
         _array(members[name], dtype, where, name) for name, dtype in ARRAY_MEMBERS.items()
     ]
@@ -170,15 +169,15 @@ def parse_bin(data: memoryview | bytes | bytearray, index: int, *, where: str) -
         cu_seqlens=boundaries,
         grid_thw=grids,
         media_type=media_types,
-        pixels=np.frombuffer(members[PIXELS_MEMBER[codecs[0]]], dtype=np.uint8),
-        codec=codecs[0],
+        pixels=np.frombuffer(members[PIXELS_MEMBER[codec]], dtype=np.uint8),
+        codec=codec,
         samples_json=bytes(members[SAMPLES_MEMBER]),
     )
     _check_shapes(parsed, where)
     return parsed
 
 
-def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
+def _members(data: memoryview, key: str, where: object) -> dict[str, memoryview]:
     members: dict[str, memoryview] = {}
     position, num_bytes = 0, len(data)
     while position < num_bytes:
@@ -199,6 +198,16 @@ def _members(data: memoryview, key: str, where: str) -> dict[str, memoryview]:
     return members
 
 
+def _codec(members: Collection[str], where: object) -> str:
+    """The codec of the pixels; no other member is missing."""
+    codecs = [codec for codec, member in PIXELS_MEMBER.items() if member in members]
+    if len(codecs) != 1 or not _OTHER_MEMBERS.issubset(members):
+        missing = [name for name in (*ARRAY_MEMBERS, SAMPLES_MEMBER) if name not in members]
+        absent = missing or [" or ".join(PIXELS_MEMBER.values())]
+        raise ShardError(f"{where}: member {absent[0]} is missing; found {sorted(members)}. {MEND_SHARDS}")
+    return codecs[0]
+
+
 def _tar_header(block: memoryview) -> tuple[str, int]:
     """Name and size of a member. The ``tarfile`` module does the same in twenty times the time."""
     if len(block) < TAR_BLOCK:
@@ -214,7 +223,7 @@ def _tar_header(block: memoryview) -> tuple[str, int]:
     return name.rstrip(b"\0").decode(), int(size.strip(b" \0"), 8)
 
 
-def _array(data: memoryview, dtype: np.dtype[Any], where: str, name: str) -> NDArray[Any]:
+def _array(data: memoryview, dtype: np.dtype[Any], where: object, name: str) -> NDArray[Any]:
     start = _NPY_PREFIX + int.from_bytes(data[_NPY_PREFIX - 2 : _NPY_PREFIX], "little")
     try:
         if start > _MAX_NPY_HEADER:  # headers are kept in memory
@@ -243,7 +252,7 @@ def _npy_layout(header: bytes, dtype: np.dtype[Any]) -> tuple[int, tuple[int, ..
     return math.prod(shape), shape
 
 
-def _check_shapes(parsed: Bin, where: str) -> None:
+def _check_shapes(parsed: Bin, where: object) -> None:
     length, num_media = parsed.input_ids.size, parsed.media_type.size
     boundaries = parsed.cu_seqlens
     shapes = {
@@ -276,7 +285,7 @@ class Counts(NamedTuple):
     videos: int
 
 
-def check_samples(parsed: Bin, *, where: str, expected: Counts | None = None) -> None:
+def check_samples(parsed: Bin, *, where: object, expected: Counts | None = None) -> None:
     """Check what training relies on: ids and labels are tokens of the model, no sample is predicted from the one before
     it, and pad tokens fit the media.
 
@@ -326,13 +335,13 @@ def check_samples(parsed: Bin, *, where: str, expected: Counts | None = None) ->
         )
 
 
-def _check_counts(counts: Counts, expected: Counts, where: str) -> None:
+def _check_counts(counts: Counts, expected: Counts, where: object) -> None:
     if counts != expected:
         name, count, allowed = next(row for row in zip(Counts._fields, counts, expected) if row[1] != row[2])
         raise ShardError(f"{where}: holds {count} {name}, the index says {allowed}. Build the shards again.")
 
 
-def _check_media(grids: list[list[int]], kinds: list[int], where: str) -> None:
+def _check_media(grids: list[list[int]], kinds: list[int], where: object) -> None:
     for (t, h, w), kind in zip(grids, kinds):
         if t < 1 or h < 1 or w < 1 or h % MERGE_SIZE or w % MERGE_SIZE:
             raise ShardError(

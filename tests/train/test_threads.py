@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.bins import Bin
 from storage import bins
 from storage import reading as storage
 from storage.bins import BinLocation
@@ -23,6 +24,7 @@ from train.batches import batch as batch_module
 from train.batches import workers as workers_module
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder, Grouping
+from train.shards import reader as reader_module
 from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import BinReader, ReadSettings
 
@@ -147,6 +149,25 @@ def test_verify_first_checks_each_bin_once_per_run_and_again_after_resume(
     assert run(5, "first") == dict.fromkeys(range(10), 1)
     assert run(0, "always") == dict.fromkeys(range(10), 3)
     assert run(0, "never") == {}
+
+
+@pytest.mark.parametrize(("verify", "times"), [("always", 1), ("first", 3), ("never", 3)])
+def test_contents_are_checked_with_every_read_unless_the_checksum_shows_that_they_have_passed(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, verify: str, times: int
+) -> None:
+    """Three reads of each bin. With ``first``, only the first compares the checksum."""
+    checked: Counter[int] = Counter()
+    check = reader_module.check_samples
+
+    def counted(bin_: Bin, **options: Any) -> None:
+        checked[bin_.index] += 1
+        check(bin_, **options)
+
+    monkeypatch.setattr(reader_module, "check_samples", counted)
+    reader = BinReader(index, ReadSettings(verify=verify))
+    for bin_id in [*range(10)] * 3:
+        reader.read(bin_id)
+    assert checked == dict.fromkeys(range(10), times)
 
 
 @settings(deadline=None, max_examples=25)

@@ -138,7 +138,7 @@ def build_micro_batch(
     bins: Sequence[Bin],
     *,
     bin_ids: Sequence[int] | None = None,
-    where: Sequence[str] | None = None,
+    where: Sequence[object] | None = None,
     window_size: int = WINDOW_SIZE,
     memory: Sequence[torch.Tensor] | None = None,
     buffers: Buffers | None = None,
@@ -217,7 +217,7 @@ def _empty_position() -> _Tokens:
 
 def _vision_batch(
     bins: Sequence[Bin],
-    where: Sequence[str] | None,
+    where: Sequence[object] | None,
     window_size: int,
     memory: Sequence[torch.Tensor] | None,
     buffers: Buffers | None,
@@ -248,7 +248,7 @@ def _vision_batch(
 def _planes(
     bins: Sequence[Bin],
     media: Sequence[Sequence[Medium]],
-    where: Sequence[str],
+    where: Sequence[object],
     memory: Sequence[torch.Tensor] | None,
     buffers: Buffers | None,
 ) -> tuple[torch.Tensor, bool]:
@@ -273,7 +273,7 @@ def _planes(
             _decompress(bin_.pixels, part, location)
             continue
         if bin_.codec == "jpeg":
-            decode_jpegs(split_streams(bin_, where=location), part, location)
+            decode_jpegs(split_streams(bin_, where=str(location)), part, str(location))
         else:
             _require_size(bin_.pixels.size, part.size, location)
             part[:] = bin_.pixels
@@ -282,7 +282,7 @@ def _planes(
     return planes, residuals
 
 
-def _decompress(pixels: NDArray[np.uint8], out: NDArray[np.uint8], where: str) -> None:
+def _decompress(pixels: NDArray[np.uint8], out: NDArray[np.uint8], where: object) -> None:
     """Decompress one zstd frame into ``out``, which it must fill exactly."""
     target = out.data
     num_bytes = 0
@@ -296,7 +296,7 @@ def _decompress(pixels: NDArray[np.uint8], out: NDArray[np.uint8], where: str) -
     _require_size(num_bytes + num_excess, out.size, where)
 
 
-def _require_size(num_bytes: int, expected: int, where: str) -> None:
+def _require_size(num_bytes: int, expected: int, where: object) -> None:
     if num_bytes != expected:
         at_least = "at least " if num_bytes > expected else ""
         raise ShardError(

@@ -135,7 +135,7 @@ class Builder:
             batch = build_micro_batch(
                 [loaded_bin.bin for loaded_bin in loaded],
                 bin_ids=bins,
-                where=[str(loaded_bin.location) for loaded_bin in loaded],
+                where=[loaded_bin.location for loaded_bin in loaded],
                 window_size=self.window_size,
                 memory=[loaded_bin.buffer for loaded_bin in loaded],
                 buffers=self.buffers,

@@ -101,7 +101,8 @@ class BinReader:
                 )
             self._cache = BinCache(self._settings.cache_dir, self._settings.cache_bytes)
         self._shard_sha256 = [shard.sha256 for manifest in index.manifests for shard in manifest.shards]
-        self._verified = np.zeros(index.num_bins if self._settings.verify == "first" else 0, dtype=np.bool_)
+        # (B,) each: bins whose checksum was compared, and bins whose bytes with that checksum passed all checks
+        self._verified, self._passed = np.zeros((2, index.num_bins), dtype=np.bool_)
 
     @property
     def is_remote(self) -> bool:
@@ -125,8 +126,9 @@ class BinReader:
         bin_ = None if cache is None else self._read_cached(cache, bin_id, location, data)
         if bin_ is None:
             # With any settings, only checked bins enter the cache: damage must not be kept.
-            self._fetch(bin_id, location, data, verify=cache is not None or self._is_checked(bin_id))
-            bin_ = self._parse(bin_id, location, data)
+            verify = cache is not None or self._is_checked(bin_id)
+            self._fetch(bin_id, location, data, verify=verify)
+            bin_ = self._parse(bin_id, location, data, is_verified=verify)
             if cache is not None:
                 cache.write(self._key(bin_id), data)
         return LoadedBin(bin_, location, buffer)
@@ -139,27 +141,33 @@ class BinReader:
         """Read a bin from its shard."""
         read_into_buffer(location, data, verify=verify, policy=self._settings.retry_policy, stop_event=self._stop_event)
         if verify:
-            self._mark_verified(bin_id)
+            self._verified[bin_id] = True
 
     def _read_cached(self, cache: BinCache, bin_id: int, location: BinLocation, data: memoryview) -> Bin | None:
         """The bin from the cache; None if it is missing or damaged there."""
         if not cache.read(self._key(bin_id), data):
             return None
         try:
-            if self._is_checked(bin_id):
+            verify = self._is_checked(bin_id)
+            if verify:
                 check_digest(location, xxhash.xxh3_64_intdigest(data))
-                self._mark_verified(bin_id)
-            return self._parse(bin_id, location, data)
+                self._verified[bin_id] = True
+            return self._parse(bin_id, location, data, is_verified=verify)
         except ShardError:
             logger.warning("%s: its copy in the cache is damaged; reading it from the shard again", location)
             cache.remove(self._key(bin_id))
             return None
 
-    def _parse(self, bin_id: int, location: BinLocation, data: memoryview) -> Bin:
-        """Parse a bin and check its structure and counts against the index."""
-        where = str(location)
-        bin_ = parse_bin(data, location.local_bin, where=where)
-        check_samples(bin_, where=where, expected=self._index.counts(bin_id))
+    def _parse(self, bin_id: int, location: BinLocation, data: memoryview, *, is_verified: bool) -> Bin:
+        """Parse a bin, and check its contents and its counts against the index.
+
+        Bytes that have the checksum of bytes which passed are the same bytes: their contents are not checked again.
+        """
+        bin_ = parse_bin(data, location.local_bin, where=location)
+        if not (is_verified and self._passed[bin_id]):
+            check_samples(bin_, where=location, expected=self._index.counts(bin_id))
+            if is_verified:
+                self._passed[bin_id] = True
         return bin_
 
     def _key(self, bin_id: int) -> str:
@@ -171,10 +179,6 @@ class BinReader:
         """Whether this read compares the checksum."""
         verify = self._settings.verify
         return verify == "always" or (verify == "first" and not self._verified[bin_id])
-
-    def _mark_verified(self, bin_id: int) -> None:
-        if self._settings.verify == "first":
-            self._verified[bin_id] = True
 
 
 def read_checked_bin(index: ShardIndex, bin_id: int) -> Bin:
