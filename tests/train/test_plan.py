@@ -25,7 +25,7 @@ from train.model import pretrained
 from train.model.attention import FLASH_ATTENTION
 from train.model.sizes import sizes_of
 from train.order.dealing import Grouping
-from train.run.checks import read_settings
+from train.run.checks import read_settings, trained_folders
 from train.run.loop import open_stream
 from train.run.plan import Plan, make_plan
 from train.run.resume import ResumePoint
@@ -512,3 +512,12 @@ def test_a_run_does_not_replace_its_base_checkpoint(
     with pytest.raises(ConfigError, match="is what this run would replace"):
         make_plan(parse_arguments([*flags, "--output_dir", str(final.parent), "--model_name_or_path", str(final)]))
     make_plan(parse_arguments([*flags, "--output_dir", str(tmp_path / "other"), "--model_name_or_path", str(final)]))
+
+
+def test_shards_that_are_trained_and_evaluated_on_are_named(tmp_path: Path) -> None:
+    for name in "ab":
+        write_shards(tmp_path / "sets" / name, make_bins(num_bins=2))
+    (tmp_path / "link").symlink_to(tmp_path / "sets" / "b")
+    index, linked = open_shards(tmp_path / "sets"), open_shards(tmp_path / "link")
+    assert trained_folders(index, linked) == [str(tmp_path / "link")]
+    assert trained_folders(open_shards(tmp_path / "sets" / "a"), linked) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError
+from storage.urls import Location
 from train.model import pretrained
 from train.run.run_dir import ADAPTER_DIR, FINAL_DIR
 from train.settings.arguments import TrainArguments
@@ -58,6 +59,16 @@ def open_eval_shards(shards: str) -> ShardIndex:
             f"--eval_shards {shards} gives weights or epochs, but every bin is used once: leave them out."
         )
     return index
+
+
+def trained_folders(index: ShardIndex, eval_index: ShardIndex) -> list[str]:
+    """The folders to evaluate on that are trained on as well."""
+    trained = set(map(_resolved, index.folders))
+    return [str(folder) for folder in eval_index.folders if _resolved(folder) in trained]
+
+
+def _resolved(folder: Location) -> Location:
+    return folder.resolve() if isinstance(folder, Path) else folder
 
 
 def check_read_flags(args: TrainArguments, indexes: Sequence[ShardIndex]) -> None:

@@ -31,7 +31,7 @@ from train.model.flops import ModelFlops
 from train.model.packed import PackedQwen, checkpoint_activations
 from train.model.processors import compare_processors, shard_media
 from train.run import checkpoint, process_group
-from train.run.checks import read_settings
+from train.run.checks import read_settings, trained_folders
 from train.run.engine import (
     Engine,
     can_lower_scale,
@@ -363,6 +363,8 @@ def describe(plan: Plan, groups: list[optim.ParameterGroup]) -> None:
             counted(int(held_out.num_samples.sum()), "sample"),
             folders,
         )
+        if ranks.is_first and (trained := trained_folders(index, held_out)):
+            logger.warning("%s: trained on as well, so eval_loss says nothing about other data", ", ".join(trained))
     logger.info(
         "%s with %s, %s of them targets",
         counted(index.num_bins, "bin"),
