@@ -3,7 +3,7 @@
 Three commands on next to no data, each in a fresh process: ``vlprep --help``, ``vlprep build`` of one image with one
 worker, ``vlprep validate`` of 16 records with one worker. The figures are seconds of processor time of the command and
 of all processes that it starts: the best and the median of several rounds, in which the commands take turns. A round
-that is not counted fills the caches of the disk.
+that is not counted fills the caches of the disk, and lets vlprep remember the fingerprint of the tokenizer.
 """
 
 from __future__ import annotations
