@@ -61,7 +61,7 @@ import re, sys
 from pathlib import Path
 from prep.cli import main
 try:
-    main()
+    main(sys.argv[1:])
 finally:
     # Not getrusage: its peak starts with that of the process that started this one.
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1], file=sys.stderr)
