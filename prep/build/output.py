@@ -84,7 +84,7 @@ class FolderOutput:
     def read(self, name: str) -> bytes | None:
         """See :class:`Output`."""
         path = self.folder / name
-        return path.read_bytes() if path.exists() else None
+        return path.read_bytes() if path.is_file() else None
 
     def remove(self, names: Iterable[str]) -> None:
         """See :class:`Output`."""

@@ -238,7 +238,9 @@ def _has_late_text(source: MediaSource) -> bool:
     has_pixels = False
     with source.open() as file:
         file.seek(8)
-        while len(head := file.read(8)) == 8:
+        kind = b""
+        # Pillow ignores what follows the end, which may be gigabytes of zeros.
+        while kind != b"IEND" and len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
             has_pixels = has_pixels or kind == b"IDAT"
             if has_pixels and kind in _LATE_TEXT_CHUNKS:

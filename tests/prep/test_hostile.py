@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from prep.annotations.validation import MAX_TEXT_CHARACTERS, parse_record
 from prep.build.pipeline import BuildRequest, build
 from prep.cli import main
 from prep.engines import SerialEngine
+from prep.media.images import probe_image
 from prep.media.sandbox import Sandbox
 from prep.media.source import MediaSource
 from prep.media.videos import MAX_DURATION_S, plan_video
@@ -432,3 +434,21 @@ def test_an_edit_of_the_same_size_with_its_time_restored_is_seen(tmp_path: Path,
     assert path.stat().st_size == status.st_size
     sets.build_set(path, tmp_path / "out", tiny_checkpoint)
     assert (before / "manifest.json").read_bytes() != manifest
+
+
+def test_a_png_with_a_hole_of_gigabytes_behind_its_end_is_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    random_image(56, 28).save(path)
+    expected = probe_image(MediaSource("a.png", path=path), SETTINGS)
+    os.truncate(path, 1 << 40)
+    started = time.process_time()
+    assert probe_image(MediaSource("a.png", path=path), SETTINGS) == expected
+    assert time.process_time() - started < 1
+
+
+def test_a_manifest_at_the_output_that_is_a_pipe_is_replaced(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": turn("Hi", "no")}))
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "manifest.json")
+    sets.build_set(tmp_path / "a.jsonl", tmp_path / "out", tiny_checkpoint)
+    assert (tmp_path / "out" / "manifest.json").is_file()
