@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from schemas.errors import ConfigError
 from schemas.wording import counted
-from train.order.permutation import derive_keys, permute, shuffled
+from train.order.permutation import derive_keys, permute, shuffled, shuffles
 from train.shards.mixture import Mixture
 
 EMPTY = -1
@@ -157,7 +157,8 @@ class DataOrder:
             ConfigError: the global batch does not fit in ``A * W * P`` positions, or one of them is less than 1.
         """
         self._check_positions(accumulation, world_size, per_device)
-        return self._dealt(step, self.global_bins(step), (accumulation, world_size, per_device))
+        (micro_steps,) = self._shuffles(accumulation, range(step, step + 1))
+        return self._dealt(self.global_bins(step), micro_steps, world_size, per_device)
 
     def deal(
         self, start: int, end: int | None, *, world_size: int, accumulation: int, per_device: int
@@ -185,10 +186,10 @@ class DataOrder:
         for first in range(start, min(ends), at_once) if ends else itertools.count(start, at_once):
             stop = min([*ends, first + at_once])
             drawn = self._draw(first, stop - first) if self.grouping is None else self.global_bins(first)
-            for step in range(first, stop):
+            for at, micro_steps in enumerate(self._shuffles(accumulation, range(first, stop))):
                 # Only the last step of the sequence has fewer bins than the global batch.
-                bins = drawn[(step - first) * self.global_batch : (step - first + 1) * self.global_batch]
-                yield self._dealt(step, bins, (accumulation, world_size, per_device))
+                bins = drawn[at * self.global_batch : (at + 1) * self.global_batch]
+                yield self._dealt(bins, micro_steps, world_size, per_device)
 
     def _check_positions(self, accumulation: int, world_size: int, per_device: int) -> None:
         """Check that the bins of a step fit its positions."""
@@ -199,18 +200,23 @@ class DataOrder:
                 "Raise the accumulation or the bins per device."
             )
 
-    def _dealt(self, step: int, drawn: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.int64]:
-        """Deal the bins of a step to positions (A, W, P)."""
-        accumulation, world_size, per_device = shape
-        by_cost = np.full(accumulation * world_size * per_device, EMPTY, dtype=np.int64)
+    def _shuffles(self, accumulation: int, steps: range) -> NDArray[np.int64]:
+        """The order of the micro-steps (A,) of every step."""
+        return shuffles(accumulation, seed=self.seed, purpose="micro-steps", indices=steps)
+
+    def _dealt(
+        self, drawn: NDArray[np.int64], micro_steps: NDArray[np.int64], world_size: int, per_device: int
+    ) -> NDArray[np.int64]:
+        """Deal the bins of a step to positions (A, W, P); ``micro_steps`` (A,) orders its micro-steps."""
+        by_cost = np.full(micro_steps.size * world_size * per_device, EMPTY, dtype=np.int64)
         # Empty positions are the cheapest, so they come first.
         by_cost[by_cost.size - drawn.size :] = drawn[np.argsort(self.cost[drawn], kind="stable")]
         # (A * P * W,) -> (A, P, W): a micro-step is a run of neighbours. Every other row of W is reversed, so that the
         # sums over P are alike.
-        dealt = by_cost.reshape(accumulation, per_device, world_size)
+        dealt = by_cost.reshape(micro_steps.size, per_device, world_size)
         dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
         # (A, P, W) -> (A, W, P), micro-steps in a seeded order
-        return dealt.transpose(0, 2, 1)[shuffled(accumulation, seed=self.seed, purpose="micro-steps", index=step)]
+        return dealt.transpose(0, 2, 1)[micro_steps]
 
     def efficiency(self, dealt: NDArray[np.int64]) -> float:
         """Share of a step that ranks compute; for the rest they wait for the slowest rank of each micro-step.

@@ -57,7 +57,16 @@ def permute(positions: NDArray[np.int64], size: int, *, keys: NDArray[np.uint64]
 
 def shuffled(size: int, *, seed: int, purpose: str, index: int) -> NDArray[np.int64]:
     """Return a seeded shuffle of ``range(size)``, (size,) int64, for sizes small enough to sort."""
-    return np.argsort(_mix(np.arange(size, dtype=np.uint64) ^ derive_keys(seed, purpose, index)[0]), kind="stable")
+    order: NDArray[np.int64]
+    (order,) = shuffles(size, seed=seed, purpose=purpose, indices=range(index, index + 1))
+    return order
+
+
+def shuffles(size: int, *, seed: int, purpose: str, indices: range) -> NDArray[np.int64]:
+    """Return several such shuffles, (K, size) int64, one for each index."""
+    # (K, 1) and (size,) -> (K, size)
+    keys = np.array([derive_keys(seed, purpose, index)[0] for index in indices])[:, None]
+    return np.argsort(_mix(np.arange(size, dtype=np.uint64) ^ keys), axis=1, kind="stable")
 
 
 def _feistel(values: NDArray[np.uint64], across: int, down: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
