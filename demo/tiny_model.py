@@ -19,11 +19,11 @@ from typing import Any
 import click
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextConfig
-from transformers.utils import logging as transformers_logging
 
 from demo.qwen_tokenizer import PLAIN_ADDED_TOKENS, write_json, write_tokenizer_files
 from schemas import qwen
 from schemas.errors import ConfigError, VlprepError
+from train.exits import hide_library_output
 
 VOCAB_SIZE = 151936
 """Rows of the embeddings, a few more than there are tokens. Source: ``config.json`` of Qwen2.5-VL-3B-Instruct."""
@@ -266,7 +266,7 @@ def patch_cosines(num_filters: int) -> torch.Tensor:
 )
 def main(out: Path, seed: int, tokenizer: Path | None) -> None:
     """Write a tiny random Qwen2.5-VL checkpoint with the real tokenizer and processor files to OUT."""
-    transformers_logging.disable_progress_bar()
+    hide_library_output()
     try:
         write_tiny_checkpoint(out, seed=seed, tokenizer=tokenizer)
     except VlprepError as error:

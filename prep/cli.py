@@ -120,8 +120,10 @@ def build_command(
     ray_address: str | None,
     **settings_options: Any,
 ) -> None:
-    """Build a set of shards from DATASETS: a registry expression (mp_doc%50,clevr_mc), or paths or URLs of annotation
-    files, each with an optional share (a.jsonl b.jsonl%50).
+    """Build a set of shards from DATASETS.
+
+    DATASETS are a registry expression (mp_doc%50,clevr_mc), or paths or URLs of annotation files, each with an optional
+    share (a.jsonl b.jsonl%50).
     """
     from prep.annotations.registry import find_all_sources
     from prep.build.metrics import read_metrics
@@ -197,8 +199,10 @@ def validate_command(
     ray_address: str | None,
     **media_options: Any,
 ) -> int:
-    """Check annotation FILES (paths, URLs, or names of registered datasets) and their media; exit 1 on problems, 2 on
-    boxes whose coordinates are not declared.
+    """Check annotation FILES and their media.
+
+    FILES are paths, URLs, or names of registered datasets. Exit 1 on problems, 2 on boxes whose coordinates are not
+    declared.
     """
     from prep.inspect.validate import ValidateRequest, validate
     from prep.samples.lengths import open_length_check
@@ -245,7 +249,10 @@ def datasets_command(registry: Path, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @guarded
 def demo_command(out: Path, seed: int) -> None:
-    """Write the demo dataset to OUT: scenes, document pages, videos and chats with checkable answers."""
+    """Write the demo dataset to OUT.
+
+    It has scenes, document pages, videos and chats with checkable answers.
+    """
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / "demo" / "__init__.py").is_file():
         raise ConfigError("the demo needs a checkout of the repository: it is not part of the installed package")
@@ -267,8 +274,10 @@ def demo_command(out: Path, seed: int) -> None:
 )
 @guarded
 def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | None) -> int:
-    """Print the two commands that do the same as SCRIPT: a launch script of the upstream framework, of ms-swift or of
-    LLaMA-Factory (also its YAML), a registry of datasets (.py, dataset_info.json), or a command line after --.
+    """Print the two commands that do the same as SCRIPT.
+
+    SCRIPT is a launch script of the upstream framework, of ms-swift or of LLaMA-Factory (also its YAML), a registry of
+    datasets (.py, dataset_info.json), or a command line after --.
 
     Nothing in SCRIPT is run. Exit 1 if a part of it was not understood.
     """
@@ -292,7 +301,7 @@ def migrate_command(script: tuple[str, ...], out: str | None, registry: Path | N
 @engine_options
 @guarded
 def verify_command(folder: Location, as_json: bool, workers: int | None, engine: str, ray_address: str | None) -> int:
-    """Check every byte, count and invariant of the shards in DIR; exit 1 on damage."""
+    """Check every byte, count and invariant of the shards in DIR. Exit 1 on damage."""
     from prep.inspect.verify import verify
 
     with open_engine(engine, workers=workers, ray_address=ray_address) as workforce:
@@ -307,7 +316,11 @@ def verify_command(folder: Location, as_json: bool, workers: int | None, engine:
 @main.command("show")
 @click.argument("folder", metavar="DIR", type=FOLDER_OR_URL)
 @click.option("--bin", "bin_id", type=click.IntRange(min=0), help="Id of the bin.")
-@click.option("--step", type=click.IntRange(min=0), help="DIR is the folder of a run: show the bins of this step.")
+@click.option(
+    "--step",
+    type=click.IntRange(min=0),
+    help="DIR is the folder of a run: show the bins of this step, counted from 0. Step 12 of the log is 11.",
+)
 @click.option("--token-level", is_flag=True, help="List the tokens with ids, labels and positions instead of the text.")
 @click.option("--save", type=FOLDER, help="Write the images of the bin into this folder, as PNG files.")
 @look_model_option
@@ -315,7 +328,10 @@ def verify_command(folder: Location, as_json: bool, workers: int | None, engine:
 def show_command(
     folder: Location, bin_id: int | None, step: int | None, token_level: bool, save: Path | None, model: str | None
 ) -> None:
-    """Print one bin of the shards in DIR, or the bins of a training step: text, media, and what is trained."""
+    """Print a bin of a set of shards, or the bins of a step.
+
+    It shows text, media, and what is trained. DIR is the folder of the shards, or with --step that of the run.
+    """
     from prep.inspect.show import save_frames, show
     from prep.inspect.step import checkpoint_of_run, shown_bins
     from prep.inspect.terminal import open_console, print_bin, wants_colour
@@ -381,7 +397,9 @@ def report_command(
     registry: Path | None,
     media_root: Location | None,
 ) -> None:
-    """Write one HTML page about the shards in DIR: samples, mixture, lengths, balance, rejects.
+    """Write one HTML page about the shards in DIR.
+
+    The page shows samples, mixture, lengths, balance and rejects.
 
     --bin and --sample may be repeated.
     """

@@ -103,7 +103,10 @@ def complete_dataset(context: click.Context, _: click.Parameter, incomplete: str
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 @guarded
 def completion_command(shell: str) -> None:
-    """Print the script that completes commands, options, datasets and files in SHELL."""
+    """Print the script for completion in SHELL.
+
+    It completes commands, options, datasets and files.
+    """
     completion_class = get_completion_class(shell)
     if completion_class is None:
         raise AssertionError(f"click completes in {shell}")

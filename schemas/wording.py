@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """The category Cc of Unicode, without line breaks and tabs."""
+
+_KINDS = {
+    "image": "with images",
+    "image + video": "with images and videos",
+    "image+video": "with images and videos",
+    "text": "text only",
+    "text only": "text only",
+    "video": "with videos",
+}
+"""Samples in words, by the kinds of their media as the manifest and ``validate --json`` name them."""
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -19,6 +29,19 @@ def listed(noun: str, items: Collection[object]) -> str:
     if not items:
         return f"no {noun}"
     return f"{noun}{'' if len(items) == 1 else 's'} {', '.join(map(str, items))}"
+
+
+def kinds_text(samples: Mapping[str, int]) -> str:
+    """Numbers of samples by the kinds of their media: ``10 with images, 15 text only``; empty without samples."""
+    return ", ".join(f"{count:,} {_KINDS[kind]}" for kind, count in samples.items())
+
+
+def size_text(num_bytes: int) -> str:
+    """A size for people: ``3.2 kB``, ``1.4 MB``, ``2.5 GB``."""
+    for size, unit in ((10**12, "TB"), (10**9, "GB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.4g} {unit}"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 10**5 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def one_line(text: str) -> str:

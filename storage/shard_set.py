@@ -31,7 +31,7 @@ from schemas.tables import (
     RejectedRow,
     StoredBin,
 )
-from schemas.wording import counted
+from schemas.wording import counted, listed
 from storage.bins import BinLocation, check_samples, parse_bin, read_bytes
 from storage.errors import NotThereError
 from storage.files import regular_size
@@ -65,7 +65,7 @@ class ShardSet:
         bin_ids = self.bins.column("bin").to_numpy()
         at = int(np.searchsorted(bin_ids, bin_id))
         if at == len(bin_ids) or bin_ids[at] != bin_id:
-            contents = f"bins {bin_ids[0]} to {bin_ids[-1]}" if len(bin_ids) else "no bins"
+            contents = f"bins {bin_ids[0]} to {bin_ids[-1]}" if len(bin_ids) > 1 else listed("bin", bin_ids.tolist())
             raise ConfigError(f"{self.folder} has no bin {bin_id}; it holds {contents}.")
         return bin_rows(self.bins.slice(at, 1))[0]
 

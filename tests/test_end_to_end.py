@@ -90,7 +90,7 @@ def test_real_images_and_videos_become_shards_and_the_loss_falls_in_twelve_steps
     assert (args.max_steps, args.learning_rate, args.gradient_accumulation_steps) == (12, 2e-3, 1)
     assert (facts.world_size, facts.global_batch, facts.num_steps) == (2, 2, 12)
     shown = order("--run", real / "run", "--step", 11)
-    assert shown.startswith("step 11, epoch ") and "annotations.jsonl:" in shown
+    assert shown.startswith("step 11 (step 12 of the log), epoch ") and "annotations.jsonl:" in shown
     # The record of the run names the checkpoint.
     bins = CliRunner().invoke(vlprep_command, ["show", str(real / "run"), "--step", "11"])
     assert bins.exit_code == 0, bins.output

@@ -134,6 +134,7 @@ def test_a_model_that_knows_the_answers_gives_them_exactly_and_shows_them_beside
     assert re.search(rf"{named} +<image>Which colour\?\n +wanted +\| generated\n", output)
     assert re.search(r"Red <b>indeed</b>\. +\| Red <b>indeed</b>\.\n", output)
     text = Path("answers.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text, "a phone fits the page"
     # one image, two images and at most four frames of the video
     assert text.count('<img src="data:image/jpeg;base64,') == 1 + 2 + 4
     assert text.count('class="exact"') == 5

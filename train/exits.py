@@ -1,8 +1,9 @@
-"""How the trainer's tools end: one sentence on stderr and an exit code, as ``train/main.py`` does."""
+"""How the trainer's tools speak and end: one sentence on stderr and an exit code, as ``train/main.py`` does."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -15,6 +16,18 @@ P = ParamSpec("P")
 
 INTERRUPTED = 130
 """Exit code that shells report for a program ended by Ctrl-C."""
+
+
+def hide_library_output() -> None:
+    """Hide progress bars of transformers and warnings of DeepSpeed, for a tool that says what it does itself."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,7 @@ class Registry:
     def _media(self, name: str, entry: _Entry, media: MediaSettings) -> MediaSettings:
         """The media settings of a dataset: its own ones override ``media``."""
         own = dict(entry.media)
+        self._check_keys(name, f"[{name}.media]", own, MediaSettings)
         if entry.boxes is not msgspec.UNSET:
             if "boxes" in own:
                 where = self._line_of(name, "boxes")
@@ -301,6 +303,7 @@ class Registry:
                 f"dataset {name!r} is not registered in {self.path}; registered: {known}. Add a table [{name}] with "
                 "annotation_path and media_root, or give the path of an annotation file."
             )
+        self._check_keys(name, f"[{name}]", self.tables[name], _Entry)
         try:
             entry = msgspec.convert(self.tables[name], _Entry)
         except msgspec.ValidationError as error:
@@ -313,6 +316,17 @@ class Registry:
                 f"most {MAX_PERCENT // 100}."
             )
         return entry
+
+    def _check_keys(self, name: str, table: str, keys: Any, known: type[msgspec.Struct]) -> None:
+        """Name a key that a table of the dataset cannot have, and what was meant by it."""
+        allowed = known.__struct_fields__
+        for key in keys if isinstance(keys, dict) else ():
+            if key not in allowed:
+                near = get_close_matches(key, allowed, n=1)
+                advice = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}."
+                raise ConfigError(
+                    f"{self._line_of(name, re.escape(key))}: {table} has the unknown key {key!r}; {advice}"
+                )
 
     def _files(self, name: str, entry: _Entry) -> tuple[Location, ...]:
         patterns = [entry.annotation_path] if isinstance(entry.annotation_path, str) else entry.annotation_path

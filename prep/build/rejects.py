@@ -30,7 +30,7 @@ def check_scan(
     if not samples.num_drawn:
         raise VlprepError(
             "there is no annotation to pack: the annotation files are empty, or the share taken of them (%N, "
-            "sampling_rate) is less than one annotation. Nothing was sealed; take a larger share."
+            "sampling_rate) is less than one annotation. No set was written; take a larger share."
         )
     num_packable = int((samples.num_tokens <= max_length).sum())
     num_rejected = samples.num_drawn - num_packable
@@ -39,7 +39,7 @@ def check_scan(
     codes = count_rejects(parts) + Counter({ReasonCode.TOO_LONG.value: samples.num_tokens.size - num_packable})
     if not num_packable:
         raise VlprepError(
-            f"none of {counted(samples.num_drawn, 'annotation')} can be packed{_by_code(codes)}. Nothing was sealed. "
+            f"none of {counted(samples.num_drawn, 'annotation')} can be packed{_by_code(codes)}. No set was written. "
             f"{_help(codes)}"
         )
     check_share(num_rejected, samples.num_drawn, codes, max_rejected=max_rejected)
@@ -60,7 +60,7 @@ def check_share(num_rejected: int, num_drawn: int, codes: Counter[str], *, max_r
     if num_rejected > max_rejected * num_drawn:
         raise VlprepError(
             f"{num_rejected} of {num_drawn} annotations are rejected, more than --max-rejected "
-            f"{float(max_rejected):.2%}{_by_code(codes)}. Nothing was sealed. {_help(codes)} With a higher "
+            f"{float(max_rejected):.2%}{_by_code(codes)}. No set was written. {_help(codes)} With a higher "
             "--max-rejected, samples.parquet lists every reject."
         )
 

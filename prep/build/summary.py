@@ -14,7 +14,7 @@ from prep.build.metrics import BuildMetrics
 from prep.shards.drift import drift_lines
 from schemas.manifest import Counts, DatasetStatistics, Manifest
 from schemas.qwen import DEFAULT_MODEL
-from schemas.wording import counted
+from schemas.wording import counted, kinds_text, size_text
 from storage.urls import Location
 
 _MAX_LINES = 10
@@ -41,7 +41,7 @@ def build_summary(
         f"{counted(counts.num_bins, 'bin')} of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
         f"{counted(counts.num_tokens, 'token')}, {counts.num_targets:,} of them targets",
         f"{counted(counts.num_images, 'image')} and {counted(counts.num_videos, 'video')}, "
-        f"{counts.num_patches:,} patches; {counted(len(manifest.shards), 'shard')}, {num_bytes / 1e6:,.1f} MB",
+        f"{counts.num_patches:,} patches; {counted(len(manifest.shards), 'shard')}, {size_text(num_bytes)}",
         *drift_lines(manifest),
     ]
     commands = [f"next: {command}" for command in next_commands(out, model)[with_report:] if counts.num_bins]
@@ -113,7 +113,7 @@ def _shorten(statistics: Sequence[DatasetStatistics], num_lines: int) -> list[st
 
 
 def _dataset_lines(dataset: DatasetStatistics) -> Iterator[str]:
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in dataset.modalities.items()) or "nothing packed"
+    kinds = kinds_text(dataset.modalities) or "nothing packed"
     others = "".join(
         f", {count:,} {outcome}"
         for count, outcome in ((dataset.num_rejected, "rejected"), (dataset.num_not_sampled, "not sampled"))

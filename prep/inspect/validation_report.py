@@ -12,7 +12,7 @@ import msgspec
 from prep.annotations.undeclared import UndeclaredCounts
 from prep.annotations.unused import describe_unused
 from schemas.annotation import Problem
-from schemas.wording import counted
+from schemas.wording import counted, kinds_text
 
 _EXAMPLES_PER_CODE = 3
 
@@ -119,7 +119,7 @@ class Report:
     def text(self) -> str:
         """The report as text."""
         total = self.num_valid + self.num_rejected
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.modalities.most_common())
+        kinds = kinds_text(dict(self.modalities.most_common()))
         lines = [
             f"{counted(total, 'annotation')}: {self.num_valid:,} valid, {self.num_rejected:,} rejected",
             f"valid: {kinds or 'none'}",

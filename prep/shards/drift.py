@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from schemas.manifest import Drift, Manifest
 from schemas.pixels import psnr
+from schemas.wording import counted
 
 DRIFT_EVERY = 31
 """Every 31st stored frame of a shard is decoded again. A prime, so that videos with a fixed number of frames are not
@@ -63,7 +64,7 @@ def drift_lines(manifest: Manifest) -> Iterator[str]:
     if isinstance(drift := manifest.drift, Drift):
         yield (
             f"pixels are JPEG of quality {manifest.settings.jpeg_quality}: PSNR {decibels(drift.psnr_db)}, at least "
-            f"{decibels(drift.lowest_psnr_db)} in a frame ({drift.num_frames:,} frames measured, one in "
+            f"{decibels(drift.lowest_psnr_db)} in a frame ({counted(drift.num_frames, 'frame')} measured, one in "
             f"{drift.every} of each shard)"
         )
 

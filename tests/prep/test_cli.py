@@ -297,6 +297,12 @@ def test_every_help_ends_with_examples_that_the_program_accepts(name: str) -> No
             main.commands[command].make_context(command, words, parent=program)
 
 
+def test_the_list_of_commands_cuts_no_sentence() -> None:
+    commands = run("--help").stdout.partition("\nCommands:\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in commands] == sorted(main.commands)
+    assert not [line for line in commands if line.endswith("...")]
+
+
 def test_a_shell_completes_commands_options_and_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script = run("completion", "bash").stdout

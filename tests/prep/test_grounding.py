@@ -233,7 +233,9 @@ def test_the_manifest_records_the_coordinates_and_counts_the_boxes(built: Path) 
     assert {dataset.dataset: dataset.num_boxes for dataset in manifest.statistics} == counts
     assert b"num_boxes" not in msgspec.json.encode(manifest.statistics[-1])
     summary = build_summary(manifest, built / "out", model="m", verbose=True)
-    assert "10 image; 14 boxes and points; tokens" in summary and "1 image; 1 box or point; tokens" in summary
+    assert (
+        "10 with images; 14 boxes and points; tokens" in summary and "1 with images; 1 box or point; tokens" in summary
+    )
 
 
 def stored_references(folder: Path) -> dict[str, str]:
@@ -393,7 +395,7 @@ def test_show_of_a_bin_without_readable_references_is_an_error(
 def test_the_report_draws_boxes_and_counts_them(built: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert vlprep("report", built / "out", "--out", tmp_path / "a.html", "--model", tiny_checkpoint).exit_code == 0
     page = (tmp_path / "a.html").read_text()
-    assert "10 image; 14 boxes and points" in page
+    assert "10 with images; 14 boxes and points" in page
     # All images are white. Most have lines in colour, text that only looks like boxes has none.
     coloured = {is_coloured for _, is_coloured in thumbnails(page)}
     assert coloured == {True, False}

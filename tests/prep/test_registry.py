@@ -65,6 +65,12 @@ max_pixels = 3
 [bad]
 annotation_path = "b/x.jsonl"
 media_root = "b"
+
+[mistyped]
+annotation_path = "b/x.jsonl"
+
+[mistyped.media]
+max_pixel = 100352
 """
 
 
@@ -110,9 +116,10 @@ def test_a_dataset_has_sorted_files_its_own_rate_and_its_own_media_settings(regi
     [
         ("unset", 16, "annotation_path"),
         ("gone", 19, "nothing.json"),
-        ("typo", 22, "annotation_paht"),
+        ("typo", 23, "[typo] has the unknown key 'annotation_paht'; did you mean annotation_path?"),
         ("scattered", 28, "media root"),
         ("bad", 31, "max_pixels"),
+        ("mistyped", 42, "[mistyped.media] has the unknown key 'max_pixel'; did you mean max_pixels?"),
     ],
 )
 def test_a_wrong_entry_names_the_file_and_the_line_to_edit(registry: Path, name: str, line: int, part: str) -> None:

@@ -32,7 +32,6 @@ from prep.inspect.report import render_report, write_report
 from prep.inspect.report.choice import PER_GROUP, _of_dataset, choose_samples
 from prep.inspect.report.command import NamedInputs, build_command
 from prep.inspect.report.gallery import DETAILS, caption_of, shortened
-from prep.inspect.report.page import size_text
 from prep.inspect.report.statistics import MODALITIES, busy_share, gather, modality_of
 from prep.inspect.report.writer import MAX_BYTES, ReportRequest
 from prep.inspect.transcript import Span, SpanKind, Transcriber
@@ -40,6 +39,7 @@ from schemas.errors import ConfigError
 from schemas.manifest import MediaStatistics
 from schemas.qwen import Grid
 from schemas.settings import BuildSettings, MediaSettings
+from schemas.wording import kinds_text, size_text
 from storage.shard_set import open_set
 from storage.urls import Url
 from tests.prep import finished as sets
@@ -141,7 +141,7 @@ def test_the_page_accounts_for_every_annotation(page: str, finished: Path) -> No
 
 def test_the_page_has_the_statistics_of_each_dataset(page: str, finished: Path) -> None:
     (dataset,) = json.loads((finished / "manifest.json").read_text())["statistics"]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in dataset["modalities"].items())
+    kinds = kinds_text(dataset["modalities"])
     tokens = dataset["tokens"]
     assert f"annotations {kinds} {tokens['p50']} · {tokens['p99']} · {tokens['max']}" in Page(page).text
 

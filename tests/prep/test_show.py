@@ -241,7 +241,7 @@ def test_a_different_tokenizer_is_wrong_use(small: Path, tmp_path: Path, tiny_ch
 
 def test_a_missing_bin_is_wrong_use(small: Path, tiny_checkpoint: Path) -> None:
     result = run(small, "--bin", 1, "--model", tiny_checkpoint)
-    assert (result.exit_code, result.stderr) == (2, f"vlprep: {small} has no bin 1; it holds bins 0 to 0.\n")
+    assert (result.exit_code, result.stderr) == (2, f"vlprep: {small} has no bin 1; it holds bin 0.\n")
 
 
 def test_an_unwritable_folder_is_wrong_use(small: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:

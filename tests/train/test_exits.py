@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError, ShardError
-from train.exits import guarded
+from train.exits import guarded, hide_library_output
 from train.generate.cli import main as generate
 from train.memory.cli import main as memory
 from train.order.cli import main as order
@@ -56,3 +58,12 @@ def test_a_folder_that_is_not_there_is_wrong_use_in_every_tool(tmp_path: Path) -
         assert result.exit_code == 2, (tool.name, result.output)
         assert result.stderr.startswith("error: "), tool.name
         assert nowhere in result.stderr, tool.name
+
+
+def test_tools_hide_progress_of_transformers_and_warnings_of_deepspeed_but_no_error() -> None:
+    hide_library_output()
+    logger = logging.getLogger("DeepSpeed")
+    levels = (logging.WARNING, logging.ERROR)
+    records = [logging.LogRecord("DeepSpeed", level, "", 0, "a message", None, None) for level in levels]
+    assert [bool(logger.filter(record)) for record in records] == [False, True]
+    assert not transformers_logging.is_progress_bar_enabled()

@@ -305,7 +305,7 @@ def test_a_step_is_explained_bin_by_bin(tmp_path: Path) -> None:
     lines = list(explain_step(index, order, 1, world_size=2, accumulation=2))
     bins = order.bins_of_step(1, world_size=2, accumulation=2, per_device=1)
     efficiency = f"efficiency {order.efficiency(bins):.3f}"
-    assert lines[0] == f"step 1, epoch 0.5000: 4 bins, 2 ranks, 2 micro-steps, seed 0, {efficiency}"
+    assert lines[0] == f"step 1 (step 2 of the log), epoch 0.5000: 4 bins, 2 ranks, 2 micro-steps, seed 0, {efficiency}"
     rank_lines = [line for line in lines if line.startswith("  rank")]
     bin_lines = [line for line in lines if line.startswith("    bin")]
     assert [line.split(":")[0] for line in rank_lines] == ["  rank 0", "  rank 1"] * 2
@@ -323,7 +323,7 @@ def test_shares_of_the_ranks_worked_out_by_hand(tmp_path: Path) -> None:
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=3)))
     order = DataOrder(np.array([1e12, 2e12, 5e12]), seed=0, global_batch=4, epochs=1)
     lines = list(explain_step(index, order, 0, world_size=2, accumulation=2))
-    assert lines[0].startswith("step 0, epoch 0.0000: 3 bins, ")
+    assert lines[0].startswith("step 0 (step 1 of the log), epoch 0.0000: 3 bins, ")
     assert lines[0].endswith("efficiency 0.667")
     said = {line.strip().split(": ")[1] for line in lines if line.startswith("  rank")}
     assert said == {
@@ -343,7 +343,7 @@ def test_the_short_last_step_is_explained_with_its_empty_positions(tmp_path: Pat
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=10)))
     order = DataOrder(index.cost(), seed=0, global_batch=8, epochs=1)
     lines = list(explain_step(index, order, 1, world_size=2, accumulation=4))
-    assert lines[0].startswith("step 1, epoch 0.8000: 2 bins, 2 ranks, 4 micro-steps, seed 0, ")
+    assert lines[0].startswith("step 1 (step 2 of the log), epoch 0.8000: 2 bins, 2 ranks, 4 micro-steps, seed 0, ")
     assert sum(line.endswith("empty position: one token with zero weight") for line in lines) == 6
     assert sum(line.startswith("micro-step") and line.endswith(": no bins") for line in lines) == 3
     named = sorted(int(line.split()[1]) for line in lines if line.startswith("    bin"))

@@ -95,6 +95,8 @@ def test_differences_from_the_base_checkpoint_are_named(base: Path) -> None:
     (note,) = compare_processors(base, ShardMedia(image=MEDIA, video=None))
     expected = "min_pixels 784 (base: 3136), max_pixels 7840 (base: 12845056)"
     assert note == f"images are processed as for the shards: {expected}"
+    (note,) = compare_processors(base, ShardMedia(image=None, video=MEDIA))
+    assert note.startswith("videos are ") and "max_frames 8 (base: not set)" in note and "None" not in note
     write_processors(base, ShardMedia(image=MEDIA, video=MEDIA))
     assert compare_processors(base, ShardMedia(image=MEDIA, video=MEDIA)) == []
 
@@ -140,6 +142,8 @@ def test_of_datasets_that_differ_the_one_with_the_most_samples_of_a_kind_counts(
     assert media.image == MEDIA
     assert media.video == MediaSettings()
     assert media.mixed == (
-        "images of few were made with other settings than those of many, which has the most",
-        "videos of many were made with other settings than those of few, which has the most",
+        "images of few (min_pixels 12544, not 784, max_pixels 451584, not 7840) were made with other settings than "
+        "those of many, which has the most",
+        "videos of many (min_pixels 1568, not 200704, max_pixels 15680, not 1304576) were made with other settings "
+        "than those of few, which has the most",
     )

@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from transformers.utils import logging as transformers_logging
 
 from schemas.errors import ConfigError, ShardError
 from schemas.wording import counted, printable
-from train.exits import guarded
+from train.exits import guarded, hide_library_output
 from train.generate.answers import MAX_NEW_TOKENS, Answer, Answerer
 from train.generate.page import render_page
 from train.model import pretrained
@@ -57,7 +56,7 @@ def main(model: str, shards: str, limit: int, max_new_tokens: int, html: Path | 
 
     Answers are greedy, on the GPU if there is one. Each trained answer of a sample is one, after all that precedes it.
     """
-    transformers_logging.disable_progress_bar()
+    hide_library_output()
     answers = []
     for answer in generate(model, shards, limit=limit, max_new_tokens=max_new_tokens, page=html):
         answers.append(answer)

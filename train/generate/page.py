@@ -20,12 +20,15 @@ _SIDE = 320
 _JPEG_QUALITY = 85
 _MAX_FRAMES = 4
 
+_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #23937f; --bad: #c3483a; }
 body { max-width: 1200px; margin: 0 auto; padding: 24px; font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 22px; overflow-wrap: anywhere; }
 article { border-top: 1px solid var(--line); padding: 16px 0; display: flex; gap: 20px; flex-wrap: wrap; }
 .media { display: flex; gap: 8px; flex-wrap: wrap; align-items: flex-start; flex: 0 1 340px; }
+.media img { border: 1px solid var(--line); max-width: 100%; height: auto; }
+.media.several img { max-width: calc(50% - 4px); }
 .text { flex: 1 1 480px; }
 .answers { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0 12px; font: inherit; }
@@ -45,7 +48,7 @@ def render_page(answers: Sequence[Answer], *, title: str, summary: str) -> str:
     """
     articles = "\n".join(_article(answer, count) for count, answer in enumerate(answers, start=1))
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{_VIEWPORT}<title>{_text(title)}</title>'
         f"<style>{_STYLE}</style></head><body>\n<h1>{_text(title)}</h1>\n<p>{_text(summary)}</p>\n"
         f"{articles}\n</body></html>\n"
     )
@@ -53,10 +56,11 @@ def render_page(answers: Sequence[Answer], *, title: str, summary: str) -> str:
 
 def _article(answer: Answer, count: int) -> str:
     question = answer.question
-    images = "".join(_image(frame) for frames in answer.frames for frame in _some(frames))
+    images = [_image(frame) for frames in answer.frames for frame in _some(frames)]
+    media = f'<div class="media{" several" if len(images) > 1 else ""}">{"".join(images)}</div>'
     cut = "" if answer.is_complete else " (cut off)"
     return (
-        f'<article class="{"exact" if answer.is_exact else "different"}"><div class="media">{images}</div>'
+        f'<article class="{"exact" if answer.is_exact else "different"}">{media}'
         f'<div class="text"><div class="soft">{count}. {_text(question.sample.name)}</div>'
         f'<p dir="auto">{_text(question.text)}</p><div class="answers">'
         f'<div><span class="soft">wanted</span><pre dir="auto">{_text(question.expected)}</pre></div>'

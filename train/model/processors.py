@@ -139,9 +139,19 @@ def _commonest(
     if not counts:
         return None, ""
     _, name, settings = max(counts, key=lambda item: item[0])
-    others = sorted({other for _, other, media in counts if to_values(media) != to_values(settings)})
+    usual = to_values(settings)
+    others = sorted(
+        {f"{other} ({_changes(usual, to_values(media))})" for _, other, media in counts if to_values(media) != usual}
+    )
     note = f"{kind}s of {', '.join(others)} were made with other settings than those of {name}, which has the most"
     return settings, note if others else ""
+
+
+def _changes(usual: Values, values: Values) -> str:
+    """The values that differ: ``max_pixels 1003520, not 451584``."""
+    return ", ".join(
+        f"{name} {value}, not {usual.get(name)}" for name, value in values.items() if value != usual.get(name)
+    )
 
 
 def _count(statistics: DatasetStatistics | None, kind: str, *, default: int) -> int:
@@ -182,6 +192,8 @@ def _differences(what: str, before: Values, values: Values) -> list[str]:
     bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
     known = {**bounds, **before}
     changed = [
-        f"{name} {value} (base: {known.get(name)})" for name, value in values.items() if known.get(name) != value
+        f"{name} {value} (base: {'not set' if known.get(name) is None else known[name]})"
+        for name, value in values.items()
+        if known.get(name) != value
     ]
     return [f"{what} are processed as for the shards: {', '.join(changed)}"] if changed else []

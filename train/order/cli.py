@@ -68,7 +68,7 @@ class ShownOrder:
 )
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path), help="Folder of a run, with settings.toml.")
 @click.option("--shards", help=_PLANNED + "folders or URLs, with weights if need be, as the trainer takes them.")
-@click.option("--step", type=click.IntRange(min=0), help="Print this step, counted from 0.")
+@click.option("--step", type=click.IntRange(min=0), help="Print this step, counted from 0. Step 12 of the log is 11.")
 @click.option("--json", "as_json", is_flag=True, help="With --step: print only its bins, as a JSON list.")
 @click.option("--simulate", "simulated", is_flag=True, help="Summarize many steps instead of printing a step.")
 @click.option("--global-batch", type=click.IntRange(min=1), help=_PLANNED + "bins of a step over all ranks.")

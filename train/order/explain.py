@@ -163,7 +163,8 @@ def explain_step(
     # (A, W): cost of a rank in a micro-step
     load = np.where(dealt == EMPTY, 0.0, order.cost[dealt]).sum(axis=2)
     yield (
-        f"step {step}, epoch {step / order.steps_per_epoch:.4f}: {counted(int((dealt != EMPTY).sum()), 'bin')}, "
+        f"step {step} (step {step + 1} of the log), epoch {step / order.steps_per_epoch:.4f}: "
+        f"{counted(int((dealt != EMPTY).sum()), 'bin')}, "
         f"{counted(world_size, 'rank')}, {counted(accumulation, 'micro-step')}, seed {order.seed}, "
         f"efficiency {order.efficiency(dealt):.3f}"
     )

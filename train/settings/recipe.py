@@ -78,7 +78,7 @@ def doubts(args: TrainArguments, num_steps: int, rates: Iterable[float]) -> str:
     if num_steps < FEW_STEPS:
         return (
             f"this run makes {counted(num_steps, 'optimizer step')}, and little is learnt in fewer than {FEW_STEPS}: "
-            f"{_ways_to_more_steps(args)}; usual are 1,000 or more"
+            f"{_ways_to_more_steps(args)}; runs usually make 1,000 or more"
         )
     highest = max(rates)
     if highest < LOW_RATE and num_steps < STEPS_AT_LOW_RATE:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from schemas.errors import ConfigError
-from train.exits import guarded
+from train.exits import guarded, hide_library_output
 from train.model import pretrained
 from train.model.adapters import CONFIG_FILE, WEIGHTS_FILE, merge_weights
 from train.model.attention import SDPA
@@ -126,6 +126,7 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
 def main(adapter: Path, out: Path, model: str | None) -> None:
     """Merge ADAPTER into its base model and write a checkpoint that from_pretrained loads."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    hide_library_output()
     source = merge_adapter(adapter, out, model=model)
     click.echo(f"{out}: {source} merged with {adapter}")
 

@@ -24,7 +24,7 @@ from prep.inspect.report.templates import percent, render
 from prep.inspect.transcript import ESCAPED_NOTE
 from prep.shards.drift import decibels
 from schemas.manifest import CHANGED_PERCENT, Distribution, Drift, Manifest, MediaStatistics, encode_manifest
-from schemas.wording import counted
+from schemas.wording import counted, kinds_text, size_text
 
 _COLOURS = {"text only": "text-only", "images": "images", "video": "video"}
 _NUM_DATASET_COLOURS = 8
@@ -115,7 +115,10 @@ def _tiles(manifest: Manifest) -> list[tuple[str, str]]:
     tiles = [
         (f"{counts.num_packed:,}", "samples packed"),
         (f"{counts.num_rejected:,}", "annotations rejected"),
-        (f"{counts.num_bins:,}", f"bins of {manifest.settings.max_length:,} tokens"),
+        (
+            f"{counts.num_bins:,}",
+            f"{'bin' if counts.num_bins == 1 else 'bins'} of {manifest.settings.max_length:,} tokens",
+        ),
         (percent(manifest.fill), "of the token budget filled"),
         (_large(counts.num_tokens), "tokens"),
         (percent(_ratio(counts.num_targets, counts.num_tokens)), f"trained: {counts.num_targets:,} targets"),
@@ -179,7 +182,7 @@ def _datasets(manifest: Manifest, statistics: Statistics) -> dict[str, object]:
     spreads = [
         (
             dataset.dataset,
-            (", ".join(f"{count:,} {kind}" for kind, count in dataset.modalities.items()) or "–")
+            (kinds_text(dataset.modalities) or "–")
             + (f"; {dataset.num_boxes:,} boxes and points" if dataset.num_boxes else ""),
             *(_spread(sizes) for sizes in (dataset.tokens, dataset.targets, dataset.patches)),
         )
@@ -332,6 +335,8 @@ def _quantiles(values: NDArray[np.int64]) -> str:
     if not values.size:
         return "–"
     lowest, median, high, highest = np.quantile(values, (0, 0.5, 0.95, 1), method="nearest").tolist()
+    if lowest == highest:
+        return f"{lowest:,} each"
     return f"{lowest:,} to {highest:,}, median {median:,}, 95th percentile {high:,}"
 
 
@@ -344,11 +349,3 @@ def _large(count: int) -> str:
         if count >= size:
             return f"{count / size:.4g}{letter}"
     return f"{count:,}"
-
-
-def size_text(num_bytes: int) -> str:
-    """A size for people: ``3.2 kB``, ``1.4 MB``, ``2.5 GB``."""
-    for size, unit in ((10**12, "TB"), (10**9, "GB")):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.4g} {unit}"
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 10**5 else f"{num_bytes / 1e3:.1f} kB"

@@ -16,14 +16,14 @@ from prep.annotations.registry import Source
 from prep.inspect.report.choice import Choice, choose_samples, fitting
 from prep.inspect.report.command import BuildCommand, NamedInputs, build_command
 from prep.inspect.report.gallery import DETAILS, Detail, Thumbnail, make_cards, thumbnail
-from prep.inspect.report.page import Reject, render_page, size_text
+from prep.inspect.report.page import Reject, render_page
 from prep.inspect.report.sources import RecordKey, SourceRecord, read_originals
 from prep.inspect.report.statistics import Statistics, gather
 from prep.inspect.transcript import Transcriber, find_transcriber, warn_without_texts
 from schemas.errors import ConfigError
 from schemas.manifest import REPORT_FILE
 from schemas.qwen import DEFAULT_MODEL
-from schemas.wording import counted
+from schemas.wording import counted, size_text
 from storage.files import write_synced
 from storage.shard_set import ShardSet, open_set
 from storage.urls import Location, Url

@@ -55,7 +55,7 @@ from schemas.tables import (
     LedgerRow,
     StoredBin,
 )
-from schemas.wording import counted
+from schemas.wording import counted, size_text
 from storage.shard_set import read_manifest_bytes
 from storage.tables import column_problems, read_table
 from storage.urls import Location
@@ -91,7 +91,7 @@ class Verification:
         problems = counted(len(self.findings), "problem") if self.findings else "no problems"
         summary = (
             f"{self.folder}: {counted(self.num_shards, 'shard')}, {counted(self.num_bins, 'bin')}, "
-            f"{counted(self.num_annotations, 'annotation')} and {self.num_bytes / 1e6:,.1f} MB checked: {problems}"
+            f"{counted(self.num_annotations, 'annotation')} and {size_text(self.num_bytes)} checked: {problems}"
         )
         return "\n".join([*map(str, self.findings), *self.drift, summary])
 
