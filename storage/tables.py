@@ -6,7 +6,6 @@ Behind a URL, only the parts that are needed are requested.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +30,9 @@ from storage.urls import Location
 _FREE_ROWS = 1_000_000
 _FREE_TEXT_BYTES = 64 << 20
 """Rows and text of a column that a table of any size may have."""
+
+_PART_BYTES = 1 << 20
+"""A table behind a URL that is no larger is requested at once."""
 
 _MAX_CODES, _CODES_PER_ROW = 256, 4
 """Most reason codes of an annotation, and their mean if there are as many annotations as there can be."""
@@ -159,9 +161,11 @@ def _open(path: Location, sealed: StoredFile | None) -> Iterator[tuple[Any, int]
         yield pa.BufferReader(data), len(data)
     elif isinstance(path, Path):
         yield path, regular_size(path)
+    elif (size := stat(path).num_bytes) <= _PART_BYTES:
+        yield pa.BufferReader(read_range(path, 0, size) if size else b""), size
     else:
         with open_file(path) as file:
-            yield file, file.seek(0, io.SEEK_END)
+            yield file, size
 
 
 def _read_sealed(path: Location, sealed: StoredFile) -> bytes:

@@ -20,13 +20,13 @@ from prep.annotations.boxes import Shape
 from prep.inspect.drawing import draw_shapes, shapes_by_image
 from prep.inspect.transcript import ESCAPED_NOTE, Span, SpanKind, Transcriber, spells_token, visible
 from schemas.annotation import SampleBox, SampleRef
-from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, stored_frames
+from schemas.bins import MEDIA_IMAGE, MEDIA_VIDEO, Bin, frame_shape, shard_name, stored_frames
 from schemas.errors import ConfigError, ShardError
 from schemas.qwen import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD, Grid
 from schemas.tables import LedgerRow
 from schemas.wording import counted, printable, source_name
 from storage.pixels import decode_frames
-from storage.shard_set import ShardSet
+from storage.shard_set import ShardSet, locate
 
 _OPEN, _CLOSE = "[[", "]]"
 
@@ -132,7 +132,7 @@ def head_lines(shards: ShardSet, bin_id: int, *, mark: str) -> list[str]:
     """Where a bin lies and what it holds. ``mark`` is how the word "trained" looks."""
     row = shards.row(bin_id)
     return [
-        f"{shards.folder / row.where}, {row.num_bytes:,} bytes",
+        f"{locate(shards.folder / shard_name(row.shard), row)}, {row.num_bytes:,} bytes",
         f"{row.num_tokens:,} of {shards.manifest.settings.max_length:,} tokens, {row.num_targets:,} of them {mark}; "
         f"{counted(row.num_samples, 'sample')}, {counted(row.num_images, 'image')}, "
         f"{counted(row.num_videos, 'video')}, {row.num_patches:,} patches",

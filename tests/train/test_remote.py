@@ -21,6 +21,7 @@ import storage
 from schemas.errors import ConfigError, ShardError, VlprepError
 from storage import request
 from storage.request import RetryPolicy
+from storage.shard_set import read_ledger
 from storage.urls import Url
 from tests.train import http_server
 from tests.train.synthetic import make_bins, write_shards
@@ -131,6 +132,7 @@ def test_no_thread_of_pyarrow_gets_a_python_file(in_memory: str, folder: Path, m
 
     remote, local = open_shards(in_memory), open_shards(folder)
     monkeypatch.setattr(pq, "ParquetFile", Recorded)
+    monkeypatch.setattr("storage.tables._PART_BYTES", 0)
     assert source_samples(remote, [7]) == source_samples(local, [7])
     (remote_source, options), (local_source, _) = reads
     assert not isinstance(remote_source, Path)
@@ -343,3 +345,8 @@ def test_messages_contain_no_password(password: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(storage.StorageError, match="no valid response in 1 attempt ") as failed:
         storage.read(Url(f"http://user:{password}@127.0.0.1:1/a"))
     assert "ret" not in str(failed.value)
+
+
+def test_a_small_ledger_is_one_request_even_if_tables_are_always_answered_whole(folder: Path, server: Server) -> None:
+    ledger = read_ledger(Url(f"{server.address}/plain/set"), names=["bin", "slot"])
+    assert ledger.equals(read_ledger(folder, names=["bin", "slot"]))
