@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.benchmarks.turns import Prepare, Work
+from tests.benchmarks.turns import Prepare, Work, run_apart
 from train.shards.index import ShardIndex, open_shards
 from train.shards.reader import read_checked_bin
 
@@ -84,9 +83,7 @@ def other_formats(shards: Path, folder: Path, num_kept: int) -> Iterator[tuple[s
     """
     for name, (module, write, read) in OTHER_FORMATS.items():
         if importlib.util.find_spec(module):
-            writer = multiprocessing.get_context("fork").Process(target=write, args=(shards, folder / module))
-            writer.start()
-            writer.join()
+            run_apart(write, shards, folder / module)
             for kept in (0, num_kept):
                 yield kept_name(name, kept), partial(_prepare, shards, read, folder / module, kept)
 

@@ -45,7 +45,7 @@ from tests.benchmarks.index import write_many_bins
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.other_formats import OTHER_FORMATS, kept_name, other_formats
 from tests.benchmarks.photographs import write_photographs
-from tests.benchmarks.turns import Figure, Prepare, Work, measure
+from tests.benchmarks.turns import Figure, Prepare, Work, measure, run_apart
 from train.batches.stream import BinStream
 from train.order.dealing import DataOrder
 from train.shards.index import ShardIndex, open_shards
@@ -173,7 +173,7 @@ def make_shards(folder: Path, num_samples: int) -> tuple[Path, Path]:
 def run(folder: Path, *, num_samples: int, rounds: int, num_bins: int) -> Iterator[tuple[str, float | None]]:
     """Measure everything; yield the lines of a report, comparisons with their ratio."""
     torch.set_num_threads(1)
-    annotations, checkpoint = make_shards(folder, num_samples)
+    annotations, checkpoint = run_apart(make_shards, folder, num_samples)
     others = dict(other_formats(folder / "raw", folder, NUM_HELD))
     figures = measure(contenders(folder) | others, rounds)
     figures |= measure({"online": lambda: Online(annotations, checkpoint, min(num_samples, 32))}, 2)
