@@ -103,6 +103,8 @@ def check_shard(task: ShardTask) -> ShardOutcome:
     except storage.NotThereError:
         return _unchecked(_unreadable(task, "No such file or directory"))
     except OSError as error:
+        if not isinstance(path, Path):  # the disk of the copy is at fault
+            raise
         return _unchecked(_unreadable(task, error.strerror))
 
 
