@@ -9,6 +9,8 @@ import gc
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +26,9 @@ ONE_THREAD = {
 """Environment that keeps libraries from starting threads, since the workers already occupy the cores."""
 
 _PR_SET_PDEATHSIG = 1
+
+_LEAVING_S = 0.02
+"""How long a thread may take to leave the process after it has been joined."""
 
 _FORKED_WITH_CARE = frozenset({"jemalloc_bg_thd"})
 """Names of threads that their library stops before a fork. pyarrow brings an allocator with such a thread."""
@@ -55,11 +60,21 @@ def without(*signals: signal.Signals) -> Iterator[None]:
 
 def can_fork() -> bool:
     """Whether a fork of this process is safe: no other thread may hold a lock that the fork would wait for (Linux)."""
+    deadline = time.monotonic() + _LEAVING_S
+    while _num_threads() > 1:
+        if threading.active_count() > 1 or time.monotonic() > deadline:
+            return False
+        time.sleep(_LEAVING_S / 20)
+    return True
+
+
+def _num_threads() -> int:
+    """Threads of this process, also those of libraries, without those that are no danger to a fork."""
     names = []
     for thread in Path("/proc/self/task").glob("*/comm"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             names.append(thread.read_text().strip())
-    return len([name for name in names if name not in _FORKED_WITH_CARE]) == 1
+    return len([name for name in names if name not in _FORKED_WITH_CARE])
 
 
 def at_exit(function: Callable[[], object]) -> None:

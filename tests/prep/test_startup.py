@@ -196,6 +196,19 @@ def test_a_process_with_threads_is_not_forked() -> None:
         thread.join()
 
 
+def test_threads_that_have_ended_do_not_keep_a_process_from_being_forked() -> None:
+    """The kernel may still be taking them down after they have been joined."""
+    program = (
+        "import threading; from prep.engines.processes import can_fork\n"
+        "for _ in range(100):\n"
+        "    threads = [threading.Thread(target=int) for _ in range(3)]\n"
+        "    for thread in threads: thread.start()\n"
+        "    for thread in threads: thread.join()\n"
+        "    assert can_fork()"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
+
+
 def list_open_files(kept: int) -> None:
     os.write(1, json.dumps([*open_descriptors()]).encode())
     os.write(kept, b"kept")
