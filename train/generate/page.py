@@ -27,7 +27,7 @@ body { max-width: 1200px; margin: 0 auto; padding: 24px; font: 15px/1.5 system-u
 h1 { font-size: 22px; overflow-wrap: anywhere; }
 article { border-top: 1px solid var(--line); padding: 16px 0; display: flex; gap: 20px; flex-wrap: wrap; }
 .media { display: flex; gap: 8px; flex-wrap: wrap; align-items: flex-start; flex: 0 1 340px; }
-.media img { border: 1px solid var(--line); max-width: 100%; height: auto; }
+.media img { box-sizing: border-box; border: 1px solid var(--line); max-width: 100%; height: auto; }
 .media.several img { max-width: calc(50% - 4px); }
 .text { flex: 1 1 480px; }
 .answers { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }

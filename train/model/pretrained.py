@@ -75,7 +75,8 @@ def find_checkpoint(name_or_path: str, *, flag: str = "--model_name_or_path") ->
         reason = unreachable or str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"{flag} {name_or_path} is not a folder, and could not be downloaded from the hub "
-            f"({reason}). Pass the folder of a checkpoint."
+            f"({reason}). Pass the folder of a checkpoint; `python -m train.tiny_model checkpoints/tiny` writes a tiny "
+            "one for trials, offline."
         ) from error
 
 
