@@ -12,6 +12,7 @@ import msgspec
 from prep.annotations.unused import describe_unused
 from prep.build.metrics import BuildMetrics
 from prep.shards.drift import drift_lines
+from schemas.annotation import ReasonCode
 from schemas.manifest import Counts, DatasetStatistics, Manifest
 from schemas.qwen import DEFAULT_MODEL
 from schemas.wording import counted, kinds_text, size_text
@@ -37,7 +38,7 @@ def build_summary(
     lines = [
         f"{out}: {counted(counts.num_annotations, 'annotation')} = {counts.num_packed:,} packed + "
         f"{counts.num_rejected:,} rejected + {counts.num_not_sampled:,} not sampled",
-        *_reject_lines(counts),
+        *_reject_lines(counts, f" --max-length {manifest.settings.max_length}{_model_option(model)}"),
         f"{counted(counts.num_bins, 'bin')} of {manifest.settings.max_length:,} tokens, {manifest.fill:.2%} filled; "
         f"{counted(counts.num_tokens, 'token')}, {counts.num_targets:,} of them targets",
         f"{counted(counts.num_images, 'image')} and {counted(counts.num_videos, 'video')}, "
@@ -55,10 +56,9 @@ def build_summary(
 def next_commands(out: Location, model: str) -> tuple[str, str]:
     """The commands that show a bin of a set and train on it."""
     folder, checkpoint = shlex.quote(str(out)), shlex.quote(model)
-    shown_with = "" if model == DEFAULT_MODEL else f" --model {checkpoint}"
     run = shlex.quote(f"runs/{out.name or 'run'}")
     return (
-        f"vlprep show {folder} --bin 0{shown_with}",
+        f"vlprep show {folder} --bin 0{_model_option(model)}",
         f"deepspeed train/main.py --shards {folder} --model_name_or_path {checkpoint} --output_dir {run}",
     )
 
@@ -90,12 +90,18 @@ def build_json(
     return builtins
 
 
-def _reject_lines(counts: Counts) -> Iterator[str]:
+def _model_option(model: str) -> str:
+    return "" if model == DEFAULT_MODEL else f" --model {shlex.quote(model)}"
+
+
+def _reject_lines(counts: Counts, with_length: str) -> Iterator[str]:
     if counts.num_rejected:
         codes = sorted(counts.rejects_by_code.items(), key=lambda item: -item[1])
+        # Only with a length does `validate` count tokens.
+        option = with_length if counts.rejects_by_code.get(ReasonCode.TOO_LONG.value) else ""
         yield (
             f"  {', '.join(f'{code}: {count:,}' for code, count in codes)} "
-            "(why: samples.parquet, or `vlprep validate` on the annotation file or dataset)"
+            f"(why: samples.parquet, or `vlprep validate{option}` on the annotation file or dataset)"
         )
 
 

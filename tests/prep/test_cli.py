@@ -256,7 +256,7 @@ def test_the_summary_has_at_most_ten_lines(
     """Nothing is left out but datasets, and these are counted."""
     manifest = read_manifest(finished)
     dataset = msgspec.structs.replace(manifest.statistics[0], unused_fields=unused)
-    rejects = dict.fromkeys(map(str, ReasonCode), 1) if has_rejects else {}
+    rejects = dict.fromkeys((code.value for code in ReasonCode), 1) if has_rejects else {}
     counts = msgspec.structs.replace(manifest.counts, num_rejected=len(rejects), rejects_by_code=rejects)
     drift = Drift(every=31, num_frames=1, mean_squared_error=1.0, psnr_db=48.1, lowest_psnr_db=48.1)
     datasets = [msgspec.structs.replace(dataset, dataset=f"d{index}") for index in range(num_datasets)]
@@ -269,6 +269,8 @@ def test_the_summary_has_at_most_ten_lines(
     assert sum(line.startswith("next: ") for line in lines) == 2 - with_report
     assert ("fields not used: " in "\n".join(lines)) == bool(unused)
     assert all(f"{code}: 1" in "\n".join(lines) for code in rejects)
+    with_length = f"`vlprep validate --max-length {many.settings.max_length} --model m`"
+    assert (with_length in "\n".join(lines)) == has_rejects, "validate counts tokens with a length only"
     whole = build_summary(many, finished, model="m", verbose=True, with_report=with_report)
     assert all(f"\n  d{index}: " in whole for index in range(num_datasets))
 
