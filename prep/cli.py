@@ -29,6 +29,7 @@ from prep.options import (
     engine_options,
     json_option,
     look_model_option,
+    media_root_option,
     media_settings,
     require_writable,
     setting_options,
@@ -42,7 +43,6 @@ from storage.urls import Location
 
 if TYPE_CHECKING:
     from prep.inspect.transcript import Transcriber
-    from storage.shard_set import ShardSet
 
 
 def _interrupt(*_: object) -> None:
@@ -78,11 +78,7 @@ main.add_command(completion_command)
     help="If --out is a URL: folder for unfinished work.  [default: in the user's cache folder]",
 )
 @click.option("--registry", type=FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
-@click.option(
-    "--media-root",
-    type=FOLDER_OR_URL,
-    help="For annotation files: folder or URL of their media.  [default: the folder of each file]",
-)
+@media_root_option
 @click.option(
     "--model", default=DEFAULT_MODEL, show_default=True, help="Checkpoint folder or hub id. Only its tokenizer is read."
 )
@@ -164,9 +160,7 @@ def build_command(
 @main.command("validate")
 @click.argument("files", nargs=-1, required=True, type=PATH_OR_URL, shell_complete=complete_dataset)
 @click.option("--registry", type=FILE, help=f"Registry of datasets.  [default: {DEFAULT_REGISTRY}]")
-@click.option(
-    "--media-root", type=FOLDER_OR_URL, help="Folder or URL of the media.  [default: the folder of each file]"
-)
+@media_root_option
 @click.option("--deep", is_flag=True, help="Decode all media, not only their headers.")
 @click.option("--rejects", type=FILE, help="Write the rejected records here, one JSON object per line.")
 @click.option("--fixed", type=FILE, help="Write the valid records here, one JSON object per line.")
@@ -333,33 +327,25 @@ def show_command(
     It shows text, media, and what is trained. DIR is the folder of the shards, or with --step that of the run.
     """
     from prep.inspect.show import save_frames, show
-    from prep.inspect.step import checkpoint_of_run, shown_bins
+    from prep.inspect.step import open_bins
     from prep.inspect.terminal import open_console, print_bin, wants_colour
-    from prep.inspect.transcript import find_transcriber, warn_without_texts
-    from storage.shard_set import open_set
+    from prep.inspect.transcript import warn_without_texts
 
-    if model is None and step is not None:
-        model = checkpoint_of_run(folder)
     console = open_console()
-    sets: dict[Location, tuple[ShardSet, Transcriber]] = {}
-    for heading, shards_folder, shown_bin in shown_bins(folder, bin_id=bin_id, step=step):
-        if shards_folder not in sets:
-            shards = open_set(shards_folder)
-            sets[shards_folder] = shards, find_transcriber(model, shards.manifest)
-        shards, transcriber = sets[shards_folder]
+    transcribers: list[Transcriber] = []
+    for heading, shards, shown_bin, transcriber in open_bins(folder, bin_id=bin_id, step=step, model=model):
+        transcribers.append(transcriber)
         if heading:
             print_result(heading)
         if console is not None:
             print_bin(console, shards, shown_bin, transcriber, token_level=token_level)
         else:
-            print_result(
-                show(shards, shown_bin, transcriber, colour=wants_colour(), token_level=token_level), is_styled=True
-            )
+            text = show(shards, shown_bin, transcriber, colour=wants_colour(), token_level=token_level)
+            print_result(text, is_styled=True)
         if save is not None:
-            print_result(
-                f"\n{counted(len(save_frames(shards, shown_bin, save, transcriber)), 'PNG file')} written to {save}"
-            )
-    warn_without_texts(*(transcriber for _, transcriber in sets.values()))
+            num_files = len(save_frames(shards, shown_bin, save, transcriber))
+            print_result(f"\n{counted(num_files, 'PNG file')} written to {save}")
+    warn_without_texts(*transcribers)
 
 
 @main.command("report")

@@ -84,6 +84,12 @@ look_model_option = click.option(
     "cache and made the shards; otherwise the texts are left out]",
 )
 
+media_root_option = click.option(
+    "--media-root",
+    type=FOLDER_OR_URL,
+    help="For annotation files: folder or URL of their media.  [default: the folder of each file]",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 
 

@@ -297,10 +297,10 @@ def check_samples(parsed: Bin, *, where: object, expected: Counts | None = None)
     Raises:
         ShardError: the bin breaks such a rule, or has other counts.
     """
-    ids, labels, boundaries = parsed.input_ids, parsed.labels, parsed.cu_seqlens
+    ids, boundaries = parsed.input_ids, parsed.cu_seqlens
     grids: list[list[int]] = parsed.grid_thw.tolist()
     kinds: list[int] = parsed.media_type.tolist()
-    is_target = labels != IGNORE_INDEX
+    is_target = parsed.labels != IGNORE_INDEX
     num_patches = sum([t * h * w for t, h, w in grids])
     if expected is not None:
         counts = Counts(
@@ -313,6 +313,18 @@ def check_samples(parsed: Bin, *, where: object, expected: Counts | None = None)
         )
         _check_counts(counts, expected, where)
     _check_media(grids, kinds, where)
+    _check_tokens(parsed, is_target, where)
+    num_pads = int(np.count_nonzero((ids == IMAGE_PAD) | (ids == VIDEO_PAD)))
+    if num_pads != num_patches // MERGED_PATCHES:
+        raise ShardError(
+            f"{where}: {num_pads} media pad tokens in input_ids, but its media have {num_patches // MERGED_PATCHES}. "
+            "Build the shards again."
+        )
+
+
+def _check_tokens(parsed: Bin, is_target: NDArray[np.bool_], where: object) -> None:
+    """Check ids, labels and first labels of samples; ``is_target`` (n,) says which tokens are trained."""
+    ids, labels = parsed.input_ids, parsed.labels
     # Negative ids are above all tokens as unsigned integers.
     if ids.view(np.uint32).max() >= NUM_TOKENS:
         raise ShardError(
@@ -321,17 +333,11 @@ def check_samples(parsed: Bin, *, where: object, expected: Counts | None = None)
         )
     if (is_target & (labels != ids)).any():
         raise ShardError(f"{where}: a label is neither {IGNORE_INDEX} nor the id of its token. Build the shards again.")
-    trained_first = is_target[boundaries[:-1]]
+    trained_first = is_target[parsed.cu_seqlens[:-1]]
     if trained_first.any():
         raise ShardError(
             f"{where}: the first label of sample {int(trained_first.argmax())} is not {IGNORE_INDEX}: it would be "
             "predicted from the sample before it. Build the shards again."
-        )
-    num_pads = int(np.count_nonzero((ids == IMAGE_PAD) | (ids == VIDEO_PAD)))
-    if num_pads != num_patches // MERGED_PATCHES:
-        raise ShardError(
-            f"{where}: {num_pads} media pad tokens in input_ids, but its media have {num_patches // MERGED_PATCHES}. "
-            "Build the shards again."
         )
 
 

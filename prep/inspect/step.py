@@ -13,7 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from prep.inspect.transcript import Transcriber, find_transcriber
 from schemas.errors import ConfigError, VlprepError
+from storage.shard_set import ShardSet, open_set
 from storage.urls import Location, Url, parse_location
 
 if sys.version_info >= (3, 11):
@@ -29,6 +31,34 @@ class StepBin(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     folder: str
     bin: int
+
+
+def open_bins(
+    folder: Location, *, bin_id: int | None, step: int | None, model: str | None
+) -> Iterator[tuple[str, ShardSet, int, Transcriber]]:
+    """Open the sets of :func:`shown_bins`, each once.
+
+    Args:
+        folder: a set of shards, or with ``step`` the folder of a run.
+        bin_id: a bin of the set.
+        step: a step of the run.
+        model: checkpoint folder or hub id of the tokenizer. By default the checkpoint of the run.
+
+    Yields:
+        For each bin a heading, its set, its number there, and what decodes its text.
+
+    Raises:
+        ConfigError: as :func:`shown_bins`, or the model has another tokenizer.
+    """
+    if model is None and step is not None:
+        model = checkpoint_of_run(folder)
+    sets: dict[Location, tuple[ShardSet, Transcriber]] = {}
+    for heading, shards_folder, shown_bin in shown_bins(folder, bin_id=bin_id, step=step):
+        if shards_folder not in sets:
+            shards = open_set(shards_folder)
+            sets[shards_folder] = shards, find_transcriber(model, shards.manifest)
+        shards, transcriber = sets[shards_folder]
+        yield heading, shards, shown_bin, transcriber
 
 
 def shown_bins(folder: Location, *, bin_id: int | None, step: int | None) -> Iterator[tuple[str, Location, int]]:

@@ -311,7 +311,10 @@ esac
 
 RECORD = 'printf "%q " "$(basename "$0")" "$@" >>calls; echo >>calls\n'
 RAY = RECORD + "[[ $1 != start ]] || exec sleep 600\n"
-VLPREP = RECORD + '[[ -e endless ]] || exit 0; trap "exit 130" TERM; touch started; while :; do sleep 0.02; done\n'
+STARTED = 'until [[ $(grep -c "^ray start" calls) -ge 2 ]]; do sleep 0.02; done\n'
+VLPREP = (
+    RECORD + STARTED + '[[ -e endless ]] || exit 0; trap "exit 130" TERM; touch started; while :; do sleep 0.02; done\n'
+)
 
 
 class Slurm:

@@ -281,7 +281,7 @@ def test_the_line_says_what_flags_come_to(flags: list[str]) -> None:
         "4 bins on 1 rank, 2 forward passes of 2 bins each; 3 steps an epoch",
         "--gradient_accumulation_steps 3": "7 samples a step in expectation (recommended: 16): 3 bins on 1 rank, 3 "
         "forward passes of 1 bin each; 4 steps an epoch",
-        "--gradient_accumulation_steps 24": "55 samples a step in expectation (recommended: 16): 24 bins on 1 rank, 24 "
+        "--gradient_accumulation_steps 24": "54 samples a step in expectation (recommended: 16): 24 bins on 1 rank, 24 "
         "forward passes of 1 bin each; 2 epochs a step: it has more bins than an epoch",
     }
     for words, line in lines.items():

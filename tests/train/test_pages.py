@@ -50,7 +50,8 @@ def test_the_commands_of_the_page_about_training(folder: Path) -> None:
     assert (folder / "runs" / "lora" / "merged" / "model.safetensors").is_file()
     assert "dry run passed" in outputs[5]
     assert "72B " in outputs[6]
-    assert "step 8, " in outputs[7] and "a step: " in outputs[8] and "step 8, " in outputs[9]
+    assert "step 8 (step 9 of the log), " in outputs[7]
+    assert "a step: " in outputs[8] and "step 8 (step 9 of the log), " in outputs[9]
     assert steps("runs/elastic") == [1, 2, 3, 4]
     evaluated = [record["step"] for record in read_metrics(Path("runs/evaluated")) if "eval_loss" in record]
     assert evaluated == [2, 4]
