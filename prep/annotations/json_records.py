@@ -26,6 +26,10 @@ from schemas.errors import ConfigError
 CHUNK_RECORDS = 4096
 """Maximum number of records in a chunk. A chunk also ends with the block of bytes that it was read from."""
 
+FIRST_CHUNKS, FIRST_CHUNK_RECORDS = 64, 64
+"""The first block is cut into up to so many chunks of at least so many records: enough tasks for all workers, also in a
+small file, of which each record may be a long video."""
+
 MAX_PACKED_RECORDS = 1 << 16
 """A record that is a list of more annotations stays one record, and is rejected as ``not_an_object``."""
 
@@ -133,8 +137,9 @@ class _Cutter:
             start = int(ends[0])
             yield self._chunk("oversized", bytes(self._carried[:start]), num_records=1)
             ends = ends[1:]
-        for first in range(0, ends.size, CHUNK_RECORDS):
-            group = ends[first : first + CHUNK_RECORDS]
+        at_once = self._records_at_once(ends.size)
+        for first in range(0, ends.size, at_once):
+            group = ends[first : first + at_once]
             stop = int(group[-1])
             data = bytes(memoryview(self._carried)[start:stop])
             yield from self._counted("lines" if self._scanner is None else "array", data, (group - start).tolist())
@@ -148,6 +153,12 @@ class _Cutter:
             self._dropped_bytes += len(self._carried)
             self._dropped_lines += self._carried.count(b"\n")
             self._carried.clear()
+
+    def _records_at_once(self, num_records: int) -> int:
+        """Records of a chunk, in a block of so many."""
+        if self._record:
+            return CHUNK_RECORDS
+        return min(CHUNK_RECORDS, max(FIRST_CHUNK_RECORDS, -(-num_records // FIRST_CHUNKS)))
 
     def finish(self) -> Iterator[Chunk]:
         """Yield the rest at the end of the file."""

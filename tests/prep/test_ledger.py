@@ -37,7 +37,8 @@ def test_distributions_are_those_of_all_values_together(parts: list[list[int]]) 
 def test_a_write_task_weighs_17_bytes_a_sample(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tasks of two sets of different sizes differ by the weight of their samples alone."""
+    """The tasks of two sets of one chunk and different sizes differ by the weight of their samples alone."""
+    monkeypatch.setattr("prep.annotations.json_records.FIRST_CHUNK_RECORDS", 600)
     weights: dict[int, int] = {}
 
     def weighed(task: WriteTask) -> object:

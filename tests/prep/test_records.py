@@ -70,6 +70,13 @@ def test_lines_give_their_records_for_any_block_size(
         assert text.split("\n")[line.line - 1].strip().encode() == line.data
 
 
+@pytest.mark.parametrize(("num_records", "num_chunks"), [(64, 1), (65, 2), (800, 13), (4096, 64), (10_000, 64)])
+def test_a_small_file_has_chunks_for_many_workers(path: Path, num_records: int, num_chunks: int) -> None:
+    path.write_text("".join(f'{{"id": {index}}}\n' for index in range(num_records)))
+    assert len(index_file(path, path.parent).chunks) == num_chunks
+    assert [json.loads(record.data or b"")["id"] for record in read_all(path)] == list(range(num_records))
+
+
 def test_a_record_that_is_a_list_counts_as_its_annotations(path: Path) -> None:
     path.write_text('{"id": 1}\n[{"id": 2}, {"id": 3}]\n{"id": 4}\n')
     records = read_all(path)
