@@ -13,6 +13,9 @@ from msgspec import Meta
 
 from schemas.bounds import MAX_INT32, Count32
 
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet")
+"""Suffixes of annotation files."""
+
 
 class Turn(msgspec.Struct, frozen=True, gc=False, rename={"role": "from"}):
     """One turn of a conversation: who speaks (``from``) and what is said (``value``)."""

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from schemas.annotation import ANNOTATION_SUFFIXES
 from schemas.manifest import MANIFEST_FILE
 from schemas.wording import counted
 
 _MAX_ENTRIES = 10_000
 
-_DATA = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 _GROUPS = {
     "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     "video": (".mp4", ".mkv", ".webm", ".avi", ".mov"),
     "tar file": (".tar",),
-    "JSON or Parquet file": _DATA,
+    "JSON or Parquet file": ANNOTATION_SUFFIXES,
 }
 
 _KINDS = (
@@ -77,7 +77,9 @@ def describe_folder(folder: Path) -> FolderContents:
         return FolderContents(what="an empty folder")
     groups = Counter("folder" if is_folder else _group(name) for name, is_folder in names.items())
     *counts, last = [counted(count, noun) for noun, count in groups.most_common()]
-    data = sorted(name for name, is_folder in names.items() if not is_folder and name.lower().endswith(_DATA))
+    data = sorted(
+        name for name, is_folder in names.items() if not is_folder and name.lower().endswith(ANNOTATION_SUFFIXES)
+    )
     return FolderContents(
         what=f"a folder with {', '.join(counts)}{' and ' if counts else ''}{last}",
         data_files=tuple(data),

@@ -35,9 +35,6 @@ from schemas.errors import ConfigError, VlprepError
 from storage.files import temporary_path
 from storage.urls import Location, Url
 
-ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet")
-"""Suffixes of annotation files."""
-
 _BLOCK_BYTES = 4 << 20
 _ZSTD_BYTES = 1 << 10
 """Compressed bytes passed to zstd at a time. At its highest ratio, 1 to 32768, they become 32 MiB."""

@@ -22,8 +22,8 @@ import msgspec
 import storage
 from prep.annotations import DEFAULT_REGISTRY
 from prep.annotations.file_kinds import folder_fault
-from prep.annotations.records import ANNOTATION_SUFFIXES
 from prep.annotations.shares import MAX_PERCENT, parse_expression, split_share
+from schemas.annotation import ANNOTATION_SUFFIXES
 from schemas.errors import ConfigError, VlprepError
 from schemas.settings import MediaSettings
 from storage.urls import Location, Url, is_url, names_below_common_folder, parse_location

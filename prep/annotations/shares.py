@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.annotations.records import ANNOTATION_SUFFIXES
+from schemas.annotation import ANNOTATION_SUFFIXES
 from schemas.errors import ConfigError
 from schemas.seeds import seed_for
 

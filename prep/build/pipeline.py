@@ -60,6 +60,9 @@ from storage.urls import Location, location_key
 
 logger = logging.getLogger(__name__)
 
+_FEW_RECORDS = 192
+"""Workers encode the texts of three small chunks with a part of the tokenizer, which is faster than to load it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildRequest:
@@ -321,7 +324,7 @@ def _scan(engine: Engine, tasks: Sequence[tuple[ScanTask, _Origin]], timings: Ti
     parts: list[ScannedPart] = []
     num_records = sum(task.chunk.num_records for task, _ in tasks)
     unscanned = next((task for task, _ in tasks if not is_scanned(task)), None)
-    if len(tasks) > 1 and unscanned is not None and engine.renew_workers():
+    if num_records > _FEW_RECORDS and unscanned is not None and engine.renew_workers():
         load_tokenizer(unscanned.tokenizer, unscanned.tokenizer_hash).complete()
     with (
         closing(engine.map(scan_chunk, [task for task, _ in tasks])) as results,

@@ -22,7 +22,7 @@ import msgspec
 from prep.annotations.annotation import Annotation
 from prep.annotations.chunks import Chunk, Record
 from prep.annotations.problems import MAX_OF_A_CODE
-from prep.annotations.records import ANNOTATION_SUFFIXES, index_file, is_read_in_place, read_chunk
+from prep.annotations.records import index_file, is_read_in_place, read_chunk
 from prep.annotations.registry import check_root, find_files, find_sources
 from prep.annotations.shares import split_share
 from prep.annotations.validation import Checked, check_record, read_id, record_id
@@ -36,7 +36,7 @@ from prep.media.paths import missing_name
 from prep.samples.grounding import box_problems
 from prep.samples.lengths import LengthCheck, length_problems
 from prep.samples.media import Medium, check_media, media_requests, probe_media
-from schemas.annotation import Problem, ReasonCode
+from schemas.annotation import ANNOTATION_SUFFIXES, Problem, ReasonCode
 from schemas.errors import ConfigError
 from schemas.settings import MediaSettings
 from storage.urls import Location, Url, parse_location

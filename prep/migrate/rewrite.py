@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from prep.annotations.records import ANNOTATION_SUFFIXES
 from prep.migrate.batch import factors_of_ranks, multiply
 from prep.migrate.launch import Flag, Launch
 from prep.migrate.rules import BUILD, TRAIN, NoEffect, NotHere, is_left_to_shell
 from prep.migrate.shell import quote
 from prep.migrate.tools import DATASETS, LLAMA_FACTORY, SWIFT, UPSTREAM
+from schemas.annotation import ANNOTATION_SUFFIXES
 
 UNNAMED = "DATASETS"
 """Stands for datasets that a script does not name."""

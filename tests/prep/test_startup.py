@@ -167,7 +167,7 @@ def test_workers_inherit_a_complete_tokenizer_unless_everything_is_scanned(
 ) -> None:
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     for path in paths:
-        path.write_text(json.dumps([{"conversations": turn("What is this?")}]))
+        path.write_text(json.dumps([{"conversations": turn("What is this?")}] * 100))
     requests = [request_for(path, tmp_path / "out", tiny_checkpoint, BuildSettings()) for path in paths]
     request = replace(requests[0], sources=requests[0].sources + requests[1].sources)
     engine = InheritingEngine()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from schemas.errors import ConfigError, ShardError
 from tests.train.synthetic import make_bins, write_shards
 from train.order.dealing import EMPTY, DataOrder, Grouping
-from train.order.explain import explain_step, source_samples
+from train.order.explain import deal_step, explain_step, source_samples
 from train.shards.index import open_shards
 
 sizes = st.integers(1, 60)
@@ -302,7 +302,7 @@ def test_a_ledger_that_does_not_know_a_bin_stops(tmp_path: Path) -> None:
 def test_a_step_is_explained_bin_by_bin(tmp_path: Path) -> None:
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=8)))
     order = DataOrder(index.cost(), seed=0, global_batch=4)
-    lines = list(explain_step(index, order, 1, world_size=2, accumulation=2))
+    lines = list(explain_step(index, order, 1, deal_step(order, 1, world_size=2, accumulation=2)))
     bins = order.bins_of_step(1, world_size=2, accumulation=2, per_device=1)
     efficiency = f"efficiency {order.efficiency(bins):.3f}"
     assert lines[0] == f"step 1 (step 2 of the log), epoch 0.5000: 4 bins, 2 ranks, 2 micro-steps, seed 0, {efficiency}"
@@ -315,14 +315,14 @@ def test_a_step_is_explained_bin_by_bin(tmp_path: Path) -> None:
         assert rank_line.split(",")[0].endswith(bin_line.rpartition(", ")[2])
     assert sum("synthetic, s.jsonl:" in line for line in lines) == int(index.num_samples[bins.ravel()].sum())
     with pytest.raises(ConfigError, match="not a multiple of 3 ranks"):
-        list(explain_step(index, order, 0, world_size=3, accumulation=1))
+        list(explain_step(index, order, 0, deal_step(order, 0, world_size=3, accumulation=1)))
 
 
 def test_shares_of_the_ranks_worked_out_by_hand(tmp_path: Path) -> None:
     """Bins of 1, 2 and 5 TFLOP, of two ranks: nothing and 1, then 2 and 5 or, the other way round, 5 and 2."""
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=3)))
     order = DataOrder(np.array([1e12, 2e12, 5e12]), seed=0, global_batch=4, epochs=1)
-    lines = list(explain_step(index, order, 0, world_size=2, accumulation=2))
+    lines = list(explain_step(index, order, 0, deal_step(order, 0, world_size=2, accumulation=2)))
     assert lines[0].startswith("step 0 (step 1 of the log), epoch 0.0000: 3 bins, ")
     assert lines[0].endswith("efficiency 0.667")
     said = {line.strip().split(": ")[1] for line in lines if line.startswith("  rank")}
@@ -342,14 +342,14 @@ def test_the_short_last_step_is_explained_with_its_empty_positions(tmp_path: Pat
     """Ten bins in steps of eight: the second has two, which one micro-step of two ranks takes."""
     index = open_shards(write_shards(tmp_path / "set", make_bins(num_bins=10)))
     order = DataOrder(index.cost(), seed=0, global_batch=8, epochs=1)
-    lines = list(explain_step(index, order, 1, world_size=2, accumulation=4))
+    lines = list(explain_step(index, order, 1, deal_step(order, 1, world_size=2, accumulation=4)))
     assert lines[0].startswith("step 1 (step 2 of the log), epoch 0.8000: 2 bins, 2 ranks, 4 micro-steps, seed 0, ")
     assert sum(line.endswith("empty position: one token with zero weight") for line in lines) == 6
     assert sum(line.startswith("micro-step") and line.endswith(": no bins") for line in lines) == 3
     named = sorted(int(line.split()[1]) for line in lines if line.startswith("    bin"))
     assert named == sorted(order.global_bins(1).tolist())
     with pytest.raises(ConfigError, match=r"step is 2, but the run ends after 2 steps: .* the last is 1"):
-        list(explain_step(index, order, 2, world_size=2, accumulation=4))
+        list(explain_step(index, order, 2, deal_step(order, 2, world_size=2, accumulation=4)))
 
 
 @pytest.mark.slow

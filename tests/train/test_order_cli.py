@@ -71,7 +71,9 @@ def test_steps_are_those_of_the_run(
         batch_flags = ["--global-batch", "8", "--world-size", "1", "--accumulation", "4", "--epochs", "1.2"]
         commands.append(["--shards", shards, "--model_name_or_path", str(tiny_checkpoint), *batch_flags, *planned])
     for step in range(plan.num_steps):
-        expected = list(explain_step(plan.index, plan.order, step, world_size=1, accumulation=4))
+        expected = list(
+            explain_step(plan.index, plan.order, step, deal_step(plan.order, step, world_size=1, accumulation=4))
+        )
         for command in commands:
             result = order(*command, "--step", step)
             assert result.exit_code == 0, result.output

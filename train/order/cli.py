@@ -128,10 +128,9 @@ def main(
     ranks = {"world_size": shown.world_size, "accumulation": shown.accumulation}
     dealing: dict[str, Any] = {**ranks, "per_device": shown.per_device}
     lines: Iterable[str]
-    if step is not None and as_json:
-        lines = [step_json(shown.index, deal_step(shown.order, step, **dealing, num_steps=shown.num_steps))]
-    elif step is not None:
-        lines = explain_step(shown.index, shown.order, step, **dealing, num_steps=shown.num_steps)
+    if step is not None:
+        dealt = deal_step(shown.order, step, **dealing, num_steps=shown.num_steps)
+        lines = [step_json(shown.index, dealt)] if as_json else explain_step(shown.index, shown.order, step, dealt)
     else:
         simulation = simulate(shown.index, shown.order, num_steps=num_steps, end=shown.num_steps, **dealing)
         lines = report(shown.index, shown.order, simulation, tokens_per_s=tokens_per_s, **ranks)

@@ -97,7 +97,15 @@ def deal_step(
     per_device: int | None = None,
     num_steps: int | None = None,
 ) -> NDArray[np.int64]:
-    """The bins of a step, (A, W, P) int64: micro-steps, ranks, bins of a rank. Arguments as of :func:`explain_step`.
+    """The bins of a step, (A, W, P) int64: micro-steps, ranks, bins of a rank.
+
+    Args:
+        order: the order of the bins.
+        step: counted from 0.
+        world_size: number of ranks.
+        accumulation: micro-steps of the step.
+        per_device: bins of a rank in a micro-step; None if they share the global batch equally.
+        num_steps: steps of the run; None if it ends with the order.
 
     Raises:
         ConfigError: the global batch is not a multiple of ranks times micro-steps, or the run has no such step.
@@ -130,42 +138,26 @@ def step_json(index: ShardIndex, dealt: NDArray[np.int64]) -> str:
     return json.dumps(bins)
 
 
-def explain_step(
-    index: ShardIndex,
-    order: DataOrder,
-    step: int,
-    *,
-    world_size: int,
-    accumulation: int,
-    per_device: int | None = None,
-    num_steps: int | None = None,
-) -> Iterator[str]:
+def explain_step(index: ShardIndex, order: DataOrder, step: int, dealt: NDArray[np.int64]) -> Iterator[str]:
     """Describe a step, line by line.
 
     Args:
         index: the set of shards.
         order: order of its bins, with costs in floating-point operations.
         step: counted from 0.
-        world_size: number of ranks.
-        accumulation: micro-steps of the step.
-        per_device: bins of a rank in a micro-step; None if they share the global batch equally.
-        num_steps: steps of the run; None if it ends with the order.
+        dealt: (A, W, P) int64 as of :func:`deal_step`.
 
     Raises:
-        ConfigError: the global batch is not a multiple of ranks times micro-steps, or the run has no such step.
         ShardError: a ledger is missing, or does not know a bin.
     """
-    # (A, W, P): micro-steps, ranks, bins of a rank
-    dealt = deal_step(
-        order, step, world_size=world_size, accumulation=accumulation, per_device=per_device, num_steps=num_steps
-    )
+    num_micro_steps, num_ranks, _ = dealt.shape
     samples = source_samples(index, dealt[dealt != EMPTY].tolist())
     # (A, W): cost of a rank in a micro-step
     load = np.where(dealt == EMPTY, 0.0, order.cost[dealt]).sum(axis=2)
     yield (
         f"step {step} (step {step + 1} of the log), epoch {step / order.steps_per_epoch:.4f}: "
         f"{counted(int((dealt != EMPTY).sum()), 'bin')}, "
-        f"{counted(world_size, 'rank')}, {counted(accumulation, 'micro-step')}, seed {order.seed}, "
+        f"{counted(num_ranks, 'rank')}, {counted(num_micro_steps, 'micro-step')}, seed {order.seed}, "
         f"efficiency {order.efficiency(dealt):.3f}"
     )
     for micro_step, (bins, costs) in enumerate(zip(dealt, load)):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from prep.annotations.records import ANNOTATION_SUFFIXES
 from prep.annotations.registry import Source
+from schemas.annotation import ANNOTATION_SUFFIXES
 from schemas.manifest import InputDataset, Manifest
 from schemas.qwen import DEFAULT_MODEL
 from schemas.setting import setting_fields
